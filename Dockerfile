@@ -1,0 +1,58 @@
+# The image of a node: the project with PyTorch's CUDA build and Ray, run by an ordinary user.
+#
+#   docker build --build-arg REVISION="$(git rev-parse HEAD)" -t heartseg:latest .
+#   docker run --rm --gpus all --shm-size 8g -v /data:/data:ro -v "$PWD/runs:/home/heartseg/app/runs" heartseg:latest \
+#       python jobs/train.py seed --data /data/shards --runs /home/heartseg/app/runs
+#
+# The GPU needs the host's NVIDIA driver and container toolkit, nothing else: the CUDA libraries come with PyTorch's wheels.
+# A mounted folder that is written to must belong to user 1000. Secrets come in at run time (-e WANDB_API_KEY, without a
+# value, hands on the caller's), never into a layer.
+
+FROM python:3.11-slim AS builder
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends build-essential \
+    && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+WORKDIR /build
+COPY pyproject.toml README.md LICENSE ./
+COPY heartseg/ heartseg/
+# Beside the project: the part of Ray that takes in jobs, and the AWS client with which `ray up` starts nodes from the head.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install . "ray[default,data,train,tune]" boto3
+
+FROM python:3.11-slim
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="heartseg" \
+      org.opencontainers.image.description="Distributed training of cardiac segmentation on CAMUS. Research use only, not a medical device." \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim"
+# The head of a `ray up` cluster reaches its workers by ssh and rsync, from inside this container. `ray up` runs its commands
+# in a login shell, which sets PATH anew: the file in /etc/profile.d keeps the environment's programs on it.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends openssh-client rsync \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 --user-group --shell /bin/bash heartseg \
+    && mkdir -m 700 /home/heartseg/.ray \
+    && mkdir /home/heartseg/app \
+    && chown heartseg:heartseg /home/heartseg/.ray /home/heartseg/app \
+    && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/heartseg.sh
+COPY --from=builder /opt/venv /opt/venv
+# HOME is stated because `ray up` reads it from here to place what it mounts.
+ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/home/heartseg \
+    PYTHONUNBUFFERED=1 \
+    RAY_USAGE_STATS_ENABLED=0 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 1000:1000
+WORKDIR /home/heartseg/app
+COPY jobs/ jobs/
+COPY cluster/ cluster/
+COPY ray_cluster.yaml LICENSE ./
+HEALTHCHECK --interval=5m --timeout=90s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import heartseg, torch, torchvision, ray"]
+CMD ["python", "jobs/train.py", "--help"]

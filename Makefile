@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all their set-up in a fresh clone: a .venv of their own, reused while it is current.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow test-all lint format wheel clean
+
+help:
+	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
+	@echo "make test      every promise in its quickest honest form"
+	@echo "make test-all  that, and what is slow or needs the real data"
+	@echo "make lint | format | wheel | clean"
+
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python -m heartseg.phantom demo/phantom --patients 30 --workers 2
+	$(BIN)/python jobs/pipeline.py quick --source demo/phantom --out demo --workers 2 --train.epochs 20
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m "not slow and not real_data"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -q -rs -m "slow or real_data"
+
+test-all: test test-slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+wheel: $(VENV)/ready
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

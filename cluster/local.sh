@@ -1,0 +1,215 @@
+#!/usr/bin/env bash
+# A Ray cluster of one machine to which jobs are submitted: start, submit, status, stop. The dashboard listens on loopback
+# and every command needs a token; only processes that `start` started are ever ended.
+#
+#   cluster/local.sh start [--num-cpus 4 …]                        further options go to `ray start`
+#   cluster/local.sh submit -- python jobs/train.py seed --data /data/shards
+#   cluster/local.sh status
+#   cluster/local.sh stop
+#
+# Set before `start`, and the same for the other verbs:
+#   HEARTSEG_CLUSTER_DIR              token, process number, log (default ~/.local/state/heartseg/cluster)
+#   HEARTSEG_CLUSTER_PORT             6390    the cluster
+#   HEARTSEG_CLUSTER_DASHBOARD_PORT   8290    the dashboard, which takes the jobs
+#   HEARTSEG_CLUSTER_AGENT_PORT       52466   its agent
+#   HEARTSEG_CLUSTER_CLIENT_PORT      9001    the Ray client's server
+#   HEARTSEG_CLUSTER_TIMEOUT_S        120     how long `start` waits for the dashboard, and `stop` for the end
+#   RAY                               the ray program (default .venv/bin/ray, else the one on PATH)
+# Exit code 2 is a mistake in the call, 1 anything else that failed; `submit` gives the job's: 0, or 1 if it failed.
+
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+dir=${HEARTSEG_CLUSTER_DIR:-${XDG_STATE_HOME:-${HOME:-/tmp}/.local/state}/heartseg/cluster}
+case $dir in /*) ;; *) dir=$PWD/$dir ;; esac
+port=${HEARTSEG_CLUSTER_PORT:-6390}
+dashboard_port=${HEARTSEG_CLUSTER_DASHBOARD_PORT:-8290}
+agent_port=${HEARTSEG_CLUSTER_AGENT_PORT:-52466}
+client_port=${HEARTSEG_CLUSTER_CLIENT_PORT:-9001}
+timeout_s=${HEARTSEG_CLUSTER_TIMEOUT_S:-120}
+dashboard=http://127.0.0.1:$dashboard_port
+# A Unix socket's path holds 107 bytes, of which Ray takes up to 71 below its temporary directory.
+longest_temp_dir=36
+
+refuse() { # a mistake of the caller's
+    echo "cluster/local.sh: $1" >&2
+    exit 2
+}
+
+fail() {
+    echo "cluster/local.sh: $1" >&2
+    exit 1
+}
+
+find_ray() {
+    if [[ -z ${RAY:-} ]]; then
+        RAY=ray
+        if [[ -x $root/.venv/bin/ray ]]; then RAY=$root/.venv/bin/ray; fi
+    fi
+    RAY=$(command -v "$RAY") || refuse "there is no ray program: install the project (see the README), or set RAY."
+}
+
+# What every Ray command needs to speak to this cluster and to no other.
+set_environment() {
+    unset RAY_AUTH_TOKEN RAY_ADDRESS # both would win over what follows
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_API_SERVER_ADDRESS=$dashboard
+}
+
+# The number of the process that `start` left behind; fails if it is gone or another program has taken its number.
+our_pid() {
+    local pid temp_dir
+    [[ -s $dir/pid && -s $dir/temp_dir ]] || return 1
+    pid=$(<"$dir/pid") temp_dir=$(<"$dir/temp_dir")
+    [[ $(ps -ww -p "$pid" -o args= 2>/dev/null) == *" start "*"--temp-dir $temp_dir "* ]] || return 1
+    echo "$pid"
+}
+
+# True once the dashboard's job service answers to our token. The token goes through a pipe, never into a command line.
+answers() (
+    exec 3<>"/dev/tcp/127.0.0.1/$dashboard_port"
+    printf 'GET /api/version HTTP/1.0\r\nAuthorization: Bearer %s\r\n\r\n' "$(<"$dir/token")" >&3
+    read -r -t 5 line <&3
+    [[ $line == *" 200 "* ]]
+) 2>/dev/null
+
+remove_temp_dir() {
+    local temp_dir
+    [[ -s $dir/temp_dir ]] || return 0
+    temp_dir=$(<"$dir/temp_dir")
+    case $temp_dir in
+        "$dir/ray/t" | /tmp/heartseg-ray.??????/t) rm -rf -- "${temp_dir%/t}" ;;
+    esac
+    rm -f "$dir/temp_dir"
+}
+
+# Ends the process and waits for it: with no time to drain, Ray takes its own children down within seconds.
+end() {
+    local pid=$1 waited
+    kill -TERM "$pid" 2>/dev/null || true
+    for ((waited = 0; waited < 5 * timeout_s; waited++)); do
+        kill -0 "$pid" 2>/dev/null || return 0
+        sleep 0.2
+    done
+    return 1
+}
+
+start() {
+    local pid taken temp_dir detach waited callers_umask
+    if pid=$(our_pid); then
+        echo "already running: process $pid, dashboard $dashboard"
+        return
+    fi
+    find_ray
+    for taken in "$port" "$dashboard_port" "$agent_port" "$client_port"; do
+        if (exec 3<>"/dev/tcp/127.0.0.1/$taken") 2>/dev/null; then
+            refuse "port $taken is in use: choose another (HEARTSEG_CLUSTER_…PORT, listed at the top of cluster/local.sh)."
+        fi
+    done
+    callers_umask=$(umask)
+    umask 077
+    mkdir -p "$dir" 2>/dev/null && [[ -w $dir ]] || refuse "cannot write to $dir: set HEARTSEG_CLUSTER_DIR."
+    remove_temp_dir # of a cluster that died
+    rm -f "$dir/pid"
+    temp_dir=$dir/ray/t
+    if ((${#temp_dir} <= longest_temp_dir)); then
+        mkdir -p "$dir/ray"
+    else
+        temp_dir=$(mktemp -d /tmp/heartseg-ray.XXXXXX)/t
+    fi # Ray opens its own directory to everyone, so it gets a closed one around it
+    echo "$temp_dir" >"$dir/temp_dir"
+    : >"$dir/log"
+    rm -f "$dir/token" # a token of an earlier cluster opens nothing
+    od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$dir/token"
+    umask "$callers_umask" # what jobs write is the user's to share
+
+    set_environment
+    export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_USAGE_STATS_ENABLED=0
+    export PATH=${RAY%/*}:$PATH # a job's `python` is the one that Ray runs with
+    detach=nohup
+    if command -v setsid >/dev/null; then detach=setsid; fi
+    "$detach" "$RAY" start --head --block --temp-dir "$temp_dir" --port "$port" \
+        --dashboard-host 127.0.0.1 --dashboard-port "$dashboard_port" --dashboard-agent-listen-port "$agent_port" \
+        --ray-client-server-port "$client_port" --disable-usage-stats "$@" </dev/null >"$dir/log" 2>&1 &
+    pid=$!
+    echo "$pid" >"$dir/pid"
+    trap 'end "$pid"; exit 130' INT TERM
+
+    echo "starting Ray …"
+    for ((waited = 0; waited < 2 * timeout_s; waited++)); do
+        if ! kill -0 "$pid" 2>/dev/null; then
+            tail -n 20 "$dir/log" >&2
+            rm -f "$dir/pid"
+            fail "Ray ended before it was ready: see above, and $dir/log."
+        fi
+        if answers; then
+            echo "running: process $pid, dashboard $dashboard, token in $dir/token, log in $dir/log"
+            return
+        fi
+        sleep 0.5
+    done
+    tail -n 20 "$dir/log" >&2
+    end "$pid" || true
+    rm -f "$dir/pid"
+    fail "Ray was not ready within $timeout_s s: see above, and $dir/log."
+}
+
+# The two places that jobs look for travel with the job; secrets do not: they belong into the environment of `start`.
+job_environment() {
+    local name value pairs=
+    for name in HEARTSEG_DATA HEARTSEG_RUNS; do
+        value=${!name:-}
+        if [[ -z $value ]]; then continue; fi
+        value=${value//\\/\\\\}
+        value=${value//\"/\\\"}
+        pairs+=${pairs:+, }\"$name\":\ \"$value\"
+    done
+    echo "{\"env_vars\": {$pairs}}"
+}
+
+submit() {
+    local options=()
+    while (($#)) && [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    (($# > 1)) || refuse "submit needs a command after two dashes, such as: submit -- python jobs/train.py seed."
+    our_pid >/dev/null || refuse "no cluster is running here: cluster/local.sh start."
+    find_ray
+    set_environment
+    exec "$RAY" job submit --working-dir "$root" --runtime-env-json "$(job_environment)" \
+        ${options[@]+"${options[@]}"} "$@"
+}
+
+status() {
+    local pid
+    pid=$(our_pid) || fail "not running."
+    answers || fail "process $pid runs, but its dashboard, $dashboard, does not answer."
+    echo "running: process $pid, dashboard $dashboard, token in $dir/token, log in $dir/log"
+    find_ray
+    set_environment
+    "$RAY" status --address "127.0.0.1:$port"
+}
+
+stop() {
+    local pid
+    if pid=$(our_pid); then
+        end "$pid" || fail "process $pid has not ended within $timeout_s s of SIGTERM."
+        echo "stopped: process $pid"
+    else
+        echo "not running"
+    fi
+    remove_temp_dir
+    rm -f "$dir/pid" "$dir/token"
+}
+
+verb=${1:-}
+if (($#)); then shift; fi
+case $verb in
+    start | submit) "$verb" "$@" ;;
+    status | stop)
+        if (($#)); then refuse "$verb takes no arguments."; fi
+        "$verb"
+        ;;
+    -h | --help | help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+    *) refuse "'$verb' is none of start, submit, status, stop (--help says more)." ;;
+esac

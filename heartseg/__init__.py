@@ -1,0 +1,21 @@
+"""heartseg: segmentation of the left ventricle, its wall and the left atrium in apical echocardiograms.
+
+Two names serve most users: `heartseg.load(run)` rebuilds a trained model, and the model's `predict(image, spacing_mm)`
+returns the mask on the image's own grid.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("heartseg")
+except PackageNotFoundError:  # a working directory that was submitted, not installed
+    __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Import `load` only when it is asked for, so that `import heartseg` does not import torch."""
+    if name == "load":
+        from heartseg.predict import load
+
+        return load
+    raise AttributeError(f"module 'heartseg' has no attribute {name!r}")

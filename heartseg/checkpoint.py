@@ -1,0 +1,112 @@
+"""Checkpoints: weights and plain JSON that rebuild the model alone, and the states that training needs to go on.
+
+A folder `epoch_0007` holds `model.safetensors` (the weights that are evaluated: the averaged ones where averaging is
+on), `training.pt` (raw weights, optimizer, average) and, written last, `checkpoint.json`: with it, the folder is complete.
+"""
+
+import io
+import re
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+
+from heartseg import storage
+from heartseg.errors import UserError
+
+CARD, WEIGHTS, TRAINING = "checkpoint.json", "model.safetensors", "training.pt"
+FOLDER = "checkpoints"
+NAME = re.compile(r"epoch_(\d{4,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: where it is and what its card says (`epoch`, `experiment`, `metrics`, `intensity`, lineage)."""
+
+    path: str
+    card: dict
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that were trained, counted from 1."""
+        return self.card["epoch"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights to evaluate, on the CPU; raises UserError where the file is damaged."""
+        path = storage.join(self.path, WEIGHTS)
+        try:
+            data = storage.read_bytes(path)
+            if storage.sha256(data) != self.card["weights_sha256"]:
+                raise ValueError("not the bytes that were written")
+            return safetensors.torch.load(data)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"The weights {path} are damaged: take another checkpoint.") from error
+
+    def training_state(self) -> dict:
+        """What training goes on from; unpickles nothing but tensors and plain values."""
+        data = storage.read_bytes(storage.join(self.path, TRAINING))
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:
+    """Write the checkpoint of `card["epoch"]` below a run; it is complete once its card is there."""
+    path = storage.join(run, FOLDER, f"epoch_{card['epoch']:04d}")
+    # A copy of the same epoch from before an interruption is no longer complete from here on.
+    storage.remove(storage.join(path, CARD))
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    buffer = io.BytesIO()
+    torch.save(training_state, buffer)
+    storage.publish(storage.join(path, TRAINING), buffer.getvalue())
+    storage.publish(storage.join(path, WEIGHTS), data)
+    card = card | {"weights_sha256": storage.sha256(data)}
+    storage.publish_json(storage.join(path, CARD), card)
+    return Checkpoint(path, card)
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint in a folder; raises UserError where there is none."""
+    card_path = storage.join(path, CARD)
+    if not storage.exists(card_path):
+        raise UserError(f"{path} is no checkpoint (no {CARD}): give a run's folder or one of its {FOLDER}/epoch_*.")
+    return Checkpoint(path, storage.read_json(card_path))
+
+
+def complete(run: str) -> list[Checkpoint]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = storage.join(run, FOLDER)
+    paths = [storage.join(folder, name) for name in storage.list_names(folder) if NAME.fullmatch(name)]
+    return [open_checkpoint(path) for path in paths if storage.exists(storage.join(path, CARD))]
+
+
+def last(run: str) -> Checkpoint | None:
+    """The newest complete checkpoint of a run; None where there is none."""
+    found = complete(run)
+    return found[-1] if found else None
+
+
+def best(run: str) -> Checkpoint | None:
+    """The checkpoint of the highest `val/dice` among those kept; None where there is no validation group."""
+    scored = [c for c in complete(run) if c.card["metrics"].get("val/dice") is not None]
+    return max(scored, key=lambda c: c.card["metrics"]["val/dice"], default=None)
+
+
+def keep_last_and_best(run: str) -> None:
+    """Delete every checkpoint of a run but the newest and the best."""
+    found = complete(run)
+    top = best(run)
+    for old in found[:-1]:
+        if top is None or old.path != top.path:
+            # The card goes first: what is left if this is cut off is visibly incomplete.
+            storage.remove(storage.join(old.path, CARD))
+            storage.remove(old.path)
+
+
+def find(path: str, which: str = "last") -> Checkpoint:
+    """A checkpoint from a run's folder (`which` is `last` or `best`) or from its own; raises UserError."""
+    if storage.exists(storage.join(path, CARD)):
+        return open_checkpoint(path)
+    if not storage.exists(path):
+        raise UserError(f"The checkpoint {path} does not exist: give the folder of a run.")
+    found = best(path) if which == "best" else None
+    found = found or last(path)
+    return found or open_checkpoint(path)

@@ -1,0 +1,264 @@
+"""The experiment as typed, frozen values; strict to and from JSON.
+
+Every default is stated once: here where it is the neutral choice, in recipes.py where it makes a recipe. The text under
+a field is its `--help`.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+import cattrs
+
+from heartseg.errors import UserError
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The grid that shards store images on."""
+
+    height: int
+    """Rows (depth) of a stored image, in pixels."""
+    width: int
+    """Columns (lateral) of a stored image, in pixels."""
+
+    def __post_init__(self):
+        _require(min(self.height, self.width) >= 32, "image.height and image.width must be at least 32 pixels.")
+        _require(max(self.height, self.width) <= 2048, "image.height and image.width must be at most 2048 pixels.")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How patients are divided; always whole patients."""
+
+    kind: Literal["official", "ratio"]
+    """`official`: the release's own subgroup files. `ratio`: a seeded draw by patient."""
+    test_share: float = 0.2
+    """Share of the patients in the test group (ratio only)."""
+    val_share: float = 0.0
+    """Share of the patients in a validation group (ratio only)."""
+    seed: int = 0
+    """Seed of the draw (ratio only)."""
+
+    def __post_init__(self):
+        shares_fit = min(self.test_share, self.val_share) >= 0 and 0 < self.test_share + self.val_share < 1
+        _require(shares_fit, "split.test_share and split.val_share must be shares whose sum lies between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """DeepLabv3 with one input channel and four outputs."""
+
+    backbone: Literal["resnet101", "resnet50", "mobilenet_v3_large"]
+    """torchvision's backbone."""
+    pretrained: bool = False
+    """Start from ImageNet weights, which torchvision downloads."""
+    aux_head: bool = False
+    """Train a second head on an earlier layer."""
+    norm: Literal["batch", "group"] = "batch"
+    """`group` has no batch statistics: for very small shares of a batch per worker."""
+    bn_momentum: float = 0.1
+    """Momentum of the running statistics of batch normalisation."""
+    dropout: float = 0.5
+    """Dropout before the head's last convolution."""
+
+    def __post_init__(self):
+        _require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
+        _require(0 < self.bn_momentum <= 1, "model.bn_momentum must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    kind: Literal["cross_entropy", "dice_cross_entropy"]
+    """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss, where there is such a head."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, clipping and weight averaging."""
+
+    kind: Literal["sgd", "adamw"]
+    """Optimizer."""
+    lr: float
+    """Base learning rate; the schedule multiplies it."""
+    momentum: float = 0.9
+    """Momentum of SGD, first beta of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled for AdamW, L2 for SGD."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Decay of the exponential average of the weights, which is then what is evaluated; 0 keeps none."""
+
+    def __post_init__(self):
+        _require(self.lr > 0, "optim.lr must be above 0.")
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run, as a multiplier of the base rate."""
+
+    kind: Literal["constant", "polynomial", "cosine"]
+    """Shape after the warm-up."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear rise at the start."""
+    power: float = 0.9
+    """Exponent of `polynomial`."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training images, each sample with its own draw; 0 switches a kind off. No flips: hearts have sides."""
+
+    rotate_deg: float = 0.0
+    """Largest rotation to either side, in degrees."""
+    scale: float = 0.0
+    """Largest relative change of size: 0.1 draws from 0.9 to 1.1."""
+    translate: float = 0.0
+    """Largest shift, as a share of the image's side."""
+    gain: float = 0.0
+    """Largest relative change of brightness."""
+    gamma: float = 0.0
+    """Largest change of the exponent: 0.3 draws from 1/1.3 to 1.3."""
+    noise: float = 0.0
+    """Largest standard deviation of multiplicative speckle."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batches and arithmetic of a run."""
+
+    epochs: int
+    """Passes over the training group."""
+    batch_size: int
+    """Images in a training batch, over all workers together."""
+    eval_batch_size: int = 4
+    """Images in a batch of an evaluation; scores do not depend on it."""
+    intensity: Literal["unit", "standard"] = "unit"
+    """`unit`: images / 255. `standard`: also minus the training group's mean, over its standard deviation."""
+    seed: int = 0
+    """Seed of weights, order, dropout and augmentation."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 autocast where the hardware has it."""
+    deterministic: bool = False
+    """Two runs on one machine give the same bits; slower on GPUs."""
+
+    def __post_init__(self):
+        _require(self.epochs >= 1, "train.epochs must be at least 1.")
+        _require(self.batch_size >= 2, "train.batch_size must be at least 2: DeepLab cannot normalise one image.")
+        _require(self.eval_batch_size >= 1, "train.eval_batch_size must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """`auto`: online where WANDB_API_KEY is set, offline else."""
+    project: str = "heartseg"
+    """Project of the dashboard."""
+    group: str = ""
+    """Group of the dashboard, for runs that belong together."""
+    images: Literal["auto", "on", "off"] = "auto"
+    """Send overlays: `auto` for CAMUS and the phantom only, since other people's patients stay here unless asked."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that makes a run: a recipe with its changes."""
+
+    name: str
+    """Name of the recipe; a run is called after it."""
+    image: ImageConfig
+    split: SplitConfig
+    model: ModelConfig
+    loss: LossConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    source: str = ""
+    """Folder or URI of the CAMUS tree (HEARTSEG_SOURCE where not given)."""
+    data: str = ""
+    """Folder or URI of the shards (HEARTSEG_DATA where not given)."""
+    out: str = ""
+    """Where preprocess and pipeline write."""
+    runs: str = ""
+    """Folder or URI of the training runs (HEARTSEG_RUNS where not given, else `runs`)."""
+    workers: int = 1
+    """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training."""
+
+    def __post_init__(self):
+        _require(self.workers >= 1, "--workers must be at least 1.")
+
+
+# What decides a run's result; the rest is where it runs and who is told.
+IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
+
+
+def to_json(value: object) -> dict:
+    """A dataclass as plain JSON values."""
+    return dataclasses.asdict(value)
+
+
+def identity(experiment: Experiment) -> dict:
+    """The part of an experiment that decides its result, as plain JSON values."""
+    return {part: to_json(getattr(experiment, part)) for part in IDENTITY}
+
+
+def canonical(value: object) -> bytes:
+    """JSON whose bytes depend on the value alone, for hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def from_json(value: dict, kind: type = Experiment, origin: str = "the configuration"):
+    """Build a dataclass from JSON values; raises UserError that names an unknown or missing key or a wrong value."""
+    try:
+        return _converter.structure(value, kind)
+    except UserError:
+        raise
+    except Exception as error:
+        problems = cattrs.transform_error(error, path=origin)
+        raise UserError(f"Bad configuration: {problems[0]}.") from error
+
+
+def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+    """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if there is none."""
+    for key in sorted(old.keys() | new.keys()):
+        there, asked = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(asked, dict):
+            inner = first_difference(there, asked, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif there != asked:
+            return f"{prefix}{key}: {there} there, {asked} asked"
+    return None
+
+
+def _strict(kind: type):
+    def structure(value, _):
+        # bool is an int to Python, and an int is a fine float; nothing else passes for another kind.
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        raise ValueError(f"{value!r} is no {kind.__name__}")
+
+    return structure
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+for _kind in (int, float, str, bool):
+    _converter.register_structure_hook(_kind, _strict(_kind))

@@ -1,0 +1,86 @@
+"""Ranks, sums over ranks, rows gathered over ranks; the identity in one process."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+# Buckets that view the gradients save a copy of them; the graph is the same at every step.
+DDP_OPTIONS = {"gradient_as_bucket_view": True, "static_graph": True}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one rank that writes and reports."""
+        return self.rank == 0
+
+
+def current(device: torch.device) -> Ranks:
+    """The ranks as torch.distributed has them; one process where it is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(0, 1, device)
+
+
+def start_plain() -> Ranks:
+    """Join the group that torchrun describes in the environment, or be alone."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return current(device)
+
+
+def stop_plain() -> None:
+    """Leave the group that start_plain joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap_model(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The model with its gradients averaged over ranks; the model itself in one process."""
+    if ranks.world_size == 1:
+        return model
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **DDP_OPTIONS)
+
+
+def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Add a tensor over ranks, in place."""
+    if ranks.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def min_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The smallest value over ranks, in place."""
+    if ranks.world_size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return tensor
+
+
+def from_main(value: object, ranks: Ranks) -> object:
+    """What rank 0 holds, on every rank."""
+    if ranks.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    if ranks.world_size > 1:
+        dist.barrier()

@@ -1,0 +1,164 @@
+"""Pictures of images, masks and scores: contours on an image, curves by epoch, the spread of scores over images.
+
+The only file that knows matplotlib. It hands on pixels, PNG bytes and SVG text, and decides nothing about a page.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from heartseg.labels import BACKGROUND, CLASS_COLOURS, CLASSES, NUM_CLASSES
+
+# Lines and text that must follow the page's text colour, light or dark: `save_svg` puts `currentColor` in its place.
+INK = "#123457"
+# Told apart by shade, hue and dash, and at least 3:1 against a white and against a near-black page.
+GROUP_STYLES = {"train": ("#868C96", "--"), "val": ("#2F86D6", "-"), "test": ("#D2691E", "-")}
+OTHER_STYLE = ("#9A6FC4", "-.")
+STRUCTURE_COLOURS = dict(zip(CLASSES, CLASS_COLOURS, strict=True)) | {"epi": "#B7BCC4"}
+PALETTE = (np.array([to_rgb(colour) for colour in CLASS_COLOURS]) * 255).round().astype(np.uint8)
+# The background's own colour is black, which would hide it where it is what is shown.
+CHANNEL_OFF, CHANNEL_BACKGROUND = (22, 25, 30), (214, 219, 226)
+
+
+def contours(mask: np.ndarray) -> np.ndarray:
+    """Label map [h,w] with 0 everywhere but on the rim of each structure; the image's own edge is no rim.
+
+    A rim pixel has one of its four neighbours in the background or in a structure of higher label: so the border of two
+    structures is drawn once, in the first one's colour, and their colours do not blend into a third.
+    """
+    padded = np.pad(mask, 1, mode="edge")
+    neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+    on_rim = ((neighbours == BACKGROUND) | (neighbours > mask)).any(axis=0)
+    return np.where(on_rim, mask, BACKGROUND)
+
+
+def thicken(rims: np.ndarray) -> np.ndarray:
+    """Rims [h,w] grown by a pixel to each side; where two meet, the lower label stays on top."""
+    padded = np.pad(rims, 1)
+    around = np.stack([rims, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+    lowest = np.where(around == BACKGROUND, NUM_CLASSES, around).min(axis=0)
+    return np.where(lowest == NUM_CLASSES, BACKGROUND, lowest)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, thick: bool = False) -> np.ndarray:
+    """The grey image uint8 [h,w] with the contours of a label map [h,w] in the classes' colours, uint8 [h,w,3].
+
+    A contour is one pixel wide, or three where `thick`.
+    """
+    rims = thicken(contours(mask)) if thick else contours(mask)
+    grey = np.repeat(image[:, :, None], 3, axis=2)
+    return np.where((rims != BACKGROUND)[:, :, None], PALETTE[rims], grey).astype(np.uint8)
+
+
+def channels(mask: np.ndarray) -> list[np.ndarray]:
+    """One picture uint8 [h,w,3] per class of a label map [h,w]: the class in its colour, all else nearly black."""
+    colours = [CHANNEL_BACKGROUND, *PALETTE[1:]]
+    return [np.where((mask == c)[:, :, None], colours[c], CHANNEL_OFF).astype(np.uint8) for c in range(NUM_CLASSES)]
+
+
+def enlarge(array: np.ndarray, rows: int = 512) -> np.ndarray:
+    """Repeat pixels until there are about `rows`; a contour drawn afterwards is thin beside the structure."""
+    factor = max(1, round(rows / array.shape[0]))
+    return array.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG of a picture uint8, [h,w] grey or [h,w,3]."""
+    buffer = io.BytesIO()
+    if pixels.ndim == 2:
+        matplotlib.image.imsave(buffer, pixels, format="png", cmap="gray", vmin=0, vmax=255)
+    else:
+        matplotlib.image.imsave(buffer, pixels, format="png")
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, dpi: int = 150) -> bytes:
+    """PNG of a figure on white."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_svg(figure: Figure, name: str) -> str:
+    """The `<svg>` element of a figure, transparent, its ink in the page's text colour; `name` is unique on the page.
+
+    Identifiers begin with the name, so that figures on one page do not borrow each other's clip paths and glyphs; with
+    the fixed salt the same figure gives the same bytes.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "heartseg"}):
+        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to the groups
+    text = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace(INK, "currentColor").strip()
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of some inches with one set of axes that has only what is needed to read it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=INK, alpha=0.15, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def curve(
+    epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None
+) -> Figure:
+    """A quantity by epoch, one line a group; `marked` is the epoch that a dotted line points out.
+
+    `series` holds the values by group (`train`, `val`, `test`, or "" for a quantity without group); NaN leaves a gap.
+    """
+    figure, axes = _axes(4.4, 2.9)
+    for group, values in series.items():
+        colour, dash = (INK, "-") if not group else GROUP_STYLES.get(group, OTHER_STYLE)
+        marker = "o" if len(epochs) <= 3 else None  # a single point has no line
+        axes.plot(epochs, values, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=5, label=group)
+    if marked is not None:
+        axes.axvline(marked, color=INK, linestyle=":", linewidth=1, alpha=0.7)
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    axes.set_xlabel("epoch", color=INK, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+    if any(series):
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    return figure
+
+
+def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: str) -> Figure:
+    """Box and points of the scores of images (0 to 1), a row a structure; NaN is left out.
+
+    Boxes span the quartiles, the line is the median, whiskers reach the last image within 1.5 times the box.
+    """
+    known = {name: np.asarray(v, float)[~np.isnan(np.asarray(v, float))] for name, v in values.items()}
+    known = {name: v for name, v in known.items() if len(v)}
+    figure, axes = _axes(5.4, 0.7 + 0.55 * max(1, len(known)))
+    rng = np.random.default_rng(0)
+    line = {"color": INK, "linewidth": 1.1}
+    for row, (name, scores) in enumerate(known.items()):
+        fill = {"facecolor": STRUCTURE_COLOURS.get(name, "#B7BCC4"), "edgecolor": INK, "linewidth": 1.1}
+        axes.boxplot(
+            scores, positions=[row + 0.17], orientation="horizontal", widths=0.3, patch_artist=True, showfliers=False,
+            manage_ticks=False, boxprops=fill, whiskerprops=line, capprops=line,
+            medianprops={"color": "#000000", "linewidth": 2},
+        )  # fmt: skip
+        heights = row - 0.2 + rng.uniform(-0.12, 0.12, len(scores))
+        # Thousands of points as vectors would weigh more than the rest of the page.
+        axes.scatter(scores, heights, s=5, color="#7D848E", alpha=0.6, linewidths=0, rasterized=True)
+    axes.set_yticks(range(len(known)), [titles[name] for name in known])
+    axes.set_ylim(len(known) - 0.5, -0.5)
+    axes.set_xlabel(xlabel, color=INK, fontsize=9)
+    axes.grid(axis="y", visible=False)
+    return figure

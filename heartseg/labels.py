@@ -1,0 +1,35 @@
+"""The nouns of apical echocardiography as CAMUS uses them: views, phases, the four classes and their colours."""
+
+from enum import StrEnum
+
+
+class View(StrEnum):
+    """Apical view of the heart."""
+
+    TWO_CHAMBER = "2CH"
+    FOUR_CHAMBER = "4CH"
+
+
+class Phase(StrEnum):
+    """Moment of the cardiac cycle: the ventricle at its largest (ED) and at its smallest (ES)."""
+
+    ED = "ED"
+    ES = "ES"
+
+
+VIEWS = tuple(View)
+PHASES = tuple(Phase)
+
+# The label values of a CAMUS mask are the positions in this tuple.
+CLASSES = ("background", "endo", "myo", "la")
+CLASS_TITLES = ("Background", "Left-ventricular cavity", "Left-ventricular wall", "Left atrium")
+NUM_CLASSES = len(CLASSES)
+BACKGROUND, ENDO, MYO, LA = range(NUM_CLASSES)
+
+# Okabe-Ito colours: told apart by colour-blind readers, and readable on a dark ultrasound image.
+CLASS_COLOURS = ("#000000", "#56B4E9", "#F0E442", "#D55E00")
+
+# The structures that are scored. `epi` is the CAMUS challenge's epicardium, cavity and wall together; it is never
+# mixed with `myo`, the wall alone, and is no part of the means.
+STRUCTURES = ("endo", "myo", "la")
+STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, MYO)}

@@ -1,0 +1,256 @@
+"""Result tables to one self-contained HTML page, for a cardiologist and for an engineer.
+
+It reads what a training run and an evaluation left behind, lays it out, and recomputes no metric.
+"""
+
+import base64
+import io
+import math
+
+import jinja2
+import numpy as np
+import pandas
+from markupsafe import Markup
+
+from heartseg import figures, recipes, runs, storage
+from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
+from heartseg.metrics import SCORES
+
+PAGE, SUMMARY, IMAGES = "report.html", "summary.json", "images.parquet"
+GROUP_TITLES = {"train": "training", "val": "validation", "test": "test"}
+SCORE_TITLES = {
+    "dice": "Mean Dice of the three structures",
+    "dice_endo": "Dice, left-ventricular cavity (endo)",
+    "dice_myo": "Dice, left-ventricular wall (myo)",
+    "dice_la": "Dice, left atrium (la)",
+    "dice_epi": "Dice, epicardium: cavity and wall together (epi)",
+    "dice4": "Dice, mean of four areas, background included (dice4)",
+    "iou": "Mean IoU (Jaccard) of the three structures",
+    "iou_endo": "IoU, left-ventricular cavity",
+    "iou_myo": "IoU, left-ventricular wall",
+    "iou_la": "IoU, left atrium",
+    "accuracy": "Pixel accuracy: correct pixels / all pixels",
+}
+# What the cards beside the headline show, shortest wording, with the colour of the structure.
+CARDS = {
+    "dice_endo": ("Cavity (endo)", CLASS_COLOURS[1]),
+    "dice_myo": ("Wall (myo)", CLASS_COLOURS[2]),
+    "dice_la": ("Left atrium (la)", CLASS_COLOURS[3]),
+    "dice_epi": ("Epicardium (epi = endo + myo)", figures.STRUCTURE_COLOURS["epi"]),
+    "iou": ("IoU, three structures", ""),
+    "dice4": ("Dice, four areas", ""),
+    "accuracy": ("Pixel accuracy", ""),
+}
+SPREAD_TITLES = {"endo": "cavity (endo)", "myo": "wall (myo)", "la": "left atrium (la)", "epi": "epicardium (epi)"}
+# Columns of the narrower tables, with their headings.
+COLUMNS = {"dice": "Mean Dice", "dice_endo": "endo", "dice_myo": "myo", "dice_la": "la", "dice_epi": "epi"}
+BREAKDOWN_COLUMNS = COLUMNS | {"dice4": "dice4", "iou": "IoU", "accuracy": "Accuracy"}
+CURVES = {
+    "loss": "Loss",
+    "accuracy": "Pixel accuracy",
+    "dice4": "Dice of four areas (dice4)",
+    "iou": "IoU of three structures",
+    "dice": "Mean Dice of three structures",
+}
+BREAKDOWNS = {"phase": "phase", "view": "view", "quality": "image quality"}
+WORST_ROWS, CHANNEL_SAMPLES = 10, 2
+
+
+def write_report(run: str, evaluation: str) -> str:
+    """Write `report.html` into an evaluation's folder and return its path; both folders are paths or URIs.
+
+    Raises UserError where the run's `experiment.json` or the evaluation's `summary.json` is missing. Whatever else is
+    not there yet (samples, epochs, rows) leaves its section out.
+    """
+    description = storage.read_json(storage.join(run, runs.DESCRIPTION))
+    summary = storage.read_json(storage.join(evaluation, SUMMARY))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("heartseg"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"score": show_score, "interval": show_interval}
+    page = environment.get_template(PAGE).render(
+        run_name=run.rstrip("/").rsplit("/", 1)[-1],
+        description=description,
+        summary=summary,
+        group_title=GROUP_TITLES.get(summary["group"], summary["group"]),
+        **score_tables(summary),
+        **image_tables(evaluation),
+        curves=curve_figures(runs.read_record(run), summary),
+        **pictures(read_samples(run)),
+        legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
+        configuration=flatten(description["identity"]),
+        lineage=lineage(run, description, summary),
+        choices=recipes.SEED_CHOICES if description["experiment"]["name"] == "seed" else (),
+    )
+    path = storage.join(evaluation, PAGE)
+    storage.publish(path, page.encode())
+    return path
+
+
+def show_score(value: float | None) -> str:
+    """Three decimals, or a dash where there is no value."""
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def show_interval(score: dict | None) -> str:
+    """The 95 % interval of a score's mean, or a dash where there is none."""
+    ends = [(score or {}).get(end) for end in ("low", "high")]
+    return "–" if "–" in map(show_score, ends) else " to ".join(map(show_score, ends))
+
+
+def flatten(value: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows of a dotted name and a text."""
+    rows = []
+    for key, inner in value.items():
+        rows += flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else [(f"{prefix}{key}", str(inner))]
+    return rows
+
+
+def score_tables(summary: dict) -> dict:
+    """The headline's cards, the table of all scores, and one table for each breakdown that is known."""
+    scores, pooled = summary["scores"], summary.get("pooled") or {}
+    order = [*SCORE_TITLES, *(name for name in (*SCORES, *scores) if name not in SCORE_TITLES)]
+    breakdowns = [(title, summary.get("by", {}).get(key) or {}) for key, title in BREAKDOWNS.items()]
+    return {
+        "headline": scores.get("dice"),
+        "cards": [(title, colour, scores.get(name)) for name, (title, colour) in CARDS.items()],
+        "scores": [
+            (SCORE_TITLES.get(n, n), scores[n] or {}, pooled.get(n)) for n in dict.fromkeys(order) if n in scores
+        ],
+        "breakdowns": [(title, parts) for title, parts in breakdowns if parts],
+        "breakdown_columns": BREAKDOWN_COLUMNS,
+    }
+
+
+def image_tables(evaluation: str) -> dict:
+    """The figure of the images' Dice by structure, and the rows of the lowest ones."""
+    path = storage.join(evaluation, IMAGES)
+    if not storage.exists(path):
+        return {"spread": None, "worst": [], "worst_columns": COLUMNS}
+    images = storage.read_table(storage.read_bytes(path)).to_pandas()
+    values = {name: images[f"dice_{name}"].to_numpy(float) for name in SPREAD_TITLES if f"dice_{name}" in images}
+    figure = figures.spread(values, SPREAD_TITLES, "Dice of an image (1 is perfect overlap)")
+    alt = f"Box plot and points of the Dice of {len(images)} images, by structure; the score tables hold the means."
+    scored = images[images["dice"].notna()]
+    lowest = scored.sort_values(["dice", "patient", "view", "phase"]).head(WORST_ROWS)
+    return {
+        "spread": inline(figure, "spread", alt) if len(scored) else None,
+        "worst": [{k: "–" if pandas.isna(v) else v for k, v in row.items()} for row in lowest.to_dict("records")],
+        "worst_columns": COLUMNS,
+    }
+
+
+def inline(figure, name: str, alt: str) -> dict:
+    """A figure as the template takes it: its SVG, which is safe as it is, and the text that stands for it."""
+    return {"svg": Markup(figures.save_svg(figure, name)), "alt": alt}
+
+
+def column(record: list[dict], key: str) -> list[float]:
+    """A metric by epoch, NaN where it is missing."""
+    return [math.nan if epoch.get(key) is None else float(epoch[key]) for epoch in record]
+
+
+def curve_figures(record: list[dict], summary: dict) -> list[dict]:
+    """The curves by epoch as inline figures; none before the first epoch."""
+    if not record:
+        return []
+    found = dict.fromkeys(key.split("/")[0] for epoch in record for key in epoch if key.endswith("/loss"))
+    groups = sorted(found, key=lambda group: [*GROUP_TITLES, group].index(group))
+    panels = {name: {group: column(record, f"{group}/{name}") for group in groups} for name in CURVES}
+    panels["lr"] = {"": column(record, "lr")}
+    epochs = [int(epoch["epoch"]) for epoch in record]
+    drawn = []
+    for name, series in panels.items():
+        title = CURVES.get(name, "Learning rate")
+        figure = figures.curve(epochs, series, title, summary.get("epoch"))
+        last = ", ".join(
+            f"{GROUP_TITLES.get(group, group)} {values[-1]:.4g}".strip() for group, values in series.items()
+        )
+        drawn.append(inline(figure, f"curve-{name}", f"{title} by epoch, to epoch {epochs[-1]}: {last}."))
+    return drawn
+
+
+def read_samples(run: str) -> list[dict[str, np.ndarray]]:
+    """The samples after the first and after the last epoch, in this order; one where they are the same, or none."""
+    samples = {}
+    for name in ("first", "last"):
+        path = storage.join(run, "samples", f"{name}.npz")
+        if storage.exists(path):
+            with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as arrays:
+                held = {key: arrays[key] for key in arrays.files}
+            samples[int(held["epoch"])] = held
+    return [samples[epoch] for epoch in sorted(samples)]
+
+
+def picture(pixels: np.ndarray, caption: str, alt: str) -> dict:
+    """A picture as the template takes it: its PNG as a data URI, size, caption and the text that stands for it."""
+    encoded = base64.b64encode(figures.encode_png(pixels)).decode()
+    height, width = pixels.shape[:2]
+    return {
+        "source": f"data:image/png;base64,{encoded}",
+        "width": width,
+        "height": height,
+        "caption": caption,
+        "alt": alt,
+    }
+
+
+def pictures(samples: list[dict]) -> dict:
+    """Rows of image, truth and predictions, one a sample; and the one-class channels of the first samples."""
+    if not samples:
+        return {"sample_rows": [], "channel_rows": [], "sample_grid": ""}
+    newest = samples[-1]
+    names = [str(name) for name in newest["names"]]
+    height, width = newest["images"].shape[1:]
+    return {
+        "sample_rows": [(name, overlays(samples, row, name)) for row, name in enumerate(names)],
+        "channel_rows": [(name, one_class(newest, row, name)) for row, name in enumerate(names[:CHANNEL_SAMPLES])],
+        "sample_grid": f"{height} × {width}",
+    }
+
+
+def overlays(samples: list[dict], row: int, name: str) -> list[dict]:
+    """A sample's image, its truth, and its prediction after each kept epoch."""
+    image, truth = (figures.enlarge(samples[-1][key][row]) for key in ("images", "masks"))
+    cells = [picture(image, "Image", f"Ultrasound image of {name}")]
+    cells.append(picture(figures.overlay(image, truth, thick=True), "Truth", f"{name} with the contours of the truth"))
+    for held in samples:
+        where = np.flatnonzero(held["names"] == name)
+        if len(where):
+            drawn = figures.overlay(image, figures.enlarge(held["predictions"][where[0]]), thick=True)
+            caption = f"Prediction after epoch {int(held['epoch'])}"
+            cells.append(picture(drawn, caption, f"{name} with the contours of the {caption.lower()}"))
+    return cells
+
+
+def one_class(held: dict, row: int, name: str) -> list[tuple[str, list[dict]]]:
+    """Truth and prediction of a sample as one picture per class."""
+    kinds = {"Truth": "masks", f"Prediction after epoch {int(held['epoch'])}": "predictions"}
+    rows = []
+    for kind, key in kinds.items():
+        drawn = zip(figures.channels(held[key][row]), CLASSES, CLASS_TITLES, strict=True)
+        rows.append((kind, [picture(p, title, f"{kind} of {name}, channel {c}") for p, c, title in drawn]))
+    return rows
+
+
+def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]:
+    """What the scores were made from, as rows of a name and a text."""
+    groups = description.get("groups", {})
+    sizes = [(f"Group {g}", f"{n['patients']} patients, {n['images']} images") for g, n in groups.items()]
+    split = ", ".join(f"{key} {value}" for key, value in flatten(description.get("split") or {}))
+    return [
+        ("Run", run),
+        ("Recipe", description["experiment"]["name"]),
+        (
+            "Checkpoint",
+            f"{summary.get('checkpoint', '–')} ({summary.get('which', '–')}, epoch {summary.get('epoch', '–')})",
+        ),
+        ("Code revision", description.get("code", "–")),
+        ("Dataset", description.get("dataset", "–")),
+        ("Data fingerprint", description.get("data_fingerprint", "–")),
+        ("Source SHA-256", description.get("source_sha256", "–")),
+        ("Split", split or "–"),
+        *sizes,
+        ("Weights & Biases id", description.get("wandb_id", "–")),
+    ]

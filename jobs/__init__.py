@@ -1,0 +1,1 @@
+"""The command lines: parse, place on machines, call heartseg, report."""

@@ -1,0 +1,146 @@
+"""What every job shares: its command line, the sentences that users see, and its Ray."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from heartseg import storage
+from heartseg.config import Experiment, from_json
+from heartseg.errors import UserError
+from heartseg.recipes import RECIPES
+
+ROOT = Path(__file__).resolve().parents[1]
+# A worker group that cannot start, or that dies, is tried this often and not for ever.
+MAX_TRIES = 3
+
+
+def main(job: Callable[[Sequence[str]], None]) -> None:
+    """Run a job; a user's mistake becomes one sentence and exit code 2."""
+    show_log()
+    try:
+        job(sys.argv[1:])
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+def show_log() -> None:
+    """Print heartseg's log lines, here and in Ray's workers."""
+    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("heartseg").setLevel(logging.INFO)
+
+
+def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
+    """A recipe (`seed` where none is named) or `--config FILE`, then changes to it: the experiment and the job's options.
+
+    `options` is an instance of the job's own dataclass. Raises UserError for whatever is wrong on the line.
+    """
+    experiment, rest = _pick_recipe(list(argv))
+
+    @dataclass(frozen=True)
+    class Command:
+        experiment: Annotated[Experiment, tyro.conf.arg(prefix_name=False)]
+        options: Annotated[type(options), tyro.conf.arg(prefix_name=False)]
+
+    shown = f"python jobs/{prog} [{'|'.join(RECIPES)}|--config FILE]"
+    command = parse_line(Command, rest, shown, description, default=Command(experiment, options))
+    return with_environment(command.experiment), command.options
+
+
+def _pick_recipe(argv: list[str]) -> tuple[Experiment, list[str]]:
+    if argv and argv[0] == "--config":
+        if len(argv) < 2:
+            raise UserError("--config needs the file of a complete experiment.")
+        value = storage.read_json(argv[1])
+        # A run's experiment.json and a checkpoint's card hold the experiment under this key.
+        return from_json(value.get("experiment", value), origin=argv[1]), argv[2:]
+    if not argv or argv[0].startswith("-"):
+        return RECIPES["seed"](), argv
+    if argv[0] not in RECIPES:
+        raise UserError(f"There is no recipe {argv[0]!r}: take one of {', '.join(RECIPES)}, or --config FILE.")
+    return RECIPES[argv[0]](), argv[1:]
+
+
+def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, default: Any = None) -> Any:
+    """tyro's command line for a dataclass, its boxed errors made one sentence."""
+    errors = io.StringIO()
+    arguments = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **arguments)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
+        sentence = " ".join(lines).split(" ───")[0].strip("─ ") or "the command line cannot be read"
+        raise UserError(f"{sentence.rstrip('.')}; --help lists what there is.") from None
+
+
+def with_environment(experiment: Experiment) -> Experiment:
+    """Paths that were not given taken from the environment, and all made absolute."""
+    defaults = {"source": "HEARTSEG_SOURCE", "data": "HEARTSEG_DATA", "runs": "HEARTSEG_RUNS"}
+    paths = {name: getattr(experiment, name) or os.environ.get(variable, "") for name, variable in defaults.items()}
+    paths["runs"] = paths["runs"] or "runs"
+    paths["out"] = experiment.out
+    return replace(experiment, **{name: absolute(path, name) for name, path in paths.items() if path})
+
+
+def absolute(path: str, name: str) -> str:
+    """A path made absolute; inside a Ray job, whose folder is an uploaded copy, a relative one is refused."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (storage.is_uri(path) or os.path.isabs(path)):
+        raise UserError(
+            f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give it in full."
+        )
+    return storage.absolute(path)
+
+
+def require(value: str, flag: str, meaning: str) -> str:
+    """A path that a job cannot do without; raises UserError where it is missing."""
+    if not value:
+        raise UserError(f"{flag} is missing: give {meaning}.")
+    return value
+
+
+def start_ray(workers: int) -> None:
+    """Join the cluster of RAY_ADDRESS (every submitted job has one), or start a Ray of this process's own."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # The workers of a Ray of our own import heartseg and jobs from here, wherever the command was typed.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    cores = os.cpu_count() or 1
+    if address == "local" and workers > cores:
+        raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
+    # Ray asks its own dashboard for the state of a training run; without it, the log fills with failed questions.
+    ray.init(address=address, include_dashboard=True if address == "local" else None, logging_level=logging.WARNING)
+    asked = ray.cluster_resources().get("GPU", 0) or ray.cluster_resources().get("CPU", 0)
+    if workers > asked and "RAY_AUTOSCALING" not in os.environ:
+        logging.getLogger("heartseg").info(
+            "The cluster has room for %d of %d workers: waiting for nodes.", int(asked), workers
+        )
+
+
+def worker_resources(workers: int) -> dict[str, float]:
+    """What one of `workers` asks of the cluster: a GPU where there are any, else its share of the cores."""
+    import ray
+
+    total = ray.cluster_resources()
+    if total.get("GPU", 0) >= 1:
+        return {"GPU": 1, "CPU": 1}
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    return {"CPU": max(1, min(int(largest), int(total.get("CPU", 1) // workers)))}

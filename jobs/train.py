@@ -1,0 +1,128 @@
+"""Distributed training: `python jobs/train.py seed --data /data/shards --workers 4`, also behind `ray job submit … --`.
+
+Ray Train supervises: it places the workers, joins them for DistributedDataParallel and starts them again when one dies.
+What a run knows lies in its own directory, the same with and without Ray, so the same command always resumes.
+"""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from heartseg import distributed, runs, storage
+from heartseg.config import Experiment, from_json, to_json
+from heartseg.errors import UserError
+from heartseg.runs import Run
+from heartseg.shards import open_shards
+from heartseg.training import check_plan, train_rank
+from jobs import runtime
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to launch."""
+
+    launcher: Literal["ray", "plain"] = "ray"
+    """`plain` needs no Ray: one process, or as many as torchrun starts."""
+    fresh: bool = False
+    """Begin a new run where the same command would resume one."""
+    run_name: str = ""
+    """Name of the run's folder; the recipe and a hash of the configuration where not given."""
+
+
+def run(experiment: Experiment, options: Options) -> str:
+    """Train, or go on training; returns the run's directory."""
+    data = runtime.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
+    if options.launcher == "plain":
+        experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
+    shards = open_shards(data)
+    check_plan(experiment, shards)
+    if options.launcher == "plain":
+        return run_plainly(experiment, options)
+    opened = runs.open_run(experiment, shards, options.run_name, options.fresh)
+    with storage.lock(opened.path):
+        print(f"run {opened.path}")
+        train_with_ray(experiment, opened)
+    return opened.path
+
+
+def run_plainly(experiment: Experiment, options: Options) -> str:
+    """Train in this process, one of torchrun's or the only one."""
+    ranks = distributed.start_plain()
+    try:
+        shards, opened = open_shards(experiment.data), None
+        if ranks.is_main:
+            opened = runs.open_run(experiment, shards, options.run_name, options.fresh)
+            print(f"run {opened.path}")
+        opened = distributed.from_main(opened, ranks)
+        with storage.lock(opened.path if ranks.is_main else storage.join(opened.path, f".rank{ranks.rank}")):
+            train_rank(experiment, opened, ranks, lambda model: distributed.wrap_model(model, ranks))
+        return opened.path
+    finally:
+        distributed.stop_plain()
+
+
+def train_with_ray(experiment: Experiment, opened: Run) -> None:
+    """Train as `experiment.workers` workers of a Ray Train run."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    runtime.start_ray(experiment.workers)
+    resources = runtime.worker_resources(experiment.workers)
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"experiment": to_json(experiment), "run": opened.path, "cores": resources["CPU"]},
+        scaling_config=ScalingConfig(
+            num_workers=experiment.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # A name of its own each time: what to resume is the run directory's to say, not Ray's snapshot's.
+            name=uuid.uuid4().hex[:8],
+            storage_path=storage.join(opened.path, "ray"),
+            failure_config=FailureConfig(max_failures=runtime.MAX_TRIES, controller_failure_limit=runtime.MAX_TRIES),
+        ),
+    )
+    result = trainer.fit()
+    # A sentence for the user comes back as a value: raised in a worker, Ray would try it again.
+    if result.return_value and "error" in result.return_value:
+        raise UserError(result.return_value["error"])
+
+
+def worker(config: dict) -> dict:
+    """One rank under Ray: configuration in, the model prepared, every epoch reported."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    runtime.show_log()
+    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
+    torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
+    experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())
+    try:
+        opened = runs.find_run(config["run"])
+        # The device is the engine's to choose the layout for; Ray adds the gradient averaging.
+        options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.DDP_OPTIONS}
+        train_rank(experiment, opened, ranks, lambda model: prepare_model(model, **options), ray.train.report)
+    except UserError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def job(argv: Sequence[str]) -> None:
+    """The command line."""
+    path = run(*runtime.parse(Options(), argv, "train.py", "Train a segmentation model; the same command resumes."))
+    record = runs.read_record(path)
+    last = record[-1]
+    scores = "  ".join(f"{name} {last[name]:.4f}" for name in ("val/dice", "test/dice") if name in last)
+    print(f"{last['epoch']} epochs done  {scores}  {path}")
+
+
+if __name__ == "__main__":
+    runtime.main(job)

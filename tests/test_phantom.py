@@ -1,0 +1,332 @@
+"""The phantom keeps its promises: known volumes, exact labels, the release's layout, pictures like the real ones."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from heartseg import camus, phantom
+from heartseg.errors import UserError
+from heartseg.labels import BACKGROUND, ENDO, LA, MYO, PHASES, VIEWS, Phase, View
+
+# The 10 and 90 % quantiles of `picture_statistics` over the 200 stills of 50 CAMUS patients drawn at random, from a
+# copy of the data at 224 x 224 whose depth is nominally 145 mm.
+REAL_RANGES = {
+    "sector_share": (0.534, 0.542),
+    "wall_to_cavity_contrast": (0.162, 0.342),
+    "axial_correlation_mm": (1.24, 2.35),
+    "lateral_correlation_mm": (2.42, 3.68),
+    "cavity_grey": (52.4, 96.5),
+    "wall_grey": (94.3, 143.0),
+    "sector_grey": (78.5, 125.3),
+    "sector_grey_spread": (34.6, 54.0),
+    "endo_share": (0.049, 0.145),
+    "myo_share": (0.064, 0.151),
+    "la_share": (0.026, 0.074),
+}
+GRID = 224
+
+
+def files_of(folder) -> dict[str, str]:
+    """Relative path to SHA-256 of every file."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            with open(path, "rb") as stream:
+                found[os.path.relpath(path, folder)] = hashlib.sha256(stream.read()).hexdigest()
+    return found
+
+
+def on_common_grid(recording: camus.Recording) -> camus.Recording:
+    """The recording on 224 x 224 pixels: image antialiased, labels by nearest neighbour, spacing to match."""
+    shape = recording.image.shape
+    rows, columns = ((np.arange(GRID) + 0.5) * size / GRID - 0.5 for size in shape)
+    smooth = ndimage.gaussian_filter(recording.image.astype(float), [max(0, (size / GRID - 1) / 2) for size in shape])
+    image = ndimage.map_coordinates(smooth, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+    mask = recording.mask[np.ix_(np.rint(rows).astype(int), np.rint(columns).astype(int))]
+    spacing_mm = tuple(value * size / GRID for value, size in zip(recording.spacing_mm, shape, strict=True))
+    return replace(recording, image=np.rint(image).astype(np.uint8), mask=mask, spacing_mm=spacing_mm)
+
+
+def sector_of(image: np.ndarray) -> np.ndarray:
+    """The part of the image that the probe sees: the largest bright region, closed and filled."""
+    seen = ndimage.binary_closing(np.pad(image > 12, 12), iterations=10)[12:-12, 12:-12]
+    regions, _ = ndimage.label(seen)
+    return ndimage.binary_fill_holes(regions == 1 + np.argmax(np.bincount(regions.ravel())[1:]))
+
+
+def correlation_length_mm(image: np.ndarray, region: np.ndarray, axis: int, spacing_mm: float) -> float:
+    """Shift at which the autocorrelation of the high-passed image inside `region` falls to 1/e."""
+    weight = region.astype(float)
+    local_mean = ndimage.gaussian_filter(image * weight, 6) / np.maximum(ndimage.gaussian_filter(weight, 6), 1e-6)
+    residual, before = (image - local_mean) * weight, 1.0
+    variance, size = (residual**2).sum() / weight.sum(), image.shape[axis]
+    for shift in range(1, 20):
+        here, there = range(size - shift), range(shift, size)
+        both = np.take(weight, here, axis) * np.take(weight, there, axis)
+        now = (np.take(residual, here, axis) * np.take(residual, there, axis)).sum() / both.sum() / variance
+        if now < np.exp(-1):
+            return (shift - 1 + (before - np.exp(-1)) / (before - now)) * spacing_mm
+        before = now
+    return np.nan
+
+
+def picture_statistics(recording: camus.Recording) -> dict[str, float]:
+    """What makes a still look real, measured on the common grid; the shares are of all pixels."""
+    still = on_common_grid(recording)
+    image, mask, sector = still.image.astype(float), still.mask, sector_of(still.image)
+    cavity, wall = image[(mask == ENDO) & sector].mean(), image[(mask == MYO) & sector].mean()
+    # The central columns, where rows run along the beam and columns across it.
+    central = np.abs(np.arange(GRID) - GRID / 2) < GRID / 5
+    inner = ndimage.binary_erosion(sector, iterations=6) & central & (np.arange(GRID)[:, None] > 30)
+    return {
+        "sector_share": sector.mean(),
+        "wall_to_cavity_contrast": (wall - cavity) / (wall + cavity),
+        "axial_correlation_mm": correlation_length_mm(image, inner, 0, still.spacing_mm[0]),
+        "lateral_correlation_mm": correlation_length_mm(image, inner, 1, still.spacing_mm[1]),
+        "cavity_grey": cavity,
+        "wall_grey": wall,
+        "sector_grey": image[sector].mean(),
+        "sector_grey_spread": image[sector].std(),
+        "endo_share": (mask == ENDO).mean(),
+        "myo_share": (mask == MYO).mean(),
+        "la_share": (mask == LA).mean(),
+    }
+
+
+def biplane_volume_ml(two: camus.Recording, four: camus.Recording) -> float:
+    """Method of disks on the two masks alone: the long axis is the cavity's principal axis; pixels are counted."""
+    widths, heights = [], []
+    for recording in (two, four):
+        points = np.argwhere(recording.mask == ENDO) * recording.spacing_mm
+        values, vectors = np.linalg.eigh(np.cov(points.T))
+        along = points @ vectors[:, np.argmax(values)]
+        # A row of pixels is as thick as its spacing, so the length ends half a pixel beyond the outermost centres.
+        low, high = along.min() - recording.spacing_mm[0] / 2, along.max() + recording.spacing_mm[0] / 2
+        counts, _ = np.histogram(along, bins=20, range=(low, high))
+        flip = vectors[0, np.argmax(values)] < 0
+        widths.append((counts[::-1] if flip else counts) * np.prod(recording.spacing_mm) / ((high - low) / 20))
+        heights.append((high - low) / 20)
+    return np.pi / 4 * (widths[0] * widths[1]).sum() * np.mean(heights) / 1000
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> str:
+    """Twelve patients at full size."""
+    source = str(tmp_path_factory.mktemp("phantom"))
+    phantom.write_phantom(source, patients=12, seed=3)
+    return source
+
+
+@pytest.fixture(scope="module")
+def stills(tree) -> dict:
+    """Every still of the tree by (patient, view, phase)."""
+    return {
+        (patient, view, phase): camus.read_still(tree, patient, view, phase)
+        for patient in camus.find_patients(tree)
+        for view, phase in camus.stills_of()
+    }
+
+
+def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(tmp_path):
+    for name, seed, workers in (("one", 7, 1), ("two", 7, 2), ("other", 8, 1)):
+        phantom.write_phantom(str(tmp_path / name), patients=3, seed=seed, sequences=True, scale=0.1, workers=workers)
+    one, two, other = (files_of(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two
+    images = [name for name in one if name.endswith(".nii.gz") and "_gt" not in name]
+    assert len(images) == 3 * 6 and not any(one[name] == other[name] for name in images)
+
+
+def test_a_patient_does_not_depend_on_how_many_there_are(tmp_path):
+    for patients in (1, 2):
+        phantom.write_phantom(str(tmp_path / str(patients)), patients=patients, scale=0.1)
+    one, two = (files_of(tmp_path / name) for name in ("1", "2"))
+    assert all(two[name] == one[name] for name in one if "patient0001" in name)
+
+
+def test_both_views_and_phases_cfg_and_split_files_are_there(tree, stills):
+    assert camus.find_patients(tree) == [f"patient{number:04d}" for number in range(1, 13)]
+    groups = camus.read_groups(tree)
+    assert sorted(chain(*groups.values())) == camus.find_patients(tree)
+    assert [len(groups[group]) for group in ("train", "val", "test")] == [10, 1, 1]
+    for (patient, view, phase), still in stills.items():
+        number = int(patient[7:])
+        assert still.info == camus.read_info(tree, patient, view) == phantom.patient_info(number, seed=3)
+        assert still.info.ef_convention == "ase" and still.frame == getattr(still.info, phase.lower())
+        assert set(np.unique(still.mask)) == {BACKGROUND, ENDO, MYO, LA}
+        assert still.image[0, 0] == still.image[0, -1] == still.image[-1, 0] == still.image[-1, -1] == 0
+    assert not any("half_sequence" in name for name in files_of(tree))
+
+
+@pytest.mark.parametrize(("patients", "sizes"), [(1, [1, 0, 0]), (2, [2, 0, 0]), (3, [1, 1, 1]), (50, [40, 5, 5])])
+def test_groups_are_disjoint_and_none_is_empty_from_three_patients_on(patients, sizes):
+    names = [f"patient{number:04d}" for number in range(1, patients + 1)]
+    groups = phantom.split_patients(names, seed=0)
+    assert [len(groups[group]) for group in ("train", "val", "test")] == sizes
+    assert sorted(chain(*groups.values())) == names
+
+
+def test_spacing_size_and_type_vary_as_in_the_release(tree, stills):
+    spacings = {still.spacing_mm for still in stills.values()}
+    assert any(np.allclose(spacing, (0.308, 0.308)) for spacing in spacings)
+    assert any(np.isclose(2 * depth, lateral) for depth, lateral in spacings)
+    assert len(spacings) >= 4 and len({still.image.shape for still in stills.values()}) >= 12
+    raw = [camus.read_nifti(camus.recording_path(tree, *still))[0] for still in stills]
+    assert {array.dtype for array in raw} == {np.dtype(np.float32), np.dtype(np.uint8)}
+    assert all((array == np.rint(array)).all() and array.max() > 150 for array in raw)
+
+
+def test_scale_shrinks_the_grid_and_not_the_heart():
+    full, small = (phantom.Scanner(1, 0, View.TWO_CHAMBER, scale) for scale in (1.0, 0.25))
+    assert np.allclose(np.array(small.spacing_mm), 4 * np.array(full.spacing_mm))
+    for label in (ENDO, MYO, LA):
+        areas = [(scanner.mask(0.0) == label).sum() * np.prod(scanner.spacing_mm) for scanner in (full, small)]
+        assert areas[1] == pytest.approx(areas[0], rel=0.02)
+
+
+def test_volume_of_the_rasterised_cavity_matches_the_closed_form(stills):
+    for number in range(1, 13):
+        geometry, volumes = phantom.patient_geometry(number, seed=3), {}
+        for phase in PHASES:
+            volumes[phase] = biplane_volume_ml(*(stills[geometry.patient, view, phase] for view in VIEWS))
+            assert volumes[phase] == pytest.approx(phantom.volume_ml(geometry, phase), rel=0.015)
+        ef = 100 * (volumes[Phase.ED] - volumes[Phase.ES]) / volumes[Phase.ED]
+        assert ef == pytest.approx(stills[geometry.patient, View.TWO_CHAMBER, Phase.ED].info.ef, abs=0.7)
+
+
+def test_closed_form_matches_counted_voxels_and_the_whole_ellipsoid():
+    geometry = phantom.patient_geometry(5)
+    (a, b), c = geometry.radii_mm, geometry.half_length_mm
+    x, y, z = np.ogrid[-40:40:161j, -40:40:161j, -60:60:241j]
+    inside = (x / a) ** 2 + (y / b) ** 2 + (z / c) ** 2 <= 1
+    counted_ml = (inside & (z <= geometry.truncation * c)).sum() * 0.5**3 / 1000
+    assert phantom.volume_ml(geometry, Phase.ED) == pytest.approx(counted_ml, rel=0.005)
+    whole = phantom.volume_ml(replace(geometry, truncation=1.0), Phase.ED)
+    assert whole == pytest.approx(4 / 3 * np.pi * a * b * c / 1000)
+
+
+def test_ejection_fraction_of_the_closed_form_is_the_cfgs_and_some_hearts_are_poor():
+    fractions = []
+    for number in range(1, 51):
+        geometry = phantom.patient_geometry(number)
+        edv, esv = (phantom.volume_ml(geometry, phase) for phase in PHASES)
+        fractions.append(100 * (edv - esv) / edv)
+        assert fractions[-1] == pytest.approx(phantom.patient_info(number).ef)
+    assert 25 <= min(fractions) < 35 and 60 < max(fractions) <= 70
+    assert 5 <= sum(fraction < 40 for fraction in fractions) <= 25
+
+
+def test_cavity_lies_within_the_image_and_nearly_all_within_the_sector():
+    for number in range(1, 31):
+        for view in VIEWS:
+            scanner = phantom.Scanner(number, 0, view, scale=0.1)
+            for contraction in (0.0, 1.0):
+                cavity = scanner.mask(contraction) == ENDO
+                assert not (cavity[0] | cavity[-1]).any() and not (cavity[:, 0] | cavity[:, -1]).any()
+                assert (cavity & ~scanner.in_sector).sum() < 0.05 * cavity.sum()
+
+
+def test_wall_is_closed_at_the_apex_open_at_the_mitral_plane_and_thickens():
+    geometry = phantom.patient_geometry(2)
+    thickness = {}
+    for phase, contraction in phantom.CONTRACTION.items():
+        heart = phantom.geometry_at(geometry, contraction)
+        along = np.arange(-30, 150, 0.1)
+        column = phantom.labels_at(heart, View.FOUR_CHAMBER, along, np.zeros_like(along))
+        changes = column[np.flatnonzero(np.diff(column, prepend=column[0] + 1))]
+        assert changes.tolist() == [BACKGROUND, MYO, ENDO, LA, BACKGROUND]
+        across = np.arange(-60, 60, 0.1)
+        row = phantom.labels_at(heart, View.FOUR_CHAMBER, np.full_like(across, heart.half_length_mm), across)
+        changes = row[np.flatnonzero(np.diff(row, prepend=row[0] + 1))]
+        assert changes.tolist() == [BACKGROUND, MYO, ENDO, MYO, BACKGROUND]
+        thickness[phase] = [0.1 * (row == MYO).sum() / 2, 0.1 * (column == MYO).sum()]
+        assert thickness[phase] == pytest.approx([heart.wall_mm, heart.wall_mm], abs=0.2)
+    assert thickness[Phase.ES][0] > 1.05 * thickness[Phase.ED][0]
+
+
+def test_sequences_run_between_the_stills_in_either_direction(tmp_path):
+    source, directions = str(tmp_path), set()
+    phantom.write_phantom(source, patients=4, seed=1, sequences=True, scale=0.1)
+    for patient in camus.find_patients(source):
+        for view in VIEWS:
+            info = camus.read_info(source, patient, view)
+            for suffix in ("", "_gt"):
+                frames, spacing_mm = camus.read_nifti(
+                    camus.recording_path(source, patient, view, "half_sequence", suffix)
+                )
+                assert frames.shape[-1] == info.num_frames and 10 <= info.num_frames <= 40
+                for phase in PHASES:
+                    still, still_spacing_mm = camus.read_nifti(
+                        camus.recording_path(source, patient, view, phase, suffix)
+                    )
+                    assert (frames[..., getattr(info, phase.lower()) - 1] == still).all()
+                    assert spacing_mm == still_spacing_mm
+            areas = (frames == ENDO).sum((0, 1))
+            directions.add(info.ed < info.es)
+            assert (np.diff(areas) <= 2).all() if info.ed < info.es else (np.diff(areas) >= -2).all()
+    assert directions == {True, False}
+
+
+def test_pictures_look_like_the_real_ones(stills):
+    measured = [picture_statistics(still) for still in stills.values()]
+    for name, (low, high) in REAL_RANGES.items():
+        values = np.array([row[name] for row in measured])
+        assert low <= np.median(values) <= high, f"{name}: median {np.median(values):.3g}"
+        inside = ((values >= low) & (values <= high)).mean()
+        assert inside >= 0.6, f"{name}: only {inside:.0%} of the pictures lie in the real range"
+
+
+def test_lateral_correlation_grows_with_depth(stills):
+    ratios = []
+    for still in stills.values():
+        still = on_common_grid(still)
+        inner = ndimage.binary_erosion(sector_of(still.image), iterations=6)
+        rows = np.arange(GRID)[:, None]
+        lengths = [
+            correlation_length_mm(still.image.astype(float), inner & part, 1, still.spacing_mm[1])
+            for part in (rows < 90, rows > 150)
+        ]
+        ratios.append(lengths[1] / lengths[0])
+    assert np.median(ratios) > 1.2
+
+
+def test_a_folder_with_other_patients_is_never_written_into(tmp_path):
+    theirs = tmp_path / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"somebody's heart")
+    with pytest.raises(UserError, match="no phantom's"):
+        phantom.write_phantom(str(tmp_path), patients=1, scale=0.1)
+    assert theirs.read_bytes() == b"somebody's heart" and list(files_of(tmp_path)) == [
+        os.path.relpath(theirs, tmp_path)
+    ]
+
+
+def test_the_same_phantom_may_be_written_again_and_another_may_not(tmp_path):
+    phantom.write_phantom(str(tmp_path), patients=1, scale=0.1)
+    before = files_of(tmp_path)
+    phantom.write_phantom(str(tmp_path), patients=1, scale=0.1)
+    assert files_of(tmp_path) == before
+    with pytest.raises(UserError, match="other settings"):
+        phantom.write_phantom(str(tmp_path), patients=2, scale=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"patients": 0}, {"scale": 0.0}, {"scale": 2.0}, {"seed": -1}, {"workers": 0}])
+def test_an_impossible_number_is_refused_before_anything_is_written(tmp_path, wrong):
+    with pytest.raises(UserError):
+        phantom.write_phantom(str(tmp_path / "out"), **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_writes_a_tree_and_refuses_in_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "heartseg.phantom", str(tmp_path), "--patients", "2", "--workers", "2"]
+    good = subprocess.run([*command, "--scale", "0.1", "--sequences"], capture_output=True, text=True, check=False)
+    assert good.returncode == 0 and camus.find_patients(str(tmp_path)) == ["patient0001", "patient0002"]
+    bad = subprocess.run([*command, "--scale", "7"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr
