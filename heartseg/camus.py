@@ -113,9 +113,7 @@ def read_still(source: str, patient: str, view: View, phase: Phase, digest=None)
         raise DamagedRecording(f"the mask's shape {mask.shape} is not the image's {image.shape}", mask_path)
     info = read_info(source, patient, view, digest)
     frame = getattr(info, phase.lower()) if info else None
-    return Recording(
-        patient, view, phase, frame, as_intensity(image, image_path), as_labels(mask, mask_path), spacing_mm, info
-    )
+    return Recording(patient, view, phase, frame, as_intensity(image, image_path), as_labels(mask, mask_path), spacing_mm, info)
 
 
 def read_nifti(path: str, digest=None) -> tuple[np.ndarray, tuple[float, float]]:

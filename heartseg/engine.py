@@ -181,9 +181,7 @@ def _raise_if_not_finite(
 
 
 @torch.inference_mode()
-def evaluate(
-    experiment: Experiment, model: nn.Module, loader: Loader, intensity: Intensity, ranks: Ranks
-) -> dict[str, float]:
+def evaluate(experiment: Experiment, model: nn.Module, loader: Loader, intensity: Intensity, ranks: Ranks) -> dict[str, float]:
     """Loss and scores of a group on the stored grid; every image counts once, whatever the number of ranks."""
     model.eval()
     sums = ScoreSums(ranks.device)

@@ -115,9 +115,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def curve(
-    epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None
-) -> Figure:
+def curve(epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None) -> Figure:
     """A quantity by epoch, one line a group; `marked` is the epoch that a dotted line points out.
 
     `series` holds the values by group (`train`, `val`, `test`, or "" for a quantity without group); NaN leaves a gap.

@@ -38,7 +38,5 @@ def training_loss(config: LossConfig, outputs, target: torch.Tensor) -> torch.Te
     """The loss of what a model in training returns: logits, or (logits, auxiliary logits)."""
     if isinstance(outputs, tuple):
         main, auxiliary = outputs
-        return segmentation_loss(config, main, target) + config.aux_weight * segmentation_loss(
-            config, auxiliary, target
-        )
+        return segmentation_loss(config, main, target) + config.aux_weight * segmentation_loss(config, auxiliary, target)
     return segmentation_loss(config, outputs, target)

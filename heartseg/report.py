@@ -115,9 +115,7 @@ def score_tables(summary: dict) -> dict:
     return {
         "headline": scores.get("dice"),
         "cards": [(title, colour, scores.get(name)) for name, (title, colour) in CARDS.items()],
-        "scores": [
-            (SCORE_TITLES.get(n, n), scores[n] or {}, pooled.get(n)) for n in dict.fromkeys(order) if n in scores
-        ],
+        "scores": [(SCORE_TITLES.get(n, n), scores[n] or {}, pooled.get(n)) for n in dict.fromkeys(order) if n in scores],
         "breakdowns": [(title, parts) for title, parts in breakdowns if parts],
         "breakdown_columns": BREAKDOWN_COLUMNS,
     }
@@ -164,9 +162,7 @@ def curve_figures(record: list[dict], summary: dict) -> list[dict]:
     for name, series in panels.items():
         title = CURVES.get(name, "Learning rate")
         figure = figures.curve(epochs, series, title, summary.get("epoch"))
-        last = ", ".join(
-            f"{GROUP_TITLES.get(group, group)} {values[-1]:.4g}".strip() for group, values in series.items()
-        )
+        last = ", ".join(f"{GROUP_TITLES.get(group, group)} {values[-1]:.4g}".strip() for group, values in series.items())
         drawn.append(inline(figure, f"curve-{name}", f"{title} by epoch, to epoch {epochs[-1]}: {last}."))
     return drawn
 

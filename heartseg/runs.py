@@ -62,9 +62,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
         there = storage.read_json(described)
         difference = first_difference({key: there.get(key) for key in asked}, asked)
         if difference:
-            raise UserError(
-                f"{path} holds another run ({difference.removeprefix('identity.')}): give --fresh or --run-name."
-            )
+            raise UserError(f"{path} holds another run ({difference.removeprefix('identity.')}): give --fresh or --run-name.")
         return Run(path, there)
     description = asked | {
         "experiment": to_json(experiment),
@@ -135,7 +133,7 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
         f"DeepLabv3 ({model['backbone']}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
         f"2- and 4-chamber echocardiograms.\n\n"
         f"## Data\n\n{TERMS.get(said['dataset'], TERMS['other'])}\n\nSplit by patient ({said['split']['kind']}):\n\n{groups}\n"
-        f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; jobs/evaluate.py scores on "
+        f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
         f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
         f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"
         f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']}, source {said['source_sha256']}\n"

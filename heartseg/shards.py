@@ -205,9 +205,7 @@ def open_shards(path: str) -> Shards:
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
     manifest = storage.read_json(manifest_path)
     if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has shard format {manifest.get('format')}, this version reads {FORMAT}: preprocess anew."
-        )
+        raise UserError(f"{path} has shard format {manifest.get('format')}, this version reads {FORMAT}: preprocess anew.")
     groups = storage.read_json(storage.join(path, SPLITS))["groups"]
     splits.assert_disjoint(groups)
     unknown = {p for names in groups.values() for p in names} - manifest["patients"].keys()

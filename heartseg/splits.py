@@ -13,14 +13,9 @@ def make_groups(config: SplitConfig, patients: list[str], official: dict[str, li
 
     Raises UserError where an official split is asked for and not there, or where no patient is left to train on.
     """
-    if config.kind == "official":
-        groups = official_groups(patients, official)
-    else:
-        groups = ratio_groups(config, patients)
+    groups = official_groups(patients, official) if config.kind == "official" else ratio_groups(config, patients)
     if len(groups) < 2 or "train" not in groups:
-        raise UserError(
-            f"{len(patients)} patients give no training group and another one: give more, or another split."
-        )
+        raise UserError(f"{len(patients)} patients give no training group and another one: give more, or another split.")
     assert_disjoint(groups)
     return groups
 

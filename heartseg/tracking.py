@@ -23,9 +23,7 @@ class Tracker:
     def log(self, metrics: dict[str, float]) -> None:
         """Record an epoch's metrics; `metrics["epoch"]` is the step."""
 
-    def overlays(
-        self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]
-    ) -> None:
+    def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
         """Record images uint8 [k,H,W] with true and predicted labels [k,H,W]."""
 
     def artifact(self, checkpoint_path: str, fingerprint: str) -> None:
@@ -58,9 +56,7 @@ class WandbTracker(Tracker):
             "tags": [experiment.name, run.description["dataset"]],
             "config": _flat(run.description["identity"]) | {"data_fingerprint": run.description["data_fingerprint"]},
             # Rows reach the disk each second, so that a kill costs one and not fifteen.
-            "settings": wandb.Settings(
-                silent=True, console="off", init_timeout=10, x_transaction_log_flush_interval=1.0
-            ),
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=10, x_transaction_log_flush_interval=1.0),
         }
         try:
             self.run = wandb.init(mode=mode, **arguments)
@@ -73,9 +69,7 @@ class WandbTracker(Tracker):
     def log(self, metrics: dict[str, float]) -> None:
         self.run.log(metrics)
 
-    def overlays(
-        self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]
-    ) -> None:
+    def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
         if not self.send_images:
             return
         labels = dict(enumerate(CLASSES))

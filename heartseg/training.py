@@ -147,9 +147,7 @@ class Keeper:
             logits = engine.forward(self.experiment.train, state.evaluated, self.intensity.apply(unit))
         predictions = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
         table = self.shown.table.take(rows)
-        names = [
-            f"{r['patient']} {r['view']} {r['phase']}" for r in table.select(["patient", "view", "phase"]).to_pylist()
-        ]
+        names = [f"{r['patient']} {r['view']} {r['phase']}" for r in table.select(["patient", "view", "phase"]).to_pylist()]
         arrays = {"images": images[:, 0].numpy(), "masks": masks.numpy(), "predictions": predictions}
         self.tracker.overlays(state.epoch, *arrays.values(), names)
         for name in ["first"] * is_first + ["last"] * is_last:
@@ -160,9 +158,7 @@ class Keeper:
     def print_epoch(self, metrics: dict[str, float]) -> None:
         """One line an epoch: what was reached, and how long the rest will take."""
         scores = [
-            f"{name} {metrics[name]:.4f}"
-            for name in ("train/loss", "train/dice", "val/dice", "test/dice")
-            if name in metrics
+            f"{name} {metrics[name]:.4f}" for name in ("train/loss", "train/dice", "val/dice", "test/dice") if name in metrics
         ]
         epochs = self.experiment.train.epochs
         left = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
@@ -177,8 +173,6 @@ class Keeper:
 
     def finish(self, shards: Shards) -> None:
         """Write the model card and hand the checkpoint that counts to the tracker."""
-        storage.publish(
-            storage.join(self.run.path, "MODEL_CARD.md"), runs.model_card(self.run, self.record[-1]).encode()
-        )
+        storage.publish(storage.join(self.run.path, "MODEL_CARD.md"), runs.model_card(self.run, self.record[-1]).encode())
         kept = checkpoint.find(self.run.path, "best")
         self.tracker.artifact(kept.path, shards.fingerprint)

@@ -56,14 +56,12 @@ def run(options: Options) -> str:
     summary_path = storage.join(out, "summary.json")
     if storage.exists(summary_path):
         summary = storage.read_json(summary_path)
-        if {key: summary.get(key) for key in evaluated} == evaluated and storage.exists(
-            storage.join(out, "report.html")
-        ):
+        if {key: summary.get(key) for key in evaluated} == evaluated and storage.exists(storage.join(out, "report.html")):
             print(f"{out} is complete.\n{evaluation.table_text(summary)}")
             return out
     started = time.perf_counter()
     images = pandas.DataFrame(score(found.path, shards, group, options))
-    table = pa.Table.from_pandas(images, preserve_index=False)
+    table = pa.Table.from_pandas(images.drop(columns="confusion"), preserve_index=False)
     summary = evaluation.summarise(images) | evaluated | {"seconds": time.perf_counter() - started}
     storage.write_table(storage.join(out, "images.parquet"), table)
     storage.publish_json(summary_path, summary)
@@ -101,9 +99,7 @@ def score_share(path: str, shards, group: str, rank: int, world_size: int, cores
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    options = runtime.parse_line(
-        Options, argv, "python jobs/evaluate.py", "Score a trained model and write its report."
-    )
+    options = runtime.parse_line(Options, argv, "python jobs/evaluate.py", "Score a trained model and write its report.")
     out = run(options)
     print(storage.join(out, "report.html"))
 

@@ -27,9 +27,7 @@ def run(experiment: Experiment, options: Options) -> str:
     print("1/3 preprocess")
     preprocess.run(replace(experiment, out=shards), preprocess.Options())
     print("2/3 train")
-    run_path = train.run(
-        replace(experiment, data=shards, runs=storage.join(out, "runs")), train.Options(fresh=options.fresh)
-    )
+    run_path = train.run(replace(experiment, data=shards, runs=storage.join(out, "runs")), train.Options(fresh=options.fresh))
     print("3/3 evaluate")
     evaluation = evaluate.run(evaluate.Options(checkpoint=run_path, data=shards, workers=experiment.workers))
     return storage.join(evaluation, "report.html")

@@ -58,9 +58,7 @@ def write(experiment: Experiment, options: Options, patients: list[str]) -> dict
     bar.close()
     found = [records[name] for name, _ in parts]
     show_quarantine([entry for record in found for entry in record["quarantined"]], found, options)
-    manifest = shards.write_manifest(
-        experiment.out, camus.dataset_name(experiment.source, patients), experiment.image, found
-    )
+    manifest = shards.write_manifest(experiment.out, camus.dataset_name(experiment.source, patients), experiment.image, found)
     print(f"{manifest['rows']} images of {len(patients)} patients in {len(found)} parts: {experiment.out}")
     return manifest
 

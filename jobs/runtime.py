@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,13 +48,11 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
     """
     experiment, rest = _pick_recipe(list(argv))
 
-    @dataclass(frozen=True)
-    class Command:
-        experiment: Annotated[Experiment, tyro.conf.arg(prefix_name=False)]
-        options: Annotated[type(options), tyro.conf.arg(prefix_name=False)]
-
+    flat = tyro.conf.arg(name="")
+    fields = [("experiment", Annotated[Experiment, flat]), ("options", Annotated[type(options), flat])]
+    kind = make_dataclass("Command", fields, frozen=True)
     shown = f"python jobs/{prog} [{'|'.join(RECIPES)}|--config FILE]"
-    command = parse_line(Command, rest, shown, description, default=Command(experiment, options))
+    command = parse_line(kind, rest, shown, description, default=kind(experiment, options))
     return with_environment(command.experiment), command.options
 
 
@@ -99,9 +97,7 @@ def with_environment(experiment: Experiment) -> Experiment:
 def absolute(path: str, name: str) -> str:
     """A path made absolute; inside a Ray job, whose folder is an uploaded copy, a relative one is refused."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (storage.is_uri(path) or os.path.isabs(path)):
-        raise UserError(
-            f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give it in full."
-        )
+        raise UserError(f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give it in full.")
     return storage.absolute(path)
 
 
@@ -130,9 +126,7 @@ def start_ray(workers: int) -> None:
     ray.init(address=address, include_dashboard=True if address == "local" else None, logging_level=logging.WARNING)
     asked = ray.cluster_resources().get("GPU", 0) or ray.cluster_resources().get("CPU", 0)
     if workers > asked and "RAY_AUTOSCALING" not in os.environ:
-        logging.getLogger("heartseg").info(
-            "The cluster has room for %d of %d workers: waiting for nodes.", int(asked), workers
-        )
+        logging.getLogger("heartseg").info("The cluster has room for %d of %d workers: waiting for nodes.", int(asked), workers)
 
 
 def worker_resources(workers: int) -> dict[str, float]:

@@ -13,9 +13,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL = ROOT / "cluster" / "local.sh"
-SECRET_NAME = re.compile(
-    r"(^|[_-])(secret|password|passwd|token|api_?key|access_?key(_?id)?|private_?key)$", re.IGNORECASE
-)
+SECRET_NAME = re.compile(r"(^|[_-])(secret|password|passwd|token|api_?key|access_?key(_?id)?|private_?key)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(
     r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"  # AWS
     r"|\b(gh[opsu]_|github_pat_|hf_|xox[abp]-)\w{20,}"  # GitHub, Hugging Face, Slack
@@ -154,9 +152,7 @@ def test_the_image_has_no_build_tools_and_no_secrets():
     commands = " ".join(rest for keyword, rest in last_stage() if keyword == "RUN")
     tools = {"build-essential", "gcc", "g++", "clang", "make", "cmake", "ninja", "git", "python3-dev", "pip"}
     assert not tools & set(re.findall(r"[\w+-]+", commands))
-    given = [
-        name for keyword, rest in instructions() if keyword in ("ENV", "ARG") for name in re.findall(r"(\w+)=?", rest)
-    ]
+    given = [name for keyword, rest in instructions() if keyword in ("ENV", "ARG") for name in re.findall(r"(\w+)=?", rest)]
     assert not [name for name in given if SECRET_NAME.search(name)]
 
 

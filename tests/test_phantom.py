@@ -258,14 +258,10 @@ def test_sequences_run_between_the_stills_in_either_direction(tmp_path):
         for view in VIEWS:
             info = camus.read_info(source, patient, view)
             for suffix in ("", "_gt"):
-                frames, spacing_mm = camus.read_nifti(
-                    camus.recording_path(source, patient, view, "half_sequence", suffix)
-                )
+                frames, spacing_mm = camus.read_nifti(camus.recording_path(source, patient, view, "half_sequence", suffix))
                 assert frames.shape[-1] == info.num_frames and 10 <= info.num_frames <= 40
                 for phase in PHASES:
-                    still, still_spacing_mm = camus.read_nifti(
-                        camus.recording_path(source, patient, view, phase, suffix)
-                    )
+                    still, still_spacing_mm = camus.read_nifti(camus.recording_path(source, patient, view, phase, suffix))
                     assert (frames[..., getattr(info, phase.lower()) - 1] == still).all()
                     assert spacing_mm == still_spacing_mm
             areas = (frames == ENDO).sum((0, 1))
@@ -303,9 +299,7 @@ def test_a_folder_with_other_patients_is_never_written_into(tmp_path):
     theirs.write_bytes(b"somebody's heart")
     with pytest.raises(UserError, match="no phantom's"):
         phantom.write_phantom(str(tmp_path), patients=1, scale=0.1)
-    assert theirs.read_bytes() == b"somebody's heart" and list(files_of(tmp_path)) == [
-        os.path.relpath(theirs, tmp_path)
-    ]
+    assert theirs.read_bytes() == b"somebody's heart" and list(files_of(tmp_path)) == [os.path.relpath(theirs, tmp_path)]
 
 
 def test_the_same_phantom_may_be_written_again_and_another_may_not(tmp_path):

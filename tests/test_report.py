@@ -146,9 +146,7 @@ def test_identifiers_on_the_page_are_unique_and_references_lead_somewhere(page):
     tags = Reader(text).tags
     names = [a["id"] for _, a in tags if "id" in a]
     assert len(names) == len(set(names))
-    wanted = set(re.findall(r"url\(#([^)]+)\)", text)) | {
-        a["href"][1:] for _, a in tags if a.get("href", "").startswith("#")
-    }
+    wanted = set(re.findall(r"url\(#([^)]+)\)", text)) | {a["href"][1:] for _, a in tags if a.get("href", "").startswith("#")}
     assert wanted <= set(names)
 
 
@@ -156,11 +154,7 @@ def test_screen_readers_get_text_for_every_picture_and_scope_for_every_header(pa
     tags = Reader(page()).tags
     assert all(a.get("alt") for tag, a in tags if tag == "img")
     assert all(a.get("scope") in ("row", "col") for tag, a in tags if tag == "th")
-    assert (
-        sum(a.get("role") == "img" and bool(a.get("aria-label")) for _, a in tags)
-        == sum(t == "svg" for t, _ in tags)
-        == 7
-    )
+    assert sum(a.get("role") == "img" and bool(a.get("aria-label")) for _, a in tags) == sum(t == "svg" for t, _ in tags) == 7
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in tags}
     levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
