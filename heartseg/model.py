@@ -10,26 +10,33 @@ from heartseg.config import ModelConfig
 from heartseg.errors import UserError
 from heartseg.labels import NUM_CLASSES
 
-try:
-    from torchvision.models import MobileNet_V3_Large_Weights, ResNet50_Weights, ResNet101_Weights, segmentation
-except RuntimeError as error:
-    if "torchvision::nms" not in str(error):
-        raise
-    raise UserError(
-        "torch and torchvision are of different builds (a CPU-only torch beside an ordinary torchvision): "
-        "install both together with `pip install --force-reinstall torch torchvision`."
-    ) from error
 
-# Backbone -> (torchvision's DeepLabv3, its ImageNet weights, the name of its first convolution).
-BACKBONES = {
-    "resnet101": (segmentation.deeplabv3_resnet101, ResNet101_Weights.IMAGENET1K_V2, "conv1"),
-    "resnet50": (segmentation.deeplabv3_resnet50, ResNet50_Weights.IMAGENET1K_V2, "conv1"),
-    "mobilenet_v3_large": (
-        segmentation.deeplabv3_mobilenet_v3_large,
-        MobileNet_V3_Large_Weights.IMAGENET1K_V2,
-        "0.0",
-    ),
-}
+def _backbone(name: str) -> tuple:
+    """torchvision's DeepLabv3 of a backbone, its ImageNet weights, and the name of its first convolution.
+
+    Imported here and not above, so that a broken installation becomes a sentence. Raises UserError for one.
+    """
+    try:
+        from torchvision import models
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        raise UserError(
+            "torch and torchvision are of different builds (a CPU-only torch beside an ordinary torchvision): "
+            "install both together with `pip install --force-reinstall torch torchvision`."
+        ) from error
+    weights = {
+        "resnet101": models.ResNet101_Weights.IMAGENET1K_V2,
+        "resnet50": models.ResNet50_Weights.IMAGENET1K_V2,
+        "mobilenet_v3_large": models.MobileNet_V3_Large_Weights.IMAGENET1K_V2,
+    }
+    constructor = getattr(models.segmentation, f"deeplabv3_{name}")
+    return constructor, weights[name], "0.0" if name == "mobilenet_v3_large" else "conv1"
+
+
+def check_installation() -> None:
+    """Raise UserError where torch and torchvision do not fit together."""
+    _backbone("resnet101")
 
 
 class DeepLab(nn.Module):
@@ -51,7 +58,7 @@ class DeepLab(nn.Module):
 
 def build_model(config: ModelConfig) -> DeepLab:
     """Build the network of a configuration; raises UserError where pretrained weights cannot be had."""
-    constructor, weights, first_conv = BACKBONES[config.backbone]
+    constructor, weights, first_conv = _backbone(config.backbone)
     # torchvision would download backbone weights unless told not to.
     arguments = {"weights": None, "num_classes": NUM_CLASSES, "aux_loss": config.aux_head}
     try:

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from heartseg import storage
 from heartseg.config import Experiment
+from heartseg.model import check_installation
 from jobs import evaluate, preprocess, runtime, train
 
 
@@ -22,6 +23,7 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> str:
     """Preprocess, train, evaluate; returns the path of the report."""
+    check_installation()
     out = experiment.out or runtime.absolute("results", "out")
     shards = storage.join(out, f"shards-{experiment.image.height}x{experiment.image.width}")
     print("1/3 preprocess")

@@ -17,6 +17,7 @@ from heartseg.config import Experiment, from_json
 from heartseg.errors import UserError
 from heartseg.recipes import RECIPES
 
+log = logging.getLogger("heartseg.jobs")
 ROOT = Path(__file__).resolve().parents[1]
 # A worker group that cannot start, or that dies, is tried this often and not for ever.
 MAX_TRIES = 3
@@ -119,14 +120,17 @@ def start_ray(workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, said aloud so that it does not warn
     cores = os.cpu_count() or 1
     if address == "local" and workers > cores:
         raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
     # Ray asks its own dashboard for the state of a training run; without it, the log fills with failed questions.
     ray.init(address=address, include_dashboard=True if address == "local" else None, logging_level=logging.WARNING)
-    asked = ray.cluster_resources().get("GPU", 0) or ray.cluster_resources().get("CPU", 0)
-    if workers > asked and "RAY_AUTOSCALING" not in os.environ:
-        logging.getLogger("heartseg").info("The cluster has room for %d of %d workers: waiting for nodes.", int(asked), workers)
+    resources = ray.cluster_resources()
+    slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
+    if workers > slots:
+        log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
 
 
 def worker_resources(workers: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ import torch
 from heartseg import distributed, runs, storage
 from heartseg.config import Experiment, from_json, to_json
 from heartseg.errors import UserError
+from heartseg.model import check_installation
 from heartseg.runs import Run
 from heartseg.shards import open_shards
 from heartseg.training import check_plan, train_rank
@@ -43,6 +44,7 @@ def run(experiment: Experiment, options: Options) -> str:
     data = runtime.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
+    check_installation()
     shards = open_shards(data)
     check_plan(experiment, shards)
     if options.launcher == "plain":
@@ -72,7 +74,7 @@ def run_plainly(experiment: Experiment, options: Options) -> str:
 
 def train_with_ray(experiment: Experiment, opened: Run) -> None:
     """Train as `experiment.workers` workers of a Ray Train run."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     runtime.start_ray(experiment.workers)
@@ -88,6 +90,7 @@ def train_with_ray(experiment: Experiment, opened: Run) -> None:
             name=uuid.uuid4().hex[:8],
             storage_path=storage.join(opened.path, "ray"),
             failure_config=FailureConfig(max_failures=runtime.MAX_TRIES, controller_failure_limit=runtime.MAX_TRIES),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     result = trainer.fit()

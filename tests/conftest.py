@@ -1,0 +1,64 @@
+"""What many tests share: a small phantom tree, its shards, a tiny experiment, and the one Ray of the session."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from heartseg.config import AugmentConfig, Experiment, ImageConfig, OptimConfig, SplitConfig, TrackingConfig
+from heartseg.phantom import write_phantom
+from heartseg.recipes import quick
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray looks every 2 s else, and each report waits for it
+os.environ.pop("WANDB_API_KEY", None)
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory) -> str:
+    """A CAMUS tree of 8 synthetic patients at a quarter of the size."""
+    folder = str(tmp_path_factory.mktemp("phantom"))
+    write_phantom(folder, patients=8, scale=0.25)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(phantom, tmp_path_factory) -> str:
+    """Shards of the phantom on a 64 x 64 grid: 6 patients to train, 2 to test."""
+    from jobs import preprocess
+
+    folder = str(tmp_path_factory.mktemp("shards"))
+    preprocess.run(replace(tiny_experiment(), source=phantom, out=folder), preprocess.Options(launcher="plain"))
+    return folder
+
+
+def tiny_experiment(**changes) -> Experiment:
+    """MobileNetV3 on 64 x 64 without batch statistics, dropout or augmentation, in fp32: what equalities are tested on."""
+    recipe = quick()
+    base = replace(
+        recipe,
+        name="tiny",
+        image=ImageConfig(height=64, width=64),
+        split=SplitConfig(kind="ratio", test_share=0.25),
+        model=replace(recipe.model, norm="group", dropout=0.0),
+        augment=AugmentConfig(),
+        # SGD, since AdamW's first steps turn rounding into whole steps.
+        optim=OptimConfig(kind="sgd", lr=0.02, clip_norm=1.0, ema_decay=0.9),
+        train=replace(recipe.train, epochs=2, batch_size=7, precision="fp32", deterministic=True),
+        tracking=TrackingConfig(wandb="off"),
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One Ray on loopback for every test that needs one."""
+    import ray
+
+    from jobs import runtime
+
+    os.environ.pop("RAY_ADDRESS", None)
+    runtime.start_ray(2)
+    yield
+    ray.shutdown()

@@ -1,0 +1,56 @@
+"""The structure holds: who imports whom, what is imported where, and how long a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A file of the library imports only files above it.
+LAYERS = ["errors", "labels", "config", "recipes", "storage", "figures", "camus", "phantom", "splits", "shards", "batches", "augment", "model", "losses", "schedules", "optim", "metrics", "agreement", "distributed", "checkpoint", "engine", "predict", "evaluation", "runs", "tracking", "training", "report"]
+# Package -> the only files that may import it.
+ONLY = {
+    "nibabel": {"heartseg/camus.py"},
+    "matplotlib": {"heartseg/figures.py"},
+    "wandb": {"heartseg/tracking.py"},
+    "pyarrow.fs": {"heartseg/storage.py"},
+    "pyarrow.parquet": {"heartseg/storage.py"},
+}
+LIBRARY = sorted((ROOT / "heartseg").glob("*.py"))
+SOURCES = LIBRARY + sorted((ROOT / "jobs").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_the_library_never_imports_ray_or_jobs(path):
+    assert not [name for name in imported(path) if name.split(".")[0] in ("ray", "jobs")]
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p.stem != "__init__"], ids=lambda path: path.stem)
+def test_a_file_imports_only_files_above_it(path):
+    above = set(LAYERS[: LAYERS.index(path.stem)])
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("heartseg.")}
+    assert used & set(LAYERS) <= above
+
+
+@pytest.mark.parametrize("package", ONLY)
+def test_a_package_has_one_home(package):
+    homes = {str(p.relative_to(ROOT)) for p in SOURCES if any((n + ".").startswith(package + ".") for n in imported(p))}
+    assert homes == ONLY[package]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_file_says_what_it_is_for_and_stays_under_300_lines(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 300

@@ -1,0 +1,105 @@
+"""The same training, preprocessing and scores under Ray as without it, and wandb runs on disk."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import tiny_experiment
+
+from heartseg import runs, storage
+from heartseg.config import TrackingConfig
+from jobs import evaluate, preprocess, train
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+LOSSES = ("train/loss", "test/loss")
+
+
+def losses(path: str) -> list[float]:
+    return [epoch[name] for epoch in runs.read_record(path) for name in LOSSES]
+
+
+@pytest.fixture(scope="module")
+def plain_run(shards, tmp_path_factory) -> str:
+    """The reference: one process without a launcher."""
+    folder = str(tmp_path_factory.mktemp("plain"))
+    return train.run(tiny_experiment(data=shards, runs=folder), train.Options(launcher="plain"))
+
+
+@pytest.fixture(scope="module")
+def two_workers(shards, tmp_path_factory) -> str:
+    """Two Ray workers, tracked by wandb offline; a batch of 7 does not divide between them."""
+    folder = str(tmp_path_factory.mktemp("two"))
+    tracked = TrackingConfig(wandb="offline", group="promises")
+    return train.run(tiny_experiment(data=shards, runs=folder, workers=2, tracking=tracked), train.Options())
+
+
+def test_one_ray_worker_has_the_losses_of_one_plain_process(plain_run, shards, tmp_path):
+    path = train.run(tiny_experiment(data=shards, runs=str(tmp_path)), train.Options())
+    assert losses(path) == pytest.approx(losses(plain_run), rel=1e-6)
+
+
+def test_two_workers_follow_one_also_where_the_batch_does_not_divide(plain_run, two_workers):
+    # fp32 adds up in another order: measured differences are below 1e-5, and a wrong weight of shares is above 1e-3.
+    assert losses(two_workers) == pytest.approx(losses(plain_run), rel=2e-4)
+
+
+def test_preprocessing_under_ray_gives_the_bytes_of_one_process(phantom, shards, tmp_path):
+    preprocess.run(tiny_experiment(source=phantom, out=str(tmp_path), workers=2), preprocess.Options())
+    for name in storage.list_names(shards):
+        if not name.startswith("."):
+            assert (tmp_path / name).read_bytes() == (Path(shards) / name).read_bytes(), name
+
+
+def test_scores_do_not_depend_on_the_number_of_workers(two_workers, shards):
+    out = evaluate.run(evaluate.Options(checkpoint=two_workers, workers=2))
+    shared = storage.read_json(storage.join(out, "summary.json"))
+    storage.remove(out)
+    out = evaluate.run(evaluate.Options(checkpoint=two_workers, launcher="plain"))
+    alone = storage.read_json(storage.join(out, "summary.json"))
+    assert shared["images"] == alone["images"] == 8
+    assert shared["scores"]["dice"]["mean"] == pytest.approx(alone["scores"]["dice"]["mean"], abs=1e-6)
+
+
+def test_a_wandb_run_on_disk_holds_configuration_curves_and_overlays(two_workers):
+    (file,) = Path(two_workers).glob("wandb/offline-run-*/*.wandb")
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    shown = subprocess.run([wandb, "leet", "inspect", "--json", str(file)], capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in shown.splitlines()]
+    text = json.dumps(records)
+    assert "val/dice" in text and "test/dice" in text and "optim.lr" in text and "promises" in text
+    assert len(list(file.parent.glob("files/media/images/**/*.png"))) >= 4
+    # One run, from one rank, and nothing of it outside the run's directory.
+    assert len(list(Path(two_workers).glob("wandb/offline-run-*"))) == 1
+
+
+def test_a_users_mistake_in_a_worker_comes_back_as_a_sentence(shards, tmp_path):
+    import shutil
+
+    from heartseg.errors import UserError
+
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    part = damaged / "part-00000.parquet"
+    raw = bytearray(part.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    part.write_bytes(raw)
+    with pytest.raises(UserError, match="part-00000.parquet is damaged"):
+        train.run(tiny_experiment(data=str(damaged), runs=str(tmp_path / "runs")), train.Options())
+
+
+def test_more_workers_than_cores_are_refused_before_a_cluster_starts(shards, tmp_path):
+    code = "import sys; sys.argv[1:] = sys.argv[2:]; from jobs import runtime; runtime.start_ray(4096)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "4096 workers" in done.stderr
+
+
+def test_too_many_workers_for_the_batch_are_refused(shards, tmp_path):
+    from heartseg.errors import UserError
+
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path))
+    crowded = replace(experiment, workers=4)
+    with pytest.raises(UserError, match="--workers 3 or fewer"):
+        train.run(crowded, train.Options())
