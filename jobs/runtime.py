@@ -120,8 +120,6 @@ def start_ray(workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, said aloud so that it does not warn
     cores = os.cpu_count() or 1
     if address == "local" and workers > cores:
         raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")

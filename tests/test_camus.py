@@ -1,0 +1,273 @@
+"""What is read from a CAMUS tree is upright and exact, and what is damaged says why."""
+
+import gzip
+import os
+import struct
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from heartseg import camus
+from heartseg.camus import DamagedRecording, Info, compress, read_nifti, read_still, recording_path, write_nifti
+from heartseg.errors import UserError
+from heartseg.labels import Phase, View
+
+PATIENT, VIEW, PHASE = "patient0001", View.TWO_CHAMBER, Phase.ED
+DEPTH, LATERAL = 6, 4
+IMAGE = np.arange(DEPTH * LATERAL, dtype=np.uint8).reshape(DEPTH, LATERAL) * 10
+MASK = (IMAGE // 10 % 4).astype(np.uint8)
+
+
+@pytest.fixture
+def tree(tmp_path) -> str:
+    """A tree with one still, (depth, lateral) spacing (0.5, 0.25), and its mask."""
+    source = str(tmp_path / "camus")
+    write_nifti(image_path(source), IMAGE, (0.5, 0.25))
+    write_nifti(mask_path(source), MASK, (0.5, 0.25))
+    return source
+
+
+def image_path(source: str) -> str:
+    return recording_path(source, PATIENT, VIEW, PHASE)
+
+
+def mask_path(source: str) -> str:
+    return recording_path(source, PATIENT, VIEW, PHASE, "_gt")
+
+
+def cfg_path(source: str) -> str:
+    return os.path.join(source, camus.IMAGES_FOLDER, PATIENT, f"Info_{VIEW}.cfg")
+
+
+def read(source: str) -> camus.Recording:
+    return read_still(source, PATIENT, VIEW, PHASE)
+
+
+def header_bytes(path: str) -> bytearray:
+    with gzip.open(path) as stream:
+        return bytearray(stream.read())
+
+
+def put(path: str, data: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(data)
+
+
+def refused(source: str) -> DamagedRecording:
+    with pytest.raises(DamagedRecording) as caught:
+        read(source)
+    return caught.value
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), kind=st.sampled_from([np.uint8, np.float32, np.int16]))
+def test_write_then_read_gives_the_same_upright_pixels_and_spacing(data, kind, tmp_path_factory):
+    shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    array = data.draw(arrays(np.uint8, shape)).astype(kind)
+    spacing = data.draw(st.tuples(st.floats(0.05, 2, width=32), st.floats(0.05, 2, width=32)))
+    path = str(tmp_path_factory.mktemp("nifti") / "a.nii.gz")
+    write_nifti(path, array, spacing)
+    back, back_spacing = read_nifti(path)
+    assert back.dtype == kind and back_spacing == pytest.approx(spacing, rel=1e-6)
+    np.testing.assert_array_equal(back, array)
+
+
+def test_on_disk_the_first_axis_is_lateral_and_has_the_lateral_spacing(tree):
+    picture = nibabel.load(image_path(tree))
+    assert picture.shape == (LATERAL, DEPTH) and tuple(picture.header.get_zooms()) == (0.25, 0.5)
+    np.testing.assert_array_equal(np.asanyarray(picture.dataobj), IMAGE.T)
+
+
+def test_a_still_is_upright_uint8_with_its_spacing_and_mask(tree):
+    still = read(tree)
+    assert still.image.dtype == still.mask.dtype == np.uint8 and still.spacing_mm == (0.5, 0.25)
+    assert (still.patient, still.view, still.phase, still.frame, still.info) == (PATIENT, VIEW, PHASE, None, None)
+    np.testing.assert_array_equal(still.image, IMAGE)
+    np.testing.assert_array_equal(still.mask, MASK)
+
+
+def test_float32_files_as_in_the_release_read_as_the_integers_they_hold(tree):
+    write_nifti(image_path(tree), IMAGE.astype(np.float32), (1, 1))
+    write_nifti(mask_path(tree), MASK.astype(np.float32), (1, 1))
+    np.testing.assert_array_equal(read(tree).image, IMAGE)
+    np.testing.assert_array_equal(read(tree).mask, MASK)
+
+
+def test_big_endian_files_read_the_same(tree):
+    header = nibabel.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.dtype(">i2"))
+    picture = nibabel.Nifti1Image(IMAGE.T.astype(">i2"), np.diag([0.25, 0.5, 1, 1]), header)
+    raw = picture.to_bytes()
+    assert struct.unpack(">i", raw[:4])[0] == 348
+    put(image_path(tree), compress(raw))
+    np.testing.assert_array_equal(read(tree).image, IMAGE)
+    assert read(tree).spacing_mm == (0.5, 0.25)
+
+
+def test_slope_and_intercept_of_the_header_are_applied(tree):
+    raw = header_bytes(image_path(tree))
+    raw[112:120] = struct.pack("<ff", 0.5, 3.0)
+    put(image_path(tree), compress(bytes(raw)))
+    np.testing.assert_array_equal(read(tree).image, np.rint(IMAGE * 0.5 + 3))
+
+
+def test_uncompressed_bytes_read_the_same(tree):
+    put(image_path(tree), bytes(header_bytes(image_path(tree))))
+    np.testing.assert_array_equal(read(tree).image, IMAGE)
+
+
+def test_equal_pixels_make_equal_files(tree, tmp_path):
+    write_nifti(str(tmp_path / "again.nii.gz"), IMAGE, (0.5, 0.25))
+    with open(image_path(tree), "rb") as first:
+        assert first.read() == (tmp_path / "again.nii.gz").read_bytes()
+
+
+def test_a_mask_written_like_its_input_keeps_affine_and_shape(tmp_path):
+    affine = np.array([[0, 0.3, 0, 5], [-0.2, 0, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1.0]])
+    like = nibabel.Nifti1Image(IMAGE.T[..., None].astype(np.float32), affine)
+    like.header.set_slope_inter(2, 1)
+    path = str(tmp_path / "pred.nii.gz")
+    write_nifti(path, MASK, (9, 9), like)
+    back = nibabel.load(path)
+    assert back.shape == (LATERAL, DEPTH, 1) and back.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(back.affine, affine)
+    np.testing.assert_array_equal(read_nifti(path)[0], MASK)
+
+
+def header_with(offset: int, fmt: str, *values):
+    def damage(path: str) -> None:
+        raw = header_bytes(path)
+        raw[offset : offset + struct.calcsize(fmt)] = struct.pack(fmt, *values)
+        put(path, compress(bytes(raw)))
+
+    return damage
+
+
+def pixels(array: np.ndarray):
+    return lambda path: write_nifti(path, array, (1.0, 1.0))
+
+
+def changed(value: float) -> np.ndarray:
+    array = np.zeros((DEPTH, LATERAL), np.float32)
+    array[2, 1] = value
+    return array
+
+
+def truncated(path: str) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def folder_instead(path: str) -> None:
+    os.remove(path)
+    os.mkdir(path)
+
+
+def dangling_link(path: str) -> None:
+    os.remove(path)
+    os.symlink("/nowhere/at/all", path)
+
+
+def rgb(path: str) -> None:
+    colours = np.zeros((LATERAL, DEPTH), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    put(path, compress(nibabel.Nifti1Image(colours, np.eye(4)).to_bytes()))
+
+
+IMAGE_DAMAGE = {
+    "truncated gzip": (truncated, "gzip stream is cut off"),
+    "empty file": (lambda path: put(path, b""), "no readable NIfTI"),
+    "text": (lambda path: put(path, b"hello" * 200), "no readable NIfTI"),
+    "wrong magic": (header_with(344, "4s", b"abc\0"), "no readable NIfTI"),
+    "pixels cut off": (lambda path: put(path, compress(bytes(header_bytes(path)[:-5]))), "no readable NIfTI"),
+    "NaN pixel": (pixels(changed(np.nan)), "not finite"),
+    "infinite pixel": (pixels(changed(np.inf)), "not finite"),
+    "above 255": (pixels(changed(300)), "300, outside 0 to 255"),
+    "below 0": (pixels(changed(-1)), "-1 to 0, outside 0 to 255"),
+    "four axes": (pixels(np.zeros((DEPTH, LATERAL, 2, 3), np.uint8)), "2 axes"),
+    "absurd sizes": (header_with(40, "<8h", 4, 32767, 32767, 32767, 32767, 1, 1, 1), "header claims shape"),
+    "zero size": (header_with(40, "<8h", 2, 0, DEPTH, 1, 1, 1, 1, 1), "no readable NIfTI"),
+    "negative size": (header_with(40, "<8h", 2, -4, DEPTH, 1, 1, 1, 1, 1), "no readable NIfTI"),
+    "NaN spacing": (header_with(80, "<f", float("nan")), "spacing"),
+    "folder in its place": (folder_instead, "cannot be read: Is a directory"),
+    "dangling link": (dangling_link, "cannot be read: No such file"),
+    "missing": (os.remove, "cannot be read: No such file"),
+    "colour pixels": (rgb, ""),
+}
+MASK_DAMAGE = {
+    "label 7": (pixels(changed(7).astype(np.uint8)), "has label 7"),
+    "label 7 as float": (pixels(changed(7)), "has label 7"),
+    "fractional label": (pixels(changed(1.5)), "labels that are not 0 to 3"),
+    "negative label": (pixels(changed(-1)), "labels that are not 0 to 3"),
+    "label 257": (pixels(changed(257).astype(np.int16)), "labels that are not 0 to 3"),
+    "NaN label": (pixels(changed(np.nan)), "not finite"),
+    "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (4, 6) is not the image's (6, 4)"),
+    "missing": (os.remove, "cannot be read: No such file"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_DAMAGE)
+def test_a_damaged_image_is_refused_with_its_reason_and_file(name, tree):
+    damage, reason = IMAGE_DAMAGE[name]
+    damage(image_path(tree))
+    error = refused(tree)
+    assert reason in error.reason and error.file == image_path(tree)
+
+
+@pytest.mark.parametrize("name", MASK_DAMAGE)
+def test_a_damaged_mask_is_refused_with_its_reason_and_file(name, tree):
+    damage, reason = MASK_DAMAGE[name]
+    damage(mask_path(tree))
+    error = refused(tree)
+    assert reason in error.reason and error.file == mask_path(tree)
+
+
+def test_a_cfg_gives_every_field_and_the_frame_of_the_phase(tree):
+    text = "ED: 3\nES: 18\nNbFrame: 20\nSex: F\nAge: 56\nImageQuality: Good\nEF: 54.5\nFrameRate: 48.4\n"
+    put(cfg_path(tree), text.encode())
+    still = read(tree)
+    assert still.info == Info(3, 18, 20, "F", 56, "Good", 54.5, 48.4, "camus") and still.frame == 3
+
+
+def test_a_cfg_with_little_or_nonsense_in_it_leaves_fields_none(tree):
+    put(cfg_path(tree), b"Sex: M\nAge: unknown\nno colon here\nColour: red\nED: nan\n\xff\xfe: 3\n")
+    assert read(tree).info == Info(sex="M") and read(tree).frame is None
+
+
+def test_an_infinite_number_in_a_cfg_leaves_its_field_none(tree):
+    put(cfg_path(tree), b"ED: inf\nAge: 1e999\nSex: F\n")
+    assert read(tree).info == Info(sex="F")
+
+
+@pytest.mark.parametrize("convention", ["camus", "ase"])
+def test_a_written_cfg_reads_back(tree, convention):
+    info = Info(1, 18, 18, "F", 56, "Poor", 54.0, 48.4, convention)
+    camus.write_info(tree, PATIENT, VIEW, info)
+    assert camus.read_info(tree, PATIENT, VIEW) == info
+
+
+def test_patients_are_found_in_order_and_other_folders_passed_over(tree):
+    for name in ("patient0010", "patient0002", "notes", "patientX"):
+        os.makedirs(os.path.join(tree, camus.IMAGES_FOLDER, name))
+    assert camus.find_patients(tree) == ["patient0001", "patient0002", "patient0010"]
+
+
+def test_a_source_that_is_missing_or_holds_no_patient_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"gone does not exist.*database_nifti"):
+        camus.find_patients(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="holds no database_nifti"):
+        camus.find_patients(str(tmp_path))
+
+
+def test_groups_read_back_and_a_group_without_a_file_is_absent(tmp_path):
+    camus.write_groups(str(tmp_path), {"train": ["patient0001", "patient0003"], "test": ["patient0002"]})
+    assert camus.read_groups(str(tmp_path)) == {"train": ["patient0001", "patient0003"], "test": ["patient0002"]}
+
+
+def test_the_dataset_is_named_by_its_note_or_its_patients(phantom, tmp_path):
+    assert camus.dataset_name(phantom, camus.find_patients(phantom)) == "phantom"
+    assert camus.dataset_name(str(tmp_path), ["patient0001", "patient0500"]) == "CAMUS"
+    for foreign in ("patient0501", "patient1", "patient00001"):
+        assert camus.dataset_name(str(tmp_path), ["patient0001", foreign]) == "other"

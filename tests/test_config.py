@@ -1,0 +1,208 @@
+"""Configurations are strict, recipes are what their names promise, and splits are by patient."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heartseg import recipes, splits
+from heartseg.batches import steps_per_epoch
+from heartseg.config import (
+    AugmentConfig,
+    ImageConfig,
+    ModelConfig,
+    OptimConfig,
+    SplitConfig,
+    TrainConfig,
+    canonical,
+    first_difference,
+    from_json,
+    identity,
+    to_json,
+)
+from heartseg.errors import UserError
+
+
+def changed(path: str, value) -> dict:
+    """The seed recipe's JSON with one value put at a dotted path."""
+    whole = json.loads(json.dumps(to_json(recipes.seed())))
+    *parents, key = path.split(".")
+    part = whole
+    for parent in parents:
+        part = part[parent]
+    part[key] = value
+    return whole
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_comes_back_from_json_text_equal(name):
+    recipe = recipes.RECIPES[name]()
+    assert recipe.name == name
+    assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+@pytest.mark.parametrize("path", ["colour", "train.epoch", "model.extra_head"])
+def test_an_unknown_key_is_refused_by_name(path):
+    with pytest.raises(UserError, match=rf"extra fields found \({path.split('.')[-1]}\)"):
+        from_json(changed(path, 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("train.epochs", "3"),
+        ("train.epochs", 3.5),
+        ("train.epochs", True),
+        ("train.deterministic", 1),
+        ("optim.lr", "0.1"),
+        ("optim.lr", None),
+        ("source", 7),
+        ("loss.kind", "hinge"),
+        ("model.backbone", "resnet18"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_field(path, value):
+    with pytest.raises(UserError, match=path.replace(".", r"\.")):
+        from_json(changed(path, value), origin="a.json")
+
+
+@pytest.mark.parametrize("path", ["train.epochs", "image.height", "name", "optim.kind"])
+def test_a_missing_key_is_refused_by_name(path):
+    whole = changed(path, None)
+    *parents, key = path.split(".")
+    del (whole[parents[0]] if parents else whole)[key]
+    with pytest.raises(UserError, match=rf"required field missing @ a\.json\.{path}"):
+        from_json(whole, origin="a.json")
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_json_that_is_no_object_is_refused(value):
+    with pytest.raises(UserError):
+        from_json(value)
+    with pytest.raises(UserError):
+        from_json(changed("train", value))
+
+
+BAD_VALUES = {
+    "image.height": (lambda: ImageConfig(31, 64), lambda: ImageConfig(64, 2049)),
+    "split.test_share": (
+        lambda: SplitConfig("ratio", test_share=0.0),
+        lambda: SplitConfig("ratio", test_share=1.0),
+        lambda: SplitConfig("ratio", test_share=0.6, val_share=0.4),
+        lambda: SplitConfig("ratio", test_share=-0.1, val_share=0.3),
+    ),
+    "model.dropout": (lambda: ModelConfig("resnet50", dropout=1.0), lambda: ModelConfig("resnet50", dropout=-0.1)),
+    "model.bn_momentum": (lambda: ModelConfig("resnet50", bn_momentum=0.0),),
+    "optim.lr": (lambda: OptimConfig("sgd", lr=0.0), lambda: OptimConfig("sgd", lr=math.nan)),
+    "optim.ema_decay": (lambda: OptimConfig("sgd", lr=0.1, ema_decay=1.0),),
+    "train.epochs": (lambda: TrainConfig(epochs=0, batch_size=2),),
+    "train.batch_size": (lambda: TrainConfig(epochs=1, batch_size=1),),
+    "train.eval_batch_size": (lambda: TrainConfig(epochs=1, batch_size=2, eval_batch_size=0),),
+    "--workers": (lambda: replace(recipes.seed(), workers=0),),
+}
+
+
+@pytest.mark.parametrize("field", BAD_VALUES)
+def test_a_bad_value_is_refused_by_its_field(field):
+    for build in BAD_VALUES[field]:
+        with pytest.raises(UserError, match=field):
+            build()
+
+
+@pytest.mark.parametrize(("path", "value"), [("train.epochs", 0), ("optim.lr", -1), ("workers", 0)])
+def test_a_bad_value_in_a_file_is_refused_by_its_field(path, value):
+    with pytest.raises(UserError, match=path.replace(".", r"\.")):
+        from_json(changed(path, value))
+
+
+def test_an_integer_is_taken_where_a_float_is_asked_for():
+    assert from_json(changed("optim.lr", 1)).optim.lr == 1.0
+
+
+JSON_VALUES = st.recursive(st.integers(-3, 3) | st.booleans(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner))
+
+
+@settings(max_examples=50, deadline=None)
+@given(old=st.dictionaries(st.sampled_from("abc"), JSON_VALUES), new=st.dictionaries(st.sampled_from("abc"), JSON_VALUES))
+def test_first_difference_is_none_exactly_for_equal_configurations(old, new):
+    assert (first_difference(old, new) is None) == (old == new)
+    assert (canonical(old) == canonical(new)) or first_difference(old, new) is not None or old == new
+
+
+def test_first_difference_names_the_field_and_both_values():
+    old, new = identity(recipes.seed()), json.loads(json.dumps(changed("train.epochs", 10)))
+    new = {key: new[key] for key in old}
+    assert first_difference(old, new) == "train.epochs: 170 there, 10 asked"
+    assert first_difference({"a": 1}, {}) == "a: 1 there, None asked"
+
+
+def test_identity_is_blind_to_where_a_run_is_and_sees_what_decides_it():
+    seed = recipes.seed()
+    assert identity(replace(seed, source="/x", data="/y", runs="/z", workers=6, name="other")) == identity(seed)
+    assert identity(replace(seed, train=replace(seed.train, seed=1))) != identity(seed)
+
+
+def test_the_seed_recipe_is_exactly_the_seed():
+    seed = recipes.seed()
+    assert seed.image == ImageConfig(256, 256)
+    assert seed.model == ModelConfig("resnet101", pretrained=False, aux_head=False, norm="batch")
+    assert (seed.optim.kind, seed.optim.lr, seed.optim.momentum, seed.optim.weight_decay) == ("sgd", 0.001, 0.9, 0.0)
+    assert (seed.optim.clip_norm, seed.optim.ema_decay) == (0.0, 0.0)
+    assert (seed.schedule.kind, seed.schedule.power, seed.schedule.warmup_epochs) == ("polynomial", 0.9, 0.0)
+    assert seed.loss.kind == "cross_entropy"
+    assert (seed.train.epochs, seed.train.batch_size, seed.train.eval_batch_size) == (170, 12, 4)
+    assert (seed.train.intensity, seed.train.seed) == ("unit", 0)
+    assert set(to_json(seed.augment).values()) == {0.0} and seed.augment == AugmentConfig()
+    assert seed.split == SplitConfig("ratio", test_share=0.2, val_share=0.0, seed=0)
+
+
+def test_500_patients_give_the_seed_400_and_100_and_133_steps_of_12():
+    patients = [f"patient{number:04d}" for number in range(1, 501)]
+    seed = recipes.seed()
+    groups = splits.make_groups(seed.split, patients, {})
+    assert {group: len(names) for group, names in groups.items()} == {"train": 400, "test": 100}
+    assert not set(groups["train"]) & set(groups["test"]) and set().union(*groups.values()) == set(patients)
+    assert [4 * len(groups[group]) for group in ("train", "test")] == [1600, 400]
+    assert steps_per_epoch(4 * len(groups["train"]), seed.train.batch_size) == 133
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    num=st.integers(2, 200), test=st.floats(0, 0.9), val=st.floats(0, 0.9), seed=st.integers(0, 2**40), data=st.data()
+)
+def test_a_ratio_split_is_disjoint_complete_and_repeatable(num, test, val, seed, data):
+    patients = [f"patient{number:04d}" for number in range(num)]
+    if not 0 < test + val < 1:
+        with pytest.raises(UserError):
+            SplitConfig("ratio", test, val, seed)
+        return
+    config = SplitConfig("ratio", test, val, seed)
+    groups = splits.ratio_groups(config, patients)
+    assert sorted(name for names in groups.values() for name in names) == patients
+    assert groups == splits.ratio_groups(config, data.draw(st.permutations(patients)))
+    assert abs(len(groups.get("test", [])) - test * num) <= 0.5 + 1e-9
+    assert all(names == sorted(names) and names for names in groups.values())
+
+
+def test_another_seed_draws_another_split():
+    patients = [f"patient{number:04d}" for number in range(100)]
+    assert splits.ratio_groups(SplitConfig("ratio", seed=0), patients) != splits.ratio_groups(
+        SplitConfig("ratio", seed=1), patients
+    )
+
+
+def test_the_official_split_keeps_its_groups_and_only_patients_that_are_there():
+    official = {"train": ["c", "a"], "val": ["gone"], "test": ["b"]}
+    assert splits.make_groups(SplitConfig("official"), ["a", "b", "c", "extra"], official) == {"train": ["a", "c"], "test": ["b"]}
+
+
+def test_a_split_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match="database_split"):
+        splits.make_groups(SplitConfig("official"), ["a"], {})
+    with pytest.raises(UserError, match="1 patients give no training group"):
+        splits.make_groups(SplitConfig("ratio"), ["a"], {})
+    with pytest.raises(UserError, match="a is in both train and test"):
+        splits.make_groups(SplitConfig("official"), ["a", "b"], {"train": ["a"], "test": ["a", "b"]})

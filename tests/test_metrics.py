@@ -1,0 +1,136 @@
+"""Scores are what a count of pixels by hand gives, and their means do not depend on batches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from heartseg.metrics import SCORES, ScoreSums, confusion, image_scores
+
+CPU = torch.device("cpu")
+SETS = {"endo": {1}, "myo": {2}, "la": {3}, "epi": {1, 2}}
+
+
+@st.composite
+def label_pairs(draw, max_batch=3):
+    """Two label batches [B,H,W]; few labels at a time, so that structures are often absent."""
+    shape = draw(st.tuples(st.integers(1, max_batch), st.integers(1, 5), st.integers(1, 5)))
+    labels = st.sampled_from(sorted(draw(st.sets(st.integers(0, 3), min_size=1))))
+    return tuple(torch.from_numpy(draw(arrays("uint8", shape, elements=labels))) for _ in range(2))
+
+
+def by_hand(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+    """Scores of one image [H,W] from sets of pixels, by the definitions."""
+    pairs = list(zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True))
+
+    def overlap(chosen: set[int]) -> tuple[float, float]:
+        mine = {i for i, (p, _) in enumerate(pairs) if p in chosen}
+        true = {i for i, (_, t) in enumerate(pairs) if t in chosen}
+        if not mine | true:
+            return math.nan, math.nan
+        return 2 * len(mine & true) / (len(mine) + len(true)), len(mine & true) / len(mine | true)
+
+    def mean(values: list[float]) -> float:
+        known = [value for value in values if not math.isnan(value)]
+        return sum(known) / len(known) if known else math.nan
+
+    both = {name: overlap(chosen) for name, chosen in SETS.items()}
+    three = ("endo", "myo", "la")
+    return {
+        "accuracy": sum(p == t for p, t in pairs) / len(pairs),
+        "dice": mean([both[name][0] for name in three]),
+        "iou": mean([both[name][1] for name in three]),
+        "dice4": mean([both[name][0] for name in three] + [overlap({0})[0]]),
+        **{f"dice_{name}": both[name][0] for name in SETS},
+        **{f"iou_{name}": both[name][1] for name in three},
+    }
+
+
+def scores_of(prediction: list, target: list) -> dict[str, float]:
+    counts = confusion(torch.tensor([prediction]), torch.tensor([target]))
+    return {name: value.item() for name, value in image_scores(counts).items()}
+
+
+@settings(max_examples=50, deadline=None)
+@given(label_pairs())
+def test_confusion_counts_truth_by_prediction_per_image(pair):
+    prediction, target = pair
+    counts = confusion(prediction, target)
+    for image in range(len(prediction)):
+        for t in range(4):
+            for p in range(4):
+                assert counts[image, t, p] == ((target[image] == t) & (prediction[image] == p)).sum()
+
+
+@settings(max_examples=50, deadline=None)
+@given(label_pairs())
+def test_image_scores_are_the_definitions_counted_pixel_by_pixel(pair):
+    prediction, target = pair
+    found = image_scores(confusion(prediction, target))
+    assert set(found) == set(SCORES)
+    for image in range(len(prediction)):
+        for name, value in by_hand(prediction[image], target[image]).items():
+            assert found[name][image].item() == pytest.approx(value, nan_ok=True, abs=1e-12), name
+
+
+def test_a_structure_absent_from_both_has_no_score_and_is_in_no_mean():
+    scores = scores_of([[1, 1, 0, 2]], [[1, 1, 0, 2]])
+    assert math.isnan(scores["dice_la"]) and math.isnan(scores["iou_la"])
+    assert scores["dice"] == scores["iou"] == scores["dice4"] == 1.0
+
+
+def test_a_structure_absent_from_one_scores_zero():
+    for prediction, target in (([[1, 3]], [[1, 0]]), ([[1, 0]], [[1, 3]])):
+        scores = scores_of(prediction, target)
+        assert scores["dice_la"] == scores["iou_la"] == 0 and scores["dice"] == 0.5
+
+
+def test_epi_is_cavity_and_wall_together_and_in_no_mean():
+    scores = scores_of([[1, 2, 0, 0]], [[2, 1, 0, 0]])
+    assert scores["dice_epi"] == 1.0 and scores["dice_endo"] == scores["dice_myo"] == scores["dice"] == 0.0
+
+
+def test_dice4_counts_the_background_as_a_fourth():
+    scores = scores_of([[0, 0, 0, 1, 2, 3]], [[0, 1, 0, 1, 2, 3]])
+    assert scores["dice4"] == pytest.approx((4 / 5 + 2 / 3 + 1 + 1) / 4)
+    assert scores["dice"] == pytest.approx((2 / 3 + 1 + 1) / 3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(label_pairs(max_batch=7), st.data())
+def test_means_are_over_images_whatever_the_batches(pair, data):
+    prediction, target = pair
+    batch = data.draw(st.integers(1, len(prediction)))
+    losses = torch.arange(1.0, len(prediction) + 1)
+    sums = ScoreSums(CPU)
+    for start in range(0, len(prediction), batch):
+        rows = slice(start, start + batch)
+        sums.add(losses[rows].mean(), prediction[rows], target[rows])
+    means = sums.means()
+    singles = [by_hand(p, t) for p, t in zip(prediction, target, strict=True)]
+    for name in SCORES:
+        known = [single[name] for single in singles if not math.isnan(single[name])]
+        expected = sum(known) / len(known) if known else math.nan
+        assert means[name] == pytest.approx(expected, nan_ok=True), name
+    assert means["loss"] == pytest.approx(losses.mean().item())
+
+
+def test_a_nan_loss_of_one_batch_stays_nan():
+    sums, labels = ScoreSums(CPU), torch.ones(2, 3, 3, dtype=torch.uint8)
+    sums.add(torch.tensor(math.nan), labels, labels)
+    sums.add(torch.tensor(1.0), labels, labels)
+    assert math.isnan(sums.means()["loss"]) and sums.means()["dice_endo"] == 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(label_pairs(max_batch=5))
+def test_pooled_scores_take_all_pixels_as_one_image(pair):
+    prediction, target = pair
+    sums = ScoreSums(CPU)
+    for image in range(len(prediction)):
+        sums.add(torch.tensor(0.0), prediction[image : image + 1], target[image : image + 1])
+    expected = by_hand(prediction.reshape(1, -1), target.reshape(1, -1))
+    assert sums.pooled() == pytest.approx(expected, nan_ok=True)
