@@ -17,7 +17,6 @@ from heartseg.config import (
     OptimConfig,
     SplitConfig,
     TrainConfig,
-    canonical,
     first_difference,
     from_json,
     identity,
@@ -129,7 +128,6 @@ JSON_VALUES = st.recursive(st.integers(-3, 3) | st.booleans(), lambda inner: st.
 @given(old=st.dictionaries(st.sampled_from("abc"), JSON_VALUES), new=st.dictionaries(st.sampled_from("abc"), JSON_VALUES))
 def test_first_difference_is_none_exactly_for_equal_configurations(old, new):
     assert (first_difference(old, new) is None) == (old == new)
-    assert (canonical(old) == canonical(new)) or first_difference(old, new) is not None or old == new
 
 
 def test_first_difference_names_the_field_and_both_values():
@@ -170,9 +168,7 @@ def test_500_patients_give_the_seed_400_and_100_and_133_steps_of_12():
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    num=st.integers(2, 200), test=st.floats(0, 0.9), val=st.floats(0, 0.9), seed=st.integers(0, 2**40), data=st.data()
-)
+@given(num=st.integers(2, 200), test=st.floats(0, 0.9), val=st.floats(0, 0.9), seed=st.integers(0, 2**40), data=st.data())
 def test_a_ratio_split_is_disjoint_complete_and_repeatable(num, test, val, seed, data):
     patients = [f"patient{number:04d}" for number in range(num)]
     if not 0 < test + val < 1:
@@ -196,7 +192,10 @@ def test_another_seed_draws_another_split():
 
 def test_the_official_split_keeps_its_groups_and_only_patients_that_are_there():
     official = {"train": ["c", "a"], "val": ["gone"], "test": ["b"]}
-    assert splits.make_groups(SplitConfig("official"), ["a", "b", "c", "extra"], official) == {"train": ["a", "c"], "test": ["b"]}
+    assert splits.make_groups(SplitConfig("official"), ["a", "b", "c", "extra"], official) == {
+        "train": ["a", "c"],
+        "test": ["b"],
+    }
 
 
 def test_a_split_that_cannot_be_is_refused():

@@ -42,8 +42,11 @@ def test_one_ray_worker_has_the_losses_of_one_plain_process(plain_run, shards, t
 
 
 def test_two_workers_follow_one_also_where_the_batch_does_not_divide(plain_run, two_workers):
-    # fp32 adds up in another order: measured differences are below 1e-5, and a wrong weight of shares is above 1e-3.
-    assert losses(two_workers) == pytest.approx(losses(plain_run), rel=2e-4)
+    # Measured: the first epoch differs by 5e-8, with the weight of shares left out by 1e-4 and 1e-3; after that, rounding
+    # in fp32 grows to 3e-4.
+    two, one = losses(two_workers), losses(plain_run)
+    assert two[:2] == pytest.approx(one[:2], rel=1e-5)
+    assert two == pytest.approx(one, rel=2e-3)
 
 
 def test_preprocessing_under_ray_gives_the_bytes_of_one_process(phantom, shards, tmp_path):

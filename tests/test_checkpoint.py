@@ -1,0 +1,232 @@
+"""A checkpoint is complete or ignored, and a run's folder is found again only by the same experiment."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heartseg import checkpoint, recipes, runs, storage
+from heartseg.errors import UserError
+from heartseg.shards import Shards
+
+STATE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "epoch": 3, "val_dice": [0.1, 0.2], "average": None}
+
+
+def save(run: str, epoch: int, val_dice: float | None = None) -> checkpoint.Checkpoint:
+    metrics = {"epoch": epoch} if val_dice is None else {"epoch": epoch, "val/dice": val_dice}
+    return checkpoint.save(run, {"w": torch.full((2, 3), float(epoch))}, STATE, {"epoch": epoch, "metrics": metrics})
+
+
+def epochs(run: str) -> list[int]:
+    return [found.epoch for found in checkpoint.complete(run)]
+
+
+@pytest.fixture
+def run(tmp_path) -> str:
+    return str(tmp_path / "run")
+
+
+def flip(path: str, position: int) -> None:
+    with open(path, "r+b") as stream:
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 1]))
+
+
+def test_weights_and_training_state_come_back_as_they_were_saved(run):
+    save(run, 3, 0.5)
+    found = checkpoint.find(run)
+    assert found.epoch == 3 and found.card["metrics"]["val/dice"] == 0.5
+    assert torch.equal(found.weights()["w"], torch.full((2, 3), 3.0))
+    state = found.training_state()
+    assert torch.equal(state.pop("model")["w"], STATE["model"]["w"])
+    assert state == {key: value for key, value in STATE.items() if key != "model"}
+
+
+def test_an_optimizers_state_goes_on_as_if_it_had_never_been_saved(run):
+    def trained(steps: int, state: dict | None = None):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        if state:
+            weight.data = state["model"]
+            optimizer.load_state_dict(state["optimizer"])
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (weight**2).sum().backward()
+            optimizer.step()
+        return weight.detach(), optimizer
+
+    weight, optimizer = trained(2)
+    checkpoint.save(run, {"w": weight}, {"model": weight, "optimizer": optimizer.state_dict()}, {"epoch": 1, "metrics": {}})
+    assert torch.equal(trained(2, checkpoint.find(run).training_state())[0], trained(4)[0])
+
+
+class Stranger:
+    """Something that only unpickling could bring back."""
+
+
+def test_nothing_but_tensors_and_plain_values_is_unpickled(run):
+    saved = checkpoint.save(run, {}, {"model": Stranger()}, {"epoch": 1, "metrics": {}})
+    with pytest.raises(Exception, match="(?i)weights.only|damaged"):
+        saved.training_state()
+
+
+def test_a_folder_without_its_card_is_ignored(run):
+    save(run, 1, 0.9)
+    torn = save(run, 2, 0.95)
+    os.remove(os.path.join(torn.path, checkpoint.CARD))
+    assert epochs(run) == [1] and checkpoint.last(run).epoch == checkpoint.best(run).epoch == checkpoint.find(run).epoch == 1
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint.find(torn.path)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_altered_weights_are_refused_by_name(damage, run):
+    path = os.path.join(save(run, 1).path, checkpoint.WEIGHTS)
+    size = os.path.getsize(path)
+    {"flip": lambda: flip(path, size - 1), "truncate": lambda: os.truncate(path, size - 4), "remove": lambda: os.remove(path)}[
+        damage
+    ]()
+    with pytest.raises(UserError, match=r"model\.safetensors are damaged"):
+        checkpoint.find(run).weights()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_damaged_training_state_is_refused_by_name(damage, run):
+    path = os.path.join(save(run, 1).path, checkpoint.TRAINING)
+    os.truncate(path, 10) if damage == "truncate" else os.remove(path)
+    with pytest.raises(UserError, match=r"training\.pt"):
+        checkpoint.find(run).training_state()
+
+
+def test_a_damaged_card_is_refused_by_name(run):
+    os.truncate(os.path.join(save(run, 1).path, checkpoint.CARD), 10)
+    with pytest.raises(UserError, match=r"checkpoint\.json is missing or no valid JSON"):
+        checkpoint.find(run)
+
+
+def test_saving_an_epoch_again_replaces_it(run):
+    save(run, 1, 0.1)
+    again = checkpoint.save(run, {"w": torch.zeros(1)}, {}, {"epoch": 1, "metrics": {}})
+    assert epochs(run) == [1] and torch.equal(checkpoint.find(run).weights()["w"], torch.zeros(1))
+    assert sorted(os.listdir(again.path)) == sorted([checkpoint.CARD, checkpoint.TRAINING, checkpoint.WEIGHTS])
+
+
+def test_last_is_the_newest_and_best_the_highest_on_validation(run):
+    for epoch, dice in enumerate([0.3, 0.8, 0.5], start=1):
+        save(run, epoch, dice)
+    assert checkpoint.find(run).epoch == 3 and checkpoint.find(run, "best").epoch == 2
+    assert checkpoint.find(os.path.join(run, "checkpoints", "epoch_0001")).epoch == 1
+
+
+def test_without_a_validation_group_best_is_the_last(run):
+    save(run, 1)
+    save(run, 2)
+    assert checkpoint.best(run) is None and checkpoint.find(run, "best").epoch == 2
+
+
+def test_last_is_the_newest_beyond_9999_epochs(run):
+    save(run, 9999)
+    save(run, 10000)
+    assert checkpoint.last(run).epoch == 10000
+
+
+@settings(max_examples=25, deadline=None)
+@given(dices=st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=5))
+def test_after_each_epoch_only_the_last_and_the_best_are_kept(dices, tmp_path_factory):
+    run = str(tmp_path_factory.mktemp("keep"))
+    for epoch, dice in enumerate(dices, start=1):
+        save(run, epoch, dice)
+        checkpoint.keep_last_and_best(run)
+    known = [dice for dice in dices if dice is not None]
+    expected = {len(dices)} | ({dices.index(max(known)) + 1} if known else set())
+    assert set(epochs(run)) == expected
+    assert len(os.listdir(os.path.join(run, checkpoint.FOLDER))) == len(expected)
+
+
+def test_a_run_without_checkpoints_or_none_at_all_is_refused(tmp_path):
+    with pytest.raises(UserError, match="gone does not exist"):
+        checkpoint.find(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint.find(str(tmp_path))
+    assert checkpoint.last(str(tmp_path)) is None
+
+
+@pytest.fixture
+def data(tmp_path) -> Shards:
+    """What a run needs to know of shards: manifest, groups and their file."""
+    folder = str(tmp_path / "shards")
+    manifest = {
+        "dataset": "phantom", "source_sha256": "ab", "parts": [{"sha256": "cd"}], "patients": {p: {"rows": 4} for p in "abc"},
+    }  # fmt: skip
+    groups = {"train": ["a", "b"], "test": ["c"]}
+    storage.publish_json(os.path.join(folder, "splits.json"), {"config": {"kind": "ratio"}, "groups": groups})
+    return Shards(folder, manifest, groups)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return replace(recipes.quick(), runs=str(tmp_path / "runs"))
+
+
+def test_a_run_is_named_by_what_decides_its_result(experiment, data):
+    name = runs.run_name(experiment, data)
+    assert name.startswith("quick-") and len(name) == len("quick-") + 8
+    assert runs.run_name(replace(experiment, workers=4, data="/elsewhere", runs="/x"), data) == name
+    assert runs.run_name(replace(experiment, train=replace(experiment.train, epochs=3)), data) != name
+    assert runs.run_name(experiment, replace(data, groups={"train": ["a"], "test": ["b", "c"]})) != name
+    assert runs.run_name(experiment, replace(data, manifest=data.manifest | {"parts": [{"sha256": "ce"}]})) != name
+
+
+@pytest.mark.parametrize(
+    ("there", "again", "fresh"),
+    [
+        ([], "a", "a"),
+        (["a"], "a", "a-2"),
+        (["a", "a-2"], "a-2", "a-3"),
+        (["a-9", "a-10"], "a-10", "a-11"),
+        (["ab", "a-x", "xa-3"], "a", "a"),
+    ],
+)
+def test_the_same_command_finds_the_newest_generation_and_fresh_the_next(there, again, fresh, tmp_path):
+    for name in there:
+        (tmp_path / name).mkdir()
+    assert runs.generation_name(str(tmp_path), "a", fresh=False) == again
+    assert runs.generation_name(str(tmp_path), "a", fresh=True) == fresh
+
+
+def test_the_same_experiment_finds_its_run_again_and_fresh_begins_another(experiment, data):
+    first = runs.open_run(experiment, data)
+    assert runs.open_run(experiment, data) == first == runs.find_run(first.path)
+    assert first.description["groups"] == {"train": {"patients": 2, "images": 8}, "test": {"patients": 1, "images": 4}}
+    fresh = runs.open_run(experiment, data, fresh=True)
+    assert fresh.name == f"{first.name}-2" and fresh.description["wandb_id"] != first.description["wandb_id"]
+    assert runs.open_run(experiment, data) == fresh
+    assert runs.find_run(f"{fresh.path}/checkpoints/epoch_0003/") == fresh
+
+
+def test_a_run_of_another_configuration_or_other_data_is_refused_by_its_first_field(experiment, data):
+    runs.open_run(experiment, data, name="mine")
+    longer = replace(experiment, train=replace(experiment.train, epochs=99))
+    with pytest.raises(UserError, match=r"mine holds another run \(train\.epochs: 16 there, 99 asked\)"):
+        runs.open_run(longer, data, name="mine")
+    with pytest.raises(UserError, match=r"holds another run \(data_fingerprint: "):
+        runs.open_run(experiment, replace(data, groups={"train": ["a"], "test": ["b"]}), name="mine")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no run"):
+        runs.find_run(str(tmp_path))
+
+
+def test_the_record_reads_back_with_its_nan_and_a_csv_beside_it(run):
+    assert runs.read_record(run) == []
+    runs.write_record(run, [{"epoch": 1, "test/dice": 0.1}, {"epoch": 2, "test/dice": float("nan")}])
+    first, second = runs.read_record(run)
+    assert first == {"epoch": 1, "test/dice": 0.1} and second["test/dice"] != second["test/dice"]
+    with open(os.path.join(run, runs.RECORD_CSV)) as stream:
+        assert stream.read().splitlines()[:2] == ["epoch,test/dice", "1,0.1"]

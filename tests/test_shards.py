@@ -1,0 +1,253 @@
+"""Shards hold exactly what was read, and nothing that reads them trusts what is there."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from heartseg import camus, shards
+from heartseg.config import ImageConfig, SplitConfig
+from heartseg.errors import UserError
+from heartseg.labels import Phase, View
+
+GRID = ImageConfig(height=48, width=40)
+PATIENTS_IN_A_PART = 3
+
+
+def write(source: str, out: str, patients: list[str]) -> list[dict]:
+    """Shards of some patients in parts of three, all with manifest and splits; returns the parts' records."""
+    starts = range(0, len(patients), PATIENTS_IN_A_PART)
+    parts = [
+        shards.write_part(source, out, f"part-{i:05d}.parquet", patients[s : s + PATIENTS_IN_A_PART], GRID)
+        for i, s in enumerate(starts)
+    ]
+    manifest = shards.write_manifest(out, camus.dataset_name(source, patients), GRID, parts)
+    shards.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
+    return parts
+
+
+@pytest.fixture(scope="module")
+def patients(phantom) -> list[str]:
+    return camus.find_patients(phantom)[:6]
+
+
+@pytest.fixture(scope="module")
+def written(phantom, patients, tmp_path_factory) -> str:
+    """Shards of six phantom patients in two parts: four to train, two to test."""
+    folder = str(tmp_path_factory.mktemp("written"))
+    write(phantom, folder, patients)
+    return folder
+
+
+@pytest.fixture
+def copied(written, tmp_path) -> str:
+    """The same shards, to damage."""
+    return shutil.copytree(written, str(tmp_path / "shards"))
+
+
+def part_path(folder: str, number: int) -> str:
+    return os.path.join(folder, f"part-{number:05d}.parquet")
+
+
+def rows_of(folder: str, groups: tuple[str, ...] = ("train", "test")):
+    """(frames, index, row of the table) for every row of a folder's groups."""
+    for frames in shards.load_groups(shards.open_shards(folder), groups).values():
+        for index, row in enumerate(frames.table.to_pylist()):
+            yield frames, index, row
+
+
+def test_rows_read_back_exactly_as_the_tree_has_them(phantom, patients, written):
+    seen = set()
+    for frames, index, row in rows_of(written):
+        still = camus.read_still(phantom, row["patient"], View(row["view"]), Phase(row["phase"]))
+        seen.add((row["patient"], row["view"], row["phase"]))
+        image, mask = shards.resize_image(still.image, 48, 40), shards.resize_mask(still.mask, 48, 40)
+        np.testing.assert_array_equal(frames.images[index, 0].numpy(), image)
+        np.testing.assert_array_equal(frames.masks[index].numpy(), mask)
+        np.testing.assert_array_equal(frames.native_mask(index), still.mask)
+        assert row["native_spacing_mm"] == list(still.spacing_mm) and row["native_shape"] == list(still.image.shape)
+        assert (row["frame"], row["ef"], row["sex"]) == (still.frame, still.info.ef, still.info.sex)
+        assert row["ef_convention"] == still.info.ef_convention
+    assert seen == {(p, view, phase) for p in patients for view, phase in camus.stills_of()}
+
+
+def test_the_spacing_of_the_stored_grid_keeps_the_size_in_mm(written):
+    for _, _, row in rows_of(written):
+        stored = np.multiply(row["spacing_mm"], [48, 40])
+        np.testing.assert_allclose(stored, np.multiply(row["native_spacing_mm"], row["native_shape"]))
+
+
+def test_groups_are_by_patient_and_every_row_is_in_one(written):
+    opened = shards.open_shards(written)
+    found = {group: {row["patient"] for _, _, row in rows_of(written, (group,))} for group in opened.groups}
+    assert found == {group: set(names) for group, names in opened.groups.items()}
+    assert (opened.num_rows("train"), opened.num_rows("test")) == (16, 8) and opened.image == GRID
+
+
+def test_intensity_is_mean_and_deviation_of_the_training_pixels(written):
+    opened = shards.open_shards(written)
+    pixels = shards.load_groups(opened, ("train",))["train"].images.numpy() / 255.0
+    assert opened.intensity == pytest.approx((pixels.mean(), pixels.std()), rel=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(mask=st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda s: arrays("uint8", s, elements=st.integers(0, 3))))
+def test_resized_masks_hold_only_labels_at_pixel_centres_and_equal_size_changes_nothing(mask):
+    height, width = mask.shape
+    np.testing.assert_array_equal(shards.resize_mask(mask, height, width), mask)
+    rows = ((np.arange(7) + 0.5) * height / 7).astype(int)
+    columns = ((np.arange(5) + 0.5) * width / 5).astype(int)
+    np.testing.assert_array_equal(shards.resize_mask(mask, 7, 5), mask[np.ix_(rows, columns)])
+
+
+def test_a_resized_image_is_antialiased():
+    stripes = np.tile(np.array([0, 200], np.uint8), (64, 32))
+    assert np.ptp(shards.resize_image(stripes, 16, 16)[:, 2:-2]) <= 2
+    np.testing.assert_array_equal(shards.resize_image(stripes, 64, 64), stripes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(number=st.integers(0, 1), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_one_changed_byte_anywhere_is_refused_by_the_name_of_its_part(written, number, where, flip, tmp_path_factory):
+    folder = shutil.copytree(written, str(tmp_path_factory.mktemp("flip") / "s"))
+    with open(part_path(folder, number), "r+b") as stream:
+        position = int(where * os.path.getsize(stream.name))
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ flip]))
+    with pytest.raises(UserError, match=rf"part-0000{number}\.parquet is damaged"):
+        list(rows_of(folder))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_truncated_or_missing_part_is_refused_by_name(number, copied):
+    os.truncate(part_path(copied, number), os.path.getsize(part_path(copied, number)) - 1)
+    with pytest.raises(UserError, match=rf"part-0000{number}\.parquet is damaged"):
+        list(rows_of(copied))
+    os.remove(part_path(copied, number))
+    with pytest.raises(UserError, match=rf"part-0000{number}\.parquet cannot be read"):
+        list(rows_of(copied))
+
+
+def test_a_finished_part_is_taken_as_it_is(phantom, patients, copied):
+    path = part_path(copied, 0)
+    os.utime(path, (1, 1))
+    with open(path, "rb") as stream:
+        before = stream.read()
+    record = shards.write_part(phantom, copied, "part-00000.parquet", patients[:3], GRID)
+    with open(path, "rb") as stream:
+        assert stream.read() == before
+    assert os.path.getmtime(path) == 1
+    assert record["sha256"] == shards.open_shards(copied).manifest["parts"][0]["sha256"] and record["rows"] == 12
+
+
+def test_a_resumed_folder_equals_one_written_in_one_go(phantom, patients, written, copied):
+    os.remove(os.path.join(copied, shards.MANIFEST))
+    os.remove(part_path(copied, 1))
+    write(phantom, copied, patients)
+    for name in os.listdir(written):
+        with open(os.path.join(written, name), "rb") as one, open(os.path.join(copied, name), "rb") as other:
+            assert one.read() == other.read(), name
+
+
+def test_a_part_of_another_configuration_or_source_is_refused(phantom, patients, copied, tmp_path):
+    with pytest.raises(UserError, match=r"part-00000\.parquet was made from something else \(image\.height: 48 there, 64"):
+        shards.write_part(phantom, copied, "part-00000.parquet", patients[:3], ImageConfig(64, 40))
+    with pytest.raises(UserError, match=r"made from something else \(listing\."):
+        shards.write_part(phantom, copied, "part-00000.parquet", patients[:2], GRID)
+
+
+def test_a_damaged_part_in_the_way_of_a_resume_is_refused_by_name(phantom, patients, copied):
+    os.truncate(part_path(copied, 0), 100)
+    with pytest.raises(UserError, match=r"part-00000\.parquet"):
+        shards.write_part(phantom, copied, "part-00000.parquet", patients[:3], GRID)
+
+
+def test_damaged_recordings_go_to_quarantine_and_the_good_ones_stay(phantom, patients, tmp_path):
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    for patient in patients[:4]:
+        shutil.copytree(os.path.join(phantom, "database_nifti", patient), os.path.join(source, "database_nifti", patient))
+    first, second = patients[:2]
+    os.truncate(camus.recording_path(source, first, View.FOUR_CHAMBER, Phase.ES), 50)
+    for view, phase in camus.stills_of():
+        os.remove(camus.recording_path(source, second, view, phase, "_gt"))
+    write(source, out, patients[:4])
+    opened = shards.open_shards(out)
+    quarantined = opened.manifest["quarantined"]
+    assert {(e["patient"], e["view"], e["phase"]) for e in quarantined} == {(first, "4CH", "ES")} | {
+        (second, str(view), str(phase)) for view, phase in camus.stills_of()
+    }
+    by_patient = {e["patient"]: e for e in quarantined}
+    assert "gzip" in by_patient[first]["reason"] and "cannot be read" in by_patient[second]["reason"]
+    assert by_patient[first]["file"] == f"database_nifti/{first}/{first}_4CH_ES.nii.gz"
+    assert all(second not in names for names in opened.groups.values())
+    there = [(row["patient"], row["view"], row["phase"]) for _, _, row in rows_of(out)]
+    expected = {(p, str(v), str(f)) for p in patients[:4] for v, f in camus.stills_of()}
+    assert set(there) == expected - {(e["patient"], e["view"], e["phase"]) for e in quarantined}
+    assert len(there) == opened.manifest["rows"] == 11
+
+
+def test_a_cfg_value_that_no_column_holds_does_not_stop_its_part(phantom, patients, tmp_path):
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    shutil.copytree(os.path.join(phantom, "database_nifti", patients[0]), os.path.join(source, "database_nifti", patients[0]))
+    with open(os.path.join(source, "database_nifti", patients[0], "Info_2CH.cfg"), "w") as stream:
+        stream.write("ED: 1\nAge: 1000000000000\n")
+    record = shards.write_part(source, out, "part-00000.parquet", patients[:1], GRID)
+    assert record["rows"] + len(record["quarantined"]) == 4
+
+
+def change_json(path: str, change) -> None:
+    with open(path) as stream:
+        value = json.load(stream)
+    change(value)
+    with open(path, "w") as stream:
+        json.dump(value, stream)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "part-00000.parquet/../../x", "part-0.parquet", ""])
+def test_a_manifest_that_names_a_path_outside_is_refused(name, copied):
+    change_json(os.path.join(copied, shards.MANIFEST), lambda value: value["parts"][0].update(file=name))
+    with pytest.raises(UserError, match="names a part"):
+        list(rows_of(copied))
+
+
+def test_a_folder_without_a_manifest_is_refused(copied, tmp_path):
+    with pytest.raises(UserError, match="holds no finished shards"):
+        shards.open_shards(str(tmp_path / "nowhere"))
+    os.remove(os.path.join(copied, shards.MANIFEST))
+    with pytest.raises(UserError, match="holds no finished shards"):
+        shards.open_shards(copied)
+
+
+def test_a_manifest_of_another_format_or_damaged_is_refused(copied):
+    path = os.path.join(copied, shards.MANIFEST)
+    change_json(path, lambda value: value.update(format=99))
+    with pytest.raises(UserError, match="format 99"):
+        shards.open_shards(copied)
+    os.truncate(path, 20)
+    with pytest.raises(UserError, match=r"manifest\.json is missing or no valid JSON"):
+        shards.open_shards(copied)
+
+
+def test_splits_that_share_a_patient_or_name_a_stranger_are_refused(copied):
+    path = os.path.join(copied, shards.SPLITS)
+    change_json(path, lambda value: value["groups"]["test"].append("patient9999"))
+    with pytest.raises(UserError, match="patient9999"):
+        shards.open_shards(copied)
+    change_json(path, lambda value: value["groups"].update(test=value["groups"]["train"][:1]))
+    with pytest.raises(UserError, match="in both train and test"):
+        shards.open_shards(copied)
+
+
+def test_the_fingerprint_follows_pixels_and_groups(phantom, patients, written, copied, tmp_path):
+    write(phantom, str(tmp_path / "again"), patients)
+    original = shards.open_shards(written).fingerprint
+    assert shards.open_shards(str(tmp_path / "again")).fingerprint == original
+    change_json(os.path.join(copied, shards.SPLITS), lambda v: v["groups"]["test"].pop())
+    assert shards.open_shards(copied).fingerprint != original

@@ -1,0 +1,314 @@
+"""The pieces of training: losses, schedules, optimizer, augmentation, batches, intervals and the network."""
+
+import math
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from heartseg import batches, losses
+from heartseg.agreement import bootstrap_interval
+from heartseg.augment import augment
+from heartseg.batches import Loader
+from heartseg.config import AugmentConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
+from heartseg.errors import UserError
+from heartseg.model import build_model
+from heartseg.optim import AveragedWeights, build_optimizer, set_lr
+from heartseg.schedules import lr_multiplier
+
+LOSSES = [LossConfig("cross_entropy"), LossConfig("dice_cross_entropy")]
+ALL_CHANGES = AugmentConfig(rotate_deg=20, scale=0.2, translate=0.1, gain=0.3, gamma=0.3, noise=0.2)
+SMALL = {"backbone": "mobilenet_v3_large"}
+
+
+def logits_and_target(images: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(images)
+    return torch.randn(images, 4, 8, 6, generator=generator), torch.randint(4, (images, 8, 6), generator=generator)
+
+
+def test_one_hot_is_the_four_channel_truth():
+    _, target = logits_and_target()
+    truth = losses.one_hot(target.to(torch.uint8))
+    assert truth.shape == (5, 4, 8, 6) and truth.dtype == torch.float32
+    assert all(torch.equal(truth[:, label], (target == label).float()) for label in range(4))
+
+
+def test_cross_entropy_is_torchs():
+    logits, target = logits_and_target()
+    assert torch.equal(losses.segmentation_loss(LOSSES[0], logits, target.to(torch.uint8)), cross_entropy(logits, target))
+
+
+def test_soft_dice_is_near_0_for_a_perfect_and_near_1_for_a_wrong_prediction():
+    target = torch.zeros(2, 64, 64, dtype=torch.long)
+    target[:, :20], target[:, 20:40], target[:, 40:50] = 1, 2, 3
+    assert losses.soft_dice_loss(losses.one_hot(target) * 50, target) < 1e-4
+    assert losses.soft_dice_loss(losses.one_hot((target + 1) % 4) * 50, target) > 0.99
+
+
+def test_soft_dice_does_not_fail_a_structure_that_is_absent_from_both():
+    target = torch.zeros(1, 8, 8, dtype=torch.long)
+    assert losses.soft_dice_loss(losses.one_hot(target) * 50, target) < 1e-4
+
+
+@pytest.mark.parametrize("config", LOSSES, ids=lambda config: config.kind)
+@given(cut=st.integers(1, 4))
+@settings(max_examples=5, deadline=None)
+def test_a_batchs_loss_is_the_share_weighted_mean_of_its_parts(config, cut):
+    logits, target = logits_and_target()
+    parts = [losses.segmentation_loss(config, logits[rows], target[rows]) for rows in (slice(cut), slice(cut, 5))]
+    whole = losses.segmentation_loss(config, logits, target)
+    torch.testing.assert_close(whole, (cut * parts[0] + (5 - cut) * parts[1]) / 5)
+
+
+def test_the_auxiliary_heads_loss_is_added_with_its_weight():
+    logits, target = logits_and_target()
+    one = losses.segmentation_loss(LOSSES[1], logits, target)
+    config = LossConfig("dice_cross_entropy", aux_weight=0.25)
+    torch.testing.assert_close(losses.training_loss(config, (logits, logits), target), 1.25 * one)
+    torch.testing.assert_close(losses.training_loss(config, logits, target), one)
+
+
+@pytest.mark.parametrize("kind", ["polynomial", "cosine", "constant"])
+def test_a_schedule_is_torchs_of_the_same_name(kind):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = torch.optim.lr_scheduler
+    reference = {
+        "polynomial": lambda: schedulers.PolynomialLR(optimizer, total_iters=40, power=0.9),
+        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, T_max=40),
+        "constant": lambda: schedulers.ConstantLR(optimizer, factor=1.0),
+    }[kind]()
+    for step in range(40):
+        expected = reference.get_last_lr()[0]
+        assert lr_multiplier(ScheduleConfig(kind, power=0.9), step, 40, 10) == pytest.approx(expected, abs=1e-6)
+        optimizer.step()
+        reference.step()
+
+
+@settings(max_examples=50, deadline=None)
+@given(kind=st.sampled_from(["polynomial", "cosine", "constant"]), warmup=st.floats(0, 3), steps=st.integers(1, 30))
+def test_the_warm_up_rises_evenly_to_1_and_then_nothing_rises(kind, warmup, steps):
+    config = ScheduleConfig(kind, warmup_epochs=warmup)
+    rates = [lr_multiplier(config, step, 5 * steps, steps) for step in range(5 * steps)]
+    rise = round(warmup * steps)
+    assert rates[rise] == 1.0 and all(0 < rate <= 1 for rate in rates)
+    np.testing.assert_allclose(np.diff([0, *rates[: rise + 1]]), 1 / (rise + 1), atol=1e-12)
+    assert all(late <= early for early, late in zip(rates[rise:], rates[rise + 1 :], strict=False))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_every_parameter_is_optimized_once_and_only_kernels_are_decayed(kind):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    optimizer = build_optimizer(OptimConfig(kind, lr=0.1, weight_decay=0.3), model)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
+    }  # fmt: skip
+    set_lr(optimizer, 0.05)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_averaged_weights_follow_their_rule_statistics_included_and_reach_a_model_that_stands_still():
+    model = nn.BatchNorm2d(2)
+    average = AveragedWeights(model, decay=0.5)
+    model.running_mean.fill_(8.0)
+    model.weight.data.fill_(9.0)
+    model.num_batches_tracked.fill_(7)
+    average.update(model)
+    kept = 2 / 11  # (1 + n) / (10 + n) after the first update
+    torch.testing.assert_close(average.model.running_mean, torch.full((2,), (1 - kept) * 8.0))
+    torch.testing.assert_close(average.model.weight.data, torch.full((2,), kept * 1.0 + (1 - kept) * 9.0))
+    assert average.model.num_batches_tracked == 7 and not average.model.weight.requires_grad
+    for _ in range(60):
+        average.update(model)
+    torch.testing.assert_close(average.model.running_mean, model.running_mean)
+    before = average.model.running_mean.clone()
+    model.running_mean.fill_(0.0)
+    average.update(model)  # the warm-up is over: the decay is now the limit that was asked for
+    torch.testing.assert_close(average.model.running_mean, 0.5 * before)
+    assert torch.equal(model.running_mean, torch.zeros(2))
+
+
+def pictures(images: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(images, 1, 24, 20, generator=generator)
+    image[:, :, :6] = 0
+    return image, torch.randint(4, (images, 24, 20), generator=generator).to(torch.uint8)
+
+
+def test_no_augmentation_changes_nothing():
+    images, masks = pictures()
+    same_images, same_masks = augment(AugmentConfig(), images.clone(), masks.clone(), 6, 0, seed=1)
+    assert torch.equal(same_images, images) and torch.equal(same_masks, masks)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), world=st.integers(1, 3))
+def test_augmentation_is_the_same_whatever_the_number_of_ranks(seed, world):
+    images, masks = pictures()
+    whole = augment(ALL_CHANGES, images.clone(), masks.clone(), 6, 0, seed)
+    slices = [batches.share(6, rank, world) for rank in range(world)]
+    parts = [augment(ALL_CHANGES, images[s].clone(), masks[s].clone(), 6, s.start, seed) for s in slices]
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), whole[0])
+    assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
+    assert whole[1].dtype == torch.uint8 and set(whole[1].unique().tolist()) <= {0, 1, 2, 3}
+    assert 0 <= whole[0].min() and whole[0].max() <= 1
+
+
+def test_each_image_has_its_own_draw_and_each_seed_others():
+    images, masks = pictures(1)
+    images, masks = images.expand(4, -1, -1, -1), masks.expand(4, -1, -1)
+    first, _ = augment(ALL_CHANGES, images, masks, 4, 0, seed=1)
+    second, _ = augment(ALL_CHANGES, images, masks, 4, 0, seed=2)
+    assert len({tuple(picture.flatten().tolist()) for picture in [*first, *second]}) == 8
+
+
+@pytest.mark.parametrize("change", [{"gain": 0.5}, {"gamma": 0.5}, {"noise": 0.5}])
+def test_black_stays_black_and_masks_stand_still_when_only_greys_change(change):
+    images, masks = pictures()
+    changed, same_masks = augment(AugmentConfig(**change), images, masks, 6, 0, seed=3)
+    assert (changed[:, :, :6] == 0).all() and not torch.equal(changed, images) and torch.equal(same_masks, masks)
+
+
+def test_image_and_mask_move_together_and_rotation_is_rigid():
+    masks = torch.zeros(4, 80, 120, dtype=torch.uint8)
+    masks[:, 25:55, 40:80] = 1
+    config = AugmentConfig(rotate_deg=30, translate=0.05)
+    moved, labels = augment(config, masks[:, None].float(), masks, 4, 0, seed=5)
+    assert ((moved[:, 0] > 0.5) == (labels == 1)).float().mean() > 0.99
+    assert not torch.equal(labels, masks)
+    areas = labels.sum(dim=(1, 2)).double()
+    torch.testing.assert_close(areas, torch.full((4,), 1200.0, dtype=torch.double), rtol=0.02, atol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(0, 100), world=st.integers(1, 20))
+def test_shares_cover_a_batch_and_differ_by_at_most_one(size, world):
+    shares = [range(size)[batches.share(size, rank, world)] for rank in range(world)]
+    assert [row for share in shares for row in share] == list(range(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(2, 64), world=st.integers(1, 40))
+def test_shares_are_refused_exactly_where_one_is_under_two(size, world):
+    smallest = min(len(range(size)[batches.share(size, rank, world)]) for rank in range(world))
+    if smallest >= 2:
+        batches.check_shares(size, world)
+    else:
+        with pytest.raises(UserError, match=f"--workers {size // 2} or fewer"):
+            batches.check_shares(size, world)
+
+
+def test_a_batch_of_12_goes_over_6_workers_and_not_over_7():
+    batches.check_shares(12, 6)
+    with pytest.raises(UserError, match="12 over 7 workers"):
+        batches.check_shares(12, 7)
+
+
+def numbered(rows: int, rank: int = 0, world: int = 1) -> Loader:
+    """A group whose row number stands in its pixels."""
+    images = torch.arange(rows, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    return Loader(images, images[:, 0], rank, world)
+
+
+def rows_in(found) -> list[list[int]]:
+    found = list(found)
+    for images, masks in found:
+        torch.testing.assert_close(images[:, 0] * 255, masks.float())
+    return [masks[:, 0, 0].tolist() for _, masks in found]
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(8, 60), size=st.integers(2, 8), world=st.integers(1, 4), epoch=st.integers(0, 5))
+def test_ranks_together_train_on_the_batches_of_one_process(rows, size, world, epoch):
+    alone = rows_in(numbered(rows).training_batches(size, 7, epoch))
+    ranks = [rows_in(numbered(rows, rank, world).training_batches(size, 7, epoch)) for rank in range(world)]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
+    assert len(alone) == rows // size == batches.steps_per_epoch(rows, size)
+    assert len(set(sum(alone, []))) == len(alone) * size
+    assert [numbered(rows).batch_rows(size, 7, epoch, step) for step in range(len(alone))] == alone
+
+
+def test_the_order_changes_with_epoch_and_seed_and_not_between_calls():
+    orders = {tuple(batches.epoch_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+    assert torch.equal(batches.epoch_order(50, 1, 2), batches.epoch_order(50, 1, 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 40), size=st.integers(1, 9), world=st.integers(1, 5))
+def test_every_row_is_evaluated_once_over_all_ranks(rows, size, world):
+    found = [row for rank in range(world) for row in rows_in(numbered(rows, rank, world).evaluation_batches(size))]
+    assert sum(found, []) == list(range(rows)) and all(0 < len(batch) <= size for batch in found)
+
+
+def test_a_group_smaller_than_a_batch_is_refused():
+    with pytest.raises(UserError, match="11 images, fewer than a batch of 12"):
+        batches.steps_per_epoch(11, 12)
+
+
+def test_standard_intensity_has_mean_0_and_deviation_1():
+    images, _ = pictures()
+    standard = batches.Intensity(images.mean().item(), images.std(correction=0).item()).apply(images)
+    assert standard.mean().item() == pytest.approx(0, abs=1e-5) and standard.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(batches.Intensity().apply(images), images)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4)), min_size=1, max_size=30))
+def test_the_bootstrap_interval_lies_within_the_patients_means(rows):
+    values, owners = np.array([v for v, _ in rows]), np.array([p for _, p in rows])
+    low, high = bootstrap_interval(values, owners, draws=200)
+    means = [values[owners == p].mean() for p in set(owners)]
+    assert min(means) - 1e-9 <= low <= high <= max(means) + 1e-9
+    with_gap = bootstrap_interval(np.append(values, np.nan), np.append(owners, 99), draws=200)
+    assert with_gap == (low, high)
+
+
+def test_the_bootstrap_interval_is_over_patients_contains_the_mean_and_is_repeatable():
+    generator = np.random.default_rng(0)
+    values, patients = np.repeat(generator.normal(size=50), 4), np.repeat([f"p{i}" for i in range(50)], 4)
+    low, high = bootstrap_interval(values, patients)
+    assert low < values.mean() < high and (low, high) == bootstrap_interval(values, patients)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(50), rel=0.15)
+    assert all(map(math.isnan, bootstrap_interval(np.array([np.nan]), np.array(["a"]))))
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v3_large", "resnet50"])
+def test_the_network_takes_one_channel_and_gives_four(backbone):
+    model = build_model(ModelConfig(backbone, dropout=0.25, bn_momentum=0.05)).eval()
+    assert next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels == 1
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.05}
+    assert 0.25 in {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 4, 64, 64)
+
+
+def test_group_normalisation_leaves_no_batch_statistics():
+    model = build_model(ModelConfig(**SMALL, norm="group"))
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    assert not list(model.buffers()) and any(isinstance(module, nn.GroupNorm) for module in model.modules())
+
+
+def test_the_auxiliary_head_speaks_in_training_only():
+    model, images = build_model(ModelConfig(**SMALL, aux_head=True)), torch.zeros(2, 1, 64, 64)
+    with torch.no_grad():
+        outputs = model.train()(images)
+        assert isinstance(outputs, tuple) and [o.shape for o in outputs] == [(2, 4, 64, 64)] * 2
+        assert model.eval()(images).shape == (2, 4, 64, 64)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_a_users_error_with_the_mend(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there: a machine without a network
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib remembers the proxies of its first call
+    with pytest.raises(UserError, match=rf"put mobilenet_v3_large-.*\.pth into {tmp_path}"):
+        build_model(ModelConfig(**SMALL, pretrained=True))
