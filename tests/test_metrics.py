@@ -1,13 +1,15 @@
-"""Scores are what a count of pixels by hand gives, and their means do not depend on batches."""
+"""Scores are what a count of pixels by hand gives, their means do not depend on batches, and intervals are by patient."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from heartseg.agreement import bootstrap_interval
 from heartseg.metrics import SCORES, ScoreSums, confusion, image_scores
 
 CPU = torch.device("cpu")
@@ -134,3 +136,23 @@ def test_pooled_scores_take_all_pixels_as_one_image(pair):
         sums.add(torch.tensor(0.0), prediction[image : image + 1], target[image : image + 1])
     expected = by_hand(prediction.reshape(1, -1), target.reshape(1, -1))
     assert sums.pooled() == pytest.approx(expected, nan_ok=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4)), min_size=1, max_size=30))
+def test_the_bootstrap_interval_lies_within_the_patients_means(rows):
+    values, owners = np.array([v for v, _ in rows]), np.array([p for _, p in rows])
+    low, high = bootstrap_interval(values, owners, draws=200)
+    means = [values[owners == p].mean() for p in set(owners)]
+    assert min(means) - 1e-9 <= low <= high <= max(means) + 1e-9
+    with_gap = bootstrap_interval(np.append(values, np.nan), np.append(owners, 99), draws=200)
+    assert with_gap == (low, high)
+
+
+def test_the_bootstrap_interval_is_over_patients_contains_the_mean_and_is_repeatable():
+    generator = np.random.default_rng(0)
+    values, patients = np.repeat(generator.normal(size=50), 4), np.repeat([f"p{i}" for i in range(50)], 4)
+    low, high = bootstrap_interval(values, patients)
+    assert low < values.mean() < high and (low, high) == bootstrap_interval(values, patients)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(50), rel=0.15)
+    assert all(map(math.isnan, bootstrap_interval(np.array([np.nan]), np.array(["a"]))))

@@ -95,7 +95,7 @@ def test_a_failing_job_exits_non_zero_and_only_the_code_was_uploaded(cluster):
     code = "import os; print('UPLOADED', sorted(os.listdir('.'))); raise SystemExit(3)"
     done = submit(cluster, "python", "-c", code)
     assert done.returncode != 0
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("UPLOADED")]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("UPLOADED"))
     assert "jobs" in line and "heartseg" in line
     assert not any(name in line for name in ("'.venv'", "'demo'", "'runs'", "'results'", "'.git'"))
 
