@@ -143,6 +143,8 @@ def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
         if not inflater.eof:
             raise ValueError("the gzip stream is cut off or too large")
     picture = nibabel.Nifti1Image.from_bytes(raw)
+    if picture.get_data_dtype().kind not in "iuf":
+        raise ValueError(f"the pixels are {picture.get_data_dtype()}, not plain numbers")
     # Sizes from the header are checked against the bytes that are there before anything is allocated.
     needed = int(np.prod(picture.shape, dtype=np.float64)) * picture.get_data_dtype().itemsize
     if needed == 0 or needed > len(raw):
@@ -194,9 +196,11 @@ def read_info(source: str, patient: str, view: View, digest=None) -> Info | None
 
     def number(key: str, kind: type):
         try:
-            return kind(float(said[key]))
+            value = float(said[key])
         except (KeyError, ValueError):
             return None
+        # What no frame, age or percentage can be is a slip of the pen, and no column holds it.
+        return kind(value) if abs(value) < 2**31 else None
 
     return Info(
         ed=number("ED", int),

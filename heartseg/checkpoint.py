@@ -5,6 +5,7 @@ on), `training.pt` (raw weights, optimizer, average) and, written last, `checkpo
 """
 
 import io
+import pickle
 import re
 from dataclasses import dataclass
 
@@ -44,8 +45,13 @@ class Checkpoint:
 
     def training_state(self) -> dict:
         """What training goes on from; unpickles nothing but tensors and plain values."""
-        data = storage.read_bytes(storage.join(self.path, TRAINING))
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        path = storage.join(self.path, TRAINING)
+        try:
+            return torch.load(io.BytesIO(storage.read_bytes(path)), map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"The training state {path} is damaged: delete this checkpoint's folder, or give --fresh."
+            ) from error
 
 
 def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:
@@ -75,7 +81,8 @@ def complete(run: str) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
     folder = storage.join(run, FOLDER)
     paths = [storage.join(folder, name) for name in storage.list_names(folder) if NAME.fullmatch(name)]
-    return [open_checkpoint(path) for path in paths if storage.exists(storage.join(path, CARD))]
+    found = [open_checkpoint(path) for path in paths if storage.exists(storage.join(path, CARD))]
+    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
 
 
 def last(run: str) -> Checkpoint | None:

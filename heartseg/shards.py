@@ -101,7 +101,10 @@ def write_part(source: str, out: str, name: str, patients: list[str], image: Ima
     asked = {"format": FORMAT, "image": to_json(image), "listing": {p: camus.list_files(source, p) for p in patients}}
     asked = json.loads(canonical(asked))
     if storage.exists(path):
-        note = json.loads(storage.read_table_metadata(path).get(b"heartseg.part", b"{}"))
+        try:
+            note = json.loads(storage.read_table_metadata(path).get(b"heartseg.part", b"{}"))
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged: give --overwrite, or another --out.") from error
         difference = first_difference({key: note.get(key) for key in asked}, asked)
         if difference:
             raise UserError(f"{path} was made from something else ({difference}): give --overwrite, or another --out.")
