@@ -17,8 +17,8 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/python -m heartseg.phantom demo/phantom --patients 30 --workers 2
-	$(BIN)/python jobs/pipeline.py quick --source demo/phantom --out demo --workers 2 --train.epochs 20
+	$(BIN)/python -m heartseg.phantom demo/phantom --patients 40 --workers 2
+	$(BIN)/python jobs/pipeline.py quick --source demo/phantom --out demo --workers 2 --train.epochs 20 --train.batch-size 8
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "not slow and not real_data"

@@ -138,10 +138,7 @@ def read_nifti(path: str, digest=None) -> tuple[np.ndarray, tuple[float, float]]
 def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
     """Decode the bytes of a `.nii` or `.nii.gz`: the upright array and (depth, lateral) spacing in mm."""
     if raw[:2] == b"\x1f\x8b":
-        inflater = zlib.decompressobj(wbits=31)
-        raw = inflater.decompress(raw, MAX_FILE_BYTES)
-        if not inflater.eof:
-            raise ValueError("the gzip stream is cut off or too large")
+        raw = inflate(raw)
     picture = nibabel.Nifti1Image.from_bytes(raw)
     if picture.get_data_dtype().kind not in "iuf":
         raise ValueError(f"the pixels are {picture.get_data_dtype()}, not plain numbers")
@@ -156,6 +153,18 @@ def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
     while array.ndim > 2 and array.shape[-1] == 1:
         array = array[..., 0]
     return array.swapaxes(0, 1), (spacing[1], spacing[0])
+
+
+def inflate(packed: bytes) -> bytes:
+    """The content of a gzip file, of several members too; never more than MAX_FILE_BYTES. Raises ValueError."""
+    content = b""
+    while packed:
+        inflater = zlib.decompressobj(wbits=31)
+        content += inflater.decompress(packed, max(1, MAX_FILE_BYTES - len(content)))
+        if not inflater.eof:
+            raise ValueError("the gzip stream is cut off or too large")
+        packed = inflater.unused_data.lstrip(b"\0")  # some writers pad the end with zeros
+    return content
 
 
 def as_intensity(image: np.ndarray, path: str) -> np.ndarray:
@@ -188,7 +197,10 @@ def read_info(source: str, patient: str, view: View, digest=None) -> Info | None
     path = storage.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg")
     if not storage.exists(path):
         return None
-    raw = storage.read_bytes(path)
+    try:
+        raw = storage.read_bytes(path)
+    except OSError as error:
+        raise DamagedRecording(f"cannot be read: {error.strerror or 'not a file'}", path) from error
     if digest is not None:
         digest.update(hashlib.sha256(raw).digest())
     said = dict(line.split(":", 1) for line in raw.decode(errors="replace").splitlines() if ":" in line)

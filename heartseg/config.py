@@ -101,7 +101,9 @@ class OptimConfig:
     """Decay of the exponential average of the weights, which is then what is evaluated; 0 keeps none."""
 
     def __post_init__(self):
-        _require(self.lr > 0, "optim.lr must be above 0.")
+        _require(0 < self.lr < 1e6, "optim.lr must be above 0, and finite.")
+        _require(0 <= self.momentum < 1, "optim.momentum must be at least 0 and below 1.")
+        _require(min(self.weight_decay, self.clip_norm) >= 0, "optim.weight_decay and optim.clip_norm must be at least 0.")
         _require(0 <= self.ema_decay < 1, "optim.ema_decay must be at least 0 and below 1.")
 
 
@@ -115,6 +117,9 @@ class ScheduleConfig:
     """Epochs of linear rise at the start."""
     power: float = 0.9
     """Exponent of `polynomial`."""
+
+    def __post_init__(self):
+        _require(self.warmup_epochs >= 0 and self.power > 0, "schedule.warmup_epochs must be at least 0, schedule.power above.")
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,11 @@ class AugmentConfig:
     """Largest change of the exponent: 0.3 draws from 1/1.3 to 1.3."""
     noise: float = 0.0
     """Largest standard deviation of multiplicative speckle."""
+
+    def __post_init__(self):
+        values = dataclasses.astuple(self)
+        _require(all(0 <= value < 360 for value in values), "Every augment setting must be at least 0, and finite.")
+        _require(self.scale < 1, "augment.scale must be below 1.")
 
 
 @dataclass(frozen=True)
@@ -225,13 +235,15 @@ def canonical(value: object) -> bytes:
 
 def from_json(value: dict, kind: type = Experiment, origin: str = "the configuration"):
     """Build a dataclass from JSON values; raises UserError that names an unknown or missing key or a wrong value."""
+    if not isinstance(value, dict):
+        raise UserError(f"Bad configuration: {origin} is no JSON object.")
     try:
         return _converter.structure(value, kind)
     except UserError:
         raise
     except Exception as error:
-        problems = cattrs.transform_error(error, path=origin)
-        raise UserError(f"Bad configuration: {problems[0]}.") from error
+        problems = cattrs.transform_error(error, path=origin, format_exception=_say)
+        raise UserError(f"Bad configuration: {problems[0].rstrip('.')}.") from error
 
 
 def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
@@ -245,6 +257,13 @@ def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
         elif there != asked:
             return f"{prefix}{key}: {there} there, {asked} asked"
     return None
+
+
+def _say(error: BaseException, kind: type | None) -> str:
+    """A problem in our own words where we raised it, else in the converter's."""
+    if isinstance(error, UserError):
+        return str(error).rstrip(".")
+    return str(error) if isinstance(error, ValueError) else cattrs.v.format_exception(error, kind)
 
 
 def _strict(kind: type):

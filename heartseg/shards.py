@@ -207,9 +207,14 @@ def open_shards(path: str) -> Shards:
     if not storage.exists(manifest_path):
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
     manifest = storage.read_json(manifest_path)
+    if not isinstance(manifest, dict):
+        raise UserError(f"{manifest_path} is no manifest: preprocess anew.")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has shard format {manifest.get('format')}, this version reads {FORMAT}: preprocess anew.")
-    groups = storage.read_json(storage.join(path, SPLITS))["groups"]
+    split = storage.read_json(storage.join(path, SPLITS))
+    groups = split.get("groups") if isinstance(split, dict) else None
+    if not isinstance(groups, dict) or "train" not in groups:
+        raise UserError(f"{path}/{SPLITS} names no training group: preprocess again to write it anew.")
     splits.assert_disjoint(groups)
     unknown = {p for names in groups.values() for p in names} - manifest["patients"].keys()
     if unknown:
