@@ -4,8 +4,10 @@ Ray Train supervises: it places the workers, joins them for DistributedDataParal
 What a run knows lies in its own directory, the same with and without Ray, so the same command always resumes.
 """
 
+import contextlib
 import logging
 import os
+import socket
 import sys
 import uuid
 from collections.abc import Sequence
@@ -65,7 +67,7 @@ def run_plainly(experiment: Experiment, options: Options) -> str:
             opened = runs.open_run(experiment, shards, options.run_name, options.fresh)
             print(f"run {opened.path}")
         opened = distributed.from_main(opened, ranks)
-        with storage.lock(opened.path if ranks.is_main else storage.join(opened.path, f".rank{ranks.rank}")):
+        with storage.lock(opened.path) if ranks.is_main else contextlib.nullcontext():
             train_rank(experiment, opened, ranks, lambda model: distributed.wrap_model(model, ranks))
         return opened.path
     finally:
@@ -109,13 +111,27 @@ def worker(config: dict) -> dict:
     torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
     experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())
     try:
-        opened = runs.find_run(config["run"])
+        opened = see_storage(config["run"], experiment.data, ranks)
         # The device is the engine's to choose the layout for; Ray adds the gradient averaging.
         options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.DDP_OPTIONS}
         train_rank(experiment, opened, ranks, lambda model: prepare_model(model, **options), ray.train.report)
     except UserError as error:
         return {"error": str(error)}
     return {}
+
+
+def see_storage(run_path: str, data: str, ranks: distributed.Ranks) -> Run:
+    """The run, where every rank sees it and the shards; raises UserError on every rank where one of them does not."""
+    opened, problem = None, None
+    try:
+        opened = runs.find_run(run_path)
+        open_shards(data)
+    except UserError as error:
+        problem = f"Worker {ranks.rank} on {socket.gethostname()}: {error} Every node must see --runs and --data."
+    problem = distributed.first_problem(problem, ranks)
+    if problem:
+        raise UserError(problem)
+    return opened
 
 
 def job(argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from conftest import tiny_experiment
 
 from heartseg import runs, storage
 from heartseg.config import TrackingConfig
+from heartseg.shards import open_shards
 from jobs import evaluate, preprocess, train
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -106,3 +107,30 @@ def test_too_many_workers_for_the_batch_are_refused(shards, tmp_path):
     crowded = replace(experiment, workers=4)
     with pytest.raises(UserError, match="--workers 3 or fewer"):
         train.run(crowded, train.Options())
+
+
+def test_storage_that_one_worker_cannot_see_is_said_by_all(shards, tmp_path):
+    # One of two ranks looks for the run where it is not: both must come back at once, with that rank's sentence.
+    import torch.multiprocessing as mp
+
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_look_for_storage, args=(shards, str(tmp_path / "store"), queue), nprocs=2)
+    said = {queue.get(), queue.get()}
+    assert len(said) == 1 and "Worker 1 on" in said.pop()
+
+
+def _look_for_storage(rank: int, shards: str, store: str, queue) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from heartseg import distributed
+    from heartseg.errors import UserError
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        run = runs.open_run(tiny_experiment(data=shards, runs=f"{store}-runs"), open_shards(shards)) if rank == 0 else None
+        train.see_storage(run.path if run else "/nowhere", shards, distributed.current(torch.device("cpu")))
+    except UserError as error:
+        queue.put(str(error))
+    finally:
+        dist.destroy_process_group()
