@@ -1,6 +1,6 @@
 """heartseg: segmentation of the left ventricle, its wall and the left atrium in apical echocardiograms.
 
-Two names serve most users: `heartseg.load(run)` rebuilds a trained model, and the model's `predict(image, spacing_mm)`
+Two names serve most users: `heartseg.load(run)` rebuilds a trained model, and the model's `predict(image)`
 returns the mask on the image's own grid.
 """
 

@@ -80,6 +80,12 @@ def from_main(value: object, ranks: Ranks) -> object:
     return box[0]
 
 
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    if ranks.world_size > 1:
+        dist.barrier()
+
+
 def first_problem(problem: str | None, ranks: Ranks) -> str | None:
     """The first rank's problem that is not None, on every rank: what one of them found, none of them waits behind."""
     if ranks.world_size == 1:

@@ -72,5 +72,6 @@ def table_text(summary: dict, names: Iterable[str] = ("dice", "iou", "accuracy",
         entry = summary["scores"][name]
         if entry["mean"] is not None:
             interval = f"{entry['low']:.4f} - {entry['high']:.4f}"
-            lines.append(f"{name:<12}{entry['mean']:>8.4f}   {interval}  {summary['pooled'][name] or float('nan'):.4f}")
+            pooled = float("nan") if summary["pooled"][name] is None else summary["pooled"][name]
+            lines.append(f"{name:<12}{entry['mean']:>8.4f}   {interval}  {pooled:.4f}")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from heartseg.errors import UserError
 from heartseg.shards import Shards
 
 DESCRIPTION, RECORD, RECORD_CSV = "experiment.json", "metrics.jsonl", "metrics.csv"
+MODEL_CARD = "MODEL_CARD.md"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
         "dataset": shards.manifest["dataset"],
         "split": storage.read_json(storage.join(shards.path, "splits.json"))["config"],
         "groups": {g: {"patients": len(p), "images": shards.num_rows(g)} for g, p in shards.groups.items()},
+        # So that nobody is ever scored on hearts that the run has trained on, however the shards are divided later.
+        "train_patients": shards.groups["train"],
         "source_sha256": shards.manifest["source_sha256"],
         "code": code_revision(),
         "wandb_id": uuid.uuid4().hex[:12],

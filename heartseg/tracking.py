@@ -60,8 +60,10 @@ class WandbTracker(Tracker):
         }
         try:
             self.run = wandb.init(mode=mode, **arguments)
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            log.warning("wandb cannot be reached (%s): this run is kept offline, `wandb sync` sends it later.", error)
+        except wandb.errors.Error as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("wandb cannot be reached (%s): this run is kept offline, `wandb sync` sends it later.", reason)
+            wandb.teardown()  # its service still holds the run's id for the attempt that failed
             self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric("*", step_metric="epoch")
         self.run.define_metric("val/dice", step_metric="epoch", summary="max")

@@ -64,7 +64,7 @@ def train_rank(
     torch.manual_seed(experiment.train.seed)
     state = engine.start(experiment, build_model(experiment.model), ranks, wrap)
     record = resume(state, run)
-    if state.epoch >= experiment.train.epochs:
+    if state.epoch >= experiment.train.epochs and storage.exists(storage.join(run.path, runs.MODEL_CARD)):
         return record[-1]
     tracker = build_tracker(experiment, run, ranks.is_main)
     keeper = Keeper(experiment, run, intensity, frames["val" if "val" in frames else "test"], tracker, record, report)
@@ -74,7 +74,7 @@ def train_rank(
         after_epoch = keeper.keep_epoch if ranks.is_main else lambda _, metrics: report(metrics)
         engine.fit(experiment, state, loaders, intensity, ranks, after_epoch, progress)
         if ranks.is_main:
-            keeper.finish(shards)
+            keeper.finish(state, shards)
         exit_code = 0
     except engine.NonFiniteLoss as error:
         raise UserError(_say_non_finite(error, frames["train"])) from error
@@ -89,7 +89,11 @@ def resume(state: engine.TrainState, run: Run) -> list[dict]:
     if found is None:
         return []
     state.load_state_dict(found.training_state())
-    return [epoch for epoch in runs.read_record(run.path) if epoch["epoch"] <= state.epoch]
+    record = [epoch for epoch in runs.read_record(run.path) if epoch["epoch"] <= state.epoch]
+    if not record or record[-1]["epoch"] < state.epoch:
+        # A kill between the checkpoint and the record's line: the checkpoint's card has the same metrics.
+        record.append({name: np.nan if value is None else value for name, value in found.card["metrics"].items()})
+    return record
 
 
 def _say_non_finite(error: engine.NonFiniteLoss, frames: Frames) -> str:
@@ -171,8 +175,11 @@ class Keeper:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)
 
-    def finish(self, shards: Shards) -> None:
-        """Write the model card and hand the checkpoint that counts to the tracker."""
-        storage.publish(storage.join(self.run.path, "MODEL_CARD.md"), runs.model_card(self.run, self.record[-1]).encode())
+    def finish(self, state: engine.TrainState, shards: Shards) -> None:
+        """Write the model card, which says that a run is finished, and hand the checkpoint that counts to the tracker."""
+        if not storage.exists(storage.join(self.run.path, "samples", "last.npz")):
+            self.keep_samples(state)
+        runs.write_record(self.run.path, self.record)
+        storage.publish(storage.join(self.run.path, runs.MODEL_CARD), runs.model_card(self.run, self.record[-1]).encode())
         kept = checkpoint.find(self.run.path, "best")
         self.tracker.artifact(kept.path, shards.fingerprint)

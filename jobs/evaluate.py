@@ -48,6 +48,11 @@ def run(options: Options) -> str:
     group = options.group if options.group != "auto" else ("test" if "test" in shards.groups else "val")
     if group not in shards.groups:
         raise UserError(f"The shards have no group {group}: take one of {', '.join(shards.groups)}.")
+    seen = set(owner.description["train_patients"]) & set(shards.groups[group])
+    if seen and group != "train":
+        raise UserError(
+            f"{owner.path} was trained on {len(seen)} patients of this {group} group: give the shards and split it knew."
+        )
     which = options.which if options.which != "auto" else ("best" if group == "test" else "last")
     found = checkpoint.find(path, which)
     out = storage.join(owner.path, f"evaluation-{group}")

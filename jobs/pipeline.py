@@ -25,7 +25,7 @@ def run(experiment: Experiment, options: Options) -> str:
     """Preprocess, train, evaluate; returns the path of the report."""
     check_installation()
     out = experiment.out or runtime.absolute("results", "out")
-    shards = storage.join(out, f"shards-{experiment.image.height}x{experiment.image.width}")
+    shards = storage.join(out, f"shards-{experiment.image.height}x{experiment.image.width}-{experiment.split.kind}")
     print("1/3 preprocess")
     preprocess.run(replace(experiment, out=shards), preprocess.Options())
     print("2/3 train")

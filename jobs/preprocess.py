@@ -24,6 +24,8 @@ class Options:
     """Begin anew where --out holds shards already."""
     max_quarantined: float = 0.01
     """Largest share of the recordings that may be damaged."""
+    resplit: bool = False
+    """Divide shards that are there in another way; runs that know the old groups will not resume on them."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
@@ -39,6 +41,7 @@ def run(experiment: Experiment, options: Options) -> None:
         if options.overwrite:
             remove_shards(out)
         if storage.exists(storage.join(out, shards.MANIFEST)):
+            check_split(experiment, options)
             manifest = check_same(experiment, shards.source_listing(source, patients))
             print(f"{out} is complete: {manifest['rows']} images.")
         else:
@@ -113,6 +116,16 @@ def check_same(experiment: Experiment, listing: str) -> dict:
     if difference:
         raise UserError(f"{experiment.out} holds other shards ({difference}): give --overwrite, or another --out.")
     return manifest
+
+
+def check_split(experiment: Experiment, options: Options) -> None:
+    """Raise UserError where shards are divided in another way than asked and `--resplit` is not given."""
+    path = storage.join(experiment.out, shards.SPLITS)
+    if options.resplit or not storage.exists(path):
+        return
+    difference = first_difference(storage.read_json(path).get("config", {}), to_json(experiment.split), "split.")
+    if difference:
+        raise UserError(f"{experiment.out} is divided otherwise ({difference}): give --resplit, or another --out.")
 
 
 def remove_shards(out: str) -> None:

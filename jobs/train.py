@@ -42,7 +42,7 @@ class Options:
 
 
 def run(experiment: Experiment, options: Options) -> str:
-    """Train, or go on training; returns the run's directory."""
+    """Train, or go on training; returns the run's directory, and an empty string on all ranks of torchrun but the first."""
     data = runtime.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
@@ -69,7 +69,8 @@ def run_plainly(experiment: Experiment, options: Options) -> str:
         opened = distributed.from_main(opened, ranks)
         with storage.lock(opened.path) if ranks.is_main else contextlib.nullcontext():
             train_rank(experiment, opened, ranks, lambda model: distributed.wrap_model(model, ranks))
-        return opened.path
+        distributed.barrier(ranks)
+        return opened.path if ranks.is_main else ""
     finally:
         distributed.stop_plain()
 
@@ -137,6 +138,8 @@ def see_storage(run_path: str, data: str, ranks: distributed.Ranks) -> Run:
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     path = run(*runtime.parse(Options(), argv, "train.py", "Train a segmentation model; the same command resumes."))
+    if not path:
+        return  # another of torchrun's processes tells
     record = runs.read_record(path)
     last = record[-1]
     scores = "  ".join(f"{name} {last[name]:.4f}" for name in ("val/dice", "test/dice") if name in last)

@@ -31,7 +31,7 @@ def test_two_epochs_on_real_hearts_learn_and_the_same_command_finds_all_done(cam
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     report = first.stdout.splitlines()[-1]
     assert os.path.getsize(report) > 100_000
-    shards = open_shards(str(tmp_path / "shards-128x128"))
+    shards = open_shards(str(tmp_path / "shards-128x128-official"))
     assert {group: len(names) for group, names in shards.groups.items()} == {"train": 400, "val": 50}
     assert shards.manifest["rows"] == 1800 and shards.manifest["quarantined"] == []
     assert shards.manifest["dataset"] == "CAMUS"
