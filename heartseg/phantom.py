@@ -19,7 +19,6 @@ from heartseg import camus, storage
 from heartseg.errors import UserError
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS, Phase, View
 
-MARKER = "phantom.json"  # says that a folder is synthetic; a folder of patients without it is never written into
 CONTRACTION = {Phase.ED: 0.0, Phase.ES: 1.0}
 # (depth, lateral) mm: the current release's isotropic 0.308, the older one's 1:2, others; mostly small ones, for speed.
 SPACINGS_MM = ((0.308, 0.308), (0.154, 0.308), (0.308, 0.308), (0.22, 0.22), (0.308, 0.308), (0.24, 0.26))
@@ -255,7 +254,7 @@ def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:
 
 def claim_folder(source: str, made_with: dict) -> None:
     """Mark `source` as synthetic; raises UserError where it holds other patients, who would be overwritten."""
-    marker = storage.join(source, MARKER)
+    marker = storage.join(source, camus.PHANTOM_NOTE)
     if storage.exists(marker) and storage.read_json(marker) != made_with:
         raise UserError(f"{source} holds a phantom made with other settings: give an empty folder, or remove it.")
     if not storage.exists(marker) and storage.list_names(storage.join(source, camus.IMAGES_FOLDER)):

@@ -3,6 +3,7 @@
 `experiment.json` says what was asked and from what; `metrics.jsonl`, one line an epoch, is the record.
 """
 
+import functools
 import json
 import os
 import re
@@ -103,6 +104,7 @@ def write_record(run: str, record: list[dict]) -> None:
     storage.publish(storage.join(run, RECORD_CSV), pandas.DataFrame(record).to_csv(index=False).encode())
 
 
+@functools.cache
 def code_revision() -> str:
     """The git revision of the code; without git (a submitted job) a SHA-256 over heartseg/ and jobs/."""
     root = Path(__file__).resolve().parents[1]

@@ -52,8 +52,8 @@ def train_rank(
     ranks: Ranks,
     wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
-) -> dict[str, float]:
-    """Train this rank's share of a run, from its last checkpoint where there is one; returns the last epoch's metrics.
+) -> None:
+    """Train this rank's share of a run, from its last checkpoint where there is one.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after an epoch is safe.
     """
@@ -65,7 +65,7 @@ def train_rank(
     state = engine.start(experiment, build_model(experiment.model), ranks, wrap)
     record = resume(state, run)
     if state.epoch >= experiment.train.epochs and storage.exists(storage.join(run.path, runs.MODEL_CARD)):
-        return record[-1]
+        return
     tracker = build_tracker(experiment, run, ranks.is_main)
     keeper = Keeper(experiment, run, intensity, frames["val" if "val" in frames else "test"], tracker, record, report)
     exit_code = 1
@@ -80,7 +80,6 @@ def train_rank(
         raise UserError(_say_non_finite(error, frames["train"])) from error
     finally:
         tracker.finish(exit_code)
-    return keeper.record[-1] if ranks.is_main else {}
 
 
 def resume(state: engine.TrainState, run: Run) -> list[dict]:

@@ -72,7 +72,7 @@ def map_plainly(tasks: list[tuple]) -> Iterator[dict]:
 
 
 def map_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
-    """The records of all parts as they are finished; at most two parts a worker are under way."""
+    """The records of all parts as they are finished; at most one part a worker is under way."""
     import ray
 
     runtime.start_ray(workers)
