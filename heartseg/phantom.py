@@ -15,7 +15,7 @@ import tyro
 from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm import tqdm
 
-from heartseg import camus, storage
+from heartseg import camus, nifti, storage
 from heartseg.errors import UserError
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS, Phase, View
 
@@ -237,11 +237,11 @@ def write_patient(source: str, seed: int, sequences: bool, scale: float, patient
         for suffix, draw in (("", scanner.picture), ("_gt", scanner.mask)):
             for phase, contraction in CONTRACTION.items():
                 path = camus.recording_path(source, patient, view, phase, suffix)
-                camus.write_nifti(path, draw(contraction).astype(dtype), scanner.spacing_mm)
+                nifti.write_nifti(path, draw(contraction).astype(dtype), scanner.spacing_mm)
             if sequences:
                 beat = np.abs(np.linspace(0, 1, info.num_frames) - (info.es == 1))
                 path = camus.recording_path(source, patient, view, "half_sequence", suffix)  # in a phase's place
-                camus.write_nifti(path, np.stack([draw(moment) for moment in beat], axis=-1), scanner.spacing_mm)
+                nifti.write_nifti(path, np.stack([draw(moment) for moment in beat], axis=-1), scanner.spacing_mm)
 
 
 def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:

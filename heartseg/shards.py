@@ -21,6 +21,7 @@ from heartseg import camus, splits, storage
 from heartseg.config import ImageConfig, SplitConfig, canonical, first_difference, to_json
 from heartseg.errors import UserError
 from heartseg.labels import CLASSES
+from heartseg.nifti import DamagedRecording
 
 FORMAT = 1
 PATIENTS_PER_PART = 16
@@ -127,7 +128,7 @@ def read_patient(source: str, patient: str, image: ImageConfig) -> tuple[list[di
     for view, phase in camus.stills_of():
         try:
             rows.append(make_row(camus.read_still(source, patient, view, phase, digest), image))
-        except camus.DamagedRecording as error:
+        except DamagedRecording as error:
             file = error.file.removeprefix(source).lstrip("/")
             damaged.append({"patient": patient, "view": view, "phase": phase, "file": file, "reason": error.reason})
     pixels = np.frombuffer(b"".join(row["image"] for row in rows), dtype=np.uint8).astype(np.int64)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from heartseg import camus
-from heartseg.camus import DamagedRecording, Info, compress, read_nifti, read_still, recording_path, write_nifti
+from heartseg.camus import Info, read_still, recording_path
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
+from heartseg.nifti import DamagedRecording, compress, read_nifti, write_nifti
 
 PATIENT, VIEW, PHASE = "patient0001", View.TWO_CHAMBER, Phase.ED
 DEPTH, LATERAL = 6, 4

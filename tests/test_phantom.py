@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from heartseg import camus, phantom
+from heartseg import camus, nifti, phantom
 from heartseg.errors import UserError
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, PHASES, VIEWS, Phase, View
 
@@ -178,7 +178,7 @@ def test_spacing_size_and_type_vary_as_in_the_release(tree, stills):
     assert any(np.allclose(spacing, (0.308, 0.308)) for spacing in spacings)
     assert any(np.isclose(2 * depth, lateral) for depth, lateral in spacings)
     assert len(spacings) >= 4 and len({still.image.shape for still in stills.values()}) >= 12
-    raw = [camus.read_nifti(camus.recording_path(tree, *still))[0] for still in stills]
+    raw = [nifti.read_nifti(camus.recording_path(tree, *still))[0] for still in stills]
     assert {array.dtype for array in raw} == {np.dtype(np.float32), np.dtype(np.uint8)}
     assert all((array == np.rint(array)).all() and array.max() > 150 for array in raw)
 
@@ -258,10 +258,10 @@ def test_sequences_run_between_the_stills_in_either_direction(tmp_path):
         for view in VIEWS:
             info = camus.read_info(source, patient, view)
             for suffix in ("", "_gt"):
-                frames, spacing_mm = camus.read_nifti(camus.recording_path(source, patient, view, "half_sequence", suffix))
+                frames, spacing_mm = nifti.read_nifti(camus.recording_path(source, patient, view, "half_sequence", suffix))
                 assert frames.shape[-1] == info.num_frames and 10 <= info.num_frames <= 40
                 for phase in PHASES:
-                    still, still_spacing_mm = camus.read_nifti(camus.recording_path(source, patient, view, phase, suffix))
+                    still, still_spacing_mm = nifti.read_nifti(camus.recording_path(source, patient, view, phase, suffix))
                     assert (frames[..., getattr(info, phase.lower()) - 1] == still).all()
                     assert spacing_mm == still_spacing_mm
             areas = (frames == ENDO).sum((0, 1))

@@ -1,0 +1,33 @@
+"""Speed, measured side by side and printed as a table: `python jobs/benchmark.py scores`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from heartseg.errors import UserError
+from jobs import runtime
+
+# Table -> what its help says; each is the module of that name in jobs/benchmarks/.
+TABLES = {
+    "scores": "surface distances and clinical indices against MONAI's and the textbook's plain way",
+    "train": "training steps against the plain way, Ray against a plain process, loader against a resident batch",
+}
+
+
+def job(argv: Sequence[str]) -> None:
+    """The command line: the table's name, then its own settings."""
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: python jobs/benchmark.py TABLE [-h] [SETTINGS]\n")
+        print("\n".join(f"  {name:<8}{text}" for name, text in TABLES.items()))
+        return
+    if not argv or argv[0] not in TABLES:
+        asked = f"There is no table {argv[0]!r}" if argv else "No table is named"
+        raise UserError(f"{asked}: take one of {', '.join(TABLES)}.")
+    importlib.import_module(f"jobs.benchmarks.{argv[0]}").job(argv[1:])
+
+
+if __name__ == "__main__":
+    runtime.main(job)
