@@ -1,11 +1,15 @@
-"""Counts to accuracy, Dice and IoU, by the definitions that every table of the project uses.
+"""Counts to accuracy, Dice and IoU, and masks to surface distances in mm, by the definitions that every table uses.
 
 Per image first, then the mean over images. A structure that is absent from truth and prediction has no score (NaN) and
 is left out of means; absent from one of the two it scores 0. `dice` and `iou` are means over endo, myo and la; `dice4`
 counts the background as a fourth; `epi` is endo and myo together and is in no mean.
 """
 
+import math
+
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 
 from heartseg.labels import BACKGROUND, NUM_CLASSES, STRUCTURE_LABELS, STRUCTURES
 
@@ -17,6 +21,7 @@ SCORES = (
     *(f"dice_{s}" for s in STRUCTURE_LABELS),
     *(f"iou_{s}" for s in STRUCTURES),
 )
+DISTANCES = tuple(f"{kind}_{s}_mm" for s in STRUCTURE_LABELS for kind in ("hd", "hd95", "masd"))
 
 
 def confusion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -84,3 +89,58 @@ class ScoreSums:
     def pooled(self) -> dict[str, float]:
         """The scores of all images' pixels taken as one image."""
         return {name: value.item() for name, value in image_scores(self.counts).items()}
+
+
+def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float]) -> dict[str, float]:
+    """Distances in mm, by the names in DISTANCES, between two label maps uint8 [H,W]; `spacing_mm` is (depth, lateral).
+
+    A surface is the pixels of a structure with a side at another label or at the image's border. `hd` is the Hausdorff
+    distance, the largest from a pixel of one surface to the other surface; `hd95` takes each direction's 95th percentile
+    instead, and then the larger; `masd` is the mean over both directions' distances together. These are the definitions
+    of MONAI's HausdorffDistanceMetric and SurfaceDistanceMetric(symmetric=True).
+
+    A structure absent from both maps has no distance (NaN). Absent from one of the two, all its distances are the image's
+    diagonal in mm, which no distance on this grid can exceed: the counterpart of a Dice of 0.
+    Raises ValueError for maps of different shapes and for spacings that are not positive.
+    """
+    if prediction.shape != truth.shape or prediction.ndim != 2:
+        raise ValueError(f"two label maps [H,W] are needed, these have shapes {prediction.shape} and {truth.shape}")
+    if not all(0 < side < math.inf for side in spacing_mm):
+        raise ValueError(f"the pixel spacing {spacing_mm} is not positive")
+    diagonal_mm = math.hypot(*(side * size for side, size in zip(spacing_mm, truth.shape, strict=True)))
+    maps = np.stack([prediction, truth])
+    # What lies outside the image is background to a surface, so a frame of it goes round the part that is looked at.
+    maps = np.pad(maps[:, *_bounding_box(maps.any(axis=0))], ((0, 0), (1, 1), (1, 1)))
+    found = []
+    for labels in STRUCTURE_LABELS.values():
+        surfaces = _surfaces(np.logical_or.reduce([maps == label for label in labels]))
+        present = surfaces.any(axis=(1, 2))
+        if present.all():
+            found += _distances(surfaces[:, *_bounding_box(surfaces.any(axis=0))], spacing_mm)
+        else:
+            found += [diagonal_mm if present.any() else math.nan] * 3
+    return dict(zip(DISTANCES, found, strict=True))
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box around a mask [H,W]; empty slices for an empty mask."""
+    lines = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return tuple(slice(found[0], found[-1] + 1) if len(found) else slice(0) for found in lines)
+
+
+def _surfaces(masks: np.ndarray) -> np.ndarray:
+    """Pixels of masks [2,h+2,w+2], framed by background, that erosion by a cross takes away; [2,h,w]."""
+    middle = masks[:, 1:-1, 1:-1]
+    inner = masks[:, :-2, 1:-1] & masks[:, 2:, 1:-1] & masks[:, 1:-1, :-2] & masks[:, 1:-1, 2:]
+    return middle & ~inner
+
+
+def _distances(surfaces: np.ndarray, spacing_mm: tuple[float, float]) -> list[float]:
+    """Hausdorff distance, its 95th percentile and the mean distance of two surfaces [2,h,w], neither of them empty."""
+    # A tree of the surface's points grows with the outline; a distance transform grows with the picture.
+    points = [np.argwhere(surface) * spacing_mm for surface in surfaces]
+    trees = [cKDTree(each, balanced_tree=False, compact_nodes=False) for each in points]
+    ways = [trees[1].query(points[0])[0], trees[0].query(points[1])[0]]
+    hd = max(way.max() for way in ways)
+    hd95 = max(np.percentile(way, 95) for way in ways)
+    return [float(hd), float(hd95), float(np.concatenate(ways).mean())]

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from heartseg import runs, storage
 from heartseg.shards import open_shards
+from jobs.benchmarks import scores
 
 CAMUS = os.environ.get("HEARTSEG_CAMUS", str(ROOT.parent / "shared" / "camus"))
 
@@ -42,6 +43,13 @@ def test_two_epochs_on_real_hearts_learn_and_the_same_command_finds_all_done(cam
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == report
     assert len(runs.read_record(os.path.dirname(os.path.dirname(report)))) == 2
+
+
+@pytest.mark.real_data
+def test_distances_on_real_hearts_are_monais_in_a_fraction_of_the_time(camus):
+    (row,) = scores.run(scores.Options(source=camus, images=20, repeats=3))
+    assert row.items == 20 and row.difference < 1e-4
+    assert row.their_ms > 3 * row.our_ms
 
 
 @pytest.mark.slow
