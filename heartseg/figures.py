@@ -22,6 +22,7 @@ INK = "#123457"
 # Told apart by shade, hue and dash, and at least 3:1 against a white and against a near-black page.
 GROUP_STYLES = {"train": ("#868C96", "--"), "val": ("#2F86D6", "-"), "test": ("#D2691E", "-")}
 OTHER_STYLE = ("#9A6FC4", "-.")
+POINT, LINE = "#2F86D6", "#D2691E"  # measurements, and what is drawn over them
 STRUCTURE_COLOURS = dict(zip(CLASSES, CLASS_COLOURS, strict=True)) | {"epi": "#B7BCC4"}
 PALETTE = (np.array([to_rgb(colour) for colour in CLASS_COLOURS]) * 255).round().astype(np.uint8)
 # The background's own colour is black, which would hide it where it is what is shown.
@@ -56,6 +57,15 @@ def overlay(image: np.ndarray, mask: np.ndarray, thick: bool = False) -> np.ndar
     rims = thicken(contours(mask)) if thick else contours(mask)
     grey = np.repeat(image[:, :, None], 3, axis=2)
     return np.where((rims != BACKGROUND)[:, :, None], PALETTE[rims], grey).astype(np.uint8)
+
+
+def compare(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The grey image uint8 [h,w] with predicted contours in the classes' colours and the truth's in white, uint8 [h,w,3].
+
+    The truth's are one pixel wide and lie on top, so that both are seen where they agree.
+    """
+    drawn = overlay(image, prediction, thick=True)
+    return np.where((contours(truth) != BACKGROUND)[:, :, None], np.uint8(255), drawn)
 
 
 def channels(mask: np.ndarray) -> list[np.ndarray]:
@@ -159,4 +169,100 @@ def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: 
     axes.set_ylim(len(known) - 0.5, -0.5)
     axes.set_xlabel(xlabel, color=INK, fontsize=9)
     axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    axes.set_xlabel(xlabel, color=INK, fontsize=9)
+    axes.set_ylabel(ylabel, color=INK, fontsize=9)
+
+
+def _known_pairs(estimate: Sequence[float], reference: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays without the pairs that have a NaN."""
+    pairs = np.stack([np.asarray(estimate, float), np.asarray(reference, float)])
+    return tuple(pairs[:, np.isfinite(pairs).all(axis=0)])
+
+
+def _points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """One point a pair; many of them turn fainter, so that the dense part still shows; none is said in words."""
+    alpha = 0.75 if len(x) <= 100 else 0.45
+    axes.scatter(x, y, s=20, color=POINT, alpha=alpha, linewidths=0, rasterized=len(x) > 500)
+    if not len(x):
+        axes.text(0.5, 0.6, "no values", transform=axes.transAxes, ha="center", color=INK, fontsize=9)
+
+
+def bland_altman(estimate: Sequence[float], reference: Sequence[float], title: str, unit: str) -> Figure:
+    """Difference against mean of two measurements, with bias and limits of agreement (Bland and Altman 1986).
+
+    Values are in `unit`; pairs with a NaN are left out, and under three there are no lines.
+    """
+    estimate, reference = _known_pairs(estimate, reference)
+    difference = estimate - reference
+    figure, axes = _axes(4.4, 3.1)
+    _points(axes, (estimate + reference) / 2, difference)
+    axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+    if len(difference) >= 3:
+        bias, reach = difference.mean(), 1.96 * difference.std(ddof=1)
+        limits = ((bias + reach, "+1.96 sd", "--"), (bias - reach, "-1.96 sd", "--")) if reach > 0 else ()
+        for value, name, dash in ((bias, "bias", "-"), *limits):
+            axes.axhline(value, color=LINE, linestyle=dash, linewidth=1.4)
+            note = f"{name}\n{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+            place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
+            axes.annotate(note, (1, value), (4, 0), color=INK, fontsize=8, linespacing=1.1, **place)
+        # Symmetric about the bias, with room for three notes.
+        half = max(np.abs(difference - bias).max(), 1.25 * reach) * 1.08
+        if half > 0:
+            axes.set_ylim(min(bias - half, -0.1 * half), max(bias + half, 0.1 * half))
+    _label(axes, title, f"mean of estimate and reference ({unit})", f"estimate \N{MINUS SIGN} reference ({unit})")
+    return figure
+
+
+def agreement_scatter(estimate: Sequence[float], reference: Sequence[float], title: str, unit: str) -> Figure:
+    """Estimate against reference on equal axes, with the line of identity, Pearson's r and the number of pairs.
+
+    Values are in `unit`; pairs with a NaN are left out.
+    """
+    estimate, reference = _known_pairs(estimate, reference)
+    figure, axes = _axes(3.7, 3.6)
+    both = np.concatenate([estimate, reference])
+    low, high = (both.min(), both.max()) if len(both) else (0.0, 1.0)
+    margin = 0.06 * (high - low) or 1.0
+    limits = (low - margin, high + margin)
+    axes.plot(limits, limits, color=INK, linewidth=1, alpha=0.6, zorder=1)
+    _points(axes, reference, estimate)
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    note = f"n = {len(estimate)}"
+    if len(estimate) >= 3 and np.ptp(estimate) > 0 and np.ptp(reference) > 0:
+        note = f"r = {np.corrcoef(estimate, reference)[0, 1]:.3f}\n{note}".replace("-", "\N{MINUS SIGN}")
+    axes.text(0.04, 0.96, note, transform=axes.transAxes, va="top", color=INK, fontsize=9, linespacing=1.3)
+    _label(axes, title, f"reference ({unit})", f"estimate ({unit})")
+    return figure
+
+
+def volume_curve(
+    moments: Sequence[float], volumes: Sequence[float], ed: int, es: int, unit: str = "ml", xlabel: str = "frame"
+) -> Figure:
+    """A ventricle's volume over a sequence, with end-diastole and end-systole pointed out.
+
+    `moments` are the frames' numbers or times (say which in `xlabel`), `volumes` their volumes in `unit`, NaN where one is
+    unknown; `ed` and `es` are positions in both, from 0.
+    """
+    figure, axes = _axes(4.4, 2.9)
+    moments, volumes = np.asarray(moments, float), np.asarray(volumes, float)
+    marker = "o" if len(volumes) <= 60 else None
+    axes.plot(moments, volumes, color=POINT, linewidth=1.7, marker=marker, markersize=3)
+    for index, name, above in ((ed, "ED", True), (es, "ES", False)):
+        if np.isfinite(volumes[index]):
+            axes.plot(moments[index], volumes[index], "o", color=LINE, markersize=7, clip_on=False)
+            late = moments[index] > (moments.min() + moments.max()) / 2
+            place = {"ha": "right" if late else "left", "va": "bottom" if above else "top", "textcoords": "offset points"}
+            note, offset = f"{name}  {volumes[index]:.0f} {unit}", (4 if late else -4, 8 if above else -8)
+            axes.annotate(note, (moments[index], volumes[index]), offset, color=INK, fontsize=9, **place)
+    axes.margins(x=0.04, y=0.2)
+    if xlabel == "frame":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    _label(axes, "", xlabel, f"volume ({unit})")
     return figure

@@ -1,0 +1,162 @@
+"""One label map to its chambers: area, long axis and 20 disks in mm of the left ventricle and of the left atrium.
+
+Everything is scale-free: no threshold is in mm, and none but the size under which nothing is measured is in pixels. So the
+same shape on another grid gives the same answer (up to a pixel's edge), and all lengths grow with the spacing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from heartseg.labels import ENDO, LA, MYO
+
+DISKS = 20  # Lang et al. 2015, figure of the biplane method of disks
+MIN_PIXELS = 30  # a chamber of fewer has no shape
+# Share of the square root of the cavity's area: the mitral plane is 0.37 to 0.96 of it in 40 CAMUS patients.
+MIN_MITRAL_SHARE = 0.3
+MIN_WALL_SHARE = 0.5  # of the cavity's rim: under it the wall's gap is no mitral plane
+BASAL_SHARE = 0.1  # of the cavity's extent: what counts as its lowest part
+
+
+@dataclass(frozen=True, eq=False)
+class Chamber:
+    """A chamber in one view: area, length from the mitral plane's midpoint to the far end, and widths [20] of its disks.
+
+    The disks stand perpendicular to the long axis, each `length_mm / 20` high, the first at the mitral plane.
+    """
+
+    area_mm2: float
+    length_mm: float
+    widths_mm: np.ndarray
+
+    def scaled(self, factor: float) -> "Chamber":
+        """The same shape, `factor` times as long and as wide."""
+        return Chamber(self.area_mm2 * factor**2, self.length_mm * factor, self.widths_mm * factor)
+
+
+def crop(mask: np.ndarray) -> np.ndarray:
+    """The part of a label map that is not background, with one pixel of background around it."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return np.zeros((2, 2), np.uint8)
+    return np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
+
+
+def largest_part(region: np.ndarray) -> np.ndarray:
+    """The largest connected part of a boolean region [h,w]; neighbours share an edge, the first of two equals wins."""
+    parts, count = ndimage.label(region)
+    if count < 2:
+        return region
+    return parts == 1 + np.bincount(parts.ravel())[1:].argmax()
+
+
+def _where(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `np.nonzero` gives of a boolean [h,w], faster."""
+    return np.divmod(np.flatnonzero(region), region.shape[1])
+
+
+def rim(part: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Midpoints [N,2] in mm of the pixel edges around a part, and the label [N] on the other side of each.
+
+    A part does not touch the array's own border (see `crop`).
+    """
+    points, across = [], []
+    for axis in (0, 1):
+        near, far = (slice(None, -1), slice(None)), (slice(1, None), slice(None))
+        near, far = (near, far) if axis == 0 else (near[::-1], far[::-1])
+        at = _where(part[near] != part[far])
+        middle = np.stack(at, axis=1) * 1.0
+        middle[:, axis] += 0.5
+        points.append(middle)
+        across.append(np.where(part[near][at], labels[far][at], labels[near][at]))
+    return np.concatenate(points) * spacing_mm, np.concatenate(across)
+
+
+def ends(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two outermost of some points [N,2] along the direction in which they spread most."""
+    direction = np.linalg.eigh(np.cov(points.T))[1][:, 1]
+    along = points @ direction
+    return points[along.argmin()], points[along.argmax()]
+
+
+def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> np.ndarray:
+    """Middle of the line between the two sections of the mitral ring, in mm, from a cavity's rim.
+
+    Lang et al. 2015 close the contour at the mitral valve with a straight line between the opposite sections of the
+    mitral ring. These are the outermost points of, in this order, (1) the rim that faces the atrium; (2) where there is
+    none, the rim of the lower half that faces no wall: the wall's basal gap; (3) for a cavity without a wall, its lowest
+    part along its main direction (in an apical view the apex is next to the probe). The CAMUS authors' script instead
+    looks for the longest flat stretch of the contour, flat within 8 pixels: the same place, and it depends on the grid.
+    """
+    direction = np.linalg.eigh(np.cov(points.T))[1][:, 1]
+    if abs(direction[0]) < 0.7:  # rounder than long, and the main direction says nothing
+        direction = np.array([1.0, 0.0])
+    down = direction * np.sign(direction[0])
+    along = (points - points.mean(axis=0)) @ down
+    atrial = points[across == LA]
+    gap = points[(across != MYO) & (along > 0)]
+    candidates = [atrial, gap] if (across == MYO).mean() >= MIN_WALL_SHARE else [atrial]
+    for base in candidates:
+        if len(base) > 2:
+            one, other = ends(base)
+            if np.hypot(*(one - other)) >= MIN_MITRAL_SHARE * area_mm2**0.5:
+                return (one + other) / 2
+    low, high = along.min(), along.max()
+    base = along > high - BASAL_SHARE * (high - low)
+    sideways = np.array([-down[1], down[0]])
+    aside = (points[base] - points.mean(axis=0)) @ sideways
+    return points.mean(axis=0) + down * np.median(along[base]) + sideways * (aside.min() + aside.max()) / 2
+
+
+def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spacing_mm: tuple[float, float]) -> Chamber:
+    """A part with its rim, cut from the mitral plane's midpoint to the rim's most distant point (Lang et al. 2015).
+
+    A disk's width is the area of its slice by its height, so the slices add up to the chamber's area. What lies beyond
+    the midpoint counts at its mirror image: of a plane that is not quite perpendicular to the axis, one half dips below
+    it by what the other half is short.
+    """
+    distances = np.hypot(*(points - mitral).T)
+    far = points[distances.argmax()]
+    length_mm = float(distances.max())
+    step = (far - mitral) / length_mm**2 * DISKS * spacing_mm
+    row, column = _where(part)
+    start = (mitral / spacing_mm) @ step
+    along = np.abs(row * step[0] + column * step[1] - start).astype(np.intp)
+    areas = np.bincount(np.minimum(along, DISKS - 1), minlength=DISKS) * float(np.prod(spacing_mm))
+    return Chamber(float(areas.sum()), length_mm, areas / (length_mm / DISKS))
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What one label map holds; a chamber that cannot be measured is the reason why instead, a short text."""
+
+    ventricle: Chamber | str
+    atrium: Chamber | str
+    wall_area_mm2: float
+    atrium_area_mm2: float
+
+
+def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
+    """Measure the chambers of a label map [H,W] with (depth, lateral) spacing in mm.
+
+    Of cavity and atrium the largest connected part counts, of the wall every pixel: a gap does not make it less wall.
+    """
+    labels, pixel_mm2 = crop(mask), float(np.prod(spacing_mm))
+    atrium = largest_part(labels == LA)
+    ventricle = largest_part(labels == ENDO)
+    labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is no mitral plane
+    atrium_pixels, pixels = np.count_nonzero(atrium), np.count_nonzero(ventricle)
+    wall_area_mm2, atrium_area_mm2 = np.count_nonzero(labels == MYO) * pixel_mm2, atrium_pixels * pixel_mm2
+    small = "a left {} of {} pixels"
+    if pixels < MIN_PIXELS:
+        reason = small.format("ventricle", pixels) if pixels else "no left ventricle"
+        return Frame(reason, "no mitral plane", wall_area_mm2, atrium_area_mm2)
+    points, across = rim(ventricle, labels, spacing_mm)
+    mitral = mitral_midpoint(points, across, pixels * pixel_mm2)
+    chamber = slice_chamber(ventricle, points, mitral, spacing_mm)
+    if atrium_pixels < MIN_PIXELS:
+        reason = small.format("atrium", atrium_pixels) if atrium_pixels else "no left atrium"
+        return Frame(chamber, reason, wall_area_mm2, atrium_area_mm2)
+    below = slice_chamber(atrium, rim(atrium, labels, spacing_mm)[0], mitral, spacing_mm)
+    return Frame(chamber, below, wall_area_mm2, atrium_area_mm2)

@@ -1,0 +1,149 @@
+"""Agreement, its intervals and its pictures: equal to values worked by hand or by scipy, and plain JSON whatever comes in."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from heartseg import figures
+from heartseg.agreement import EF_CLASSES, agree, ef_class, ef_confusion, paired_interval, paired_test
+
+NAN = float("nan")
+
+
+def test_agreement_of_four_pairs_by_hand():
+    found = agree([50.0, 62.0, 31.0, 45.0], [48.0, 60.0, 35.0, 41.0])
+    assert found["n"] == 4
+    # Differences 2, 2, -4, 4: their mean is 1, their squares about it 1 + 1 + 25 + 9 = 36, over 3.
+    assert found["bias"] == pytest.approx(1) and found["mae"] == pytest.approx(3)
+    assert found["sd"] == pytest.approx(12**0.5)
+    assert found["loa_low"] == pytest.approx(1 - 1.96 * 12**0.5) and found["loa_high"] == pytest.approx(1 + 1.96 * 12**0.5)
+    assert found["r"] == pytest.approx(np.corrcoef([50, 62, 31, 45], [48, 60, 35, 41])[0, 1])
+
+
+def test_pairs_with_a_nan_are_left_out():
+    whole, patients = agree([1.0, 2, 4], [1.5, 2, 3], ["a", "b", "c"]), ["a", "x", "b", "y", "c"]
+    assert agree([1.0, NAN, 2, 9, 4], [1.5, 8, 2, NAN, 3], patients) == whole
+
+
+@pytest.mark.parametrize("pairs", [([], []), ([1.0], [2.0]), ([1.0, 2.0, NAN], [1.0, 2.0, 3.0])])
+def test_under_three_pairs_nothing_has_a_value(pairs):
+    found = agree(*pairs)
+    assert found.pop("n") < 3 and set(found.values()) == {None}
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(3, 30), offset=st.sampled_from([0.0, 50.0, 1e6]), same=st.booleans())
+def test_agreement_is_json_and_its_intervals_hold_the_estimate(seed, count, offset, same):
+    rng = np.random.default_rng(seed)
+    reference = offset + (np.full(count, 50.1) if same else rng.normal(50, 10, count))
+    estimate = reference + rng.normal(3, 5, count)
+    found = json.loads(json.dumps(agree(estimate, reference), allow_nan=False))
+    assert found["bias"] == pytest.approx(np.mean(estimate - reference))
+    if same:
+        assert found["r"] is None and found["r_low"] is None
+    else:
+        assert found["r"] == pytest.approx(stats.pearsonr(estimate, reference)[0], abs=1e-6)
+        assert -1 <= found["r_low"] <= found["r_high"] <= 1
+    for name in ("bias", "mae"):
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+    assert found["loa_low"] < found["bias"] < found["loa_high"]
+
+
+def test_intervals_are_over_patients_and_the_bootstrap_is_scipys():
+    rng = np.random.default_rng(3)
+    reference = rng.normal(50, 12, 60)
+    estimate = 0.8 * reference + rng.normal(8, 6, 60)
+    found = agree(estimate, reference)
+    sample = (estimate, reference)
+    for name, statistic in (("r", lambda x, y: stats.pearsonr(x, y)[0]), ("bias", lambda x, y: np.mean(x - y))):
+        other = stats.bootstrap(sample, statistic, paired=True, vectorized=False, method="percentile", rng=1, n_resamples=2000)
+        expected = (other.confidence_interval.low, other.confidence_interval.high)
+        width = expected[1] - expected[0]
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx(expected, abs=0.08 * width)
+    # Each patient four times over is no more information, if one knows.
+    fourfold, owners = (np.repeat(values, 4) for values in sample), np.repeat(np.arange(60), 4)
+    clustered = agree(*fourfold, owners)
+    naive = agree(*(np.repeat(values, 4) for values in sample))
+    assert clustered["r_low"] == pytest.approx(found["r_low"], abs=0.02)
+    assert naive["r_high"] - naive["r_low"] < 0.6 * (clustered["r_high"] - clustered["r_low"])
+
+
+def test_where_40_and_50_fall():
+    assert EF_CLASSES == ("<40", "40-50", ">50")
+    assert ef_class(np.array([12, 39.9, 40, 45, 50, 50.1, 70])).tolist() == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_the_confusion_has_the_reference_in_rows():
+    found = ef_confusion([30, 45, 45, 60, NAN, 60], [30, 30, 50, 60, 60, 40])
+    assert found.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]] and found.dtype.kind == "i"
+    assert ef_confusion([], []).tolist() == [[0] * 3] * 3
+
+
+def test_a_paired_test_sees_a_small_steady_difference_and_no_chance_one():
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(25), 4)
+    b = 0.85 + np.repeat(rng.normal(0, 0.05, 25), 4) + rng.normal(0, 0.01, 100)
+    steady, chance = b + 0.01 + rng.normal(0, 0.01, 100), b + rng.normal(0, 0.01, 100)
+    found = paired_test(steady, b, patients)
+    assert found["n"] == 100 and found["patients"] == 25 and found["p"] < 0.001
+    assert 0 < found["low"] < found["difference"] < found["high"]
+    assert (found["low"], found["high"]) == paired_interval(steady, b, patients)
+    means = np.array([np.mean((steady - b)[patients == patient]) for patient in range(25)])
+    assert found["p"] == pytest.approx(stats.wilcoxon(means).pvalue)
+    low, high = paired_interval(chance, b, patients)
+    assert low < 0 < high and paired_test(chance, b, patients)["p"] > 0.05
+
+
+def test_paired_scores_that_are_equal_or_too_few():
+    equal = paired_test([0.9, 0.8, 0.7], [0.9, 0.8, 0.7], ["a", "b", "c"])
+    assert equal["p"] == 1 and equal["difference"] == equal["low"] == equal["high"] == 0
+    few = paired_test([0.9, 0.8, NAN, 0.6], [0.8, 0.7, 0.9, 0.6], ["a", "a", "c", "b"])
+    assert few == {"n": 3, "patients": 2, "difference": None, "low": None, "high": None, "p": None}
+    assert all(map(math.isnan, paired_interval([NAN], [1.0], ["a"])))
+
+
+def test_what_is_not_paired_is_refused():
+    with pytest.raises(ValueError, match="2 estimates, 3 references"):
+        agree([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_a_bland_altman_plot_shows_the_bias_and_limits_that_agree_gives():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(50, 10, 40)
+    estimate = reference + rng.normal(2, 4, 40)
+    estimate[3] = NAN
+    axes, found = figures.bland_altman(estimate, reference, "Ejection fraction", "%").axes[0], agree(estimate, reference)
+    heights = sorted(line.get_ydata()[0] for line in axes.lines)
+    assert heights == pytest.approx(sorted([0, found["loa_low"], found["bias"], found["loa_high"]]))
+    points = np.asarray(axes.collections[0].get_offsets())
+    assert len(points) == 39 and points[0] == pytest.approx([(estimate[0] + reference[0]) / 2, estimate[0] - reference[0]])
+    low, high = axes.get_ylim()
+    assert low < points[:, 1].min() and points[:, 1].max() < high and low < found["loa_low"] < found["loa_high"] < high
+    assert any("+1.96 sd" in text.get_text() for text in axes.texts)
+
+
+def test_a_scatter_has_equal_axes_the_identity_and_r():
+    axes = figures.agreement_scatter([50.0, 60, NAN, 70], [40.0, 62, 50, 71], "Ejection fraction", "%").axes[0]
+    assert axes.get_xlim() == axes.get_ylim() and axes.get_aspect() == 1
+    assert (axes.lines[0].get_xdata() == axes.lines[0].get_ydata()).all()
+    assert axes.collections[0].get_offsets()[0].tolist() == [40, 50]  # the reference is across
+    assert "r = 0.972" in axes.texts[0].get_text() and "n = 3" in axes.texts[0].get_text()
+
+
+def test_a_volume_curve_marks_ed_and_es_and_leaves_gaps():
+    axes = figures.volume_curve([1, 2, 3, 4], [120.0, NAN, 60.0, 90.0], 0, 2, "ml").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["ED  120 ml", "ES  60 ml"]
+    assert [line.get_xdata() for line in axes.lines[1:]] == [[1], [3]] and math.isnan(axes.lines[0].get_ydata()[1])
+
+
+@pytest.mark.parametrize("values", [[], [50.0], [50.0, 50.0, 50.0], [NAN, NAN], [1.0, 2.0]])
+def test_figures_of_little_or_nothing_are_drawn(values):
+    for draw in (figures.bland_altman, figures.agreement_scatter):
+        assert figures.save_png(draw(values, values, "EF", "%")).startswith(b"\x89PNG")
+    if values:
+        assert figures.save_svg(figures.volume_curve(range(len(values)), values, 0, 0), "curve").startswith("<svg")
