@@ -1,47 +1,110 @@
-"""A trained model's scores on the native grid: one row an image, and the summary that reports and tables use."""
+"""Scores on the native grid, clinical indices, and the summary that reports and tables use.
 
-from collections.abc import Iterable
+One row an image, one row a patient; whatever was missing is a row of its own, with the reason.
+"""
+
+import io
+import zlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas
 import torch
 
-from heartseg.agreement import bootstrap_interval
-from heartseg.metrics import SCORES, confusion, image_scores
+from heartseg import storage
+from heartseg.agreement import EF_CLASSES, agree, bootstrap_interval, ef_confusion
+from heartseg.cases import Case, ShardTruth, TreeTruth
+from heartseg.clinical import INDICES, patient_indices
+from heartseg.metrics import DISTANCES, SCORES, confusion, image_scores, surface_distances
 from heartseg.predict import Segmenter, to_native
-from heartseg.shards import Frames
+from heartseg.shards import resize_image
 
 KEYS = ("patient", "view", "phase", "quality")
 BY = ("phase", "view", "quality")
+EXAMPLES, NUM_EXAMPLES = "examples.npz", 10
+# Indices whose agreement with the experts' masks is told, in the order of the tables.
+AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_", "esv_ml_", "la_volume_ml")))
 
 
-def score_images(segmenter: Segmenter, frames: Frames, rows: range) -> list[dict]:
-    """Scores of some rows of a group: the prediction is resampled to each image's own grid, then scored.
+def segment_cases(segmenter: Segmenter, cases: Sequence[Case]) -> list[np.ndarray]:
+    """A predicted mask on the native grid for each case, from its image."""
+    grid, size = segmenter.experiment.image, segmenter.experiment.train.eval_batch_size
+    masks: list[np.ndarray] = []
+    for start in range(0, len(cases), size):
+        batch = cases[start : start + size]
+        small = np.stack([resize_image(case.image, grid.height, grid.width) for case in batch])
+        logits = segmenter.logits(torch.from_numpy(small)[:, None])
+        masks += [to_native(scores, case.truth.shape) for scores, case in zip(logits, batch, strict=True)]
+    return masks
 
-    A row holds KEYS, SCORES and the confusion counts (`confusion`, 16 integers) that pooled scores are made of.
+
+def score_image(case: Case, prediction: np.ndarray) -> dict:
+    """One image's row: KEYS, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction."""
+    counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
+    row = {"patient": case.patient, "view": str(case.view), "phase": str(case.phase)}
+    row |= {"quality": getattr(case.info, "quality", None)}
+    row |= {name: value.item() for name, value in image_scores(counts).items()}
+    row |= surface_distances(prediction, case.truth, case.spacing_mm)
+    return row | {"confusion": counts.flatten().tolist(), "mask": zlib.compress(prediction.tobytes(), level=1)}
+
+
+def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[np.ndarray | None]) -> dict:
+    """One patient's row: clinical indices from predicted and from true masks, and what the cfg says of the EF.
+
+    Columns end in `_prediction` and `_truth`; `reason_…` says why an index is missing.
     """
-    found, batch = [], segmenter.experiment.train.eval_batch_size
-    for start in range(rows.start, rows.stop, batch):
-        chosen = range(start, min(start + batch, rows.stop))
-        logits = segmenter.logits(frames.images[chosen.start : chosen.stop])
-        for index, scores in zip(chosen, logits.cpu(), strict=True):
-            truth = frames.native_mask(index)
-            prediction = torch.from_numpy(to_native(scores, truth.shape))
-            counts = confusion(prediction[None], torch.from_numpy(truth.copy())[None])
-            row = {key: frames.table[key][index].as_py() for key in KEYS}
-            row |= {name: value.item() for name, value in image_scores(counts).items()}
-            found.append(row | {"confusion": counts.flatten().tolist()})
-    return found
+    pairs = list(zip(cases, predictions, strict=True))
+    predicted = {(c.view, c.phase): (mask, c.spacing_mm) for c, mask in pairs if mask is not None}
+    true = {(c.view, c.phase): (c.truth, c.spacing_mm) for c in cases}
+    info = next((c.info for c in cases if c.info and c.info.ef is not None), None)
+    row: dict = {"patient": patient, "images": len(predicted)}
+    row |= {"ef_reference": info.ef if info else None, "ef_convention": info.ef_convention if info else None}
+    for kind, masks in (("prediction", predicted), ("truth", true)):
+        row |= {f"{name}_{kind}": value for name, value in patient_indices(masks).items()}
+    return row
 
 
-def summarise(images: pandas.DataFrame) -> dict:
-    """Means over images with 95 % bootstrap intervals over patients, pooled scores, and means by phase, view, quality."""
-    patients = images["patient"].to_numpy()
+def score_patients(cases: Sequence[Case], predictions: Sequence[np.ndarray | None]) -> tuple[list[dict], list[dict]]:
+    """Rows of images and rows of patients; a case whose prediction is None gives no image row."""
+    images = [score_image(case, mask) for case, mask in zip(cases, predictions, strict=True) if mask is not None]
+    patients = []
+    for patient in dict.fromkeys(case.patient for case in cases):
+        mine = [index for index, case in enumerate(cases) if case.patient == patient]
+        patients.append(patient_row(patient, [cases[i] for i in mine], [predictions[i] for i in mine]))
+    return images, patients
+
+
+def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeTruth) -> None:
+    """Keep image, truth and prediction of the lowest and the highest Dice as `examples.npz`, for the report.
+
+    Arrays are `image_I`, `truth_I`, `prediction_I` uint8 [H,W] on the native grid and `spacing_mm` [N,2]; `rows` are the
+    positions in the images' table, from the lowest Dice to the highest.
+    """
+    ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "view", "phase"]).index
+    rows = list(dict.fromkeys([*ordered[:NUM_EXAMPLES], *ordered[-NUM_EXAMPLES:]]))
+    arrays, spacings_mm, truth = {}, [], truth.with_images()
+    for number, row in enumerate(rows):
+        patient, view, phase = images.loc[row, ["patient", "view", "phase"]]
+        case = next(c for c in truth.cases([patient])[0] if (c.view, c.phase) == (view, phase))
+        prediction = np.frombuffer(zlib.decompress(images.loc[row, "mask"]), np.uint8).reshape(case.truth.shape)
+        arrays |= {f"image_{number}": resize_image(case.image, *case.truth.shape)}
+        arrays |= {f"truth_{number}": case.truth, f"prediction_{number}": prediction}
+        spacings_mm.append(case.spacing_mm)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays, spacing_mm=np.array(spacings_mm).reshape(-1, 2), rows=np.array(rows, dtype=np.int64))
+    storage.publish(storage.join(out, EXAMPLES), buffer.getvalue())
+
+
+def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Sequence[dict] = ()) -> dict:
+    """Means over images with 95 % bootstrap intervals over patients, pooled scores, breakdowns, clinical agreement."""
+    owners = images["patient"].to_numpy()
     scores = {}
-    for name in SCORES:
+    for name in (*SCORES, *DISTANCES):
         values = images[name].to_numpy(dtype=float)
-        low, high = bootstrap_interval(values, patients)
-        scores[name] = {"mean": _number(np.nanmean(values)), "low": _number(low), "high": _number(high)}
+        low, high = bootstrap_interval(values, owners)
+        known = values[~np.isnan(values)]
+        mean, median = (known.mean(), np.median(known)) if len(known) else (np.nan, np.nan)
+        scores[name] = {"mean": _number(mean), "low": _number(low), "high": _number(high), "median": _number(median)}
     pooled = torch.tensor(np.stack(images["confusion"].to_list()).sum(axis=0)).view(1, 4, 4)
     return {
         "images": len(images),
@@ -50,12 +113,44 @@ def summarise(images: pandas.DataFrame) -> dict:
         "scores": scores,
         "pooled": {name: _number(value.item()) for name, value in image_scores(pooled).items()},
         "by": {key: _means_by(images, key) for key in BY if images[key].notna().any()},
+        "clinical": clinical_agreement(patients),
+        "missing": list(missing),
     }
+
+
+def clinical_agreement(patients: pandas.DataFrame) -> dict:
+    """Predicted against the experts' masks' indices, and both against the cfg's EF in the cfg's own convention."""
+    owner = patients["patient"].to_numpy()
+    found = {
+        name: agree(patients[f"{name}_prediction"].to_numpy(float), patients[f"{name}_truth"].to_numpy(float), owner)
+        for name in AGREEMENTS
+    }
+    classes = ef_confusion(patients["ef_camus_prediction"].to_numpy(float), patients["ef_camus_truth"].to_numpy(float))
+    reasons = patients["reason_prediction"].replace("", np.nan).dropna()
+    return {
+        "agreement": found,
+        "ef_classes": {"names": list(EF_CLASSES), "counts": np.asarray(classes).tolist(), "convention": "camus"},
+        "reference": _against_reference(patients, owner),
+        "incomplete": dict(zip(patients.loc[reasons.index, "patient"], reasons, strict=True)),
+    }
+
+
+def _against_reference(patients: pandas.DataFrame, owner: np.ndarray) -> dict[str, dict]:
+    """EF from masks against the cfg's, for each convention that the cfg files name."""
+    found = {}
+    for convention in patients["ef_convention"].dropna().unique():
+        chosen = (patients["ef_convention"] == convention).to_numpy()
+        reference = patients["ef_reference"].to_numpy(float)[chosen]
+        found[convention] = {
+            kind: agree(patients[f"ef_{convention}_{kind}"].to_numpy(float)[chosen], reference, owner[chosen])
+            for kind in ("prediction", "truth")
+        }
+    return found
 
 
 def _means_by(images: pandas.DataFrame, key: str) -> dict[str, dict]:
     return {
-        str(value): {"images": len(part)} | {name: _number(part[name].mean()) for name in SCORES}
+        str(value): {"images": len(part)} | {name: _number(part[name].mean()) for name in (*SCORES, *DISTANCES)}
         for value, part in images.groupby(key)
     }
 
@@ -66,12 +161,33 @@ def _number(value: float) -> float | None:
 
 
 def table_text(summary: dict, names: Iterable[str] = ("dice", "iou", "accuracy", "dice4")) -> str:
-    """The summary as a text table for a terminal."""
-    lines = [f"{'score':<12}{'mean':>8}   95 % interval    pooled"]
+    """The summary as text tables for a terminal."""
+    lines = [f"{'score':<14}{'mean':>8}   95 % interval    pooled"]
     for name in [*names, *(score for score in SCORES if score.startswith("dice_"))]:
+        entry, pooled = summary["scores"][name], summary["pooled"][name]
+        if entry["mean"] is not None:
+            shown = "" if pooled is None else f"{pooled:.4f}"
+            lines.append(f"{name:<14}{entry['mean']:>8.4f}   {entry['low']:.4f} - {entry['high']:.4f}  {shown}")
+    lines.append(f"{'distance':<14}{'mean':>8}   95 % interval    median")
+    for name in DISTANCES:
         entry = summary["scores"][name]
         if entry["mean"] is not None:
-            interval = f"{entry['low']:.4f} - {entry['high']:.4f}"
-            pooled = float("nan") if summary["pooled"][name] is None else summary["pooled"][name]
-            lines.append(f"{name:<12}{entry['mean']:>8.4f}   {interval}  {pooled:.4f}")
-    return "\n".join(lines)
+            lines.append(
+                f"{name:<14}{entry['mean']:>8.2f}   {entry['low']:>6.2f} - {entry['high']:<6.2f}  {entry['median']:>6.2f}"
+            )
+    return "\n".join([*lines, *_agreement_lines(summary["clinical"])])
+
+
+def _agreement_lines(clinical: dict) -> list[str]:
+    rows = {
+        f"{name}": found
+        for name, found in clinical["agreement"].items()
+        if name in ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
+    }
+    for convention, kinds in clinical["reference"].items():
+        rows |= {f"ef_{convention}, {kind} against cfg": found for kind, found in kinds.items()}
+    lines = [f"{'against masks':<34}{'n':>4}{'r':>8}{'bias':>8}{'sd':>8}{'MAE':>8}"]
+    for name, found in rows.items():
+        if found["r"] is not None:
+            lines.append(f"{name:<34}{found['n']:>4}" + "".join(f"{found[key]:>8.2f}" for key in ("r", "bias", "sd", "mae")))
+    return lines if len(lines) > 1 else []

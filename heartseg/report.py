@@ -3,21 +3,19 @@
 It reads what a training run and an evaluation left behind, lays it out, and recomputes no metric.
 """
 
-import base64
 import io
 import math
 
 import jinja2
 import numpy as np
 import pandas
-from markupsafe import Markup
 
-from heartseg import figures, recipes, runs, storage
+from heartseg import figures, recipes, runs, sections, storage
 from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
-from heartseg.metrics import SCORES
+from heartseg.sections import inline, picture
 
-PAGE, SUMMARY, IMAGES = "report.html", "summary.json", "images.parquet"
-GROUP_TITLES = {"train": "training", "val": "validation", "test": "test"}
+PAGE, SUMMARY, IMAGES, PATIENTS = "report.html", "summary.json", "images.parquet", "patients.parquet"
+GROUP_TITLES = {"train": "training", "val": "validation", "test": "test", "all": "whole"}
 SCORE_TITLES = {
     "dice": "Mean Dice of the three structures",
     "dice_endo": "Dice, left-ventricular cavity (endo)",
@@ -45,6 +43,8 @@ SPREAD_TITLES = {"endo": "cavity (endo)", "myo": "wall (myo)", "la": "left atriu
 # Columns of the narrower tables, with their headings.
 COLUMNS = {"dice": "Mean Dice", "dice_endo": "endo", "dice_myo": "myo", "dice_la": "la", "dice_epi": "epi"}
 BREAKDOWN_COLUMNS = COLUMNS | {"dice4": "dice4", "iou": "IoU", "accuracy": "Accuracy"}
+# Distances in mm of the same tables.
+BREAKDOWN_DISTANCES = {"masd_endo_mm": "endo, mean mm", "hd95_endo_mm": "endo, HD95 mm", "masd_la_mm": "la, mean mm"}
 CURVES = {
     "loss": "Loss",
     "accuracy": "Pixel accuracy",
@@ -56,47 +56,65 @@ BREAKDOWNS = {"phase": "phase", "view": "view", "quality": "image quality"}
 WORST_ROWS, CHANNEL_SAMPLES = 10, 2
 
 
-def write_report(run: str, evaluation: str) -> str:
+def write_report(evaluation: str, run: str | None = None) -> str:
     """Write `report.html` into an evaluation's folder and return its path; both folders are paths or URIs.
 
-    Raises UserError where the run's `experiment.json` or the evaluation's `summary.json` is missing. Whatever else is
-    not there yet (samples, epochs, rows) leaves its section out.
+    `run` is the training run that was evaluated, None for masks of anyone's. Raises UserError where the run's
+    `experiment.json` or the evaluation's `summary.json` is missing. Whatever else is not there leaves its section out.
     """
-    description = storage.read_json(storage.join(run, runs.DESCRIPTION))
     summary = storage.read_json(storage.join(evaluation, SUMMARY))
+    description = storage.read_json(storage.join(run, runs.DESCRIPTION)) if run else {}
+    dataset = summary.get("dataset") or description.get("dataset", "other")
+    images, patients = (_table(evaluation, name) for name in (IMAGES, PATIENTS))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("heartseg"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"score": show_score, "interval": show_interval}
+    environment.filters |= {"score": show_score, "interval": show_interval, "number": show_number}
     page = environment.get_template(PAGE).render(
-        run_name=run.rstrip("/").rsplit("/", 1)[-1],
-        description=description,
+        name=(run or summary.get("predictions", "masks")).rstrip("/").rsplit("/", 1)[-1],
+        dataset=dataset,
+        trained=bool(run),
         summary=summary,
         group_title=GROUP_TITLES.get(summary["group"], summary["group"]),
         **score_tables(summary),
-        **image_tables(evaluation),
-        curves=curve_figures(runs.read_record(run), summary),
-        **pictures(read_samples(run)),
+        **image_tables(images),
+        distances=sections.distance_table(summary),
+        distance_columns=list(sections.DISTANCE_COLUMNS.values()),
+        clinical=sections.clinical_section(summary, patients),
+        published=sections.published_section(summary, dataset),
+        **sections.example_pictures(evaluation, images),
+        curves=curve_figures(runs.read_record(run), summary) if run else [],
+        **pictures(read_samples(run) if run else []),
         legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
-        configuration=flatten(description["identity"]),
-        lineage=lineage(run, description, summary),
-        choices=recipes.SEED_CHOICES if description["experiment"]["name"] == "seed" else (),
+        configuration=flatten(description.get("identity", {})),
+        lineage=lineage(run, description, summary) if run else file_lineage(summary),
+        choices=recipes.SEED_CHOICES if run and description["experiment"]["name"] == "seed" else (),
     )
     path = storage.join(evaluation, PAGE)
     storage.publish(path, page.encode())
     return path
 
 
+def _table(evaluation: str, name: str) -> pandas.DataFrame | None:
+    path = storage.join(evaluation, name)
+    return storage.read_table(storage.read_bytes(path)).to_pandas() if storage.exists(path) else None
+
+
 def show_score(value: float | None) -> str:
     """Three decimals, or a dash where there is no value."""
-    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+    return show_number(value, 3)
 
 
-def show_interval(score: dict | None) -> str:
+def show_number(value: float | None, digits: int = 1) -> str:
+    """Some decimals, or a dash where there is no value."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def show_interval(score: dict | None, digits: int = 3) -> str:
     """The 95 % interval of a score's mean, or a dash where there is none."""
-    ends = [(score or {}).get(end) for end in ("low", "high")]
-    return "–" if "–" in map(show_score, ends) else " to ".join(map(show_score, ends))
+    ends = [show_number((score or {}).get(end), digits) for end in ("low", "high")]
+    return "–" if "–" in ends else " to ".join(ends)
 
 
 def flatten(value: dict, prefix: str = "") -> list[tuple[str, str]]:
@@ -110,23 +128,21 @@ def flatten(value: dict, prefix: str = "") -> list[tuple[str, str]]:
 def score_tables(summary: dict) -> dict:
     """The headline's cards, the table of all scores, and one table for each breakdown that is known."""
     scores, pooled = summary["scores"], summary.get("pooled") or {}
-    order = [*SCORE_TITLES, *(name for name in (*SCORES, *scores) if name not in SCORE_TITLES)]
     breakdowns = [(title, summary.get("by", {}).get(key) or {}) for key, title in BREAKDOWNS.items()]
     return {
         "headline": scores.get("dice"),
         "cards": [(title, colour, scores.get(name)) for name, (title, colour) in CARDS.items()],
-        "scores": [(SCORE_TITLES.get(n, n), scores[n] or {}, pooled.get(n)) for n in dict.fromkeys(order) if n in scores],
+        "scores": [(SCORE_TITLES[n], scores[n] or {}, pooled.get(n)) for n in SCORE_TITLES if n in scores],
         "breakdowns": [(title, parts) for title, parts in breakdowns if parts],
         "breakdown_columns": BREAKDOWN_COLUMNS,
+        "breakdown_distances": BREAKDOWN_DISTANCES,
     }
 
 
-def image_tables(evaluation: str) -> dict:
+def image_tables(images: pandas.DataFrame | None) -> dict:
     """The figure of the images' Dice by structure, and the rows of the lowest ones."""
-    path = storage.join(evaluation, IMAGES)
-    if not storage.exists(path):
+    if images is None:
         return {"spread": None, "worst": [], "worst_columns": COLUMNS}
-    images = storage.read_table(storage.read_bytes(path)).to_pandas()
     values = {name: images[f"dice_{name}"].to_numpy(float) for name in SPREAD_TITLES if f"dice_{name}" in images}
     figure = figures.spread(values, SPREAD_TITLES, "Dice of an image (1 is perfect overlap)")
     alt = f"Box plot and points of the Dice of {len(images)} images, by structure; the score tables hold the means."
@@ -137,11 +153,6 @@ def image_tables(evaluation: str) -> dict:
         "worst": [{k: "–" if pandas.isna(v) else v for k, v in row.items()} for row in lowest.to_dict("records")],
         "worst_columns": COLUMNS,
     }
-
-
-def inline(figure, name: str, alt: str) -> dict:
-    """A figure as the template takes it: its SVG, which is safe as it is, and the text that stands for it."""
-    return {"svg": Markup(figures.save_svg(figure, name)), "alt": alt}
 
 
 def column(record: list[dict], key: str) -> list[float]:
@@ -177,19 +188,6 @@ def read_samples(run: str) -> list[dict[str, np.ndarray]]:
                 held = {key: arrays[key] for key in arrays.files}
             samples[int(held["epoch"])] = held
     return [samples[epoch] for epoch in sorted(samples)]
-
-
-def picture(pixels: np.ndarray, caption: str, alt: str) -> dict:
-    """A picture as the template takes it: its PNG as a data URI, size, caption and the text that stands for it."""
-    encoded = base64.b64encode(figures.encode_png(pixels)).decode()
-    height, width = pixels.shape[:2]
-    return {
-        "source": f"data:image/png;base64,{encoded}",
-        "width": width,
-        "height": height,
-        "caption": caption,
-        "alt": alt,
-    }
 
 
 def pictures(samples: list[dict]) -> dict:
@@ -250,3 +248,8 @@ def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]
         *sizes,
         ("Weights & Biases id", description.get("wandb_id", "–")),
     ]
+
+
+def file_lineage(summary: dict) -> list[tuple[str, str]]:
+    """Where masks that no run made, and their truth, were found."""
+    return [("Predictions", summary["predictions"]), ("Truth", summary["truth"]), ("Dataset", summary["dataset"])]

@@ -63,6 +63,16 @@ def list_names(path: str) -> list[str]:
     return sorted(entry.base_name for entry in found)
 
 
+def list_files(path: str) -> list[str]:
+    """Sorted paths of the files below a folder, however deep; links to folders are not followed."""
+    if not is_uri(path):
+        return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    fs, inner = filesystem(path)
+    found = fs.get_file_info(pyarrow.fs.FileSelector(inner, recursive=True, allow_not_found=True))
+    files = (entry.path for entry in found if entry.type == pyarrow.fs.FileType.File)
+    return sorted(join(path, *name.removeprefix(inner).strip("/").split("/")) for name in files)
+
+
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None where the path is no file."""
     if not is_uri(path):

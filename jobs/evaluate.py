@@ -1,8 +1,15 @@
-"""Scores on the native grid and the report: `python jobs/evaluate.py --checkpoint RUN --data /data/shards`."""
+"""Scores on the native grid, clinical indices and the report, of a checkpoint or of anyone's masks.
 
+`python jobs/evaluate.py --checkpoint RUN --data /data/shards`, `--checkpoint RUN --truth /data/CAMUS`, or
+`--predictions /data/masks --truth /data/CAMUS`.
+"""
+
+import dataclasses
+import logging
+import pickle
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,13 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas
 import pyarrow as pa
+from tqdm import tqdm
 
-from heartseg import checkpoint, evaluation, predict, runs, storage
-from heartseg.batches import share
+from heartseg import camus, checkpoint, evaluation, predict, runs, storage
+from heartseg.cases import FilePredictions, ShardTruth, TreeTruth
+from heartseg.config import canonical
 from heartseg.errors import UserError
 from heartseg.report import write_report
-from heartseg.shards import load_groups, open_shards
+from heartseg.shards import open_shards
 from jobs import runtime
+
+# Patients that are handed to a worker at a time: 16 images, one or a few batches.
+PATIENTS_PER_TASK = 4
 
 
 @dataclass(frozen=True)
@@ -27,85 +39,227 @@ class Options:
     checkpoint: str = ""
     """Folder of a run, or of one of its checkpoints."""
     data: str = ""
-    """Folder or URI of the shards; the run's own where not given."""
-    group: Literal["auto", "train", "val", "test"] = "auto"
-    """Group of patients; `auto` is test where there is one, else val."""
+    """Folder or URI of the shards; the run's own where neither this nor --truth is given."""
+    truth: str = ""
+    """Folder of a CAMUS tree to score on, instead of shards."""
+    predictions: str = ""
+    """Folder of NIfTI masks to score against --truth, instead of a checkpoint's; nnU-Net's do as well."""
+    pattern: str = ""
+    """File of a mask below --predictions, as {patient}/{patient}_{view}_{phase}.nii.gz; found by its name where not given."""
+    group: Literal["auto", "train", "val", "test", "all"] = "auto"
+    """Group of patients; `auto` is test where there is one, else val; with --predictions, everybody who has a mask."""
     which: Literal["auto", "last", "best"] = "auto"
     """`best` is chosen on val; `auto` takes it only to report on test, and the last one else."""
+    out: str = ""
+    """Folder of the results; by default in the run's, or `evaluation-NAME` here for --predictions NAME."""
     workers: int = 1
-    """Processes that share the images."""
+    """Processes that predict."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is scored on whom, and where the results go."""
+
+    truth: ShardTruth | TreeTruth
+    predictor: str | FilePredictions
+    """Path of a checkpoint, or the masks."""
+    patients: list[str]
+    out: str
+    run: str | None
+    described: dict
+    """What tells these results from others; goes into `summary.json`."""
+
+
 def run(options: Options) -> str:
-    """Score a checkpoint; returns the folder with `images.parquet`, `summary.json` and `report.html`."""
+    """Score; returns the folder with `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
+    plan = plan_files(options) if options.predictions else plan_checkpoint(options)
+    if finished := finished_text(plan):
+        print(f"{plan.out} is complete.\n{finished}")
+        return plan.out
+    started = time.perf_counter()
+    images, patients, missing = collect(plan, options)
+    if not images:
+        raise UserError(
+            f"None of the {len(plan.patients)} patients can be scored: {missing[0]['file']} {missing[0]['reason']}."
+        )
+    image_rows, patient_rows = pandas.DataFrame(images), pandas.DataFrame(patients)
+    summary = evaluation.summarise(image_rows, patient_rows, missing)
+    summary |= plan.described | {"seconds": time.perf_counter() - started}
+    evaluation.write_examples(plan.out, image_rows, plan.truth)
+    for name, rows in (("images", image_rows.drop(columns=["confusion", "mask"])), ("patients", patient_rows)):
+        storage.write_table(storage.join(plan.out, f"{name}.parquet"), pa.Table.from_pandas(rows, preserve_index=False))
+    storage.publish_json(storage.join(plan.out, "summary.json"), summary)
+    write_report(plan.out, plan.run)
+    counted = f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"
+    print(f"{counted}\n{evaluation.table_text(summary)}{missing_text(missing)}")
+    return plan.out
+
+
+def plan_checkpoint(options: Options) -> Plan:
+    """The plan for a checkpoint; refuses patients that it was trained on."""
     path = runtime.absolute(runtime.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
     found = checkpoint.find(path)
     owner = runs.find_run(path)
-    data = options.data or found.card["experiment"]["data"]
-    shards = open_shards(runtime.absolute(data, "data"))
-    group = options.group if options.group != "auto" else ("test" if "test" in shards.groups else "val")
-    if group not in shards.groups:
-        raise UserError(f"The shards have no group {group}: take one of {', '.join(shards.groups)}.")
-    seen = set(owner.description["train_patients"]) & set(shards.groups[group])
+    if options.truth:
+        source = runtime.absolute(options.truth, "truth")
+        names = camus.find_patients(source)
+        groups, where = camus.read_groups(source) | {"all": names}, source
+        listing = storage.sha256(canonical({p: camus.list_files(source, p) for p in names}))
+        dataset = camus.dataset_name(source, names)
+    else:
+        shards = open_shards(runtime.absolute(options.data or found.card["experiment"]["data"], "data"))
+        groups, where, listing = shards.groups, shards.path, shards.fingerprint
+        dataset = shards.manifest["dataset"]
+    group = options.group
+    if group == "auto":
+        group = next((name for name in ("test", "val", "all") if name in groups), "test")
+    if group not in groups:
+        raise UserError(f"{where} has no group {group}: take one of {', '.join(groups)}.")
+    seen = set(owner.description["train_patients"]) & set(groups[group])
     if seen and group != "train":
         raise UserError(
-            f"{owner.path} was trained on {len(seen)} patients of this {group} group: give the shards and split it knew."
+            f"{owner.path} was trained on {len(seen)} patients of this {group} group: give the data and split it knew."
         )
     which = options.which if options.which != "auto" else ("best" if group == "test" else "last")
     found = checkpoint.find(path, which)
-    out = storage.join(owner.path, f"evaluation-{group}")
-    evaluated = {"checkpoint": found.path, "epoch": found.epoch, "group": group, "data_fingerprint": shards.fingerprint}
-    evaluated |= {"which": which, "weights_sha256": found.card["weights_sha256"]}
-    summary_path = storage.join(out, "summary.json")
-    if storage.exists(summary_path):
-        summary = storage.read_json(summary_path)
-        if {key: summary.get(key) for key in evaluated} == evaluated and storage.exists(storage.join(out, "report.html")):
-            print(f"{out} is complete.\n{evaluation.table_text(summary)}")
-            return out
-    started = time.perf_counter()
-    images = pandas.DataFrame(score(found.path, shards, group, options))
-    table = pa.Table.from_pandas(images.drop(columns="confusion"), preserve_index=False)
-    summary = evaluation.summarise(images) | evaluated | {"seconds": time.perf_counter() - started}
-    storage.write_table(storage.join(out, "images.parquet"), table)
-    storage.publish_json(summary_path, summary)
-    write_report(owner.path, out)
-    print(
-        f"{summary['images']} images of {summary['patients']} patients ({group}), native grid\n{evaluation.table_text(summary)}"
-    )
-    return out
+    name = f"evaluation-{group}" + (f"-{where.rstrip('/').rsplit('/', 1)[-1]}" if options.truth else "")
+    out = runtime.absolute(options.out, "out") if options.out else storage.join(owner.path, name)
+    truth = TreeTruth(where) if options.truth else ShardTruth(shards, group)
+    described = {"checkpoint": found.path, "epoch": found.epoch, "group": group, "data_fingerprint": listing}
+    described |= {"which": which, "weights_sha256": found.card["weights_sha256"], "dataset": dataset}
+    return Plan(truth, found.path, sorted(groups[group]), out, owner.path, described)
 
 
-def score(path: str, shards, group: str, options: Options) -> list[dict]:
-    """Scores of every image of a group, in order, one share a worker."""
-    if options.launcher == "plain":
-        return score_share(path, shards, group, 0, 1)
+def plan_files(options: Options) -> Plan:
+    """The plan for anyone's masks."""
+    if options.checkpoint or options.data:
+        raise UserError("--predictions are scored against --truth: leave --checkpoint and --data out.")
+    source = runtime.absolute(runtime.require(options.truth, "--truth", "the folder of the CAMUS tree"), "truth")
+    masks = FilePredictions.open(runtime.absolute(options.predictions, "predictions"), options.pattern)
+    truth = TreeTruth(source, images=False)
+    names = camus.find_patients(source)
+    groups = camus.read_groups(source) | {"all": names}
+    group = "all" if options.group == "auto" else options.group
+    if group not in groups:
+        raise UserError(f"{source} has no group {group}: take one of {', '.join(groups)}.")
+    chosen = groups[group] if options.group != "auto" else [name for name in names if masks.has_any(name)]
+    if not chosen:
+        raise UserError(f"{masks.folder} holds a mask of none of the {len(names)} patients of {source}: give --pattern.")
+    name = masks.folder.rstrip("/").rsplit("/", 1)[-1]
+    out = runtime.absolute(options.out or f"evaluation-{name}", "out")
+    described = {"predictions": masks.folder, "truth": source, "group": group, "dataset": camus.dataset_name(source, names)}
+    return Plan(truth, masks, sorted(chosen), out, None, described)
+
+
+def finished_text(plan: Plan) -> str:
+    """The table of an evaluation that is there already, of the same checkpoint and data; empty where there is none."""
+    path = storage.join(plan.out, "summary.json")
+    if plan.run is None or not (storage.exists(path) and storage.exists(storage.join(plan.out, "report.html"))):
+        return ""
+    summary = storage.read_json(path)
+    same = {key: summary.get(key) for key in plan.described} == plan.described
+    return evaluation.table_text(summary) if same else ""
+
+
+def missing_text(missing: list[dict]) -> str:
+    """The first stills that are missing, for a terminal."""
+    shown = "".join(f"\n  {row['file']}: {row['reason']}" for row in missing[:10])
+    more = f"\n  and {len(missing) - 10} more, in summary.json" if len(missing) > 10 else ""
+    return f"\n{len(missing)} images are not scored:{shown}{more}" if missing else ""
+
+
+def collect(plan: Plan, options: Options) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows of images, of patients, and of what is missing, in the order of the patients."""
+    tasks = [plan.patients[i : i + PATIENTS_PER_TASK] for i in range(0, len(plan.patients), PATIENTS_PER_TASK)]
+    found: dict[int, tuple] = {}
+    with tqdm(total=len(plan.patients), unit=" patients", disable=None) as bar:
+        for index, scored in (score_here if options.launcher == "plain" else score_on_ray)(plan, tasks, options.workers):
+            found[index] = scored
+            bar.update(len(tasks[index]))
+    images, patients, missing = zip(*(found[index] for index in range(len(tasks))), strict=True)
+    return sum(images, []), sum(patients, []), sum(missing, [])
+
+
+class Predict:
+    """Patients to cases and masks; loads the model once in each process."""
+
+    def __init__(self, plan: Plan, cores: int = 0):
+        if cores:
+            import torch
+
+            torch.set_num_threads(cores)
+        self.plan = plan
+        self.segmenter = predict.load(plan.predictor) if isinstance(plan.predictor, str) else None
+
+    def __call__(self, patients: list[str]) -> tuple[list, list, list[dict]]:
+        """The patients' cases without their images, a mask for each, and what is missing."""
+        cases, missing = self.plan.truth.cases(patients)
+        if self.segmenter:
+            masks, unpredicted = evaluation.segment_cases(self.segmenter, cases), []
+        else:
+            masks, unpredicted = self.plan.predictor.masks(cases)
+        return [dataclasses.replace(case, image=None) for case in cases], masks, missing + unpredicted
+
+
+def score_here(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[tuple[int, tuple]]:
+    """Score task by task in this process."""
+    predictor = Predict(plan)
+    for index, patients in enumerate(tasks):
+        cases, masks, missing = predictor(patients)
+        yield index, (*evaluation.score_patients(cases, masks), missing)
+
+
+class PredictTasks(Predict):
+    """`Predict` as Ray Data calls it: a batch is one task."""
+
+    def __init__(self, plan: Plan, tasks: list[list[str]], cores: int):
+        runtime.show_log()
+        super().__init__(plan, cores)
+        self.tasks = tasks
+
+    def __call__(self, batch: dict) -> dict:
+        index = int(batch["id"][0])
+        return {"index": [index], "predicted": [pickle.dumps(super().__call__(self.tasks[index]))]}
+
+
+def score_task(batch: dict) -> dict:
+    """Score what an actor predicted, on a CPU, while the actor is at the next patients."""
+    cases, masks, missing = pickle.loads(batch["predicted"][0])
+    return {"index": batch["index"], "scored": [pickle.dumps((*evaluation.score_patients(cases, masks), missing))]}
+
+
+def score_on_ray(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[tuple[int, tuple]]:
+    """Predict on actors (a GPU each where there are any) and score on CPUs, as a stream."""
     import ray
 
-    runtime.start_ray(options.workers)
-    resources = runtime.worker_resources(options.workers)
-    task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(score_share)
-    cores = int(resources["CPU"])
-    tasks = [task.remote(path, shards, group, rank, options.workers, cores) for rank in range(options.workers)]
-    return [row for rows in ray.get(tasks) for row in rows]
-
-
-def score_share(path: str, shards, group: str, rank: int, world_size: int, cores: int = 0) -> list[dict]:
-    """Scores of one worker's images."""
-    if cores:
-        import torch
-
-        torch.set_num_threads(cores)
-    frames = load_groups(shards, [group])[group]
-    mine = share(len(frames), rank, world_size)
-    return evaluation.score_images(predict.load(path), frames, range(mine.start, mine.stop))
+    runtime.start_ray(workers)
+    asked = runtime.worker_resources(workers)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of the progress bars that are off
+    # Without GPUs the actors' threads take every core: half of it is asked for, so that there is room for the scoring.
+    actors = {"num_gpus": 1, "num_cpus": 1} if "GPU" in asked else {"num_cpus": asked["CPU"] / 2}
+    stream = (
+        ray.data.range(len(tasks), override_num_blocks=len(tasks))
+        .map_batches(
+            PredictTasks,
+            fn_constructor_args=(plan, tasks, int(asked["CPU"])),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            **actors,
+        )
+        .map_batches(score_task, batch_size=1, num_cpus=0.5)
+    )
+    for row in stream.iter_rows():
+        yield row["index"], pickle.loads(row["scored"])
 
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    options = runtime.parse_line(Options, argv, "python jobs/evaluate.py", "Score a trained model and write its report.")
-    out = run(options)
+    about = "Score a trained model, or anyone's masks, and write the report."
+    out = run(runtime.parse_line(Options, argv, "python jobs/evaluate.py", about))
     print(storage.join(out, "report.html"))
 
 

@@ -10,11 +10,13 @@ import pandas
 import pyarrow
 import pytest
 
-from heartseg import figures, recipes, report, runs, storage
+from heartseg import evaluation as evaluation_module
+from heartseg import figures, published, recipes, report, runs, storage
+from heartseg.clinical import INDICES
 from heartseg.config import identity, to_json
 from heartseg.errors import UserError
 from heartseg.labels import CLASS_COLOURS, ENDO, LA, MYO
-from heartseg.metrics import SCORES
+from heartseg.metrics import DISTANCES, SCORES
 
 SIDE = 48
 
@@ -59,27 +61,23 @@ def write_run(run: str, recipe: str = "quick", dataset: str = "CAMUS", epochs: i
 
 
 def write_evaluation(evaluation: str, group: str = "val", patient: str = "patient{:04d}", quality: bool = True) -> None:
-    """An evaluation of 20 images; scores that no image has are null, one image has no atrium."""
+    """An evaluation of 20 images; one score has no value, one image has no atrium, one patient has no EF."""
     rng = np.random.default_rng(0)
     rows = pandas.DataFrame({score: rng.uniform(0.7, 0.95, 20).round(4) for score in SCORES})
+    rows = rows.assign(**{distance: rng.uniform(1, 9, 20).round(4) for distance in DISTANCES})
     rows["patient"] = [patient.format(1 + i // 4) for i in range(20)]
     rows["view"], rows["phase"] = ["2CH", "2CH", "4CH", "4CH"] * 5, ["ED", "ES"] * 10
     rows["quality"] = ["Good", "Good", "Poor", None] * 5 if quality else None
-    rows.loc[7, "dice"], rows.loc[7, "dice_la"] = 0.1234, np.nan
-    storage.write_table(storage.join(evaluation, report.IMAGES), pyarrow.Table.from_pandas(rows, preserve_index=False))
-    means = {score: float(rows[score].mean()) for score in SCORES}
-    part = {"images": 10, **means}
-    by = {
-        "phase": {"ED": part, "ES": part},
-        "view": {"2CH": part, "4CH": part},
-        "quality": {"Good": part} if quality else {},
-    }
-    scores = {name: {"mean": value, "low": value - 0.02, "high": value + 0.02} for name, value in means.items()}
-    scores["iou_la"] = {"mean": None, "low": None, "high": None}
-    summary = {
-        "group": group, "images": 20, "patients": 5, "grid": "native", "checkpoint": "checkpoints/epoch_0003",
-        "epoch": 3, "which": "last", "seconds": 1.5, "scores": scores, "pooled": means | {"iou_la": None}, "by": by,
-    }  # fmt: skip
+    rows.loc[7, "dice"], rows.loc[7, "dice_la"], rows["iou_la"] = 0.1234, np.nan, np.nan
+    images, reason = rows.assign(confusion=[np.eye(4, dtype=int).ravel().tolist()] * 20), ["", "", "", "", "no 2CH ES mask"]
+    indices = {f"{n}_{k}": rng.uniform(30, 70, 5).round(3) for n in INDICES for k in ("prediction", "truth")}
+    patients = pandas.DataFrame({"patient": rows["patient"].unique(), "ef_reference": None, "ef_convention": None, **indices})
+    patients = patients.assign(reason_prediction=reason, reason_truth="")
+    for name, table in ((report.IMAGES, rows), (report.PATIENTS, patients)):
+        storage.write_table(storage.join(evaluation, name), pyarrow.Table.from_pandas(table, preserve_index=False))
+    missing = {"patient": "patient0009", "view": "2CH", "phase": "ED", "file": "f", "reason": "the gzip is cut off"}
+    summary = evaluation_module.summarise(images, patients, [missing])
+    summary |= {"group": group, "checkpoint": "checkpoints/epoch_0003", "epoch": 3, "which": "last", "seconds": 1.5}
     storage.publish_json(storage.join(evaluation, report.SUMMARY), summary)
 
 
@@ -88,7 +86,7 @@ def make_page(folder: str, evaluation_options: dict | None = None, **options) ->
     run, evaluation = storage.join(folder, "run"), storage.join(folder, "run", "evaluation-val")
     write_run(run, **options)
     write_evaluation(evaluation, **(evaluation_options or {}))
-    path = report.write_report(run, evaluation)
+    path = report.write_report(evaluation, run)
     assert path == storage.join(evaluation, "report.html")
     return storage.read_bytes(path).decode()
 
@@ -154,7 +152,7 @@ def test_screen_readers_get_text_for_every_picture_and_scope_for_every_header(pa
     tags = Reader(page()).tags
     assert all(a.get("alt") for tag, a in tags if tag == "img")
     assert all(a.get("scope") in ("row", "col") for tag, a in tags if tag == "th")
-    assert sum(a.get("role") == "img" and bool(a.get("aria-label")) for _, a in tags) == sum(t == "svg" for t, _ in tags) == 7
+    assert sum(a.get("role") == "img" and bool(a.get("aria-label")) for _, a in tags) == sum(t == "svg" for t, _ in tags) == 9
     assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in tags}
     levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
@@ -186,10 +184,10 @@ def test_scores_are_shown_as_they_were_summarised(page, tmp_path):
     write_evaluation(str(tmp_path))
     summary = storage.read_json(str(tmp_path / report.SUMMARY))
     for name, score in summary["scores"].items():
-        if score["mean"] is not None:
+        if name in SCORES and score["mean"] is not None:
             row = f"{report.SCORE_TITLES[name]}{score['mean']:.3f}{score['low']:.3f} to {score['high']:.3f}"
             assert row + f"{summary['pooled'][name]:.3f}" in words
-    assert "IoU, left atrium–––" in words
+    assert "IoU, left atrium––1.000" in words
     assert all(f"By {title}" in words for title in ("phase", "view", "image quality"))
 
 
@@ -224,7 +222,7 @@ def test_missing_samples_rows_and_epochs_leave_their_sections_out(tmp_path):
     storage.remove(storage.join(run, runs.RECORD))
     write_evaluation(evaluation, quality=False)
     storage.remove(storage.join(evaluation, report.IMAGES))
-    text = storage.read_bytes(report.write_report(run, evaluation)).decode()
+    text = storage.read_bytes(report.write_report(evaluation, run)).decode()
     assert not any(f'id="{section}"' in text for section in ("pictures", "curves", "lowest"))
     assert "By image quality" not in text
 
@@ -246,7 +244,7 @@ def test_pictures_show_image_truth_and_both_predictions(page):
 def test_missing_summary_is_named(tmp_path):
     write_run(str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"summary\.json"):
-        report.write_report(str(tmp_path / "run"), str(tmp_path / "evaluation"))
+        report.write_report(str(tmp_path / "evaluation"), str(tmp_path / "run"))
 
 
 def test_names_from_the_data_cannot_become_markup(page):
@@ -286,3 +284,24 @@ def test_channels_show_each_pixel_in_exactly_one_class():
 def test_figures_save_as_png():
     figure = figures.curve([1], {"train": [0.5]}, "Loss")
     assert figures.save_png(figure).startswith(b"\x89PNG")
+
+
+def test_what_was_not_scored_is_listed_with_its_reason(page):
+    assert "patient0009 2CH EDthe gzip is cut off" in Reader(page()).words
+
+
+def test_camus_stands_beside_the_published_rows_and_other_data_do_not(page):
+    words = Reader(page()).words
+    assert "This model, val group" in words
+    for row in (*published.CHALLENGE, *published.OFFICIAL_SPLIT, *published.CLINICAL):
+        assert row["name"].replace("'", "'") in words
+    assert "0.936 / 0.912" in words and "0.845, 0.1, 7.3" in words
+    assert not any('id="published"' in page(dataset=other) for other in ("phantom", "other"))
+
+
+def test_clinical_agreement_is_shown_with_its_convention_and_what_could_not_be_had(page, tmp_path):
+    words = Reader(page()).words
+    write_evaluation(str(tmp_path))
+    ef = storage.read_json(str(tmp_path / report.SUMMARY))["clinical"]["agreement"]["ef_camus"]
+    assert f"EF, one disk height (camus), %5{ef['r']:.3f}{ef['bias']:.1f}" in words
+    assert "patient0005: no 2CH ES mask" in words

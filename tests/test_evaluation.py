@@ -1,0 +1,106 @@
+"""Evaluation's promises: truth against itself is perfect, what is missing is said, both launchers agree."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from heartseg import camus, storage
+from heartseg.errors import UserError
+from heartseg.labels import PHASES, STRUCTURE_LABELS, VIEWS, Phase, View
+from heartseg.metrics import DISTANCES, SCORES
+from jobs import evaluate
+
+
+def table(out: str, name: str):
+    return storage.read_table(storage.read_bytes(storage.join(out, f"{name}.parquet"))).to_pandas()
+
+
+def score_files(predictions: str, truth: str, out: str, **options) -> str:
+    return evaluate.run(evaluate.Options(predictions=predictions, truth=truth, out=out, launcher="plain", **options))
+
+
+def test_truth_against_itself_is_perfect(phantom, tmp_path):
+    out = score_files(os.path.join(phantom, camus.IMAGES_FOLDER), phantom, str(tmp_path / "out"))
+    summary = storage.read_json(storage.join(out, "summary.json"))
+    assert summary["images"] == 32 and summary["patients"] == 8 and summary["missing"] == []
+    assert all(summary["scores"][name]["mean"] == 1 for name in SCORES)
+    assert all(summary["scores"][name]["mean"] == 0 for name in DISTANCES)
+    for found in summary["clinical"]["agreement"].values():
+        assert found["bias"] == 0 and found["mae"] == 0
+    against_cfg = summary["clinical"]["reference"]["ase"]
+    assert against_cfg["truth"] == against_cfg["prediction"] and against_cfg["truth"]["n"] == 8
+    assert np.trace(summary["clinical"]["ef_classes"]["counts"]) == 8
+    assert len(table(out, "images")) == 32 and len(table(out, "patients")) == 8
+    page = storage.read_bytes(storage.join(out, "report.html")).decode()
+    assert "Ejection fraction and volumes" in page and "say nothing about accuracy on patients" in page
+
+
+def test_a_missing_prediction_is_named_and_its_patient_has_no_biplane_ef(phantom, tmp_path, capsys):
+    masks = str(shutil.copytree(os.path.join(phantom, camus.IMAGES_FOLDER), tmp_path / "masks"))
+    gone = f"{masks}/patient0002/patient0002_4CH_ES"
+    os.remove(f"{gone}_gt.nii.gz")
+    os.remove(f"{gone}.nii.gz")
+    out = score_files(masks, phantom, str(tmp_path / "out"))
+    summary = storage.read_json(storage.join(out, "summary.json"))
+    assert [(row["patient"], row["view"], row["phase"]) for row in summary["missing"]] == [("patient0002", "4CH", "ES")]
+    assert "1 images are not scored" in capsys.readouterr().out
+    patients = table(out, "patients").set_index("patient")
+    assert np.isnan(patients.loc["patient0002", "ef_camus_prediction"])
+    assert np.isfinite(patients.loc["patient0002", ["ef_camus_truth", "ef_2ch_ase_prediction"]].astype(float)).all()
+    assert patients.loc["patient0002", "reason_prediction"] and not patients.loc["patient0001", "reason_prediction"]
+    assert list(summary["clinical"]["incomplete"]) == ["patient0002"]
+
+
+def test_only_patients_with_a_mask_are_scored_unless_a_group_is_asked_for(phantom, tmp_path):
+    masks = tmp_path / "masks"
+    shutil.copytree(os.path.join(phantom, camus.IMAGES_FOLDER, "patient0003"), masks / "patient0003")
+    out = score_files(str(masks), phantom, str(tmp_path / "out"))
+    assert storage.read_json(storage.join(out, "summary.json"))["patients"] == 1
+    out = score_files(str(masks), phantom, str(tmp_path / "all"), group="all")
+    summary = storage.read_json(storage.join(out, "summary.json"))
+    assert summary["images"] == 4 and len(summary["missing"]) == 28
+
+
+def test_a_ventricle_that_is_nowhere_or_one_pixel_gives_reasons_and_no_crash(phantom, tmp_path):
+    from heartseg import nifti
+
+    for view in VIEWS:
+        for phase in PHASES:
+            path = camus.recording_path(phantom, "patient0001", view, phase, "_gt")
+            mask, spacing_mm = nifti.read_nifti(path)
+            mask = np.zeros_like(mask, dtype=np.uint8)
+            if view == View.TWO_CHAMBER:
+                mask[5, 5] = 1
+            nifti.write_nifti(str(tmp_path / "masks" / os.path.basename(path)), mask, spacing_mm)
+    out = score_files(str(tmp_path / "masks"), phantom, str(tmp_path / "out"))
+    images, patients = table(out, "images"), table(out, "patients")
+    assert (images["dice_endo"] < 0.01).all() and np.isfinite(images[list(DISTANCES)].to_numpy(float)).all()
+    assert np.isnan(patients["ef_camus_prediction"][0]) and np.isfinite(patients["ef_camus_truth"][0])
+    assert patients["reason_prediction"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"predictions": "{masks}", "truth": ""}, "--truth is missing"),
+        ({"predictions": "{masks}", "truth": "{tree}", "checkpoint": "x"}, "leave --checkpoint"),
+        ({"predictions": "{masks}", "truth": "{tree}", "pattern": "no/{patient}.nii"}, "of none of the 8 patients"),
+        ({"predictions": "/nowhere", "truth": "{tree}"}, "/nowhere do not exist"),
+        ({"predictions": "{masks}", "truth": "/nowhere"}, "/nowhere does not exist"),
+    ],
+)
+def test_mistakes_are_sentences(phantom, options, said):
+    filled = {k: v.format(masks=os.path.join(phantom, camus.IMAGES_FOLDER), tree=phantom) if k != "pattern" else v
+              for k, v in options.items()}  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        evaluate.run(evaluate.Options(**filled, launcher="plain"))
+
+
+def test_images_rows_hold_every_score_of_every_structure(phantom, tmp_path):
+    out = score_files(os.path.join(phantom, camus.IMAGES_FOLDER), phantom, str(tmp_path / "out"))
+    columns = set(table(out, "images").columns)
+    assert columns == {"patient", "view", "phase", "quality", *SCORES, *DISTANCES}
+    assert {f"hd95_{s}_mm" for s in STRUCTURE_LABELS} <= columns
+    assert set(table(out, "images")["phase"]) == {str(Phase.ED), str(Phase.ES)}
