@@ -15,6 +15,7 @@ from heartseg.camus import Info
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
 from heartseg.nifti import DamagedRecording
+from heartseg.predict import Segmented
 from heartseg.shards import Frames, Shards, load_groups, open_shards
 
 NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?")
@@ -185,9 +186,10 @@ class FilePredictions:
                 return kinds[suffix][0]
         return None
 
-    def masks(self, cases: Sequence[Case]) -> tuple[list[np.ndarray | None], list[dict]]:
+    def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
         """A mask for each case, None where there is no usable one, and the reasons."""
-        found, missing = [], []
+        found: list[Segmented | None] = []
+        missing = []
         for case in cases:
             path = self.path(case)
             try:
@@ -197,7 +199,8 @@ class FilePredictions:
                 if mask.shape != case.truth.shape:
                     raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)
             except DamagedRecording as error:
-                mask = None
                 missing.append(problem(case, error.file, error.reason))
-            found.append(mask)
+                found.append(None)
+            else:
+                found.append(Segmented(mask, quality=float("nan")))
         return found, missing

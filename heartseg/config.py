@@ -185,6 +185,18 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class PredictConfig:
+    """What is done to a prediction beyond the network's own labels; off unless asked for, so that scores are the network's."""
+
+    tta: bool = False
+    """Average over five slightly shifted copies of the image, at five times the cost."""
+    largest_component: bool = False
+    """Keep the largest connected piece of cavity, wall and atrium."""
+    fill_holes: bool = False
+    """Close holes inside and between cavity, wall and atrium."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that makes a run: a recipe with its changes."""
 

@@ -15,46 +15,53 @@ from heartseg import storage
 from heartseg.agreement import EF_CLASSES, agree, bootstrap_interval, ef_confusion
 from heartseg.cases import Case, ShardTruth, TreeTruth
 from heartseg.clinical import INDICES, patient_indices
+from heartseg.config import PredictConfig
 from heartseg.metrics import DISTANCES, SCORES, confusion, image_scores, surface_distances
-from heartseg.predict import Segmenter, to_native
+from heartseg.postprocess import implausibilities
+from heartseg.predict import Ensemble, Segmented, Segmenter, segment
 from heartseg.shards import resize_image
 
 KEYS = ("patient", "view", "phase", "quality")
 BY = ("phase", "view", "quality")
 EXAMPLES, NUM_EXAMPLES = "examples.npz", 10
+LOW_DICE = 0.80
 # Indices whose agreement with the experts' masks is told, in the order of the tables.
 AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_", "esv_ml_", "la_volume_ml")))
 
 
-def segment_cases(segmenter: Segmenter, cases: Sequence[Case]) -> list[np.ndarray]:
+def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig) -> list[Segmented]:
     """A predicted mask on the native grid for each case, from its image."""
     grid, size = segmenter.experiment.image, segmenter.experiment.train.eval_batch_size
-    masks: list[np.ndarray] = []
+    found: list[Segmented] = []
     for start in range(0, len(cases), size):
         batch = cases[start : start + size]
         small = np.stack([resize_image(case.image, grid.height, grid.width) for case in batch])
-        logits = segmenter.logits(torch.from_numpy(small)[:, None])
-        masks += [to_native(scores, case.truth.shape) for scores, case in zip(logits, batch, strict=True)]
-    return masks
+        found += segment(segmenter, torch.from_numpy(small)[:, None], [case.truth.shape for case in batch], options)
+    return found
 
 
-def score_image(case: Case, prediction: np.ndarray) -> dict:
-    """One image's row: KEYS, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction."""
+def score_image(case: Case, predicted: Segmented) -> dict:
+    """One image's row: KEYS, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction.
+
+    `confidence` is the network's own (predict.quality), `implausible` says why the mask is no heart; empty where it is.
+    """
+    prediction = predicted.mask
     counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
     row = {"patient": case.patient, "view": str(case.view), "phase": str(case.phase)}
     row |= {"quality": getattr(case.info, "quality", None)}
     row |= {name: value.item() for name, value in image_scores(counts).items()}
     row |= surface_distances(prediction, case.truth, case.spacing_mm)
+    row |= {"confidence": predicted.quality, "implausible": "; ".join(implausibilities(prediction, case.spacing_mm))}
     return row | {"confusion": counts.flatten().tolist(), "mask": zlib.compress(prediction.tobytes(), level=1)}
 
 
-def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[np.ndarray | None]) -> dict:
+def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> dict:
     """One patient's row: clinical indices from predicted and from true masks, and what the cfg says of the EF.
 
     Columns end in `_prediction` and `_truth`; `reason_…` says why an index is missing.
     """
     pairs = list(zip(cases, predictions, strict=True))
-    predicted = {(c.view, c.phase): (mask, c.spacing_mm) for c, mask in pairs if mask is not None}
+    predicted = {(c.view, c.phase): (found.mask, c.spacing_mm) for c, found in pairs if found}
     true = {(c.view, c.phase): (c.truth, c.spacing_mm) for c in cases}
     info = next((c.info for c in cases if c.info and c.info.ef is not None), None)
     row: dict = {"patient": patient, "images": len(predicted)}
@@ -64,9 +71,9 @@ def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[np.nd
     return row
 
 
-def score_patients(cases: Sequence[Case], predictions: Sequence[np.ndarray | None]) -> tuple[list[dict], list[dict]]:
+def score_patients(cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> tuple[list[dict], list[dict]]:
     """Rows of images and rows of patients; a case whose prediction is None gives no image row."""
-    images = [score_image(case, mask) for case, mask in zip(cases, predictions, strict=True) if mask is not None]
+    images = [score_image(case, found) for case, found in zip(cases, predictions, strict=True) if found is not None]
     patients = []
     for patient in dict.fromkeys(case.patient for case in cases):
         mine = [index for index, case in enumerate(cases) if case.patient == patient]
@@ -114,7 +121,29 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
         "pooled": {name: _number(value.item()) for name, value in image_scores(pooled).items()},
         "by": {key: _means_by(images, key) for key in BY if images[key].notna().any()},
         "clinical": clinical_agreement(patients),
+        "flags": flags(images),
         "missing": list(missing),
+    }
+
+
+def flags(images: pandas.DataFrame) -> dict:
+    """What would have warned a person: implausible masks, and how well the confidence tells the images of low Dice.
+
+    `spearman` is the rank correlation of confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower
+    confidence of two, one under and one not (Hanley and McNeil 1982); both None where there is no such pair.
+    """
+    doubted = images["implausible"] != ""
+    known = images[["confidence", "dice"]].dropna()
+    low = known["dice"] < LOW_DICE
+    ranks = known["confidence"].rank()
+    pairs = int(low.sum()) * int((~low).sum())
+    auc = 1 - (ranks[low].sum() - low.sum() * (low.sum() + 1) / 2) / pairs if pairs else np.nan
+    spearman = ranks.corr(known["dice"].rank()) if len(known) > 2 else np.nan
+    return {
+        "implausible": int(doubted.sum()),
+        "dice_implausible": _number(images.loc[doubted, "dice"].mean()),
+        "dice_others": _number(images.loc[~doubted, "dice"].mean()),
+        "confidence": {"spearman": _number(spearman), "auc": _number(auc), "low_dice": LOW_DICE, "low_images": int(low.sum())},
     }
 
 

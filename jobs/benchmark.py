@@ -13,6 +13,7 @@ from jobs import runtime
 # Table -> what its help says; each is the module of that name in jobs/benchmarks/.
 TABLES = {
     "scores": "surface distances and clinical indices against MONAI's and the textbook's plain way",
+    "postprocess": "test-time augmentation, largest pieces, closed holes: what they do to the scores",
     "train": "training steps against the plain way, Ray against a plain process, loader against a resident batch",
 }
 
@@ -21,7 +22,7 @@ def job(argv: Sequence[str]) -> None:
     """The command line: the table's name, then its own settings."""
     if argv and argv[0] in ("-h", "--help"):
         print("usage: python jobs/benchmark.py TABLE [-h] [SETTINGS]\n")
-        print("\n".join(f"  {name:<8}{text}" for name, text in TABLES.items()))
+        print("\n".join(f"  {name:<13}{text}" for name, text in TABLES.items()))
         return
     if not argv or argv[0] not in TABLES:
         asked = f"There is no table {argv[0]!r}" if argv else "No table is named"

@@ -10,9 +10,7 @@ import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,56 +18,14 @@ import pandas
 import pyarrow as pa
 from tqdm import tqdm
 
-from heartseg import camus, checkpoint, evaluation, predict, runs, storage
-from heartseg.cases import FilePredictions, ShardTruth, TreeTruth
-from heartseg.config import canonical
+from heartseg import evaluation, predict, storage
 from heartseg.errors import UserError
 from heartseg.report import write_report
-from heartseg.shards import open_shards
 from jobs import runtime
+from jobs.plans import Options, Plan, plan_checkpoint, plan_files
 
 # Patients that are handed to a worker at a time: 16 images, one or a few batches.
 PATIENTS_PER_TASK = 4
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to evaluate, and where."""
-
-    checkpoint: str = ""
-    """Folder of a run, or of one of its checkpoints."""
-    data: str = ""
-    """Folder or URI of the shards; the run's own where neither this nor --truth is given."""
-    truth: str = ""
-    """Folder of a CAMUS tree to score on, instead of shards."""
-    predictions: str = ""
-    """Folder of NIfTI masks to score against --truth, instead of a checkpoint's; nnU-Net's do as well."""
-    pattern: str = ""
-    """File of a mask below --predictions, as {patient}/{patient}_{view}_{phase}.nii.gz; found by its name where not given."""
-    group: Literal["auto", "train", "val", "test", "all"] = "auto"
-    """Group of patients; `auto` is test where there is one, else val; with --predictions, everybody who has a mask."""
-    which: Literal["auto", "last", "best"] = "auto"
-    """`best` is chosen on val; `auto` takes it only to report on test, and the last one else."""
-    out: str = ""
-    """Folder of the results; by default in the run's, or `evaluation-NAME` here for --predictions NAME."""
-    workers: int = 1
-    """Processes that predict."""
-    launcher: Literal["ray", "plain"] = "ray"
-    """`plain` needs no Ray and uses one process."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is scored on whom, and where the results go."""
-
-    truth: ShardTruth | TreeTruth
-    predictor: str | FilePredictions
-    """Path of a checkpoint, or the masks."""
-    patients: list[str]
-    out: str
-    run: str | None
-    described: dict
-    """What tells these results from others; goes into `summary.json`."""
 
 
 def run(options: Options) -> str:
@@ -95,62 +51,6 @@ def run(options: Options) -> str:
     counted = f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"
     print(f"{counted}\n{evaluation.table_text(summary)}{missing_text(missing)}")
     return plan.out
-
-
-def plan_checkpoint(options: Options) -> Plan:
-    """The plan for a checkpoint; refuses patients that it was trained on."""
-    path = runtime.absolute(runtime.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
-    found = checkpoint.find(path)
-    owner = runs.find_run(path)
-    if options.truth:
-        source = runtime.absolute(options.truth, "truth")
-        names = camus.find_patients(source)
-        groups, where = camus.read_groups(source) | {"all": names}, source
-        listing = storage.sha256(canonical({p: camus.list_files(source, p) for p in names}))
-        dataset = camus.dataset_name(source, names)
-    else:
-        shards = open_shards(runtime.absolute(options.data or found.card["experiment"]["data"], "data"))
-        groups, where, listing = shards.groups, shards.path, shards.fingerprint
-        dataset = shards.manifest["dataset"]
-    group = options.group
-    if group == "auto":
-        group = next((name for name in ("test", "val", "all") if name in groups), "test")
-    if group not in groups:
-        raise UserError(f"{where} has no group {group}: take one of {', '.join(groups)}.")
-    seen = set(owner.description["train_patients"]) & set(groups[group])
-    if seen and group != "train":
-        raise UserError(
-            f"{owner.path} was trained on {len(seen)} patients of this {group} group: give the data and split it knew."
-        )
-    which = options.which if options.which != "auto" else ("best" if group == "test" else "last")
-    found = checkpoint.find(path, which)
-    name = f"evaluation-{group}" + (f"-{where.rstrip('/').rsplit('/', 1)[-1]}" if options.truth else "")
-    out = runtime.absolute(options.out, "out") if options.out else storage.join(owner.path, name)
-    truth = TreeTruth(where) if options.truth else ShardTruth(shards, group)
-    described = {"checkpoint": found.path, "epoch": found.epoch, "group": group, "data_fingerprint": listing}
-    described |= {"which": which, "weights_sha256": found.card["weights_sha256"], "dataset": dataset}
-    return Plan(truth, found.path, sorted(groups[group]), out, owner.path, described)
-
-
-def plan_files(options: Options) -> Plan:
-    """The plan for anyone's masks."""
-    if options.checkpoint or options.data:
-        raise UserError("--predictions are scored against --truth: leave --checkpoint and --data out.")
-    source = runtime.absolute(runtime.require(options.truth, "--truth", "the folder of the CAMUS tree"), "truth")
-    masks = FilePredictions.open(runtime.absolute(options.predictions, "predictions"), options.pattern)
-    truth = TreeTruth(source, images=False)
-    names = camus.find_patients(source)
-    groups = camus.read_groups(source) | {"all": names}
-    group = "all" if options.group == "auto" else options.group
-    if group not in groups:
-        raise UserError(f"{source} has no group {group}: take one of {', '.join(groups)}.")
-    chosen = groups[group] if options.group != "auto" else [name for name in names if masks.has_any(name)]
-    if not chosen:
-        raise UserError(f"{masks.folder} holds a mask of none of the {len(names)} patients of {source}: give --pattern.")
-    name = masks.folder.rstrip("/").rsplit("/", 1)[-1]
-    out = runtime.absolute(options.out or f"evaluation-{name}", "out")
-    described = {"predictions": masks.folder, "truth": source, "group": group, "dataset": camus.dataset_name(source, names)}
-    return Plan(truth, masks, sorted(chosen), out, None, described)
 
 
 def finished_text(plan: Plan) -> str:
@@ -191,13 +91,16 @@ class Predict:
 
             torch.set_num_threads(cores)
         self.plan = plan
-        self.segmenter = predict.load(plan.predictor) if isinstance(plan.predictor, str) else None
+        self.segmenter = None
+        if isinstance(plan.predictor, tuple):
+            several = len(plan.predictor) > 1
+            self.segmenter = predict.load_ensemble(plan.predictor) if several else predict.load(plan.predictor[0])
 
     def __call__(self, patients: list[str]) -> tuple[list, list, list[dict]]:
         """The patients' cases without their images, a mask for each, and what is missing."""
         cases, missing = self.plan.truth.cases(patients)
         if self.segmenter:
-            masks, unpredicted = evaluation.segment_cases(self.segmenter, cases), []
+            masks, unpredicted = evaluation.segment_cases(self.segmenter, cases, self.plan.post), []
         else:
             masks, unpredicted = self.plan.predictor.masks(cases)
         return [dataclasses.replace(case, image=None) for case in cases], masks, missing + unpredicted

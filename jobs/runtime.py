@@ -21,6 +21,8 @@ log = logging.getLogger("heartseg.jobs")
 ROOT = Path(__file__).resolve().parents[1]
 # A worker group that cannot start, or that dies, is tried this often and not for ever.
 MAX_TRIES = 3
+# Marks a part of a dataclass whose fields are flags without the part's name before them.
+FLAT = tyro.conf.arg(name="")
 
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
@@ -49,8 +51,7 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
     """
     experiment, rest = _pick_recipe(list(argv))
 
-    flat = tyro.conf.arg(name="")
-    fields = [("experiment", Annotated[Experiment, flat]), ("options", Annotated[type(options), flat])]
+    fields = [("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
     kind = make_dataclass("Command", fields, frozen=True)
     shown = f"python jobs/{prog} [{'|'.join(RECIPES)}|--config FILE]"
     command = parse_line(kind, rest, shown, description, default=kind(experiment, options))

@@ -54,7 +54,7 @@ def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, folder, s
     put(tmp_path, f"{folder}{cases[0].name}{suffix}.nii.gz", cases[0].truth)
     predictions = FilePredictions.open(str(tmp_path))
     (mask,), missing = predictions.masks(cases[:1])
-    assert (mask == cases[0].truth).all() and not missing
+    assert (mask.mask == cases[0].truth).all() and not missing
     assert predictions.has_any(PATIENT) and not predictions.has_any("patient0002")
 
 

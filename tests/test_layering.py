@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     *("errors", "labels", "config", "recipes", "storage", "figures", "nifti", "camus", "phantom", "splits", "shards"),
     *("batches", "augment", "model", "losses", "schedules", "optim", "metrics", "agreement", "disks", "clinical"),
-    *("distributed", "checkpoint", "engine", "predict", "cases", "evaluation", "runs", "tracking", "training"),
-    *("published", "sections", "report"),
+    *("postprocess", "distributed", "checkpoint", "engine", "predict", "cases", "evaluation", "runs", "tracking"),
+    *("training", "published", "sections", "report"),
 ]
 # Package -> the only files that may import it.
 ONLY = {

@@ -66,6 +66,7 @@ def write_evaluation(evaluation: str, group: str = "val", patient: str = "patien
     rows = pandas.DataFrame({score: rng.uniform(0.7, 0.95, 20).round(4) for score in SCORES})
     rows = rows.assign(**{distance: rng.uniform(1, 9, 20).round(4) for distance in DISTANCES})
     rows["patient"] = [patient.format(1 + i // 4) for i in range(20)]
+    rows["confidence"], rows["implausible"] = rng.uniform(0.7, 0.95, 20), ["the cavity is missing"] + [""] * 19
     rows["view"], rows["phase"] = ["2CH", "2CH", "4CH", "4CH"] * 5, ["ED", "ES"] * 10
     rows["quality"] = ["Good", "Good", "Poor", None] * 5 if quality else None
     rows.loc[7, "dice"], rows.loc[7, "dice_la"], rows["iou_la"] = 0.1234, np.nan, np.nan

@@ -1,0 +1,146 @@
+"""What an evaluation is of: whose images, which checkpoint or masks, and where the results go; jobs/evaluate.py does it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from heartseg import camus, checkpoint, runs, storage
+from heartseg.cases import FilePredictions, ShardTruth, TreeTruth
+from heartseg.config import PredictConfig, canonical, to_json
+from heartseg.errors import UserError
+from heartseg.shards import open_shards
+from jobs import runtime
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate, and where."""
+
+    checkpoint: str = ""
+    """Folder of a run, or of one of its checkpoints."""
+    data: str = ""
+    """Folder or URI of the shards; the run's own where neither this nor --truth is given."""
+    truth: str = ""
+    """Folder of a CAMUS tree to score on, instead of shards."""
+    predictions: str = ""
+    """Folder of NIfTI masks to score against --truth, instead of a checkpoint's; nnU-Net's do as well."""
+    pattern: str = ""
+    """File of a mask below --predictions, as {patient}/{patient}_{view}_{phase}.nii.gz; found by its name where not given."""
+    group: Literal["auto", "train", "val", "test", "all"] = "auto"
+    """Group of patients; `auto` is test where there is one, else val; with --predictions, everybody who has a mask."""
+    which: Literal["auto", "last", "best"] = "auto"
+    """`best` is chosen on val; `auto` takes it only to report on test, and the last one else."""
+    ensemble: tuple[str, ...] = ()
+    """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
+    post: Annotated[PredictConfig, runtime.FLAT] = field(default_factory=PredictConfig)
+    out: str = ""
+    """Folder of the results; by default in the run's, or `evaluation-NAME` here for --predictions NAME."""
+    workers: int = 1
+    """Processes that predict."""
+    launcher: Literal["ray", "plain"] = "ray"
+    """`plain` needs no Ray and uses one process."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is scored on whom, and where the results go."""
+
+    truth: ShardTruth | TreeTruth
+    predictor: tuple[str, ...] | FilePredictions
+    """Paths of checkpoints, asked together, or the masks."""
+    patients: list[str]
+    out: str
+    run: str | None
+    post: PredictConfig
+    described: dict
+    """What tells these results from others; goes into `summary.json`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images with a truth: shards or a tree, by group."""
+
+    path: str
+    groups: dict[str, list[str]]
+    dataset: str
+    fingerprint: str
+    is_tree: bool
+
+    def truth(self, group: str) -> ShardTruth | TreeTruth:
+        """The group's cases."""
+        return TreeTruth(self.path) if self.is_tree else ShardTruth(open_shards(self.path), group)
+
+
+def open_source(options: Options, trained_on: str) -> Source:
+    """The tree of --truth, or the shards of --data, the run's own where neither is given."""
+    if not options.truth:
+        shards = open_shards(runtime.absolute(options.data or trained_on, "data"))
+        return Source(shards.path, shards.groups, shards.manifest["dataset"], shards.fingerprint, is_tree=False)
+    path = runtime.absolute(options.truth, "truth")
+    names = camus.find_patients(path)
+    listing = storage.sha256(canonical({name: camus.list_files(path, name) for name in names}))
+    return Source(path, camus.read_groups(path) | {"all": names}, camus.dataset_name(path, names), listing, is_tree=True)
+
+
+def choose_group(asked: str, source: Source) -> str:
+    """The group asked for; `auto` is the first there is of test, val and all."""
+    group = asked if asked != "auto" else next((name for name in ("test", "val", "all") if name in source.groups), "test")
+    if group not in source.groups:
+        raise UserError(f"{source.path} has no group {group}: take one of {', '.join(source.groups)}.")
+    return group
+
+
+def refuse_trained(run: runs.Run, group: str, patients: Sequence[str]) -> None:
+    """Raise UserError where a run is to be scored on hearts that it was trained on, under another name than train."""
+    seen = set(run.description["train_patients"]) & set(patients)
+    if seen and group != "train":
+        raise UserError(
+            f"{run.path} was trained on {len(seen)} patients of this {group} group: give the data and split it knew."
+        )
+
+
+def plan_checkpoint(options: Options) -> Plan:
+    """The plan for a checkpoint, or several asked together."""
+    first = runtime.require(options.checkpoint, "--checkpoint", "the folder of a run")
+    paths = [runtime.absolute(path, "checkpoint") for path in (first, *options.ensemble)]
+    source = open_source(options, checkpoint.find(paths[0]).card["experiment"]["data"])
+    group = choose_group(options.group, source)
+    owners = [runs.find_run(path) for path in paths]
+    for owner in owners:
+        refuse_trained(owner, group, source.groups[group])
+    which = options.which if options.which != "auto" else ("best" if group == "test" else "last")
+    found = [checkpoint.find(path, which) for path in paths]
+    described = {
+        "checkpoint": ", ".join(each.path for each in found),
+        "weights_sha256": [each.card["weights_sha256"] for each in found],
+        "epoch": found[0].epoch, "which": which, "group": group, "post": to_json(options.post),
+        "data_fingerprint": source.fingerprint, "dataset": source.dataset,
+    }  # fmt: skip
+    done = [f"ensemble{len(found)}"] * (len(found) > 1) + [name for name, on in to_json(options.post).items() if on]
+    name = "-".join(["evaluation", group, *([last_part(source.path)] if source.is_tree else []), *done])
+    out = runtime.absolute(options.out, "out") if options.out else storage.join(owners[0].path, name)
+    checkpoints = tuple(each.path for each in found)
+    return Plan(source.truth(group), checkpoints, sorted(source.groups[group]), out, owners[0].path, options.post, described)
+
+
+def plan_files(options: Options) -> Plan:
+    """The plan for anyone's masks."""
+    if options.checkpoint or options.data or options.ensemble:
+        raise UserError("--predictions are scored against --truth: leave --checkpoint, --ensemble and --data out.")
+    runtime.require(options.truth, "--truth", "the folder of the CAMUS tree")
+    source = open_source(options, "")
+    masks = FilePredictions.open(runtime.absolute(options.predictions, "predictions"), options.pattern)
+    group = "all" if options.group == "auto" else choose_group(options.group, source)
+    chosen = [name for name in source.groups[group] if options.group != "auto" or masks.has_any(name)]
+    if not chosen:
+        names = len(source.groups[group])
+        raise UserError(f"{masks.folder} holds a mask of none of the {names} patients of {source.path}: give --pattern.")
+    out = runtime.absolute(options.out or f"evaluation-{last_part(masks.folder)}", "out")
+    described = {"predictions": masks.folder, "truth": source.path, "group": group, "dataset": source.dataset}
+    truth = TreeTruth(source.path, images=False)
+    return Plan(truth, masks, sorted(chosen), out, None, options.post, described)
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
