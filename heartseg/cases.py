@@ -157,7 +157,7 @@ class FilePredictions:
             if ".." in named.split("/") or named.startswith("/"):
                 raise UserError(f"--pattern {pattern!r} leaves the folder of the predictions.")
         files: dict[str, dict[str, list[str]]] = {}
-        for path in storage.list_files(folder):
+        for path in storage.walk(folder):
             match = NIFTI_NAME.fullmatch(path.rsplit("/", 1)[-1])
             if match:
                 files.setdefault(match["stem"], {}).setdefault(match["suffix"] or "", []).append(path)

@@ -6,6 +6,7 @@ columns are lateral, and the NIfTI order comes back only on writing.
 
 import hashlib
 import zlib
+from dataclasses import dataclass
 
 import nibabel
 import numpy as np
@@ -46,22 +47,89 @@ def read_nifti(path: str, digest=None) -> tuple[np.ndarray, tuple[float, float]]
 
 def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
     """Decode the bytes of a `.nii` or `.nii.gz`: the upright array and (depth, lateral) spacing in mm."""
+    picture = open_nifti(raw)
+    array = np.asanyarray(picture.dataobj)
+    spacing = check_spacing(picture.header.get_zooms()[:2])
+    while array.ndim > 2 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return array.swapaxes(0, 1), (spacing[1], spacing[0])
+
+
+def open_nifti(raw: bytes):
+    """The nibabel image in the bytes of a `.nii` or `.nii.gz`; its sizes fit its bytes. Raises ValueError."""
     if raw[:2] == b"\x1f\x8b":
         raw = inflate(raw)
-    picture = nibabel.Nifti1Image.from_bytes(raw)
+    is_second = 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))
+    picture = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_bytes(raw)
     if picture.get_data_dtype().kind not in "iuf":
         raise ValueError(f"the pixels are {picture.get_data_dtype()}, not plain numbers")
     # Sizes from the header are checked against the bytes that are there before anything is allocated.
     needed = int(np.prod(picture.shape, dtype=np.float64)) * picture.get_data_dtype().itemsize
     if needed == 0 or needed > len(raw):
         raise ValueError(f"the header claims shape {picture.shape}, {needed} bytes, and {len(raw)} are there")
-    array = np.asanyarray(picture.dataobj)
-    spacing = [float(value) for value in picture.header.get_zooms()[:2]]
+    return picture
+
+
+def check_spacing(zooms) -> list[float]:
+    """Two pixel sizes as floats; raises ValueError where they are no sizes."""
+    spacing = [float(value) for value in zooms]
     if len(spacing) < 2 or not all(np.isfinite(spacing)) or min(spacing) <= 0:
         raise ValueError(f"the pixel spacing {spacing} is not positive")
-    while array.ndim > 2 and array.shape[-1] == 1:
-        array = array[..., 0]
-    return array.swapaxes(0, 1), (spacing[1], spacing[0])
+    return spacing
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """How a file's array holds upright frames, so that masks go back onto the very grid they came from.
+
+    `order` is the array's axes as (time where there is one, depth, lateral, axes of one element).
+    """
+
+    header: nibabel.Nifti1Header
+    affine: np.ndarray
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def read_frames(raw: bytes) -> tuple[np.ndarray, tuple[float, float], Place]:
+    """Decode any 2-D image or sequence: values [T,H,W] upright, (depth, lateral) spacing in mm, and their place.
+
+    Axes of one element are passed over; of the others the first is lateral, the second depth, the third time, as CAMUS
+    has it. Where the affine says that the second runs along the world's x and the first does not, the two change places.
+    The signs of an affine say nothing: writers differ in which way the world's axes point. Raises ValueError and whatever
+    nibabel does.
+    """
+    picture = open_nifti(raw)
+    wide = [axis for axis, size in enumerate(picture.shape) if size > 1]
+    if len(wide) not in (2, 3):
+        raise ValueError(f"shape {picture.shape} is neither an image nor a sequence of images")
+    lateral, depth = wide[:2]
+    if depth < 3:
+        along = np.abs(picture.affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
+        if along[depth] == 0 and along[lateral] != 0:
+            lateral, depth = depth, lateral
+    used = (*wide[2:], depth, lateral)
+    order = used + tuple(axis for axis in range(len(picture.shape)) if axis not in used)
+    zooms = picture.header.get_zooms()
+    spacing_mm = tuple(check_spacing([zooms[depth], zooms[lateral]]))
+    values = np.asanyarray(picture.dataobj).transpose(order)
+    values = values.reshape(-1, *values.shape[len(wide) - 2 : len(wide)])
+    header = picture.header.copy()
+    header.extensions.clear()  # some converters keep a whole DICOM header there, the patient's name included
+    return values, spacing_mm, Place(header, picture.affine, picture.shape, order)
+
+
+def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
+    """Write masks uint8 [T,H,W] where their images were: the same shape, affine and header; gzipped, whole or not at all."""
+    disk = masks.reshape([place.shape[axis] for axis in place.order])
+    disk = np.ascontiguousarray(disk.transpose(np.argsort(place.order)))
+    kind = nibabel.Nifti2Image if place.header["sizeof_hdr"] == 540 else nibabel.Nifti1Image
+    picture = kind(disk, place.affine, place.header)
+    picture.set_data_dtype(np.uint8)
+    picture.header.set_slope_inter(1, 0)
+    # The display range was the picture's: a viewer would show labels 0-3 as black.
+    picture.header["cal_min"], picture.header["cal_max"] = 0, 0
+    storage.publish(path, compress(picture.to_bytes(), level=1))  # a mask is small anyway
 
 
 def inflate(packed: bytes) -> bytes:
@@ -118,7 +186,7 @@ def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float], l
     storage.publish(path, compress(picture.to_bytes()))
 
 
-def compress(raw: bytes) -> bytes:
+def compress(raw: bytes, level: int = 6) -> bytes:
     """Gzip without a time stamp, so that equal pixels make equal files."""
-    packer = zlib.compressobj(level=6, wbits=31)
+    packer = zlib.compressobj(level=level, wbits=31)
     return packer.compress(raw) + packer.flush()

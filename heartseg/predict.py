@@ -40,6 +40,11 @@ class Segmenter:
     card: dict
     device: torch.device
 
+    @property
+    def cards(self) -> tuple[dict, ...]:
+        """The checkpoint's card, as an ensemble has several."""
+        return (self.card,)
+
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B,4,H,W] of uint8 images [B,1,H,W] that are on the stored grid."""
@@ -67,6 +72,11 @@ class Ensemble:
         """Where the members are."""
         return self.members[0].device
 
+    @property
+    def cards(self) -> tuple[dict, ...]:
+        """The members' checkpoints' cards."""
+        return tuple(member.card for member in self.members)
+
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logs of the members' mean class probabilities [B,4,H,W], whose softmax is that mean."""
@@ -92,10 +102,15 @@ def segment(
     options: PredictConfig = NETWORKS_OWN,
 ) -> list[Segmented]:
     """Masks of a batch of uint8 images [B,1,H,W] on the stored grid, each on its own grid of `shapes`."""
-    scores = shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
+    scores = scores_of(segmenter, images, options)
     sure = quality(scores.softmax(dim=1)).tolist()
     masks = [to_native(one, shape) for one, shape in zip(scores, shapes, strict=True)]
     return [Segmented(clean(mask, options), value) for mask, value in zip(masks, sure, strict=True)]
+
+
+def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
+    """Class scores [B,4,H,W] of uint8 images [B,1,H,W] on the stored grid; their softmax is the class probabilities."""
+    return shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
 
 
 def segment_images(
@@ -163,7 +178,14 @@ def to_native(logits: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
 
     Labels are never resampled, so that contours stay smooth.
     """
-    return interpolate(logits[None], tuple(shape), mode="bilinear")[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+    return largest(interpolate(logits[None], tuple(shape), mode="bilinear")[0]).cpu().numpy()
+
+
+def largest(scores: torch.Tensor) -> torch.Tensor:
+    """The label uint8 [H,W] of the largest of four scores [4,H,W]; torch's argmax over that axis takes 30 times as long."""
+    low, high = torch.maximum(scores[0], scores[1]), torch.maximum(scores[2], scores[3])
+    labels_low, labels_high = (scores[1] > scores[0]).byte(), (scores[3] > scores[2]).byte() + 2
+    return torch.where(high > low, labels_high, labels_low)
 
 
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:

@@ -63,16 +63,6 @@ def list_names(path: str) -> list[str]:
     return sorted(entry.base_name for entry in found)
 
 
-def list_files(path: str) -> list[str]:
-    """Sorted paths of the files below a folder, however deep; links to folders are not followed."""
-    if not is_uri(path):
-        return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-    fs, inner = filesystem(path)
-    found = fs.get_file_info(pyarrow.fs.FileSelector(inner, recursive=True, allow_not_found=True))
-    files = (entry.path for entry in found if entry.type == pyarrow.fs.FileType.File)
-    return sorted(join(path, *name.removeprefix(inner).strip("/").split("/")) for name in files)
-
-
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None where the path is no file."""
     if not is_uri(path):
@@ -81,14 +71,30 @@ def size_or_none(path: str) -> int | None:
     return fs.get_file_info(inner).size
 
 
-def read_bytes(path: str) -> bytes:
-    """The whole of a file; raises OSError."""
+def walk(path: str) -> list[str]:
+    """Paths of all files below a folder, sorted, through links to folders too, each folder once; empty for no folder."""
+    if not is_uri(path):
+        found, seen = [], set()
+        for folder, folders, names in os.walk(path, followlinks=True):
+            folders[:] = [] if os.path.realpath(folder) in seen else sorted(folders)
+            if os.path.realpath(folder) not in seen:
+                found += [os.path.join(folder, name) for name in names]
+            seen.add(os.path.realpath(folder))
+        return sorted(found)
+    fs, inner = filesystem(path)
+    found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=True))
+    files = [entry.path.removeprefix(inner).lstrip("/") for entry in found if entry.type == pyarrow.fs.FileType.File]
+    return sorted(join(path, name) for name in files)
+
+
+def read_bytes(path: str, at_most: int = -1) -> bytes:
+    """The whole of a file, or its first `at_most` bytes; raises OSError."""
     if not is_uri(path):
         with open(path, "rb") as stream:
-            return stream.read()
+            return stream.read(at_most)
     fs, inner = filesystem(path)
     with fs.open_input_file(inner) as stream:
-        return stream.read()
+        return stream.read(None if at_most < 0 else at_most)
 
 
 def read_json(path: str) -> dict:

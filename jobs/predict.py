@@ -1,0 +1,158 @@
+"""New echocardiograms to masks, overlays and an EF table: `python jobs/predict.py --checkpoint RUN --input STUDY --out OUT`."""
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from heartseg import __version__, figures, formats, outcome, predict, storage, studies
+from heartseg.config import PredictConfig, to_json
+from heartseg.errors import UserError
+from heartseg.formats import Frames
+from heartseg.labels import Phase, View
+from heartseg.nifti import DamagedRecording
+from heartseg.outline import outline
+from heartseg.studies import Clip
+from jobs import runtime
+
+# Axes of [T,H,W].
+FLIPS = {"none": (), "depth": (1,), "lateral": (2,), "both": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to outline, with what, and where the results go."""
+
+    checkpoint: str = ""
+    """Folder of a trained run, or of one of its checkpoints."""
+    input: str = ""
+    """NIfTI, DICOM, AVI, MP4 or PNG: a file, a patient folder or a tree (CAMUS, say). Files named _gt, _pred are skipped."""
+    out: str = ""
+    """Folder for PATIENT/NAME_pred.nii.gz (1 cavity, 2 wall, 3 atrium), overlays, volume curves, ef.csv and studies.json."""
+    view: Literal["2CH", "4CH"] | None = None
+    """Apical view of the files whose names do not say it (2CH, A2C, AP2 …)."""
+    phase: Literal["ED", "ES"] | None = None
+    """Phase of the stills whose names do not say it."""
+    spacing_mm: tuple[float, float] | None = None
+    """Millimetres of a pixel, DEPTH LATERAL, for files that do not say; without any, EF is given and volumes are not."""
+    flip: Literal["none", "depth", "lateral", "both"] = "none"
+    """For pictures that are stored upside down (the probe belongs at the top) or mirrored."""
+    ensemble: tuple[str, ...] = ()
+    """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
+    post: Annotated[PredictConfig, runtime.FLAT] = field(default_factory=PredictConfig)
+    overlays: Literal["auto", "on", "off"] = "auto"
+    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM without ultrasound region, whose frames may show a name."""
+    which: Literal["best", "last"] = "best"
+    """Checkpoint of the run: the best on val where there is a val group, or the last one."""
+    key: str = ""
+    """CSV that says which file became which name, written only if asked: DICOM paths may name patients."""
+    batch_size: int = 8
+    """Frames that the model sees at once; results do not depend on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+
+
+def run(options: Options) -> str:
+    """Outline every input; returns the folder of the results. Raises UserError where nothing could be read."""
+    path = runtime.absolute(runtime.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
+    source = runtime.absolute(runtime.require(options.input, "--input", "a file or a folder"), "input")
+    out = runtime.absolute(runtime.require(options.out, "--out", "a folder for the results"), "out")
+    if options.spacing_mm and not all(0 < value < 100 for value in options.spacing_mm):
+        raise UserError("--spacing-mm must be two sizes of a pixel in mm, above 0: depth, then lateral.")
+    if options.batch_size < 1:
+        raise UserError("--batch-size must be at least 1.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here, so give cpu or auto.")
+    clips = studies.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
+    studies.check_out(out, source, clips)
+    paths = [path, *(runtime.absolute(other, "ensemble") for other in options.ensemble)]
+    device = None if options.device == "auto" else options.device
+    several = len(paths) > 1
+    segmenter = predict.load_ensemble(paths, options.which, device) if several else predict.load(path, options.which, device)
+    with storage.lock(out):
+        return outline_all(options, segmenter, clips, source, out)
+
+
+def outline_all(options: Options, segmenter: predict.Segmenter, clips: list[Clip], source: str, out: str) -> str:
+    """Masks and pictures of each clip, then the tables of all."""
+    done, damaged = [], []
+    read = partial(read_clip, spacing_mm=options.spacing_mm, flips=FLIPS[options.flip])
+    results = outline(segmenter, clips, read, partial(finish_clip, out, options.overlays), options.batch_size, options.post)
+    for clip, result in tqdm(results, total=len(clips), desc="outline", unit="file"):
+        if isinstance(result, DamagedRecording):
+            damaged.append({"input": clip.shown, "reason": result.reason})
+            continue
+        done.append(result)
+        if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:
+            write_curve(out, result)
+    if options.key:
+        write_key(runtime.absolute(options.key, "key"), clips)
+    if not done:
+        first = f"{damaged[0]['input']} {damaged[0]['reason']}"
+        raise UserError(f"None of {len(clips)} files could be read; the first: {first}.")
+    rows = [outcome.study_row(patient, found) for patient, found in outcome.by_patient(done).items()]
+    weights = [{"epoch": card["epoch"], "weights_sha256": card["weights_sha256"]} for card in segmenter.cards]
+    made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
+    outcome.write_tables(out, rows, [outcome.clip_record(found) for found in done], damaged, made_with)
+    say(rows, done, damaged)
+    return out
+
+
+def read_clip(clip: Clip, spacing_mm: tuple[float, float] | None, flips: tuple[int, ...]) -> Frames:
+    """The frames of a clip."""
+    return formats.read(clip.path, clip.kind, spacing_mm, flips)
+
+
+def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]) -> outcome.Outcome:
+    """The files of a clip whose masks are known."""
+    may_show_text = clip.kind == "dicom" and frames.box is None
+    draw = overlays == "on" or (overlays == "auto" and not may_show_text)
+    return outcome.finish(out, clip, frames, masks, confidences, draw)
+
+
+def write_curve(out: str, found: outcome.Outcome) -> None:
+    """The plot of a sequence's volume over its frames, without those whose outline failed."""
+    ed, es = (found.phases[phase][0] for phase in (Phase.ED, Phase.ES))
+    curve, unit = outcome.shown_curve(found)
+    figure = figures.volume_curve(range(1, found.frames + 1), curve, ed, es, unit)
+    storage.publish(studies.output(out, found.clip, "_curve.png"), figures.save_png(figure))
+
+
+def write_key(path: str, clips: list[Clip]) -> None:
+    """Which file became which name."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
+    storage.publish(path, text.getvalue().encode())
+
+
+def say(rows: list[dict], done: list[outcome.Outcome], damaged: list[dict]) -> None:
+    """What a user wants to know at once; everything is in the tables."""
+    shown = 20
+    print("\n".join(map(outcome.headline, rows[:shown])))
+    if len(rows) > shown:
+        print(f"… and {len(rows) - shown} more in ef.csv")
+    for doubt in list(filter(None, map(outcome.doubtful, done)))[:shown]:
+        print(doubt)
+    for entry in damaged:
+        print(f"left out: {entry['input']} {entry['reason']}")
+    print(f"{len(done)} files, {sum(found.frames for found in done)} frames, {len(rows)} patients; {len(damaged)} left out.")
+    print(f"{outcome.INTENDED_USE.capitalize()}.")
+
+
+def job(argv: Sequence[str]) -> None:
+    """The command line."""
+    about = "Outline the left ventricle, its wall and the left atrium in new echocardiograms, and tabulate ejection fractions."
+    print(run(runtime.parse_line(Options, argv, "python jobs/predict.py", about)))
+
+
+if __name__ == "__main__":
+    runtime.main(job)
