@@ -66,7 +66,7 @@ def train_rank(
     record = resume(state, run)
     if state.epoch >= experiment.train.epochs and storage.exists(storage.join(run.path, runs.MODEL_CARD)):
         return
-    tracker = build_tracker(experiment, run, ranks.is_main)
+    tracker = build_tracker(experiment, run, ranks.is_main, record)
     keeper = Keeper(experiment, run, intensity, frames["val" if "val" in frames else "test"], tracker, record, report)
     exit_code = 1
     try:
@@ -105,7 +105,7 @@ def _say_non_finite(error: engine.NonFiniteLoss, frames: Frames) -> str:
 
 @dataclass
 class Keeper:
-    """What rank 0 does with an epoch's results: checkpoint first, then record, tracker, pictures and a line."""
+    """What rank 0 does with an epoch's results: checkpoint first, then record, pictures, tracker and a line."""
 
     experiment: Experiment
     run: Run
@@ -131,8 +131,8 @@ class Keeper:
         checkpoint.save(self.run.path, state.evaluated.state_dict(), state.state_dict(), card)
         runs.write_record(self.run.path, self.record)
         checkpoint.keep_last_and_best(self.run.path)
-        self.tracker.log(metrics)
         self.keep_samples(state)
+        self.tracker.log(metrics)
         self.print_epoch(metrics)
         self.report(metrics)
 
