@@ -10,13 +10,15 @@ import numpy as np
 from heartseg import storage
 from heartseg.errors import UserError
 from heartseg.labels import PHASES, VIEWS, Phase, View
-from heartseg.nifti import DamagedRecording, as_intensity, as_labels, read_nifti
+from heartseg.nifti import DamagedRecording, as_intensity, as_labels, read_nifti, read_source
 
 IMAGES_FOLDER = "database_nifti"
 SPLIT_FOLDER = "database_split"
 # A tree with this file beside database_nifti/ was made by phantom.py.
 PHANTOM_NOTE = "phantom.json"
 SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt", "test": "subgroup_testing.txt"}
+# The release's stills have under 2 million.
+MAX_STILL_PIXELS = 2**25
 PATIENT_PATTERN = re.compile(r"patient\d+")
 
 
@@ -94,6 +96,8 @@ def read_still(source: str, patient: str, view: View, phase: Phase, digest=None)
     mask, _ = read_nifti(mask_path, digest)
     if image.ndim != 2:
         raise DamagedRecording(f"a still has 2 axes, this has shape {image.shape}", image_path)
+    if image.size > MAX_STILL_PIXELS:
+        raise DamagedRecording(f"a still of shape {image.shape} is none", image_path)
     if mask.shape != image.shape:
         raise DamagedRecording(f"the mask's shape {mask.shape} is not the image's {image.shape}", mask_path)
     info = read_info(source, patient, view, digest)
@@ -106,10 +110,7 @@ def read_info(source: str, patient: str, view: View, digest=None) -> Info | None
     path = storage.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg")
     if not storage.exists(path):
         return None
-    try:
-        raw = storage.read_bytes(path)
-    except OSError as error:
-        raise DamagedRecording(f"cannot be read: {error.strerror or 'not a file'}", path) from error
+    raw = read_source(path)
     if digest is not None:
         digest.update(hashlib.sha256(raw).digest())
     said = dict(line.split(":", 1) for line in raw.decode(errors="replace").splitlines() if ":" in line)

@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from heartseg.labels import BACKGROUND, CLASS_COLOURS, CLASSES, NUM_CLASSES
+from heartseg.labels import BACKGROUND, CLASS_COLOURS, CLASS_TITLES, CLASSES, NUM_CLASSES
 
 # Lines and text that must follow the page's text colour, light or dark: `save_svg` puts `currentColor` in its place.
 INK = "#123457"
@@ -123,6 +124,25 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     axes.grid(color=INK, alpha=0.15, linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def contact_sheet(cells: Sequence[tuple[np.ndarray, str, float]], columns: int = 4) -> Figure:
+    """Pictures uint8 [h,w,3] with captions in rows, under the key of the classes' colours.
+
+    A cell is the picture, its caption, and the height of a pixel over its width in mm, so that hearts have their true shape.
+    """
+    rows = -(-len(cells) // columns)
+    tallest = max((p.shape[0] * aspect / p.shape[1] for p, _, aspect in cells), default=1.0)
+    figure = Figure(figsize=(2.6 * columns, (2.6 * tallest + 0.3) * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (pixels, caption, aspect) in zip(grid.flat, cells, strict=False):
+        axes.imshow(pixels, aspect=aspect, interpolation="nearest")
+        axes.set_title(caption, color=INK, fontsize=9)
+    key = [Line2D([], [], color=CLASS_COLOURS[c], linewidth=3) for c in range(1, NUM_CLASSES)]
+    figure.legend(key, CLASS_TITLES[1:], loc="outside upper center", ncols=NUM_CLASSES - 1, frameon=False, labelcolor=INK)
+    return figure
 
 
 def curve(epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None) -> Figure:

@@ -5,6 +5,8 @@ columns are lateral, and the NIfTI order comes back only on writing.
 """
 
 import hashlib
+import math
+import os
 import zlib
 from dataclasses import dataclass
 
@@ -14,8 +16,11 @@ import numpy as np
 from heartseg import storage
 from heartseg.labels import NUM_CLASSES
 
-# A still of the release has under 10 MB; a header that claims more than this is damaged, not a picture.
+# A sequence of the release has under 80 million values; a header that claims more than this is damaged, not a picture.
+MAX_VALUES = 2**27
 MAX_FILE_BYTES = 2**30
+HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
+MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
 
 
 class DamagedRecording(Exception):
@@ -31,10 +36,7 @@ def read_nifti(path: str, digest=None) -> tuple[np.ndarray, tuple[float, float]]
 
     `scl_slope` and `scl_inter` are applied. Raises DamagedRecording for whatever cannot be read.
     """
-    try:
-        raw = storage.read_bytes(path)
-    except OSError as error:
-        raise DamagedRecording(f"cannot be read: {error.strerror or 'missing or not a file'}", path) from error
+    raw = read_source(path)
     if digest is not None:
         digest.update(hashlib.sha256(raw).digest())
     try:
@@ -43,6 +45,19 @@ def read_nifti(path: str, digest=None) -> tuple[np.ndarray, tuple[float, float]]
         raise
     except Exception as error:  # nibabel raises a dozen kinds for a damaged header
         raise DamagedRecording(f"is no readable NIfTI: {str(error) or type(error).__name__}", path) from error
+
+
+def read_source(path: str) -> bytes:
+    """The bytes of a file of the source; raises DamagedRecording for what is no file, or larger than any may be."""
+    # A pipe in a file's place would keep the reader waiting for ever.
+    if not storage.is_uri(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise DamagedRecording("cannot be read: not a file", path)
+    if (storage.size_or_none(path) or 0) > MAX_FILE_BYTES:
+        raise DamagedRecording(f"has more than {MAX_FILE_BYTES} bytes", path)
+    try:
+        return storage.read_bytes(path)
+    except OSError as error:
+        raise DamagedRecording(f"cannot be read: {error.strerror or 'missing or not a file'}", path) from error
 
 
 def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
@@ -56,18 +71,50 @@ def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
 
 
 def open_nifti(raw: bytes):
-    """The nibabel image in the bytes of a `.nii` or `.nii.gz`; its sizes fit its bytes. Raises ValueError."""
-    if raw[:2] == b"\x1f\x8b":
-        raw = inflate(raw)
-    is_second = 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))
-    picture = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_bytes(raw)
-    if picture.get_data_dtype().kind not in "iuf":
-        raise ValueError(f"the pixels are {picture.get_data_dtype()}, not plain numbers")
-    # Sizes from the header are checked against the bytes that are there before anything is allocated.
-    needed = int(np.prod(picture.shape, dtype=np.float64)) * picture.get_data_dtype().itemsize
-    if needed == 0 or needed > len(raw):
-        raise ValueError(f"the header claims shape {picture.shape}, {needed} bytes, and {len(raw)} are there")
-    return picture
+    """The nibabel image in the bytes of a `.nii` or `.nii.gz`. Raises ValueError and whatever nibabel does.
+
+    What the header claims is checked before anything is allocated, and little more than that is inflated.
+    """
+    packed = raw[:2] == b"\x1f\x8b"
+    block = inflate(raw, HEADER_BYTES) if packed else raw[:HEADER_BYTES]
+    is_second = 540 in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
+    kind = nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
+    end = claimed_end(kind.header_class, block)
+    content = inflate(raw, end + MAX_EXTRA_BYTES) if packed else raw
+    if not end <= len(content) < end + MAX_EXTRA_BYTES:
+        there = "many more" if len(content) > end else len(content)
+        raise ValueError(f"the header claims {end} bytes, and {there} are there")
+    return kind.from_bytes(content)
+
+
+def inflate(packed: bytes, at_most: int) -> bytes:
+    """The first `at_most` bytes in a gzip file, of several members too; raises ValueError where it is cut off."""
+    content = b""
+    while packed and len(content) < at_most:
+        inflater = zlib.decompressobj(wbits=31)
+        content += inflater.decompress(packed, at_most - len(content))
+        if not inflater.eof and len(content) < at_most:
+            raise ValueError("the gzip stream is cut off")
+        packed = inflater.unused_data.lstrip(b"\0")  # some writers pad the end with zeros
+    return content
+
+
+def claimed_end(kind: type, block: bytes) -> int:
+    """Where the pixels end by the header in a file's first bytes; raises ValueError for what no picture claims."""
+    block = block[: kind.template_dtype.itemsize]
+    header = kind(block)
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise ValueError(f"the pixels are {dtype}, not plain numbers")
+    num_values = math.prod(int(size) for size in shape)
+    if min(shape, default=0) < 1 or num_values > MAX_VALUES:
+        raise ValueError(f"the header claims shape {shape}")
+    if not kind(block, check=False)["pixdim"][1:3].all():  # nibabel's check makes 1 mm of a missing spacing
+        raise ValueError("the pixel spacing is missing (0)")
+    offset = int(header.get_data_offset())
+    if not 0 <= offset <= MAX_EXTRA_BYTES:
+        raise ValueError(f"the header claims that pixels begin at byte {offset}")
+    return max(offset, len(block)) + num_values * dtype.itemsize
 
 
 def check_spacing(zooms) -> list[float]:
@@ -130,18 +177,6 @@ def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
     # The display range was the picture's: a viewer would show labels 0-3 as black.
     picture.header["cal_min"], picture.header["cal_max"] = 0, 0
     storage.publish(path, compress(picture.to_bytes(), level=1))  # a mask is small anyway
-
-
-def inflate(packed: bytes) -> bytes:
-    """The content of a gzip file, of several members too; never more than MAX_FILE_BYTES. Raises ValueError."""
-    content = b""
-    while packed:
-        inflater = zlib.decompressobj(wbits=31)
-        content += inflater.decompress(packed, max(1, MAX_FILE_BYTES - len(content)))
-        if not inflater.eof:
-            raise ValueError("the gzip stream is cut off or too large")
-        packed = inflater.unused_data.lstrip(b"\0")  # some writers pad the end with zeros
-    return content
 
 
 def as_intensity(image: np.ndarray, path: str) -> np.ndarray:

@@ -153,8 +153,14 @@ def write_manifest(out: str, source_name: str, image: ImageConfig, parts: list[d
         "source_listing": storage.sha256(canonical([part["listing"] for part in parts])),
         "source_sha256": storage.sha256(canonical({name: record["sha256"] for name, record in patients.items()})),
     }
-    storage.publish_json(storage.join(out, MANIFEST), manifest)
+    storage.publish_json(storage.join(out, MANIFEST), sealed(manifest))
     return manifest
+
+
+def sealed(value: dict) -> dict:
+    """A value with the hash of the rest of it under `seal`, by which a change of the file is seen."""
+    rest = {key: inner for key, inner in value.items() if key != "seal"}
+    return rest | {"seal": storage.sha256(canonical(rest))}
 
 
 def source_listing(source: str, patients: list[str]) -> str:
@@ -167,7 +173,7 @@ def write_splits(out: str, config: SplitConfig, manifest_patients: dict, officia
     """Write `splits.json` for the patients that have rows; returns the groups."""
     patients = [name for name, record in manifest_patients.items() if record["rows"]]
     groups = splits.make_groups(config, patients, official)
-    storage.publish_json(storage.join(out, SPLITS), {"config": to_json(config), "groups": groups})
+    storage.publish_json(storage.join(out, SPLITS), sealed({"config": to_json(config), "groups": groups}))
     return groups
 
 

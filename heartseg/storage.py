@@ -137,7 +137,12 @@ def _flush_to_disk(path: str) -> None:
 
 def publish_json(path: str, value: object) -> None:
     """Write a value as indented JSON with sorted keys, whole or not at all."""
-    publish(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    publish(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """The bytes that `publish_json` writes for a value; raises ValueError for NaN."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def remove(path: str) -> None:

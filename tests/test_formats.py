@@ -1,5 +1,6 @@
 """Whatever a file is, its frames come out upright and grey, and its masks go back onto its own grid."""
 
+import gzip
 import io
 import itertools
 import struct
@@ -111,7 +112,7 @@ def test_a_dicom_header_that_a_converter_kept_does_not_reach_the_mask(tmp_path):
     assert b"DOE^JANE" in raw
     found = formats.read_nifti(raw)
     nifti.write_frames(str(tmp_path / "mask.nii.gz"), found.pixels % 4, found.place)
-    written = nifti.inflate((tmp_path / "mask.nii.gz").read_bytes())
+    written = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
     assert b"DOE^JANE" not in written
     np.testing.assert_array_equal(nibabel.load(tmp_path / "mask.nii.gz").dataobj, UPRIGHT[0].T % 4)
 

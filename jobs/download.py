@@ -1,0 +1,224 @@
+"""CAMUS from its authors' server, patient by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from heartseg import camus, girder, nifti, storage
+from heartseg.errors import UserError
+from heartseg.girder import FailedDownload
+from jobs import runtime
+
+# Looks at an unfinished tree and a folder's name; raises FailedDownload, or returns what is worth a note.
+Check = Callable[[str, str], list[str]]
+SERVER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1"
+IMAGES_ID, SPLIT_ID = "63fde55f73e9f004868fb7ac", "66e27d12961576b1bad4e4e1"
+# What is under way lies here, beside the finished patients and on their disk, and is never taken for one of them.
+UNFINISHED = ".download"
+# So many patients that fail one after the other are the server's or the network's doing: it is left in peace.
+MAX_FAILED_IN_A_ROW = 5
+TERMS = """CAMUS (Cardiac Acquisitions for Multi-structure Ultrasound Segmentation), Creatis, Lyon. Its terms:
+  - CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): non-commercial scientific research only;
+    what is made from it keeps this licence, and so do models trained on it.
+  - Publications cite S. Leclerc, E. Smistad, J. Pedrosa, A. Ostvik et al., "Deep Learning for Segmentation using an Open
+    Large-Scale Dataset in 2D Echocardiography", IEEE Transactions on Medical Imaging 38(9), 2198-2210, 2019,
+    doi:10.1109/TMI.2019.2900516.
+  - The authors' own words count: https://www.creatis.insa-lyon.fr/Challenge/camus/databases.html
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to fetch, and where to."""
+
+    out: str = ""
+    """Local folder for the tree that `preprocess.py --source` takes."""
+    accept_licence: bool = False
+    """Say that you have read the terms that are shown, and keep to them."""
+    patients: str = ""
+    """Numbers of the patients to fetch, such as 1-10,42; all where not given."""
+    server: str = SERVER
+    """Address of the Girder interface: the authors', or a mirror with the same folders."""
+    tries: int = 5
+    """How often a download is tried before its patient is passed over."""
+    wait_s: float = 2.0
+    """Seconds before the second try; twice as many before each one after it."""
+    timeout_s: float = 60.0
+    """Seconds of silence after which a connection is given up."""
+
+
+def run(options: Options) -> str:
+    """Fetch what is not there yet; returns the folder. Raises UserError that names the patients that did not arrive."""
+    out = runtime.absolute(runtime.require(options.out, "--out", "a local folder"), "out")
+    if storage.is_uri(out):
+        raise UserError(f"--out {out} is no local folder: download to one, preprocess.py writes shards anywhere.")
+    if options.tries < 1 or options.wait_s < 0 or options.timeout_s <= 0:
+        raise UserError("--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
+    numbers = parse_numbers(options.patients)
+    server = girder.Server(options.server, options.tries, options.wait_s, options.timeout_s)
+    print(TERMS)
+    if not options.accept_licence:
+        raise UserError("The terms above are to be accepted first: give --accept-licence.")
+    try:
+        with storage.lock(out):
+            storage.remove(storage.join(out, UNFINISHED))
+            try:
+                ids = select(list_patients(server), numbers)
+                failed = fetch_all(server, out, ids)
+            finally:
+                storage.remove(storage.join(out, UNFINISHED))
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}): make room or give another --out; what is complete "
+            "stays, and the same command goes on from there."
+        ) from error
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(ids) + 1} folders did not arrive ({', '.join(failed)}): the same command tries them again."
+        )
+    print(f"{len(ids)} patients: {out}")
+    return out
+
+
+def parse_numbers(text: str) -> set[int] | None:
+    """The numbers in `1-10,42`; None for an empty text. Raises UserError."""
+    if not text:
+        return None
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(f"--patients {text} is no list of numbers: give one such as 1-10,42.")
+        numbers |= set(range(first, last + 1))
+    return numbers
+
+
+def list_patients(server: girder.Server) -> dict[str, str]:
+    """Patient to folder id, in order."""
+    try:
+        folders = server.list_folders(IMAGES_ID)
+    except FailedDownload as error:
+        raise UserError(f"The server {server.base} {error}: check the network, or --server, and try again.") from error
+    ids = {name: folders[name] for name in sorted(folders) if camus.PATIENT_PATTERN.fullmatch(name)}
+    if not ids:
+        raise UserError(f"The server {server.base} lists no patient: check --server.")
+    return ids
+
+
+def select(ids: dict[str, str], numbers: set[int] | None) -> dict[str, str]:
+    """The patients with these numbers; raises UserError for a number that the server does not have."""
+    if numbers is None:
+        return ids
+    by_number = {int(name.removeprefix("patient")): name for name in ids}
+    if missing := sorted(numbers - by_number.keys()):
+        raise UserError(f"The server has no patient {missing[0]}: its {len(ids)} are {min(ids)} to {max(ids)}.")
+    return {by_number[number]: ids[by_number[number]] for number in sorted(numbers)}
+
+
+def fetch_all(server: girder.Server, out: str, ids: dict[str, str]) -> list[str]:
+    """Fetch the split and the patients that are not there; returns the names of the folders that did not arrive."""
+    jobs = [(camus.SPLIT_FOLDER, SPLIT_ID, check_split)]
+    jobs += [(os.path.join(camus.IMAGES_FOLDER, patient), identity, check_patient) for patient, identity in ids.items()]
+    failed, in_a_row = [], 0
+    with tqdm(total=len(jobs), unit=" folders", desc="download", file=sys.stdout, mininterval=1) as bar:
+        for place, identity, check in jobs:
+            name = os.path.basename(place)
+            try:
+                for note in fetch_folder(server, out, place, identity, check):
+                    bar.write(f"{name} {note}", file=sys.stdout)
+                in_a_row = 0
+            except FailedDownload as error:
+                bar.write(f"failed  {name}: {error}", file=sys.stdout)
+                failed.append(name)
+                in_a_row += 1
+            bar.update()
+            if in_a_row == MAX_FAILED_IN_A_ROW:
+                raise UserError(f"{in_a_row} folders failed one after the other, last {name}: try the same command later.")
+    return failed
+
+
+def fetch_folder(server: girder.Server, out: str, place: str, identity: str, check: Check) -> list[str]:
+    """Fetch one folder to `out/place`, whole and checked or not at all; returns what is worth a note.
+
+    A folder that is there is left as it is; raises FailedDownload, for one that is not whole too.
+    """
+    finished, name = os.path.join(out, place), os.path.basename(place)
+    if os.path.lexists(finished):
+        # Never overwritten: it came whole, so somebody has worked in it since, or it is not ours.
+        if missing := missing_files(out, name):
+            raise FailedDownload(f"{finished} is there and lacks {missing[0]}: move it away", passing=False)
+        return []
+    source = os.path.join(out, UNFINISHED)
+
+    def attempt() -> list[str]:
+        storage.remove(source)
+        os.makedirs(source)
+        packed = os.path.join(source, "folder.zip")
+        with open(packed, "wb") as stream:
+            server.fetch(f"folder/{identity}/download", stream)
+        girder.unpack(packed, os.path.join(source, place), name)
+        notes = check(source, name)
+        os.makedirs(os.path.dirname(finished), exist_ok=True)
+        os.rename(os.path.join(source, place), finished)
+        return notes
+
+    return server.patiently(attempt)
+
+
+def missing_files(source: str, name: str) -> list[str]:
+    """What a patient's folder, or the split's, cannot do without and lacks."""
+    if name == camus.SPLIT_FOLDER:
+        wanted = [storage.join(source, name, file) for file in camus.SPLIT_FILES.values()]
+    else:
+        suffixes = ("", "_gt")
+        wanted = [camus.recording_path(source, name, *still, suffix) for still in camus.stills_of() for suffix in suffixes]
+    return [os.path.basename(path) for path in wanted if not storage.size_or_none(path)]
+
+
+def check_split(source: str, name: str) -> list[str]:
+    """Raise FailedDownload where a split file is missing or lists anything but patients."""
+    if missing := missing_files(source, name):
+        raise FailedDownload(f"arrives without {missing[0]}")
+    try:
+        groups = camus.read_groups(source)
+    except UnicodeDecodeError as error:
+        raise FailedDownload("arrives with split files that are no text") from error
+    strangers = [entry for names in groups.values() for entry in names if not camus.PATIENT_PATTERN.fullmatch(entry)]
+    if strangers:
+        raise FailedDownload(f"arrives with {strangers[0][:40]!r} in place of a patient")
+    return []
+
+
+def check_patient(source: str, patient: str) -> list[str]:
+    """Raise FailedDownload where a still is missing or a NIfTI is not readable; returns what else the release has."""
+    if missing := missing_files(source, patient):
+        raise FailedDownload(f"arrives without {missing[0]}")
+    folder = os.path.join(source, camus.IMAGES_FOLDER, patient)
+    names = storage.list_names(folder)
+    for name in names:
+        if name.endswith((".nii", ".nii.gz")):
+            try:
+                nifti.read_nifti(os.path.join(folder, name))
+            except nifti.DamagedRecording as error:
+                raise FailedDownload(f"arrives with {name}, which {error.reason}") from error
+    extras = [f"Info_{view}.cfg" for view in camus.VIEWS]
+    extras += [f"{patient}_{view}_half_sequence{suffix}.nii.gz" for view in camus.VIEWS for suffix in ("", "_gt")]
+    return [f"has no {name} on the server" for name in extras if name not in names]
+
+
+def job(argv: Sequence[str]) -> None:
+    """The command line."""
+    out = run(runtime.parse_line(Options, argv, "python jobs/download.py", "Fetch CAMUS from its authors' server."))
+    print(f"next: python jobs/preprocess.py seed --source {out} --out SHARDS")
+
+
+if __name__ == "__main__":
+    runtime.main(job)
