@@ -1,5 +1,9 @@
-"""The one exception that a user is meant to read: jobs print it as a sentence, without a traceback, and exit with code 2."""
+"""The errors that a user is to read, not a programmer."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one sentence that names the thing and the mend."""
+    """Something that the user can mend; the message is one sentence that names the thing and says how."""
+
+
+class StorageError(UserError):
+    """An object store that cannot be reached or that refuses; unlike a mistake, it may work at the next try."""

@@ -1,24 +1,29 @@
-"""A local path or an object-store URI, one way for both: read, list, publish whole, lock.
+"""A local path or an object-store URI, one way for both: read, list, publish whole.
 
 The only file that knows pyarrow's file systems and its Parquet. A path is a `str` everywhere (`pathlib` turns
-`s3://b/x` into `s3:/b/x`); whatever is published appears complete or not at all.
+`s3://b/x` into `s3:/b/x`); whatever is published appears complete or not at all. A store that cannot be reached or that
+refuses is a StorageError; a file that is not there is a FileNotFoundError.
 """
 
 import contextlib
+import datetime
+import errno
+import functools
 import hashlib
 import json
 import os
 import uuid
 from collections.abc import Iterator
 
-import filelock
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet
 
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 
-LOCK_NAME = ".heartseg.lock"
+# What an object store that does not answer costs: about a minute where it is silent, 3 s where it refuses connections.
+TRIES, CONNECT_S, REQUEST_S = 4, 5, 15
+CHUNK_BYTES = 8 << 20
 
 
 def is_uri(path: str) -> bool:
@@ -27,13 +32,74 @@ def is_uri(path: str) -> bool:
 
 
 def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system that a path lives on, and the path as that file system spells it."""
-    if is_uri(path):
-        try:
-            return pyarrow.fs.FileSystem.from_uri(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"The path {path} cannot be used: {error}.") from error
-    return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
+    """The file system that a path lives on, and the path as that file system spells it.
+
+    S3 credentials, region and endpoint are those of the AWS_* variables (AWS_ENDPOINT_URL for any other store than
+    Amazon's) or of the AWS profile. Raises UserError for a path that cannot be one and for a bucket that is not there.
+    """
+    if not is_uri(path):
+        return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
+    with _explained(path):
+        if path.startswith("s3://"):
+            inner = path.removeprefix("s3://").rstrip("/")
+            if not inner or inner.startswith("/"):
+                raise UserError(f"The path {path} names no bucket: give it as s3://bucket/folder.")
+            settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+            return _s3(inner.partition("/")[0], settings), inner
+        return pyarrow.fs.FileSystem.from_uri(path)
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3FileSystem:
+    """The client of a bucket, one for as long as the AWS_* variables stay the same: a new one costs new connections."""
+    aws = dict(settings)
+    endpoint = aws.get("AWS_ENDPOINT_URL_S3") or aws.get("AWS_ENDPOINT_URL")
+    client = pyarrow.fs.S3FileSystem(
+        # Only Amazon's buckets tell their region, and only there does it decide who answers.
+        region=None if endpoint else pyarrow.fs.resolve_s3_region(bucket),
+        endpoint_override=endpoint,
+        connect_timeout=CONNECT_S,
+        request_timeout=REQUEST_S,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=TRIES),
+        allow_delayed_open=True,  # a small file is one request and not three
+    )
+    try:
+        found = client.get_file_info(bucket).type
+    except OSError as error:
+        if "ACCESS_DENIED" not in str(error):
+            raise
+        return client  # some may use folders of a bucket and not ask for the bucket itself
+    if found == pyarrow.fs.FileType.NotFound:
+        raise OSError("NO_SUCH_BUCKET")  # reading would go on as if the bucket were empty
+    return client
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what an object store answers into one sentence; local errors and FileNotFoundError pass as they are."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if not is_uri(path):
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+    except (OSError, pa.ArrowInvalid) as error:
+        if not is_uri(path):
+            raise
+        raise StorageError(f"{path} {_explain(str(error))}.") from error
+
+
+def _explain(answer: str) -> str:
+    """What an object store's answer means and how to mend it, as the rest of a sentence that begins with the path."""
+    if "NO_SUCH_BUCKET" in answer or ("Bucket" in answer and "not found" in answer):
+        return "is in a bucket that does not exist: make it, or check its name and AWS_ENDPOINT_URL"
+    if "NETWORK_CONNECTION" in answer:
+        reason = answer.rpartition("Details: ")[2] if "Details: " in answer else "no answer"
+        return f"cannot be reached ({reason.strip(' .')}): check the network and AWS_ENDPOINT_URL; the same command goes on"
+    refusals = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "HTTP status 403")
+    if any(refusal in answer for refusal in refusals):
+        return "is refused by its store: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for access to the bucket"
+    return "cannot be used: " + answer.partition(" (Request ID")[0].partition("\n")[0].rstrip(". ")
 
 
 def join(base: str, *parts: str) -> str:
@@ -50,8 +116,13 @@ def exists(path: str) -> bool:
     """True where a file or a folder is there."""
     if not is_uri(path):
         return os.path.exists(path)
+    return _info(path).type != pyarrow.fs.FileType.NotFound
+
+
+def _info(path: str) -> pyarrow.fs.FileInfo:
     fs, inner = filesystem(path)
-    return fs.get_file_info(inner).type != pyarrow.fs.FileType.NotFound
+    with _explained(path):
+        return fs.get_file_info(inner)
 
 
 def list_names(path: str) -> list[str]:
@@ -59,16 +130,23 @@ def list_names(path: str) -> list[str]:
     if not is_uri(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
     fs, inner = filesystem(path)
-    found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
-    return sorted(entry.base_name for entry in found)
+    with _explained(path):
+        return sorted(entry.base_name for entry in fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True)))
 
 
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None where the path is no file."""
     if not is_uri(path):
         return os.path.getsize(path) if os.path.isfile(path) else None
+    return _info(path).size
+
+
+def modification_times(path: str) -> dict[str, datetime.datetime]:
+    """When each file of a folder was last written, by the clock of its file system; empty where there is no folder."""
     fs, inner = filesystem(path)
-    return fs.get_file_info(inner).size
+    with _explained(path):
+        found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
+    return {entry.base_name: entry.mtime for entry in found if entry.is_file}
 
 
 def walk(path: str) -> list[str]:
@@ -82,18 +160,19 @@ def walk(path: str) -> list[str]:
             seen.add(os.path.realpath(folder))
         return sorted(found)
     fs, inner = filesystem(path)
-    found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=True))
+    with _explained(path):
+        found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=True))
     files = [entry.path.removeprefix(inner).lstrip("/") for entry in found if entry.type == pyarrow.fs.FileType.File]
     return sorted(join(path, name) for name in files)
 
 
 def read_bytes(path: str, at_most: int = -1) -> bytes:
-    """The whole of a file, or its first `at_most` bytes; raises OSError."""
+    """The whole of a file, or its first `at_most` bytes; raises OSError, FileNotFoundError among them, and StorageError."""
     if not is_uri(path):
         with open(path, "rb") as stream:
             return stream.read(at_most)
     fs, inner = filesystem(path)
-    with fs.open_input_file(inner) as stream:
+    with _explained(path), fs.open_input_file(inner) as stream:
         return stream.read(None if at_most < 0 else at_most)
 
 
@@ -106,25 +185,40 @@ def read_json(path: str) -> dict:
 
 
 def publish(path: str, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; the folder is made. Raises OSError (a full disk, say)."""
+    """Write a file so that it is there whole or not at all; the folder is made.
+
+    Raises OSError (a full disk, say), StorageError where an object store refuses.
+    """
     fs, inner = filesystem(path)
     parent, name = inner.rsplit("/", 1)
     temporary = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.part"
-    fs.create_dir(parent, recursive=True)
-    try:
-        with fs.open_output_stream(temporary, compression=None) as stream:
-            stream.write(data)
-        if is_uri(path):
-            # A stream that an exception drops still leaves a visible object, so what arrived is measured first.
-            if fs.get_file_info(temporary).size != len(data):
-                raise OSError(f"{path} arrived with another size than was sent")
-        else:
-            _flush_to_disk(temporary)
-        fs.move(temporary, inner)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            fs.delete_file(temporary)
-        raise
+    with _explained(path):
+        if not isinstance(fs, pyarrow.fs.S3FileSystem):
+            fs.create_dir(parent, recursive=True)
+        try:
+            with fs.open_output_stream(temporary, compression=None) as stream:
+                stream.write(data)
+            if is_uri(path):
+                # A stream that an exception drops still leaves a visible object, so what arrived is read again first.
+                _check_arrived(fs, temporary, data)
+            else:
+                _flush_to_disk(temporary)
+            fs.move(temporary, inner)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fs.delete_file(temporary)
+            raise
+
+
+def _check_arrived(fs: pyarrow.fs.FileSystem, path: str, data: bytes) -> None:
+    """Raise OSError where a file has another size or another SHA-256 than `data`."""
+    digest = hashlib.sha256()
+    with fs.open_input_file(path) as stream:
+        same = stream.size() == len(data)
+        while same and (chunk := stream.read(CHUNK_BYTES)):
+            digest.update(chunk)
+    if not same or digest.digest() != hashlib.sha256(data).digest():
+        raise OSError("what arrived are not the bytes that were sent")
 
 
 def _flush_to_disk(path: str) -> None:
@@ -148,11 +242,11 @@ def json_bytes(value: object) -> bytes:
 def remove(path: str) -> None:
     """Delete a file or a whole folder; nothing happens where there is none."""
     fs, inner = filesystem(path)
-    kind = fs.get_file_info(inner).type
-    if kind == pyarrow.fs.FileType.Directory:
-        fs.delete_dir(inner)
-    elif kind != pyarrow.fs.FileType.NotFound:
-        fs.delete_file(inner)
+    with _explained(path), contextlib.suppress(FileNotFoundError):
+        if fs.get_file_info(inner).type == pyarrow.fs.FileType.Directory:
+            fs.delete_dir(inner)
+        else:
+            fs.delete_file(inner)
 
 
 def sha256(data: bytes) -> str:
@@ -175,28 +269,7 @@ def read_table(data: bytes) -> pa.Table:
 
 
 def read_table_metadata(path: str) -> dict[bytes, bytes]:
-    """The schema's key-value metadata of a Parquet file, from its footer alone."""
-    fs, inner = filesystem(path)
-    return pyarrow.parquet.read_schema(inner, filesystem=fs).metadata or {}
-
-
-@contextlib.contextmanager
-def lock(folder: str) -> Iterator[None]:
-    """Hold the only writer's place in a local folder; raises UserError where another process holds it.
-
-    A local lock dies with its process, so a killed job never blocks the next. An object store has no locks: there the
-    caller is on its own, which the README says.
-    """
-    if is_uri(folder):
-        yield
-        return
-    os.makedirs(folder, exist_ok=True)
-    holder = filelock.FileLock(os.path.join(folder, LOCK_NAME))
-    try:
-        holder.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(f"Another job is writing {folder}: wait for it, or give another folder.") from error
-    try:
-        yield
-    finally:
-        holder.release()
+    """The schema's key-value metadata of a Parquet file; raises pa.ArrowInvalid or OSError for a damaged one."""
+    # A store's refusal and a damaged footer are both OSError here: the bytes come first, so that each keeps its name.
+    source = pa.BufferReader(read_bytes(path)) if is_uri(path) else path
+    return pyarrow.parquet.read_schema(source).metadata or {}

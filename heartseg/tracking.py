@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import numpy as np
 
 from heartseg import storage
 from heartseg.config import Experiment
+from heartseg.errors import StorageError
 from heartseg.labels import CLASSES
 from heartseg.runs import Run
 
@@ -176,12 +178,20 @@ class WandbTracker(Tracker):
         with self._harmless("finish"):
             self.run.finish(exit_code=exit_code)
         if self.folder != self.run_path:
-            for folder, _, names in os.walk(os.path.join(self.folder, "wandb")):
-                for name in names:
-                    local = os.path.join(folder, name)
-                    target = storage.join(self.run_path, os.path.relpath(local, self.folder))
-                    with contextlib.suppress(OSError), open(local, "rb") as stream:
-                        storage.publish(target, stream.read())
+            try:
+                _copy_to_store(self.folder, self.run_path)
+                shutil.rmtree(self.folder, ignore_errors=True)
+            except (OSError, StorageError) as error:
+                log.warning("wandb's files stay in %s: %s", self.folder, error)
+
+
+def _copy_to_store(folder: str, run_path: str) -> None:
+    for path, _, names in os.walk(os.path.join(folder, "wandb")):
+        for name in names:
+            local = os.path.join(path, name)
+            if os.path.isfile(local):  # and no link to a log that wandb has removed
+                with open(local, "rb") as stream:
+                    storage.publish(storage.join(run_path, os.path.relpath(local, folder)), stream.read())
 
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:

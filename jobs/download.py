@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from heartseg import camus, girder, nifti, storage
+from heartseg import camus, girder, locks, nifti, storage
 from heartseg.errors import UserError
 from heartseg.girder import FailedDownload
 from jobs import runtime
@@ -67,7 +67,7 @@ def run(options: Options) -> str:
     if not options.accept_licence:
         raise UserError("The terms above are to be accepted first: give --accept-licence.")
     try:
-        with storage.lock(out):
+        with locks.lock(out):
             storage.remove(storage.join(out, UNFINISHED))
             try:
                 ids = select(list_patients(server), numbers)

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import logging
 import pickle
 import sys
@@ -85,16 +86,16 @@ def collect(plan: Plan, options: Options) -> tuple[list[dict], list[dict], list[
 class Predict:
     """Patients to cases and masks; loads the model once in each process."""
 
-    def __init__(self, plan: Plan, cores: int = 0):
-        if cores:
-            import torch
-
-            torch.set_num_threads(cores)
+    def __init__(self, plan: Plan):
         self.plan = plan
-        self.segmenter = None
-        if isinstance(plan.predictor, tuple):
-            several = len(plan.predictor) > 1
-            self.segmenter = predict.load_ensemble(plan.predictor) if several else predict.load(plan.predictor[0])
+
+    @functools.cached_property
+    def segmenter(self) -> predict.Segmenter | predict.Ensemble | None:
+        """The model, or the models; None for masks of files."""
+        paths = self.plan.predictor
+        if not isinstance(paths, tuple):
+            return None
+        return predict.load_ensemble(paths) if len(paths) > 1 else predict.load(paths[0])
 
     def __call__(self, patients: list[str]) -> tuple[list, list, list[dict]]:
         """The patients' cases without their images, a mask for each, and what is missing."""
@@ -118,19 +119,29 @@ class PredictTasks(Predict):
     """`Predict` as Ray Data calls it: a batch is one task."""
 
     def __init__(self, plan: Plan, tasks: list[list[str]], cores: int):
+        import torch
+
         runtime.show_log()
-        super().__init__(plan, cores)
+        torch.set_num_threads(cores)
+        super().__init__(plan)
         self.tasks = tasks
 
     def __call__(self, batch: dict) -> dict:
         index = int(batch["id"][0])
-        return {"index": [index], "predicted": [pickle.dumps(super().__call__(self.tasks[index]))]}
+        try:
+            predicted = super().__call__(self.tasks[index])
+        except UserError as error:
+            predicted = str(error)  # a sentence comes back as a value: Ray would wrap the exception in a traceback
+        return {"index": [index], "predicted": [pickle.dumps(predicted)]}
 
 
 def score_task(batch: dict) -> dict:
     """Score what an actor predicted, on a CPU, while the actor is at the next patients."""
-    cases, masks, missing = pickle.loads(batch["predicted"][0])
-    return {"index": batch["index"], "scored": [pickle.dumps((*evaluation.score_patients(cases, masks), missing))]}
+    predicted = pickle.loads(batch["predicted"][0])
+    if not isinstance(predicted, str):
+        cases, masks, missing = predicted
+        predicted = (*evaluation.score_patients(cases, masks), missing)
+    return {"index": batch["index"], "scored": [pickle.dumps(predicted)]}
 
 
 def score_on_ray(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[tuple[int, tuple]]:
@@ -156,7 +167,10 @@ def score_on_ray(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[t
         .map_batches(score_task, batch_size=1, num_cpus=0.5)
     )
     for row in stream.iter_rows():
-        yield row["index"], pickle.loads(row["scored"])
+        scored = pickle.loads(row["scored"])
+        if isinstance(scored, str):
+            raise UserError(scored)
+        yield row["index"], scored
 
 
 def job(argv: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from heartseg import phantom, predict, runs, storage
+from heartseg import locks, phantom, predict, runs, storage
 from heartseg.batches import Intensity
 from heartseg.errors import UserError
 from heartseg.labels import CLASSES, VIEWS
@@ -83,7 +83,7 @@ def run(options: Options) -> str:
                 "written; take the versions of torch, onnx and onnxruntime that pyproject.toml names."
             )
     checked = {"images": origin, "number": len(images)}
-    with storage.lock(out):
+    with locks.lock(out):
         # An older export's note would describe these files wrongly.
         storage.remove(storage.join(out, NOTE))
         for kind, data in written.items():

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from heartseg import __version__, figures, formats, outcome, predict, storage, studies
+from heartseg import __version__, figures, formats, locks, outcome, predict, storage, studies
 from heartseg.config import PredictConfig, to_json
 from heartseg.errors import UserError
 from heartseg.formats import Frames
@@ -78,7 +78,7 @@ def run(options: Options) -> str:
     device = None if options.device == "auto" else options.device
     several = len(paths) > 1
     segmenter = predict.load_ensemble(paths, options.which, device) if several else predict.load(path, options.which, device)
-    with storage.lock(out):
+    with locks.lock(out):
         return outline_all(options, segmenter, clips, source, out)
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from heartseg import camus, shards, splits, storage
+from heartseg import camus, locks, shards, splits, storage
 from heartseg.config import Experiment, first_difference, to_json
 from heartseg.errors import UserError
 from jobs import runtime
@@ -37,7 +37,7 @@ def run(experiment: Experiment, options: Options) -> None:
     patients = camus.find_patients(source)
     official = camus.read_groups(source)
     splits.make_groups(experiment.split, patients, official)
-    with storage.lock(out):
+    with locks.lock(out):
         if options.overwrite:
             remove_shards(out)
         if storage.exists(storage.join(out, shards.MANIFEST)):

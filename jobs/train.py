@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from heartseg import distributed, runs, storage
+from heartseg import distributed, locks, runs, storage
 from heartseg.config import Experiment, from_json, to_json
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.model import check_installation
 from heartseg.runs import Run
 from heartseg.shards import open_shards
@@ -52,7 +52,7 @@ def run(experiment: Experiment, options: Options) -> str:
     if options.launcher == "plain":
         return run_plainly(experiment, options)
     opened = runs.open_run(experiment, shards, options.run_name, options.fresh)
-    with storage.lock(opened.path):
+    with locks.lock(opened.path):
         print(f"run {opened.path}")
         train_with_ray(experiment, opened)
     return opened.path
@@ -67,7 +67,7 @@ def run_plainly(experiment: Experiment, options: Options) -> str:
             opened = runs.open_run(experiment, shards, options.run_name, options.fresh)
             print(f"run {opened.path}")
         opened = distributed.from_main(opened, ranks)
-        with storage.lock(opened.path) if ranks.is_main else contextlib.nullcontext():
+        with locks.lock(opened.path) if ranks.is_main else contextlib.nullcontext():
             train_rank(experiment, opened, ranks, lambda model: distributed.wrap_model(model, ranks))
         distributed.barrier(ranks)
         return opened.path if ranks.is_main else ""
@@ -77,7 +77,7 @@ def run_plainly(experiment: Experiment, options: Options) -> str:
 
 def train_with_ray(experiment: Experiment, opened: Run) -> None:
     """Train as `experiment.workers` workers of a Ray Train run."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     runtime.start_ray(experiment.workers)
@@ -96,7 +96,13 @@ def train_with_ray(experiment: Experiment, opened: Run) -> None:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        refused = [failure for failure in error.worker_failures.values() if isinstance(failure, StorageError)]
+        if not refused:
+            raise
+        raise StorageError(str(refused[0])) from error
     # A sentence for the user comes back as a value: raised in a worker, Ray would try it again.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])
@@ -116,6 +122,8 @@ def worker(config: dict) -> dict:
         # The device is the engine's to choose the layout for; Ray adds the gradient averaging.
         options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.DDP_OPTIONS}
         train_rank(experiment, opened, ranks, lambda model: prepare_model(model, **options), ray.train.report)
+    except StorageError:
+        raise  # where only one rank stores, the others would wait for it: Ray ends them all and goes on from the checkpoint
     except UserError as error:
         return {"error": str(error)}
     return {}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import s3_server
 
 from heartseg.config import AugmentConfig, Experiment, ImageConfig, OptimConfig, SplitConfig, TrackingConfig
 from heartseg.phantom import write_phantom
@@ -52,8 +53,16 @@ def tiny_experiment(**changes) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def ray_session():
-    """One Ray on loopback for every test that needs one."""
+def s3():
+    """An S3 server on loopback, which every `s3://` path of this process and its children means; returns its URL."""
+    url = s3_server.start_server()
+    with s3_server.environment(**s3_server.KEYS, AWS_ENDPOINT_URL=url):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3):
+    """One Ray on loopback for every test that needs one; its workers know the S3 server, as its environment does."""
     import ray
 
     from jobs import runtime

@@ -192,9 +192,9 @@ def test_a_folder_that_lacks_a_file_is_named_and_never_overwritten(server, out, 
 
 
 def test_two_downloads_into_one_folder_are_refused(server, out):
-    from heartseg import storage
+    from heartseg import locks
 
-    with storage.lock(out), pytest.raises(UserError, match="Another job is writing"):
+    with locks.lock(out), pytest.raises(UserError, match="Another job is writing"):
         fetch(server, out)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_experiment
 
-from heartseg import runs, storage
+from heartseg import locks, runs
 from heartseg.errors import UserError
 from jobs import evaluate, preprocess, train
 
@@ -86,13 +86,13 @@ def test_a_wandb_server_that_cannot_be_reached_never_stops_a_run(shards, tmp_pat
 
 
 def test_two_jobs_never_write_the_same_run(finished, shards):
-    with storage.lock(finished), pytest.raises(UserError, match="Another job is writing"):
+    with locks.lock(finished), pytest.raises(UserError, match="Another job is writing"):
         _lock_elsewhere(finished)
 
 
 def _lock_elsewhere(folder: str) -> None:
     """Take the lock as another process would; a process of its own is needed, since a lock is a process's."""
-    code = f"from heartseg import storage\nwith storage.lock({folder!r}): pass"
+    code = f"from heartseg import locks\nwith locks.lock({folder!r}): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1])

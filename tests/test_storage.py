@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heartseg import storage
+from heartseg import locks, storage
 from heartseg.errors import UserError
 
 # A file may not grow past 4096 bytes: what a full disk does to a writer.
@@ -25,8 +25,8 @@ except OSError:
 """
 HOLD = """
 import sys, time
-from heartseg import storage
-with storage.lock(sys.argv[1]):
+from heartseg import locks
+with locks.lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(120)
 """
@@ -78,11 +78,11 @@ def test_a_second_process_is_refused_and_a_killed_holder_frees_the_folder(tmp_pa
     holder = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="Another job is writing"), storage.lock(folder):
+        with pytest.raises(UserError, match="Another job is writing"), locks.lock(folder):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait(timeout=30)
-        with storage.lock(folder):
+        with locks.lock(folder):
             assert os.path.isdir(folder)
     finally:
         holder.kill()
@@ -91,9 +91,9 @@ def test_a_second_process_is_refused_and_a_killed_holder_frees_the_folder(tmp_pa
 
 
 def test_a_lock_is_free_again_after_its_block_even_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), storage.lock(str(tmp_path)):
+    with pytest.raises(ZeroDivisionError), locks.lock(str(tmp_path)):
         raise ZeroDivisionError
-    with storage.lock(str(tmp_path)), pytest.raises(UserError), storage.lock(str(tmp_path)):
+    with locks.lock(str(tmp_path)), pytest.raises(UserError), locks.lock(str(tmp_path)):
         pass
 
 

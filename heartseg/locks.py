@@ -1,0 +1,110 @@
+"""One writer per folder: a file lock on a local disk, a claim that is renewed like a heartbeat on an object store.
+
+The claims are advisory: a holder that cannot renew its own for a minute (a network that is down, a machine that sleeps)
+counts as dead and does not learn of it.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+
+import filelock
+
+from heartseg import storage
+from heartseg.errors import StorageError, UserError
+
+log = logging.getLogger(__name__)
+LOCK_NAME = ".heartseg.lock"
+CLAIM = re.compile(r"[0-9a-f]{12}\.json")
+BEAT_S, DEAD_AFTER_S = 15.0, 60.0
+
+
+def lock(folder: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the only writer's place in a folder; raises UserError where another process holds it.
+
+    A local lock dies with its process, so a killed job never blocks the next; on an object store it blocks for
+    `DEAD_AFTER_S` seconds.
+    """
+    return _hold_claim(folder) if storage.is_uri(folder) else _hold_file(folder)
+
+
+@contextlib.contextmanager
+def _hold_file(folder: str) -> Iterator[None]:
+    os.makedirs(folder, exist_ok=True)
+    holder = filelock.FileLock(os.path.join(folder, LOCK_NAME))
+    try:
+        holder.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"Another job is writing {folder}: wait for it, or give another folder.") from error
+    try:
+        yield
+    finally:
+        holder.release()
+
+
+@contextlib.contextmanager
+def _hold_claim(folder: str) -> Iterator[None]:
+    """Every job writes a claim of its own and then lists them all, so of two that start at once none misses the other.
+
+    In that instant both may be refused; never are both let in, since a listing on S3 shows every write before it.
+    """
+    claims, mine = storage.join(folder, LOCK_NAME), f"{uuid.uuid4().hex[:12]}.json"
+    path, stop = storage.join(claims, mine), threading.Event()
+    started = _now()
+    try:
+        _beat(path, started)
+        _refuse_if_claimed(folder, claims, mine)
+        beating = threading.Thread(target=_keep_beating, args=(path, started, stop), daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beating.join()  # a beat after the removal would leave the claim behind
+    finally:
+        with contextlib.suppress(StorageError):
+            storage.remove(path)
+
+
+def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
+    """Raise UserError that names the holder where a claim beside `mine` is alive; dead ones are removed."""
+    times = {name: time for name, time in storage.modification_times(claims).items() if CLAIM.fullmatch(name)}
+    # The newest is mine, written just now: ages are by the store's clock alone, whatever ours says.
+    now = max(times.values(), default=None)
+    for name, time in times.items():
+        path = storage.join(claims, name)
+        if name == mine:
+            continue
+        if (now - time).total_seconds() >= DEAD_AFTER_S:
+            storage.remove(path)
+            continue
+        with contextlib.suppress(FileNotFoundError):  # released in between
+            holder = json.loads(storage.read_bytes(path))
+            raise UserError(
+                f"Another job is writing {folder} (process {holder['pid']} on {holder['host']}, since {holder['started']}): "
+                f"wait for it, or give another folder; if it was killed, its place is free after {DEAD_AFTER_S:g} s."
+            )
+
+
+def _beat(path: str, started: str) -> None:
+    storage.publish_json(path, {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "renewed": _now()})
+
+
+def _keep_beating(path: str, started: str, stop: threading.Event) -> None:
+    """Renew a claim until told to stop; a store that is away for a while is no reason to end the job."""
+    while not stop.wait(BEAT_S):
+        try:
+            _beat(path, started)
+        except StorageError as error:
+            log.warning("This job's place as the only writer could not be renewed: %s", error)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
