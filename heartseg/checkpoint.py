@@ -54,6 +54,22 @@ class Checkpoint:
             ) from error
 
 
+def snapshot(value: object) -> object:
+    """A copy on the CPU of nested states, which training may go on changing; tensors that share memory share it still."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(item: object) -> object:
+        if isinstance(item, torch.Tensor):
+            if id(item) not in copies:
+                copies[id(item)] = item.detach().to("cpu", copy=True)
+            return copies[id(item)]
+        if isinstance(item, dict):
+            return {key: copy(inner) for key, inner in item.items()}
+        return type(item)(copy(inner) for inner in item) if isinstance(item, (list, tuple)) else item
+
+    return copy(value)
+
+
 def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:
     """Write the checkpoint of `card["epoch"]` below a run; it is complete once its card is there."""
     path = storage.join(run, FOLDER, f"epoch_{card['epoch']:04d}")

@@ -220,10 +220,13 @@ class Experiment:
     runs: str = ""
     """Folder or URI of the training runs (HEARTSEG_RUNS where not given, else `runs`)."""
     workers: int = 1
-    """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training."""
+    """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` sets --min-workers as well."""
+    min_workers: int = 0
+    """Fewest workers to train on with when nodes are lost, until new ones come; 0 wants all of them."""
 
     def __post_init__(self):
         _require(self.workers >= 1, "--workers must be at least 1.")
+        _require(0 <= self.min_workers <= self.workers, "--min-workers must be at least 0 and no more than --workers.")
 
 
 # What decides a run's result; the rest is where it runs and who is told.

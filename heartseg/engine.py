@@ -151,6 +151,7 @@ def train_one_epoch(
     sum_over_ranks(sums.sums, ranks)
     seconds = time.perf_counter() - started
     metrics = {"epoch": state.epoch, "lr": lr, "seconds": seconds, "images_per_s": steps * train.batch_size / seconds}
+    metrics["workers"] = ranks.world_size
     return metrics | {f"train/{name}": value for name, value in sums.means().items()}
 
 

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class StorageError(UserError):
     """An object store that cannot be reached or that refuses; unlike a mistake, it may work at the next try."""
+
+
+class OutOfMemory(UserError):
+    """Memory ran out on one rank; the other ranks do not know."""

@@ -1,10 +1,13 @@
 """What every job shares: its command line, the sentences that users see, and its Ray."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import make_dataclass, replace
 from pathlib import Path
@@ -23,19 +26,47 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_TRIES = 3
 # Marks a part of a dataclass whose fields are flags without the part's name before them.
 FLAT = tyro.conf.arg(name="")
+# A full disk, a used-up quota, a read-only or forbidden folder: the user's to mend, and no fault of ours.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: what is under way becomes complete on the way out. A wait of Ray's ends for no other kind."""
 
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
-    """Run a job; a user's mistake becomes one sentence and exit code 2."""
+    """Run a job; a user's mistake or a disk that refuses becomes one sentence and exit code 2."""
     show_log()
+    heed_sigterm()
     try:
         job(sys.argv[1:])
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(str(error), 2)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        leave(storage.say_refused(error, error.filename or "A file"), 2)
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+        # Ray raises one of its own in the place of ours; after SIGTERM, ours has set the signal aside.
+        terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        leave("stopped; the same command goes on from here.", 143 if terminated else 130)
+
+
+def leave(sentence: str, code: int) -> None:
+    """End the process with a sentence."""
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def heed_sigterm() -> None:
+    """Make SIGTERM an exception in the main thread, so that a job ends in order."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second one must not disturb the end
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def show_log() -> None:
@@ -49,13 +80,26 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
 
     `options` is an instance of the job's own dataclass. Raises UserError for whatever is wrong on the line.
     """
-    experiment, rest = _pick_recipe(list(argv))
+    experiment, rest = _pick_recipe(_spell_out_elastic(list(argv)))
 
     fields = [("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
     kind = make_dataclass("Command", fields, frozen=True)
     shown = f"python jobs/{prog} [{'|'.join(RECIPES)}|--config FILE]"
     command = parse_line(kind, rest, shown, description, default=kind(experiment, options))
     return with_environment(command.experiment), command.options
+
+
+def _spell_out_elastic(argv: list[str]) -> list[str]:
+    """`--workers 1:4` as `--workers 4 --min-workers 1`."""
+    for place, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag != "--workers":
+            continue
+        taken = 1 if equals else 2
+        fewest, colon, most = (value if equals else "".join(argv[place + 1 : place + 2])).partition(":")
+        if colon:
+            return [*argv[:place], "--workers", most, "--min-workers", fewest, *argv[place + taken :]]
+    return argv
 
 
 def _pick_recipe(argv: list[str]) -> tuple[Experiment, list[str]]:
@@ -125,7 +169,10 @@ def start_ray(workers: int) -> None:
     if address == "local" and workers > cores:
         raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
     # Ray asks its own dashboard for the state of a training run; without it, the log fills with failed questions.
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, include_dashboard=True if address == "local" else None, logging_level=logging.WARNING)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # ray.init takes the signal for itself
     resources = ray.cluster_resources()
     slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
     if workers > slots:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,12 +21,15 @@ import torch
 
 from heartseg import distributed, locks, runs, storage
 from heartseg.config import Experiment, from_json, to_json
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import OutOfMemory, StorageError, UserError
 from heartseg.model import check_installation
 from heartseg.runs import Run
 from heartseg.shards import open_shards
 from heartseg.training import check_plan, train_rank
 from jobs import runtime
+
+# Seconds between two looks for nodes that an elastic run could grow onto.
+SECONDS_TO_GROW = 30
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def run_plainly(experiment: Experiment, options: Options) -> str:
 
 def train_with_ray(experiment: Experiment, opened: Run) -> None:
     """Train as `experiment.workers` workers of a Ray Train run."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     runtime.start_ray(experiment.workers)
@@ -86,7 +89,11 @@ def train_with_ray(experiment: Experiment, opened: Run) -> None:
         worker,
         train_loop_config={"experiment": to_json(experiment), "run": opened.path, "cores": resources["CPU"]},
         scaling_config=ScalingConfig(
-            num_workers=experiment.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            # Elastic: lost nodes shrink the run at once, new ones let it grow; the global batch stays what it is.
+            num_workers=(experiment.min_workers, experiment.workers) if experiment.min_workers else experiment.workers,
+            elastic_resize_monitor_interval_s=SECONDS_TO_GROW,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             # A name of its own each time: what to resume is the run directory's to say, not Ray's snapshot's.
@@ -98,14 +105,25 @@ def train_with_ray(experiment: Experiment, opened: Run) -> None:
     )
     try:
         result = trainer.fit()
-    except WorkerGroupError as error:
-        refused = [failure for failure in error.worker_failures.values() if isinstance(failure, StorageError)]
-        if not refused:
-            raise
-        raise StorageError(str(refused[0])) from error
+    except TrainingFailedError as error:
+        raise_sentence(error, experiment.workers, resources)
     # A sentence for the user comes back as a value: raised in a worker, Ray would try it again.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])
+
+
+def raise_sentence(error: Exception, workers: int, resources: dict[str, float]) -> NoReturn:
+    """Raise UserError for a failure that is the user's to mend, and the failure itself for any other."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, (StorageError, OutOfMemory)):
+            raise UserError(str(failure)) from error
+    if "worker group startup timed out" in str(error):
+        each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+        raise UserError(
+            f"The cluster had no room for {workers} workers of {each} ({runtime.MAX_TRIES + 1} tries): "
+            "use fewer --workers, `--workers 1:N` to start on what there is, or wait until it is free."
+        ) from error
+    raise error
 
 
 def worker(config: dict) -> dict:
@@ -122,8 +140,8 @@ def worker(config: dict) -> dict:
         # The device is the engine's to choose the layout for; Ray adds the gradient averaging.
         options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.DDP_OPTIONS}
         train_rank(experiment, opened, ranks, lambda model: prepare_model(model, **options), ray.train.report)
-    except StorageError:
-        raise  # where only one rank stores, the others would wait for it: Ray ends them all and goes on from the checkpoint
+    except (StorageError, OutOfMemory):
+        raise  # one rank's: the others would wait for it, so Ray ends them all and goes on from the checkpoint
     except UserError as error:
         return {"error": str(error)}
     return {}

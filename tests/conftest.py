@@ -71,3 +71,19 @@ def ray_session(s3):
     runtime.start_ray(2)
     yield
     ray.shutdown()
+
+
+FAULTS: list[tuple[str, str, float]] = []
+
+
+@pytest.fixture()
+def fault_table():
+    """Adds a row to the table of faults that the session ends with: the fault, epochs trained again, seconds."""
+    return lambda fault, epochs, seconds: FAULTS.append((fault, epochs, seconds))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS:
+        terminalreporter.section("faults: trained again, seconds to the next finished epoch")
+        for fault, epochs, seconds in FAULTS:
+            terminalreporter.write_line(f"{fault:<44} {epochs:<32} {seconds:6.1f} s")

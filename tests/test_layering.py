@@ -11,8 +11,8 @@ LAYERS = [
     *("errors", "girder", "labels", "config", "recipes", "storage", "locks", "figures", "overlays", "nifti", "formats"),
     *("camus", "phantom", "splits", "shards", "survey", "batches", "augment", "model", "losses", "schedules", "optim"),
     *("metrics", "agreement", "disks", "clinical", "postprocess", "distributed", "checkpoint", "engine", "predict"),
-    *("outline", "cycle", "studies", "outcome", "cases", "evaluation", "runs", "tracking", "training", "published"),
-    *("sections", "report"),
+    *("outline", "cycle", "studies", "outcome", "cases", "evaluation", "runs", "tracking", "keeper", "training"),
+    *("published", "sections", "report"),
 ]
 # Package -> the only files that may import it.
 ONLY = {

@@ -1,0 +1,202 @@
+"""Faults, injected for real: processes killed, a disk that fills, memory that runs out, a cluster without room.
+
+Each row says how many epochs had to be trained again and the seconds to the next finished epoch; pytest prints the table.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tiny_experiment
+
+from heartseg import checkpoint, runs, storage
+from heartseg.errors import UserError
+from jobs import train
+
+EPOCHS = 16
+MARK = "HEARTSEG_TEST_MARK"
+
+
+class Job:
+    """`jobs/train.py` as a process of its own, whose helpers are known by a mark in their environment."""
+
+    def __init__(self, shards: str, folder: Path, *arguments: str, launcher: str = "ray", prefix: tuple[str, ...] = ()):
+        self.runs, self.mark = folder, uuid.uuid4().hex
+        command = [*prefix, sys.executable, str(ROOT / "jobs" / "train.py"), "quick", "--data", shards, "--runs", str(folder)]
+        command += ["--image.height", "64", "--image.width", "64", "--train.epochs", str(EPOCHS), "--train.batch-size", "8"]
+        command += ["--train.precision", "fp32", "--tracking.wandb", "off", "--launcher", launcher, *arguments]
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+
+    def run(self) -> str:
+        """The run's folder, once it is there."""
+        return wait_for(lambda: next((str(f) for f in self.runs.glob("quick-*") if (f / "experiment.json").exists()), None))
+
+    def wait_for_epoch(self, epoch: int) -> None:
+        """Return once an epoch stands in the record."""
+        wait_for(lambda: len(runs.read_record(self.run())) >= epoch, self.process)
+
+    def kill(self, title: str) -> int:
+        """SIGKILL one of the processes of this job whose title holds some words; returns how many epochs were recorded."""
+        marked = (pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid, title))
+        os.kill(next(marked), signal.SIGKILL)
+        return len(runs.read_record(self.run()))
+
+    def _is_ours(self, pid: int, title: str) -> bool:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/comm").read_bytes()
+            return title.encode() in words and self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+
+    def finish(self) -> str:
+        """Wait for the end; returns what was printed and asserts success."""
+        output, _ = self.process.communicate(timeout=200)
+        assert self.process.returncode == 0, output[-3000:]
+        return output
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120):
+    """The first true value of a condition."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        assert process is None or process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def assert_no_gap_and_no_double(run: str) -> None:
+    assert [epoch["epoch"] for epoch in runs.read_record(run)] == list(range(1, EPOCHS + 1))
+
+
+def test_a_killed_worker_is_started_again_and_the_record_has_no_gap(shards, tmp_path, fault_table):
+    job = Job(shards, tmp_path)
+    job.wait_for_epoch(3)
+    recorded, killed = job.kill("RayTrainWorker"), time.monotonic()
+    job.wait_for_epoch(recorded + 1)
+    fault_table("a worker killed (SIGKILL)", "1, the one in progress", time.monotonic() - killed)
+    job.finish()
+    assert_no_gap_and_no_double(job.run())
+
+
+@pytest.mark.slow
+def test_the_same_command_resumes_when_the_driver_was_killed(shards, tmp_path, fault_table):
+    job = Job(shards, tmp_path)
+    job.wait_for_epoch(3)
+    job.process.kill()
+    job.process.wait()
+    kept = checkpoint.last(job.run()).epoch
+    again, started = Job(shards, tmp_path), time.monotonic()
+    again.wait_for_epoch(kept + 1)
+    fault_table("the driver killed, the command given again", "1, the one in progress", time.monotonic() - started)
+    again.finish()
+    assert kept >= 3
+    assert_no_gap_and_no_double(again.run())
+
+
+@pytest.mark.parametrize("launcher", ["plain", pytest.param("ray", marks=pytest.mark.slow)])
+def test_sigterm_ends_in_order_and_the_same_command_resumes(shards, tmp_path, launcher, fault_table):
+    job = Job(shards, tmp_path, launcher=launcher)
+    job.wait_for_epoch(2)
+    recorded = len(runs.read_record(job.run()))
+    job.process.terminate()
+    output, _ = job.process.communicate(timeout=60)
+    assert job.process.returncode == 143, output[-3000:]
+    assert "the same command goes on from here" in output and "Traceback" not in output
+    kept = checkpoint.last(job.run()).epoch
+    assert kept >= recorded  # what was being written became complete
+    again, started = Job(shards, tmp_path, launcher=launcher), time.monotonic()
+    again.wait_for_epoch(kept + 1)
+    fault_table(f"SIGTERM ({launcher}), the command given again", "1, the one in progress", time.monotonic() - started)
+    again.finish()
+    assert_no_gap_and_no_double(again.run())
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_complete_stays(shards, tmp_path, fault_table):
+    # A small file system in a mount namespace of its own; once the second epoch is there, something else fills it.
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f"""mount -t tmpfs -o size=400m tmpfs {disk} || exit 99
+        (until ls {disk}/quick-*/checkpoints/epoch_0002/checkpoint.json; do sleep 0.05; done; cat /dev/zero > {disk}/ballast) \\
+            > /dev/null 2>&1 &
+        "$@"; code=$?
+        rm {disk}/ballast; cp -r {disk}/quick-* {tmp_path}/; exit $code"""
+    small = ("--optim.kind", "sgd", "--optim.ema-decay", "0")
+    job = Job(shards, disk, *small, launcher="plain", prefix=("unshare", "-rm", "sh", "-c", script, "sh"))
+    output, _ = job.process.communicate(timeout=200)
+    assert job.process.returncode == 2, output[-2000:]
+    assert "No space left on device" in output and "Traceback" not in output
+    (run,) = tmp_path.glob("quick-*")
+    kept = checkpoint.last(str(run))
+    record = [epoch["epoch"] for epoch in runs.read_record(str(run))]
+    assert record == list(range(1, kept.epoch + 1)) and kept.weights()
+    again, started = Job(shards, tmp_path, *small, launcher="plain"), time.monotonic()
+    again.wait_for_epoch(kept.epoch + 1)
+    fault_table("the disk full, then room again", "1, whose checkpoint did not fit", time.monotonic() - started)
+    again.finish()
+    assert_no_gap_and_no_double(str(run))
+
+
+def test_memory_that_runs_out_is_a_sentence_with_batch_and_size(shards, tmp_path):
+    # The address space may grow by what the network and its average take, and not by gradients and activations.
+    code = """
+        import resource, sys
+        sys.path.insert(0, sys.argv.pop(1))
+        from jobs import runtime, train
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 900 * 2**20,) * 2)
+        runtime.main(train.job)"""
+    command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT), "quick", "--data", shards, "--runs", str(tmp_path)]
+    command += ["--launcher", "plain", "--image.height", "64", "--image.width", "64", "--train.batch-size", "24"]
+    command += ["--model.backbone", "resnet101", "--tracking.wandb", "off", "--train.precision", "fp32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "ran out of memory (cpu) with 24 of a batch's 24 images of 64 x 64" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_without_room_ends_after_a_few_tries_with_a_sentence(shards, tmp_path, ray_session, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path), workers=3)
+    with pytest.raises(UserError, match="no room for 3 workers of 1 CPU"):
+        train.run(experiment, train.Options())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(shards, tmp_path, fault_table):
+    """Two nodes of one CPU each (one machine): one is removed, later another one comes."""
+    script = ROOT / "tests" / "elastic_cluster.py"
+    command = [sys.executable, str(script), shards, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    figures = dict(line.split("=") for line in done.stdout.splitlines() if line.startswith(("shrink", "grow")))
+    fault_table("a node lost, --workers 1:2", "1, the one in progress", float(figures["shrink_seconds"]))
+    fault_table("a node back, --workers 1:2", "1, the one in progress", float(figures["grow_seconds"]))
+    (run,) = tmp_path.glob("tiny-*")
+    record = [epoch["epoch"] for epoch in runs.read_record(str(run))]
+    assert record == list(range(1, len(record) + 1))
+    assert storage.exists(str(run / runs.MODEL_CARD))
+
+
+def test_elastic_workers_are_spelled_one_colon_four(tmp_path):
+    from jobs import runtime
+
+    for line in (["--workers", "1:4"], ["--workers=1:4"]):
+        experiment, _ = runtime.parse(train.Options(), ["quick", *line], "train.py", "")
+        assert (experiment.min_workers, experiment.workers) == (1, 4)
+    with pytest.raises(UserError, match="--min-workers must be at least 0 and no more than"):
+        runtime.parse(train.Options(), ["quick", "--workers", "4:1"], "train.py", "")
+    assert replace(tiny_experiment(), workers=2).min_workers == 0
