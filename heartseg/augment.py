@@ -3,9 +3,12 @@
 import math
 
 import torch
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
 from heartseg.config import AugmentConfig
+
+# Half a sector's opening, as lateral over depth with both sides of the image as 1: 0.6 to 0.7 in CAMUS.
+SECTOR_TANGENT = 0.65
 
 
 def augment(
@@ -14,7 +17,8 @@ def augment(
     """Change images [b,1,H,W] (floats 0 to 1) and masks [b,H,W] alike; returns both.
 
     Draws are made for a whole global batch of `global_size` images from `seed`, and these rows take theirs from `offset`
-    on: the same image is changed in the same way whatever the number of ranks.
+    on: the same image is changed in the same way whatever the number of ranks. Kinds that came later draw last, so that
+    they leave the others' draws alone.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows = slice(offset, offset + len(images))
@@ -31,9 +35,40 @@ def augment(
         noise = torch.randn(size, generator=generator, device=images.device)[rows]
         # Speckle is multiplicative: what is black, the outside of the sector above all, stays black.
         images = (images * (1 + config.noise * draw(1, 1, 1).abs() * noise)).clamp_(0, 1)
-    if config.rotate_deg or config.scale or config.translate:
-        images, masks = _affine(config, images, masks, draw(4))
-    return images, masks
+    is_moved = bool(config.rotate_deg or config.scale or config.translate)
+    moves = draw(4) if is_moved else None
+    if config.blur:
+        images = _blur(images, config.blur * draw(1).abs(), config.blur)
+    if config.sector_dropout:
+        images = _darken_wedge(images, config.sector_dropout * draw(1, 1).abs(), draw(1, 1), draw(1, 1).abs())
+    return _affine(config, images, masks, moves) if is_moved else (images, masks)
+
+
+def _blur(images: torch.Tensor, sigma_px: torch.Tensor, largest_px: float) -> torch.Tensor:
+    """Blur each image with a Gaussian of its own: `sigma_px` [b,1], none above `largest_px`; borders are repeated."""
+    reach = math.ceil(3 * largest_px)
+    offsets = torch.arange(-reach, reach + 1, device=images.device)
+    kernels = torch.softmax(-0.5 * (offsets / sigma_px.clamp(min=1e-3)) ** 2, dim=1)
+    # One group a sample: the batch becomes the channels of one image, each with its own kernel.
+    rows = pad(images.transpose(0, 1), (0, 0, reach, reach), mode="replicate")
+    rows = conv2d(rows, kernels[:, None, :, None], groups=len(images))
+    columns = pad(rows, (reach, reach, 0, 0), mode="replicate")
+    return conv2d(columns, kernels[:, None, None, :], groups=len(images)).transpose(0, 1)
+
+
+def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor, darkness: torch.Tensor) -> torch.Tensor:
+    """Darken a wedge from the probe down in each image: `width` is its share of the sector, `place` -1 to 1 across it.
+
+    All three are [b,1,1]; `darkness` 1 leaves nothing. The apex is the middle of the top row, as in CAMUS's images.
+    """
+    height, width_px = images.shape[-2:]
+    depth = (torch.arange(height, device=images.device) + 0.5) / height
+    lateral = (torch.arange(width_px, device=images.device) + 0.5) / width_px - 0.5
+    # Lines from the apex have one tangent each, -1 to 1 over the sector.
+    tangent = lateral / depth[:, None] / SECTOR_TANGENT
+    # A beam is no knife: the shadow's edge is a tenth of its half-width.
+    inside = ((1 - (tangent - place).abs() / width.clamp(min=1e-6)) * 10).clamp(0, 1)
+    return images * (1 - darkness * inside)[:, None]
 
 
 def _affine(

@@ -34,18 +34,28 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return num_rows // batch_size
 
 
-def check_shares(batch_size: int, world_size: int) -> None:
-    """Raise UserError where a worker's share would be under two images, which batch normalisation needs."""
+def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
+    """Raise UserError where a worker's share, or one of its parts, is under two images: batch normalisation needs them."""
     if batch_size // world_size < 2:
         raise UserError(
             f"A batch of {batch_size} over {world_size} workers leaves one of them under 2 images: "
             f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size."
+        )
+    if batch_size // world_size // accumulate < 2:
+        raise UserError(
+            f"A batch of {batch_size} over {world_size} workers, each in {accumulate} parts, leaves a part under 2 images: "
+            f"use --train.accumulate {batch_size // world_size // 2} or less, or a larger --train.batch-size."
         )
 
 
 def share(batch_size: int, rank: int, world_size: int) -> slice:
     """A rank's rows of a global batch: contiguous, and at most one row more than any other rank's."""
     return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the device; to a GPU it goes from pinned memory, and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
@@ -66,14 +76,14 @@ class Loader:
     @classmethod
     def of(cls, frames: Frames, rank: int, world_size: int, device: torch.device) -> "Loader":
         """Put a group's uint8 pixels on the device once: 2,000 images of 256 x 256 are 262 MB."""
-        return cls(frames.images.to(device), frames.masks.to(device), rank, world_size)
+        return cls(to_device(frames.images, device), to_device(frames.masks, device), rank, world_size)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's share of each global batch of an epoch: images [b,1,H,W] from 0 to 1 and labels [b,H,W]."""
-        order = epoch_order(len(self), seed, epoch).to(self.images.device)
+        order = to_device(epoch_order(len(self), seed, epoch), self.images.device)
         mine = share(batch_size, self.rank, self.world_size)
         for step in range(steps_per_epoch(len(self), batch_size)):
             rows = order[step * batch_size : (step + 1) * batch_size][mine]

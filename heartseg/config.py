@@ -9,9 +9,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-import cattrs
-
 from heartseg.errors import UserError
+from heartseg.strict import structure
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -63,6 +62,8 @@ class ModelConfig:
     """Train a second head on an earlier layer."""
     norm: Literal["batch", "group"] = "batch"
     """`group` has no batch statistics: for very small shares of a batch per worker."""
+    sync_bn: Literal["auto", "on", "off"] = "auto"
+    """Batch statistics over all workers' images (GPUs only): `auto` wherever several workers have GPUs."""
     bn_momentum: float = 0.1
     """Momentum of the running statistics of batch normalisation."""
     dropout: float = 0.5
@@ -138,11 +139,17 @@ class AugmentConfig:
     """Largest change of the exponent: 0.3 draws from 1/1.3 to 1.3."""
     noise: float = 0.0
     """Largest standard deviation of multiplicative speckle."""
+    blur: float = 0.0
+    """Largest standard deviation of a Gaussian blur, in pixels of the stored image."""
+    sector_dropout: float = 0.0
+    """Largest width of a wedge that is darkened as by a rib's shadow, as a share of the sector's opening."""
 
     def __post_init__(self):
         values = dataclasses.astuple(self)
         _require(all(0 <= value < 360 for value in values), "Every augment setting must be at least 0, and finite.")
         _require(self.scale < 1, "augment.scale must be below 1.")
+        _require(self.blur <= 10, "augment.blur must be at most 10 pixels.")
+        _require(self.sector_dropout <= 1, "augment.sector_dropout must be at most 1, the whole sector.")
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,8 @@ class TrainConfig:
     """Passes over the training group."""
     batch_size: int
     """Images in a training batch, over all workers together."""
+    accumulate: int = 1
+    """Parts in which a worker computes its share of a batch, one after the other: less memory, the same update."""
     eval_batch_size: int = 4
     """Images in a batch of an evaluation; scores do not depend on it."""
     intensity: Literal["unit", "standard"] = "unit"
@@ -160,7 +169,11 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, order, dropout and augmentation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes bf16 autocast where the hardware has it."""
+    """`auto` takes bf16 autocast where the hardware has it; GPUs compute fp32 in TF32."""
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    """torch.compile for training steps; `reduce-overhead` replays CUDA graphs, for batches too small to fill a GPU."""
+    compress_gradients: bool = False
+    """Workers exchange gradients in bf16: half the bytes, for slow networks."""
     deterministic: bool = False
     """Two runs on one machine give the same bits; slower on GPUs."""
 
@@ -168,6 +181,15 @@ class TrainConfig:
         _require(self.epochs >= 1, "train.epochs must be at least 1.")
         _require(self.batch_size >= 2, "train.batch_size must be at least 2: DeepLab cannot normalise one image.")
         _require(self.eval_batch_size >= 1, "train.eval_batch_size must be at least 1.")
+        _require(
+            1 <= self.accumulate <= self.batch_size // 2,
+            "train.accumulate must be at least 1 and leave 2 images of train.batch_size in each part.",
+        )
+        # A replayed graph writes its gradients where the last ones lie, which accumulation still needs.
+        _require(
+            self.accumulate == 1 or self.compile != "reduce-overhead",
+            "train.accumulate needs train.compile off or default: reduce-overhead keeps one part's gradients only.",
+        )
 
 
 @dataclass(frozen=True)
@@ -250,15 +272,7 @@ def canonical(value: object) -> bytes:
 
 def from_json(value: dict, kind: type = Experiment, origin: str = "the configuration"):
     """Build a dataclass from JSON values; raises UserError that names an unknown or missing key or a wrong value."""
-    if not isinstance(value, dict):
-        raise UserError(f"Bad configuration: {origin} is no JSON object.")
-    try:
-        return _converter.structure(value, kind)
-    except UserError:
-        raise
-    except Exception as error:
-        problems = cattrs.transform_error(error, path=origin, format_exception=_say)
-        raise UserError(f"Bad configuration: {problems[0].rstrip('.')}.") from error
+    return structure(value, kind, origin)
 
 
 def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
@@ -272,27 +286,3 @@ def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
         elif there != asked:
             return f"{prefix}{key}: {there} there, {asked} asked"
     return None
-
-
-def _say(error: BaseException, kind: type | None) -> str:
-    """A problem in our own words where we raised it, else in the converter's."""
-    if isinstance(error, UserError):
-        return str(error).rstrip(".")
-    return str(error) if isinstance(error, ValueError) else cattrs.v.format_exception(error, kind)
-
-
-def _strict(kind: type):
-    def structure(value, _):
-        # bool is an int to Python, and an int is a fine float; nothing else passes for another kind.
-        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        raise ValueError(f"{value!r} is no {kind.__name__}")
-
-    return structure
-
-
-_converter = cattrs.Converter(forbid_extra_keys=True)
-for _kind in (int, float, str, bool):
-    _converter.register_structure_hook(_kind, _strict(_kind))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-# Buckets that view the gradients save a copy of them; the graph is the same at every step.
-DDP_OPTIONS = {"gradient_as_bucket_view": True, "static_graph": True}
+from heartseg.config import ModelConfig, TrainConfig
+from heartseg.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,39 @@ def stop_plain() -> None:
         dist.destroy_process_group()
 
 
-def wrap_model(model: nn.Module, ranks: Ranks) -> nn.Module:
+def ddp_options(train: TrainConfig) -> dict[str, bool]:
+    """DistributedDataParallel's arguments, for whoever wraps the model: `wrap_model` or Ray's `prepare_model`."""
+    # Buckets that view the gradients save a copy of them. The graph is the same at every step, but a static graph dies
+    # of an internal assertion in the first backward pass without synchronisation, and torch.compile splits it anew.
+    return {"gradient_as_bucket_view": True, "static_graph": train.accumulate == 1 and train.compile == "off"}
+
+
+def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
     """The model with its gradients averaged over ranks; the model itself in one process."""
     if ranks.world_size == 1:
         return model
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **DDP_OPTIONS)
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **ddp_options(train))
+
+
+def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
+    """The model, its batch normalisations over all ranks' images where `config.sync_bn` says so; names stay.
+
+    Raises UserError where that is asked of CPUs, for which PyTorch has none.
+    """
+    if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
+        return model
+    if ranks.device.type != "cuda":
+        if config.sync_bn == "on":
+            raise UserError("--model.sync-bn on needs GPUs: on CPUs take auto, or --model.norm group.")
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def compress_gradients(wrapped: nn.Module) -> None:
+    """Let ranks exchange gradients in bf16, where there are ranks to exchange with."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        wrapped.register_comm_hook(None, bf16_compress_hook)
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:

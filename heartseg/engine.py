@@ -4,6 +4,8 @@
 `on_epoch_end`.
 """
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +16,9 @@ from torch import nn
 from heartseg.augment import augment
 from heartseg.batches import Intensity, Loader, check_shares, share, steps_per_epoch
 from heartseg.config import Experiment, TrainConfig
-from heartseg.distributed import Ranks, min_over_ranks, sum_over_ranks
+from heartseg.distributed import Ranks, compress_gradients, min_over_ranks, share_batch_statistics, sum_over_ranks
 from heartseg.losses import segmentation_loss, training_loss
-from heartseg.metrics import ScoreSums
+from heartseg.metrics import ScoreSums, predicted_labels
 from heartseg.optim import AveragedWeights, build_optimizer, set_lr
 from heartseg.schedules import lr_multiplier
 
@@ -80,14 +82,31 @@ def wants_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable[[nn.Module], nn.Module]) -> TrainState:
     """Put the model on the device in its fastest layout, wrap it, and build what trains it."""
-    torch.use_deterministic_algorithms(experiment.train.deterministic)
-    torch.backends.cudnn.benchmark = not experiment.train.deterministic
-    torch.set_float32_matmul_precision("high")
+    set_arithmetic(experiment.train)
     model = model.to(ranks.device, memory_format=torch.channels_last)
+    model = share_batch_statistics(model, experiment.model, ranks)
     optimizer = build_optimizer(experiment.optim, model)
     decay = experiment.optim.ema_decay
     average = AveragedWeights(model, decay) if decay else None
-    return TrainState(model, wrap(model), optimizer, average)
+    wrapped = wrap(model)
+    if experiment.train.compress_gradients:
+        compress_gradients(wrapped)
+    if experiment.train.compile != "off":
+        # Around the wrapped model, so that gradients are still exchanged in buckets; `model` stays as it is, and with it
+        # evaluation and the names in checkpoints.
+        mode = None if experiment.train.compile == "default" else experiment.train.compile
+        wrapped = torch.compile(wrapped, mode=mode)
+    return TrainState(model, wrapped, optimizer, average)
+
+
+def set_arithmetic(train: TrainConfig) -> None:
+    """Choose between speed and equal bits, for this process; before its first matrix product on a GPU."""
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.backends.cudnn.benchmark = not train.deterministic
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
 
 
 def fit(
@@ -97,17 +116,18 @@ def fit(
     intensity: Intensity,
     ranks: Ranks,
     on_epoch_end: Callable[[TrainState, dict[str, float]], None],
-    on_progress: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
 ) -> None:
     """Train from `state.epoch` to the last epoch.
 
     `loaders` holds `train` and the groups to evaluate. After each epoch, `on_epoch_end(state, metrics)` is called on every
-    rank with `epoch`, `lr`, `images_per_s`, `seconds` and `{group}/{score}`. Raises NonFiniteLoss.
+    rank with `epoch`, `lr`, `images_per_s`, `seconds` and `{group}/{score}`; after each step, `on_step(epoch, step, steps)`,
+    both counted from 1, when the device may still be computing it. Raises NonFiniteLoss.
     """
-    check_shares(experiment.train.batch_size, ranks.world_size)
+    check_shares(experiment.train.batch_size, ranks.world_size, experiment.train.accumulate)
     others = {group: loader for group, loader in loaders.items() if group != "train"}
     while state.epoch < experiment.train.epochs:
-        metrics = train_one_epoch(experiment, state, loaders["train"], intensity, ranks, on_progress)
+        metrics = train_one_epoch(experiment, state, loaders["train"], intensity, ranks, on_step)
         for group, loader in others.items():
             scores = evaluate(experiment, state.evaluated, loader, intensity, ranks)
             metrics |= {f"{group}/{name}": value for name, value in scores.items()}
@@ -122,14 +142,12 @@ def train_one_epoch(
     loader: Loader,
     intensity: Intensity,
     ranks: Ranks,
-    on_progress: Callable[[int, int, int], None],
+    on_step: Callable[[int, int, int], None],
 ) -> dict[str, float]:
     """One pass over the training group; counts the epoch in `state` and returns its metrics."""
     train, epoch, started = experiment.train, state.epoch, time.perf_counter()
     steps = steps_per_epoch(len(loader), train.batch_size)
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
-    # DDP takes the mean over ranks: with this weight it becomes the mean over the images of the global batch.
-    weight = (mine.stop - mine.start) * ranks.world_size / train.batch_size
     sums = ScoreSums(ranks.device)
     first_bad_step = torch.full((), steps, device=ranks.device)
     torch.manual_seed((train.seed * 1_000_003 + epoch) * 1_003 + ranks.rank)
@@ -141,12 +159,12 @@ def train_one_epoch(
         set_lr(state.optimizer, lr)
         draw_seed = (train.seed * 1_000_003 + epoch) * 100_003 + step
         images, masks = augment(experiment.augment, images, masks, train.batch_size, mine.start, draw_seed)
-        loss, prediction = train_step(experiment, state, intensity.apply(images), masks, weight, ranks)
+        loss, prediction = train_step(experiment, state, intensity.apply(images), masks, ranks)
         sums.add(loss, prediction, masks)
         first_bad_step = torch.where(loss.isfinite(), first_bad_step, first_bad_step.clamp(max=step))
         if (step + 1) % STEPS_PER_CHECK == 0 or step + 1 == steps:
             _raise_if_not_finite(first_bad_step, steps, loader, train, epoch, ranks)
-            on_progress(epoch + 1, step + 1, steps)
+        on_step(epoch + 1, step + 1, steps)
     state.epoch = epoch + 1
     sum_over_ranks(sums.sums, ranks)
     seconds = time.perf_counter() - started
@@ -156,21 +174,45 @@ def train_one_epoch(
 
 
 def train_step(
-    experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, weight: float, ranks: Ranks
+    experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update from this rank's share; returns its mean loss and its predicted labels [b,H,W], on the device."""
-    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=wants_bf16(experiment.train, ranks.device)):
-        outputs = state.wrapped(images.contiguous(memory_format=torch.channels_last))
-    loss = training_loss(experiment.loss, outputs, masks)
+    """One update from this rank's share; returns its mean loss and its predicted labels [b,H,W], on the device.
+
+    The share is computed in `train.accumulate` parts whose gradients add up.
+    """
+    train, num_images = experiment.train, len(images)
+    losses, predictions = [], []
     state.optimizer.zero_grad(set_to_none=True)
-    (loss * weight).backward()
+    for part in range(train.accumulate):
+        rows = share(num_images, part, train.accumulate)
+        is_last = part + 1 == train.accumulate
+        # Gradients travel once an update, with the last part.
+        with contextlib.nullcontext() if is_last or ranks.world_size == 1 else state.wrapped.no_sync():
+            loss, prediction = _add_gradients(experiment, state, images[rows], masks[rows], ranks)
+        losses.append(loss * ((rows.stop - rows.start) / num_images))
+        predictions.append(prediction)
     if experiment.optim.clip_norm:
         nn.utils.clip_grad_norm_(state.model.parameters(), experiment.optim.clip_norm)
     state.optimizer.step()
     if state.average:
-        state.average.update(state.model)
+        state.average.update()
+    return torch.stack(losses).sum(), torch.cat(predictions)
+
+
+def _add_gradients(
+    experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward pass of some images; returns their mean loss and predicted labels."""
+    train = experiment.train
+    if train.compile == "reduce-overhead":
+        torch.compiler.cudagraph_mark_step_begin()
+    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=wants_bf16(train, ranks.device)):
+        outputs = state.wrapped(images.contiguous(memory_format=torch.channels_last))
+    loss = training_loss(experiment.loss, outputs, masks)
+    # DDP takes the mean over ranks: with this weight it becomes the mean over the images of the global batch.
+    (loss * (len(images) * ranks.world_size / train.batch_size)).backward()
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    return loss.detach(), logits.detach().argmax(dim=1)
+    return loss.detach(), predicted_labels(logits.detach())
 
 
 def _raise_if_not_finite(
@@ -188,7 +230,7 @@ def evaluate(experiment: Experiment, model: nn.Module, loader: Loader, intensity
     sums = ScoreSums(ranks.device)
     for images, masks in loader.evaluation_batches(experiment.train.eval_batch_size):
         logits = forward(experiment.train, model, intensity.apply(images))
-        sums.add(segmentation_loss(experiment.loss, logits, masks), logits.argmax(dim=1), masks)
+        sums.add(segmentation_loss(experiment.loss, logits, masks), predicted_labels(logits), masks)
     sum_over_ranks(sums.sums, ranks)
     return sums.means()
 

@@ -19,6 +19,7 @@ from heartseg import checkpoint, engine, runs, storage
 from heartseg.batches import Intensity
 from heartseg.config import Experiment, to_json
 from heartseg.errors import UserError
+from heartseg.metrics import predicted_labels
 from heartseg.runs import Run
 from heartseg.shards import Frames, Shards
 from heartseg.tracking import Tracker
@@ -58,7 +59,7 @@ class Keeper:
     tracker: Tracker
     record: list[dict]
     background: Background = field(default_factory=Background)
-    last_line: float = field(default_factory=time.monotonic)
+    last_line: float = -SECONDS_PER_LINE
 
     def keep_epoch(self, state: engine.TrainState, metrics: dict[str, float]) -> None:
         """Copy the epoch's states and hand them to the thread that makes them safe; raises what the last one met."""
@@ -106,7 +107,7 @@ class Keeper:
         with torch.inference_mode():
             state.evaluated.eval()
             logits = engine.forward(self.experiment.train, state.evaluated, self.intensity.apply(unit))
-        predictions = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        predictions = predicted_labels(logits).cpu().numpy()
         table = self.shown.table.take(rows)
         names = [f"{r['patient']} {r['view']} {r['phase']}" for r in table.select(["patient", "view", "phase"]).to_pylist()]
         arrays = {"images": images[:, 0].numpy(), "masks": masks.numpy(), "predictions": predictions}
@@ -127,7 +128,7 @@ class Keeper:
         log.info("epoch %d/%d  %s  %s  %.0f min left", metrics["epoch"], epochs, "  ".join(scores), rate, left / 60)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
-        """A line within long epochs, every ten seconds at the most."""
+        """A line at the first step, and every ten seconds at the most."""
         if step < steps and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)

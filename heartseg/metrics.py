@@ -24,13 +24,35 @@ SCORES = (
 DISTANCES = tuple(f"{kind}_{s}_mm" for s in STRUCTURE_LABELS for kind in ("hd", "hd95", "masd"))
 
 
+def predicted_labels(logits: torch.Tensor) -> torch.Tensor:
+    """The class of the highest score, the first of equals: labels uint8 [B,H,W] of logits [B,4,H,W]."""
+    if logits.is_cuda:
+        return logits.argmax(dim=1).to(torch.uint8)
+    # On CPUs five times as fast as max over the classes, and twenty times as fast as argmax.
+    first, second, third, fourth = logits.unbind(dim=1)
+    is_later = torch.maximum(third, fourth) > torch.maximum(first, second)
+    is_odd = ((fourth > third) & is_later) | ((second > first) & ~is_later)
+    return is_later.to(torch.uint8) * 2 + is_odd.to(torch.uint8)
+
+
 def confusion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Pixel counts int64 [B,4,4] (truth by prediction) of two label tensors [B,H,W]."""
-    batch = prediction.shape[0]
-    image = torch.arange(batch, device=target.device).view(-1, 1, 1)
-    cell = (image * NUM_CLASSES + target.long()) * NUM_CLASSES + prediction.long()
-    counts = torch.bincount(cell.flatten(), minlength=batch * NUM_CLASSES**2)
-    return counts.view(batch, NUM_CLASSES, NUM_CLASSES)
+    """Pixel counts int64 [B,4,4] (truth by prediction) of two label tensors [B,H,W] with fewer than 2^24 pixels an image."""
+    # bincount is the fastest on CPUs, and on GPUs waits for the device at every call.
+    return _count_by_product(prediction, target) if target.is_cuda else _count_by_cell(prediction, target)
+
+
+def _count_by_product(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Counts as a product of 0/1 matrices; float32 sums are exact below 2^24, and TF32 holds 0 and 1 exactly."""
+    classes = torch.arange(NUM_CLASSES, dtype=torch.uint8, device=target.device)[:, None]
+    in_truth, in_prediction = ((labels.flatten(1)[:, None] == classes).float() for labels in (target, prediction))
+    return torch.bmm(in_truth, in_prediction.transpose(1, 2)).long()
+
+
+def _count_by_cell(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    # An image at a time in bytes: four times as fast as one call over the batch, whose cells need eight bytes each.
+    cells = (target.to(torch.uint8) * NUM_CLASSES + prediction.to(torch.uint8)).flatten(1)
+    counts = torch.stack([torch.bincount(cell, minlength=NUM_CLASSES**2) for cell in cells])
+    return counts.view(-1, NUM_CLASSES, NUM_CLASSES)
 
 
 def _overlap(counts: torch.Tensor, labels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,23 +85,33 @@ def image_scores(counts: torch.Tensor) -> dict[str, torch.Tensor]:
 class ScoreSums:
     """Sums and counts of a group's scores and loss on the device, divided once at the end.
 
-    One float64 tensor holds them all, so that ranks add up in a single reduction.
+    One float64 tensor, `sums`, holds them all, so that ranks add up in a single reduction.
     """
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, len(SCORES) + 1, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(1, NUM_CLASSES, NUM_CLASSES, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2, len(SCORES) + 1, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(1, NUM_CLASSES, NUM_CLASSES, dtype=torch.float64, device=device)
+        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, loss: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor) -> None:
         """Add a batch: its mean loss, and labels [B,H,W] predicted and true."""
-        counts = confusion(prediction, target)
-        scores = image_scores(counts)
-        values = torch.stack([scores[name] for name in SCORES] + [loss.double().expand(len(prediction))])
-        known = ~values.isnan()
-        # A loss that is NaN must show as NaN, and must not be left out as an absent structure is.
-        known[-1] = True
-        self.sums += torch.stack([torch.where(known, values, 0).sum(dim=1), known.sum(dim=1).double()])
-        self.counts += counts.sum(dim=0)
+        # Scores are a hundred small operations whatever the number of images: they are left until they are asked for.
+        self._batches.append((loss.double().expand(len(prediction)), confusion(prediction, target)))
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """Sums over images, and how many images they are of: float64 [2, scores and loss]."""
+        if self._batches:
+            losses, counts = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+            self._batches.clear()
+            scores = image_scores(counts)
+            values = torch.stack([scores[name] for name in SCORES] + [losses])
+            known = ~values.isnan()
+            # A loss that is NaN must show as NaN, and must not be left out as an absent structure is.
+            known[-1] = True
+            self._sums += torch.stack([torch.where(known, values, 0).sum(dim=1), known.sum(dim=1).double()])
+            self._counts += counts.sum(dim=0)
+        return self._sums
 
     def means(self) -> dict[str, float]:
         """Means over images of `loss` and every score."""
@@ -88,7 +120,8 @@ class ScoreSums:
 
     def pooled(self) -> dict[str, float]:
         """The scores of all images' pixels taken as one image."""
-        return {name: value.item() for name, value in image_scores(self.counts).items()}
+        _ = self.sums  # what was added last is counted
+        return {name: value.item() for name, value in image_scores(self._counts).items()}
 
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float]) -> dict[str, float]:

@@ -34,17 +34,16 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay, self.updates = decay, 0
+        # Gathered once: a walk over the hundreds of tensors of a model at every step would keep a GPU waiting.
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self._averaged = [list(pair) for pair in zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)]
+        self._copied = [list(pair) for pair in zip(*(p for p in pairs if not p[0].is_floating_point()), strict=True)]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take one step towards the model's present weights."""
+    def update(self) -> None:
+        """Take one step towards the present weights of the model that was given."""
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged, present = [], []
-        for mine, other in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                averaged.append(mine)
-                present.append(other)
-            else:
-                mine.copy_(other)
-        torch._foreach_lerp_(averaged, present, weight)
+        torch._foreach_lerp_(*self._averaged, weight)
+        if self._copied:
+            torch._foreach_copy_(*self._copied)

@@ -36,9 +36,10 @@ class Run:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def run_name(experiment: Experiment, shards: Shards) -> str:
-    """The recipe and eight hex digits of its configuration and data: the same command finds the same run."""
-    digest = storage.sha256(canonical([identity(experiment), shards.fingerprint]))
+def run_name(experiment: Experiment, shards: Shards, initial: dict | None = None) -> str:
+    """The recipe and eight hex digits of its configuration, data and first weights: the same command finds the same run."""
+    weights = [initial["weights_sha256"]] if initial else []
+    digest = storage.sha256(canonical([identity(experiment), shards.fingerprint, *weights]))
     return f"{experiment.name}-{digest[:8]}"
 
 
@@ -51,14 +52,16 @@ def generation_name(runs: str, name: str, fresh: bool) -> str:
     return name if wanted == 1 else f"{name}-{wanted}"
 
 
-def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False) -> Run:
-    """Begin a run, or find the one that the same command began.
+def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
+    """Begin a run, or find the one that the same command began; `initial` is what finetune.find_initial found.
 
-    Raises UserError where the directory holds a run of another configuration or other data, naming the first difference.
+    Raises UserError where the directory holds a run of another configuration, other data or other first weights, naming
+    the first difference.
     """
-    name = generation_name(experiment.runs, name or run_name(experiment, shards), fresh)
+    name = generation_name(experiment.runs, name or run_name(experiment, shards, initial), fresh)
     path = storage.join(experiment.runs, name)
     asked = json.loads(canonical({"identity": identity(experiment), "data_fingerprint": shards.fingerprint}))
+    asked["initial_weights_sha256"] = initial["weights_sha256"] if initial else None
     described = storage.join(path, DESCRIPTION)
     if storage.exists(described):
         there = storage.read_json(described)
@@ -71,8 +74,9 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
         "dataset": shards.manifest["dataset"],
         "split": storage.read_json(storage.join(shards.path, "splits.json"))["config"],
         "groups": {g: {"patients": len(p), "images": shards.num_rows(g)} for g, p in shards.groups.items()},
+        "initial": initial,
         # So that nobody is ever scored on hearts that the run has trained on, however the shards are divided later.
-        "train_patients": shards.groups["train"],
+        "train_patients": sorted({*shards.groups["train"], *(initial["train_patients"] if initial else ())}),
         "source_sha256": shards.manifest["source_sha256"],
         "code": code_revision(),
         "wandb_id": uuid.uuid4().hex[:12],
@@ -133,6 +137,8 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
     shown = [name for name in metrics if "/dice" in name or name.endswith(("/iou", "/accuracy"))]
     scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
     model = said["identity"]["model"]
+    initial = said.get("initial")
+    began = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
     return (
         f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
         f"DeepLabv3 ({model['backbone']}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
@@ -141,5 +147,5 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
         f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
         f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
         f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"
-        f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']}, source {said['source_sha256']}\n"
+        f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']}, source {said['source_sha256']}{began}\n"
     )

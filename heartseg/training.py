@@ -4,6 +4,7 @@ The engine trains; here its epochs become checkpoints, the run's record, picture
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from heartseg.batches import Intensity, Loader, check_shares, share, steps_per_e
 from heartseg.config import Experiment
 from heartseg.distributed import Ranks, first_problem
 from heartseg.errors import OutOfMemory, StorageError, UserError
+from heartseg.finetune import load_initial
 from heartseg.keeper import Keeper
 from heartseg.model import build_model
+from heartseg.profiling import trace_steps
 from heartseg.runs import Run
 from heartseg.shards import Frames, Shards, load_groups, open_shards
 from heartseg.tracking import build_tracker
@@ -29,7 +32,7 @@ def check_plan(experiment: Experiment, shards: Shards) -> None:
             f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
             f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}."
         )
-    check_shares(experiment.train.batch_size, experiment.workers)
+    check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
 
 
@@ -44,18 +47,34 @@ def train_rank(
     ranks: Ranks,
     wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    profile: bool = False,
 ) -> None:
     """Train this rank's share of a run, from its last checkpoint where there is one.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
-    is being written. Raises UserError on every rank at once, but OutOfMemory on the rank that it happens to.
+    is being written. Raises UserError on every rank at once, but OutOfMemory on the rank that it happens to. With `profile`,
+    rank 0 traces a few steps.
     """
+    try:
+        _train(experiment, run, ranks, wrap, report, profile)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(_say_out_of_memory(experiment, ranks)) from error
+
+
+def _train(
+    experiment: Experiment, run: Run, ranks: Ranks, wrap: Callable[..., nn.Module], report: Callable[..., None], profile: bool
+) -> None:
     shards = open_shards(experiment.data)
     frames = load_groups(shards, shards.groups)
     loaders = {group: Loader.of(f, ranks.rank, ranks.world_size, ranks.device) for group, f in frames.items()}
     intensity = intensity_of(experiment, shards)
     torch.manual_seed(experiment.train.seed)
-    state = engine.start(experiment, build_model(experiment.model), ranks, wrap)
+    model = build_model(experiment.model)
+    if run.description.get("initial"):
+        load_initial(model, run.description["initial"])
+    state = engine.start(experiment, model, ranks, wrap)
     record = resume(state, run)
     if state.epoch >= experiment.train.epochs and storage.exists(storage.join(run.path, runs.MODEL_CARD)):
         return
@@ -71,17 +90,19 @@ def train_rank(
 
     exit_code = 1
     try:
-        progress = keeper.print_progress if ranks.is_main else lambda *_: None
-        engine.fit(experiment, state, loaders, intensity, ranks, after_epoch, progress)
+        with trace_steps(run.path) if profile and ranks.is_main else nullcontext(lambda: None) as traced:
+
+            def after_step(*at: int) -> None:
+                traced()
+                if ranks.is_main:
+                    keeper.print_progress(*at)
+
+            engine.fit(experiment, state, loaders, intensity, ranks, after_epoch, after_step)
         if ranks.is_main:
             keeper.finish(state, shards)
         exit_code = 0
     except engine.NonFiniteLoss as error:
         raise UserError(_say_non_finite(error, frames["train"])) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(_say_out_of_memory(experiment, ranks)) from error
     finally:
         keeper.close()
         tracker.finish(exit_code)
@@ -111,8 +132,8 @@ def _say_out_of_memory(experiment: Experiment, ranks: Ranks) -> str:
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
     held = f"{mine.stop - mine.start} of a batch's {train.batch_size} images of {image.height} x {image.width}"
     return (
-        f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {held}: use more --workers, a smaller --train.batch-size, "
-        "or a smaller --model.backbone; what was complete is kept."
+        f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {held}: raise --train.accumulate, use more "
+        "--workers, or a smaller --train.batch-size or --model.backbone; what was complete is kept."
     )
 
 

@@ -5,6 +5,7 @@ What a run knows lies in its own directory, the same with and without Ray, so th
 """
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ import torch
 from heartseg import distributed, locks, runs, storage
 from heartseg.config import Experiment, from_json, to_json
 from heartseg.errors import OutOfMemory, StorageError, UserError
+from heartseg.finetune import find_initial
 from heartseg.model import check_installation
 from heartseg.runs import Run
 from heartseg.shards import open_shards
@@ -42,6 +44,10 @@ class Options:
     """Begin a new run where the same command would resume one."""
     run_name: str = ""
     """Name of the run's folder; the recipe and a hash of the configuration where not given."""
+    init_from: str = ""
+    """Folder of a run whose best weights this one begins with, to fine-tune them."""
+    profile: bool = False
+    """Trace a few steps into the run's profile/steps.json, for https://ui.perfetto.dev."""
 
 
 def run(experiment: Experiment, options: Options) -> str:
@@ -52,33 +58,37 @@ def run(experiment: Experiment, options: Options) -> str:
     check_installation()
     shards = open_shards(data)
     check_plan(experiment, shards)
+    initial = None
+    if options.init_from:
+        initial = find_initial(runtime.absolute(options.init_from, "init-from"), experiment, shards)
     if options.launcher == "plain":
-        return run_plainly(experiment, options)
-    opened = runs.open_run(experiment, shards, options.run_name, options.fresh)
+        return run_plainly(experiment, options, initial)
+    opened = runs.open_run(experiment, shards, options.run_name, options.fresh, initial)
     with locks.lock(opened.path):
         print(f"run {opened.path}")
-        train_with_ray(experiment, opened)
+        train_with_ray(experiment, opened, options.profile)
     return opened.path
 
 
-def run_plainly(experiment: Experiment, options: Options) -> str:
+def run_plainly(experiment: Experiment, options: Options, initial: dict | None) -> str:
     """Train in this process, one of torchrun's or the only one."""
     ranks = distributed.start_plain()
     try:
         shards, opened = open_shards(experiment.data), None
         if ranks.is_main:
-            opened = runs.open_run(experiment, shards, options.run_name, options.fresh)
+            opened = runs.open_run(experiment, shards, options.run_name, options.fresh, initial)
             print(f"run {opened.path}")
         opened = distributed.from_main(opened, ranks)
+        wrap_here = functools.partial(distributed.wrap_model, ranks=ranks, train=experiment.train)
         with locks.lock(opened.path) if ranks.is_main else contextlib.nullcontext():
-            train_rank(experiment, opened, ranks, lambda model: distributed.wrap_model(model, ranks))
+            train_rank(experiment, opened, ranks, wrap_here, profile=options.profile)
         distributed.barrier(ranks)
         return opened.path if ranks.is_main else ""
     finally:
         distributed.stop_plain()
 
 
-def train_with_ray(experiment: Experiment, opened: Run) -> None:
+def train_with_ray(experiment: Experiment, opened: Run, profile: bool) -> None:
     """Train as `experiment.workers` workers of a Ray Train run."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -87,7 +97,12 @@ def train_with_ray(experiment: Experiment, opened: Run) -> None:
     resources = runtime.worker_resources(experiment.workers)
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"experiment": to_json(experiment), "run": opened.path, "cores": resources["CPU"]},
+        train_loop_config={
+            "experiment": to_json(experiment),
+            "run": opened.path,
+            "cores": resources["CPU"],
+            "profile": profile,
+        },
         scaling_config=ScalingConfig(
             # Elastic: lost nodes shrink the run at once, new ones let it grow; the global batch stays what it is.
             num_workers=(experiment.min_workers, experiment.workers) if experiment.min_workers else experiment.workers,
@@ -138,8 +153,9 @@ def worker(config: dict) -> dict:
     try:
         opened = see_storage(config["run"], experiment.data, ranks)
         # The device is the engine's to choose the layout for; Ray adds the gradient averaging.
-        options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.DDP_OPTIONS}
-        train_rank(experiment, opened, ranks, lambda model: prepare_model(model, **options), ray.train.report)
+        options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.ddp_options(experiment.train)}
+        wrap = functools.partial(prepare_model, **options)
+        train_rank(experiment, opened, ranks, wrap, ray.train.report, config["profile"])
     except (StorageError, OutOfMemory):
         raise  # one rank's: the others would wait for it, so Ray ends them all and goes on from the checkpoint
     except UserError as error:

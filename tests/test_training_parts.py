@@ -20,7 +20,9 @@ from heartseg.optim import AveragedWeights, build_optimizer, set_lr
 from heartseg.schedules import lr_multiplier
 
 LOSSES = [LossConfig("cross_entropy"), LossConfig("dice_cross_entropy")]
-ALL_CHANGES = AugmentConfig(rotate_deg=20, scale=0.2, translate=0.1, gain=0.3, gamma=0.3, noise=0.2)
+ALL_CHANGES = AugmentConfig(
+    rotate_deg=20, scale=0.2, translate=0.1, gain=0.3, gamma=0.3, noise=0.2, blur=1.0, sector_dropout=0.4
+)
 SMALL = {"backbone": "mobilenet_v3_large"}
 
 
@@ -116,17 +118,17 @@ def test_averaged_weights_follow_their_rule_statistics_included_and_reach_a_mode
     model.running_mean.fill_(8.0)
     model.weight.data.fill_(9.0)
     model.num_batches_tracked.fill_(7)
-    average.update(model)
+    average.update()
     kept = 2 / 11  # (1 + n) / (10 + n) after the first update
     torch.testing.assert_close(average.model.running_mean, torch.full((2,), (1 - kept) * 8.0))
     torch.testing.assert_close(average.model.weight.data, torch.full((2,), kept * 1.0 + (1 - kept) * 9.0))
     assert average.model.num_batches_tracked == 7 and not average.model.weight.requires_grad
     for _ in range(60):
-        average.update(model)
+        average.update()
     torch.testing.assert_close(average.model.running_mean, model.running_mean)
     before = average.model.running_mean.clone()
     model.running_mean.fill_(0.0)
-    average.update(model)  # the warm-up is over: the decay is now the limit that was asked for
+    average.update()  # the warm-up is over: the decay is now the limit that was asked for
     torch.testing.assert_close(average.model.running_mean, 0.5 * before)
     assert torch.equal(model.running_mean, torch.zeros(2))
 
