@@ -14,7 +14,7 @@ from heartseg.config import PredictConfig
 from heartseg.formats import Frames
 from heartseg.nifti import DamagedRecording
 from heartseg.postprocess import clean
-from heartseg.predict import NETWORKS_OWN, Ensemble, Segmenter, quality, scores_of, to_native
+from heartseg.predict import NETWORKS_OWN, Ensemble, Segmenter, confidence, scores_of, to_native
 from heartseg.shards import resize_image
 
 Clip, Result = TypeVar("Clip"), TypeVar("Result")
@@ -118,7 +118,7 @@ def _forward(segmenter: Segmenter | Ensemble, batch: list[tuple], writers: Threa
     images = [work.small[start:stop] for work, start, stop in batch if isinstance(work, Work)]
     if images:
         logits = scores_of(segmenter, torch.cat(images), options)
-        sure = quality(logits.softmax(dim=1)).tolist()
+        sure = confidence(logits)
         logits = logits.float().cpu()
     complete, position = [], 0
     for work, start, stop in batch:

@@ -90,9 +90,17 @@ def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[
     if not all(np.isfinite(mm) and mm > 0 for mm in spacing_mm):
         raise UserError(f"A spacing of {spacing_mm} mm is none: give (depth, lateral), both above 0.")
     missing = [f"the {name} is missing" for label, name in NAMES.items() if not (mask == label).any()]
-    found = missing + [*_torn(mask, SPECK_MM2 / (spacing_mm[0] * spacing_mm[1])), *_cut(mask)]
+    cut = [*_cut(mask)]
+    mask = _around_heart(mask)
+    found = missing + [*_torn(mask, SPECK_MM2 / (spacing_mm[0] * spacing_mm[1])), *cut]
     # What follows speaks of how the three lie to each other.
     return found if missing else found + [*_misplaced(mask, spacing_mm), *_out_of_proportion(mask, spacing_mm)]
+
+
+def _around_heart(mask: np.ndarray) -> np.ndarray:
+    """The part of a mask that holds every structure, with a line of background on each side that the image has."""
+    lines = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return mask[tuple(slice(max(at[0] - 1, 0), at[-1] + 2) for at in lines)] if mask.any() else mask
 
 
 def _torn(mask: np.ndarray, speck: float) -> Iterator[str]:

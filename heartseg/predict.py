@@ -17,7 +17,7 @@ from heartseg.batches import Intensity, to_device
 from heartseg.config import Experiment, PredictConfig, from_json
 from heartseg.engine import forward
 from heartseg.errors import UserError
-from heartseg.labels import NUM_CLASSES, STRUCTURES
+from heartseg.labels import NUM_CLASSES
 from heartseg.metrics import predicted_labels
 from heartseg.model import build_model
 from heartseg.postprocess import clean
@@ -104,7 +104,7 @@ def segment(
 ) -> list[Segmented]:
     """Masks of a batch of uint8 images [B,1,H,W] on the stored grid, each on its own grid of `shapes`."""
     scores = scores_of(segmenter, images, options)
-    sure = quality(scores.softmax(dim=1)).tolist()
+    sure = confidence(scores)
     masks = [to_native(one, shape) for one, shape in zip(scores, shapes, strict=True)]
     return [Segmented(clean(mask, options), value) for mask, value in zip(masks, sure, strict=True)]
 
@@ -157,6 +157,11 @@ def _log(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities.clamp_min(1e-12).log()
 
 
+def confidence(scores: torch.Tensor) -> list[float]:
+    """`quality` of each image of class scores [B,4,H,W], from every second pixel both ways: a sum needs no more."""
+    return quality(scores[..., ::2, ::2].softmax(dim=1)).tolist()
+
+
 def quality(probabilities: torch.Tensor) -> torch.Tensor:
     """The network's confidence in its own labels, float32 [B] from 0 to 1: the Dice that it expects of them.
 
@@ -165,13 +170,12 @@ def quality(probabilities: torch.Tensor) -> torch.Tensor:
     lowers it in proportion to the structure's size, and so does disagreement of shifted copies or ensemble members, whose
     mean p is. It ranks images; it is no calibrated Dice: on CAMUS it is about 0.03 too high.
     """
-    labels = probabilities.argmax(dim=1)
-    expected = []
-    for label, _ in enumerate(STRUCTURES, start=1):
-        chosen = (labels == label).float()
-        both = (probabilities[:, label] * chosen).sum(dim=(1, 2))
-        expected.append(2 * both / (probabilities[:, label] + chosen).sum(dim=(1, 2)).clamp_min(1e-9))
-    return torch.stack(expected).mean(dim=0)
+    labels = torch.arange(1, NUM_CLASSES, device=probabilities.device).view(1, -1, 1, 1)
+    chosen = predicted_labels(probabilities)[:, None] == labels
+    found = probabilities[:, 1:]
+    both = (found * chosen).sum(dim=(2, 3))
+    expected = 2 * both / (found.sum(dim=(2, 3)) + chosen.sum(dim=(2, 3))).clamp_min(1e-9)
+    return expected.mean(dim=1)
 
 
 def to_native(logits: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:

@@ -17,7 +17,7 @@ from heartseg.model import build_model
 from heartseg.nifti import DamagedRecording
 from heartseg.outline import outline
 from heartseg.phantom import write_phantom
-from heartseg.predict import Segmenter
+from heartseg.predict import Segmenter, load
 from heartseg.recipes import quick
 from jobs import predict, runtime
 
@@ -28,6 +28,8 @@ class Options:
 
     source: str = ""
     """A CAMUS tree whose first images are taken; a phantom of the release's size is made where none is given."""
+    checkpoint: str = ""
+    """Run whose model is taken; one with random weights where none is given."""
     images: int = 200
     """Number of images."""
     side: int = 256
@@ -47,7 +49,7 @@ def job(argv: Sequence[str]) -> None:
             source = storage.join(folder, "phantom")
             write_phantom(source, patients=-(-options.images // 4), workers=torch.get_num_threads())
         clips = studies.find_clips(source)[: options.images]
-        segmenter = untrained(options.side)
+        segmenter = trained(options.checkpoint, options.side) if options.checkpoint else untrained(options.side)
         ways = {
             "forwards alone": partial(forwards, segmenter, len(clips), options.batch_size),
             "files to masks": partial(files, segmenter, clips, folder, options.batch_size, "off"),
@@ -64,8 +66,14 @@ def job(argv: Sequence[str]) -> None:
     print_table(seconds, len(clips), options)
 
 
+def trained(path: str, side: int) -> Segmenter:
+    """A run's model on a grid of `side`: it is convolutional, so any will do, and its masks are hearts and not noise."""
+    found = load(runtime.absolute(path, "checkpoint"), device="cpu")
+    return replace(found, experiment=replace(found.experiment, image=ImageConfig(height=side, width=side)))
+
+
 def untrained(side: int) -> Segmenter:
-    """A MobileNetV3 with random weights on the CPU: time does not depend on what it knows."""
+    """A MobileNetV3 with random weights on the CPU; its masks are noise, which takes longer to check and to pack."""
     torch.manual_seed(0)
     experiment = replace(quick(), image=ImageConfig(height=side, width=side))
     model = build_model(experiment.model).to(memory_format=torch.channels_last).eval()
