@@ -1,24 +1,27 @@
 """Reads and writes the official CAMUS folder tree; hands on upright `Recording`s."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from heartseg import storage
 from heartseg.errors import UserError
-from heartseg.labels import PHASES, VIEWS, Phase, View
+from heartseg.labels import ENDO, PHASES, VIEWS, Phase, View
 from heartseg.nifti import DamagedRecording, as_intensity, as_labels, read_nifti, read_source
 
 IMAGES_FOLDER = "database_nifti"
 SPLIT_FOLDER = "database_split"
 # A tree with this file beside database_nifti/ was made by phantom.py.
 PHANTOM_NOTE = "phantom.json"
+HALF_SEQUENCE = "half_sequence"  # stands in a phase's place in a file's name
 SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt", "test": "subgroup_testing.txt"}
 # The release's stills have under 2 million.
 MAX_STILL_PIXELS = 2**25
+MAX_FRAMES = 2**10  # half a beat of the release has up to 42
 PATIENT_PATTERN = re.compile(r"patient\d+")
 
 
@@ -45,17 +48,22 @@ class Recording:
     """One annotated frame, upright.
 
     `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None where nobody has drawn one), `spacing_mm` is
-    (depth, lateral) for one pixel. `frame` counts from 1 and is None where nothing tells it.
+    (depth, lateral) for one pixel. `frame` counts from 1 and is None where nothing tells it. Where nothing tells them,
+    `view` and `phase` are None too: a frame between ED and ES has no phase.
     """
 
     patient: str
-    view: View
+    view: View | None
     phase: Phase | None
     frame: int | None
     image: np.ndarray
     mask: np.ndarray | None
     spacing_mm: tuple[float, float]
     info: Info | None = None
+
+
+# Image, mask and spacing of a Recording whose files are still to be read.
+NOTHING_YET = (np.empty((0, 0), np.uint8), None, (1.0, 1.0))
 
 
 def find_patients(source: str) -> list[str]:
@@ -80,8 +88,8 @@ def read_groups(source: str) -> dict[str, list[str]]:
     return groups
 
 
-def recording_path(source: str, patient: str, view: View, phase: Phase, suffix: str = "") -> str:
-    """Path of a still's NIfTI file; `suffix` is `_gt` for its mask."""
+def recording_path(source: str, patient: str, view: View, phase: Phase | str, suffix: str = "") -> str:
+    """Path of the NIfTI file of a still, or of a sequence (HALF_SEQUENCE for `phase`); `suffix` is `_gt` for the mask."""
     return storage.join(source, IMAGES_FOLDER, patient, f"{patient}_{view}_{phase}{suffix}.nii.gz")
 
 
@@ -90,19 +98,79 @@ def read_still(source: str, patient: str, view: View, phase: Phase, digest=None)
 
     Every byte read is fed to `digest` (a hashlib object) where one is given.
     """
-    image_path = recording_path(source, patient, view, phase)
-    mask_path = recording_path(source, patient, view, phase, "_gt")
+    paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
+    still = read_pair(*paths, Recording(patient, view, phase, None, *NOTHING_YET), digest)
+    info = read_info(source, patient, view, digest)
+    return replace(still, frame=getattr(info, phase.lower()) if info else None, info=info)
+
+
+def read_pair(image_path: str, mask_path: str, about: Recording, digest=None) -> Recording:
+    """`about` with the pixels and the spacing of two-dimensional files; raises DamagedRecording."""
     image, spacing_mm = read_nifti(image_path, digest)
     mask, _ = read_nifti(mask_path, digest)
     if image.ndim != 2:
         raise DamagedRecording(f"a still has 2 axes, this has shape {image.shape}", image_path)
-    if image.size > MAX_STILL_PIXELS:
-        raise DamagedRecording(f"a still of shape {image.shape} is none", image_path)
+    check_shapes(image, mask, image_path, mask_path)
+    return replace(about, image=as_intensity(image, image_path), mask=as_labels(mask, mask_path), spacing_mm=spacing_mm)
+
+
+def check_shapes(image: np.ndarray, mask: np.ndarray, image_path: str, mask_path: str) -> None:
+    """Raise DamagedRecording where a picture or sequence is too large, or its mask is not of its shape."""
+    if math.prod(image.shape[:2]) > MAX_STILL_PIXELS or math.prod(image.shape[2:]) > MAX_FRAMES:
+        raise DamagedRecording(f"no picture has shape {image.shape}", image_path)
     if mask.shape != image.shape:
         raise DamagedRecording(f"the mask's shape {mask.shape} is not the image's {image.shape}", mask_path)
+
+
+def read_frames(image_path: str, mask_path: str, about: Recording, digest=None) -> list[Recording]:
+    """`about` for each frame of a three-dimensional pair, in the file's order, `frame` from 1; raises DamagedRecording."""
+    images, spacing_mm = read_nifti(image_path, digest)
+    masks, _ = read_nifti(mask_path, digest)
+    if images.ndim not in (2, 3):
+        raise DamagedRecording(f"a sequence has 3 axes, this has shape {images.shape}", image_path)
+    check_shapes(images, masks, image_path, mask_path)
+    images, masks = np.atleast_3d(images), np.atleast_3d(masks)  # a sequence of one frame comes without its last axis
+    return [
+        replace(
+            about,
+            frame=number + 1,
+            image=as_intensity(images[..., number], image_path),
+            mask=as_labels(masks[..., number], mask_path),
+            spacing_mm=spacing_mm,
+        )
+        for number in range(images.shape[-1])
+    ]
+
+
+def read_half_sequence(source: str, patient: str, view: View, digest=None) -> list[Recording]:
+    """All frames of half a beat, from end-diastole to end-systole; raises DamagedRecording with the reason and the file.
+
+    A file that runs from ES to ED is turned round, so that `frame`, from 1, always counts towards end-systole. The phase
+    stands where the cfg says that a frame is ED or ES, and is None in between. Without a cfg, or with one that names frames
+    that are not there, the ends of the file are ED and ES, ED the one with the larger cavity; where both are equally
+    large, nothing tells them apart and no frame has a phase.
+    """
+    paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
+    frames = read_frames(*paths, Recording(patient, view, None, None, *NOTHING_YET), digest)
     info = read_info(source, patient, view, digest)
-    frame = getattr(info, phase.lower()) if info else None
-    return Recording(patient, view, phase, frame, as_intensity(image, image_path), as_labels(mask, mask_path), spacing_mm, info)
+    ed, es = phase_frames(frames, info)
+    if ed is not None and ed > es:
+        ed, es = len(frames) + 1 - ed, len(frames) + 1 - es
+        frames.reverse()
+    phases = {ed: Phase.ED, es: Phase.ES}
+    return [replace(frame, frame=i, phase=phases.get(i), info=info) for i, frame in enumerate(frames, start=1)]
+
+
+def phase_frames(frames: list[Recording], info: Info | None) -> tuple[int | None, int | None]:
+    """Which frames of a file, from 1, are ED and ES; (None, None) where nothing tells it."""
+    last = len(frames)
+    said = (info.ed, info.es) if info else (None, None)
+    if None not in said and said[0] != said[1] and all(1 <= frame <= last for frame in said):
+        return said
+    areas = [int((frame.mask == ENDO).sum()) for frame in (frames[0], frames[-1])]
+    if areas[0] == areas[1]:
+        return None, None
+    return (1, last) if areas[0] > areas[1] else (last, 1)
 
 
 def read_info(source: str, patient: str, view: View, digest=None) -> Info | None:

@@ -25,16 +25,18 @@ NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?")
 class Case:
     """An expert's label map `truth` uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and whose it is.
 
-    `image` is uint8, upright, on the native or on a stored grid; None where nobody needs it.
+    `image` is uint8, upright, on the native or on a stored grid; None where nobody needs it. View and phase are None where
+    nothing tells them; a frame of a sequence has its number.
     """
 
     patient: str
-    view: View
-    phase: Phase
+    view: View | None
+    phase: Phase | None
     truth: np.ndarray
     spacing_mm: tuple[float, float]
     image: np.ndarray | None = None
     info: Info | None = None
+    frame: int | None = None
 
     @property
     def name(self) -> str:
@@ -62,11 +64,10 @@ class ShardTruth:
 
     @functools.cached_property
     def rows(self) -> dict[str, list[int]]:
-        """The rows of each patient's stills."""
+        """The rows of each patient."""
         found: dict[str, list[int]] = {}
-        for row, still in enumerate(self.frames.table.select(["patient", "phase"]).to_pylist()):
-            if still["phase"]:
-                found.setdefault(still["patient"], []).append(row)
+        for row, patient in enumerate(self.frames.table["patient"].to_pylist()):
+            found.setdefault(patient, []).append(row)
         return found
 
     def with_images(self) -> "ShardTruth":
@@ -82,7 +83,9 @@ class ShardTruth:
         info = Info(**{name: said[name] for name in ("quality", "ef", "sex", "age", "frame_rate", "ef_convention")})
         truth, spacing_mm = self.frames.native_mask(row), tuple(said["native_spacing_mm"])
         image = self.frames.images[row, 0].numpy()
-        return Case(said["patient"], View(said["view"]), Phase(said["phase"]), truth, spacing_mm, image, info)
+        view = View(said["view"]) if said["view"] else None
+        phase = Phase(said["phase"]) if said["phase"] else None
+        return Case(said["patient"], view, phase, truth, spacing_mm, image, info, said["frame"])
 
     def __reduce__(self):
         # A worker of another process reads manifest and rows itself; neither is sent around.

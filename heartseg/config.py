@@ -36,18 +36,26 @@ class ImageConfig:
 class SplitConfig:
     """How patients are divided; always whole patients."""
 
-    kind: Literal["official", "ratio"]
-    """`official`: the release's own subgroup files. `ratio`: a seeded draw by patient."""
+    kind: Literal["official", "ratio", "kfold"]
+    """`official`: the source's own groups. `ratio`: a seeded draw by patient. `kfold`: one of `folds` test groups in turn."""
     test_share: float = 0.2
     """Share of the patients in the test group (ratio only)."""
     val_share: float = 0.0
-    """Share of the patients in a validation group (ratio only)."""
+    """Share in a validation group: of all patients (ratio), of those outside the test group (kfold)."""
     seed: int = 0
-    """Seed of the draw (ratio only)."""
+    """Seed of the draw (ratio and kfold)."""
+    folds: int = 5
+    """Number of test groups, which share no patient and hold everybody between them (kfold only)."""
+    fold: int = 0
+    """Which of them is the test group, from 0 (kfold only)."""
+    stratify: bool = True
+    """Give every group its share of each class of ejection fraction and image quality, where they are known."""
 
     def __post_init__(self):
         shares_fit = min(self.test_share, self.val_share) >= 0 and 0 < self.test_share + self.val_share < 1
         _require(shares_fit, "split.test_share and split.val_share must be shares whose sum lies between 0 and 1.")
+        _require(self.folds >= 2, "split.folds must be at least 2.")
+        _require(0 <= self.fold < self.folds, f"split.fold must be from 0 to {self.folds - 1}, one less than split.folds.")
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,7 @@ class Experiment:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     source: str = ""
-    """Folder or URI of the CAMUS tree (HEARTSEG_SOURCE where not given)."""
+    """Folder or URI of the CAMUS tree, or of a plain images/ and masks/ (HEARTSEG_SOURCE where not given)."""
     data: str = ""
     """Folder or URI of the shards (HEARTSEG_DATA where not given)."""
     out: str = ""

@@ -5,6 +5,7 @@ One row an image, one row a patient; whatever was missing is a row of its own, w
 
 import io
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from heartseg.postprocess import implausibilities
 from heartseg.predict import Ensemble, Segmented, Segmenter, segment
 from heartseg.shards import resize_image
 
-KEYS = ("patient", "view", "phase", "quality")
+KEYS = ("patient", "view", "phase", "frame", "number", "quality")
 BY = ("phase", "view", "quality")
 EXAMPLES, NUM_EXAMPLES = "examples.npz", 10
 LOW_DICE = 0.80
@@ -41,13 +42,14 @@ def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], option
 
 
 def score_image(case: Case, predicted: Segmented) -> dict:
-    """One image's row: KEYS, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction.
+    """One image's row: KEYS but `number`, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction.
 
     `confidence` is the network's own (predict.quality), `implausible` says why the mask is no heart; empty where it is.
     """
     prediction = predicted.mask
     counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
-    row = {"patient": case.patient, "view": str(case.view), "phase": str(case.phase)}
+    row = {"patient": case.patient, "view": case.view and str(case.view), "phase": case.phase and str(case.phase)}
+    row |= {"frame": case.frame}
     row |= {"quality": getattr(case.info, "quality", None)}
     row |= {name: value.item() for name, value in image_scores(counts).items()}
     row |= surface_distances(prediction, case.truth, case.spacing_mm)
@@ -60,11 +62,14 @@ def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segme
 
     Columns end in `_prediction` and `_truth`; `reason_…` says why an index is missing.
     """
-    pairs = list(zip(cases, predictions, strict=True))
-    predicted = {(c.view, c.phase): (found.mask, c.spacing_mm) for c, found in pairs if found}
-    true = {(c.view, c.phase): (c.truth, c.spacing_mm) for c in cases}
+    # A volume needs to know what it sees; of two pictures of one view and phase nobody says which one counts.
+    seen = Counter((c.view, c.phase) for c in cases)
+    usable = [c.view is not None and c.phase is not None and seen[c.view, c.phase] == 1 for c in cases]
+    pairs = [pair for pair, use in zip(zip(cases, predictions, strict=True), usable, strict=True) if use]
+    predicted = {(c.view, c.phase): (found.mask, c.spacing_mm) for c, found in pairs if found is not None}
+    true = {(c.view, c.phase): (c.truth, c.spacing_mm) for c, _ in pairs}
     info = next((c.info for c in cases if c.info and c.info.ef is not None), None)
-    row: dict = {"patient": patient, "images": len(predicted)}
+    row: dict = {"patient": patient, "images": sum(mask is not None for mask in predictions)}
     row |= {"ef_reference": info.ef if info else None, "ef_convention": info.ef_convention if info else None}
     for kind, masks in (("prediction", predicted), ("truth", true)):
         row |= {f"{name}_{kind}": value for name, value in patient_indices(masks).items()}
@@ -73,11 +78,12 @@ def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segme
 
 def score_patients(cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> tuple[list[dict], list[dict]]:
     """Rows of images and rows of patients; a case whose prediction is None gives no image row."""
-    images = [score_image(case, found) for case, found in zip(cases, predictions, strict=True) if found is not None]
-    patients = []
+    images, patients = [], []
     for patient in dict.fromkeys(case.patient for case in cases):
-        mine = [index for index, case in enumerate(cases) if case.patient == patient]
-        patients.append(patient_row(patient, [cases[i] for i in mine], [predictions[i] for i in mine]))
+        mine = [pair for pair in zip(cases, predictions, strict=True) if pair[0].patient == patient]
+        # `number` finds the case again among its patient's; view and phase may be unknown.
+        images += [score_image(case, found) | {"number": i} for i, (case, found) in enumerate(mine) if found is not None]
+        patients.append(patient_row(patient, [case for case, _ in mine], [found for _, found in mine]))
     return images, patients
 
 
@@ -87,12 +93,11 @@ def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeT
     Arrays are `image_I`, `truth_I`, `prediction_I` uint8 [H,W] on the native grid and `spacing_mm` [N,2]; `rows` are the
     positions in the images' table, from the lowest Dice to the highest.
     """
-    ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "view", "phase"]).index
+    ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "number"]).index
     rows = list(dict.fromkeys([*ordered[:NUM_EXAMPLES], *ordered[-NUM_EXAMPLES:]]))
     arrays, spacings_mm, truth = {}, [], truth.with_images()
     for number, row in enumerate(rows):
-        patient, view, phase = images.loc[row, ["patient", "view", "phase"]]
-        case = next(c for c in truth.cases([patient])[0] if (c.view, c.phase) == (view, phase))
+        case = truth.cases([images.loc[row, "patient"]])[0][images.loc[row, "number"]]
         prediction = np.frombuffer(zlib.decompress(images.loc[row, "mask"]), np.uint8).reshape(case.truth.shape)
         arrays |= {f"image_{number}": resize_image(case.image, *case.truth.shape)}
         arrays |= {f"truth_{number}": case.truth, f"prediction_{number}": prediction}

@@ -19,6 +19,7 @@ from heartseg import checkpoint, engine, runs, storage
 from heartseg.batches import Intensity
 from heartseg.config import Experiment, to_json
 from heartseg.errors import UserError
+from heartseg.labels import frame_name
 from heartseg.metrics import predicted_labels
 from heartseg.runs import Run
 from heartseg.shards import Frames, Shards
@@ -109,7 +110,7 @@ class Keeper:
             logits = engine.forward(self.experiment.train, state.evaluated, self.intensity.apply(unit))
         predictions = predicted_labels(logits).cpu().numpy()
         table = self.shown.table.take(rows)
-        names = [f"{r['patient']} {r['view']} {r['phase']}" for r in table.select(["patient", "view", "phase"]).to_pylist()]
+        names = [frame_name(row) for row in table.select(["patient", "view", "phase", "frame"]).to_pylist()]
         arrays = {"images": images[:, 0].numpy(), "masks": masks.numpy(), "predictions": predictions}
         self.tracker.overlays(state.epoch, *arrays.values(), names)
         for name in ["first"] * is_first + ["last"] * is_last:

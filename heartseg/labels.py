@@ -33,3 +33,11 @@ CLASS_COLOURS = ("#000000", "#56B4E9", "#F0E442", "#D55E00")
 # mixed with `myo`, the wall alone, and is no part of the means.
 STRUCTURES = ("endo", "myo", "la")
 STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, MYO)}
+
+
+def frame_name(row: dict) -> str:
+    """What a person calls a row of shards or results: patient, view and phase, else the frame's number, as far as known."""
+    said = [row.get("view"), row.get("phase")]
+    if said[1] is None and row.get("frame") is not None:
+        said[1] = f"frame {int(row['frame'])}"
+    return " ".join([row["patient"], *(str(part) for part in said if part is not None)])

@@ -12,7 +12,7 @@ import pandas
 from markupsafe import Markup
 
 from heartseg import figures, published, storage
-from heartseg.labels import PHASES
+from heartseg.labels import PHASES, frame_name
 
 EXAMPLES = "examples.npz"
 STRUCTURE_TITLES = {"endo": "Cavity (endo)", "myo": "Wall (myo)", "la": "Left atrium (la)", "epi": "Epicardium (endo + myo)"}
@@ -116,7 +116,8 @@ def _example(arrays, number: int, row: pandas.Series) -> dict:
     image, truth, prediction = (figures.enlarge(array, EXAMPLE_ROWS) for array in (image, truth, prediction))
     depth_mm, lateral_mm = arrays["spacing_mm"][number]
     height, width = image.shape
-    name = f"{row['patient']} {row['view']} {row['phase']}"
+    said = {key: None if pandas.isna(row.get(key)) else row[key] for key in ("patient", "view", "phase", "frame")}
+    name = frame_name(said)
     worst = min((s for s in ("endo", "myo", "la") if not math.isnan(row[f"dice_{s}"])), key=lambda s: row[f"dice_{s}"])
     caption = f"{name}: Dice {row['dice']:.3f}, lowest {worst} {row[f'dice_{worst}']:.3f}"
     size = (height, round(width * lateral_mm / depth_mm))

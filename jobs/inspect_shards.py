@@ -13,6 +13,7 @@ import jinja2
 
 from heartseg import figures, storage, survey
 from heartseg.errors import UserError
+from heartseg.labels import frame_name
 from heartseg.shards import Shards, open_shards
 from jobs import runtime
 
@@ -77,7 +78,7 @@ def write_page(out: str, opened: Shards, facts: str, tables: list[survey.Table],
     """Write the contact sheet and a page with it and the tables; returns the page's path."""
     cells = []
     for row in rows:
-        caption = " ".join(filter(None, [row["patient"], row["view"], row["phase"], row["quality"]]))
+        caption = " ".join(filter(None, [frame_name(row), row["quality"]]))
         picture = figures.overlay(figures.enlarge(row["image"]), figures.enlarge(row["mask"]), thick=True)
         cells.append((picture, caption, row["spacing_mm"][0] / row["spacing_mm"][1]))
     sheet = figures.save_png(figures.contact_sheet(cells))

@@ -1,4 +1,8 @@
-"""NIfTI tree to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`."""
+"""NIfTI files to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`.
+
+`--source` is the CAMUS release, or a folder of anybody's images/PATIENT_ANYTHING.nii.gz and masks/PATIENT_ANYTHING.nii.gz
+(heartseg/pairs.py has the whole layout).
+"""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from heartseg import camus, locks, shards, splits, storage
-from heartseg.config import Experiment, first_difference, to_json
+from heartseg import locks, pairs, shard_writer, shards, sources, splits, storage
+from heartseg.config import Experiment, SplitConfig, first_difference, from_json, to_json
 from heartseg.errors import UserError
 from jobs import runtime
 
@@ -20,55 +24,73 @@ from jobs import runtime
 class Options:
     """How to preprocess."""
 
+    frames: Literal["stills", "sequence"] = "stills"
+    """`stills`: the ED and ES images. `sequence`: every frame of the half sequences, with a phase at ED and at ES only."""
     overwrite: bool = False
     """Begin anew where --out holds shards already."""
     max_quarantined: float = 0.01
     """Largest share of the recordings that may be damaged."""
     resplit: bool = False
-    """Divide shards that are there in another way; runs that know the old groups will not resume on them."""
+    """Divide shards that are there in another way, also without --source; runs on the old groups will not resume on them."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
 
 def run(experiment: Experiment, options: Options) -> None:
     """Write the shards of `experiment.source` to `experiment.out`; what an interrupted call finished is kept."""
-    source = runtime.require(experiment.source, "--source", "the folder of the CAMUS release")
     out = runtime.require(experiment.out, "--out", "the folder for the shards")
-    patients = camus.find_patients(source)
-    official = camus.read_groups(source)
-    splits.make_groups(experiment.split, patients, official)
-    with locks.lock(out):
-        if options.overwrite:
-            remove_shards(out)
-        if storage.exists(storage.join(out, shards.MANIFEST)):
-            check_split(experiment, options)
-            manifest = check_same(experiment, shards.source_listing(source, patients))
-            print(f"{out} is complete: {manifest['rows']} images.")
-        else:
-            manifest = write(experiment, options, patients)
-        groups = shards.write_splits(out, experiment.split, manifest["patients"], official)
+    complete = storage.exists(storage.join(out, shards.MANIFEST)) and not options.overwrite
+    if complete and options.resplit and not experiment.source:
+        with locks.lock(out):
+            manifest = shards.read_manifest(out)
+            groups = shard_writer.write_splits(out, experiment.split, manifest["patients"], manifest["official_groups"])
+    else:
+        groups = run_from_source(experiment, options, out)
     print("  ".join(f"{group}: {len(names)} patients" for group, names in groups.items()))
 
 
-def write(experiment: Experiment, options: Options, patients: list[str]) -> dict:
+def run_from_source(experiment: Experiment, options: Options, out: str) -> dict[str, list[str]]:
+    """Write what is missing of the shards and their split; returns the groups."""
+    meaning = f"the folder of the CAMUS release, or one that holds {pairs.LAYOUT}"
+    source = runtime.require(experiment.source, "--source", meaning)
+    patients = sources.find_patients(source)
+    official = sources.read_groups(source)
+    sources.check_frames(source, patients, options.frames)
+    splits.make_groups(experiment.split, patients, official)
+    with locks.lock(out):
+        shard_writer.remove_leftovers(out)
+        if options.overwrite:
+            shard_writer.remove_shards(out)
+        if storage.exists(storage.join(out, shards.MANIFEST)):
+            check_split(experiment, options)
+            manifest = check_same(experiment, options, shard_writer.source_listing(source, patients, options.frames))
+            print(f"{out} is complete: {manifest['rows']} images.")
+        else:
+            manifest = write(experiment, options, patients, official)
+        return shard_writer.write_splits(out, experiment.split, manifest["patients"], official)
+
+
+def write(experiment: Experiment, options: Options, patients: list[str], official: dict[str, list[str]]) -> dict:
     """Write every part and then the manifest; refuses where too much is damaged."""
-    parts = shards.part_names(patients)
-    tasks = [(experiment.source, experiment.out, name, chunk, experiment.image) for name, chunk in parts]
+    source, out, image, frames = experiment.source, experiment.out, experiment.image, options.frames
+    parts = shard_writer.part_names(patients, frames)
+    tasks = [(source, out, name, chunk, image, frames) for name, chunk in parts]
     records, bar = {}, tqdm(total=len(patients), unit=" patients", desc="preprocess", file=sys.stdout, mininterval=1)
     for record in map_with_ray(tasks, experiment.workers) if options.launcher == "ray" else map_plainly(tasks):
         records[record["file"]] = record
         bar.update(len(record["patients"]))
     bar.close()
     found = [records[name] for name, _ in parts]
-    show_quarantine([entry for record in found for entry in record["quarantined"]], found, options)
-    manifest = shards.write_manifest(experiment.out, camus.dataset_name(experiment.source, patients), experiment.image, found)
-    print(f"{manifest['rows']} images of {len(patients)} patients in {len(found)} parts: {experiment.out}")
+    show_quarantine(found, options)
+    name = sources.dataset_name(source, patients)
+    manifest = shard_writer.write_manifest(out, name, image, found, frames, official)
+    print(f"{manifest['rows']} images of {len(patients)} patients in {len(found)} parts: {out}")
     return manifest
 
 
 def map_plainly(tasks: list[tuple]) -> Iterator[dict]:
     """The records of all parts, written here one after the other."""
-    return (shards.write_part(*task) for task in tasks)
+    return (shard_writer.write_part(*task) for task in tasks)
 
 
 def map_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
@@ -91,16 +113,18 @@ def map_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
 def _write_part(*task) -> dict:
     """A part's record, or the sentence of a user's mistake, which Ray would wrap in a traceback."""
     try:
-        return shards.write_part(*task)
+        return shard_writer.write_part(*task)
     except UserError as error:
         return {"error": str(error)}
 
 
-def show_quarantine(quarantined: list[dict], parts: list[dict], options: Options) -> None:
-    """Print what was damaged; raises UserError where it is more than the allowed share."""
+def show_quarantine(parts: list[dict], options: Options) -> None:
+    """Print what was damaged; raises UserError where it is more than the allowed share of the recordings."""
+    quarantined = [entry for part in parts for entry in part["quarantined"]]
     for entry in quarantined:
-        print(f"quarantined  {entry['patient']} {entry['view']} {entry['phase']}  {entry['file']}: {entry['reason']}")
-    total = sum(part["rows"] for part in parts) + len(quarantined)
+        named = " ".join(entry[key] for key in ("patient", "view", "phase") if entry[key])
+        print(f"quarantined  {named}  {entry['file']}: {entry['reason']}")
+    total = sum(record["recordings"] for part in parts for record in part["patients"].values())
     if len(quarantined) > options.max_quarantined * total:
         raise UserError(
             f"{len(quarantined)} of {total} recordings are damaged, more than --max-quarantined "
@@ -108,11 +132,12 @@ def show_quarantine(quarantined: list[dict], parts: list[dict], options: Options
         )
 
 
-def check_same(experiment: Experiment, listing: str) -> dict:
+def check_same(experiment: Experiment, options: Options, listing: str) -> dict:
     """The manifest that is there; raises UserError where it is of another configuration or source."""
-    manifest = storage.read_json(storage.join(experiment.out, shards.MANIFEST))
-    there = {"image": manifest.get("image"), "source files": manifest.get("source_listing")}
-    difference = first_difference(there, {"image": to_json(experiment.image), "source files": listing})
+    manifest = shards.read_manifest(experiment.out)
+    there = {"image": manifest.get("image"), "frames": manifest.get("frames"), "source files": manifest.get("source_listing")}
+    asked = {"image": to_json(experiment.image), "frames": options.frames, "source files": listing}
+    difference = first_difference(there, asked)
     if difference:
         raise UserError(f"{experiment.out} holds other shards ({difference}): give --overwrite, or another --out.")
     return manifest
@@ -123,23 +148,16 @@ def check_split(experiment: Experiment, options: Options) -> None:
     path = storage.join(experiment.out, shards.SPLITS)
     if options.resplit or not storage.exists(path):
         return
-    difference = first_difference(storage.read_json(path).get("config", {}), to_json(experiment.split), "split.")
+    there = from_json(storage.read_json(path).get("config", {}), SplitConfig, path)
+    difference = first_difference(to_json(there), to_json(experiment.split), "split.")
     if difference:
         raise UserError(f"{experiment.out} is divided otherwise ({difference}): give --resplit, or another --out.")
 
 
-def remove_shards(out: str) -> None:
-    """Delete shards and nothing else; the manifest goes first, so that nothing damaged looks complete."""
-    for name in (shards.MANIFEST, shards.SPLITS):
-        storage.remove(storage.join(out, name))
-    for name in storage.list_names(out):
-        if shards.PART_NAME.fullmatch(name):
-            storage.remove(storage.join(out, name))
-
-
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    run(*runtime.parse(Options(), argv, "preprocess.py", "Turn a CAMUS folder into Parquet shards."))
+    about = f"Turn a CAMUS folder, or anybody's {pairs.LAYOUT}, into Parquet shards."
+    run(*runtime.parse(Options(), argv, "preprocess.py", about))
 
 
 if __name__ == "__main__":

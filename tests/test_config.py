@@ -167,6 +167,11 @@ def test_500_patients_give_the_seed_400_and_100_and_133_steps_of_12():
     assert steps_per_epoch(4 * len(groups["train"]), seed.train.batch_size) == 133
 
 
+def draw(config: SplitConfig, patients: list[str]) -> dict[str, list[str]]:
+    """The groups of a ratio split, also where one of them is everybody."""
+    return splits.ratio_groups(config, splits.draw_strata(config, patients, {}))
+
+
 @settings(max_examples=50, deadline=None)
 @given(num=st.integers(2, 200), test=st.floats(0, 0.9), val=st.floats(0, 0.9), seed=st.integers(0, 2**40), data=st.data())
 def test_a_ratio_split_is_disjoint_complete_and_repeatable(num, test, val, seed, data):
@@ -176,18 +181,16 @@ def test_a_ratio_split_is_disjoint_complete_and_repeatable(num, test, val, seed,
             SplitConfig("ratio", test, val, seed)
         return
     config = SplitConfig("ratio", test, val, seed)
-    groups = splits.ratio_groups(config, patients)
+    groups = draw(config, patients)
     assert sorted(name for names in groups.values() for name in names) == patients
-    assert groups == splits.ratio_groups(config, data.draw(st.permutations(patients)))
+    assert groups == draw(config, data.draw(st.permutations(patients)))
     assert abs(len(groups.get("test", [])) - test * num) <= 0.5 + 1e-9
     assert all(names == sorted(names) and names for names in groups.values())
 
 
 def test_another_seed_draws_another_split():
     patients = [f"patient{number:04d}" for number in range(100)]
-    assert splits.ratio_groups(SplitConfig("ratio", seed=0), patients) != splits.ratio_groups(
-        SplitConfig("ratio", seed=1), patients
-    )
+    assert draw(SplitConfig("ratio", seed=0), patients) != draw(SplitConfig("ratio", seed=1), patients)
 
 
 def test_the_official_split_keeps_its_groups_and_only_patients_that_are_there():

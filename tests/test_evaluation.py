@@ -2,14 +2,18 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from heartseg import camus, storage
+from heartseg.cases import TreeTruth
 from heartseg.errors import UserError
+from heartseg.evaluation import KEYS, patient_row
 from heartseg.labels import PHASES, STRUCTURE_LABELS, VIEWS, Phase, View
 from heartseg.metrics import DISTANCES, SCORES
+from heartseg.predict import Segmented
 from jobs import evaluate
 
 
@@ -101,6 +105,17 @@ def test_mistakes_are_sentences(phantom, options, said):
 def test_images_rows_hold_every_score_of_every_structure(phantom, tmp_path):
     out = score_files(os.path.join(phantom, camus.IMAGES_FOLDER), phantom, str(tmp_path / "out"))
     columns = set(table(out, "images").columns)
-    assert columns == {"patient", "view", "phase", "quality", "confidence", "implausible", *SCORES, *DISTANCES}
+    assert columns == {*KEYS, "confidence", "implausible", *SCORES, *DISTANCES}
     assert {f"hd95_{s}_mm" for s in STRUCTURE_LABELS} <= columns
     assert set(table(out, "images")["phase"]) == {str(Phase.ED), str(Phase.ES)}
+
+
+def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
+    cases, _ = TreeTruth(phantom).cases(["patient0001"])
+    twice = [*cases, replace(cases[0], frame=2), replace(cases[1], view=None), replace(cases[1], phase=None)]
+    alone, doubled = (
+        patient_row("patient0001", given, [Segmented(case.truth, 1.0) for case in given]) for given in (cases, twice)
+    )
+    assert alone["ef_ase_truth"] > 0 and alone["reason_truth"] == ""
+    assert np.isnan(doubled["ef_ase_truth"]) and "no 2CH ED mask" in doubled["reason_prediction"]
+    assert doubled["images"] == len(twice)

@@ -8,10 +8,13 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from heartseg import runs, storage
+from heartseg import runs, splits, storage
+from heartseg.config import canonical
+from heartseg.recipes import seed
 from heartseg.shards import open_shards
-from jobs.benchmarks import scores
+from jobs.benchmarks import data, scores
 
+SEED_GROUPS = "ad5f11a49a894929157d04ab329be1f12d43955057655ca47d9b3b1a864ec4a4"  # SHA-256 of the seed's groups of the 450
 CAMUS = os.environ.get("HEARTSEG_CAMUS", str(ROOT.parent / "shared" / "camus"))
 
 
@@ -50,6 +53,32 @@ def test_distances_on_real_hearts_are_monais_in_a_fraction_of_the_time(camus):
     (row,) = scores.run(scores.Options(source=camus, images=20, repeats=3))
     assert row.items == 20 and row.difference < 1e-4
     assert row.their_ms > 3 * row.our_ms
+
+
+@pytest.mark.real_data
+def test_real_hearts_become_shards_in_less_than_half_of_the_plain_ways_time(camus, tmp_path):
+    costs = {"plain": [], "ours": []}
+    patients = data.camus.find_patients(camus)[:16]
+    for repeat in range(3):
+        for name, way in (("plain", data.plain_way), ("ours", data.our_way)):
+            os.makedirs(tmp_path / f"{name}{repeat}")
+            costs[name].append(
+                data.measure(lambda way=way, out=str(tmp_path / f"{name}{repeat}"): way(camus, patients, out)).cpu_s
+            )
+    assert min(costs["plain"]) > 2 * min(costs["ours"])
+
+
+@pytest.mark.real_data
+def test_a_workers_memory_does_not_grow_with_the_patients(camus):
+    few, many = (float(line.split()[3]) for line in data.memory_section(data.Options(source=camus))[1:3])
+    assert many < 1.1 * few
+
+
+@pytest.mark.real_data
+def test_the_seeds_draw_of_real_patients_stays_what_it_was(camus):
+    names = data.camus.find_patients(camus)
+    groups = splits.make_groups(seed().split, names, {}, {name: {"ef": None, "quality": {}} for name in names})
+    assert storage.sha256(canonical(groups)) == SEED_GROUPS
 
 
 @pytest.mark.slow

@@ -1,0 +1,70 @@
+"""Whatever shards are made from: the CAMUS tree or a plain folder of pairs, its stills or its sequences, read one way."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from heartseg import camus, pairs, storage
+from heartseg.camus import Recording
+from heartseg.errors import UserError
+from heartseg.labels import VIEWS, Phase, View
+
+FRAMES = ("stills", "sequence")
+
+
+def find_patients(source: str) -> list[str]:
+    """Names of the patients of a source, sorted; raises UserError where it holds none."""
+    if pairs.is_plain_folder(source):
+        return list(pairs.list_files(source))
+    if storage.exists(source) and not storage.exists(storage.join(source, camus.IMAGES_FOLDER)):
+        raise UserError(f"{source} holds no {camus.IMAGES_FOLDER}/ (the CAMUS release), and no {pairs.LAYOUT} either.")
+    return camus.find_patients(source)
+
+
+def read_groups(source: str) -> dict[str, list[str]]:
+    """The split that a source comes with, group to patients; empty where it comes with none."""
+    if pairs.is_plain_folder(source):
+        return pairs.read_groups(source, list(pairs.list_files(source)))
+    return camus.read_groups(source)
+
+
+def dataset_name(source: str, patients: list[str]) -> str:
+    """`phantom`, `CAMUS`, or `other` for anybody else's."""
+    return "other" if pairs.is_plain_folder(source) else camus.dataset_name(source, patients)
+
+
+def list_files(source: str, patients: list[str]) -> dict[str, list[list]]:
+    """Names and sizes of the files of some patients: what tells a changed source without reading it."""
+    if pairs.is_plain_folder(source):
+        found = pairs.list_files(source)
+        return {patient: found.get(patient, []) for patient in patients}
+    return {patient: camus.list_files(source, patient) for patient in patients}
+
+
+def check_frames(source: str, patients: list[str], frames: str) -> None:
+    """Raise UserError where sequences are asked for and nobody has one."""
+    if frames == "sequence" and not pairs.is_plain_folder(source):
+        named = (name for patient in patients for name, _ in camus.list_files(source, patient))
+        if not any(camus.HALF_SEQUENCE in name for name in named):
+            raise UserError(f"{source} holds no *_{camus.HALF_SEQUENCE}.nii.gz: take --frames stills.")
+
+
+def recordings(
+    source: str, patient: str, files: list[str], frames: str, digest=None
+) -> Iterator[tuple[View | None, Phase | None, Callable[[], list[Recording]]]]:
+    """(view, phase, a function that reads the frames) for each still, or each sequence, that a patient should have.
+
+    The function raises DamagedRecording; every byte that it reads is fed to `digest`.
+    """
+    if pairs.is_plain_folder(source):
+        yield from pairs.recordings(source, patient, files, frames, digest)
+    elif frames == "sequence":
+        for view in VIEWS:
+            yield view, None, partial(camus.read_half_sequence, source, patient, view, digest)
+    else:
+        for view, phase in camus.stills_of():
+            yield view, phase, partial(read_one, source, patient, view, phase, digest)
+
+
+def read_one(source: str, patient: str, view: View, phase: Phase, digest) -> list[Recording]:
+    """A still as a list of one frame; raises DamagedRecording."""
+    return [camus.read_still(source, patient, view, phase, digest)]

@@ -1,0 +1,117 @@
+"""Any plain NIfTI reads as nibabel reads it: whole and broken numbers, both byte orders, scaled or not, packed or not."""
+
+import gzip
+import os
+import struct
+import zlib
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heartseg import nifti
+from heartseg.nifti import DamagedRecording, as_intensity, as_labels, decode_nifti, read_nifti
+
+KINDS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
+
+
+def file_bytes(array: np.ndarray, order: str, zooms, slope=None, inter=None, kind=nibabel.Nifti1Image, unit="mm") -> bytes:
+    """A NIfTI file that nibabel writes, of one byte order, with scaling put into its header."""
+    dtype = array.dtype.newbyteorder(order)
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(dtype)
+    picture = kind(array.astype(dtype), None, header)
+    picture.header.set_zooms(zooms)
+    picture.header.set_xyzt_units(unit)
+    raw = bytearray(picture.to_bytes())
+    if slope is not None:
+        place, fmt = (112, "ff") if kind is nibabel.Nifti1Image else (176, "dd")
+        raw[place : place + struct.calcsize(fmt)] = struct.pack(order + fmt, slope, inter)
+    return bytes(raw)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 7), min_size=2, max_size=4),
+    dtype=st.sampled_from(KINDS),
+    order=st.sampled_from("<>"),
+    zooms=st.tuples(st.floats(0.0625, 3, width=32), st.floats(0.0625, 3, width=32)),
+    scaling=st.sampled_from([None, (1, 0), (0, 5), (0.5, 3), (2, -1), (float("nan"), 0)]),
+    kind=st.sampled_from([nibabel.Nifti1Image, nibabel.Nifti2Image]),
+    packed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_kind_of_file_reads_as_nibabel_reads_it(shape, dtype, order, zooms, scaling, kind, packed, seed):
+    array = np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
+    raw = file_bytes(array, order, (*zooms, *[1.0] * (len(shape) - 2)), *(scaling or (None, None)), kind)
+    found, spacing_mm = decode_nifti(gzip.compress(raw) if packed else raw)
+    theirs = np.asanyarray(kind.from_bytes(raw).dataobj)
+    theirs = theirs.reshape([*shape[:2], *(size for size in shape[2:] if size > 1)]).swapaxes(0, 1)
+    assert found.shape == theirs.shape and spacing_mm == pytest.approx((zooms[1], zooms[0]))
+    np.testing.assert_array_equal(found, theirs)
+    if scaling in (None, (1, 0)):
+        image = found[..., 0] if found.ndim > 2 else found
+        intensity, labels = as_intensity(image, "p"), as_labels(image % 4, "p")
+        np.testing.assert_array_equal(intensity, image)
+        np.testing.assert_array_equal(labels, image % 4)
+        assert intensity.flags.writeable and labels.flags.writeable and intensity.flags.c_contiguous
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)])
+def test_spacing_is_in_mm_whatever_unit_the_header_names(unit, scale):
+    raw = file_bytes(np.zeros((3, 4), np.uint8), "<", (0.25, 0.5), unit=unit)
+    assert decode_nifti(raw)[1] == pytest.approx((0.5 * scale, 0.25 * scale))
+
+
+def test_an_uncompressed_file_beside_is_read_where_there_is_no_compressed_one(tmp_path):
+    path = str(tmp_path / "a.nii.gz")
+    for name, value in (("a.nii", 1), ("b.nii.gz", 2)):
+        nifti.storage.publish(str(tmp_path / name), file_bytes(np.full((2, 2), value, np.uint8), "<", (1, 1)))
+    assert read_nifti(path)[0].max() == 1
+    os.rename(tmp_path / "b.nii.gz", path)
+    assert read_nifti(path)[0].max() == 2
+    with pytest.raises(DamagedRecording, match="No such file") as caught:
+        read_nifti(str(tmp_path / "c.nii.gz"))
+    assert caught.value.file.endswith("c.nii.gz")
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), size=st.integers(0, 5000), members=st.integers(1, 3), padding=st.integers(0, 20))
+def test_what_was_packed_is_unpacked_and_a_changed_or_cut_stream_never_is(data, size, members, padding):
+    content = np.random.default_rng(size).integers(0, 9, size, dtype=np.uint8).tobytes()
+    packed = b"".join(gzip.compress(content, mtime=0) for _ in range(members))
+    assert nifti.inflate(packed + b"\0" * padding) == content * members
+    with pytest.raises(Exception):  # noqa: B017  whatever is raised becomes the reason of a quarantine
+        nifti.inflate(packed[: data.draw(st.integers(1, len(packed) - 1).filter(lambda n: n % (len(packed) // members)))])
+    damaged = bytearray(packed)
+    damaged[-data.draw(st.integers(1, 8))] ^= data.draw(st.integers(1, 255))  # the last member's checksum and length
+    with pytest.raises(Exception):  # noqa: B017
+        nifti.inflate(bytes(damaged))
+
+
+@given(at_most=st.integers(1, 10**6 + 10))
+@settings(max_examples=30, deadline=None)
+def test_no_more_is_unpacked_than_was_asked_for(at_most):
+    content = bytes(range(250)) * 4000
+    for packed in (gzip.compress(content), gzip.compress(content[: 6 * 10**5]) + gzip.compress(content[6 * 10**5 :])):
+        assert nifti.inflate(packed, at_most) == content[:at_most]
+
+
+@settings(max_examples=150, deadline=None)
+@given(where=st.integers(0, 351), value=st.binary(min_size=1, max_size=8))
+def test_no_damaged_header_does_more_than_give_a_reason(where, value):
+    raw = bytearray(file_bytes(np.ones((4, 5), np.uint8), "<", (0.3, 0.4)))
+    raw[where : where + len(value)] = value
+    try:
+        array, spacing_mm = decode_nifti(bytes(raw[: 352 + 20]))
+    except (ValueError, KeyError, nibabel.spatialimages.HeaderDataError):
+        return
+    assert array.size * array.itemsize <= 20 * 8 and min(spacing_mm) > 0
+
+
+def test_zlib_and_isal_agree_on_a_real_sized_file():
+    content = np.random.default_rng(0).normal(60, 20, 700_000).clip(0, 255).round().astype(np.float32).tobytes()
+    packed = gzip.compress(content, 1)
+    assert nifti.inflate(packed) == zlib.decompress(packed, wbits=31) == content
