@@ -72,6 +72,7 @@ def test_two_processes_of_torchrun_train_one_run(shards, tmp_path):
     assert [epoch["epoch"] for epoch in runs.read_record(str(run))] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_cannot_be_reached_never_stops_a_run(shards, tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), *arguments_of(shards, tmp_path)]
     key = "0123456789" * 4

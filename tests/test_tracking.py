@@ -245,6 +245,7 @@ def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(sh
         assert_sent_later(server, run, said)
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_path):
     with serving(fail_after_rows=1, fail_with="error") as server:
         threading.Thread(target=recover, args=[server], daemon=True).start()
