@@ -21,6 +21,7 @@ from heartseg.labels import NUM_CLASSES
 MAX_VALUES = 2**27
 MAX_FILE_BYTES = 2**30
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
+HEAD_BYTES = 2**12  # of a packed file, in which its header lies: ISA-L takes in more than it is asked to hand out
 MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
 INFLATE_STEP = 2**18
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
@@ -92,7 +93,7 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     What the header claims is checked before anything is allocated, and little more than that is inflated.
     """
     packed = raw[:2] == b"\x1f\x8b"
-    header = read_header(inflate(raw, HEADER_BYTES) if packed else raw[:HEADER_BYTES])
+    header = read_header(inflate(raw[:HEAD_BYTES], HEADER_BYTES) if packed else raw[:HEADER_BYTES])
     end = claimed_end(header)
     content = inflate(raw, end + MAX_EXTRA_BYTES) if packed else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
