@@ -79,6 +79,7 @@ def write_report(evaluation: str, run: str | None = None) -> str:
         group_title=GROUP_TITLES.get(summary["group"], summary["group"]),
         **score_tables(summary),
         **image_tables(images),
+        flags=summary.get("flags"),
         distances=sections.distance_table(summary),
         distance_columns=list(sections.DISTANCE_COLUMNS.values()),
         clinical=sections.clinical_section(summary, patients),

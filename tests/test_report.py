@@ -4,11 +4,14 @@ import html.parser
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pandas
 import pyarrow
 import pytest
+from PIL import Image
 
 from heartseg import evaluation as evaluation_module
 from heartseg import figures, published, recipes, report, runs, storage
@@ -306,3 +309,32 @@ def test_clinical_agreement_is_shown_with_its_convention_and_what_could_not_be_h
     ef = storage.read_json(str(tmp_path / report.SUMMARY))["clinical"]["agreement"]["ef_camus"]
     assert f"EF, one disk height (camus), %5{ef['r']:.3f}{ef['bias']:.1f}" in words
     assert "patient0005: no 2CH ES mask" in words
+
+
+def test_warnings_are_told_with_how_much_they_are_worth(page):
+    words = Reader(page()).words
+    assert "1 of 20 masks cannot be a whole left heart" in words
+    assert "a Spearman correlation of" in words and "with an AUC of" in words
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look with")
+@pytest.mark.parametrize("width", [420, 1280])
+def test_a_browser_shows_the_page_in_light_and_in_dark(page, tmp_path, width):
+    (tmp_path / "report.html").write_text(page())
+    for scheme, ground in ((1, (0xF4, 0xF6, 0xF8)), (0, (0x11, 0x15, 0x1A))):
+        command = [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--window-size={width},1500",
+        ]
+        command += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={tmp_path}/{scheme}.png"]
+        subprocess.run([*command, f"file://{tmp_path}/report.html"], check=True, capture_output=True, timeout=120)
+        shown = np.asarray(Image.open(tmp_path / f"{scheme}.png").convert("RGB"))
+        assert shown.shape[1] == width and tuple(shown[2, 2]) == ground
+        # Words and lines stand out against the ground, and no part of the page reaches over the right edge.
+        contrast = np.abs(shown.astype(int) - ground).sum(axis=2)
+        assert (contrast > 300).sum() > 2000 and (contrast[:, -4:] == 0).all()
