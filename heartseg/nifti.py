@@ -137,9 +137,8 @@ def read_header(block: bytes) -> nibabel.Nifti1Header:
     header = kind(block[:size], check=False)
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
         raise ValueError("it does not begin as one")
-    if not header["pixdim"][1:3].all():  # nibabel's check makes 1 mm of a missing spacing
+    if not header["pixdim"][1:3].all():
         raise ValueError("the pixel spacing is missing (0)")
-    header.check_fix()
     return header
 
 
@@ -151,7 +150,7 @@ def claimed_end(header: nibabel.Nifti1Header) -> int:
     num_values = math.prod(int(size) for size in shape)
     if min(shape, default=0) < 1 or num_values > MAX_VALUES:
         raise ValueError(f"the header claims shape {shape}")
-    if not len(header.binaryblock) <= offset <= MAX_EXTRA_BYTES:
+    if not header.single_vox_offset <= offset <= MAX_EXTRA_BYTES:
         raise ValueError(f"the header claims that pixels begin at byte {offset}")
     return offset + num_values * dtype.itemsize
 
@@ -162,7 +161,7 @@ def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[f
     if max(axes) >= len(zooms):
         raise ValueError(f"shape {header.get_data_shape()} is no picture")
     unit_mm = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    first, second = (float(zooms[axis]) * unit_mm for axis in axes)
+    first, second = (abs(float(zooms[axis])) * unit_mm for axis in axes)  # some writers give directions by signs
     if not (math.isfinite(first) and math.isfinite(second) and min(first, second) > 0):
         raise ValueError(f"the pixel spacing {[first, second]} is not positive")
     return first, second
@@ -190,6 +189,7 @@ def read_frames(raw: bytes) -> tuple[np.ndarray, tuple[float, float], Place]:
     nibabel does.
     """
     header, values = open_nifti(raw)
+    header.check_fix()  # nibabel's own checks: the affine and what is written need them, mere values do not
     affine = header.get_best_affine()
     wide = [axis for axis, size in enumerate(values.shape) if size > 1]
     if len(wide) not in (2, 3):

@@ -65,6 +65,12 @@ def test_spacing_is_in_mm_whatever_unit_the_header_names(unit, scale):
     assert decode_nifti(raw)[1] == pytest.approx((0.5 * scale, 0.25 * scale))
 
 
+def test_a_negative_spacing_is_a_direction_and_no_size():
+    raw = bytearray(file_bytes(np.zeros((3, 4), np.uint8), "<", (0.25, 0.5)))
+    raw[80:84] = struct.pack("<f", -0.25)
+    assert decode_nifti(bytes(raw))[1] == pytest.approx((0.5, 0.25))
+
+
 def test_an_uncompressed_file_beside_is_read_where_there_is_no_compressed_one(tmp_path):
     path = str(tmp_path / "a.nii.gz")
     for name, value in (("a.nii", 1), ("b.nii.gz", 2)):
