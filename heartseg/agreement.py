@@ -18,11 +18,11 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the mean of `values` [N] (NaN left out), resampling whole `patients` [N].
 
-    Efron and Tibshirani 1993, the cluster bootstrap. Returns (nan, nan) where nothing has a value.
+    Efron and Tibshirani 1993, the cluster bootstrap. Returns (nan, nan) for fewer than two patients.
     """
     known = ~np.isnan(values)
     _, owner = np.unique(patients[known], return_inverse=True)
-    if not len(owner):
+    if len(np.unique(owner)) < 2:
         return float("nan"), float("nan")
     sums = np.bincount(owner, weights=values[known])
     counts = np.bincount(owner)

@@ -198,18 +198,21 @@ def table_text(summary: dict, names: Iterable[str] = ("dice", "iou", "accuracy",
     """The summary as text tables for a terminal."""
     lines = [f"{'score':<14}{'mean':>8}   95 % interval    pooled"]
     for name in [*names, *(score for score in SCORES if score.startswith("dice_"))]:
-        entry, pooled = summary["scores"][name], summary["pooled"][name]
-        if entry["mean"] is not None:
-            shown = "" if pooled is None else f"{pooled:.4f}"
-            lines.append(f"{name:<14}{entry['mean']:>8.4f}   {entry['low']:.4f} - {entry['high']:.4f}  {shown}")
+        lines += _score_line(name, summary["scores"][name], summary["pooled"][name], 4)
     lines.append(f"{'distance':<14}{'mean':>8}   95 % interval    median")
     for name in DISTANCES:
-        entry = summary["scores"][name]
-        if entry["mean"] is not None:
-            lines.append(
-                f"{name:<14}{entry['mean']:>8.2f}   {entry['low']:>6.2f} - {entry['high']:<6.2f}  {entry['median']:>6.2f}"
-            )
+        lines += _score_line(name, summary["scores"][name], summary["scores"][name]["median"], 2)
     return "\n".join([*lines, *_agreement_lines(summary["clinical"])])
+
+
+def _score_line(name: str, entry: dict, last: float | None, digits: int) -> list[str]:
+    """One row of a table; none where there is no mean, and no interval where one patient gives none."""
+    if entry["mean"] is None:
+        return []
+    ends = [entry[end] for end in ("low", "high")]
+    interval = "" if None in ends else " - ".join(f"{value:.{digits}f}" for value in ends)
+    shown = "" if last is None else f"{last:.{digits}f}"
+    return [f"{name:<14}{entry['mean']:>8.{digits}f}   {interval:<15}  {shown:>6}"]
 
 
 def _agreement_lines(clinical: dict) -> list[str]:

@@ -21,7 +21,9 @@ USUAL_DEPTH_MM = 145.0
 INTENDED_USE = "research use only, not a medical device"
 # How ef.csv begins; the other indices follow.
 FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_camus", "esv_ml_camus")
-FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "reason")
+FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
+# Two views of one heart whose EFs are further apart than this, in points, do not describe one heart.
+MOST_APART = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +79,25 @@ def study_row(patient: str, outcomes: Iterable[Outcome]) -> dict:
     by_view = {view: [o for o in outcomes if o.clip.view == view] for view in VIEWS}
     chosen = {view: _phases_of(found) for view, found in by_view.items()}
     masks = {(view, phase): entry for view, (_, phases) in chosen.items() for phase, entry in phases.items()}
-    spacing_known = bool(masks) and all(spacing_mm for _, spacing_mm in masks.values())
+    spacing_known = all(spacing_mm for _, spacing_mm in masks.values())
     row = patient_indices(masks, spacing_known)
     nameless = [o.clip.stem for o in outcomes if o.clip.view is None]
     if nameless:
         row["reason"] += f"; the view of {', '.join(nameless)} is not known, --view says it"
+    phaseless = [o.clip.stem for o in outcomes if o.frames == 1 and o.clip.phase is None]
+    if phaseless:
+        row["reason"] += f"; the phase of {', '.join(phaseless)} is not known: --phase says it, or names as PATIENT_4CH_ED do"
     row["reason"] = row["reason"].removeprefix("; ")
+    row["doubts"] = "; ".join([*_views_apart(row), *(f"{o.clip.stem}: {doubt}" for o in outcomes for doubt in o.doubts)])
+    row["confidence"] = min((o.confidence for o in outcomes), default=float("nan"))
     return {"patient": patient} | {f"from_{view}": where for view, (where, _) in chosen.items()} | row
+
+
+def _views_apart(row: dict) -> list[str]:
+    """A doubt where each view alone says another EF."""
+    apart = abs(row["ef_4ch_ase"] - row["ef_2ch_ase"])
+    said = f"EF is {row['ef_4ch_ase']:.0f} % in 4CH alone and {row['ef_2ch_ase']:.0f} % in 2CH alone"
+    return [f"the views disagree by {apart:.0f} points: {said}"] if apart > MOST_APART else []
 
 
 def _phases_of(outcomes: list[Outcome]) -> tuple[str, dict]:
@@ -149,11 +163,12 @@ def doubtful(outcome: Outcome) -> str:
 
 def headline(row: dict) -> str:
     """One line of a patient for a terminal: EF by the ase convention, of both views where there are, else of one."""
-    for method, said in (("ase", "biplane"), ("4ch_ase", "4CH alone"), ("2ch_ase", "2CH alone")):
+    for method, said in (("ase", "biplane, ase"), ("4ch_ase", "4CH alone, ase"), ("2ch_ase", "2CH alone, ase")):
         if math.isfinite(row[f"ef_{method}"]):
             volumes = [row[f"{name}_ml_{method}"] for name in ("edv", "esv")]
             known = f"   EDV {volumes[0]:.0f} ml, ESV {volumes[1]:.0f} ml" if all(map(math.isfinite, volumes)) else ""
-            return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({said}){known}"
+            doubt = f"   {_views_apart(row)[0]}" if _views_apart(row) else ""
+            return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({said}){known}{doubt}"
     return f"{row['patient']}   no EF: {row['reason']}"
 
 

@@ -76,6 +76,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
         "groups": {g: {"patients": len(p), "images": shards.num_rows(g)} for g, p in shards.groups.items()},
         "initial": initial,
         # So that nobody is ever scored on hearts that the run has trained on, however the shards are divided later.
+        "val_patients": shards.groups.get("val", []),
         "train_patients": sorted({*shards.groups["train"], *(initial["train_patients"] if initial else ())}),
         "source_sha256": shards.manifest["source_sha256"],
         "code": code_revision(),

@@ -71,11 +71,11 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
     ef = agreement["ef_camus"]
     limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
     said = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, r {ef['r']:.2f}."
+    scatter = figures.agreement_scatter(*pair.T, "EF (camus), predicted against expert", "%")
+    differences = figures.bland_altman(*pair.T, "Bland-Altman, EF (camus)", "points")
     plots = [
-        inline(figures.agreement_scatter(*pair.T, "Predicted against expert EF", "%"), "ef-scatter", f"Scatter of EF: {said}"),
-        inline(
-            figures.bland_altman(*pair.T, "Bland-Altman, EF", "points"), "ef-bland-altman", f"Bland-Altman plot of EF: {said}"
-        ),
+        inline(scatter, "ef-scatter", f"Scatter of EF: {said}"),
+        inline(differences, "ef-bland-altman", f"Bland-Altman plot of EF: {said}"),
     ]
     return {"ef": ef, "rows": rows, "plots": plots, "classes": clinical["ef_classes"], "incomplete": clinical["incomplete"]}
 
@@ -85,7 +85,8 @@ def published_section(summary: dict, dataset: str) -> dict | None:
     phases = summary["by"].get("phase", {})
     if dataset != "CAMUS" or any(phase not in phases for phase in PHASES):
         return None
-    kinds, ours = ("endo", "epi", "la"), {"name": f"This model, {summary['group']} group"}
+    whose = "These masks" if "predictions" in summary else "This model"
+    kinds, ours = ("endo", "epi", "la"), {"name": f"{whose}, {summary['group']} group"}
     challenge = [ours | {
         "dice": {s: tuple(phases[p][f"dice_{s}"] for p in PHASES) for s in kinds},
         "hd_mm": {s: tuple(phases[p][f"hd_{s}_mm"] for p in PHASES) for s in kinds},

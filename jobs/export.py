@@ -23,7 +23,7 @@ from heartseg import locks, phantom, predict, runs, storage
 from heartseg.batches import Intensity
 from heartseg.errors import UserError
 from heartseg.labels import CLASSES, VIEWS
-from heartseg.shards import MANIFEST, as_frames, open_shards, read_part, resize_image
+from heartseg.shards import Shards, as_frames, open_shards, read_part, resize_image
 from jobs import runtime
 
 FILES = {"torch.export": "model.pt2", "onnx": "model.onnx"}
@@ -111,12 +111,11 @@ def check_packages() -> None:
 def check_images(segmenter: predict.Segmenter, data: str) -> tuple[torch.Tensor, str]:
     """Images uint8 [N,1,H,W] on the stored grid to compare on, and what they are: `real images`, or `synthetic` ones."""
     grid = segmenter.experiment.image
-    at = data or segmenter.experiment.data
-    if data or (at and storage.exists(storage.join(at, MANIFEST))):
-        shards = open_shards(at)
+    shards = open_shards(data) if data else own_shards(segmenter)
+    if shards:
         if shards.image != grid:
             raise UserError(
-                f"{at} has {shards.image.height} x {shards.image.width} images, the model sees others: give its own."
+                f"{shards.path} has {shards.image.height} x {shards.image.width} images, the model sees others: give its own."
             )
         frames = as_frames(read_part(shards, shards.manifest["parts"][0]), grid)
         kind = "synthetic" if shards.manifest["dataset"] == "phantom" else "real"
@@ -124,6 +123,14 @@ def check_images(segmenter: predict.Segmenter, data: str) -> tuple[torch.Tensor,
     scanners = [phantom.Scanner(number, 0, view, 0.25) for number in range(1, 1 + CHECKED_IMAGES // 2) for view in VIEWS]
     pictures = [resize_image(scanner.picture(0.0), grid.height, grid.width) for scanner in scanners]
     return torch.from_numpy(np.stack(pictures))[:, None], "synthetic images"
+
+
+def own_shards(segmenter: predict.Segmenter) -> Shards | None:
+    """The shards that the run was trained on; None where they are gone, or written by another version."""
+    try:
+        return open_shards(segmenter.experiment.data) if segmenter.experiment.data else None
+    except UserError:
+        return None
 
 
 def convert(segmenter: predict.Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]]:

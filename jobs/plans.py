@@ -83,20 +83,29 @@ def open_source(options: Options, trained_on: str) -> Source:
 
 
 def choose_group(asked: str, source: Source) -> str:
-    """The group asked for; `auto` is the first there is of test, val and all."""
-    group = asked if asked != "auto" else next((name for name in ("test", "val", "all") if name in source.groups), "test")
-    if group not in source.groups:
-        raise UserError(f"{source.path} has no group {group}: take one of {', '.join(source.groups)}.")
+    """The group asked for; `auto` is the first of test, val and all that has patients."""
+    known = [name for name, patients in source.groups.items() if patients]
+    group = asked if asked != "auto" else next((name for name in ("test", "val", "all") if name in known), "test")
+    if group not in known:
+        raise UserError(f"{source.path} has no patients in a group {group}: take one of {', '.join(known)}.")
     return group
 
 
-def refuse_trained(run: runs.Run, group: str, patients: Sequence[str]) -> None:
+def refuse_trained(run: runs.Run, group: str, source: Source) -> None:
     """Raise UserError where a run is to be scored on hearts that it was trained on, under another name than train."""
-    seen = set(run.description["train_patients"]) & set(patients)
-    if seen and group != "train":
-        raise UserError(
-            f"{run.path} was trained on {len(seen)} patients of this {group} group: give the data and split it knew."
-        )
+    seen = set(run.description["train_patients"]) & set(source.groups[group])
+    # The phantom's patients and CAMUS's have the same names.
+    if seen and run.description["dataset"] == source.dataset and group != "train":
+        told = f"{len(seen)} patients of this {group} group"
+        raise UserError(f"{run.path} was trained on {told}: give another --group, or as --data the shards it was trained on.")
+
+
+def choose_checkpoint(asked: str, group: str, source: Source, owners: Sequence[runs.Run]) -> str:
+    """`best` or `last`; `auto` is best to report on test, unless some of its patients were what it is best on."""
+    if asked != "auto":
+        return asked
+    chosen_on = {name for owner in owners for name in owner.description.get("val_patients", ())}
+    return "best" if group == "test" and not chosen_on & set(source.groups[group]) else "last"
 
 
 def plan_checkpoint(options: Options) -> Plan:
@@ -107,8 +116,8 @@ def plan_checkpoint(options: Options) -> Plan:
     group = choose_group(options.group, source)
     owners = [runs.find_run(path) for path in paths]
     for owner in owners:
-        refuse_trained(owner, group, source.groups[group])
-    which = options.which if options.which != "auto" else ("best" if group == "test" else "last")
+        refuse_trained(owner, group, source)
+    which = choose_checkpoint(options.which, group, source, owners)
     found = [checkpoint.find(path, which) for path in paths]
     described = {
         "checkpoint": ", ".join(each.path for each in found),

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from heartseg import camus, storage
+from heartseg import camus, runs, storage
 from heartseg.cases import TreeTruth
 from heartseg.errors import UserError
 from heartseg.evaluation import KEYS, patient_row
 from heartseg.labels import PHASES, STRUCTURE_LABELS, VIEWS, Phase, View
 from heartseg.metrics import DISTANCES, SCORES
 from heartseg.predict import Segmented
-from jobs import evaluate
+from jobs import evaluate, plans
 
 
 def table(out: str, name: str):
@@ -119,3 +119,15 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
     assert alone["ef_ase_truth"] > 0 and alone["reason_truth"] == ""
     assert np.isnan(doubled["ef_ase_truth"]) and "no 2CH ED mask" in doubled["reason_prediction"]
     assert doubled["images"] == len(twice)
+
+
+def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
+    source = plans.Source(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom", "f", is_tree=True)
+    assert plans.choose_group("auto", source) == "val"
+    with pytest.raises(UserError, match="no patients in a group test: take one of val, train"):
+        plans.choose_group("test", source)
+    run = runs.Run("r", {"train_patients": ["patient0001"], "val_patients": ["patient0003"], "dataset": "CAMUS"})
+    plans.refuse_trained(run, "val", source)  # CAMUS's patient0001 is another one
+    tested = replace(source, groups={"test": ["patient0003"]})
+    assert plans.choose_checkpoint("auto", "test", tested, [run]) == "last"
+    assert plans.choose_checkpoint("auto", "test", replace(tested, groups={"test": ["patient0004"]}), [run]) == "best"

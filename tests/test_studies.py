@@ -236,6 +236,20 @@ def test_without_spacing_there_is_an_ef_and_no_volume(hearts, tmp_path):
     assert "EF" in outcome.headline(row) and "ml" not in outcome.headline(row)
 
 
+def test_views_that_disagree_are_a_doubt_and_names_without_a_phase_say_what_to_do(hearts, tmp_path):
+    (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.phase is not None).values()
+    row = outcome.study_row("patient0001", outcomes)
+    assert row["doubts"] == "" and row["confidence"] == 1 and "disagree" not in outcome.headline(row)
+    # The four-chamber view's end-systole in the place of its end-diastole: a ventricle that does not move.
+    still = [o for o in outcomes if (o.clip.view, o.clip.phase) == (View.FOUR_CHAMBER, Phase.ES)][0]
+    frozen = [o for o in outcomes if (o.clip.view, o.clip.phase) != (View.FOUR_CHAMBER, Phase.ED)]
+    frozen.append(outcome.Outcome(**{**vars(still), "phases": {Phase.ED: still.phases[Phase.ES]}}))
+    row = outcome.study_row("patient0001", frozen)
+    assert "the views disagree by" in row["doubts"] and "the views disagree by" in outcome.headline(row)
+    unnamed = outcome.Outcome(**{**vars(still), "clip": Clip(**{**vars(still.clip), "phase": None}), "phases": {}})
+    assert "--phase says it" in outcome.study_row("patient0001", [unnamed])["reason"]
+
+
 def test_a_sequence_of_an_unknown_view_is_measured_and_its_row_says_what_to_do(hearts, tmp_path):
     (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.stem.endswith("2CH_half_sequence")).values()
     unknown = Clip(**{**vars(outcomes[0].clip), "view": None})
