@@ -6,8 +6,8 @@ A script of its own, since `ray.cluster_utils.Cluster` and the tests' Ray cannot
 import os
 import socket
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
@@ -32,11 +32,12 @@ def main(shards: str, folder: str) -> None:
     train.SECONDS_TO_GROW = 5
     base = tiny_experiment(data=shards, runs=folder, workers=2, min_workers=1)
     experiment = replace(base, train=replace(base.train, epochs=EPOCHS))
-    worlds = threading.Thread(target=disturb, args=(cluster, nodes, folder), daemon=True)
-    worlds.start()
-    path = train.run(experiment, train.Options())
+    # A node can be added from the main thread only.
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train.run, experiment, train.Options())
+        disturb(cluster, nodes, folder)
+        path = training.result()
     assert len(runs.read_record(path)) == EPOCHS
-    assert not worlds.is_alive()
 
 
 def disturb(cluster: Cluster, nodes: list, folder: str) -> None:
@@ -64,8 +65,11 @@ def worlds_of(folder: str) -> list[int]:
     return [epoch["workers"] for epoch in runs.read_record(run_of(folder))]
 
 
-def wait(condition) -> None:
+def wait(condition, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
     while not condition():
+        if time.monotonic() > end:
+            os._exit(1)  # the training in its thread would hold the process
         time.sleep(0.1)
 
 
