@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from heartseg.runs import Run
 log = logging.getLogger(__name__)
 # Datasets whose images may leave the machine unasked: one is public, the other is nobody's heart.
 SHAREABLE = ("CAMUS", "phantom")
+# Seconds to wait before each further try to begin offline.
+WAITS_S = (0, 1, 2, 4, 8)
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
 SETTINGS = {
     "silent": True,
@@ -112,12 +115,22 @@ class WandbTracker(Tracker):
                 reason,
                 self.run_path,
             )
-            self.wandb.teardown()  # its service still holds the run's id for the attempt that failed
             mode = "offline"
-            started = self.wandb.init(mode=mode, **arguments)
+            started = self._start_offline(arguments)
         started.define_metric("*", step_metric="epoch")
         started.define_metric("val/dice", step_metric="epoch", summary="max")
         return started, mode not in ("offline", "dryrun", "disabled")
+
+    def _start_offline(self, arguments: dict):
+        """Begin offline after an attempt that failed, for which wandb's service may hold the run's id for some seconds."""
+        for wait_s in WAITS_S:
+            self.wandb.teardown()
+            time.sleep(wait_s)
+            try:
+                return self.wandb.init(mode="offline", **arguments)
+            except Exception as error:  # "run ID … is in use" is of a kind that wandb does not export
+                log.debug("wandb is not free yet: %s", error)
+        return self.wandb.init(mode="offline", **arguments)
 
     def _fragments(self) -> list[Path]:
         """The files of this run's earlier processes, oldest first."""
@@ -198,7 +211,12 @@ def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[
     """The tracker of this rank; `record` is what the run did before, epoch by epoch."""
     if not is_main or experiment.tracking.wandb == "off":
         return Tracker()
-    return WandbTracker(experiment, run, record)
+    try:
+        return WandbTracker(experiment, run, record)
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        log.warning("wandb cannot be started (%s): this run is not tracked, metrics.jsonl and metrics.csv hold it all.", reason)
+        return Tracker()
 
 
 def _mode(experiment: Experiment) -> str:
