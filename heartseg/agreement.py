@@ -21,8 +21,8 @@ def bootstrap_interval(
     Efron and Tibshirani 1993, the cluster bootstrap. Returns (nan, nan) for fewer than two patients.
     """
     known = ~np.isnan(values)
-    _, owner = np.unique(patients[known], return_inverse=True)
-    if len(np.unique(owner)) < 2:
+    names, owner = np.unique(patients[known], return_inverse=True)
+    if len(names) < 2:
         return float("nan"), float("nan")
     sums = np.bincount(owner, weights=values[known])
     counts = np.bincount(owner)

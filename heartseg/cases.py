@@ -161,7 +161,7 @@ class FilePredictions:
                 raise UserError(f"--pattern {pattern!r} leaves the folder of the predictions.")
         files: dict[str, dict[str, list[str]]] = {}
         for path in storage.walk(folder):
-            match = NIFTI_NAME.fullmatch(path.rsplit("/", 1)[-1])
+            match = NIFTI_NAME.fullmatch(storage.last_part(path))
             if match:
                 files.setdefault(match["stem"], {}).setdefault(match["suffix"] or "", []).append(path)
         if not files:

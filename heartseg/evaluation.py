@@ -19,7 +19,7 @@ from heartseg.clinical import INDICES, patient_indices
 from heartseg.config import PredictConfig
 from heartseg.metrics import DISTANCES, SCORES, confusion, image_scores, surface_distances
 from heartseg.postprocess import implausibilities
-from heartseg.predict import Ensemble, Segmented, Segmenter, segment
+from heartseg.predict import Ensemble, Segmented, Segmenter, segment_images
 from heartseg.shards import resize_image
 
 KEYS = ("patient", "view", "phase", "frame", "number", "quality")
@@ -32,13 +32,7 @@ AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_"
 
 def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig) -> list[Segmented]:
     """A predicted mask on the native grid for each case, from its image."""
-    grid, size = segmenter.experiment.image, segmenter.experiment.train.eval_batch_size
-    found: list[Segmented] = []
-    for start in range(0, len(cases), size):
-        batch = cases[start : start + size]
-        small = np.stack([resize_image(case.image, grid.height, grid.width) for case in batch])
-        found += segment(segmenter, torch.from_numpy(small)[:, None], [case.truth.shape for case in batch], options)
-    return found
+    return segment_images(segmenter, [case.image for case in cases], options, [case.truth.shape for case in cases])
 
 
 def score_image(case: Case, predicted: Segmented) -> dict:

@@ -50,7 +50,7 @@ class Frames:
 
 def kind_of(path: str) -> str | None:
     """`nifti`, `dicom`, `video` or `picture`; None for what is no input. DICOM files may have any name."""
-    name = path.rstrip("/").rsplit("/", 1)[-1].lower()
+    name = storage.last_part(path).lower()
     for suffix, kind in KINDS.items():
         if name.endswith(suffix):
             return kind

@@ -167,7 +167,7 @@ def headline(row: dict) -> str:
         if math.isfinite(row[f"ef_{method}"]):
             volumes = [row[f"{name}_ml_{method}"] for name in ("edv", "esv")]
             known = f"   EDV {volumes[0]:.0f} ml, ESV {volumes[1]:.0f} ml" if all(map(math.isfinite, volumes)) else ""
-            doubt = f"   {_views_apart(row)[0]}" if _views_apart(row) else ""
+            doubt = "".join(f"   {doubt}" for doubt in _views_apart(row))
             return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({said}){known}{doubt}"
     return f"{row['patient']}   no EF: {row['reason']}"
 

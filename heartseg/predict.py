@@ -115,16 +115,22 @@ def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: Pr
 
 
 def segment_images(
-    segmenter: Segmenter | Ensemble, images: Sequence[np.ndarray], options: PredictConfig = NETWORKS_OWN
+    segmenter: Segmenter | Ensemble,
+    images: Sequence[np.ndarray],
+    options: PredictConfig = NETWORKS_OWN,
+    shapes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Segmented]:
-    """Masks of upright uint8 images [H,W] of any sizes, in batches of the experiment's `eval_batch_size`."""
+    """Masks of upright uint8 images [H,W] of any sizes, in batches of the experiment's `eval_batch_size`.
+
+    Each is on its own grid of `shapes`, which are the images' own where none are given.
+    """
     grid, size = segmenter.experiment.image, segmenter.experiment.train.eval_batch_size
+    shapes = shapes or [image.shape for image in images]
     found = []
     for start in range(0, len(images), size):
-        chosen = images[start : start + size]
-        stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in chosen]
-        batch = torch.from_numpy(np.stack(stored))[:, None]
-        found += segment(segmenter, batch, [image.shape for image in chosen], options)
+        chosen = slice(start, start + size)
+        stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in images[chosen]]
+        found += segment(segmenter, torch.from_numpy(np.stack(stored))[:, None], shapes[chosen], options)
     return found
 
 
@@ -199,6 +205,11 @@ def load(path: str, which: str = "last", device: str | torch.device | None = Non
     model.load_state_dict(found.weights())
     model = model.to(device, memory_format=torch.channels_last).eval()
     return Segmenter(model, experiment, Intensity(*found.card["intensity"]), found.card, torch.device(device))
+
+
+def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Segmenter | Ensemble:
+    """One checkpoint as a Segmenter, several as an Ensemble; raises UserError as `load` and `load_ensemble` do."""
+    return load(paths[0], which, device) if len(paths) == 1 else load_ensemble(paths, which, device)
 
 
 def load_ensemble(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Ensemble:

@@ -72,7 +72,7 @@ def write_report(evaluation: str, run: str | None = None) -> str:
     )  # fmt: skip
     environment.filters |= {"score": show_score, "interval": show_interval, "number": show_number}
     page = environment.get_template(PAGE).render(
-        name=(run or summary.get("predictions", "masks")).rstrip("/").rsplit("/", 1)[-1],
+        name=storage.last_part(run or summary.get("predictions", "masks")),
         dataset=dataset,
         trained=bool(run),
         summary=summary,

@@ -33,7 +33,7 @@ class Run:
     @property
     def name(self) -> str:
         """The last part of its path."""
-        return self.path.rstrip("/").rsplit("/", 1)[-1]
+        return storage.last_part(self.path)
 
 
 def run_name(experiment: Experiment, shards: Shards, initial: dict | None = None) -> str:

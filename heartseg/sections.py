@@ -12,9 +12,9 @@ import pandas
 from markupsafe import Markup
 
 from heartseg import figures, published, storage
+from heartseg.evaluation import EXAMPLES
 from heartseg.labels import PHASES, frame_name
 
-EXAMPLES = "examples.npz"
 STRUCTURE_TITLES = {"endo": "Cavity (endo)", "myo": "Wall (myo)", "la": "Left atrium (la)", "epi": "Epicardium (endo + myo)"}
 DISTANCE_COLUMNS = {"masd": "Mean surface distance", "hd95": "95 % Hausdorff", "hd": "Hausdorff"}
 AGREEMENT_TITLES = {

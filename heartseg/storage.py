@@ -107,6 +107,11 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts]) if is_uri(base) else os.path.join(base, *parts)
 
 
+def last_part(path: str) -> str:
+    """The name of a file or folder: what stands behind the last slash of its path or URI."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
 def absolute(path: str) -> str:
     """A local path made absolute; a URI as it is. Ray workers have a working directory of their own."""
     return path if is_uri(path) else os.path.abspath(path)

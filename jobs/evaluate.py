@@ -95,7 +95,7 @@ class Predict:
         paths = self.plan.predictor
         if not isinstance(paths, tuple):
             return None
-        return predict.load_ensemble(paths) if len(paths) > 1 else predict.load(paths[0])
+        return predict.load_all(paths)
 
     def __call__(self, patients: list[str]) -> tuple[list, list, list[dict]]:
         """The patients' cases without their images, a mask for each, and what is missing."""

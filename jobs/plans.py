@@ -8,7 +8,7 @@ from heartseg import camus, checkpoint, runs, storage
 from heartseg.cases import FilePredictions, ShardTruth, TreeTruth
 from heartseg.config import PredictConfig, canonical, to_json
 from heartseg.errors import UserError
-from heartseg.shards import open_shards
+from heartseg.shards import Shards, open_shards
 from jobs import runtime
 
 
@@ -63,23 +63,28 @@ class Source:
     path: str
     groups: dict[str, list[str]]
     dataset: str
-    fingerprint: str
-    is_tree: bool
+    shards: Shards | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images from others; for a tree, the names and sizes of its files."""
+        if self.shards:
+            return self.shards.fingerprint
+        return storage.sha256(canonical({name: camus.list_files(self.path, name) for name in self.groups["all"]}))
 
     def truth(self, group: str) -> ShardTruth | TreeTruth:
         """The group's cases."""
-        return TreeTruth(self.path) if self.is_tree else ShardTruth(open_shards(self.path), group)
+        return ShardTruth(self.shards, group) if self.shards else TreeTruth(self.path)
 
 
 def open_source(options: Options, trained_on: str) -> Source:
     """The tree of --truth, or the shards of --data, the run's own where neither is given."""
     if not options.truth:
         shards = open_shards(runtime.absolute(options.data or trained_on, "data"))
-        return Source(shards.path, shards.groups, shards.manifest["dataset"], shards.fingerprint, is_tree=False)
+        return Source(shards.path, shards.groups, shards.manifest["dataset"], shards)
     path = runtime.absolute(options.truth, "truth")
     names = camus.find_patients(path)
-    listing = storage.sha256(canonical({name: camus.list_files(path, name) for name in names}))
-    return Source(path, camus.read_groups(path) | {"all": names}, camus.dataset_name(path, names), listing, is_tree=True)
+    return Source(path, camus.read_groups(path) | {"all": names}, camus.dataset_name(path, names))
 
 
 def choose_group(asked: str, source: Source) -> str:
@@ -126,7 +131,7 @@ def plan_checkpoint(options: Options) -> Plan:
         "data_fingerprint": source.fingerprint, "dataset": source.dataset,
     }  # fmt: skip
     done = [f"ensemble{len(found)}"] * (len(found) > 1) + [name for name, on in to_json(options.post).items() if on]
-    name = "-".join(["evaluation", group, *([last_part(source.path)] if source.is_tree else []), *done])
+    name = "-".join(["evaluation", group, *([] if source.shards else [storage.last_part(source.path)]), *done])
     out = runtime.absolute(options.out, "out") if options.out else storage.join(owners[0].path, name)
     checkpoints = tuple(each.path for each in found)
     return Plan(source.truth(group), checkpoints, sorted(source.groups[group]), out, owners[0].path, options.post, described)
@@ -144,12 +149,7 @@ def plan_files(options: Options) -> Plan:
     if not chosen:
         names = len(source.groups[group])
         raise UserError(f"{masks.folder} holds a mask of none of the {names} patients of {source.path}: give --pattern.")
-    out = runtime.absolute(options.out or f"evaluation-{last_part(masks.folder)}", "out")
+    out = runtime.absolute(options.out or f"evaluation-{storage.last_part(masks.folder)}", "out")
     described = {"predictions": masks.folder, "truth": source.path, "group": group, "dataset": source.dataset}
     truth = TreeTruth(source.path, images=False)
     return Plan(truth, masks, sorted(chosen), out, None, options.post, described)
-
-
-def last_part(path: str) -> str:
-    """The name of a file or folder."""
-    return path.rstrip("/").rsplit("/", 1)[-1]

@@ -79,8 +79,7 @@ def run(options: Options) -> str:
     studies.check_out(out, source, clips)
     paths = [path, *(runtime.absolute(other, "ensemble") for other in options.ensemble)]
     device = None if options.device == "auto" else options.device
-    several = len(paths) > 1
-    segmenter = predict.load_ensemble(paths, options.which, device) if several else predict.load(path, options.which, device)
+    segmenter = predict.load_all(paths, options.which, device)
     with locks.lock(out):
         return outline_all(options, segmenter, clips, source, out)
 

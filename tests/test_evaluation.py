@@ -122,7 +122,7 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
 
 
 def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
-    source = plans.Source(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom", "f", is_tree=True)
+    source = plans.Source(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
     assert plans.choose_group("auto", source) == "val"
     with pytest.raises(UserError, match="no patients in a group test: take one of val, train"):
         plans.choose_group("test", source)

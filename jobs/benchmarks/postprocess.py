@@ -117,7 +117,7 @@ def job(argv: Sequence[str]) -> None:
     options = runtime.parse_line(Options, argv, shown, "Measure what is done to a prediction beyond the network's labels.")
     runtime.require(options.checkpoint, "--checkpoint", "the folder of a run")
     paths = [runtime.absolute(path, "checkpoint") for path in options.checkpoint.split(",")]
-    segmenter = predict.load(paths[0]) if len(paths) == 1 else predict.load_ensemble(paths)
+    segmenter = predict.load_all(paths)
     shards = open_shards(runtime.absolute(options.data or segmenter.experiment.data, "data"))
     if options.group not in shards.groups:
         raise UserError(f"The shards have no group {options.group}: take one of {', '.join(shards.groups)}.")
