@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from heartseg.runs import Run
 log = logging.getLogger(__name__)
 # Datasets whose images may leave the machine unasked: one is public, the other is nobody's heart.
 SHAREABLE = ("CAMUS", "phantom")
-# Seconds to wait before each further try to begin offline.
-WAITS_S = (0, 1, 2, 4, 8)
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
 SETTINGS = {
     "silent": True,
@@ -116,21 +113,11 @@ class WandbTracker(Tracker):
                 self.run_path,
             )
             mode = "offline"
-            started = self._start_offline(arguments)
+            self.wandb.teardown()  # its service holds the run's id for the attempt that failed
+            started = self.wandb.init(mode=mode, **arguments)
         started.define_metric("*", step_metric="epoch")
         started.define_metric("val/dice", step_metric="epoch", summary="max")
         return started, mode not in ("offline", "dryrun", "disabled")
-
-    def _start_offline(self, arguments: dict):
-        """Begin offline after an attempt that failed, for which wandb's service may hold the run's id for some seconds."""
-        for wait_s in WAITS_S:
-            self.wandb.teardown()
-            time.sleep(wait_s)
-            try:
-                return self.wandb.init(mode="offline", **arguments)
-            except Exception as error:  # "run ID … is in use" is of a kind that wandb does not export
-                log.debug("wandb is not free yet: %s", error)
-        return self.wandb.init(mode="offline", **arguments)
 
     def _fragments(self) -> list[Path]:
         """The files of this run's earlier processes, oldest first."""
@@ -235,7 +222,9 @@ def _prepare(folder: str) -> None:
     """Cache, artifact staging and settings stay with the run; wandb would use the home directory.
 
     Its own error reports are off: they leave the machine unasked, and hold a process for 10 s where the server is silent.
+    A parent process's service is not shared: it would end with the parent, and keep the id of an attempt that failed.
     """
+    os.environ.pop("WANDB_SERVICE", None)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_CONFIG_DIR"):
         os.environ[variable] = os.path.join(folder, variable.removeprefix("WANDB_").removesuffix("_DIR").lower())
