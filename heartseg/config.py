@@ -1,7 +1,7 @@
 """The experiment as typed, frozen values; strict to and from JSON.
 
-Every default is stated once: here where it is the neutral choice, in recipes.py where it makes a recipe. The text under
-a field is its `--help`.
+Every default is stated once: here or in training_config.py where it is the neutral choice, in recipes.py where it makes a
+recipe. The text under a field is its `--help`.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from heartseg.errors import UserError
+from heartseg.errors import require
 from heartseg.strict import structure
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
+from heartseg.training_config import AugmentConfig as AugmentConfig
+from heartseg.training_config import LossConfig as LossConfig
+from heartseg.training_config import OptimConfig as OptimConfig
+from heartseg.training_config import ScheduleConfig as ScheduleConfig
+from heartseg.training_config import TrainConfig as TrainConfig
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class ImageConfig:
     """Columns (lateral) of a stored image, in pixels."""
 
     def __post_init__(self):
-        _require(min(self.height, self.width) >= 32, "image.height and image.width must be at least 32 pixels.")
-        _require(max(self.height, self.width) <= 2048, "image.height and image.width must be at most 2048 pixels.")
+        require(min(self.height, self.width) >= 32, "image.height and image.width must be at least 32 pixels.")
+        require(max(self.height, self.width) <= 2048, "image.height and image.width must be at most 2048 pixels.")
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class SplitConfig:
 
     def __post_init__(self):
         shares_fit = min(self.test_share, self.val_share) >= 0 and 0 < self.test_share + self.val_share < 1
-        _require(shares_fit, "split.test_share and split.val_share must be shares whose sum lies between 0 and 1.")
-        _require(self.folds >= 2, "split.folds must be at least 2.")
-        _require(0 <= self.fold < self.folds, f"split.fold must be from 0 to {self.folds - 1}, one less than split.folds.")
+        require(shares_fit, "split.test_share and split.val_share must be shares whose sum lies between 0 and 1.")
+        require(self.folds >= 2, "split.folds must be at least 2.")
+        require(0 <= self.fold < self.folds, f"split.fold must be from 0 to {self.folds - 1}, one less than split.folds.")
 
 
 @dataclass(frozen=True)
@@ -78,126 +78,8 @@ class ModelConfig:
     """Dropout before the head's last convolution."""
 
     def __post_init__(self):
-        _require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
-        _require(0 < self.bn_momentum <= 1, "model.bn_momentum must lie between 0 and 1.")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is minimised."""
-
-    kind: Literal["cross_entropy", "dice_cross_entropy"]
-    """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures."""
-    aux_weight: float = 0.4
-    """Weight of the auxiliary head's loss, where there is such a head."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimizer, clipping and weight averaging."""
-
-    kind: Literal["sgd", "adamw"]
-    """Optimizer."""
-    lr: float
-    """Base learning rate; the schedule multiplies it."""
-    momentum: float = 0.9
-    """Momentum of SGD, first beta of AdamW."""
-    weight_decay: float = 0.0
-    """Decoupled for AdamW, L2 for SGD."""
-    clip_norm: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
-    ema_decay: float = 0.0
-    """Decay of the exponential average of the weights, which is then what is evaluated; 0 keeps none."""
-
-    def __post_init__(self):
-        _require(0 < self.lr < 1e6, "optim.lr must be above 0, and finite.")
-        _require(0 <= self.momentum < 1, "optim.momentum must be at least 0 and below 1.")
-        _require(min(self.weight_decay, self.clip_norm) >= 0, "optim.weight_decay and optim.clip_norm must be at least 0.")
-        _require(0 <= self.ema_decay < 1, "optim.ema_decay must be at least 0 and below 1.")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run, as a multiplier of the base rate."""
-
-    kind: Literal["constant", "polynomial", "cosine"]
-    """Shape after the warm-up."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear rise at the start."""
-    power: float = 0.9
-    """Exponent of `polynomial`."""
-
-    def __post_init__(self):
-        _require(self.warmup_epochs >= 0 and self.power > 0, "schedule.warmup_epochs must be at least 0, schedule.power above.")
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Random changes of training images, each sample with its own draw; 0 switches a kind off. No flips: hearts have sides."""
-
-    rotate_deg: float = 0.0
-    """Largest rotation to either side, in degrees."""
-    scale: float = 0.0
-    """Largest relative change of size: 0.1 draws from 0.9 to 1.1."""
-    translate: float = 0.0
-    """Largest shift, as a share of the image's side."""
-    gain: float = 0.0
-    """Largest relative change of brightness."""
-    gamma: float = 0.0
-    """Largest change of the exponent: 0.3 draws from 1/1.3 to 1.3."""
-    noise: float = 0.0
-    """Largest standard deviation of multiplicative speckle."""
-    blur: float = 0.0
-    """Largest standard deviation of a Gaussian blur, in pixels of the stored image."""
-    sector_dropout: float = 0.0
-    """Largest width of a wedge that is darkened as by a rib's shadow, as a share of the sector's opening."""
-
-    def __post_init__(self):
-        values = dataclasses.astuple(self)
-        _require(all(0 <= value < 360 for value in values), "Every augment setting must be at least 0, and finite.")
-        _require(self.scale < 1, "augment.scale must be below 1.")
-        _require(self.blur <= 10, "augment.blur must be at most 10 pixels.")
-        _require(self.sector_dropout <= 1, "augment.sector_dropout must be at most 1, the whole sector.")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Length, batches and arithmetic of a run."""
-
-    epochs: int
-    """Passes over the training group."""
-    batch_size: int
-    """Images in a training batch, over all workers together."""
-    accumulate: int = 1
-    """Parts in which a worker computes its share of a batch, one after the other: less memory, the same update."""
-    eval_batch_size: int = 4
-    """Images in a batch of an evaluation; scores do not depend on it."""
-    intensity: Literal["unit", "standard"] = "unit"
-    """`unit`: images / 255. `standard`: also minus the training group's mean, over its standard deviation."""
-    seed: int = 0
-    """Seed of weights, order, dropout and augmentation."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes bf16 autocast where the hardware has it; GPUs compute fp32 in TF32."""
-    compile: Literal["off", "default", "reduce-overhead"] = "off"
-    """torch.compile for training steps; `reduce-overhead` replays CUDA graphs, for batches too small to fill a GPU."""
-    compress_gradients: bool = False
-    """Workers exchange gradients in bf16: half the bytes, for slow networks."""
-    deterministic: bool = False
-    """Two runs on one machine give the same bits; slower on GPUs."""
-
-    def __post_init__(self):
-        _require(self.epochs >= 1, "train.epochs must be at least 1.")
-        _require(self.batch_size >= 2, "train.batch_size must be at least 2: DeepLab cannot normalise one image.")
-        _require(self.eval_batch_size >= 1, "train.eval_batch_size must be at least 1.")
-        _require(
-            1 <= self.accumulate <= self.batch_size // 2,
-            "train.accumulate must be at least 1 and leave 2 images of train.batch_size in each part.",
-        )
-        # A replayed graph writes its gradients where the last ones lie, which accumulation still needs.
-        _require(
-            self.accumulate == 1 or self.compile != "reduce-overhead",
-            "train.accumulate needs train.compile off or default: reduce-overhead keeps one part's gradients only.",
-        )
+        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
+        require(0 < self.bn_momentum <= 1, "model.bn_momentum must lie between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -209,7 +91,7 @@ class TrackingConfig:
     project: str = "heartseg"
     """Project of the dashboard."""
     group: str = ""
-    """Group of the dashboard, for runs that belong together."""
+    """Group of the dashboard, for runs that belong together; a sweep's trials have its name."""
     images: Literal["auto", "on", "off"] = "auto"
     """Send overlays: `auto` for CAMUS and the phantom only, since other people's patients stay here unless asked."""
 
@@ -255,8 +137,8 @@ class Experiment:
     """Fewest workers to train on with when nodes are lost, until new ones come; 0 wants all of them."""
 
     def __post_init__(self):
-        _require(self.workers >= 1, "--workers must be at least 1.")
-        _require(0 <= self.min_workers <= self.workers, "--min-workers must be at least 0 and no more than --workers.")
+        require(self.workers >= 1, "--workers must be at least 1.")
+        require(0 <= self.min_workers <= self.workers, "--min-workers must be at least 0 and no more than --workers.")
 
 
 # What decides a run's result; the rest is where it runs and who is told.
@@ -265,7 +147,7 @@ IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
 
 def to_json(value: object) -> dict:
     """A dataclass as plain JSON values."""
-    return dataclasses.asdict(value)
+    return json.loads(json.dumps(dataclasses.asdict(value)))  # a tuple is a list there
 
 
 def identity(experiment: Experiment) -> dict:

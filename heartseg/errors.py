@@ -11,3 +11,9 @@ class StorageError(UserError):
 
 class OutOfMemory(UserError):
     """Memory ran out on one rank; the other ranks do not know."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise UserError with a sentence where a condition does not hold."""
+    if not condition:
+        raise UserError(sentence)

@@ -6,14 +6,14 @@ checked, and a damaged part is named.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from heartseg import splits, storage
-from heartseg.config import ImageConfig, canonical
+from heartseg.config import ImageConfig, SplitConfig, canonical
 from heartseg.errors import UserError
 from heartseg.shard_writer import (
     FORMAT,
@@ -114,6 +114,18 @@ def open_shards(path: str) -> Shards:
     if unknown:
         raise UserError(f"{path}/{SPLITS} names {min(unknown)}, of whom there are no shards: preprocess anew.")
     return Shards(path, manifest, groups)
+
+
+def hold_out(shards: Shards, share: float) -> Shards:
+    """The training group alone, a seeded and stratified `share` of its patients made a validation group; all as it is for 0.
+
+    Choices made on that group leave the reported ones untouched. Raises UserError where a group would be empty.
+    """
+    if not share:
+        return shards
+    split = SplitConfig("ratio", test_share=0.0, val_share=share)
+    groups = splits.make_groups(split, shards.groups["train"], {}, shards.manifest["patients"])
+    return replace(shards, groups=groups)
 
 
 @dataclass(frozen=True, eq=False)

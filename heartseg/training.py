@@ -20,7 +20,7 @@ from heartseg.keeper import Keeper
 from heartseg.model import build_model
 from heartseg.profiling import trace_steps
 from heartseg.runs import Run
-from heartseg.shards import Frames, Shards, load_groups, open_shards
+from heartseg.shards import Frames, Shards, hold_out, load_groups, open_shards
 from heartseg.tracking import build_tracker
 
 
@@ -34,6 +34,13 @@ def check_plan(experiment: Experiment, shards: Shards) -> None:
         )
     check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
+    if experiment.schedule.kind == "plateau" and "val" not in shards.groups:
+        raise UserError("schedule.kind plateau needs a validation group: give --train.holdout 0.1, or shards that have one.")
+
+
+def open_data(experiment: Experiment) -> Shards:
+    """The shards that a run trains on, in its groups: those of the split, or `train.holdout` taken from the training group."""
+    return hold_out(open_shards(experiment.data), experiment.train.holdout)
 
 
 def intensity_of(experiment: Experiment, shards: Shards) -> Intensity:
@@ -66,7 +73,7 @@ def train_rank(
 def _train(
     experiment: Experiment, run: Run, ranks: Ranks, wrap: Callable[..., nn.Module], report: Callable[..., None], profile: bool
 ) -> None:
-    shards = open_shards(experiment.data)
+    shards = open_data(experiment)
     frames = load_groups(shards, shards.groups)
     loaders = {group: Loader.of(f, ranks.rank, ranks.world_size, ranks.device) for group, f in frames.items()}
     intensity = intensity_of(experiment, shards)

@@ -27,7 +27,7 @@ from heartseg.finetune import find_initial
 from heartseg.model import check_installation
 from heartseg.runs import Run
 from heartseg.shards import open_shards
-from heartseg.training import check_plan, train_rank
+from heartseg.training import check_plan, open_data, train_rank
 from jobs import runtime
 
 # Seconds between two looks for nodes that an elastic run could grow onto.
@@ -56,7 +56,7 @@ def run(experiment: Experiment, options: Options) -> str:
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
     check_installation()
-    shards = open_shards(data)
+    shards = open_data(replace(experiment, data=data))
     check_plan(experiment, shards)
     initial = None
     if options.init_from:
@@ -74,7 +74,7 @@ def run_plainly(experiment: Experiment, options: Options, initial: dict | None) 
     """Train in this process, one of torchrun's or the only one."""
     ranks = distributed.start_plain()
     try:
-        shards, opened = open_shards(experiment.data), None
+        shards, opened = open_data(experiment), None
         if ranks.is_main:
             opened = runs.open_run(experiment, shards, options.run_name, options.fresh, initial)
             print(f"run {opened.path}")

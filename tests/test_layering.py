@@ -8,7 +8,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A file of the library imports only files above it.
 LAYERS = [
-    *("errors", "girder", "labels", "strict", "config", "recipes", "storage", "locks", "figures", "overlays", "nifti"),
+    *(
+        "errors",
+        "girder",
+        "labels",
+        "strict",
+        "training_config",
+        "config",
+        "recipes",
+        "storage",
+        "locks",
+        "figures",
+        "overlays",
+        "nifti",
+    ),
     *("formats", "camus", "pairs", "sources", "phantom", "agreement", "splits", "shard_writer", "shards", "survey"),
     *("batches", "augment", "model", "losses", "schedules", "optim", "metrics", "disks", "clinical", "postprocess"),
     *("distributed", "checkpoint", "engine", "predict", "outline", "cycle", "studies", "outcome", "cases", "evaluation"),

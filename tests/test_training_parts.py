@@ -2,7 +2,6 @@
 
 import urllib.request
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +12,10 @@ from torch.nn.functional import cross_entropy
 from heartseg import batches, losses
 from heartseg.augment import augment
 from heartseg.batches import Loader
-from heartseg.config import AugmentConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
+from heartseg.config import AugmentConfig, LossConfig, ModelConfig, OptimConfig
 from heartseg.errors import UserError
 from heartseg.model import build_model
 from heartseg.optim import AveragedWeights, build_optimizer, set_lr
-from heartseg.schedules import lr_multiplier
 
 LOSSES = [LossConfig("cross_entropy"), LossConfig("dice_cross_entropy")]
 ALL_CHANGES = AugmentConfig(
@@ -71,33 +69,6 @@ def test_the_auxiliary_heads_loss_is_added_with_its_weight():
     config = LossConfig("dice_cross_entropy", aux_weight=0.25)
     torch.testing.assert_close(losses.training_loss(config, (logits, logits), target), 1.25 * one)
     torch.testing.assert_close(losses.training_loss(config, logits, target), one)
-
-
-@pytest.mark.parametrize("kind", ["polynomial", "cosine", "constant"])
-def test_a_schedule_is_torchs_of_the_same_name(kind):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedulers = torch.optim.lr_scheduler
-    reference = {
-        "polynomial": lambda: schedulers.PolynomialLR(optimizer, total_iters=40, power=0.9),
-        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, T_max=40),
-        "constant": lambda: schedulers.ConstantLR(optimizer, factor=1.0),
-    }[kind]()
-    for step in range(40):
-        expected = reference.get_last_lr()[0]
-        assert lr_multiplier(ScheduleConfig(kind, power=0.9), step, 40, 10) == pytest.approx(expected, abs=1e-6)
-        optimizer.step()
-        reference.step()
-
-
-@settings(max_examples=50, deadline=None)
-@given(kind=st.sampled_from(["polynomial", "cosine", "constant"]), warmup=st.floats(0, 3), steps=st.integers(1, 30))
-def test_the_warm_up_rises_evenly_to_1_and_then_nothing_rises(kind, warmup, steps):
-    config = ScheduleConfig(kind, warmup_epochs=warmup)
-    rates = [lr_multiplier(config, step, 5 * steps, steps) for step in range(5 * steps)]
-    rise = round(warmup * steps)
-    assert rates[rise] == 1.0 and all(0 < rate <= 1 for rate in rates)
-    np.testing.assert_allclose(np.diff([0, *rates[: rise + 1]]), 1 / (rise + 1), atol=1e-12)
-    assert all(late <= early for early, late in zip(rates[rise:], rates[rise + 1 :], strict=False))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

@@ -1,0 +1,154 @@
+"""What decides how a model is trained, as typed, frozen values: loss, optimizer, schedule, augmentation, length.
+
+They are parts of config.Experiment, and are imported from there. The text under a field is its `--help`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from heartseg.errors import require
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    kind: Literal["cross_entropy", "dice_cross_entropy"]
+    """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss, where there is such a head."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, clipping and weight averaging."""
+
+    kind: Literal["sgd", "adamw"]
+    """Optimizer."""
+    lr: float
+    """Base learning rate; the schedule multiplies it."""
+    momentum: float = 0.9
+    """Momentum of SGD, first beta of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled for AdamW, L2 for SGD."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Decay of the exponential average of the weights, which is then what is evaluated; 0 keeps none."""
+
+    def __post_init__(self):
+        require(0 < self.lr < 1e6, "optim.lr must be above 0, and finite.")
+        require(0 <= self.momentum < 1, "optim.momentum must be at least 0 and below 1.")
+        require(min(self.weight_decay, self.clip_norm) >= 0, "optim.weight_decay and optim.clip_norm must be at least 0.")
+        require(0 <= self.ema_decay < 1, "optim.ema_decay must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run, as a multiplier of the base rate."""
+
+    kind: Literal["constant", "step", "multistep", "exponential", "polynomial", "cosine", "restarts", "one_cycle", "plateau"]
+    """Shape after the warm-up; docs/schedules.svg draws them."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear rise at the start."""
+    power: float = 0.9
+    """Exponent of `polynomial`."""
+    factor: float = 0.1
+    """What each drop of `step`, `multistep` and `plateau` multiplies by."""
+    step_share: float = 0.3
+    """Share of the run between two drops of `step`."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the run after which `multistep` drops."""
+    final: float = 0.01
+    """Where `exponential` ends."""
+    cycles: int = 3
+    """Falls of `restarts`, which is a cosine that begins anew."""
+    cycle_growth: float = 1.0
+    """How many times longer each cycle of `restarts` is than the one before."""
+    rise: float = 0.3
+    """Share of the run in which `one_cycle` rises."""
+    patience: int = 5
+    """Epochs without a gain of the validation Dice after which `plateau` drops at the next."""
+
+    def __post_init__(self):
+        require(self.warmup_epochs >= 0 and self.power > 0, "schedule.warmup_epochs must be at least 0, schedule.power above.")
+        shares = (self.factor, self.step_share, self.final, self.rise, *self.milestones)
+        require(
+            all(0 < share < 1 for share in shares),
+            "schedule.factor, .step_share, .final, .rise and .milestones must lie between 0 and 1.",
+        )
+        require(self.cycles >= 1 and self.cycle_growth > 0, "schedule.cycles must be at least 1, .cycle_growth above 0.")
+        require(self.patience >= 0, "schedule.patience must be at least 0.")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training images, each sample with its own draw; 0 switches a kind off. No flips: hearts have sides."""
+
+    rotate_deg: float = 0.0
+    """Largest rotation to either side, in degrees."""
+    scale: float = 0.0
+    """Largest relative change of size: 0.1 draws from 0.9 to 1.1."""
+    translate: float = 0.0
+    """Largest shift, as a share of the image's side."""
+    gain: float = 0.0
+    """Largest relative change of brightness."""
+    gamma: float = 0.0
+    """Largest change of the exponent: 0.3 draws from 1/1.3 to 1.3."""
+    noise: float = 0.0
+    """Largest standard deviation of multiplicative speckle."""
+    blur: float = 0.0
+    """Largest standard deviation of a Gaussian blur, in pixels of the stored image."""
+    sector_dropout: float = 0.0
+    """Largest width of a wedge that is darkened as by a rib's shadow, as a share of the sector's opening."""
+
+    def __post_init__(self):
+        values = dataclasses.astuple(self)
+        require(all(0 <= value < 360 for value in values), "Every augment setting must be at least 0, and finite.")
+        require(self.scale < 1, "augment.scale must be below 1.")
+        require(self.blur <= 10, "augment.blur must be at most 10 pixels.")
+        require(self.sector_dropout <= 1, "augment.sector_dropout must be at most 1, the whole sector.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batches and arithmetic of a run."""
+
+    epochs: int
+    """Passes over the training group."""
+    batch_size: int
+    """Images in a training batch, over all workers together."""
+    accumulate: int = 1
+    """Parts in which a worker computes its share of a batch, one after the other: less memory, the same update."""
+    eval_batch_size: int = 4
+    """Images in a batch of an evaluation; scores do not depend on it."""
+    intensity: Literal["unit", "standard"] = "unit"
+    """`unit`: images / 255. `standard`: also minus the training group's mean, over its standard deviation."""
+    holdout: float = 0.0
+    """Share of the training patients that this run validates on instead; the other groups are then not looked at."""
+    seed: int = 0
+    """Seed of weights, order, dropout and augmentation."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 autocast where the hardware has it; GPUs compute fp32 in TF32."""
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    """torch.compile for training steps; `reduce-overhead` replays CUDA graphs, for batches too small to fill a GPU."""
+    compress_gradients: bool = False
+    """Workers exchange gradients in bf16: half the bytes, for slow networks."""
+    deterministic: bool = False
+    """Two runs on one machine give the same bits; slower on GPUs."""
+
+    def __post_init__(self):
+        require(self.epochs >= 1, "train.epochs must be at least 1.")
+        require(self.batch_size >= 2, "train.batch_size must be at least 2: DeepLab cannot normalise one image.")
+        require(self.eval_batch_size >= 1, "train.eval_batch_size must be at least 1.")
+        require(0 <= self.holdout < 1, "train.holdout must be at least 0 and below 1.")
+        require(
+            1 <= self.accumulate <= self.batch_size // 2,
+            "train.accumulate must be at least 1 and leave 2 images of train.batch_size in each part.",
+        )
+        # A replayed graph writes its gradients where the last ones lie, which accumulation still needs.
+        require(
+            self.accumulate == 1 or self.compile != "reduce-overhead",
+            "train.accumulate needs train.compile off or default: reduce-overhead keeps one part's gradients only.",
+        )

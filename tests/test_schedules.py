@@ -1,0 +1,102 @@
+"""Learning-rate schedules: torch's own values where torch has the same schedule, and what all of them promise."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import lr_scheduler as torchs
+
+from heartseg.config import ScheduleConfig
+from heartseg.errors import UserError
+from heartseg.schedules import lr_multiplier
+
+STEPS, STEPS_PER_EPOCH = 60, 10
+REFERENCES = {
+    "constant": (ScheduleConfig("constant"), lambda o: torchs.ConstantLR(o, factor=1.0)),
+    "step": (ScheduleConfig("step", step_share=0.25, factor=0.3), lambda o: torchs.StepLR(o, step_size=15, gamma=0.3)),
+    "multistep": (
+        ScheduleConfig("multistep", milestones=(0.2, 0.7), factor=0.5),
+        lambda o: torchs.MultiStepLR(o, milestones=[12, 42], gamma=0.5),
+    ),
+    "exponential": (ScheduleConfig("exponential", final=0.05), lambda o: torchs.ExponentialLR(o, gamma=0.05 ** (1 / STEPS))),
+    "polynomial": (ScheduleConfig("polynomial", power=0.7), lambda o: torchs.PolynomialLR(o, total_iters=STEPS, power=0.7)),
+    "cosine": (ScheduleConfig("cosine"), lambda o: torchs.CosineAnnealingLR(o, T_max=STEPS)),
+    "restarts": (ScheduleConfig("restarts", cycles=3), lambda o: torchs.CosineAnnealingWarmRestarts(o, T_0=20)),
+    "restarts that grow": (
+        ScheduleConfig("restarts", cycles=2, cycle_growth=2),
+        lambda o: torchs.CosineAnnealingWarmRestarts(o, T_0=20, T_mult=2),
+    ),
+    "one_cycle": (
+        ScheduleConfig("one_cycle", rise=0.3),
+        lambda o: torchs.OneCycleLR(o, max_lr=1.0, total_steps=STEPS, pct_start=0.3, cycle_momentum=False),
+    ),
+}
+KINDS = sorted({config.kind for config, _ in REFERENCES.values()} | {"plateau"})
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_schedule_is_torchs_of_the_same_name(name):
+    config, build = REFERENCES[name]
+    reference = build(sgd := optimizer())
+    for step in range(STEPS):
+        ours = lr_multiplier(config, step, STEPS, STEPS_PER_EPOCH)
+        assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-6), step
+        sgd.step()
+        if step < STEPS - 1:
+            reference.step()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dice=st.lists(st.sampled_from([0.1, 0.5, 0.5 * (1 + 5e-5), 0.51, 0.9]), max_size=40),
+    patience=st.integers(0, 4),
+    factor=st.sampled_from([0.5, 0.1]),
+)
+def test_plateau_drops_where_torchs_does(dice, patience, factor):
+    reference = torchs.ReduceLROnPlateau(optimizer(), mode="max", factor=factor, patience=patience, eps=0)
+    config = ScheduleConfig("plateau", factor=factor, patience=patience)
+    for epoch, value in enumerate(dice, 1):
+        reference.step(value)
+        assert lr_multiplier(config, epoch * 10, 1000, 10, dice[:epoch]) == pytest.approx(reference.get_last_lr()[0])
+
+
+def test_a_plateau_of_nan_is_a_plateau():
+    config = ScheduleConfig("plateau", patience=1)
+    assert lr_multiplier(config, 0, 10, 1, [0.5, float("nan"), float("nan")]) == pytest.approx(0.1)
+    assert lr_multiplier(config, 0, 10, 1, [float("nan"), 0.5, 0.4]) == 1.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(kind=st.sampled_from(KINDS), warmup=st.floats(0, 3), steps=st.integers(1, 30))
+def test_the_warm_up_rises_evenly_to_1_and_nothing_later_is_more(kind, warmup, steps):
+    config = ScheduleConfig(kind, warmup_epochs=warmup)
+    rates = [lr_multiplier(config, step, 5 * steps, steps) for step in range(5 * steps)]
+    rise = round(warmup * steps)
+    np.testing.assert_allclose(np.diff([0, *rates[:rise], 1]), 1 / (rise + 1), atol=1e-12)
+    assert all(0 <= rate <= 1 for rate in rates)
+    if kind not in ("one_cycle", "restarts"):
+        assert rates[rise] == 1.0 and all(late <= early for early, late in zip(rates[rise:], rates[rise + 1 :], strict=False))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cycles=st.integers(1, 6), growth=st.sampled_from([0.5, 1.0, 1.5, 2.0]), steps=st.integers(200, 400))
+def test_restarts_begin_each_cycle_at_the_full_rate_and_end_it_near_nothing(cycles, growth, steps):
+    config = ScheduleConfig("restarts", cycles=cycles, cycle_growth=growth)
+    rates = np.array([lr_multiplier(config, step, steps, 10) for step in range(steps)])
+    assert (np.diff(rates) > 0).sum() == cycles - 1 and rates[0] == 1.0
+    assert rates[-1] < 0.7
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"factor": 1.0}, {"milestones": (0.5, 1.5)}, {"cycles": 0}, {"cycle_growth": 0.0}, {"patience": -1}, {"final": 0.0}],
+)
+def test_a_value_that_makes_no_schedule_is_refused_by_name(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong)).split("_")[-1]):
+        ScheduleConfig("step", **wrong)
