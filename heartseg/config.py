@@ -92,6 +92,8 @@ class TrackingConfig:
     """Project of the dashboard."""
     group: str = ""
     """Group of the dashboard, for runs that belong together; a sweep's trials have its name."""
+    job_type: str = "train"
+    """Job type of the dashboard; `trial` in a sweep."""
     images: Literal["auto", "on", "off"] = "auto"
     """Send overlays: `auto` for CAMUS and the phantom only, since other people's patients stay here unless asked."""
 

@@ -114,7 +114,7 @@ def save_svg(figure: Figure, name: str) -> str:
     return text.replace(INK, "currentColor").strip()
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of some inches with one set of axes that has only what is needed to read it."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
@@ -150,7 +150,7 @@ def curve(epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: s
 
     `series` holds the values by group (`train`, `val`, `test`, or "" for a quantity without group); NaN leaves a gap.
     """
-    figure, axes = _axes(4.4, 2.9)
+    figure, axes = new_axes(4.4, 2.9)
     for group, values in series.items():
         colour, dash = (INK, "-") if not group else GROUP_STYLES.get(group, OTHER_STYLE)
         marker = "o" if len(epochs) <= 3 else None  # a single point has no line
@@ -172,7 +172,7 @@ def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: 
     """
     known = {name: np.asarray(v, float)[~np.isnan(np.asarray(v, float))] for name, v in values.items()}
     known = {name: v for name, v in known.items() if len(v)}
-    figure, axes = _axes(5.4, 0.7 + 0.55 * max(1, len(known)))
+    figure, axes = new_axes(5.4, 0.7 + 0.55 * max(1, len(known)))
     rng = np.random.default_rng(0)
     line = {"color": INK, "linewidth": 1.1}
     for row, (name, scores) in enumerate(known.items()):
@@ -219,7 +219,7 @@ def bland_altman(estimate: Sequence[float], reference: Sequence[float], title: s
     """
     estimate, reference = _known_pairs(estimate, reference)
     difference = estimate - reference
-    figure, axes = _axes(4.4, 3.1)
+    figure, axes = new_axes(4.4, 3.1)
     _points(axes, (estimate + reference) / 2, difference)
     axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
     if len(difference) >= 3:
@@ -244,7 +244,7 @@ def agreement_scatter(estimate: Sequence[float], reference: Sequence[float], tit
     Values are in `unit`; pairs with a NaN are left out.
     """
     estimate, reference = _known_pairs(estimate, reference)
-    figure, axes = _axes(3.7, 3.6)
+    figure, axes = new_axes(3.7, 3.6)
     both = np.concatenate([estimate, reference])
     low, high = (both.min(), both.max()) if len(both) else (0.0, 1.0)
     margin = 0.06 * (high - low) or 1.0
@@ -270,7 +270,7 @@ def volume_curve(
     `moments` are the frames' numbers or times (say which in `xlabel`), `volumes` their volumes in `unit`, NaN where one is
     unknown; `ed` and `es` are positions in both, from 0.
     """
-    figure, axes = _axes(4.4, 2.9)
+    figure, axes = new_axes(4.4, 2.9)
     moments, volumes = np.asarray(moments, float), np.asarray(volumes, float)
     marker = "o" if len(volumes) <= 60 else None
     axes.plot(moments, volumes, color=POINT, linewidth=1.7, marker=marker, markersize=3)

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 
 from heartseg import storage
-from heartseg.config import Experiment
+from heartseg.config import Experiment, from_json
 from heartseg.errors import StorageError
 from heartseg.labels import CLASSES
 from heartseg.runs import Run
@@ -25,6 +27,8 @@ from heartseg.runs import Run
 log = logging.getLogger(__name__)
 # Datasets whose images may leave the machine unasked: one is public, the other is nobody's heart.
 SHAREABLE = ("CAMUS", "phantom")
+# Marks a run that was ended for a process that could not.
+CLOSED = "wandb_closed"
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
 SETTINGS = {
     "silent": True,
@@ -51,6 +55,12 @@ class Tracker:
 
     def artifact(self, checkpoint_path: str, fingerprint: str) -> None:
         """Record a checkpoint with its lineage to the data."""
+
+    def summarize(self, values: dict[str, object]) -> None:
+        """Record what is true of the whole run."""
+
+    def pages(self, table: pandas.DataFrame, html: str) -> None:
+        """Record a table and a page."""
 
     def finish(self, exit_code: int = 0) -> None:
         """Send what is left."""
@@ -97,8 +107,8 @@ class WandbTracker(Tracker):
             "id": run.description["wandb_id"],
             "dir": self.folder,
             "resume": "allow",
-            "job_type": "train",
-            "tags": [experiment.name, run.description["dataset"]],
+            "job_type": experiment.tracking.job_type,
+            "tags": [experiment.name, run.description["dataset"], experiment.schedule.kind],
             "config": _flat(run.description["identity"]) | {"data_fingerprint": run.description["data_fingerprint"]},
             "settings": self.wandb.Settings(**settings),
         }
@@ -165,6 +175,14 @@ class WandbTracker(Tracker):
             # They wait for the epoch's metrics, so that an epoch is one row.
             self.run.log({"epoch": epoch, "overlays": pictures}, commit=False)
 
+    def summarize(self, values: dict[str, object]) -> None:
+        with self._harmless("summary"):
+            self.run.summary.update(values)
+
+    def pages(self, table: pandas.DataFrame, html: str) -> None:
+        with self._harmless("pages"):
+            self.run.log({"trials": self.wandb.Table(dataframe=table), "page": self.wandb.Html(html, inject=False)})
+
     def artifact(self, checkpoint_path: str, fingerprint: str) -> None:
         if storage.is_uri(checkpoint_path):
             return
@@ -204,6 +222,26 @@ def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[
         reason = str(error).partition("\n")[0] or type(error).__name__
         log.warning("wandb cannot be started (%s): this run is not tracked, metrics.jsonl and metrics.csv hold it all.", reason)
         return Tracker()
+
+
+def close_trial(run: Run, record: list[dict], reason: str) -> None:
+    """End a run of the dashboard whose process was ended from outside; its summary says why, and what it lacked is sent."""
+    experiment = from_json(run.description["experiment"])
+    if experiment.tracking.wandb == "off" or storage.exists(storage.join(run.path, CLOSED)):
+        return
+    tracker = build_tracker(experiment, run, True, record)
+    tracker.summarize({"stopped": reason})
+    tracker.finish()
+    storage.publish(storage.join(run.path, CLOSED), b"")
+
+
+def track_sweep(experiment: Experiment, run: Run, table: pandas.DataFrame, page: str) -> None:
+    """A sweep's own run of the dashboard, beside its trials in their group: the table and the page."""
+    described = run.description | {"wandb_id": storage.sha256(run.path.encode())[:12]}
+    alone = replace(experiment, tracking=replace(experiment.tracking, job_type="sweep"))
+    tracker = build_tracker(alone, Run(run.path, described), True, [])
+    tracker.pages(table, storage.read_bytes(page).decode())
+    tracker.finish()
 
 
 def _mode(experiment: Experiment) -> str:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_TRIES = 3
 # Marks a part of a dataclass whose fields are flags without the part's name before them.
 FLAT = tyro.conf.arg(name="")
+PLACEMENT = "placement_group"
 # A full disk, a used-up quota, a read-only or forbidden folder: the user's to mend, and no fault of ours.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
@@ -188,3 +189,33 @@ def worker_resources(workers: int) -> dict[str, float]:
         return {"GPU": 1, "CPU": 1}
     largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
     return {"CPU": max(1, min(int(largest), int(total.get("CPU", 1) // workers)))}
+
+
+def room_for(workers: int) -> int:
+    """How many runs of `workers` each the cluster has room for at a time: GPUs where there are any, else cores."""
+    import ray
+
+    total = ray.cluster_resources()
+    return max(1, int(total.get("GPU", 0) or total.get("CPU", 1)) // workers)
+
+
+def note_placement(path: str) -> None:
+    """Write down in a run's folder which reservation of the cluster this worker lives in."""
+    import ray
+
+    storage.publish(storage.join(path, PLACEMENT), ray.util.get_current_placement_group().id.hex().encode())
+
+
+def free_placement(path: str) -> None:
+    """Give back what the last workers of a run had reserved, which Ray Train may not where it was ended from outside.
+
+    It leaves that to an actor that dies of a slow answer on a busy machine: the cluster then stays full for ever.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    noted = storage.join(path, PLACEMENT)
+    if storage.exists(noted):
+        group = PlacementGroup(PlacementGroupID(bytes.fromhex(storage.read_bytes(noted).decode())))
+        remove_placement_group(group)
+        storage.remove(noted)

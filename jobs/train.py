@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from jobs import runtime
 
 # Seconds between two looks for nodes that an elastic run could grow onto.
 SECONDS_TO_GROW = 30
+# How long a trial waits for its epoch to be on disk; a disk that refuses is told by the next epoch.
+SECONDS_TO_KEEP = 60
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,22 @@ def run_plainly(experiment: Experiment, options: Options, initial: dict | None) 
         distributed.stop_plain()
 
 
-def train_with_ray(experiment: Experiment, opened: Run, profile: bool) -> None:
-    """Train as `experiment.workers` workers of a Ray Train run."""
+def train_with_ray(
+    experiment: Experiment,
+    opened: Run,
+    profile: bool = False,
+    resources: dict[str, float] | None = None,
+    callbacks: Sequence[object] = (),
+) -> None:
+    """Train as `experiment.workers` workers of a Ray Train run, each with `resources`: its share of the cluster where None.
+
+    With `callbacks` (Ray Train's) somebody else judges the run by its reports, and may end it at any of them.
+    """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     runtime.start_ray(experiment.workers)
-    resources = runtime.worker_resources(experiment.workers)
+    resources = resources or runtime.worker_resources(experiment.workers)
     trainer = TorchTrainer(
         worker,
         train_loop_config={
@@ -102,6 +114,7 @@ def train_with_ray(experiment: Experiment, opened: Run, profile: bool) -> None:
             "run": opened.path,
             "cores": resources["CPU"],
             "profile": profile,
+            "is_judged": bool(callbacks),
         },
         scaling_config=ScalingConfig(
             # Elastic: lost nodes shrink the run at once, new ones let it grow; the global batch stays what it is.
@@ -116,6 +129,7 @@ def train_with_ray(experiment: Experiment, opened: Run, profile: bool) -> None:
             storage_path=storage.join(opened.path, "ray"),
             failure_config=FailureConfig(max_failures=runtime.MAX_TRIES, controller_failure_limit=runtime.MAX_TRIES),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
     try:
@@ -155,12 +169,28 @@ def worker(config: dict) -> dict:
         # The device is the engine's to choose the layout for; Ray adds the gradient averaging.
         options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.ddp_options(experiment.train)}
         wrap = functools.partial(prepare_model, **options)
-        train_rank(experiment, opened, ranks, wrap, ray.train.report, config["profile"])
+        report = ray.train.report
+        if config["is_judged"]:
+            report = functools.partial(report_what_is_kept, opened.path)
+            logging.getLogger("heartseg").setLevel(logging.WARNING)  # who judges it tells a line an epoch
+            if ranks.is_main:
+                runtime.note_placement(opened.path)
+        train_rank(experiment, opened, ranks, wrap, report, config["profile"])
     except (StorageError, OutOfMemory):
         raise  # one rank's: the others would wait for it, so Ray ends them all and goes on from the checkpoint
     except UserError as error:
         return {"error": str(error)}
     return {}
+
+
+def report_what_is_kept(run: str, metrics: dict[str, float]) -> None:
+    """Report an epoch when its checkpoint and its line of the record are on disk: the run may be ended by this report."""
+    import ray.train
+
+    deadline = time.monotonic() + SECONDS_TO_KEEP
+    while time.monotonic() < deadline and not any(row["epoch"] == metrics["epoch"] for row in runs.read_record(run)):
+        time.sleep(0.05)
+    ray.train.report(metrics)
 
 
 def see_storage(run_path: str, data: str, ranks: distributed.Ranks) -> Run:

@@ -1,0 +1,117 @@
+"""What a sweep varies, as a typed value: axes of choices and of ranges, and the experiments that lie on them."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from heartseg.config import Experiment, from_json, to_json
+from heartseg.errors import UserError, require
+
+Schedule = Literal["constant", "step", "multistep", "exponential", "polynomial", "cosine", "restarts", "one_cycle", "plateau"]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is varied; an empty list leaves the recipe's value."""
+
+    schedules: tuple[Schedule, ...] = ("constant", "polynomial", "cosine", "one_cycle")
+    """Shapes of the learning rate over the run."""
+    lr_factors: tuple[float, float] = (0.3, 3.0)
+    """Lowest and highest base rate, as multiples of the recipe's; drawn evenly in the logarithm."""
+    lr_points: int = 3
+    """Base rates of a grid, from the lowest to the highest in equal ratios."""
+    warmup_epochs: tuple[float, ...] = ()
+    """Lengths of the warm-up."""
+    momentum: tuple[float, ...] = ()
+    """Momenta (of AdamW: first betas)."""
+    weight_decay: tuple[float, ...] = ()
+    """Weight decays."""
+    batch_size: tuple[int, ...] = ()
+    """Images in a batch."""
+    losses: tuple[Literal["cross_entropy", "dice_cross_entropy"], ...] = ()
+    """Losses."""
+
+    def __post_init__(self):
+        low, high = self.lr_factors
+        require(0 < low <= high, "--space.lr-factors must be two numbers above 0, the lower one first.")
+        require(self.lr_points >= 1, "--space.lr-points must be at least 1.")
+        require(len(self.schedules) > 0, "--space.schedules is empty: name at least one schedule.")
+
+
+@dataclass(frozen=True)
+class LogRange:
+    """A value drawn evenly in its logarithm."""
+
+    low: float
+    high: float
+
+    def points(self, count: int) -> list[float]:
+        """`count` values in equal ratios, both ends among them; the geometric middle for one."""
+        if count == 1 or self.low == self.high:
+            return [math.sqrt(self.low * self.high)]
+        return [float(f"{value:.6g}") for value in np.geomspace(self.low, self.high, count)]
+
+
+Axes = dict[str, list | LogRange]
+
+
+def make_axes(space: SearchSpace, base: Experiment) -> Axes:
+    """The axes by the experiment's dotted field, the schedule's kind first."""
+    low, high = (base.optim.lr * factor for factor in space.lr_factors)
+    axes: Axes = {"schedule.kind": list(space.schedules), "optim.lr": LogRange(low, high)}
+    listed = {
+        "schedule.warmup_epochs": space.warmup_epochs,
+        "optim.momentum": space.momentum,
+        "optim.weight_decay": space.weight_decay,
+        "train.batch_size": space.batch_size,
+        "loss.kind": space.losses,
+    }
+    return axes | {name: list(values) for name, values in listed.items() if values}
+
+
+def apply(base: Experiment, values: dict[str, object]) -> Experiment:
+    """The experiment with dotted fields set; raises UserError where a value is none of that field's."""
+    changed = to_json(base)
+    for name, value in values.items():
+        part, field = name.split(".")
+        changed[part][field] = value
+    return from_json(changed, origin="the search space")
+
+
+def grid(axes: Axes, lr_points: int, seed: int) -> list[dict]:
+    """Every combination in a seeded order in which the schedules take turns, so that its beginning tries them all."""
+    lists = [axis.points(lr_points) if isinstance(axis, LogRange) else axis for axis in axes.values()]
+    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*lists)]
+    order = np.random.default_rng(seed).permutation(len(points))
+    hands = {kind: [points[i] for i in order if points[i]["schedule.kind"] == kind] for kind in axes["schedule.kind"]}
+    return [point for turn in zip(*hands.values(), strict=True) for point in turn]
+
+
+def draw(axes: Axes, number: int, seed: int) -> dict:
+    """The `number`-th random point, the same whenever it is asked for; the schedules take turns, all else is drawn."""
+    generator = np.random.default_rng([seed, number])
+    point = {}
+    for name, axis in axes.items():
+        if isinstance(axis, LogRange):
+            point[name] = float(f"{math.exp(generator.uniform(math.log(axis.low), math.log(axis.high))):.6g}")
+        else:
+            point[name] = axis[int(generator.integers(len(axis)))]
+    return point | {"schedule.kind": axes["schedule.kind"][number % len(axes["schedule.kind"])]}
+
+
+def check_points(base: Experiment, axes: Axes) -> None:
+    """Raise UserError, before anything starts, for a value of an axis that makes no experiment."""
+    for name, axis in axes.items():
+        for value in [axis.low, axis.high] if isinstance(axis, LogRange) else axis:
+            apply(base, {name: value})
+        if isinstance(axis, list) and len(set(axis)) < len(axis):
+            raise UserError(f"The search space names a value of {name} twice.")
+
+
+def values_of(base: Experiment, axes: Axes) -> dict:
+    """The recipe's own values on the axes."""
+    told = to_json(base)
+    return {name: told[name.split(".")[0]][name.split(".")[1]] for name in axes}

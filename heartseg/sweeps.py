@@ -1,0 +1,190 @@
+"""A sweep's directory: its trials as runs in `trials/`, how each of them ended, the table of them all and the winner.
+
+Whatever a sweep knows is read from here, so that the same command goes on where a killed one was.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import pandas
+import pyarrow as pa
+
+from heartseg import runs, storage
+from heartseg.config import Experiment, canonical, first_difference, from_json, identity, to_json
+from heartseg.errors import UserError, require
+from heartseg.runs import Run
+from heartseg.search_space import SearchSpace, apply
+from heartseg.shards import Shards
+
+DESCRIPTION, SUGGESTION, OUTCOME, TRIALS = "sweep.json", "trial.json", "outcome.json", "trials"
+# How a trial can have ended; one without an outcome is to be trained (on).
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+METRIC = "val/dice"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides which trials there are and which of them go on."""
+
+    space: SearchSpace = field(default_factory=SearchSpace)
+    search: Literal["random", "grid", "optuna"] = "random"
+    """`random` draws, `grid` takes every combination, `optuna` learns from what ended; the recipe is always the first trial."""
+    seed: int = 0
+    """Seed of the draw."""
+    stop_early: bool = True
+    """Stop trials early that do worse than others did at the same epoch (ASHA, arXiv 1810.05934)."""
+    grace_epochs: int = 1
+    """Epochs that no trial is stopped before."""
+    reduction: float = 3.0
+    """Of the trials that come to a rung, about one in so many goes on; each rung is so many times later than the last."""
+
+    def __post_init__(self):
+        require(self.grace_epochs >= 1, "--grace-epochs must be at least 1.")
+        require(self.reduction > 1, "--reduction must be above 1.")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's directory and the experiment that its trials vary."""
+
+    path: str
+    base: Experiment
+    description: dict
+
+    @property
+    def name(self) -> str:
+        """The last part of its path; its trials' group in the dashboard."""
+        return storage.last_part(self.path)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of a sweep. `state` is empty while it is to be trained; `values` is what it varies, by dotted field."""
+
+    run: Run
+    number: int
+    values: dict
+    state: str = ""
+    reason: str = ""
+
+    @property
+    def record(self) -> list[dict]:
+        """Its epochs so far."""
+        return runs.read_record(self.run.path)
+
+
+def open_sweep(base: Experiment, shards: Shards, plan: Plan, name: str = "", fresh: bool = False) -> Sweep:
+    """Begin a sweep, or find the one that the same command began; more trials or other workers are the same sweep.
+
+    Raises UserError where the directory holds another sweep.
+    """
+    asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
+    digest = storage.sha256(canonical(asked))[:8]
+    name = runs.generation_name(base.runs, name or f"tune-{base.name}-{digest}", fresh)
+    path = storage.join(base.runs, name)
+    described = storage.join(path, DESCRIPTION)
+    if storage.exists(described):
+        there = storage.read_json(described)
+        difference = first_difference({key: there.get(key) for key in asked}, asked)
+        if difference:
+            raise UserError(f"{path} holds another sweep ({difference}): give --fresh or --sweep-name.")
+        return Sweep(path, from_json(there["experiment"]), there)
+    # Its trials are one group of the dashboard, and lie in its own folder.
+    inner = replace(
+        base,
+        runs=storage.join(path, TRIALS),
+        tracking=replace(base.tracking, group=base.tracking.group or name, job_type="trial"),
+    )
+    described_as = asked | {"experiment": to_json(inner), "runs": base.runs, "dataset": shards.manifest["dataset"]}
+    storage.publish_json(described, described_as)
+    return Sweep(path, inner, described_as)
+
+
+def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
+    """Write down that a trial is to be trained; its folder is called by its number and its schedule."""
+    experiment = apply(sweep.base, values)
+    name = f"{number:03d}-{experiment.schedule.kind}"
+    storage.publish_json(storage.join(sweep.base.runs, name, SUGGESTION), {"number": number, "values": values})
+    return Trial(runs.open_run(experiment, shards, name=name), number, values)
+
+
+def mend_trials(sweep: Sweep, shards: Shards) -> None:
+    """Complete what a kill between a suggestion and its run has left."""
+    for name in storage.list_names(sweep.base.runs):
+        path = storage.join(sweep.base.runs, name)
+        if storage.exists(storage.join(path, SUGGESTION)) and not storage.exists(storage.join(path, runs.DESCRIPTION)):
+            add_trial(sweep, shards, **storage.read_json(storage.join(path, SUGGESTION)))
+
+
+def read_trials(sweep: Sweep) -> list[Trial]:
+    """All trials so far, by number."""
+    trials = []
+    for name in storage.list_names(sweep.base.runs):
+        path = storage.join(sweep.base.runs, name)
+        if storage.exists(storage.join(path, runs.DESCRIPTION)):
+            said = storage.read_json(storage.join(path, SUGGESTION))
+            outcome = storage.join(path, OUTCOME)
+            ended = storage.read_json(outcome) if storage.exists(outcome) else {}
+            trials.append(Trial(runs.find_run(path), **said, **ended))
+    return sorted(trials, key=lambda trial: trial.number)
+
+
+def end_trial(path: str, state: str, reason: str = "") -> None:
+    """Write down how a trial has ended: finished, stopped early, or failed for a reason."""
+    storage.publish_json(storage.join(path, OUTCOME), {"state": state, "reason": reason})
+
+
+def tabulate(sweep: Sweep) -> pandas.DataFrame:
+    """One row a trial, the best first: what it varied, how it ended, epochs, seconds, best and last validation Dice.
+
+    `rank` counts finished trials before the others: a stopped one was not let to show its best.
+    """
+    rows = []
+    for trial in read_trials(sweep):
+        record = trial.record
+        scores = [row.get(METRIC, np.nan) for row in record]
+        seen = bool(scores) and not np.all(np.isnan(scores))
+        rows.append(
+            {"trial": trial.run.name, **trial.values, "state": trial.state or "not finished", "reason": trial.reason}
+            | {"epochs": len(record), "best_epoch": int(np.nanargmax(scores)) + 1 if seen else 0}
+            | {f"best {METRIC}": float(np.nanmax(scores)) if seen else np.nan}
+            | {f"last {METRIC}": scores[-1] if scores else np.nan, "seconds": sum(row["seconds"] for row in record)}
+        )
+    table = pandas.DataFrame(rows)
+    order = table.assign(done=table["state"] == FINISHED).sort_values(["done", f"best {METRIC}"], ascending=False).index
+    table = table.loc[order].reset_index(drop=True)
+    table.insert(0, "rank", np.arange(1, len(table) + 1))
+    return table
+
+
+def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
+    """Epochs trained, and epochs that the same trials would have taken without early stopping; failed ones left out."""
+    told = table[table["state"].isin((FINISHED, STOPPED))]
+    return int(told["epochs"].sum()), len(told) * sweep.base.train.epochs
+
+
+def winner(sweep: Sweep, table: pandas.DataFrame) -> Experiment | None:
+    """The best finished trial as a complete experiment that jobs/train.py reproduces; None where no trial finished.
+
+    It was chosen on `val/dice` of patients who were held out of the training group, and on no reported group.
+    """
+    finished = table[(table["state"] == FINISHED) & table[f"best {METRIC}"].notna()]
+    if finished.empty:
+        return None
+    best = next(trial for trial in read_trials(sweep) if trial.run.name == finished.iloc[0]["trial"])
+    experiment = from_json(best.run.description["experiment"])
+    return replace(
+        experiment, runs=sweep.description["runs"], tracking=replace(experiment.tracking, group="", job_type="train")
+    )
+
+
+def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
+    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner."""
+    table = tabulate(sweep)
+    storage.publish(storage.join(sweep.path, "sweep.csv"), table.to_csv(index=False).encode())
+    storage.write_table(storage.join(sweep.path, "sweep.parquet"), pa.Table.from_pandas(table, preserve_index=False))
+    best = winner(sweep, table)
+    if best:
+        storage.publish_json(storage.join(sweep.path, "best.json"), to_json(best))
+    return table, best
