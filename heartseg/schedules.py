@@ -16,13 +16,17 @@ def lr_multiplier(
 ) -> float:
     """What the base rate is multiplied by at `step` (from 0) of `total_steps`.
 
-    The warm-up rises linearly and reaches 1 at its end; the shape runs over the steps that are left. `history` holds the
-    validation Dice of the epochs before, which only `plateau` looks at.
+    The warm-up rises linearly to where the shape begins (1; for `one_cycle`, which has a rise of its own, the foot of that);
+    the shape runs over the steps that are left. `history` holds the validation Dice of the epochs before, which only
+    `plateau` looks at.
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    step, steps = step - warmup_steps, max(1, total_steps - warmup_steps)
+    risen = min(1.0, (step + 1) / (warmup_steps + 1))
+    return risen * _shape(config, max(0, step - warmup_steps), max(1, total_steps - warmup_steps), history)
+
+
+def _shape(config: ScheduleConfig, step: int, steps: int, history: Sequence[float]) -> float:
+    """The multiplier at `step` of `steps` after the warm-up."""
     progress = step / steps
     match config.kind:
         case "constant":

@@ -37,8 +37,8 @@ def schedule_key(axes, kinds: Sequence[str]) -> None:
 def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: str) -> Figure:
     """A line a trial over what it varied and what it reached; finished trials strong, others faint.
 
-    `fields` are columns of `table`: numbers of more than a few values lie on a scale (logarithmic where the highest is three times the lowest), all else
-    on evenly spaced places.
+    `fields` are columns of `table`: numbers of more than a few values lie on a scale (logarithmic where the highest is three
+    times the lowest), all else on evenly spaced places.
     """
     names = [*fields, score]
     figure, axes = new_axes(max(5.0, 1.9 * len(names)), 3.6)

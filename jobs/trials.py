@@ -93,7 +93,7 @@ class Suggestions(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if trial_id in self.of_model:
-            self.model.on_trial_complete(trial_id, result, error)
+            self.model.on_trial_complete(trial_id, result, error or METRIC not in (result or {}))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the sweep's directory has it all."""

@@ -52,6 +52,10 @@ class Job:
         """SIGKILL one of the processes of this job whose title holds some words; returns how many epochs were recorded."""
         marked = (pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid, title))
         os.kill(next(marked), signal.SIGKILL)
+        return self.num_epochs()
+
+    def num_epochs(self) -> int:
+        """Epochs in the record."""
         return len(runs.read_record(self.run()))
 
     def _is_ours(self, pid: int, title: str) -> bool:

@@ -1,0 +1,218 @@
+"""Sweeps without a cluster: which trials there are, which of them are stopped, what a sweep's directory tells."""
+
+import json
+import types
+from dataclasses import replace
+
+import pandas
+import pytest
+from conftest import tiny_experiment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune.schedulers import TrialScheduler
+
+from heartseg import runs, search_space, storage, sweep_page, sweeps
+from heartseg.config import TrainConfig, from_json, identity
+from heartseg.errors import UserError
+from heartseg.recipes import quick
+from heartseg.search_space import LogRange, SearchSpace, make_axes
+from heartseg.shards import hold_out, open_shards
+from heartseg.sweeps import FAILED, FINISHED, METRIC, STOPPED, Plan
+from jobs import train, trials, tune
+
+SPACE = SearchSpace(schedules=("cosine", "step", "one_cycle"), momentum=(0.8, 0.9), lr_points=2)
+
+
+def test_a_grid_has_every_combination_once_and_its_beginning_every_schedule():
+    points = search_space.grid(make_axes(SPACE, quick()), SPACE.lr_points, seed=3)
+    assert len(points) == 3 * 2 * 2 == len({json.dumps(point, sort_keys=True) for point in points})
+    assert {point["schedule.kind"] for point in points[:3]} == set(SPACE.schedules)
+    assert {point["optim.lr"] for point in points} == {0.0003, 0.003}
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 1000), number=st.integers(0, 50))
+def test_a_drawn_trial_depends_on_its_number_alone_and_lies_in_the_space(seed, number):
+    axes = make_axes(SPACE, quick())
+    point = search_space.draw(axes, number, seed)
+    assert point == search_space.draw(axes, number, seed)
+    assert point["schedule.kind"] == SPACE.schedules[number % 3]
+    assert 0.0003 <= point["optim.lr"] <= 0.003 and point["optim.momentum"] in SPACE.momentum
+    assert search_space.apply(quick(), point).optim.momentum == point["optim.momentum"]
+
+
+def test_points_of_a_range_are_in_equal_ratios():
+    assert LogRange(1e-4, 1e-2).points(3) == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert LogRange(1e-4, 1e-2).points(1) == pytest.approx([1e-3])
+
+
+@pytest.mark.parametrize(
+    "space, says", [({"momentum": (0.9, 1.5)}, "momentum"), ({"batch_size": (1,)}, "batch_size"), ({"losses": ()}, None)]
+)
+def test_a_value_that_makes_no_experiment_is_refused_before_anything_starts(space, says, shards, tmp_path):
+    options = tune.Options(plan=Plan(SearchSpace(**space)))
+    if says:
+        with pytest.raises(UserError, match=says):
+            tune.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
+        assert not list(tmp_path.iterdir())
+    else:
+        search_space.check_points(quick(), make_axes(options.plan.space, quick()))
+
+
+def test_the_held_out_patients_come_from_the_training_group_alone(shards):
+    opened = open_shards(shards)
+    held = hold_out(opened, 0.3)
+    assert set(held.groups) == {"train", "val"} and len(held.groups["val"]) == 2
+    assert sorted(held.groups["train"] + held.groups["val"]) == sorted(opened.groups["train"])
+    assert held.groups == hold_out(opened, 0.3).groups and held.fingerprint != opened.fingerprint
+    assert hold_out(opened, 0.0) is opened
+
+
+def test_a_run_with_a_holdout_never_looks_at_the_reported_group(shards, tmp_path):
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path))
+    experiment = replace(experiment, train=replace(experiment.train, epochs=1, holdout=0.3))
+    path = train.run(experiment, train.Options(launcher="plain"))
+    (row,) = runs.read_record(path)
+    assert METRIC in row and not any(name.startswith("test/") for name in row)
+    said = storage.read_json(storage.join(path, runs.DESCRIPTION))
+    assert not {*said["train_patients"], *said["val_patients"]} & {*open_shards(shards).groups["test"]}
+
+
+def test_plateau_without_a_validation_group_is_refused(shards, tmp_path):
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path))
+    with pytest.raises(UserError, match="holdout"):
+        train.run(replace(experiment, schedule=replace(experiment.schedule, kind="plateau")), train.Options(launcher="plain"))
+
+
+@pytest.fixture()
+def sweep(shards, tmp_path):
+    """A sweep of four trials as a sweep leaves them, their records made by hand: finished, stopped, failed, under way."""
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path))
+    experiment = replace(experiment, train=replace(experiment.train, epochs=4, holdout=0.3))
+    held = hold_out(open_shards(shards), 0.3)
+    opened = sweeps.open_sweep(experiment, held, Plan())
+    scores = {"constant": [0.1, 0.2, 0.5, 0.4], "cosine": [0.3, 0.9], "step": [], "one_cycle": [0.2, 0.3, 0.4, 0.45]}
+    for number, (kind, reached) in enumerate(scores.items()):
+        trial = sweeps.add_trial(opened, held, number, {"schedule.kind": kind, "optim.lr": 0.01 * (number + 1)})
+        rows = [{"epoch": epoch, METRIC: value, "seconds": 1.5} for epoch, value in enumerate(reached, 1)]
+        runs.write_record(trial.run.path, rows)
+        states = {"constant": (FINISHED, ""), "cosine": (STOPPED, "too low"), "step": (FAILED, "no memory")}
+        if kind in states:
+            sweeps.end_trial(trial.run.path, *states[kind])
+    return opened
+
+
+def test_the_table_ranks_finished_trials_before_those_that_could_not_show_their_best(sweep):
+    table, best = sweeps.write_results(sweep)
+    assert list(table["trial"]) == ["000-constant", "001-cosine", "003-one_cycle", "002-step"]
+    assert list(table["state"]) == [FINISHED, STOPPED, "not finished", FAILED]
+    assert table.loc[0, "best_epoch"] == 3 and table.loc[0, f"last {METRIC}"] == 0.4 and table.loc[0, "seconds"] == 6.0
+    assert table.loc[3, "reason"] == "no memory" and pandas.isna(table.loc[3, f"best {METRIC}"])
+    assert sweeps.epochs_saved(sweep, table) == (6, 8)
+    for name in ("sweep.csv", "sweep.parquet"):
+        read = pandas.read_csv if name.endswith("csv") else pandas.read_parquet
+        assert list(read(storage.join(sweep.path, name))["trial"]) == list(table["trial"])
+    assert best.schedule.kind == "constant" and best.optim.lr == 0.01
+
+
+def test_best_json_is_a_complete_experiment_whose_run_is_the_trials(sweep):
+    _, best = sweeps.write_results(sweep)
+    there = from_json(storage.read_json(storage.join(sweep.path, "best.json")))
+    assert there == best and there.tracking.group == "" and not there.runs.startswith(sweep.path)
+    assert identity(there) == sweeps.read_trials(sweep)[0].run.description["identity"]
+
+
+def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, shards):
+    base = replace(sweep.base, runs=sweep.description["runs"])
+    held = hold_out(open_shards(shards), 0.3)
+    assert sweeps.open_sweep(base, held, Plan()).path == sweep.path
+    assert sweeps.open_sweep(base, held, Plan(search="grid")).path != sweep.path
+    with pytest.raises(UserError, match="plan.seed: 0 there, 1 asked"):
+        sweeps.open_sweep(base, held, Plan(seed=1), name=sweep.name)
+    assert sweeps.open_sweep(base, held, Plan(), fresh=True).name == f"{sweep.name}-2"
+
+
+def test_a_suggestion_that_a_kill_left_without_its_run_is_completed(sweep, shards):
+    held = hold_out(open_shards(shards), 0.3)
+    begun = storage.join(sweep.base.runs, "009-cosine")
+    storage.publish_json(storage.join(begun, sweeps.SUGGESTION), {"number": 9, "values": {"schedule.kind": "cosine"}})
+    assert len(sweeps.read_trials(sweep)) == 4
+    sweeps.mend_trials(sweep, held)
+    assert sweeps.read_trials(sweep)[-1].number == 9
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), epochs=st.integers(3, 12), reduction=st.sampled_from([2.0, 3.0]))
+def test_replayed_rungs_stop_whom_undisturbed_ones_would(data, epochs, reduction):
+    """Trials in progress at a kill: the rungs that are filled from the records decide about their next epochs as before."""
+    plan, undisturbed = Plan(reduction=reduction), None
+    lengths = data.draw(st.lists(st.integers(0, epochs - 1), min_size=1, max_size=6))
+    known, going = [], []
+    undisturbed = trials.Rungs(plan, epochs, [])
+    for number, length in enumerate(lengths):
+        record = [{"epoch": epoch, METRIC: data.draw(st.floats(0, 1))} for epoch in range(1, length + 1)]
+        run = types.SimpleNamespace(path=f"/nowhere/{number}", name=str(number))
+        known.append(types.SimpleNamespace(run=run, record=record, state=STOPPED, number=number))
+        going.append(types.SimpleNamespace(trial_id=str(number), config={}))
+        undisturbed.on_trial_add(None, going[-1])
+    for epoch in range(1, epochs):
+        for trial, stand_in in zip(known, going, strict=True):
+            for row in trial.record[epoch - 1 : epoch]:
+                super(trials.Rungs, undisturbed).on_trial_result(None, stand_in, row)
+    resumed = trials.Rungs(plan, epochs, known)
+    resumed.replay()
+    newcomer = types.SimpleNamespace(trial_id="new", config={})
+    for scheduler in (undisturbed, resumed):
+        scheduler.on_trial_add(None, newcomer)
+    for epoch in range(1, epochs):
+        row = {"epoch": epoch, METRIC: data.draw(st.floats(0, 1))}
+        actions = [super(trials.Rungs, s).on_trial_result(None, newcomer, row) for s in (undisturbed, resumed)]
+        assert actions[0] == actions[1]
+
+
+def test_a_trial_in_progress_that_the_rungs_would_have_stopped_is_stopped_at_the_resume(sweep):
+    under_way = sweeps.read_trials(sweep)[3]
+    runs.write_record(under_way.run.path, [{"epoch": 1, METRIC: 0.05, "seconds": 1.0}])
+    trials.build_scheduler(Plan(reduction=2.0), 4, sweeps.read_trials(sweep))
+    assert sweeps.read_trials(sweep)[3].state == STOPPED
+
+
+def test_no_trial_is_stopped_at_its_last_epoch():
+    scheduler = trials.Rungs(Plan(reduction=2.0), 4, [])
+    for name, scores in {"good": [0.9, 0.9, 0.9, 0.9], "late": [0.95, 0.95, 0.95, 0.1]}.items():
+        trial = types.SimpleNamespace(trial_id=name, config={"run": "/nowhere"})
+        scheduler.on_trial_add(None, trial)
+        rows = [{"epoch": epoch, METRIC: score} for epoch, score in enumerate(scores, 1)]
+        assert {scheduler.on_trial_result(None, trial, row) for row in rows} == {TrialScheduler.CONTINUE}
+
+
+def test_the_page_needs_no_network_and_says_who_won_and_what_was_saved(sweep):
+    table, _ = sweeps.write_results(sweep)
+    page = storage.read_bytes(sweep_page.write_page(sweep, table)).decode()
+    assert "000-constant" in page and "25 % saved" in page and "no memory" in page
+    assert page.count("<svg") == 3 and "<script" not in page and "<img" not in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    assert "schedule.kind" in sweep_page.show_table(table).splitlines()[0]
+
+
+def test_grids_and_draws_begin_with_the_recipe_and_try_nothing_twice(sweep, shards):
+    held = hold_out(open_shards(shards), 0.3)
+    base = replace(sweep.base, runs=sweep.description["runs"])
+    for search in ("grid", "random", "optuna"):
+        plan = Plan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 2.0), lr_points=2), search=search)
+        opened = sweeps.open_sweep(base, held, plan)
+        asked = trials.Suggestions(opened, held, plan, 4, {})
+        given_out = [asked.suggest(str(number)) for number in range(6)]
+        found = sweeps.read_trials(opened)
+        assert [trial.number for trial in found][0] == 0 and found[0].values["optim.lr"] == base.optim.lr
+        assert len({json.dumps(trial.values) for trial in found}) == len(found) == 4
+        assert given_out[4:] == ["FINISHED", "FINISHED"]
+        # The same command again: what is unfinished comes first, in order, and no new trial is needed.
+        again = trials.Suggestions(opened, held, plan, 5, {})
+        assert [again.suggest(str(n))["run"] for n in range(4)] == [trial.run.path for trial in found]
+        assert (again.suggest("4") == "FINISHED") == (search == "grid")  # whose four combinations are used up
+
+
+def test_defaults_of_a_trial_are_the_recipes():
+    assert TrainConfig(epochs=1, batch_size=2).holdout == 0.0
+    assert search_space.values_of(quick(), make_axes(SearchSpace(), quick())) == {"schedule.kind": "cosine", "optim.lr": 0.001}
