@@ -4,7 +4,7 @@ The checks follow the idea of Painchaud et al. 2020, "Cardiac Segmentation With 
 Med. Imaging 39(11). Their limits were set on 1,800 expert masks of CAMUS, with room to every side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -99,21 +99,29 @@ def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[
 
 def _around_heart(mask: np.ndarray) -> np.ndarray:
     """The part of a mask that holds every structure, with a line of background on each side that the image has."""
-    lines = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return mask[tuple(slice(max(at[0] - 1, 0), at[-1] + 2) for at in lines)] if mask.any() else mask
+    return mask[_box(mask != BACKGROUND, (1, 1))] if mask.any() else mask
+
+
+def _box(region: np.ndarray, margins: Sequence[int]) -> tuple[slice, slice]:
+    """Rows and columns that hold a region that is not empty, with margins where the image has them."""
+    lines = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) for at, margin in zip(lines, margins, strict=True))
 
 
 def _torn(mask: np.ndarray, speck: float) -> Iterator[str]:
-    """Pieces and holes of at least `speck` pixels."""
-    for label, name in NAMES.items():
-        pieces = np.count_nonzero(_pieces(mask == label)[1] >= speck)
+    """Pieces and holes of at least `speck` pixels, each structure looked at in its own box."""
+    boxes = {label: box for label, box in zip(NAMES, ndimage.find_objects(mask, max(NAMES)), strict=True) if box}
+    for label, box in boxes.items():
+        pieces = np.count_nonzero(_pieces(mask[box] == label)[1] >= speck)
         if pieces > 1:
-            yield f"the {name} is in {pieces} pieces"
-    inner = {label: _holes(mask == label) for label in (ENDO, LA)}
-    for label, holes in inner.items():
-        if np.count_nonzero(holes) >= speck:
-            yield f"the {NAMES[label]} has a hole"
-    gaps = _holes(mask != BACKGROUND) & ~inner[ENDO] & ~inner[LA]
+            yield f"the {NAMES[label]} is in {pieces} pieces"
+    gaps = _holes(mask != BACKGROUND)
+    for label in (ENDO, LA):
+        if label in boxes:
+            holes = _holes(mask[boxes[label]] == label)
+            gaps[boxes[label]] &= ~holes
+            if np.count_nonzero(holes) >= speck:
+                yield f"the {NAMES[label]} has a hole"
     if np.count_nonzero(gaps) >= speck:
         yield "there is a hole in the wall, or between the structures"
 
@@ -146,8 +154,11 @@ def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]
 
 def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
     """The wall surrounds the cavity but at its base, where the atrium is, below it."""
-    at_base = ndimage.distance_transform_edt(mask != LA, sampling=spacing_mm) <= BASE_MM
-    closed = np.where(at_base & (mask == BACKGROUND), LA, mask)
+    cavity = _box(mask == ENDO, (1, 1))  # with its neighbours: its contour is looked at from both sides
+    closed, atrium = mask.copy(), _box(mask == LA, [int(BASE_MM / mm) + 1 for mm in spacing_mm])
+    at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM
+    closed[atrium][at_base & (mask[atrium] == BACKGROUND)] = LA
+    mask, closed, whole = mask[cavity], closed[cavity], mask
     opened, base = _contour_share(closed, BACKGROUND, spacing_mm), _contour_share(mask, LA, spacing_mm)
     if opened > MOST_OPEN:
         yield f"{opened:.0%} of the cavity's contour has neither wall nor atrium beside it"
@@ -155,7 +166,8 @@ def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[st
         yield "the atrium does not lie at the cavity's base"
     elif base > MOST_BASE:
         yield f"the atrium takes {base:.0%} of the cavity's contour"
-    centre = {label: np.nonzero(mask == label)[0].mean() for label in NAMES}
+    rows = np.arange(len(whole))
+    centre = {label: np.average(rows, weights=np.count_nonzero(whole == label, axis=1)) for label in (ENDO, LA)}
     if centre[LA] <= centre[ENDO]:
         yield "the atrium lies above the cavity"
 

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from heartseg import storage
 from heartseg.config import ScheduleConfig
-from heartseg.figures import INK, new_axes
+from heartseg.figures import INK, new_axes, save_png
 from heartseg.schedules import lr_multiplier
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow darkened to be seen on white. Sorted by kinship:
@@ -138,3 +139,9 @@ def schedule_shapes() -> Figure:
     figure.supxlabel("epoch", color=INK, fontsize=9)
     figure.supylabel("learning rate / base rate", color=INK, fontsize=9)
     return figure
+
+
+if __name__ == "__main__":  # python -m heartseg.sweep_figures docs/schedules.png
+    import sys
+
+    storage.publish(sys.argv[1], save_png(schedule_shapes(), dpi=100))

@@ -49,7 +49,7 @@ class ScheduleConfig:
     """The learning rate over the run, as a multiplier of the base rate."""
 
     kind: Literal["constant", "step", "multistep", "exponential", "polynomial", "cosine", "restarts", "one_cycle", "plateau"]
-    """Shape after the warm-up; docs/schedules.svg draws them."""
+    """Shape after the warm-up; docs/sweeps.md draws them."""
     warmup_epochs: float = 0.0
     """Epochs of linear rise at the start."""
     power: float = 0.9

@@ -39,12 +39,12 @@ def said_of_run(records: list[dict]) -> dict:
 
 @pytest.fixture(scope="module")
 def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
-    """Three trials of two epochs, of which the third asks for more images in a batch than there are."""
+    """Two trials of two epochs, of which the second asks for more images in a batch than there are."""
     folder = str(tmp_path_factory.mktemp("sweep"))
     experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
     experiment = replace(experiment, train=replace(experiment.train, holdout=0.3))
-    space = SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 1.0), batch_size=(7, 1000))
-    options = tune.Options(plan=Plan(space, search="grid", stop_early=False), trials=3)
+    space = SearchSpace(schedules=("cosine",), lr_factors=(1.0, 1.0), batch_size=(7, 1000))
+    options = tune.Options(plan=Plan(space, search="grid", stop_early=False), trials=2)
     sweep = tune.run(experiment, options)
     assert tune.run(experiment, options).path == sweep.path  # again: nothing is left to do
     return sweep
@@ -58,10 +58,9 @@ def by_state(sweep: sweeps.Sweep) -> dict[str, list[Trial]]:
 
 def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(small_sweep):
     states = by_state(small_sweep)
-    assert {state: len(found) for state, found in states.items()} == {FINISHED: 2, FAILED: 1} or len(states[FAILED]) == 2
-    assert all("fewer than a batch of 1000" in trial.reason for trial in states[FAILED])
-    for trial in states[FINISHED]:
-        assert [row["epoch"] for row in trial.record] == [1, 2]
+    (failed,), (finished,) = states[FAILED], states[FINISHED]
+    assert "fewer than a batch of 1000" in failed.reason
+    assert [row["epoch"] for row in finished.record] == [1, 2]
 
 
 def test_best_json_trains_the_winner_again(small_sweep, tmp_path):
