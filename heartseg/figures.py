@@ -23,6 +23,8 @@ INK = "#123457"
 # Told apart by shade, hue and dash, and at least 3:1 against a white and against a near-black page.
 GROUP_STYLES = {"train": ("#868C96", "--"), "val": ("#2F86D6", "-"), "test": ("#D2691E", "-")}
 OTHER_STYLE = ("#9A6FC4", "-.")
+RUN_COLOURS = ("#2F86D6", "#D2691E", "#2E9457", "#C74FA0", "#868C96", "#9A6FC4", "#14919B", "#A08414")
+RUN_DASHES = ("-", "--", ":", "-.")
 POINT, LINE = "#2F86D6", "#D2691E"  # measurements, and what is drawn over them
 STRUCTURE_COLOURS = dict(zip(CLASSES, CLASS_COLOURS, strict=True)) | {"epi": "#B7BCC4"}
 PALETTE = (np.array([to_rgb(colour) for colour in CLASS_COLOURS]) * 255).round().astype(np.uint8)
@@ -145,22 +147,31 @@ def contact_sheet(cells: Sequence[tuple[np.ndarray, str, float]], columns: int =
     return figure
 
 
-def curve(epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None) -> Figure:
+def run_style(place: int) -> tuple[str, str]:
+    """Colour and dash of the run at a place from 0; after all colours the next dash begins."""
+    return RUN_COLOURS[place % len(RUN_COLOURS)], RUN_DASHES[place // len(RUN_COLOURS) % len(RUN_DASHES)]
+
+
+def curve(
+    epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None,
+    styles: Mapping[str, tuple[str, str]] | None = None,
+) -> Figure:  # fmt: skip
     """A quantity by epoch, one line a group; `marked` is the epoch that a dotted line points out.
 
     `series` holds the values by group (`train`, `val`, `test`, or "" for a quantity without group); NaN leaves a gap.
+    `styles` gives lines of other names their (colour, dash); the page then says which is which.
     """
     figure, axes = new_axes(4.4, 2.9)
     for group, values in series.items():
-        colour, dash = (INK, "-") if not group else GROUP_STYLES.get(group, OTHER_STYLE)
-        marker = "o" if len(epochs) <= 3 else None  # a single point has no line
+        colour, dash = (INK, "-") if not group else (styles or GROUP_STYLES).get(group, OTHER_STYLE)
+        marker = "o" if np.isfinite(values).sum() <= 3 else None  # a single point has no line
         axes.plot(epochs, values, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=5, label=group)
     if marked is not None:
         axes.axvline(marked, color=INK, linestyle=":", linewidth=1, alpha=0.7)
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     axes.set_xlabel("epoch", color=INK, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
-    if any(series):
+    if any(series) and not styles:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     return figure
 

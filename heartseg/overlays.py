@@ -30,15 +30,35 @@ def outlined(
     `spacing_mm` (depth, lateral), pixels are taken as square.
     """
     height = GIF_ROWS if moving else ROWS
-    depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
-    rows, columns = image.shape
-    width = max(64, round(height * columns * lateral_mm / (rows * depth_mm)))
-    grey = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    grey = squared(image, spacing_mm, height)
+    width = grey.shape[1]
     rims = rims_of(enlarge_mask(mask, height, width))
     if moving:
         grey = grey // GIF_GREY_STEP * GIF_GREY_STEP
     picture = np.where(rims == BACKGROUND, darken(grey), rims + np.uint8(GREYS)).astype(np.uint8)
     return np.vstack([picture, strip(width, caption)])
+
+
+def compared(
+    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, spacing_mm: tuple[float, float] | None, height: int = ROWS
+) -> np.ndarray:
+    """Palette positions uint8 [height,w] of an image [H,W], pixels made square, with a prediction's and the truth's contours.
+
+    The prediction's are in the classes' colours; the truth's are white, thinner and on top, so that both are seen.
+    """
+    grey = squared(image, spacing_mm, height)
+    found, true = (enlarge_mask(mask, *grey.shape) for mask in (prediction, truth))
+    rims = rims_of(found)
+    picture = np.where(rims == BACKGROUND, darken(grey), rims + np.uint8(GREYS))
+    return np.where(contours(true) != BACKGROUND, GREYS - 1, picture).astype(np.uint8)
+
+
+def squared(image: np.ndarray, spacing_mm: tuple[float, float] | None, height: int) -> np.ndarray:
+    """The image uint8 [H,W] on `height` rows of square pixels; pixels are square where `spacing_mm` is not known."""
+    depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
+    rows, columns = image.shape
+    width = max(64, round(height * columns * lateral_mm / (rows * depth_mm)))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def rims_of(mask: np.ndarray) -> np.ndarray:

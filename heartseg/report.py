@@ -66,35 +66,44 @@ def write_report(evaluation: str, run: str | None = None) -> str:
     description = storage.read_json(storage.join(run, runs.DESCRIPTION)) if run else {}
     dataset = summary.get("dataset") or description.get("dataset", "other")
     images, patients = (_table(evaluation, name) for name in (IMAGES, PATIENTS))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("heartseg"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"score": show_score, "interval": show_interval, "number": show_number}
-    page = environment.get_template(PAGE).render(
-        name=storage.last_part(run or summary.get("predictions", "masks")),
-        dataset=dataset,
-        trained=bool(run),
-        summary=summary,
-        group_title=GROUP_TITLES.get(summary["group"], summary["group"]),
-        **score_tables(summary),
-        **image_tables(images),
-        flags=summary.get("flags"),
-        distances=sections.distance_table(summary),
-        distance_columns=list(sections.DISTANCE_COLUMNS.values()),
-        clinical=sections.clinical_section(summary, patients),
-        published=sections.published_section(summary, dataset),
-        **sections.example_pictures(evaluation, images),
-        curves=curve_figures(runs.read_record(run), summary) if run else [],
-        **pictures(read_samples(run) if run else []),
-        legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
-        configuration=flatten(description.get("identity", {})),
-        lineage=lineage(run, description, summary) if run else file_lineage(summary),
-        choices=recipes.SEED_CHOICES if run and description["experiment"]["name"] == "seed" else (),
+    page = (
+        environment()
+        .get_template(PAGE)
+        .render(
+            name=storage.last_part(run or summary.get("predictions", "masks")),
+            dataset=dataset,
+            trained=bool(run),
+            summary=summary,
+            group_title=GROUP_TITLES.get(summary["group"], summary["group"]),
+            **score_tables(summary),
+            **image_tables(images),
+            flags=summary.get("flags"),
+            distances=sections.distance_table(summary),
+            distance_columns=list(sections.DISTANCE_COLUMNS.values()),
+            clinical=sections.clinical_section(summary, patients),
+            published=sections.published_section(summary, dataset),
+            **sections.example_pictures(evaluation, images),
+            curves=curve_figures(runs.read_record(run), summary) if run else [],
+            **pictures(read_samples(run) if run else []),
+            legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
+            configuration=flatten(description.get("identity", {})),
+            lineage=lineage(run, description, summary) if run else file_lineage(summary),
+            choices=recipes.SEED_CHOICES if run and description["experiment"]["name"] == "seed" else (),
+        )
     )
     path = storage.join(evaluation, PAGE)
     storage.publish(path, page.encode())
     return path
+
+
+def environment() -> jinja2.Environment:
+    """The templates of pages, with the filters `score`, `interval` and `number`; whatever is not handed in is an error."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("heartseg"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {"score": show_score, "interval": show_interval, "number": show_number}
+    return made
 
 
 def _table(evaluation: str, name: str) -> pandas.DataFrame | None:

@@ -40,8 +40,13 @@ def inline(figure, name: str, alt: str) -> dict:
 
 def picture(pixels: np.ndarray, caption: str, alt: str, size: tuple[int, int] | None = None) -> dict:
     """A picture as the template takes it: its PNG as a data URI, (height, width) to show it at, and texts."""
-    encoded = base64.b64encode(figures.encode_png(pixels)).decode()
-    height, width = size or pixels.shape[:2]
+    return embedded(figures.encode_png(pixels), size or pixels.shape[:2], caption, alt)
+
+
+def embedded(png: bytes, size: tuple[int, int], caption: str, alt: str) -> dict:
+    """`picture` of a PNG that is encoded already, of (height, width) `size`."""
+    encoded = base64.b64encode(png).decode()
+    height, width = size
     return {"source": f"data:image/png;base64,{encoded}", "width": width, "height": height, "caption": caption, "alt": alt}
 
 

@@ -35,6 +35,14 @@ def run(options: Options) -> str:
     if finished := finished_text(plan):
         print(f"{plan.out} is complete.\n{finished}")
         return plan.out
+    summary = score(plan, options)
+    counted = f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"
+    print(f"{counted}\n{evaluation.table_text(summary)}{missing_text(summary['missing'])}")
+    return plan.out
+
+
+def score(plan: Plan, options: Options) -> dict:
+    """Score, write the plan's folder and return its summary; raises UserError where nothing can be scored."""
     started = time.perf_counter()
     images, patients, missing = collect(plan, options)
     if not images:
@@ -49,9 +57,7 @@ def run(options: Options) -> str:
         storage.write_table(storage.join(plan.out, f"{name}.parquet"), pa.Table.from_pandas(rows, preserve_index=False))
     storage.publish_json(storage.join(plan.out, "summary.json"), summary)
     write_report(plan.out, plan.run)
-    counted = f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"
-    print(f"{counted}\n{evaluation.table_text(summary)}{missing_text(missing)}")
-    return plan.out
+    return summary
 
 
 def finished_text(plan: Plan) -> str:

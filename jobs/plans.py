@@ -1,7 +1,7 @@
 """What an evaluation is of: whose images, which checkpoint or masks, and where the results go; jobs/evaluate.py does it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from heartseg import camus, checkpoint, runs, storage
@@ -10,6 +10,8 @@ from heartseg.config import PredictConfig, canonical, to_json
 from heartseg.errors import UserError
 from heartseg.shards import Shards, open_shards
 from jobs import runtime
+
+HOLDOUT = "holdout"  # the group of those that --train.holdout took from the training group
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,9 @@ class Options:
     """Folder of NIfTI masks to score against --truth, instead of a checkpoint's; nnU-Net's do as well."""
     pattern: str = ""
     """File of a mask below --predictions, as {patient}/{patient}_{view}_{phase}.nii.gz; found by its name where not given."""
-    group: Literal["auto", "train", "val", "test", "all"] = "auto"
-    """Group of patients; `auto` is test where there is one, else val; with --predictions, everybody who has a mask."""
+    group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
+    """Group of patients; `auto` is test where there is one, else val; with --predictions, everybody who has a mask.
+    `holdout`: those that --train.holdout took from the training group."""
     which: Literal["auto", "last", "best"] = "auto"
     """`best` is chosen on val; `auto` takes it only to report on test, and the last one else."""
     ensemble: tuple[str, ...] = ()
@@ -73,7 +76,8 @@ class Source:
         return storage.sha256(canonical({name: camus.list_files(self.path, name) for name in self.groups["all"]}))
 
     def truth(self, group: str) -> ShardTruth | TreeTruth:
-        """The group's cases."""
+        """The group's cases; those held out of the training group are among its rows."""
+        group = "train" if group == HOLDOUT else group
         return ShardTruth(self.shards, group) if self.shards else TreeTruth(self.path)
 
 
@@ -105,6 +109,11 @@ def refuse_trained(run: runs.Run, group: str, source: Source) -> None:
         raise UserError(f"{run.path} was trained on {told}: give another --group, or as --data the shards it was trained on.")
 
 
+def held_out(run: runs.Run) -> list[str]:
+    """The patients that a run validated on in place of training on them; none where its validation group was the split's."""
+    return run.description["val_patients"] if run.description["identity"]["train"].get("holdout") else []
+
+
 def choose_checkpoint(asked: str, group: str, source: Source, owners: Sequence[runs.Run]) -> str:
     """`best` or `last`; `auto` is best to report on test, unless some of its patients were what it is best on."""
     if asked != "auto":
@@ -118,8 +127,9 @@ def plan_checkpoint(options: Options) -> Plan:
     first = runtime.require(options.checkpoint, "--checkpoint", "the folder of a run")
     paths = [runtime.absolute(path, "checkpoint") for path in (first, *options.ensemble)]
     source = open_source(options, checkpoint.find(paths[0]).card["experiment"]["data"])
-    group = choose_group(options.group, source)
     owners = [runs.find_run(path) for path in paths]
+    source = replace(source, groups=source.groups | {HOLDOUT: held_out(owners[0])})
+    group = choose_group(options.group, source)
     for owner in owners:
         refuse_trained(owner, group, source)
     which = choose_checkpoint(options.which, group, source, owners)

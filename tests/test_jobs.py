@@ -10,7 +10,7 @@ from conftest import ROOT
 from heartseg.errors import UserError
 from jobs import evaluate, preprocess, runtime, train
 
-JOBS = ("preprocess.py", "train.py", "evaluate.py", "pipeline.py")
+JOBS = ("preprocess.py", "train.py", "evaluate.py", "compare.py", "pipeline.py")
 
 
 def run_job(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -40,6 +40,7 @@ LAYERS = [
         "sweep_figures",
         "sweep_page",
     ),
+    *("comparison", "comparison_page"),
 ]
 # Package -> the only files that may import it.
 ONLY = {

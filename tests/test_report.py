@@ -317,11 +317,8 @@ def test_warnings_are_told_with_how_much_they_are_worth(page):
     assert "a Spearman correlation of" in words and "with an AUC of" in words
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look with")
-@pytest.mark.parametrize("width", [420, 1280])
-def test_a_browser_shows_the_page_in_light_and_in_dark(page, tmp_path, width):
-    (tmp_path / "report.html").write_text(page())
+def look_at(page, folder, width: int) -> None:
+    """Take a browser's pictures of a page in light and in dark; what it shows is readable and fits."""
     for scheme, ground in ((1, (0xF4, 0xF6, 0xF8)), (0, (0x11, 0x15, 0x1A))):
         command = [
             "chromium",
@@ -331,10 +328,18 @@ def test_a_browser_shows_the_page_in_light_and_in_dark(page, tmp_path, width):
             "--hide-scrollbars",
             f"--window-size={width},1500",
         ]
-        command += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={tmp_path}/{scheme}.png"]
-        subprocess.run([*command, f"file://{tmp_path}/report.html"], check=True, capture_output=True, timeout=120)
-        shown = np.asarray(Image.open(tmp_path / f"{scheme}.png").convert("RGB"))
+        command += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={folder}/{scheme}.png"]
+        subprocess.run([*command, f"file://{page}"], check=True, capture_output=True, timeout=120)
+        shown = np.asarray(Image.open(folder / f"{scheme}.png").convert("RGB"))
         assert shown.shape[1] == width and tuple(shown[2, 2]) == ground
         # Words and lines stand out against the ground, and no part of the page reaches over the right edge.
         contrast = np.abs(shown.astype(int) - ground).sum(axis=2)
         assert (contrast > 300).sum() > 2000 and (contrast[:, -4:] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look with")
+@pytest.mark.parametrize("width", [420, 1280])
+def test_a_browser_shows_the_page_in_light_and_in_dark(page, tmp_path, width):
+    (tmp_path / "report.html").write_text(page())
+    look_at(tmp_path / "report.html", tmp_path, width)
