@@ -5,29 +5,36 @@
 #       python jobs/train.py seed --data /data/shards --runs /home/heartseg/app/runs
 #
 # The GPU needs the host's NVIDIA driver and container toolkit, nothing else: the CUDA libraries come with PyTorch's wheels.
+# (`--build-arg SOURCE=…` puts the address of your repository into the labels.)
 # A mounted folder that is written to must belong to user 1000. Secrets come in at run time (-e WANDB_API_KEY, without a
 # value, hands on the caller's), never into a layer.
 
+#
+# No Docker engine has built this file yet: tests/test_dockerfile.py reads it, and runs its installation in a clean
+# environment.
+
 FROM python:3.11-slim AS builder
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends build-essential \
-    && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
+# Every package by version and hash (`make constraints`), wheels only: nothing is compiled and nothing else gets in. This layer
+# stays while only the project's own code changes.
+COPY constraints.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --no-deps --require-hashes --only-binary :all: --requirement constraints.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY heartseg/ heartseg/
-# Beside the project: the part of Ray that takes in jobs, and the AWS client with which `ray up` starts nodes from the head.
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install . "ray[default,data,train,tune]" boto3
+RUN pip install --no-deps --no-index --no-build-isolation . && pip check
 
 FROM python:3.11-slim
 ARG VERSION=0.1.0
 ARG REVISION=unknown
+ARG SOURCE=unknown
 LABEL org.opencontainers.image.title="heartseg" \
       org.opencontainers.image.description="Distributed training of cardiac segmentation on CAMUS. Research use only, not a medical device." \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11-slim"
 # The head of a `ray up` cluster reaches its workers by ssh and rsync, from inside this container. `ray up` runs its commands
@@ -52,7 +59,8 @@ USER 1000:1000
 WORKDIR /home/heartseg/app
 COPY jobs/ jobs/
 COPY cluster/ cluster/
-COPY ray_cluster.yaml LICENSE ./
+COPY ray_cluster.yaml constraints.txt LICENSE ./
+# The node's own Ray, where one runs in the container (it answers without a token); else that what a job needs can be imported.
 HEALTHCHECK --interval=5m --timeout=90s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import heartseg, torch, torchvision, ray"]
+    CMD ["python", "cluster/health.py"]
 CMD ["python", "jobs/train.py", "--help"]

@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-all lint format wheel clean
+.PHONY: help demo test test-slow test-all lint format wheel constraints clean
 
 help:
 	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
 	@echo "make test      every promise in its quickest honest form"
 	@echo "make test-all  that, and what is slow or needs the real data"
+	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade takes newer ones)"
 	@echo "make lint | format | wheel | clean"
 
 $(VENV)/ready: pyproject.toml
@@ -36,6 +37,12 @@ format: $(VENV)/ready
 
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --wheel
+
+# Names, versions and hashes: no address of any index, which is the installing machine's to know.
+constraints: $(VENV)/ready
+	$(BIN)/uv pip compile pyproject.toml --extra cluster --extra formats $(UPGRADE) --quiet \
+		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --only-binary :all: \
+		--generate-hashes --custom-compile-command "make constraints" --no-annotate --no-emit-index-url --no-emit-find-links --output-file constraints.txt
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

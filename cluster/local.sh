@@ -125,7 +125,7 @@ start() {
     set_environment
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_USAGE_STATS_ENABLED=0
     export PATH=${RAY%/*}:$PATH # a job's `python` is the one that Ray runs with
-    detach=nohup
+    detach="nohup"
     if command -v setsid >/dev/null; then detach=setsid; fi
     "$detach" "$RAY" start --head --block --temp-dir "$temp_dir" --port "$port" \
         --dashboard-host 127.0.0.1 --dashboard-port "$dashboard_port" --dashboard-agent-listen-port "$agent_port" \

@@ -181,11 +181,13 @@ def start_ray(workers: int) -> None:
 
 
 def worker_resources(workers: int) -> dict[str, float]:
-    """What one of `workers` asks of the cluster: a GPU where there are any, else its share of the cores."""
+    """What one of `workers` asks of the cluster: a GPU where there are any or may come, else its share of the cores."""
     import ray
 
     total = ray.cluster_resources()
-    if total.get("GPU", 0) >= 1:
+    # An autoscaled cluster has no GPU until one is asked for.
+    to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    if max(total.get("GPU", 0), to_come.get("GPU", 0)) >= 1:
         return {"GPU": 1, "CPU": 1}
     largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
     return {"CPU": max(1, min(int(largest), int(total.get("CPU", 1) // workers)))}
