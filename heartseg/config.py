@@ -137,6 +137,8 @@ class Experiment:
     """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` sets --min-workers as well."""
     min_workers: int = 0
     """Fewest workers to train on with when nodes are lost, until new ones come; 0 wants all of them."""
+    ingest: Literal["auto", "memory", "stream"] = "auto"
+    """How training reads shards: all into `memory`, or as a `stream`, shuffled by parts; `auto` streams what is too large."""
 
     def __post_init__(self):
         require(self.workers >= 1, "--workers must be at least 1.")
@@ -154,7 +156,9 @@ def to_json(value: object) -> dict:
 
 def identity(experiment: Experiment) -> dict:
     """The part of an experiment that decides its result, as plain JSON values."""
-    return {part: to_json(getattr(experiment, part)) for part in IDENTITY}
+    # Memory and stream differ in the order of the images; what `auto` finds is the machine's, and the run's directory keeps it.
+    asked = {"ingest": experiment.ingest} if experiment.ingest != "auto" else {}
+    return {part: to_json(getattr(experiment, part)) for part in IDENTITY} | asked
 
 
 def canonical(value: object) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from heartseg.augment import augment
-from heartseg.batches import Intensity, Loader, check_shares, share, steps_per_epoch
+from heartseg.batches import Batches, Intensity, check_shares, share, steps_per_epoch
 from heartseg.config import Experiment, TrainConfig
 from heartseg.distributed import Ranks, compress_gradients, min_over_ranks, share_batch_statistics, sum_over_ranks
 from heartseg.losses import segmentation_loss, training_loss
@@ -112,7 +112,7 @@ def set_arithmetic(train: TrainConfig) -> None:
 def fit(
     experiment: Experiment,
     state: TrainState,
-    loaders: dict[str, Loader],
+    loaders: dict[str, Batches],
     intensity: Intensity,
     ranks: Ranks,
     on_epoch_end: Callable[[TrainState, dict[str, float]], None],
@@ -139,7 +139,7 @@ def fit(
 def train_one_epoch(
     experiment: Experiment,
     state: TrainState,
-    loader: Loader,
+    loader: Batches,
     intensity: Intensity,
     ranks: Ranks,
     on_step: Callable[[int, int, int], None],
@@ -216,7 +216,7 @@ def _add_gradients(
 
 
 def _raise_if_not_finite(
-    first_bad_step: torch.Tensor, steps: int, loader: Loader, train: TrainConfig, epoch: int, ranks: Ranks
+    first_bad_step: torch.Tensor, steps: int, loader: Batches, train: TrainConfig, epoch: int, ranks: Ranks
 ) -> None:
     step = int(min_over_ranks(first_bad_step.clone(), ranks))
     if step < steps:
@@ -224,7 +224,7 @@ def _raise_if_not_finite(
 
 
 @torch.inference_mode()
-def evaluate(experiment: Experiment, model: nn.Module, loader: Loader, intensity: Intensity, ranks: Ranks) -> dict[str, float]:
+def evaluate(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity, ranks: Ranks) -> dict[str, float]:
     """Loss and scores of a group on the stored grid; every image counts once, whatever the number of ranks."""
     model.eval()
     sums = ScoreSums(ranks.device)

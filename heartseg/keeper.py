@@ -31,6 +31,11 @@ EPOCHS_PER_OVERLAY = 10
 SECONDS_PER_LINE = 10.0
 
 
+def sample_rows(num_rows: int) -> list[int]:
+    """The rows of a group that are shown, spread over it."""
+    return np.linspace(0, num_rows - 1, min(NUM_SAMPLES, num_rows)).astype(int).tolist()
+
+
 class Background:
     """One piece of work at a time on a thread; an error in it is raised by the next call."""
 
@@ -101,16 +106,14 @@ class Keeper:
         is_first, is_last = state.epoch == 1, state.epoch == self.experiment.train.epochs
         if not (is_first or is_last or state.epoch % EPOCHS_PER_OVERLAY == 0):
             return
-        rows = np.linspace(0, len(self.shown) - 1, min(NUM_SAMPLES, len(self.shown))).astype(int)
-        images, masks = self.shown.images[rows], self.shown.masks[rows]
+        images, masks = self.shown.images, self.shown.masks
         device = next(state.evaluated.parameters()).device
         unit = images.to(device).float().div_(255)
         with torch.inference_mode():
             state.evaluated.eval()
             logits = engine.forward(self.experiment.train, state.evaluated, self.intensity.apply(unit))
         predictions = predicted_labels(logits).cpu().numpy()
-        table = self.shown.table.take(rows)
-        names = [frame_name(row) for row in table.select(["patient", "view", "phase", "frame"]).to_pylist()]
+        names = [frame_name(row) for row in self.shown.table.select(["patient", "view", "phase", "frame"]).to_pylist()]
         arrays = {"images": images[:, 0].numpy(), "masks": masks.numpy(), "predictions": predictions}
         self.tracker.overlays(state.epoch, *arrays.values(), names)
         for name in ["first"] * is_first + ["last"] * is_last:

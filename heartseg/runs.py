@@ -86,6 +86,20 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
     return Run(path, description)
 
 
+def begun_ingest(run: Run) -> str | None:
+    """How a run that has begun reads its shards, `memory` or `stream`; None where it has not."""
+    # Before there was a choice, all read from memory.
+    return run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
+
+
+def keep_ingest(run: Run, ingest: str, is_main: bool) -> Run:
+    """The run with how it reads its shards, which the first rank writes down: it goes on so, on whatever machine."""
+    kept = Run(run.path, run.description | {"ingest": ingest})
+    if is_main and kept != run:
+        storage.publish_json(storage.join(run.path, DESCRIPTION), kept.description)
+    return kept
+
+
 def find_run(path: str) -> Run:
     """The run in a directory, or the one that a checkpoint's directory belongs to; raises UserError."""
     inner = re.sub(rf"/{checkpoint.FOLDER}/epoch_\d+/?$", "", storage.absolute(path))
@@ -139,6 +153,7 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
     scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
     model = said["identity"]["model"]
     initial = said.get("initial")
+    ingest = said.get("ingest") or "memory"
     began = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
     return (
         f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
@@ -148,5 +163,6 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
         f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
         f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
         f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"
-        f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']}, source {said['source_sha256']}{began}\n"
+        f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']} (from {ingest}), "
+        f"source {said['source_sha256']}{began}\n"
     )

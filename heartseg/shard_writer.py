@@ -184,7 +184,11 @@ def write_manifest(
         "frames": frames,
         "image": to_json(image),
         "classes": list(CLASSES),
-        "parts": [{key: part[key] for key in ("file", "rows", "bytes", "sha256")} for part in parts],
+        # The patients say which parts hold a group's rows, before any part is read.
+        "parts": [
+            {key: part[key] for key in ("file", "rows", "bytes", "sha256")} | {"patients": sorted(part["patients"])}
+            for part in parts
+        ],
         "rows": sum(part["rows"] for part in parts),
         "patients": patients,
         "official_groups": official or {},

@@ -5,7 +5,8 @@ folder with a manifest is complete. A row is one frame. Nothing that reads trust
 checked, and a damaged part is named.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,13 +40,18 @@ __all__ = [
     "PART_NAME",
     "SPLITS",
     "Frames",
+    "PartRows",
     "Shards",
     "as_frames",
+    "check_sizes",
+    "index_groups",
     "load_groups",
     "open_shards",
     "part_names",
     "read_manifest",
     "read_part",
+    "read_part_rows",
+    "read_rows",
     "resize_image",
     "resize_mask",
     "schema",
@@ -145,8 +151,8 @@ class Frames:
         return unpack_mask(self.table["native_mask"][index].as_py(), height, width)
 
 
-def read_part(shards: Shards, part: dict) -> pa.Table:
-    """The rows of one part; raises UserError that names the part where its size or hash is not the manifest's."""
+def read_part(shards: Shards, part: dict, columns: list[str] | None = None) -> pa.Table:
+    """The rows of one part, all columns or some; raises UserError that names it where it is not what the manifest says."""
     if not PART_NAME.fullmatch(part["file"]):
         raise UserError(f"The manifest of {shards.path} names a part {part['file']!r} that is none.")
     path = storage.join(shards.path, part["file"])
@@ -156,7 +162,7 @@ def read_part(shards: Shards, part: dict) -> pa.Table:
         raise UserError(f"The shard {path} cannot be read: preprocess again with --overwrite.") from error
     if len(data) != part["bytes"] or storage.sha256(data) != part["sha256"]:
         raise UserError(f"The shard {path} is damaged (not the bytes that were written): preprocess with --overwrite.")
-    return storage.read_table(data)
+    return storage.read_table(data, columns)
 
 
 def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, Frames]:
@@ -169,6 +175,74 @@ def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, Frames]:
         for group, tables in kept.items():
             tables.append(table.filter(pa.array(owner == group)))
     return {group: as_frames(pa.concat_tables(tables), shards.image) for group, tables in kept.items()}
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """What one part holds of a group: the part's record in the manifest, the group's patients in it, and their rows."""
+
+    part: dict
+    patients: list[str]
+    rows: int
+
+
+def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
+    """Which parts hold the rows of each group, in the order in which `load_groups` has them; no part is read for it."""
+    group_of = {patient: group for group, names in shards.groups.items() for patient in names}
+    index: dict[str, list[PartRows]] = {group: [] for group in shards.groups}
+    for part in shards.manifest["parts"]:
+        inside: dict[str, list[str]] = {}
+        for patient in _patients_of(shards, part):
+            inside.setdefault(group_of.get(patient, ""), []).append(patient)
+        for group in index.keys() & inside.keys():
+            rows = sum(shards.manifest["patients"][patient]["rows"] for patient in inside[group])
+            index[group] += [PartRows(part, inside[group], rows)] if rows else []
+    return index
+
+
+def _patients_of(shards: Shards, part: dict) -> list[str]:
+    """The patients in a part; earlier manifests left them to the part's own metadata."""
+    if "patients" in part:
+        return part["patients"]
+    path = storage.join(shards.path, part["file"])
+    try:
+        return list(json.loads(storage.read_table_metadata(path)[b"heartseg.part"])["patients"])
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+        raise UserError(f"The shard {path} cannot be read: preprocess again with --overwrite.") from error
+
+
+def check_sizes(shards: Shards) -> None:
+    """Raise UserError for the first part that is missing or has not its size: one listing, before anything is read."""
+    there = storage.sizes(shards.path)
+    for part in shards.manifest["parts"]:
+        if there.get(part["file"]) != part["bytes"]:
+            said = "missing" if part["file"] not in there else "damaged (not the size that was written)"
+            raise UserError(f"The shard {storage.join(shards.path, part['file'])} is {said}: preprocess with --overwrite.")
+
+
+def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns: list[str] | None = None) -> pa.Table:
+    """Some of a group's rows in one part, counted from the group's first one there; `patient` must be among `columns`."""
+    table = read_part(shards, held.part, columns)
+    (places,) = np.nonzero(np.isin(np.array(table["patient"].to_pylist(), dtype=str), held.patients))
+    if len(places) != held.rows:
+        path = storage.join(shards.path, held.part["file"])
+        raise UserError(f"The shard {path} has not the rows that its manifest names: preprocess with --overwrite.")
+    return table.take(pa.array(places[np.asarray(rows, dtype=np.int64)]))
+
+
+def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> Frames:
+    """Some rows of a group, counted as in its `load_groups`; reads the parts that hold them and no other."""
+    starts = np.cumsum([0, *(held.rows for held in index)])
+    wanted = np.asarray(rows, dtype=np.int64)
+    owners = np.searchsorted(starts, wanted, side="right") - 1
+    tables, places = [schema(shards.image, {}).empty_table()], []
+    for owner in np.unique(owners):
+        (mine,) = np.nonzero(owners == owner)
+        table = read_part_rows(shards, index[owner], wanted[mine] - starts[owner])
+        tables.append(table.replace_schema_metadata(tables[0].schema.metadata))
+        places += mine.tolist()
+    # Read part by part, handed on as asked.
+    return as_frames(pa.concat_tables(tables).take(pa.array(np.argsort(places), pa.int64())), shards.image)
 
 
 def as_frames(table: pa.Table, image: ImageConfig) -> Frames:

@@ -154,6 +154,14 @@ def modification_times(path: str) -> dict[str, datetime.datetime]:
     return {entry.base_name: entry.mtime for entry in found if entry.is_file}
 
 
+def sizes(path: str) -> dict[str, int]:
+    """Bytes of each file of a folder, by one listing; empty where there is no folder."""
+    fs, inner = filesystem(path)
+    with _explained(path):
+        found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
+    return {entry.base_name: entry.size for entry in found if entry.is_file}
+
+
 def walk(path: str) -> list[str]:
     """Paths of all files below a folder, sorted, through links to folders too, each folder once; empty for no folder."""
     if not is_uri(path):
@@ -274,9 +282,9 @@ def write_table(path: str, table: pa.Table, **options) -> tuple[int, str]:
     return len(data), sha256(data)
 
 
-def read_table(data: bytes) -> pa.Table:
-    """The Arrow table in the bytes of a Parquet file; raises pa.ArrowInvalid or OSError for damaged ones."""
-    return pyarrow.parquet.read_table(pa.BufferReader(data))
+def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The Arrow table in the bytes of a Parquet file, or some columns; raises pa.ArrowInvalid or OSError for damaged ones."""
+    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=columns)
 
 
 def read_table_metadata(path: str) -> dict[bytes, bytes]:

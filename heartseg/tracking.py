@@ -109,7 +109,8 @@ class WandbTracker(Tracker):
             "resume": "allow",
             "job_type": experiment.tracking.job_type,
             "tags": [experiment.name, run.description["dataset"], experiment.schedule.kind],
-            "config": _flat(run.description["identity"]) | {"data_fingerprint": run.description["data_fingerprint"]},
+            "config": _flat(run.description["identity"])
+            | {name: run.description.get(name) for name in ("data_fingerprint", "ingest")},
             "settings": self.wandb.Settings(**settings),
         }
         mode = _mode(experiment)

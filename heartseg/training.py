@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from heartseg import checkpoint, engine, runs, storage
-from heartseg.batches import Intensity, Loader, check_shares, share, steps_per_epoch
+from heartseg import checkpoint, engine, ingest, keeper, runs, storage
+from heartseg.batches import Intensity, check_shares, share, steps_per_epoch
 from heartseg.config import Experiment
 from heartseg.distributed import Ranks, first_problem
 from heartseg.errors import OutOfMemory, StorageError, UserError
 from heartseg.finetune import load_initial
-from heartseg.keeper import Keeper
 from heartseg.model import build_model
 from heartseg.profiling import trace_steps
 from heartseg.runs import Run
-from heartseg.shards import Frames, Shards, hold_out, load_groups, open_shards
+from heartseg.shards import Frames, Shards, hold_out, open_shards
 from heartseg.tracking import build_tracker
 
 
@@ -74,8 +73,7 @@ def _train(
     experiment: Experiment, run: Run, ranks: Ranks, wrap: Callable[..., nn.Module], report: Callable[..., None], profile: bool
 ) -> None:
     shards = open_data(experiment)
-    frames = load_groups(shards, shards.groups)
-    loaders = {group: Loader.of(f, ranks.rank, ranks.world_size, ranks.device) for group, f in frames.items()}
+    run, source, shown = open_source(experiment, run, shards, ranks)
     intensity = intensity_of(experiment, shards)
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model)
@@ -86,11 +84,11 @@ def _train(
     if state.epoch >= experiment.train.epochs and storage.exists(storage.join(run.path, runs.MODEL_CARD)):
         return
     tracker = build_tracker(experiment, run, ranks.is_main, record)
-    keeper = Keeper(experiment, run, intensity, frames["val" if "val" in frames else "test"], tracker, record)
+    keep = keeper.Keeper(experiment, run, intensity, shown, tracker, record)
 
     def after_epoch(state: engine.TrainState, metrics: dict[str, float]) -> None:
         # A disk that refuses the first rank's checkpoint must stop them all, or the others would wait for it.
-        problem = first_problem(_problem_of(lambda: keeper.keep_epoch(state, metrics)) if ranks.is_main else None, ranks)
+        problem = first_problem(_problem_of(lambda: keep.keep_epoch(state, metrics)) if ranks.is_main else None, ranks)
         if problem:
             raise UserError(problem)
         report(metrics)
@@ -102,17 +100,36 @@ def _train(
             def after_step(*at: int) -> None:
                 traced()
                 if ranks.is_main:
-                    keeper.print_progress(*at)
+                    keep.print_progress(*at)
 
-            engine.fit(experiment, state, loaders, intensity, ranks, after_epoch, after_step)
+            engine.fit(experiment, state, source.loaders, intensity, ranks, after_epoch, after_step)
         if ranks.is_main:
-            keeper.finish(state, shards)
+            keep.finish(state, shards)
         exit_code = 0
     except engine.NonFiniteLoss as error:
-        raise UserError(_say_non_finite(error, frames["train"])) from error
+        raise UserError(_say_non_finite(error, source)) from error
     finally:
-        keeper.close()
+        keep.close()
         tracker.finish(exit_code)
+
+
+def open_source(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, ingest.Source, Frames]:
+    """The groups from memory or from a stream, as the run has it from here on, and the images that the keeper shows.
+
+    Raises UserError on every rank at once.
+    """
+    run = runs.keep_ingest(run, ingest.choose(experiment, shards, runs.begun_ingest(run), ranks), ranks.is_main)
+    shown_group = "val" if "val" in shards.groups else "test"
+    opened: list[tuple[ingest.Source, Frames]] = []
+
+    def open_here() -> None:
+        source = ingest.open_groups(shards, run.description["ingest"], ranks)
+        opened.append((source, source.rows(shown_group, keeper.sample_rows(shards.num_rows(shown_group)))))
+
+    problem = first_problem(_problem_of(open_here), ranks)
+    if problem:
+        raise UserError(problem)
+    return run, *opened[0]
 
 
 def _problem_of(work: Callable[[], None]) -> str | None:
@@ -157,8 +174,8 @@ def resume(state: engine.TrainState, run: Run) -> list[dict]:
     return record
 
 
-def _say_non_finite(error: engine.NonFiniteLoss, frames: Frames) -> str:
-    names = sorted({frames.table["patient"][row].as_py() for row in error.rows})
+def _say_non_finite(error: engine.NonFiniteLoss, source: ingest.Source) -> str:
+    names = sorted(set(source.rows("train", error.rows).table["patient"].to_pylist()))
     return (
         f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower --optim.lr "
         "or set --optim.clip-norm 1; the checkpoint of the epoch before is kept."

@@ -12,7 +12,7 @@ from jobs import runtime
 
 # Table -> what its help says; each is the module of that name in jobs/benchmarks/.
 TABLES = {
-    "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one; memory",
+    "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one; memory; batches",
     "predict": "files to masks against the forward passes alone",
     "scores": "surface distances and clinical indices against MONAI's and the textbook's plain way",
     "postprocess": "test-time augmentation, largest pieces, closed holes: what they do to the scores",

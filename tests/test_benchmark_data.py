@@ -4,11 +4,12 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
-from heartseg import camus, shards
+from heartseg import camus, ingest, shard_writer, shards
 from heartseg.errors import UserError
 from jobs import benchmark
-from jobs.benchmarks import data
+from jobs.benchmarks import data, data_loader
 
 
 def test_the_plain_way_and_ours_make_the_same_masks_and_nearly_the_same_images(phantom, tmp_path):
@@ -41,7 +42,7 @@ def test_memory_is_of_a_process_of_its_own_and_printed_in_a_table(phantom, capsy
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--sections", "bogus"], "no section 'bogus': take some of plain, workers, memory"),
+        (["--sections", "bogus"], "no section 'bogus': take some of plain, workers, memory, loader"),
         ([], "--source is missing"),
         (["--source", "{tree}", "--sections", "memory"], "has 8 patients: lower --few and --many"),
     ],
@@ -50,3 +51,21 @@ def test_a_mistake_is_a_sentence(arguments, said, phantom):
     with pytest.raises(UserError) as caught:
         benchmark.job(["data", *(argument.format(tree=phantom) for argument in arguments)])
     assert said in str(caught.value)
+
+
+def test_grown_shards_are_the_same_images_of_other_patients(phantom, tmp_path):
+    names = camus.find_patients(phantom)[:2]
+    base = shard_writer.write_part(phantom, str(tmp_path / "base"), "part-00000.parquet", names, data_loader.GRID)
+    opened = shards.open_shards(data_loader.grow(base | {"path": str(tmp_path / "base")}, str(tmp_path / "grown"), 20))
+    assert opened.num_rows("train") == 24 and len(opened.groups["train"]) == 6
+    streamed = ingest.open_groups(opened, "stream", data_loader.ALONE).loaders["train"]
+    batches = list(streamed.evaluation_batches(8))
+    assert len(batches) == 3 and all(torch.equal(images, batches[0][0]) for images, _ in batches)
+    assert data_loader.paced(iter(batches)) >= 3 * data_loader.STEP_S
+
+
+@pytest.mark.slow
+def test_the_loader_section_needs_no_source_and_prints_what_it_measures(capsys):
+    benchmark.job(["data", "--sections", "loader", "--rows", "24", "--pairs", "1", "--repeats", "1"])
+    said = capsys.readouterr().out
+    assert "24 images of 256 x 256" in said and "streamed epoch / epoch from memory" in said and "10 times the data" in said

@@ -23,24 +23,10 @@ LAYERS = [
         "nifti",
     ),
     *("formats", "camus", "pairs", "sources", "phantom", "agreement", "splits", "shard_writer", "shards", "survey"),
-    *("batches", "augment", "model", "losses", "schedules", "optim", "metrics", "disks", "clinical", "postprocess"),
-    *("distributed", "checkpoint", "engine", "predict", "outline", "cycle", "studies", "outcome", "cases", "evaluation"),
-    *(
-        "runs",
-        "finetune",
-        "tracking",
-        "keeper",
-        "profiling",
-        "training",
-        "published",
-        "sections",
-        "report",
-        "search_space",
-        "sweeps",
-        "sweep_figures",
-        "sweep_page",
-    ),
-    *("comparison", "comparison_page"),
+    *("batches", "stream", "augment", "model", "losses", "schedules", "optim", "metrics", "disks", "clinical", "postprocess"),
+    *("distributed", "ingest", "checkpoint", "engine", "predict", "outline", "cycle", "studies", "outcome", "cases"),
+    *("evaluation", "runs", "finetune", "tracking", "keeper", "profiling", "training", "published", "sections", "report"),
+    *("search_space", "sweeps", "sweep_figures", "sweep_page", "comparison", "comparison_page"),
 ]
 # Package -> the only files that may import it.
 ONLY = {

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 from conftest import tiny_experiment
 from tracked_runs import EPOCHS, FAST, TRACKS, assert_same, finish, kept_rows, start, sync, the_run, track, without_key
 from wandb_server import KEY, Server, serving
 
-import wandb
 from heartseg import runs, tracking
 from heartseg.config import TrackingConfig
 from heartseg.shards import open_shards

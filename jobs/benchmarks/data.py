@@ -20,6 +20,7 @@ from heartseg import camus, phantom, shard_writer, storage
 from heartseg.config import ImageConfig
 from heartseg.errors import UserError
 from jobs import preprocess, runtime
+from jobs.benchmarks.data_loader import loader_lines
 
 GRID = ImageConfig(256, 256)
 # Patients of the phantom whose stills are float32, as the release's are: 389 x 549 pixels and more.
@@ -32,8 +33,9 @@ class Options:
 
     source: str = ""
     """Folder of the CAMUS release, or of a phantom."""
-    sections: tuple[str, ...] = ("plain", "workers", "memory")
-    """Which parts of the table: plain (against the plain way), workers (two against one under Ray), memory (by patients)."""
+    sections: tuple[str, ...] = ("plain", "workers", "memory", "loader")
+    """Which parts of the table: plain (against the plain way), workers (two against one under Ray), memory (by patients),
+    loader (batches from memory and streamed, of a phantom)."""
     patients: int = 48
     """Patients of the source that the plain way is timed on; the phantoms of release size are eight more."""
     repeats: int = 3
@@ -44,6 +46,10 @@ class Options:
     """Patients of the smaller run whose memory is measured."""
     many: int = 450
     """Patients of the larger run whose memory is measured."""
+    rows: int = 1800
+    """Images of the training group in section loader, which is also streamed at ten times the size."""
+    pairs: int = 6
+    """Training steps on each side in section loader."""
 
 
 def run(options: Options) -> list[str]:
@@ -51,7 +57,8 @@ def run(options: Options) -> list[str]:
     unknown = sorted(set(options.sections) - SECTIONS.keys())
     if unknown:
         raise UserError(f"There is no section {unknown[0]!r}: take some of {', '.join(SECTIONS)}.")
-    runtime.require(options.source, "--source", "the folder of the CAMUS release")
+    if set(options.sections) != {"loader"}:
+        runtime.require(options.source, "--source", "the folder of the CAMUS release")
     lines = []
     for name in options.sections:
         found = ["", *SECTIONS[name](options)]
@@ -235,10 +242,19 @@ def peak_mib() -> float:
         return next(int(line.split()[1]) for line in stream if line.startswith("VmHWM")) / 1024
 
 
+# loader: batches from memory and from a stream
+
+
+def loader_section(options: Options) -> list[str]:
+    """How fast the shards' images come to training, and at what memory."""
+    return loader_lines(options.rows, options.repeats, options.pairs)
+
+
 SECTIONS: dict[str, Callable[[Options], list[str]]] = {
     "plain": plain_section,
     "workers": workers_section,
     "memory": memory_section,
+    "loader": loader_section,
 }
 
 
