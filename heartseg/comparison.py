@@ -205,10 +205,13 @@ def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
 
 
 def reading(found: dict) -> str:
-    """A paired test in words: no difference where its interval includes 0, else which way it lies."""
+    """A paired test in words: no difference unless interval and p agree on one, else which way it lies.
+
+    A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
+    """
     if found["difference"] is None:
         return "too few patients"
-    if found["low"] <= 0 <= found["high"]:
+    if found["low"] <= 0 <= found["high"] or found["p"] >= 0.05:
         return NO_DIFFERENCE
     return "higher" if found["difference"] > 0 else "lower"
 
@@ -252,6 +255,12 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
                 f"Not the same hearts ({shared} names in common): {these}, {those}; "
                 "their scores stand side by side and are not paired."
             )
+    seen = {one.summary["group"] for entry in entries for one in entry.scored}
+    groups = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
+    if seen == {"holdout"} and groups != {""}:
+        said.append(
+            "A sweep's winner was chosen on these held-out patients: its lead here is part luck. Train both with new seeds."
+        )
     if not reference.scored:
         said.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
     losses = {settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}

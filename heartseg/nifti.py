@@ -109,7 +109,7 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
 
 
 def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
-    """The first `at_most` bytes in a gzip file, of several members too; raises ValueError where it is cut off.
+    """The first `at_most` bytes in a gzip file, of several members too; raises ValueError where it is cut off or damaged.
 
     ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a picture of the release.
     """
@@ -118,7 +118,10 @@ def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
         inflater = isal_zlib.decompressobj(wbits=31)
         while left > 0 and not inflater.eof:
             # In steps, since one large buffer would be copied as it grows.
-            pieces.append(inflater.decompress(packed, min(INFLATE_STEP, left)))
+            try:
+                pieces.append(inflater.decompress(packed, min(INFLATE_STEP, left)))
+            except isal_zlib.error as error:
+                raise ValueError(f"the gzip stream is damaged ({error})") from error
             left -= len(pieces[-1])
             if not (pieces[-1] or inflater.eof):
                 raise ValueError("the gzip stream is cut off")
@@ -211,13 +214,16 @@ def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
     """Write masks uint8 [T,H,W] where their images were: the same shape, affine and header; gzipped, whole or not at all."""
     disk = masks.reshape([place.shape[axis] for axis in place.order])
     disk = np.ascontiguousarray(disk.transpose(np.argsort(place.order)))
-    kind = nibabel.Nifti2Image if place.header["sizeof_hdr"] == 540 else nibabel.Nifti1Image
-    picture = kind(disk, place.affine, place.header)
-    picture.set_data_dtype(np.uint8)
-    picture.header.set_slope_inter(1, 0)
+    # The header alone: an image of nibabel's around it takes four times as long and writes the same bytes.
+    header = place.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(disk.shape)
+    header.set_slope_inter(1, 0)
+    header["vox_offset"] = header.single_vox_offset
     # The display range was the picture's: a viewer would show labels 0-3 as black.
-    picture.header["cal_min"], picture.header["cal_max"] = 0, 0
-    storage.publish(path, compress(picture.to_bytes(), level=1))  # a mask is small anyway
+    header["cal_min"], header["cal_max"] = 0, 0
+    no_extension = bytes(header.single_vox_offset - header.template_dtype.itemsize)
+    storage.publish(path, compress(header.binaryblock + no_extension + disk.tobytes(order="F"), level=1))  # small anyway
 
 
 def as_intensity(image: np.ndarray, path: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,11 +103,11 @@ def draw(axes: Axes, number: int, seed: int) -> dict:
     return point | {"schedule.kind": axes["schedule.kind"][number % len(axes["schedule.kind"])]}
 
 
-def check_points(base: Experiment, axes: Axes) -> None:
-    """Raise UserError, before anything starts, for a value of an axis that makes no experiment."""
+def check_points(base: Experiment, axes: Axes, check: Callable[[Experiment], None] = lambda experiment: None) -> None:
+    """Raise UserError, before anything starts, for a value of an axis that makes no experiment or that `check` refuses."""
     for name, axis in axes.items():
         for value in [axis.low, axis.high] if isinstance(axis, LogRange) else axis:
-            apply(base, {name: value})
+            check(apply(base, {name: value}))
         if isinstance(axis, list) and len(set(axis)) < len(axis):
             raise UserError(f"The search space names a value of {name} twice.")
 

@@ -36,7 +36,7 @@ def schedule_key(axes, kinds: Sequence[str]) -> None:
 
 
 def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: str) -> Figure:
-    """A line a trial over what it varied and what it reached; finished trials strong, others faint.
+    """A line a trial over what it varied and what it reached; finished trials strong, others faint, and not below the axis.
 
     `fields` are columns of `table`: numbers of more than a few values lie on a scale (logarithmic where the highest is three
     times the lowest), all else on evenly spaced places.
@@ -46,7 +46,11 @@ def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: 
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set(xlim=(-0.15, len(names) - 0.7), ylim=(-0.06, 1.06), yticks=[])
-    places = {name: place_values(table[name], is_score=name == score) for name in names}
+    # The score's axis is that of the finished trials, or those stopped at their start would press them all into one point.
+    finished = table.loc[table["state"] == "finished", score]
+    floor = finished.min() - 0.25 * (finished.max() - finished.min()) if len(finished) > 1 else None
+    shown = table.assign(**{score: table[score].clip(lower=floor)})
+    places = {name: place_values(shown[name], is_score=name == score) for name in names}
     for column, name in enumerate(names):
         axes.axvline(column, color=INK, linewidth=0.8, alpha=0.6)
         for height, label in places[name][1]:

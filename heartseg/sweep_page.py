@@ -1,9 +1,9 @@
 """A sweep as one self-contained HTML page and as a table on the terminal; it recomputes no score."""
 
-import jinja2
 import pandas
 
-from heartseg import storage, sweep_figures, sweeps
+from heartseg import report, storage, sweep_figures, sweeps
+from heartseg.config import from_json
 from heartseg.sections import inline
 from heartseg.sweeps import METRIC, Sweep
 
@@ -28,7 +28,7 @@ def show_cell(value: object) -> str:
 
 def show_rows(table: pandas.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of what a reader wants to see of each trial, the best first."""
-    columns = ["rank", "trial", *varied(table), *SHOWN]
+    columns = [name for name in ["rank", "trial", *varied(table), *SHOWN] if name in table]
     shown = table[columns].copy()
     for name in (SCORE, f"last {METRIC}"):
         shown[name] = ["–" if pandas.isna(value) else f"{value:.4f}" for value in table[name]]
@@ -45,10 +45,7 @@ def show_table(table: pandas.DataFrame) -> str:
 
 def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
     """Write `sweep.html` into a sweep's folder and return its path."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("heartseg"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = report.environment()
     trials = sweeps.read_trials(sweep)
     trained, planned = sweeps.epochs_saved(sweep, table)
     heading, rows = show_rows(table)
@@ -58,9 +55,12 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
         recipe=sweep.base.name,
         holdout=sweep.base.train.holdout,
         epochs=sweep.base.train.epochs,
+        best_path=storage.join(sweep.path, "best.json"),
+        against=against_recipe(table),
+        facts=facts(sweep, table),
         metric=METRIC,
         best=table.iloc[0] if (table["state"] == sweeps.FINISHED).any() else None,
-        best_values=[(name, show_cell(table.iloc[0][name])) for name in varied(table)],
+        best_values=[(name, show_cell(table.iloc[0][name])) for name in varied(table)] if len(table) else [],
         states=table["state"].value_counts().to_dict(),
         trained=trained,
         planned=planned,
@@ -72,6 +72,36 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
     path = storage.join(sweep.path, PAGE)
     storage.publish(path, page.encode())
     return path
+
+
+def against_recipe(table: pandas.DataFrame) -> str:
+    """How far the winner is from the recipe itself, which is trial 0; empty where either has not finished."""
+    finished = table[table["state"] == sweeps.FINISHED]
+    recipe = finished[finished["trial"].str.startswith("000-")]
+    if recipe.empty or finished.iloc[0]["trial"] == recipe.iloc[0]["trial"]:
+        return "The recipe itself is the best." if len(recipe) else ""
+    reached = recipe.iloc[0][SCORE]
+    gap = finished.iloc[0][SCORE] - reached
+    return f"The recipe itself reached {reached:.4f} (trial {recipe.iloc[0]['trial']}): the winner is {gap:.4f} higher."
+
+
+def facts(sweep: Sweep, table: pandas.DataFrame) -> list[tuple[str, str]]:
+    """What a reader needs to judge the sweep by."""
+    plan, groups = sweep.description["plan"], sweep.description["groups"]
+    rung = sweeps.first_rung(from_json(plan, sweeps.Plan), sweep.base)
+    rungs = [f"{rung * plan['reduction'] ** k:g}" for k in range(20) if rung * plan["reduction"] ** k < sweep.base.train.epochs]
+    stops = (
+        f"at epochs {', '.join(rungs)}, about 1 in {plan['reduction']:g} goes on" if plan["stop_early"] and rungs else "none"
+    )
+    low, high = (sweep.base.optim.lr * factor for factor in plan["space"]["lr_factors"])
+    return [
+        ("search", f"{plan['search']}, seed {plan['search_seed']}; trial 000 is the recipe itself"),
+        ("schedules", ", ".join(plan["space"]["schedules"])),
+        ("base rates", f"{low:g} to {high:g} (recipe: {sweep.base.optim.lr:g})"),
+        ("epochs of a trial", str(sweep.base.train.epochs)),
+        ("early stopping", stops),
+        ("patients", f"{groups['train']} to train, {groups['val']} held out to compare"),
+    ]
 
 
 def pictures(sweep: Sweep, table: pandas.DataFrame, trials: list[sweeps.Trial]) -> list[dict]:

@@ -3,6 +3,9 @@
 Whatever a sweep knows is read from here, so that the same command goes on where a killed one was.
 """
 
+import math
+import re
+import uuid
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -30,18 +33,24 @@ class Plan:
     space: SearchSpace = field(default_factory=SearchSpace)
     search: Literal["random", "grid", "optuna"] = "random"
     """`random` draws, `grid` takes every combination, `optuna` learns from what ended; the recipe is always the first trial."""
-    seed: int = 0
-    """Seed of the draw."""
+    search_seed: int = 0
+    """Seed of the draw; the trainings have --train.seed."""
     stop_early: bool = True
     """Stop trials early that do worse than others did at the same epoch (ASHA, arXiv 1810.05934)."""
-    grace_epochs: int = 1
-    """Epochs that no trial is stopped before."""
+    grace_epochs: int = 0
+    """Epochs that no trial is stopped before; 0 takes two, or the warm-up and one more: before, ranks tell of the warm-up."""
     reduction: float = 3.0
     """Of the trials that come to a rung, about one in so many goes on; each rung is so many times later than the last."""
 
     def __post_init__(self):
-        require(self.grace_epochs >= 1, "--grace-epochs must be at least 1.")
+        require(self.grace_epochs >= 0, "--grace-epochs must be at least 0.")
         require(self.reduction > 1, "--reduction must be above 1.")
+
+
+def first_rung(plan: Plan, base: Experiment) -> int:
+    """The epoch at which trials are first compared."""
+    warmup = max([base.schedule.warmup_epochs, *plan.space.warmup_epochs])
+    return plan.grace_epochs or max(2, math.ceil(warmup) + 1)
 
 
 @dataclass(frozen=True)
@@ -74,14 +83,18 @@ class Trial:
         return runs.read_record(self.run.path)
 
 
-def open_sweep(base: Experiment, shards: Shards, plan: Plan, name: str = "", fresh: bool = False) -> Sweep:
+def open_sweep(
+    base: Experiment, shards: Shards, plan: Plan, name: str = "", fresh: bool = False, ingest: str = "auto"
+) -> Sweep:
     """Begin a sweep, or find the one that the same command began; more trials or other workers are the same sweep.
 
-    Raises UserError where the directory holds another sweep.
+    All trials read shards the same way: as the sweep began, else by `ingest`. Raises UserError where the directory holds
+    another sweep or a run, and for a name that is none.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
+    require(not name or re.fullmatch(r"\w[\w.-]*", name) is not None, f"--sweep-name {name!r} is no name for a folder.")
     digest = storage.sha256(canonical(asked))[:8]
-    name = runs.generation_name(base.runs, name or f"tune-{base.name}-{digest}", fresh)
+    name = name if name and not fresh else runs.generation_name(base.runs, name or f"tune-{base.name}-{digest}", fresh)
     path = storage.join(base.runs, name)
     described = storage.join(path, DESCRIPTION)
     if storage.exists(described):
@@ -89,16 +102,15 @@ def open_sweep(base: Experiment, shards: Shards, plan: Plan, name: str = "", fre
         difference = first_difference({key: there.get(key) for key in asked}, asked)
         if difference:
             raise UserError(f"{path} holds another sweep ({difference}): give --fresh or --sweep-name.")
-        return Sweep(path, from_json(there["experiment"]), there)
+    else:
+        require(not storage.exists(storage.join(path, runs.DESCRIPTION)), f"{path} is a run's: give another --sweep-name.")
+        there = asked | {"dataset": shards.manifest["dataset"], "wandb_id": uuid.uuid4().hex[:12], "ingest": ingest}
+        there |= {"groups": {group: len(patients) for group, patients in shards.groups.items()}}
+        storage.publish_json(described, there)
     # Its trials are one group of the dashboard, and lie in its own folder.
-    inner = replace(
-        base,
-        runs=storage.join(path, TRIALS),
-        tracking=replace(base.tracking, group=base.tracking.group or name, job_type="trial"),
-    )
-    described_as = asked | {"experiment": to_json(inner), "runs": base.runs, "dataset": shards.manifest["dataset"]}
-    storage.publish_json(described, described_as)
-    return Sweep(path, inner, described_as)
+    tracking = replace(base.tracking, group=base.tracking.group or name, job_type="trial")
+    inner = replace(base, runs=storage.join(path, TRIALS), tracking=tracking, ingest=there["ingest"])
+    return Sweep(path, inner, there)
 
 
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
@@ -131,8 +143,17 @@ def read_trials(sweep: Sweep) -> list[Trial]:
 
 
 def end_trial(path: str, state: str, reason: str = "") -> None:
-    """Write down how a trial has ended: finished, stopped early, or failed for a reason."""
+    """Write down how a trial has ended: finished, stopped early, or failed for a reason; the first word counts."""
+    if storage.exists(storage.join(path, OUTCOME)):
+        return
     storage.publish_json(storage.join(path, OUTCOME), {"state": state, "reason": reason})
+
+
+def forget_failures(sweep: Sweep) -> None:
+    """Make failed trials ones that are to be trained on."""
+    for trial in read_trials(sweep):
+        if trial.state == FAILED:
+            storage.remove(storage.join(trial.run.path, OUTCOME))
 
 
 def tabulate(sweep: Sweep) -> pandas.DataFrame:
@@ -151,6 +172,8 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
             | {f"best {METRIC}": float(np.nanmax(scores)) if seen else np.nan}
             | {f"last {METRIC}": scores[-1] if scores else np.nan, "seconds": sum(row["seconds"] for row in record)}
         )
+    if not rows:
+        return pandas.DataFrame({name: [] for name in ("rank", "trial", "schedule.kind", "state", "epochs", f"best {METRIC}")})
     table = pandas.DataFrame(rows)
     order = table.assign(done=table["state"] == FINISHED).sort_values(["done", f"best {METRIC}"], ascending=False).index
     table = table.loc[order].reset_index(drop=True)
@@ -174,9 +197,9 @@ def winner(sweep: Sweep, table: pandas.DataFrame) -> Experiment | None:
         return None
     best = next(trial for trial in read_trials(sweep) if trial.run.name == finished.iloc[0]["trial"])
     experiment = from_json(best.run.description["experiment"])
-    return replace(
-        experiment, runs=sweep.description["runs"], tracking=replace(experiment.tracking, group="", job_type="train")
-    )
+    alone = replace(experiment.tracking, group="", job_type="train")
+    outside = sweep.path.removesuffix("/" + sweep.name)
+    return replace(experiment, data=sweep.base.data, runs=outside, tracking=alone)
 
 
 def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:

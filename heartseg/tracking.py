@@ -238,9 +238,8 @@ def close_trial(run: Run, record: list[dict], reason: str) -> None:
 
 def track_sweep(experiment: Experiment, run: Run, table: pandas.DataFrame, page: str) -> None:
     """A sweep's own run of the dashboard, beside its trials in their group: the table and the page."""
-    described = run.description | {"wandb_id": storage.sha256(run.path.encode())[:12]}
     alone = replace(experiment, tracking=replace(experiment.tracking, job_type="sweep"))
-    tracker = build_tracker(alone, Run(run.path, described), True, [])
+    tracker = build_tracker(alone, run, True, [])
     tracker.pages(table, storage.read_bytes(page).decode())
     tracker.finish()
 

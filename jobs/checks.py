@@ -157,7 +157,7 @@ def round_trip(path: str, megabytes: int) -> list[Finding]:
     found = [] if storage.is_uri(path) else [disk("runs", path)]
     data = os.urandom(megabytes * 1_000_000)
     probe = storage.join(path, f".doctor-{uuid.uuid4().hex[:8]}")
-    made = not storage.is_uri(path) and not os.path.exists(path)
+    made = [] if storage.is_uri(path) else [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
     try:
         written, write_s = _timed(lambda: storage.publish(probe, data))
         read, read_s = _timed(lambda: storage.read_bytes(probe))
@@ -167,17 +167,18 @@ def round_trip(path: str, megabytes: int) -> list[Finding]:
     except (UserError, OSError) as error:
         return [*found, _refused("runs storage", path, error)]
     finally:
-        _forget(probe, path if made else "")
+        _forget(probe, made)
     speeds = {"write_mb_per_s": megabytes / write_s, "read_mb_per_s": megabytes / read_s}
     text = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
     return [*found, Finding("runs storage", text, numbers=speeds)]
 
 
-def _forget(probe: str, made: str) -> None:
+def _forget(probe: str, made: list[Path]) -> None:
+    """Remove the file, and the folders that were not there before it, the innermost first."""
     try:
         storage.remove(probe)
-        if made:
-            os.rmdir(made)
+        for folder in made:
+            folder.rmdir()
     except (UserError, OSError):
         pass  # that it refuses has been said
 

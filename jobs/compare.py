@@ -16,7 +16,7 @@ import tyro
 from heartseg import checkpoint, comparison, comparison_page, runs, storage
 from heartseg.comparison import Comparison, Scored
 from heartseg.config import PredictConfig, canonical, to_json
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.metrics import DISTANCES, SCORES
 from heartseg.report import IMAGES, PATIENTS, SUMMARY
 from heartseg.runs import Run
@@ -56,6 +56,11 @@ class Options:
     """Processes that predict, where something is left to score."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process; Ray starts only where something is left to score."""
+
+    def __post_init__(self):
+        require(self.workers >= 1, "--workers must be at least 1.")
+        require(self.workers == 1 or self.launcher == "ray", "--launcher plain is one process: leave --workers out.")
+        require(not (self.data and self.truth), "--data and --truth are two sources to score on: give one of them.")
 
 
 def run(options: Options) -> str:

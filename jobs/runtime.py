@@ -194,11 +194,13 @@ def worker_resources(workers: int) -> dict[str, float]:
 
 
 def room_for(workers: int) -> int:
-    """How many runs of `workers` each the cluster has room for at a time: GPUs where there are any, else cores."""
+    """How many runs of `workers` each the cluster has room for, or may grow to: by GPUs where there are any, else by cores."""
     import ray
 
     total = ray.cluster_resources()
-    return max(1, int(total.get("GPU", 0) or total.get("CPU", 1)) // workers)
+    to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    gpus, cores = (max(total.get(kind, 0), to_come.get(kind, 0)) for kind in ("GPU", "CPU"))
+    return max(1, int(gpus or cores) // workers)
 
 
 def note_placement(path: str) -> None:

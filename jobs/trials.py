@@ -5,14 +5,14 @@ Each trial is a Ray Train run of its own, begun and resumed like any other; Tune
 
 import logging
 import types
-from dataclasses import replace
+from collections.abc import Callable
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from heartseg import locks, runs, search_space, storage, sweeps
-from heartseg.config import canonical, from_json, identity
+from heartseg import runs, search_space, storage, sweeps
+from heartseg.config import Experiment, canonical, from_json, identity, to_json
 from heartseg.errors import UserError
 from heartseg.search_space import LogRange
 from heartseg.shards import Shards
@@ -22,19 +22,22 @@ from jobs import runtime, train
 log = logging.getLogger("heartseg.jobs")
 # What a trial's process last said before it gave up.
 ERROR = "error.txt"
+# Points drawn in vain, one after the other, after which a space counts as used up.
+MOST_DRAWS = 1000
 
 
 def train_trial(config: dict) -> None:
-    """Train one trial to its end, in an actor of Tune's; how it ended is written down, since Tune's own word is not kept."""
+    """Train one trial to its end, in an actor of Tune's; how it ended is written down, since Tune's own word is not kept.
+
+    No lock: the sweep's own covers its trials, and one that Tune ends would leave a claim behind.
+    """
     from ray.tune.integration.ray_train import TuneReportCallback
 
     runtime.show_log()
-    run = runs.find_run(config["run"])
-    experiment = replace(from_json(run.description["experiment"]), workers=config["workers"])
+    run, experiment = runs.find_run(config["run"]), from_json(config["experiment"])
     runtime.free_placement(run.path)  # of an actor before this one, which died
     try:
-        with locks.lock(run.path):
-            train.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])
+        train.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])
     except UserError as error:
         sweeps.end_trial(run.path, sweeps.FAILED, str(error))
         return  # trying again would not help
@@ -48,35 +51,41 @@ def train_trial(config: dict) -> None:
 class Suggestions(Searcher):
     """Trials to be trained: first those that an earlier command left unfinished, then new ones, the recipe itself first."""
 
-    def __init__(self, sweep: Sweep, shards: Shards, plan: sweeps.Plan, num_trials: int, config: dict):
+    def __init__(self, sweep: Sweep, shards: Shards, plan: sweeps.Plan, num_trials: int, resources: dict):
         super().__init__(metric=METRIC, mode="max")
-        self.sweep, self.shards, self.plan, self.config = sweep, shards, plan, config
+        self.sweep, self.shards, self.plan, self.resources = sweep, shards, plan, resources
         self.num_trials = num_trials
         self.axes = search_space.make_axes(plan.space, sweep.base)
         known = sweeps.read_trials(sweep)
         self.waiting = [trial for trial in known if not trial.state]
         self.count, self.next_number = len(known), 1 + max((trial.number for trial in known), default=-1)
         self.seen = {canonical(trial.run.description["identity"]) for trial in known}
-        self.points = search_space.grid(self.axes, plan.space.lr_points, plan.seed) if plan.search == "grid" else []
+        self.points = search_space.grid(self.axes, plan.space.lr_points, plan.search_seed) if plan.search == "grid" else []
         self.model = build_model_search(self.axes, plan, known) if plan.search == "optuna" else None
         self.of_model: set[str] = set()
 
     def suggest(self, trial_id: str) -> dict | str:
         trial = self.waiting.pop(0) if self.waiting else self.new_trial(trial_id)
-        return self.config | {"run": trial.run.path} if trial else Searcher.FINISHED
+        if trial is None:
+            return Searcher.FINISHED
+        experiment = to_json(search_space.apply(self.sweep.base, trial.values))
+        return {"run": trial.run.path, "experiment": experiment, "resources": self.resources}
 
     def new_trial(self, trial_id: str) -> Trial | None:
-        """The next point that is not yet a trial; None where there are enough, or a grid is used up."""
-        while self.count < self.num_trials:
-            values = self.next_values(trial_id)
+        """The next point that is not yet a trial; None where there are enough, or the space holds no more."""
+        for _ in range(MOST_DRAWS):
+            values = self.next_values(trial_id) if self.count < self.num_trials else None
             if values is None:
-                return None
+                break
             number, self.next_number = self.next_number, self.next_number + 1
             asked = canonical(identity(search_space.apply(self.sweep.base, values)))
             if asked not in self.seen:
                 self.seen.add(asked)
                 self.count += 1
                 return sweeps.add_trial(self.sweep, self.shards, number, values)
+        if self.count < self.num_trials:
+            log.info("The search space holds no more than %d trials.", self.count)
+            self.num_trials = self.count
         return None
 
     def next_values(self, trial_id: str) -> dict | None:
@@ -89,7 +98,7 @@ class Suggestions(Searcher):
             return self.model.suggest(trial_id)
         if self.plan.search == "grid":
             return self.points[number - 1] if number <= len(self.points) else None
-        return search_space.draw(self.axes, number - 1, self.plan.seed)
+        return search_space.draw(self.axes, number - 1, self.plan.search_seed)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if trial_id in self.of_model:
@@ -111,7 +120,7 @@ def build_model_search(axes: search_space.Axes, plan: sweeps.Plan, known: list[T
             for name, axis in axes.items()
         }
         # Another seed after each resume, or the same first points would be suggested again.
-        search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=plan.seed + len(known))
+        search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=plan.search_seed + len(known))
     except (ImportError, AssertionError) as error:
         raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.") from error
     for trial in known:
@@ -124,64 +133,95 @@ def build_model_search(axes: search_space.Axes, plan: sweeps.Plan, known: list[T
 class Rungs(ASHAScheduler):
     """Asynchronous successive halving that writes down whom it stops, and knows what trials of an earlier command reached.
 
-    Tune does not keep its rungs over a restart: without them, a resumed sweep would let trials go on that the first would stop.
+    Tune does not keep its rungs over a restart, and gives a trial that goes on a new id: here trials go by their run's name.
     """
 
-    def __init__(self, plan: sweeps.Plan, epochs: int, known: list[Trial]):
+    def __init__(self, plan: sweeps.Plan, grace: int, epochs: int):
         # No rung at the last epoch: whoever comes there has finished.
         super().__init__(
-            time_attr="epoch",
-            max_t=epochs - 1,
-            grace_period=plan.grace_epochs,
-            reduction_factor=plan.reduction,
-            stop_last_trials=False,
+            time_attr="epoch", max_t=epochs - 1, grace_period=grace, reduction_factor=plan.reduction, stop_last_trials=False
         )
         self.set_search_properties(METRIC, "max")
-        self.epochs, self.known = epochs, known
+        self.epochs = epochs
 
-    def replay(self) -> None:
-        """Fill the rungs with the records of `known`; trials in progress that they would have stopped are stopped now."""
-        stand_ins = {trial.run.path: types.SimpleNamespace(trial_id=trial.run.name) for trial in self.known}
-        for stand_in in stand_ins.values():
-            self.on_trial_add(None, stand_in)
-        actions = {}
-        rows = [(row, trial) for trial in self.known for row in trial.record]
-        for row, trial in sorted(rows, key=lambda pair: pair[0]["epoch"]):
-            if row["epoch"] < self.epochs:
-                action = super().on_trial_result(None, stand_ins[trial.run.path], row)
-                actions.setdefault(trial.run.path, []).append(action)
-        for trial in self.known:
-            if not trial.state and TrialScheduler.STOP in actions.get(trial.run.path, []):
-                sweeps.end_trial(trial.run.path, sweeps.STOPPED, "early, before the sweep was resumed")
+    def replay(self, known: list[Trial]) -> None:
+        """Fill the rungs with the records of `known`.
+
+        Only an unfinished trial's last epoch is judged: its earlier ones were, when there was less to compare with.
+        """
+        records = {trial.run.name: [row for row in trial.record if row["epoch"] < self.epochs] for trial in known}
+        under_way = [trial for trial in known if not trial.state and 0 < len(trial.record) < self.epochs]
+        last = {trial.run.name: records[trial.run.name].pop() for trial in under_way}
+        for trial in known:
+            super().on_trial_add(None, _named(trial.run.name))
+        rows = [(row, name) for name, record in records.items() for row in record]
+        for row, name in sorted(rows, key=lambda pair: pair[0]["epoch"]):
+            super().on_trial_result(None, _named(name), row)
+        for trial in under_way:
+            if super().on_trial_result(None, _named(trial.run.name), last[trial.run.name]) == TrialScheduler.STOP:
+                sweeps.end_trial(trial.run.path, sweeps.STOPPED, self.reason(last[trial.run.name]))
+
+    def reason(self, row: dict) -> str:
+        """Why a trial is stopped at an epoch."""
+        reached = f"{METRIC} {row[METRIC]:.4f} at epoch {row['epoch']}"
+        return f"{reached}, not among the best 1 in {self._reduction_factor:g} of those that came there before"
+
+    def on_trial_add(self, tune_controller, trial) -> None:
+        super().on_trial_add(tune_controller, _named(storage.last_part(trial.config["run"])))
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
-        action = super().on_trial_result(tune_controller, trial, result)
+        path = trial.config["run"]
+        action = super().on_trial_result(tune_controller, _named(storage.last_part(path)), result)
         if action == TrialScheduler.STOP:
-            reached = f"{METRIC} {result[METRIC]:.4f} at epoch {result['epoch']}"
-            reason = f"{reached}, not among the best 1 in {self._reduction_factor:g} of those that came there before"
-            sweeps.end_trial(trial.config["run"], sweeps.STOPPED, reason)
+            if len(runs.read_record(path)) >= self.epochs:
+                return TrialScheduler.CONTINUE  # it was faster than Tune, and has come to its end
+            sweeps.end_trial(path, sweeps.STOPPED, self.reason(result))
         return action
 
+    def on_trial_complete(self, tune_controller, trial, result: dict) -> None:
+        super().on_trial_complete(tune_controller, _named(storage.last_part(trial.config["run"])), result)
 
-def build_scheduler(plan: sweeps.Plan, epochs: int, known: list[Trial]) -> TrialScheduler:
+    def on_trial_remove(self, tune_controller, trial) -> None:
+        self._trial_info.pop(storage.last_part(trial.config["run"]), None)
+
+    on_trial_error = on_trial_remove
+
+
+def _named(name: str) -> types.SimpleNamespace:
+    """What the rungs know a trial by."""
+    return types.SimpleNamespace(trial_id=name)
+
+
+def build_scheduler(plan: sweeps.Plan, base: Experiment, known: list[Trial]) -> TrialScheduler:
     """Early stopping where it is asked for and there is an epoch to save."""
-    if not plan.stop_early or epochs - 1 < plan.grace_epochs:
+    grace, epochs = sweeps.first_rung(plan, base), base.train.epochs
+    if not plan.stop_early or epochs - 1 < grace:
+        if plan.stop_early:
+            log.info("No trial is stopped early: the first comparison would be at epoch %d of %d.", grace, epochs)
         return FIFOScheduler()
-    scheduler = Rungs(plan, epochs, known)
-    scheduler.replay()
+    scheduler = Rungs(plan, grace, epochs)
+    scheduler.replay(known)
     return scheduler
 
 
 class Progress(tune.Callback):
-    """One line for each epoch of each trial, a reason for every trial that Tune gives up, and room where one has ended."""
+    """A line for each epoch of each trial, a reason for every trial that Tune gives up, and room where one has ended.
+
+    `on_end` is called whenever a trial has ended.
+    """
+
+    def __init__(self, on_end: Callable[[], None]):
+        self.on_end = on_end
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
         name = storage.last_part(trial.config["run"])
         ended = sum(other.is_finished() for other in trials)
-        log.info("%s  epoch %d  %s %.4f  (%d trials ended)", name, result["epoch"], METRIC, result[METRIC], ended)
+        if METRIC in result:
+            log.info("%s  epoch %d  %s %.4f  (%d trials ended)", name, result["epoch"], METRIC, result[METRIC], ended)
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
         runtime.free_placement(trial.config["run"])
+        self.on_end()
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
         path = trial.config["run"]
@@ -190,3 +230,4 @@ class Progress(tune.Callback):
         reason = storage.read_bytes(said).decode() if storage.exists(said) else "its process died twice"
         sweeps.end_trial(path, sweeps.FAILED, reason)
         log.warning("%s failed: %s", storage.last_part(path), reason)
+        self.on_end()

@@ -4,9 +4,11 @@ Many runs of one recipe, in parallel on a cluster, bad ones stopped early; the w
 training group and written down as `best.json`, which `jobs/train.py --config` takes. The same command goes on with a sweep.
 """
 
+import importlib.util
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +16,12 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas
+
 from heartseg import locks, search_space, storage, sweeps
 from heartseg.config import Experiment
 from heartseg.errors import UserError, require
+from heartseg.ingest import MEMORY_SHARE, free_on_machine, pixel_bytes
 from heartseg.model import check_installation
 from heartseg.runs import Run
 from heartseg.shards import Shards
@@ -47,6 +52,9 @@ class Options:
     fresh: bool = False
     """Begin a new sweep where the same command would go on with one."""
 
+    retry_failed: bool = False
+    """Train failed trials on, from their last checkpoint: after a full disk, say."""
+
     def __post_init__(self):
         require(self.trials >= 1, "--trials must be at least 1.")
         require(min(self.max_concurrent, self.time_budget) >= 0, "--max-concurrent and --time-budget must be at least 0.")
@@ -58,19 +66,37 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
+    if options.plan.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
     shards = open_data(experiment)
     check_plan(experiment, shards)
-    search_space.check_points(experiment, search_space.make_axes(options.plan.space, experiment))
-    sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh)
+    axes = search_space.make_axes(options.plan.space, experiment)
+    search_space.check_points(experiment, axes, lambda point: check_plan(point, shards))
+    ingest = choose_ingest(experiment, shards)
+    sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
         print(f"sweep {sweep.path}")
         sweeps.mend_trials(sweep, shards)
-        search(sweep, shards, experiment, options)
-        conclude(sweep)
+        if options.retry_failed:
+            sweeps.forget_failures(sweep)
+        try:
+            search(sweep, shards, options)
+        except KeyboardInterrupt:
+            publish(sweep)  # what there is, without the time that a dashboard takes
+            raise
+        conclude(sweep, options)
     return sweep
 
 
-def search(sweep: Sweep, shards: Shards, experiment: Experiment, options: Options) -> None:
+def choose_ingest(experiment: Experiment, shards: Shards) -> str:
+    """How all trials read shards: as asked, else by what is free here for one of as many trials as there are cores."""
+    if experiment.ingest != "auto":
+        return experiment.ingest
+    free = MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
+    return "memory" if pixel_bytes(shards) <= free else "stream"
+
+
+def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     """Train what is to be trained. Raises KeyboardInterrupt where it was interrupted: Tune just returns."""
     known = sweeps.read_trials(sweep)
     if len(known) >= options.trials and all(trial.state for trial in known):
@@ -79,16 +105,18 @@ def search(sweep: Sweep, shards: Shards, experiment: Experiment, options: Option
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
-    runtime.start_ray(experiment.workers)
+    workers = sweep.base.workers
+    runtime.start_ray(workers)
     from ray import tune
 
     from jobs import trials
 
-    concurrent = options.max_concurrent or runtime.room_for(experiment.workers)
-    config = {"workers": experiment.workers, "resources": runtime.worker_resources(experiment.workers * concurrent)}
-    scheduler = trials.build_scheduler(options.plan, experiment.train.epochs, known)
-    suggestions = trials.Suggestions(sweep, shards, options.plan, options.trials, config)
-    log.info("%d trials, %d at a time, %d worker(s) each", options.trials, concurrent, experiment.workers)
+    # More trials than there is room for would wait for it, be given up, and count as failed.
+    concurrent = min(options.max_concurrent or options.trials, runtime.room_for(workers))
+    resources = runtime.worker_resources(workers * concurrent)
+    scheduler = trials.build_scheduler(options.plan, sweep.base, known)
+    suggestions = trials.Suggestions(sweep, shards, options.plan, options.trials, resources)
+    log.info("%d trials, %d at a time, %d worker(s) each", options.trials, concurrent, workers)
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
         tune.with_resources(trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
@@ -103,35 +131,48 @@ def search(sweep: Sweep, shards: Shards, experiment: Experiment, options: Option
             name=storage.last_part(sweep.path),
             storage_path=storage.join(sweep.path, "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[trials.Progress()],
+            callbacks=[trials.Progress(lambda: publish(sweep))],
             verbose=0,
         ),
     )
+    began = time.monotonic()
     tuner.fit()
-    if not options.time_budget and any(not trial.state for trial in sweeps.read_trials(sweep)):
+    is_time_up = options.time_budget and time.monotonic() - began >= options.time_budget * 60
+    if not is_time_up and any(not trial.state for trial in sweeps.read_trials(sweep)):
         raise KeyboardInterrupt
 
 
-def conclude(sweep: Sweep) -> None:
-    """Table, winner and page; what early stopping saved; and in the dashboard, an end for each trial and one run for all."""
+def publish(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None, str]:
+    """Write the tables, the winner so far and the page: a sweep can be looked at while it runs."""
     table, best = sweeps.write_results(sweep)
-    for trial in sweeps.read_trials(sweep):
+    return table, best, write_page(sweep, table)
+
+
+def conclude(sweep: Sweep, options: Options) -> None:
+    """Table, winner and page; what early stopping saved; and in the dashboard, an end for each trial and one run for all."""
+    table, best, page = publish(sweep)
+    found = sweeps.read_trials(sweep)
+    for trial in found:
         if trial.state == sweeps.STOPPED:
             close_trial(trial.run, trial.record, trial.reason)  # its own process had no time to
-    page = write_page(sweep, table)
-    track_sweep(sweep.base, Run(sweep.path, sweep.description), table, page)
-    print(show_table(table))
+    if len(table):
+        track_sweep(sweep.base, Run(sweep.path, sweep.description), table, page)
+        print(show_table(table))
     trained, asked = sweeps.epochs_saved(sweep, table)
-    if asked:
+    if asked and options.plan.stop_early:
         print(f"{trained} epochs trained; without early stopping {asked}: {1 - trained / asked:.0%} saved")
-    if best is None:
-        reasons = [trial.reason for trial in sweeps.read_trials(sweep) if trial.reason]
-        raise UserError(f"No trial of {sweep.path} finished{f' ({reasons[0]})' if reasons else ''}: see its sweep.csv.")
-    first = table.iloc[0]
-    print(
-        f"best {first['trial']}  {sweeps.METRIC} {first[f'best {sweeps.METRIC}']:.4f}  {storage.join(sweep.path, 'best.json')}"
-    )
+    failed = [trial for trial in found if trial.state == sweeps.FAILED]
+    if failed:
+        print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed trains them on")
     print(f"page {page}")
+    if best:
+        score = table.iloc[0][f"best {sweeps.METRIC}"]
+        best_path = storage.join(sweep.path, "best.json")
+        print(f"best {table.iloc[0]['trial']}  {sweeps.METRIC} {score:.4f}  {best_path}")
+    elif failed and len(failed) == len(found):
+        raise UserError(f"All trials of {sweep.path} failed: mend what the first says, then give --retry-failed.")
+    else:
+        print("no trial has finished: the same command goes on, with a longer --time-budget")
 
 
 def job(argv: Sequence[str]) -> None:

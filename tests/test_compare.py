@@ -124,6 +124,7 @@ def test_a_difference_is_of_the_same_images_and_its_interval_is_over_patients(sc
 )  # fmt: skip
 def test_a_difference_is_read_from_its_interval_alone(low, high, difference, said):
     assert comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.01}) == said
+    assert comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.06}) == "no difference seen"
 
 
 def test_a_run_beside_itself_shows_no_difference(scored):

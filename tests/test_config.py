@@ -17,6 +17,7 @@ from heartseg.config import (
     OptimConfig,
     SplitConfig,
     TrainConfig,
+    canonical,
     first_difference,
     from_json,
     identity,
@@ -208,3 +209,9 @@ def test_a_split_that_cannot_be_is_refused():
         splits.make_groups(SplitConfig("ratio"), ["a"], {})
     with pytest.raises(UserError, match="a is in both train and test"):
         splits.make_groups(SplitConfig("official"), ["a", "b"], {"train": ["a"], "test": ["a", "b"]})
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_and_its_json_are_one_run(name):
+    recipe = recipes.RECIPES[name]()
+    assert canonical(identity(from_json(to_json(recipe)))) == canonical(identity(recipe))

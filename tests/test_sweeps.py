@@ -1,8 +1,10 @@
 """Sweeps without a cluster: which trials there are, which of them are stopped, what a sweep's directory tells."""
 
 import json
+import os
 import types
 from dataclasses import replace
+from unittest import mock
 
 import pandas
 import pytest
@@ -123,12 +125,12 @@ def test_best_json_is_a_complete_experiment_whose_run_is_the_trials(sweep):
 
 
 def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, shards):
-    base = replace(sweep.base, runs=sweep.description["runs"])
+    base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
     held = hold_out(open_shards(shards), 0.3)
     assert sweeps.open_sweep(base, held, Plan()).path == sweep.path
     assert sweeps.open_sweep(base, held, Plan(search="grid")).path != sweep.path
-    with pytest.raises(UserError, match="plan.seed: 0 there, 1 asked"):
-        sweeps.open_sweep(base, held, Plan(seed=1), name=sweep.name)
+    with pytest.raises(UserError, match="plan.search_seed: 0 there, 1 asked"):
+        sweeps.open_sweep(base, held, Plan(search_seed=1), name=sweep.name)
     assert sweeps.open_sweep(base, held, Plan(), fresh=True).name == f"{sweep.name}-2"
 
 
@@ -141,49 +143,112 @@ def test_a_suggestion_that_a_kill_left_without_its_run_is_completed(sweep, shard
     assert sweeps.read_trials(sweep)[-1].number == 9
 
 
+def live(name: str) -> types.SimpleNamespace:
+    """A trial as Tune has it: an id of its own, and the run's path in its configuration."""
+    return types.SimpleNamespace(trial_id=f"tune's {name}", config={"run": f"/nowhere/{name}"})
+
+
+def tell(scheduler: trials.Rungs, name: str, epoch: int, score: float) -> str:
+    return scheduler.on_trial_result(None, live(name), {"epoch": epoch, METRIC: score})
+
+
+def remembered(name: str, scores: list[float], state: str = "") -> types.SimpleNamespace:
+    """A trial of an earlier command."""
+    record = [{"epoch": epoch, METRIC: score} for epoch, score in enumerate(scores, 1)]
+    return types.SimpleNamespace(run=types.SimpleNamespace(path=f"/nowhere/{name}", name=name), record=record, state=state)
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), epochs=st.integers(3, 12), reduction=st.sampled_from([2.0, 3.0]))
-def test_replayed_rungs_stop_whom_undisturbed_ones_would(data, epochs, reduction):
-    """Trials in progress at a kill: the rungs that are filled from the records decide about their next epochs as before."""
-    plan, undisturbed = Plan(reduction=reduction), None
-    lengths = data.draw(st.lists(st.integers(0, epochs - 1), min_size=1, max_size=6))
-    known, going = [], []
-    undisturbed = trials.Rungs(plan, epochs, [])
-    for number, length in enumerate(lengths):
-        record = [{"epoch": epoch, METRIC: data.draw(st.floats(0, 1))} for epoch in range(1, length + 1)]
-        run = types.SimpleNamespace(path=f"/nowhere/{number}", name=str(number))
-        known.append(types.SimpleNamespace(run=run, record=record, state=STOPPED, number=number))
-        going.append(types.SimpleNamespace(trial_id=str(number), config={}))
-        undisturbed.on_trial_add(None, going[-1])
-    for epoch in range(1, epochs):
-        for trial, stand_in in zip(known, going, strict=True):
-            for row in trial.record[epoch - 1 : epoch]:
-                super(trials.Rungs, undisturbed).on_trial_result(None, stand_in, row)
-    resumed = trials.Rungs(plan, epochs, known)
-    resumed.replay()
-    newcomer = types.SimpleNamespace(trial_id="new", config={})
-    for scheduler in (undisturbed, resumed):
-        scheduler.on_trial_add(None, newcomer)
-    for epoch in range(1, epochs):
-        row = {"epoch": epoch, METRIC: data.draw(st.floats(0, 1))}
-        actions = [super(trials.Rungs, s).on_trial_result(None, newcomer, row) for s in (undisturbed, resumed)]
-        assert actions[0] == actions[1]
+def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_would(data, epochs, reduction):
+    plan, undisturbed = Plan(reduction=reduction), trials.Rungs(Plan(reduction=reduction), 1, epochs)
+    score = st.floats(0, 1)
+    known = [
+        remembered(str(number), data.draw(st.lists(score, max_size=epochs - 1)), STOPPED)
+        for number in range(data.draw(st.integers(1, 6)))
+    ]
+    undisturbed.replay([])
+    for trial in known:
+        undisturbed.on_trial_add(None, live(trial.run.name))
+    with mock.patch.object(sweeps, "end_trial"), mock.patch.object(runs, "read_record", return_value=[]):
+        for epoch in range(1, epochs):
+            for trial in known:
+                for row in trial.record[epoch - 1 : epoch]:
+                    tell(undisturbed, trial.run.name, epoch, row[METRIC])
+        resumed = trials.Rungs(plan, 1, epochs)
+        resumed.replay(known)
+        for scheduler in (undisturbed, resumed):
+            scheduler.on_trial_add(None, live("new"))
+        for epoch in range(1, epochs):
+            value = data.draw(score)
+            assert tell(undisturbed, "new", epoch, value) == tell(resumed, "new", epoch, value)
 
 
-def test_a_trial_in_progress_that_the_rungs_would_have_stopped_is_stopped_at_the_resume(sweep):
+def test_a_resumed_trial_that_was_best_at_its_rung_is_not_judged_there_again():
+    resumed = trials.Rungs(Plan(reduction=3.0), 1, 9)
+    resumed.replay([remembered("weak", [0.4], STOPPED), remembered("best", [0.5])])
+    resumed.on_trial_add(None, live("best"))
+    assert tell(resumed, "best", 2, 0.3) == TrialScheduler.CONTINUE  # a dip between two rungs
+
+
+def test_a_trial_that_had_passed_its_rung_or_has_come_to_its_end_is_not_stopped_at_the_resume(sweep):
+    first, _, _, last = sweeps.read_trials(sweep)
+    os.remove(storage.join(first.run.path, sweeps.OUTCOME))  # complete, and killed before it could say so
+    runs.write_record(last.run.path, [{"epoch": e, METRIC: v, "seconds": 1.0} for e, v in enumerate([0.15, 0.16, 0.9], 1)])
+    trials.build_scheduler(Plan(reduction=2.0, grace_epochs=2), sweep.base, sweeps.read_trials(sweep))
+    assert [trial.state for trial in sweeps.read_trials(sweep)] == ["", STOPPED, FAILED, ""]
+
+
+def test_a_trial_whose_last_epoch_the_rungs_would_have_stopped_is_stopped_at_the_resume(sweep):
     under_way = sweeps.read_trials(sweep)[3]
     runs.write_record(under_way.run.path, [{"epoch": 1, METRIC: 0.05, "seconds": 1.0}])
-    trials.build_scheduler(Plan(reduction=2.0), 4, sweeps.read_trials(sweep))
+    trials.build_scheduler(Plan(reduction=2.0, grace_epochs=1), sweep.base, sweeps.read_trials(sweep))
     assert sweeps.read_trials(sweep)[3].state == STOPPED
 
 
+def test_the_first_rung_waits_for_the_warm_up():
+    base = quick()
+    assert sweeps.first_rung(Plan(), base) == 2  # its warm-up takes one epoch
+    longer = Plan(SearchSpace(warmup_epochs=(0.0, 2.5)))
+    assert sweeps.first_rung(longer, base) == 4 and sweeps.first_rung(replace(longer, grace_epochs=1), base) == 1
+
+
+def test_an_outcome_that_is_there_stays_and_failures_can_be_forgotten(sweep):
+    first = sweeps.read_trials(sweep)[0]
+    sweeps.end_trial(first.run.path, STOPPED, "a moment too late")
+    assert sweeps.read_trials(sweep)[0].state == FINISHED
+    sweeps.forget_failures(sweep)
+    assert [trial.state for trial in sweeps.read_trials(sweep)] == [FINISHED, STOPPED, "", ""]
+
+
+def test_a_space_with_fewer_points_than_trials_ends_with_what_it_holds(sweep, shards):
+    held = hold_out(open_shards(shards), 0.3)
+    base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
+    for search in ("random", "optuna", "grid"):
+        plan = Plan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 1.0)), search=search)
+        asked = trials.Suggestions(sweeps.open_sweep(base, held, plan), held, plan, 12, {})
+        given_out = [asked.suggest(str(number)) for number in range(3)]
+        assert [point == "FINISHED" for point in given_out] == [False, False, True]
+
+
+def test_settings_that_change_no_result_are_those_of_the_present_command(sweep, shards):
+    held = hold_out(open_shards(shards), 0.3)
+    base = replace(sweep.base, runs=os.path.dirname(sweep.path), data="/elsewhere", ingest="auto", workers=2)
+    assert sweeps.open_sweep(base, held, Plan()).base.data == "/elsewhere"
+    assert sweeps.open_sweep(base, held, Plan()).base.workers == 2
+
+
+@pytest.mark.parametrize("name", ["../up", " ", "a/b"])
+def test_a_name_that_is_no_folder_is_refused(sweep, shards, name):
+    with pytest.raises(UserError, match="--sweep-name"):
+        sweeps.open_sweep(sweep.base, hold_out(open_shards(shards), 0.3), Plan(), name)
+
+
 def test_no_trial_is_stopped_at_its_last_epoch():
-    scheduler = trials.Rungs(Plan(reduction=2.0), 4, [])
+    scheduler = trials.Rungs(Plan(reduction=2.0), 1, 4)
     for name, scores in {"good": [0.9, 0.9, 0.9, 0.9], "late": [0.95, 0.95, 0.95, 0.1]}.items():
-        trial = types.SimpleNamespace(trial_id=name, config={"run": "/nowhere"})
-        scheduler.on_trial_add(None, trial)
-        rows = [{"epoch": epoch, METRIC: score} for epoch, score in enumerate(scores, 1)]
-        assert {scheduler.on_trial_result(None, trial, row) for row in rows} == {TrialScheduler.CONTINUE}
+        scheduler.on_trial_add(None, live(name))
+        assert {tell(scheduler, name, epoch, score) for epoch, score in enumerate(scores, 1)} == {TrialScheduler.CONTINUE}
 
 
 def test_the_page_needs_no_network_and_says_who_won_and_what_was_saved(sweep):
@@ -197,7 +262,7 @@ def test_the_page_needs_no_network_and_says_who_won_and_what_was_saved(sweep):
 
 def test_grids_and_draws_begin_with_the_recipe_and_try_nothing_twice(sweep, shards):
     held = hold_out(open_shards(shards), 0.3)
-    base = replace(sweep.base, runs=sweep.description["runs"])
+    base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
     for search in ("grid", "random", "optuna"):
         plan = Plan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 2.0), lr_points=2), search=search)
         opened = sweeps.open_sweep(base, held, plan)

@@ -51,6 +51,8 @@ class Options:
     """Height and width of their images."""
     pairs: int = 5
     """Pairs of epochs, one under Ray and one without, in turn; the median of their ratios counts."""
+    ray_patients: int = 40
+    """Synthetic patients whose images make an epoch of section ray; 500 make epochs of half a minute or more on 2 cores."""
     threads: int = 0
     """Threads of the arithmetic on CPUs; 0 takes all cores."""
 

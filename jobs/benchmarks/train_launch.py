@@ -27,7 +27,6 @@ from jobs.benchmarks.train_bench import Bench, row
 from jobs.benchmarks.train_steps import new_model
 
 # Patients of a phantom at a quarter of its size: an epoch takes seconds and not minutes.
-SMALL_PATIENTS = 40
 SECONDS_TO_WAIT = 900
 
 
@@ -111,9 +110,10 @@ def measure_ray(bench: Bench) -> list[dict]:
 
     pairs, threads = bench.options.pairs, torch.get_num_threads()
     experiment = bench.experiment(small=True, epochs=1 + pairs)
-    source, folder = os.path.join(bench.folder, "small"), os.path.join(bench.folder, "turns")
+    patients = bench.options.ray_patients
+    source, folder = os.path.join(bench.folder, f"small-{patients}"), os.path.join(bench.folder, "turns")
     if not os.path.exists(source):
-        write_phantom(source, SMALL_PATIENTS, scale=0.25)
+        write_phantom(source, patients, scale=0.25)
     os.makedirs(folder)
     experiment = replace(experiment, data=bench.shards(experiment, source))
     processes = []
