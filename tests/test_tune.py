@@ -39,11 +39,12 @@ def said_of_run(records: list[dict]) -> dict:
 
 @pytest.fixture(scope="module")
 def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
-    """Two trials of two epochs, of which the second asks for more images in a batch than there are."""
+    """Two trials of two epochs, of which the second's base rate is ten million times the first's."""
     folder = str(tmp_path_factory.mktemp("sweep"))
     experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
-    experiment = replace(experiment, train=replace(experiment.train, holdout=0.3))
-    space = SearchSpace(schedules=("cosine",), lr_factors=(1.0, 1.0), batch_size=(7, 1000))
+    unclipped = replace(experiment.optim, clip_norm=0.0)
+    experiment = replace(experiment, train=replace(experiment.train, holdout=0.3), optim=unclipped)
+    space = SearchSpace(schedules=("cosine",), lr_factors=(1.0, 1e7), lr_points=2)
     options = tune.Options(plan=Plan(space, search="grid", stop_early=False), trials=2)
     sweep = tune.run(experiment, options)
     assert tune.run(experiment, options).path == sweep.path  # again: nothing is left to do
@@ -59,7 +60,7 @@ def by_state(sweep: sweeps.Sweep) -> dict[str, list[Trial]]:
 def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(small_sweep):
     states = by_state(small_sweep)
     (failed,), (finished,) = states[FAILED], states[FINISHED]
-    assert "fewer than a batch of 1000" in failed.reason
+    assert "is not finite" in failed.reason and "patient" in failed.reason
     assert [row["epoch"] for row in finished.record] == [1, 2]
 
 
@@ -136,6 +137,7 @@ def more_shards(tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_winner(more_shards, tmp_path, fault_table):
     whole = SweepJob(more_shards, tmp_path / "whole")
     began = time.monotonic()

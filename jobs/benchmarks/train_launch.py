@@ -26,7 +26,6 @@ from heartseg.training import train_rank
 from jobs.benchmarks.train_bench import Bench, row
 from jobs.benchmarks.train_steps import new_model
 
-# Patients of a phantom at a quarter of its size: an epoch takes seconds and not minutes.
 SECONDS_TO_WAIT = 900
 
 
