@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -171,13 +172,25 @@ def start_ray(workers: int) -> None:
         raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
     # Ray asks its own dashboard for the state of a training run; without it, the log fills with failed questions.
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, include_dashboard=True if address == "local" else None, logging_level=logging.WARNING)
+    own = {}
+    if address == "local":
+        own = {"include_dashboard": True, "dashboard_port": free_port()}
+        # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves.
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{own['dashboard_port']}"
+    ray.init(address=address, logging_level=logging.WARNING, **own)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init takes the signal for itself
     resources = ray.cluster_resources()
     slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
     if workers > slots:
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def worker_resources(workers: int) -> dict[str, float]:
@@ -213,7 +226,7 @@ def note_placement(path: str) -> None:
 def free_placement(path: str) -> None:
     """Give back what the last workers of a run had reserved, which Ray Train may not where it was ended from outside.
 
-    It leaves that to an actor that dies of a slow answer on a busy machine: the cluster then stays full for ever.
+    It leaves that to an actor that dies of one failed question to the cluster, which then stays full for ever.
     """
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group

@@ -4,6 +4,7 @@ Each trial is a Ray Train run of its own, begun and resumed like any other; Tune
 """
 
 import logging
+import time
 import types
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ from jobs import runtime, train
 log = logging.getLogger("heartseg.jobs")
 # What a trial's process last said before it gave up.
 ERROR = "error.txt"
+# Until then Ray Train's controller is gone with the trial's actor; before, it would start other workers for lost ones.
+SECONDS_TO_LEAVE = 10.0
 # Points drawn in vain, one after the other, after which a space counts as used up.
 MOST_DRAWS = 1000
 
@@ -35,7 +38,6 @@ def train_trial(config: dict) -> None:
 
     runtime.show_log()
     run, experiment = runs.find_run(config["run"]), from_json(config["experiment"])
-    runtime.free_placement(run.path)  # of an actor before this one, which died
     try:
         train.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])
     except UserError as error:
@@ -212,6 +214,11 @@ class Progress(tune.Callback):
 
     def __init__(self, on_end: Callable[[], None]):
         self.on_end = on_end
+        self.leaving: list[tuple[float, str]] = []
+
+    def on_step_end(self, iteration: int, trials: list, **info) -> None:
+        while self.leaving and time.monotonic() >= self.leaving[0][0]:
+            runtime.free_placement(self.leaving.pop(0)[1])
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
         name = storage.last_part(trial.config["run"])
@@ -220,12 +227,12 @@ class Progress(tune.Callback):
             log.info("%s  epoch %d  %s %.4f  (%d trials ended)", name, result["epoch"], METRIC, result[METRIC], ended)
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
-        runtime.free_placement(trial.config["run"])
+        self.leaving.append((time.monotonic() + SECONDS_TO_LEAVE, trial.config["run"]))
         self.on_end()
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
         path = trial.config["run"]
-        runtime.free_placement(path)
+        self.leaving.append((time.monotonic() + SECONDS_TO_LEAVE, path))
         said = storage.join(path, ERROR)
         reason = storage.read_bytes(said).decode() if storage.exists(said) else "its process died twice"
         sweeps.end_trial(path, sweeps.FAILED, reason)
