@@ -106,11 +106,18 @@ def open_sweep(
         require(not storage.exists(storage.join(path, runs.DESCRIPTION)), f"{path} is a run's: give another --sweep-name.")
         there = asked | {"dataset": shards.manifest["dataset"], "wandb_id": uuid.uuid4().hex[:12], "ingest": ingest}
         there |= {"groups": {group: len(patients) for group, patients in shards.groups.items()}}
+        there |= {"experiment": to_json(base)}  # as it was begun
         storage.publish_json(described, there)
     # Its trials are one group of the dashboard, and lie in its own folder.
     tracking = replace(base.tracking, group=base.tracking.group or name, job_type="trial")
     inner = replace(base, runs=storage.join(path, TRIALS), tracking=tracking, ingest=there["ingest"])
     return Sweep(path, inner, there)
+
+
+def find_sweep(path: str) -> Sweep:
+    """The sweep in a folder, as it was begun; raises UserError where there is none."""
+    there = storage.read_json(storage.join(path, DESCRIPTION))
+    return Sweep(path, replace(from_json(there["experiment"]), runs=storage.join(path, TRIALS)), there)
 
 
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:

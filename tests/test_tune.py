@@ -115,8 +115,7 @@ class SweepJob(Job):
     def sweep(self) -> sweeps.Sweep:
         """The sweep, once it is there."""
         path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / sweeps.DESCRIPTION).exists()), None))
-        there = storage.read_json(str(path / sweeps.DESCRIPTION))
-        return sweeps.Sweep(str(path), from_json(there["experiment"]), there)
+        return sweeps.find_sweep(str(path))
 
     def num_epochs(self) -> int:
         return sum(self.records().values())
