@@ -172,12 +172,16 @@ def start_ray(workers: int) -> None:
         raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
     # Ray asks its own dashboard for the state of a training run; without it, the log fills with failed questions.
     handler = signal.getsignal(signal.SIGTERM)
-    own = {}
+    own, asked = {}, os.environ.get("RAY_API_SERVER_ADDRESS")
     if address == "local":
         own = {"include_dashboard": True, "dashboard_port": free_port()}
         # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{own['dashboard_port']}"
     ray.init(address=address, logging_level=logging.WARNING, **own)
+    if own:  # and children of this process, which may join another cluster, not this one
+        os.environ.pop("RAY_API_SERVER_ADDRESS")
+        if asked:
+            os.environ["RAY_API_SERVER_ADDRESS"] = asked
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init takes the signal for itself
     resources = ray.cluster_resources()
