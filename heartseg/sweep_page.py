@@ -57,7 +57,7 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
         epochs=sweep.base.train.epochs,
         best_path=storage.join(sweep.path, "best.json"),
         against=against_recipe(table),
-        facts=facts(sweep, table),
+        facts=facts(sweep),
         metric=METRIC,
         best=table.iloc[0] if (table["state"] == sweeps.FINISHED).any() else None,
         best_values=[(name, show_cell(table.iloc[0][name])) for name in varied(table)] if len(table) else [],
@@ -85,7 +85,7 @@ def against_recipe(table: pandas.DataFrame) -> str:
     return f"The recipe itself reached {reached:.4f} (trial {recipe.iloc[0]['trial']}): the winner is {gap:.4f} higher."
 
 
-def facts(sweep: Sweep, table: pandas.DataFrame) -> list[tuple[str, str]]:
+def facts(sweep: Sweep) -> list[tuple[str, str]]:
     """What a reader needs to judge the sweep by."""
     plan, groups = sweep.description["plan"], sweep.description["groups"]
     rung = sweeps.first_rung(from_json(plan, sweeps.Plan), sweep.base)

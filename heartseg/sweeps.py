@@ -180,7 +180,8 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
             | {f"last {METRIC}": scores[-1] if scores else np.nan, "seconds": sum(row["seconds"] for row in record)}
         )
     if not rows:
-        return pandas.DataFrame({name: [] for name in ("rank", "trial", "schedule.kind", "state", "epochs", f"best {METRIC}")})
+        columns = ["rank", "trial", "schedule.kind", "state", "epochs", f"best {METRIC}", f"last {METRIC}", "seconds"]
+        return pandas.DataFrame({name: [] for name in columns}, dtype=object)
     table = pandas.DataFrame(rows)
     order = table.assign(done=table["state"] == FINISHED).sort_values(["done", f"best {METRIC}"], ascending=False).index
     table = table.loc[order].reset_index(drop=True)

@@ -51,7 +51,6 @@ class Options:
     """Name of the sweep's folder; the recipe and a hash of the configuration where not given."""
     fresh: bool = False
     """Begin a new sweep where the same command would go on with one."""
-
     retry_failed: bool = False
     """Train failed trials on, from their last checkpoint: after a full disk, say."""
 

@@ -278,6 +278,13 @@ def test_grids_and_draws_begin_with_the_recipe_and_try_nothing_twice(sweep, shar
         assert (again.suggest("4") == "FINISHED") == (search == "grid")  # whose four combinations are used up
 
 
+def test_a_sweep_without_a_trial_has_tables_and_a_page(sweep, shards):
+    held = hold_out(open_shards(shards), 0.3)
+    empty = sweeps.open_sweep(replace(sweep.base, runs=os.path.dirname(sweep.path)), held, Plan(), "empty")
+    table, best = sweeps.write_results(empty)
+    assert best is None and "No trial has finished" in storage.read_bytes(sweep_page.write_page(empty, table)).decode()
+
+
 def test_defaults_of_a_trial_are_the_recipes():
     assert TrainConfig(epochs=1, batch_size=2).holdout == 0.0
     assert search_space.values_of(quick(), make_axes(SearchSpace(), quick())) == {"schedule.kind": "cosine", "optim.lr": 0.001}
