@@ -1,8 +1,10 @@
 """What a sweep varies, as a typed value: axes of choices and of ranges, and the experiments that lie on them."""
 
 import itertools
+import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +36,8 @@ class SearchSpace:
     """Images in a batch."""
     losses: tuple[Literal["cross_entropy", "dice_cross_entropy"], ...] = ()
     """Losses."""
+    changes: tuple[str, ...] = ()
+    """For `--search changes`, a trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`."""
 
     def __post_init__(self):
         low, high = self.lr_factors
@@ -82,6 +86,35 @@ def apply(base: Experiment, values: dict[str, object]) -> Experiment:
     return from_json(changed, origin="the search space")
 
 
+def parse_change(text: str) -> dict[str, object]:
+    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError where it is not of that form."""
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\.\w+=)", text)]
+    if not all(re.fullmatch(r"\w+\.\w+", name.strip()) and value.strip() for name, _, value in pairs):
+        raise UserError(f"--space.changes {text!r} is no change: write part.field=value, several with commas.")
+    values = {}
+    for name, _, value in pairs:
+        try:
+            values[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name.strip()] = value.strip()
+    return values
+
+
+def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
+    """The recipe and each change of it, as points that all name the same fields; the schedule's kind is always one."""
+    parsed = [parse_change(text) for text in changes]
+    require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
+    own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
+    return [own, *(own | values for values in parsed)]
+
+
+def describe(own: dict, values: dict) -> str:
+    """What a point changes of the recipe, as it is asked for; `-` for the recipe itself."""
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    changed = [f"{name}={told[name]}" for name, value in values.items() if value != own.get(name)]
+    return ",".join(changed) or "-"
+
+
 def grid(axes: Axes, lr_points: int, seed: int) -> list[dict]:
     """Every combination in a seeded order in which the schedules take turns, so that its beginning tries them all."""
     lists = [axis.points(lr_points) if isinstance(axis, LogRange) else axis for axis in axes.values()]
@@ -112,7 +145,10 @@ def check_points(base: Experiment, axes: Axes, check: Callable[[Experiment], Non
             raise UserError(f"The search space names a value of {name} twice.")
 
 
-def values_of(base: Experiment, axes: Axes) -> dict:
-    """The recipe's own values on the axes."""
+def values_of(base: Experiment, axes: Iterable[str]) -> dict:
+    """The recipe's own values on the axes; raises UserError for a field that no experiment has."""
     told = to_json(base)
-    return {name: told[name.split(".")[0]][name.split(".")[1]] for name in axes}
+    try:
+        return {name: told[name.split(".")[0]][name.split(".")[1]] for name in axes}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The search space names {error.args[0]}, which no experiment has: see train.py --help.") from None

@@ -116,7 +116,7 @@ def ranks(table: pandas.DataFrame, score: str, epochs: int) -> Figure:
     left.scatter(table[score], heights, c=colours, s=36, zorder=3)
     right.barh(heights, [epochs] * len(table), color=INK, alpha=0.12, height=0.6)
     right.barh(heights, table["epochs"], color=colours, height=0.6)
-    left.set_yticks(heights, table["trial"], fontsize=8, color=INK)
+    left.set_yticks(heights, table["change" if "change" in table else "trial"], fontsize=8, color=INK)
     for axes, title in ((left, score), (right, "epochs trained of those planned")):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(INK)

@@ -14,7 +14,9 @@ SHOWN = ["state", "epochs", SCORE, f"last {METRIC}", "seconds"]
 
 
 def varied(table: pandas.DataFrame) -> list[str]:
-    """The columns of what differs between trials, the schedule's first."""
+    """The columns of what differs between trials, the schedule's first; of listed changes their own names."""
+    if "change" in table:
+        return ["change"]
     fields = [name for name in table.columns if "." in name and "/" not in name]
     return ["schedule.kind", *(name for name in fields if table[name].nunique() > 1 and name != "schedule.kind")]
 
@@ -94,10 +96,13 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
         f"at epochs {', '.join(rungs)}, about 1 in {plan['reduction']:g} goes on" if plan["stop_early"] and rungs else "none"
     )
     low, high = (sweep.base.optim.lr * factor for factor in plan["space"]["lr_factors"])
-    return [
-        ("search", f"{plan['search']}, seed {plan['search_seed']}; trial 000 is the recipe itself"),
+    ranges = [
         ("schedules", ", ".join(plan["space"]["schedules"])),
         ("base rates", f"{low:g} to {high:g} (recipe: {sweep.base.optim.lr:g})"),
+    ]
+    return [
+        ("search", f"{plan['search']}, seed {plan['search_seed']}; trial 000 is the recipe itself"),
+        *([] if plan["search"] == "changes" else ranges),
         ("epochs of a trial", str(sweep.base.train.epochs)),
         ("early stopping", stops),
         ("patients", f"{groups['train']} to train, {groups['val']} held out to compare"),

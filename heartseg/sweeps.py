@@ -17,7 +17,7 @@ from heartseg import runs, storage
 from heartseg.config import Experiment, canonical, first_difference, from_json, identity, to_json
 from heartseg.errors import UserError, require
 from heartseg.runs import Run
-from heartseg.search_space import SearchSpace, apply
+from heartseg.search_space import SearchSpace, apply, describe
 from heartseg.shards import Shards
 
 DESCRIPTION, SUGGESTION, OUTCOME, TRIALS = "sweep.json", "trial.json", "outcome.json", "trials"
@@ -31,8 +31,9 @@ class Plan:
     """What decides which trials there are and which of them go on."""
 
     space: SearchSpace = field(default_factory=SearchSpace)
-    search: Literal["random", "grid", "optuna"] = "random"
-    """`random` draws, `grid` takes every combination, `optuna` learns from what ended; the recipe is always the first trial."""
+    search: Literal["random", "grid", "optuna", "changes"] = "random"
+    """`random` draws, `grid` takes every combination, `optuna` learns from what ended, `changes` (an ablation) takes those of
+    --space.changes and nothing else; the recipe is always the first trial."""
     search_seed: int = 0
     """Seed of the draw; the trainings have --train.seed."""
     stop_early: bool = True
@@ -168,13 +169,16 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
 
     `rank` counts finished trials before the others: a stopped one was not let to show its best.
     """
-    rows = []
-    for trial in read_trials(sweep):
+    rows, trials = [], read_trials(sweep)
+    is_listed = sweep.description["plan"]["search"] == "changes"
+    for trial in trials:
         record = trial.record
         scores = [row.get(METRIC, np.nan) for row in record]
         seen = bool(scores) and not np.all(np.isnan(scores))
         rows.append(
-            {"trial": trial.run.name, **trial.values, "state": trial.state or "not finished", "reason": trial.reason}
+            {"trial": trial.run.name}
+            | ({"change": describe(trials[0].values, trial.values)} if is_listed else {})
+            | {**trial.values, "state": trial.state or "not finished", "reason": trial.reason}
             | {"epochs": len(record), "best_epoch": int(np.nanargmax(scores)) + 1 if seen else 0}
             | {f"best {METRIC}": float(np.nanmax(scores)) if seen else np.nan}
             | {f"last {METRIC}": scores[-1] if scores else np.nan, "seconds": sum(row["seconds"] for row in record)}

@@ -57,12 +57,16 @@ class Suggestions(Searcher):
         super().__init__(metric=METRIC, mode="max")
         self.sweep, self.shards, self.plan, self.resources = sweep, shards, plan, resources
         self.num_trials = num_trials
-        self.axes = search_space.make_axes(plan.space, sweep.base)
         known = sweeps.read_trials(sweep)
         self.waiting = [trial for trial in known if not trial.state]
         self.count, self.next_number = len(known), 1 + max((trial.number for trial in known), default=-1)
         self.seen = {canonical(trial.run.description["identity"]) for trial in known}
-        self.points = search_space.grid(self.axes, plan.space.lr_points, plan.search_seed) if plan.search == "grid" else []
+        self.axes, self.points = search_space.make_axes(plan.space, sweep.base), []  # the points that follow the recipe
+        if plan.search == "grid":
+            self.points = search_space.grid(self.axes, plan.space.lr_points, plan.search_seed)
+        if plan.search == "changes":
+            own, *self.points = search_space.listed(sweep.base, plan.space.changes)
+            self.axes = dict.fromkeys(own)
         self.model = build_model_search(self.axes, plan, known) if plan.search == "optuna" else None
         self.of_model: set[str] = set()
 
@@ -98,7 +102,7 @@ class Suggestions(Searcher):
         if self.model:
             self.of_model.add(trial_id)
             return self.model.suggest(trial_id)
-        if self.plan.search == "grid":
+        if self.plan.search in ("grid", "changes"):
             return self.points[number - 1] if number <= len(self.points) else None
         return search_space.draw(self.axes, number - 1, self.plan.search_seed)
 

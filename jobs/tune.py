@@ -41,8 +41,8 @@ class Options:
     """What to try, and how much of it."""
 
     plan: Annotated[sweeps.Plan, runtime.FLAT] = field(default_factory=sweeps.Plan)
-    trials: int = 12
-    """Trials in all; with more than before, the same sweep goes on."""
+    trials: int = 0
+    """Trials in all; with more than before, the same sweep goes on. 0: twelve, or all that --space.changes lists."""
     max_concurrent: int = 0
     """Trials at a time; as many as the cluster has room for where 0."""
     time_budget: float = 0.0
@@ -55,8 +55,14 @@ class Options:
     """Train failed trials on, from their last checkpoint: after a full disk, say."""
 
     def __post_init__(self):
-        require(self.trials >= 1, "--trials must be at least 1.")
-        require(min(self.max_concurrent, self.time_budget) >= 0, "--max-concurrent and --time-budget must be at least 0.")
+        least = min(self.trials, self.max_concurrent, self.time_budget)
+        require(least >= 0, "--trials, --max-concurrent and --time-budget must be at least 0.")
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there are to be."""
+        listed = len(self.plan.space.changes) + 1 if self.plan.search == "changes" else 12
+        return self.trials or listed
 
 
 def run(experiment: Experiment, options: Options) -> Sweep:
@@ -69,8 +75,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
         raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
     shards = open_data(experiment)
     check_plan(experiment, shards)
-    axes = search_space.make_axes(options.plan.space, experiment)
-    search_space.check_points(experiment, axes, lambda point: check_plan(point, shards))
+    check_space(experiment, options.plan, shards)
     ingest = choose_ingest(experiment, shards)
     sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
@@ -87,6 +92,16 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     return sweep
 
 
+def check_space(experiment: Experiment, plan: sweeps.Plan, shards: Shards) -> None:
+    """Raise UserError for a trial that could not be trained."""
+    if plan.search == "changes":
+        for point in search_space.listed(experiment, plan.space.changes):
+            check_plan(search_space.apply(experiment, point), shards)
+        return
+    axes = search_space.make_axes(plan.space, experiment)
+    search_space.check_points(experiment, axes, lambda point: check_plan(point, shards))
+
+
 def choose_ingest(experiment: Experiment, shards: Shards) -> str:
     """How all trials read shards: as asked, else by what is free here for one of as many trials as there are cores."""
     if experiment.ingest != "auto":
@@ -98,7 +113,7 @@ def choose_ingest(experiment: Experiment, shards: Shards) -> str:
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     """Train what is to be trained. Raises KeyboardInterrupt where it was interrupted: Tune just returns."""
     known = sweeps.read_trials(sweep)
-    if len(known) >= options.trials and all(trial.state for trial in known):
+    if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
     # Tune looks for reports as often as Ray Train does; its 2 s would be most of a small trial's epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -111,11 +126,11 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     from jobs import trials
 
     # More trials than there is room for would wait for it, be given up, and count as failed.
-    concurrent = min(options.max_concurrent or options.trials, runtime.room_for(workers))
+    concurrent = min(options.max_concurrent or options.num_trials, runtime.room_for(workers))
     resources = runtime.worker_resources(workers * concurrent)
     scheduler = trials.build_scheduler(options.plan, sweep.base, known)
-    suggestions = trials.Suggestions(sweep, shards, options.plan, options.trials, resources)
-    log.info("%d trials, %d at a time, %d worker(s) each", options.trials, concurrent, workers)
+    suggestions = trials.Suggestions(sweep, shards, options.plan, options.num_trials, resources)
+    log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
         tune.with_resources(trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, count, repeat
 
 import pyarrow as pa
 import torch
@@ -51,7 +51,7 @@ def loader_lines(images: int, repeats: int, pairs: int) -> list[str]:
         for kind in KINDS:
             firsts = [first_batch_s(data, kind) for _ in range(repeats)]
             lines.append(line(f"from opening to the first batch, {named(kind)}, s", min(firsts)))
-        lines += step_lines(memory.training_batches(BATCH, 0, 0), pairs)
+        lines += step_lines(chain.from_iterable(memory.training_batches(BATCH, 0, e) for e in count()), pairs)
         walls = [[paced(loader.training_batches(BATCH, 0, e)) for loader in (memory, stream)] for e in range(repeats)]
         from_memory, streamed = (min(found) for found in zip(*walls, strict=True))
         lines.append(line(f"epoch beside a step of {1000 * STEP_S:.0f} ms, from memory, s", from_memory))
