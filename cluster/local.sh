@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# A Ray cluster of one machine to which jobs are submitted: start, submit, status, stop. The dashboard listens on loopback
+# A Ray cluster of one machine to which jobs are submitted: start, submit, status, env, stop. The dashboard listens on loopback
 # and every command needs a token; only processes that `start` started are ever ended.
 #
 #   cluster/local.sh start [--num-cpus 4 …]                        further options go to `ray start`
 #   cluster/local.sh submit -- python jobs/train.py seed --data /data/shards
 #   cluster/local.sh status
+#   eval "$(cluster/local.sh env)"                                 for `ray job …` and `jobs/pipeline.py --submit`
 #   cluster/local.sh stop
 #
 # Set before `start`, and the same for the other verbs:
@@ -166,9 +167,18 @@ job_environment() {
     echo "{\"env_vars\": {$pairs}}"
 }
 
+# Whoever sees the dashboard sees a job's runtime_env.
+warn_of_secrets() {
+    local names
+    names=$(grep -oiE '"?[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?"?[[:space:]]*[:=]' <<<"$*" |
+        grep -oE '[A-Za-z0-9_]+' | sort -u | paste -sd ' ') || return 0
+    echo "cluster/local.sh: $names: the dashboard shows what a runtime_env holds; set it before \`start\` instead." >&2
+}
+
 submit() {
     local options=()
     while (($#)) && [[ $1 != -- ]]; do
+        case $1 in --runtime-env-json*) warn_of_secrets "$1" "${2:-}" ;; esac
         options+=("$1")
         shift
     done
@@ -190,6 +200,13 @@ status() {
     "$RAY" status --address "127.0.0.1:$port"
 }
 
+# The token itself goes into no output.
+env() {
+    our_pid >/dev/null || refuse "no cluster is running here: cluster/local.sh start."
+    echo "unset RAY_AUTH_TOKEN RAY_ADDRESS"
+    printf 'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=%q RAY_API_SERVER_ADDRESS=%q\n' "$dir/token" "$dashboard"
+}
+
 stop() {
     local pid
     if pid=$(our_pid); then
@@ -206,10 +223,10 @@ verb=${1:-}
 if (($#)); then shift; fi
 case $verb in
     start | submit) "$verb" "$@" ;;
-    status | stop)
+    status | env | stop)
         if (($#)); then refuse "$verb takes no arguments."; fi
         "$verb"
         ;;
     -h | --help | help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
-    *) refuse "'$verb' is none of start, submit, status, stop (--help says more)." ;;
+    *) refuse "'$verb' is none of start, submit, status, env, stop (--help says more)." ;;
 esac

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas
+import pyarrow as pa
 import torch
 
 from heartseg import storage
@@ -123,6 +124,13 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
         "flags": flags(images),
         "missing": list(missing),
     }
+
+
+def write_results(out: str, images: pandas.DataFrame, patients: pandas.DataFrame, summary: dict) -> None:
+    """Write `images.parquet`, `patients.parquet` and, last, `summary.json`."""
+    for name, rows in (("images", images), ("patients", patients)):
+        storage.write_table(storage.join(out, f"{name}.parquet"), pa.Table.from_pandas(rows, preserve_index=False))
+    storage.publish_json(storage.join(out, "summary.json"), summary)
 
 
 def flags(images: pandas.DataFrame) -> dict:

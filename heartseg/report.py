@@ -157,10 +157,11 @@ def image_tables(images: pandas.DataFrame | None) -> dict:
     figure = figures.spread(values, SPREAD_TITLES, "Dice of an image (1 is perfect overlap)")
     alt = f"Box plot and points of the Dice of {len(images)} images, by structure; the score tables hold the means."
     scored = images[images["dice"].notna()]
-    lowest = scored.sort_values(["dice", "patient", "view", "phase"]).head(WORST_ROWS)
+    shown = scored.drop(columns="confusion", errors="ignore")
+    shown = shown.sort_values(["dice", "patient", "view", "phase"]).head(WORST_ROWS)
     return {
         "spread": inline(figure, "spread", alt) if len(scored) else None,
-        "worst": [{k: "–" if pandas.isna(v) else v for k, v in row.items()} for row in lowest.to_dict("records")],
+        "worst": [{k: "–" if pandas.isna(v) else v for k, v in row.items()} for row in shown.to_dict("records")],
         "worst_columns": COLUMNS,
     }
 
@@ -262,4 +263,5 @@ def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]
 
 def file_lineage(summary: dict) -> list[tuple[str, str]]:
     """Where masks that no run made, and their truth, were found."""
-    return [("Predictions", summary["predictions"]), ("Truth", summary["truth"]), ("Dataset", summary["dataset"])]
+    parts = [(f"Part {number}", path) for number, path in enumerate(summary.get("evaluations", ()), 1)]
+    return [("Predictions", summary["predictions"]), ("Truth", summary["truth"]), ("Dataset", summary["dataset"]), *parts]

@@ -75,7 +75,8 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
         return None
     ef = agreement["ef_camus"]
     limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
-    said = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, r {ef['r']:.2f}."
+    correlation = "no correlation (all the same)" if ef["r"] is None else f"r {ef['r']:.2f}"
+    said = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."
     scatter = figures.agreement_scatter(*pair.T, "EF (camus), predicted against expert", "%")
     differences = figures.bland_altman(*pair.T, "Bland-Altman, EF (camus)", "points")
     plots = [

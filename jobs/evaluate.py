@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas
-import pyarrow as pa
 from tqdm import tqdm
 
-from heartseg import evaluation, predict, storage
+from heartseg import evaluation, folds, predict, storage
 from heartseg.errors import UserError
+from heartseg.evaluation import write_results
 from heartseg.report import write_report
 from jobs import runtime
 from jobs.plans import Options, Plan, plan_checkpoint, plan_files
@@ -31,14 +31,24 @@ PATIENTS_PER_TASK = 4
 
 def run(options: Options) -> str:
     """Score; returns the folder with `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
+    if options.pool:
+        out = runtime.absolute(runtime.require(options.out, "--out", "a folder for the pooled scores"), "out")
+        summary = folds.pool([runtime.absolute(path, "pool") for path in options.pool], out)
+        print(f"{told(summary)}\n{evaluation.table_text(summary)}")
+        return out
     plan = plan_files(options) if options.predictions else plan_checkpoint(options)
-    if finished := finished_text(plan):
+    finished = "" if options.overwrite else finished_text(plan)
+    if finished:
         print(f"{plan.out} is complete.\n{finished}")
         return plan.out
     summary = score(plan, options)
-    counted = f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"
-    print(f"{counted}\n{evaluation.table_text(summary)}{missing_text(summary['missing'])}")
+    print(f"{told(summary)}\n{evaluation.table_text(summary)}{missing_text(summary['missing'])}")
     return plan.out
+
+
+def told(summary: dict) -> str:
+    """What was scored."""
+    return f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"
 
 
 def score(plan: Plan, options: Options) -> dict:
@@ -53,9 +63,7 @@ def score(plan: Plan, options: Options) -> dict:
     summary = evaluation.summarise(image_rows, patient_rows, missing)
     summary |= plan.described | {"seconds": time.perf_counter() - started}
     evaluation.write_examples(plan.out, image_rows, plan.truth)
-    for name, rows in (("images", image_rows.drop(columns=["confusion", "mask"])), ("patients", patient_rows)):
-        storage.write_table(storage.join(plan.out, f"{name}.parquet"), pa.Table.from_pandas(rows, preserve_index=False))
-    storage.publish_json(storage.join(plan.out, "summary.json"), summary)
+    write_results(plan.out, image_rows.drop(columns="mask"), patient_rows, summary)
     write_report(plan.out, plan.run)
     return summary
 

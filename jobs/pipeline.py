@@ -1,59 +1,244 @@
-"""Everything in order, skipping what is done: `python jobs/pipeline.py quick --source /data/CAMUS --workers 2`."""
+"""Everything in order, skipping what is done: `python jobs/pipeline.py quick --source /data/CAMUS --workers 2`.
 
+A graph of stages (preprocess, tune, train, evaluate, pool, predict; jobs/stages.py), each run in this process or submitted as a
+Ray job. `OUT/pipeline.json` tells what became of each; `python jobs/pipeline.py status --out OUT` shows it.
+"""
+
+import contextlib
+import importlib
+import logging
 import sys
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heartseg import storage
-from heartseg.config import Experiment
+import tyro
+
+from heartseg import locks, runs, storage
+from heartseg.config import Experiment, to_json
+from heartseg.errors import UserError, require
 from heartseg.model import check_installation
-from jobs import evaluate, preprocess, runtime, train
+from jobs import runtime, submission
+from jobs.stages import KINDS, Command, Result, Results, Stage, Work, build_graph, find_stages
+from jobs.story import DONE, FAILED, RUNNING, STOPPED, Story, new_attempt, now
+
+log = logging.getLogger("heartseg.jobs")
+Kind = Literal["preprocess", "tune", "train", "evaluate", "pool", "predict"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run the stages."""
+    """Which stages there are, which of them run, and where."""
 
-    frames: Literal["stills", "sequence"] = "stills"
-    """Train on the ED and ES images, or on every frame of the half sequences."""
-    fresh: bool = False
-    """Train a new run where the same command would resume or reuse one."""
+    work: Annotated[Work, runtime.FLAT] = field(default_factory=Work)
+    submit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Submit each stage as a Ray job to the cluster of RAY_API_SERVER_ADDRESS."""
+    local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the stages in this process, as is usual."""
+    begin: Annotated[Kind | None, tyro.conf.arg(name="from")] = None
+    """Begin with this stage; the ones before it are taken as they are, whatever has changed."""
+    until: Kind | None = None
+    """End after this stage."""
+    force: tuple[str, ...] = ()
+    """Stages to do anew though nothing has changed (`train`, or of folds `train-2of5`); to resume one, leave it out."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say what would be done, and why; write nothing."""
+    retries: int = 1
+    """Further tries of a stage that fails other than by a mistake; each goes on from what is complete."""
+
+    def __post_init__(self):
+        require(not (self.submit and self.local), "--submit and --local exclude each other.")
+        require(self.retries >= 0, "--retries must be at least 0.")
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """Whose story to tell."""
+
+    out: str = "results"
+    """Folder or URI of the pipeline."""
 
 
 def run(experiment: Experiment, options: Options) -> str:
-    """Preprocess, train, evaluate; returns the path of the report."""
+    """Bring every stage asked for to its end; returns the path of the report, or of what the last stage left."""
     check_installation()
+    runtime.require(experiment.source, "--source", "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)")
     out = experiment.out or runtime.absolute("results", "out")
-    shards = storage.join(out, shards_name(experiment, options))
-    print("1/3 preprocess")
-    preprocess.run(replace(experiment, out=shards), preprocess.Options(frames=options.frames))
-    print("2/3 train")
-    run_path = train.run(replace(experiment, data=shards, runs=storage.join(out, "runs")), train.Options(fresh=options.fresh))
-    print("3/3 evaluate")
-    evaluation = evaluate.run(evaluate.Options(checkpoint=run_path, data=shards, workers=experiment.workers))
-    return storage.join(evaluation, "report.html")
+    stages = build_graph(experiment, out, options.work)
+    chosen = choose(stages, options)
+    if options.dry_run:
+        carry_out(Story.open(out), stages, chosen, options, None)
+        return out
+    cluster = submission.Cluster() if options.submit else None
+    with locks.lock(out):
+        story = Story.open(out)
+        story.told |= {"experiment": to_json(experiment), "stages of": [stage.name for stage in stages]}
+        story.told |= {"code": runs.code_revision(), "command": sys.argv, "last begun": now()}
+        try:
+            results = carry_out(story, stages, chosen, options, cluster)
+        except submission.JobFailed as error:
+            runtime.leave(f"{error}; the same command goes on from there.", 1)
+    last = [stage for stage in stages if stage.name in results]
+    reports = [stage for stage in last if stage.job == "evaluate"]
+    return storage.join(results[reports[-1].name].path, "report.html") if reports else results[last[-1].name].path
 
 
-def shards_name(experiment: Experiment, options: Options) -> str:
-    """A folder for each grid, kind of frames and division, as `shards-128x128-official`."""
-    image, split = experiment.image, experiment.split
-    fold = f"-{split.fold + 1}of{split.folds}" if split.kind == "kfold" else ""
-    sequence = "-sequence" if options.frames == "sequence" else ""
-    return f"shards-{image.height}x{image.width}{sequence}-{split.kind}{fold}"
+def choose(stages: list[Stage], options: Options) -> set[str]:
+    """The stages from --from to --until; raises UserError for a stage that this pipeline does not have."""
+    for word, flag in [(options.begin, "--from"), (options.until, "--until"), *((word, "--force") for word in options.force)]:
+        if word:
+            find_stages(stages, word, flag)
+    first = KINDS.index(options.begin) if options.begin else 0
+    last = KINDS.index(options.until) if options.until else len(KINDS) - 1
+    require(first <= last, f"--from {options.begin} comes after --until {options.until}.")
+    return {stage.name for stage in stages if first <= KINDS.index(stage.kind) <= last}
+
+
+def carry_out(
+    story: Story, stages: list[Stage], chosen: set[str], options: Options, cluster: submission.Cluster | None
+) -> dict[str, Result]:
+    """Run what is to be run, in order; returns what the stages have left."""
+    results: dict[str, Result] = {}
+    forced = {stage.name for word in options.force for stage in find_stages(stages, word, "--force")}
+    for number, stage in enumerate(stages, 1):
+        title = f"{number}/{len(stages)} {stage.name}"
+        if stage.name not in chosen:
+            if options.begin and KINDS.index(stage.kind) < KINDS.index(options.begin):
+                results[stage.name] = taken(story, stage, options.begin)
+            continue
+        if options.dry_run and not results.keys() >= set(stage.needs):
+            print(f"{title}: would run, after {', '.join(name for name in stage.needs if name not in results)}")
+            continue
+        inputs = stage.inputs(results)
+        reason = story.reason(stage, inputs, stage.name in forced)
+        if not reason:
+            results[stage.name] = story.result(stage)
+            print(f"{title}: done, nothing has changed")
+        elif options.dry_run:
+            print(f"{title}: would run ({reason})")
+        else:
+            print(f"{title} ({reason})", flush=True)
+            results[stage.name] = perform(story, stage, inputs, results, reason == "forced", options.retries, cluster)
+    return results
+
+
+def taken(story: Story, stage: Stage, begin: str) -> Result:
+    """What a stage before --from has left."""
+    result = story.result(stage)
+    if result is None:
+        raise UserError(f"--from {begin}: stage {stage.name} is not done, or its result has gone: leave --from out.")
+    return result
+
+
+def perform(
+    story: Story, stage: Stage, inputs: dict, results: Results, anew: bool, retries: int, cluster: submission.Cluster | None
+) -> Result:
+    """Run a stage to its end; how it ended is in the story, whatever happens."""
+    command = take_up(story, stage, inputs) if not anew else None
+    command = command or stage.command(results, anew)
+    config = storage.join(story.out, "stages", f"{stage.name}.json")
+    if command.experiment:
+        storage.publish_json(config, to_json(command.experiment))
+    record = story.begin(stage, inputs, command)
+    arguments = [*(["--config", config] if storage.exists(config) else []), *command.arguments]
+    try:
+        attempt_all(story, stage, record, arguments, retries, cluster)
+    except KeyboardInterrupt:
+        story.end(stage, STOPPED)
+        raise
+    except Exception as error:
+        story.end(stage, FAILED, problem=str(error).partition("\n")[0])
+        raise
+    fingerprint = stage.look(command.path)
+    if fingerprint is None:
+        story.end(stage, FAILED, problem=f"it left nothing complete at {command.path}")
+        raise UserError(f"Stage {stage.name} left nothing complete at {command.path}: run it by hand to see why.")
+    result = Result(command.path, fingerprint)
+    story.end(stage, DONE, result)
+    return result
+
+
+def take_up(story: Story, stage: Stage, inputs: dict) -> Command | None:
+    """The command of a stage that was begun with the same inputs and has not ended; None where there is none."""
+    if story.reason(stage, inputs, is_forced=False) not in ("interrupted", FAILED, STOPPED):
+        return None
+    record = story.stages[stage.name]
+    # What it has finished is kept; its experiment lies beside the story.
+    return Command([word for word in record["arguments"] if word != "--overwrite"], record["path"])
+
+
+def attempt_all(
+    story: Story, stage: Stage, record: dict, arguments: list[str], retries: int, cluster: submission.Cluster | None
+) -> None:
+    """Try a stage, once and `retries` times more; a mistake of the user's is not tried again."""
+    for left in range(retries, -1, -1):
+        attempt = begin_attempt(story, stage, record, cluster)
+        try:
+            if cluster:
+                cluster.run(stage.job, arguments, attempt["job"])
+            else:
+                importlib.import_module(f"jobs.{stage.job}").job(arguments)
+            return
+        except UserError:
+            raise
+        except Exception as error:
+            if not left:
+                raise
+            attempt |= {"state": FAILED, "ended": now()}
+            story.save()
+            log.warning("%s failed, and is tried again: %s", stage.name, str(error).partition("\n")[0])
+            if not cluster:
+                shut_down_ray()
+
+
+def begin_attempt(story: Story, stage: Stage, record: dict, cluster: submission.Cluster | None) -> dict:
+    """A new attempt, or the one whose job is still on the cluster; a job's id is written down before there is the job."""
+    last = record["attempts"][-1] if record["attempts"] else None
+    if last and last["state"] == RUNNING and last["job"]:
+        if cluster and cluster.status(last["job"]) in ("PENDING", "RUNNING", "SUCCEEDED"):
+            return last
+        last["state"] = "killed"
+    name = f"{stage.name}-{uuid.uuid4().hex[:8]}" if cluster else ""
+    record["attempts"].append(new_attempt(name))
+    story.save()
+    return record["attempts"][-1]
+
+
+def shut_down_ray() -> None:
+    """End this process's Ray, if it has one; a stage that failed may have left it in any state."""
+    with contextlib.suppress(Exception):
+        import ray
+
+        ray.shutdown()
+
+
+def show_status(options: StatusOptions) -> None:
+    """Print the story of a pipeline."""
+    out = runtime.absolute(options.out, "out")
+    story = Story.open(out)
+    if not story.stages:
+        raise UserError(f"{out} holds no pipeline ({out}/pipeline.json): give --out.")
+    is_held = False
+    try:
+        with locks.lock(out):
+            pass
+    except UserError:
+        is_held = True
+    print(story.table(story.told.get("stages of", list(story.stages)), is_held))
 
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    experiment, options = runtime.parse(
-        Options(),
-        argv,
-        "pipeline.py",
-        "Preprocess, train and evaluate, skipping what is done. --out: results by default.",
-    )
+    if argv and argv[0] == "status":
+        about = "Show what became of each stage of a pipeline."
+        show_status(runtime.parse_line(StatusOptions, argv[1:], "python jobs/pipeline.py status", about))
+        return
+    about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
+    experiment, options = runtime.parse(Options(), argv, "pipeline.py", about)
     print(run(experiment, options))
 
 

@@ -36,6 +36,10 @@ class Options:
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, runtime.FLAT] = field(default_factory=PredictConfig)
+    pool: tuple[str, ...] = ()
+    """Instead of a checkpoint: folders of evaluations that share no patient (of folds, say), made one; needs --out."""
+    overwrite: bool = False
+    """Score again where the same evaluation is complete."""
     out: str = ""
     """Folder of the results; by default in the run's, or `evaluation-NAME` here for --predictions NAME."""
     workers: int = 1

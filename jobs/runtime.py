@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import importlib
 import io
+import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,6 +31,10 @@ MAX_TRIES = 3
 # Marks a part of a dataclass whose fields are flags without the part's name before them.
 FLAT = tyro.conf.arg(name="")
 PLACEMENT = "placement_group"
+# Every submitted job has it: the configuration that Ray gives to its driver.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Names of environment variables whose values nobody else should see.
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
 # A full disk, a used-up quota, a read-only or forbidden folder: the user's to mend, and no fault of ours.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
@@ -38,8 +45,12 @@ class Terminated(KeyboardInterrupt):
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
     """Run a job; a user's mistake or a disk that refuses becomes one sentence and exit code 2."""
+    if job.__module__ == "__main__":
+        # What Ray sends to workers must be importable there: of a script's own classes it would send all they hold.
+        job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
     show_log()
     heed_sigterm()
+    warn_of_secrets()
     try:
         job(sys.argv[1:])
     except UserError as error:
@@ -69,6 +80,17 @@ def heed_sigterm() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
+
+
+def warn_of_secrets() -> None:
+    """Say which secrets stand in a submitted job's runtime_env: Ray shows it to whoever sees the dashboard."""
+    given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
+    for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
+        log.warning(
+            "%s stands in this job's runtime_env, which Ray's dashboard shows: set it where the cluster starts instead "
+            "(cluster/README.md, Secrets), and change it if others could see it.",
+            name,
+        )
 
 
 def show_log() -> None:
@@ -144,7 +166,7 @@ def with_environment(experiment: Experiment) -> Experiment:
 
 def absolute(path: str, name: str) -> str:
     """A path made absolute; inside a Ray job, whose folder is an uploaded copy, a relative one is refused."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (storage.is_uri(path) or os.path.isabs(path)):
+    if JOB_CONFIG in os.environ and not (storage.is_uri(path) or os.path.isabs(path)):
         raise UserError(f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give it in full.")
     return storage.absolute(path)
 

@@ -107,7 +107,9 @@ def train_with_ray(
 
     runtime.start_ray(experiment.workers)
     resources = resources or runtime.worker_resources(experiment.workers)
-    trainer = TorchTrainer(
+    # Ray Train's own handler of Ctrl-C ends the process with code 1 and no word; ours is the one of every job.
+    kind = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
+    trainer = kind(
         worker,
         train_loop_config={
             "experiment": to_json(experiment),

@@ -26,7 +26,7 @@ LAYERS = [
     *("batches", "stream", "augment", "model", "losses", "schedules", "optim", "metrics", "disks", "clinical", "postprocess"),
     *("distributed", "ingest", "checkpoint", "engine", "predict", "outline", "cycle", "studies", "outcome", "cases"),
     *("evaluation", "runs", "finetune", "tracking", "keeper", "profiling", "training", "published", "sections", "report"),
-    *("search_space", "sweeps", "sweep_figures", "sweep_page", "comparison", "comparison_page"),
+    *("folds", "search_space", "sweeps", "sweep_figures", "sweep_page", "comparison", "comparison_page"),
 ]
 # Package -> the only files that may import it.
 ONLY = {

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,15 +16,18 @@ import pytest
 import torch
 from conftest import ROOT, tiny_experiment
 
-from heartseg import checkpoint, engine, runs
-from heartseg.config import to_json
+from heartseg import checkpoint, engine, runs, storage
+from heartseg.config import TrackingConfig, to_json
 from heartseg.distributed import Ranks
 from heartseg.model import build_model
 from heartseg.phantom import write_phantom
 from heartseg.recipes import seed
 from heartseg.shards import open_shards
 from jobs import preprocess
+from jobs.story import Story
 
+# Looks like a key of Weights & Biases, and is found in what a run leaves if it is anywhere there.
+SECRET = "5ec7e7" + "0123456789abcdef" * 2 + "17"
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -61,6 +65,8 @@ def cluster(seed_run, tmp_path_factory):
     ports = {name: str(free_port()) for name in ("PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT")}
     environment |= {f"HEARTSEG_CLUSTER_{name}": port for name, port in ports.items()}
     environment.pop("RAY_ADDRESS", None)
+    # Where the key belongs; its server refuses the connection, so that runs are tracked offline.
+    environment |= {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "HOME": str(folder)}
     script = str(ROOT / "cluster" / "local.sh")
     subprocess.run([script, "start", "--num-cpus", "2"], env=environment, check=True, timeout=200)
     address = f"http://127.0.0.1:{ports['DASHBOARD_PORT']}"
@@ -103,6 +109,103 @@ def test_a_failing_job_exits_non_zero_and_only_the_code_was_uploaded(cluster):
 def test_a_relative_path_in_a_job_is_refused_in_one_sentence(cluster):
     done = submit(cluster, "python", "jobs/train.py", "quick", "--data", "shards")
     assert done.returncode != 0 and "--data shards is relative" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_no_secret_is_in_anything_that_a_run_leaves(cluster, shards, tmp_path):
+    config = tmp_path / "tiny.json"
+    tracked = tiny_experiment(tracking=TrackingConfig())
+    config.write_text(json.dumps(to_json(replace(tracked, train=replace(tracked.train, epochs=1)))))
+    runs_folder = tmp_path / "runs"
+    done = submit(cluster, "python", "jobs/train.py", "--config", str(config), "--data", shards, "--runs", str(runs_folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = subprocess.run(
+        [RAY, "job", "list", "--log-color", "false"], env=cluster, capture_output=True, text=True, timeout=60
+    )
+    assert "jobs/train.py" in shown.stdout
+    assert SECRET not in done.stdout + done.stderr + shown.stdout
+    home = Path(cluster["HEARTSEG_CLUSTER_DIR"])
+    ray_files = Path((home / "temp_dir").read_text().strip())
+    found = {root: list(files_of(root)) for root in (runs_folder, home, ray_files)}
+    # The tracked run is there, and so are Ray's own logs: what is searched is not nothing.
+    assert any(path.suffix == ".wandb" for path in found[runs_folder])
+    assert any(path.name.startswith("job-driver-") for path in found[ray_files])
+    assert [str(path) for paths in found.values() for path in paths if SECRET.encode() in path.read_bytes()] == []
+
+
+def files_of(root: Path):
+    """Every readable plain file below a folder."""
+    return (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(cluster):
+    line = [str(ROOT / "cluster" / "local.sh"), "submit", "--runtime-env-json", json.dumps({"env_vars": {"MY_API_KEY": "1"}})]
+    done = subprocess.run(
+        [*line, "--", "python", "jobs/compare.py"], cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=120
+    )
+    assert "MY_API_KEY: the dashboard shows" in done.stderr
+    assert "MY_API_KEY stands in this job's runtime_env" in done.stdout
+
+
+def pipeline_command(tmp_path: Path, phantom: str, epochs: int) -> list[str]:
+    """A submitted pipeline of the tiny experiment."""
+    config, experiment = tmp_path / "tiny.json", tiny_experiment(source=phantom, out=str(tmp_path / "out"))
+    config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=epochs)))))
+    return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--submit"]
+
+
+def begin_until(command: list[str], environment: dict[str, str], said: str) -> subprocess.Popen:
+    """Start a command and wait until it says something."""
+    begun = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = []
+    for line in begun.stdout:
+        heard.append(line)
+        if said in line:
+            return begun
+    raise AssertionError("".join(heard))
+
+
+def test_a_submitted_pipeline_whose_command_was_killed_is_found_again(cluster, phantom, tmp_path):
+    command = pipeline_command(tmp_path, phantom, epochs=40)
+    begun = begin_until(command, cluster, "epoch 2/40")
+    begun.kill()
+    begun.wait()
+    done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1/3 preprocess: done" in done.stdout and "found train-" in done.stdout
+    stages = Story.open(str(tmp_path / "out")).stages
+    jobs = {name: [attempt["job"] for attempt in record["attempts"]] for name, record in stages.items()}
+    assert all(len(found) == 1 and found[0].startswith(name) for name, found in jobs.items()), jobs  # no stage twice
+    assert os.path.exists(done.stdout.splitlines()[-1])
+
+
+def test_an_interrupted_pipeline_stops_its_job_and_goes_on_later(cluster, phantom, tmp_path):
+    command = pipeline_command(tmp_path, phantom, epochs=400)
+    begun = begin_until(command, cluster, "epoch 2/400")
+    begun.send_signal(signal.SIGINT)
+    rest = begun.stdout.read()
+    assert begun.wait(timeout=100) == 130, rest
+    record = Story.open(str(tmp_path / "out")).stages["train"]
+    job = record["attempts"][-1]["job"]
+    assert record["state"] == "stopped"
+    status = subprocess.run([RAY, "job", "status", job], env=cluster, capture_output=True, text=True, timeout=60)
+    assert "STOPPED" in status.stdout + status.stderr
+    assert checkpoint.last(record["path"]).epoch >= 1
+    said = subprocess.run([*command, "--dry-run"], env=cluster, capture_output=True, text=True, timeout=60).stdout
+    assert "2/3 train: would run (stopped)" in said
+
+
+def test_a_stage_that_a_user_must_mend_is_not_tried_again(cluster, phantom, tmp_path):
+    command = [*pipeline_command(tmp_path, phantom, epochs=1), "--train.batch-size", "60"]
+    done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    record = storage.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]["train"]
+    assert record["state"] == "failed" and len(record["attempts"]) == 1
+
+
+def test_without_a_cluster_a_submitted_pipeline_says_how_to_get_one(cluster, phantom, tmp_path):
+    nowhere = cluster | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    done = subprocess.run(pipeline_command(tmp_path, phantom, 1), env=nowhere, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "--submit finds no cluster" in done.stderr and "local.sh start" in done.stderr
 
 
 def test_without_the_token_nothing_is_submitted(cluster):

@@ -1,0 +1,258 @@
+"""The stages of a pipeline: what each runs, what its result depends on, and how it is seen whether that is there.
+
+A stage is one job's command line, the same whether it runs in this process or is submitted to a cluster. Its inputs are the
+configuration that decides its result and the fingerprints of what the stages before it left; equal inputs, equal result.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from heartseg import checkpoint, runs, shard_writer, sources, storage, studies, sweeps
+from heartseg.config import Experiment, from_json, identity, to_json
+from heartseg.errors import UserError, require
+from heartseg.shards import open_shards
+from heartseg.training import open_data
+from jobs import plans, preprocess
+
+KINDS = ("preprocess", "tune", "train", "evaluate", "pool", "predict")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Which stages there are."""
+
+    frames: Literal["stills", "sequence"] = "stills"
+    """Train on the ED and ES images, or on every frame of the half sequences."""
+    folds: int = 0
+    """Train on each of so many folds, and pool the scores of every patient by the model that has not seen them; 0: no folds."""
+    tune: int = 0
+    """Trials of a sweep whose winner is trained; 0 trains the recipe itself."""
+    plan: sweeps.Plan = field(default_factory=sweeps.Plan)
+    predict: str = ""
+    """New studies to outline with the trained model (with all folds' together): a file or a folder."""
+
+    def __post_init__(self):
+        require(self.folds == 0 or self.folds >= 2, "--folds must be at least 2, or 0 for none.")
+        require(self.tune >= 0, "--tune must be at least 0.")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished stage left: where, and a fingerprint of it."""
+
+    path: str
+    fingerprint: str
+
+
+# What the stages before have left, by their names.
+Results = Mapping[str, Result]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A job's arguments, where its result will be, and the complete experiment that `--config` reads, where it takes one."""
+
+    arguments: list[str]
+    path: str
+    experiment: Experiment | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph.
+
+    `inputs` says what decides the result, as plain JSON values; `command` makes the job's arguments (the second argument:
+    make it anew); `look` gives the fingerprint of what lies at a path, None where nothing complete does.
+    """
+
+    name: str
+    job: str
+    needs: tuple[str, ...]
+    inputs: Callable[[Results], dict]
+    command: Callable[[Results, bool], Command]
+    look: Callable[[str], str | None]
+
+    @property
+    def kind(self) -> str:
+        """Its name without the fold."""
+        return self.name.partition("-")[0]
+
+
+def build_graph(experiment: Experiment, out: str, work: Work) -> list[Stage]:
+    """The stages in an order in which each comes after what it needs."""
+    stages: list[Stage] = []
+    for fold in range(work.folds) if work.folds else [None]:
+        stages += model_stages(experiment, out, work, fold)
+    models = [stage.name for stage in stages if stage.kind == "train"]
+    if work.folds:
+        stages.append(pool_stage(out, tuple(stage.name for stage in stages if stage.kind == "evaluate")))
+    if work.predict:
+        stages.append(predict_stage(out, tuple(models), work.predict))
+    return stages
+
+
+def model_stages(experiment: Experiment, out: str, work: Work, fold: int | None) -> list[Stage]:
+    """From files to the scores of one model; `fold` is its number from 0 where there are any."""
+    ending = "" if fold is None else f"-{fold + 1}of{work.folds}"
+    if fold is not None:
+        split = replace(experiment.split, kind="kfold", folds=work.folds, fold=fold)
+        experiment = replace(experiment, split=split)
+    experiment = replace(experiment, data=storage.join(out, shards_name(experiment, work.frames)), out="")
+    first = preprocess_stage(f"preprocess{ending}", experiment, work.frames)
+    swept = [tune_stage(f"tune{ending}", first.name, experiment, out, work)] if work.tune else []
+    trained = train_stage(f"train{ending}", first.name, swept[0].name if swept else "", experiment, out)
+    return [first, *swept, trained, evaluate_stage(f"evaluate{ending}", first.name, trained.name, experiment.workers)]
+
+
+def shards_name(experiment: Experiment, frames: str) -> str:
+    """A folder for each grid, kind of frames and division, as `shards-128x128-official`."""
+    image, split = experiment.image, experiment.split
+    fold = f"-{split.fold + 1}of{split.folds}" if split.kind == "kfold" else ""
+    sequence = "-sequence" if frames == "sequence" else ""
+    return f"shards-{image.height}x{image.width}{sequence}-{split.kind}{fold}"
+
+
+def complete(path: str, *names: str) -> str | None:
+    """The hash of the first of some files, which a job writes last; None where one of them is missing."""
+    paths = [storage.join(path, name) for name in names]
+    return storage.sha256(storage.read_bytes(paths[0])) if all(map(storage.exists, paths)) else None
+
+
+def preprocess_stage(name: str, experiment: Experiment, frames: str) -> Stage:
+    """NIfTI to shards."""
+
+    def inputs(results: Results) -> dict:
+        patients = sources.find_patients(experiment.source)
+        return {
+            "source files": shard_writer.source_listing(experiment.source, patients, frames),
+            "groups": sources.read_groups(experiment.source),
+            "image": to_json(experiment.image),
+            "split": to_json(experiment.split),
+            "frames": frames,
+        }
+
+    def command(results: Results, anew: bool) -> Command:
+        arguments = ["--frames", frames, *(["--overwrite"] if anew else [])]
+        return Command(arguments, experiment.data, replace(experiment, out=experiment.data, data=""))
+
+    def look(path: str) -> str | None:
+        return open_shards(path).fingerprint if complete(path, preprocess.shards.MANIFEST, preprocess.shards.SPLITS) else None
+
+    return Stage(name, "preprocess", (), inputs, command, look)
+
+
+def tune_stage(name: str, data: str, experiment: Experiment, out: str, work: Work) -> Stage:
+    """A sweep; its result is `best.json`."""
+    folder = storage.join(out, "runs")
+
+    def inputs(results: Results) -> dict:
+        told = {"configuration": identity(experiment), "plan": to_json(work.plan), "trials": work.tune}
+        return told | {"data": results[data].fingerprint}
+
+    def command(results: Results, anew: bool) -> Command:
+        named = f"{name}-{storage.sha256(storage.json_bytes(inputs(results)))[:8]}"
+        sweep = runs.generation_name(folder, named, fresh=anew)
+        return Command(
+            ["--trials", str(work.tune), "--sweep-name", sweep, *plan_arguments(work.plan)],
+            storage.join(folder, sweep), replace(experiment, runs=folder),
+        )  # fmt: skip
+
+    def look(path: str) -> str | None:
+        done = complete(path, "best.json", "sweep.parquet")
+        return done if done and all(trial.state for trial in sweeps.read_trials(sweeps.find_sweep(path))) else None
+
+    return Stage(name, "tune", (data,), inputs, command, look)
+
+
+def plan_arguments(plan: sweeps.Plan) -> list[str]:
+    """A sweep's plan as the flags of jobs/tune.py; what is as usual is left out."""
+    usual, told, words = to_json(sweeps.Plan()), to_json(plan), []
+    flat = {f"space.{name}": value for name, value in told.pop("space").items() if value != usual["space"][name]}
+    flat |= {name: value for name, value in told.items() if name != "space" and value != usual[name]}
+    for name, value in flat.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def train_stage(name: str, data: str, swept: str, experiment: Experiment, out: str) -> Stage:
+    """One training: of the recipe, or of the winner of a sweep on the whole training group."""
+    folder = storage.join(out, "runs")
+
+    def planned(results: Results) -> Experiment:
+        if not swept:
+            return replace(experiment, runs=folder)
+        best = from_json(storage.read_json(storage.join(results[swept].path, "best.json")))
+        holdout = experiment.train.holdout
+        return replace(experiment, **{part: getattr(best, part) for part in ("model", "loss", "optim", "schedule", "augment")},
+                       train=replace(best.train, holdout=holdout), runs=folder)  # fmt: skip
+
+    def inputs(results: Results) -> dict:
+        return {"configuration": identity(planned(results)), "data": results[data].fingerprint}
+
+    def command(results: Results, anew: bool) -> Command:
+        asked = planned(results)
+        named = runs.generation_name(folder, runs.run_name(asked, open_data(asked)), fresh=anew)
+        return Command(["--run-name", named], storage.join(folder, named), asked)
+
+    def look(path: str) -> str | None:
+        finished = complete(path, runs.MODEL_CARD, runs.DESCRIPTION)
+        return checkpoint.find(path, "last").card["weights_sha256"] if finished else None
+
+    return Stage(name, "train", (data, *([swept] if swept else [])), inputs, command, look)
+
+
+def evaluate_stage(name: str, data: str, trained: str, workers: int) -> Stage:
+    """Scores and report of a trained model on its test group, else val."""
+
+    def inputs(results: Results) -> dict:
+        return {"run": results[trained].path, "weights": results[trained].fingerprint, "data": results[data].fingerprint}
+
+    def command(results: Results, anew: bool) -> Command:
+        asked = plans.Options(checkpoint=results[trained].path, data=results[data].path)
+        arguments = ["--checkpoint", asked.checkpoint, "--data", asked.data, "--workers", str(workers)]
+        return Command([*arguments, *(["--overwrite"] if anew else [])], plans.plan_checkpoint(asked).out)
+
+    return Stage(name, "evaluate", (data, trained), inputs, command, lambda path: complete(path, "summary.json", "report.html"))
+
+
+def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
+    """Every patient's scores by the model that has not seen them, as one evaluation."""
+
+    def inputs(results: Results) -> dict:
+        return {"evaluations": [results[name].fingerprint for name in evaluations]}
+
+    def command(results: Results, anew: bool) -> Command:
+        path = storage.join(out, f"evaluation-{len(evaluations)}folds")
+        return Command(["--pool", *(results[name].path for name in evaluations), "--out", path], path)
+
+    return Stage("pool", "evaluate", evaluations, inputs, command, lambda path: complete(path, "summary.json", "report.html"))
+
+
+def predict_stage(out: str, models: tuple[str, ...], source: str) -> Stage:
+    """New studies outlined with the model, or with those of all folds together."""
+
+    def inputs(results: Results) -> dict:
+        listing = [[clip.path, storage.size_or_none(clip.path)] for clip in studies.find_clips(source)]
+        return {"weights": [results[name].fingerprint for name in models], "files": listing}
+
+    def command(results: Results, anew: bool) -> Command:
+        first, *others = (results[name].path for name in models)
+        path = storage.join(out, "predictions")
+        together = ["--ensemble", *others] if others else []
+        return Command(["--checkpoint", first, *together, "--input", source, "--out", path], path)
+
+    return Stage("predict", "predict", models, inputs, command, lambda path: complete(path, "studies.json", "ef.csv"))
+
+
+def find_stages(stages: list[Stage], word: str, flag: str) -> list[Stage]:
+    """The stages of that name, or of that kind in all folds; raises UserError where there is none."""
+    found = [stage for stage in stages if word in (stage.name, stage.kind)]
+    if not found:
+        known = ", ".join(dict.fromkeys(stage.kind for stage in stages))
+        raise UserError(f"{flag} {word}: this pipeline has no such stage, only {known}.")
+    return found

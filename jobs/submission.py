@@ -1,0 +1,132 @@
+"""Stages as submitted Ray jobs: begun, followed to their end, found again after the follower died, and stopped with it."""
+
+import asyncio
+import logging
+import re
+import shlex
+import time
+from collections.abc import Callable
+from typing import Any
+
+from heartseg.errors import UserError
+from jobs import runtime
+
+log = logging.getLogger("heartseg.jobs")
+SECONDS_BETWEEN_LOOKS = 1.0
+# A dashboard that does not answer for so long is not coming back by itself.
+SECONDS_OF_SILENCE = 120.0
+# A stopped job has Ray's grace (3 s by default on the head) and what its workers take to leave.
+SECONDS_TO_STOP = 60.0
+MISTAKE = 2
+# Ray's loggers that tell of every file that is not uploaded, and of every connection that ends.
+TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+
+
+class JobFailed(RuntimeError):
+    """A job ended without success, and not by a user's mistake: another try may help."""
+
+
+class Cluster:
+    """The cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS; raises UserError where none answers."""
+
+    def __init__(self):
+        from ray.exceptions import RayError
+        from ray.job_submission import JobSubmissionClient
+
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            self.client = JobSubmissionClient()
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise UserError(
+                f"--submit finds no cluster ({_first_line(error)}): start one (cluster/local.sh start), set its address and "
+                'token (eval "$(cluster/local.sh env)"), or give --local.'
+            ) from error
+
+    def run(self, job: str, arguments: list[str], job_id: str) -> None:
+        """Run a job to its end under an id, or follow the one that has it already; its output is printed here.
+
+        Raises UserError for a user's mistake, JobFailed for any other failure; stops the job on KeyboardInterrupt.
+        """
+        if self.status(job_id) is None:
+            entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
+            self.ask(self.client.submit_job, entrypoint=entrypoint, submission_id=job_id, runtime_env=self.runtime_env())
+            log.info("submitted %s", job_id)
+        else:
+            log.info("found %s", job_id)
+        try:
+            self.follow(job_id)
+        except KeyboardInterrupt:
+            self.stop(job_id)
+            raise
+        details = self.ask(self.client.get_job_info, job_id)
+        if str(details.status.value) == "SUCCEEDED":
+            return
+        said = self.last_words(job_id)
+        if details.driver_exit_code == MISTAKE:
+            raise UserError(f"{job_id}: {said}")
+        raise JobFailed(f"{job_id} ended {details.status.value} (exit code {details.driver_exit_code}): {said}")
+
+    def runtime_env(self) -> dict:
+        """The working directory, which is uploaded; settings and secrets belong to the cluster's own environment."""
+        return {"working_dir": str(runtime.ROOT)}
+
+    def status(self, job_id: str) -> str | None:
+        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; None for a job that this cluster does not know."""
+        try:
+            return str(self.ask(self.client.get_job_status, job_id).value)
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            raise
+
+    def follow(self, job_id: str) -> None:
+        """Print a job's output until it has ended; a broken connection is taken up again where it was."""
+        printed = 0
+
+        async def tail() -> None:
+            nonlocal printed
+            seen = 0
+            async for text in self.client.tail_job_logs(job_id):
+                fresh = text[max(0, printed - seen) :]  # the log comes from its start each time
+                seen += len(text)
+                if fresh:
+                    print(fresh, end="", flush=True)
+                    printed = max(printed, seen)
+
+        while True:
+            try:
+                asyncio.run(tail())
+            except (RuntimeError, OSError) as error:
+                log.debug("The log of %s broke off: %s", job_id, error)
+            if self.status(job_id) in ("STOPPED", "SUCCEEDED", "FAILED", None):
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def stop(self, job_id: str) -> None:
+        """Stop a job, and wait until it has."""
+        log.info("stopping %s …", job_id)
+        self.ask(self.client.stop_job, job_id)
+        end = time.monotonic() + SECONDS_TO_STOP
+        while self.status(job_id) in ("PENDING", "RUNNING") and time.monotonic() < end:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def last_words(self, job_id: str) -> str:
+        """The last line of a job's output."""
+        lines = [line for line in self.ask(self.client.get_job_logs, job_id).splitlines() if line.strip()]
+        return re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else "it said nothing"
+
+    def ask(self, question: Callable, *arguments, **named) -> Any:
+        """A question to the cluster, asked again while nobody answers; raises UserError when that lasts."""
+        end = time.monotonic() + SECONDS_OF_SILENCE
+        while True:
+            try:
+                return question(*arguments, **named)
+            except OSError as error:  # of requests', too: refused, reset, timed out
+                if time.monotonic() > end:
+                    raise UserError(f"The cluster does not answer ({_first_line(error)}): the same command goes on.") from error
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
