@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-all lint format wheel constraints clean
+.PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints clean
 
 help:
 	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
+	@echo "make cluster   a Ray cluster on this machine; make cluster-demo submits the demo to it, stage by stage"
 	@echo "make test      every promise in its quickest honest form"
 	@echo "make test-all  that, and what is slow or needs the real data"
 	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade takes newer ones)"
@@ -20,6 +21,14 @@ $(VENV)/ready: pyproject.toml
 demo: $(VENV)/ready
 	$(BIN)/python -m heartseg.phantom demo/phantom --patients 40 --workers 2
 	$(BIN)/python jobs/pipeline.py quick --source demo/phantom --out demo --workers 2 --train.epochs 20 --train.batch-size 8
+
+cluster: $(VENV)/ready
+	cluster/local.sh start
+
+cluster-demo: $(VENV)/ready
+	$(BIN)/python -m heartseg.phantom demo/phantom --patients 40 --workers 2
+	eval "$$(cluster/local.sh env)" && $(BIN)/python jobs/pipeline.py quick --submit \
+		--source demo/phantom --out demo/submitted --workers 2 --train.epochs 10 --train.batch-size 8
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "not slow and not real_data"

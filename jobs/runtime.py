@@ -199,8 +199,10 @@ def start_ray(workers: int) -> None:
         own = {"include_dashboard": True, "dashboard_port": free_port()}
         # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{own['dashboard_port']}"
+    elif JOB_CONFIG not in os.environ:
+        own = {"runtime_env": {"working_dir": str(ROOT)}}  # as a submitted job has it: every node runs this code
     ray.init(address=address, logging_level=logging.WARNING, **own)
-    if own:  # and children of this process, which may join another cluster, not this one
+    if address == "local":  # and children of this process, which may join another cluster, not this one
         os.environ.pop("RAY_API_SERVER_ADDRESS")
         if asked:
             os.environ["RAY_API_SERVER_ADDRESS"] = asked

@@ -1,20 +1,27 @@
 """The main job on real echocardiograms, and the wheel: what takes minutes."""
 
+import contextlib
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 import zipfile
+from pathlib import Path
 
+import local_cluster
 import pytest
 from conftest import ROOT
 
 from heartseg import runs, splits, storage
 from heartseg.config import canonical
 from heartseg.recipes import seed
-from heartseg.shards import open_shards
+from heartseg.shards import Shards, open_shards
 from jobs.benchmarks import data, scores
 
 SEED_GROUPS = "ad5f11a49a894929157d04ab329be1f12d43955057655ca47d9b3b1a864ec4a4"  # SHA-256 of the seed's groups of the 450
+SEED = 20261123
 CAMUS = os.environ.get("HEARTSEG_CAMUS", str(ROOT.parent / "shared" / "camus"))
 
 
@@ -26,26 +33,92 @@ def camus() -> str:
     return CAMUS
 
 
+def pipeline_command(camus: str, out: Path) -> list[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", camus, "--out", str(out)]
+    return [*command, "--workers", "2", "--train.epochs", "2"]
+
+
+def summary_of(report: str) -> dict:
+    return storage.read_json(os.path.join(os.path.dirname(report), "summary.json"))
+
+
+@pytest.fixture(scope="module")
+def finished(camus, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a pipeline on real hearts that nobody disturbed, and its report."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    first = subprocess.run(pipeline_command(camus, out), capture_output=True, text=True, timeout=1200)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    return out, first.stdout.splitlines()[-1]
+
+
 @pytest.mark.real_data
 @pytest.mark.timeout(1500)
-def test_two_epochs_on_real_hearts_learn_and_the_same_command_finds_all_done(camus, tmp_path):
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", camus, "--out", str(tmp_path)]
-    command += ["--workers", "2", "--train.epochs", "2"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    report = first.stdout.splitlines()[-1]
+def test_two_epochs_on_real_hearts_learn_and_the_same_command_finds_all_done(camus, finished):
+    out, report = finished
     assert os.path.getsize(report) > 100_000
-    shards = open_shards(str(tmp_path / "shards-128x128-official"))
+    shards = open_shards(str(out / "shards-128x128-official"))
     assert {group: len(names) for group, names in shards.groups.items()} == {"train": 400, "val": 50}
     assert shards.manifest["rows"] == 1800 and shards.manifest["quarantined"] == []
     assert shards.manifest["dataset"] == "CAMUS"
-    summary = storage.read_json(os.path.join(os.path.dirname(report), "summary.json"))
+    summary = summary_of(report)
     assert summary["images"] == 200 and summary["patients"] == 50
     # Sixteen epochs reach .889 and two of them .837 in that longer schedule; a broken eye sees nothing at all.
     assert summary["scores"]["dice"]["mean"] > 0.70
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(pipeline_command(camus, out), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == report
     assert len(runs.read_record(os.path.dirname(os.path.dirname(report)))) == 2
+
+
+# What a submitted pipeline says when a stage is at work, and the longest that is then waited before the cord is pulled.
+AT_WORK = {
+    "preprocess": ("submitted preprocess", 9.0),
+    "train": ("epoch 1/2  step", 50.0),
+    "evaluate": ("submitted evaluate", 9.0),
+}
+
+
+@pytest.mark.real_data
+@pytest.mark.timeout(1500)
+def test_a_submitted_pipeline_killed_in_every_stage_ends_as_an_undisturbed_one(camus, finished, tmp_path):
+    command, draw = [*pipeline_command(camus, tmp_path / "out"), "--submit"], random.Random(SEED)
+    with local_cluster.started(tmp_path / "cluster") as environment:
+        for stage, (said, longest) in AT_WORK.items():
+            moment = draw.uniform(0, longest)
+            print(f"\n{stage}: killed {moment:.1f} s after it said '{said}' (seed {SEED})")
+            begun = local_cluster.begin_until(command, environment, said)
+            time.sleep(moment)
+            begun.kill()  # and the stage's own process, as if the machine had gone
+            for pid in drivers_of(str(tmp_path / "out")):
+                os.kill(pid, signal.SIGKILL)
+            begun.communicate()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = done.stdout.splitlines()[-1]
+    reached, undisturbed = (summary_of(path)["scores"]["dice"]["mean"] for path in (report, finished[1]))
+    print(f"mean Dice {reached:.4f}, undisturbed {undisturbed:.4f}")
+    assert reached == pytest.approx(undisturbed, abs=0.005)
+    assert open_shards(str(tmp_path / "out" / "shards-128x128-official")).fingerprint == shards_of(finished[0]).fingerprint
+    run = os.path.dirname(os.path.dirname(report))
+    assert [row["epoch"] for row in runs.read_record(run)] == [1, 2]
+    stages = storage.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]
+    for stage in stages.values():
+        ends = [attempt["state"] for attempt in stage["attempts"]]
+        assert ends.count("done") == 1 and ends[-1] == "done" and len(ends) <= 3, stages  # none of them twice
+
+
+def shards_of(out: Path) -> Shards:
+    return open_shards(str(out / "shards-128x128-official"))
+
+
+def drivers_of(out: str) -> list[int]:
+    """The processes of submitted stages that work for a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_text().split("\0")
+            if len(words) > 1 and words[1].startswith("jobs/") and any(word.startswith(out) for word in words):
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.mark.real_data
