@@ -105,7 +105,7 @@ def test_mistakes_are_sentences(phantom, options, said):
 def test_images_rows_hold_every_score_of_every_structure(phantom, tmp_path):
     out = score_files(os.path.join(phantom, camus.IMAGES_FOLDER), phantom, str(tmp_path / "out"))
     columns = set(table(out, "images").columns)
-    assert columns == {*KEYS, "confidence", "implausible", *SCORES, *DISTANCES}
+    assert columns == {*KEYS, "confidence", "implausible", "confusion", *SCORES, *DISTANCES}
     assert {f"hd95_{s}_mm" for s in STRUCTURE_LABELS} <= columns
     assert set(table(out, "images")["phase"]) == {str(Phase.ED), str(Phase.ES)}
 

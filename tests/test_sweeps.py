@@ -43,6 +43,54 @@ def test_a_drawn_trial_depends_on_its_number_alone_and_lies_in_the_space(seed, n
     assert search_space.apply(quick(), point).optim.momentum == point["optim.momentum"]
 
 
+def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
+    own, *points = search_space.listed(
+        quick(),
+        ("loss.kind=cross_entropy", "optim.lr=0.002,train.seed=1", "model.aux_head=true", "schedule.milestones=[0.2,0.4]"),
+    )
+    assert own["schedule.kind"] == "cosine" and all(point.keys() == own.keys() for point in points)
+    said = [search_space.describe(own, point) for point in [own, *points]]
+    assert said == [
+        "-",
+        "loss.kind=cross_entropy",
+        "optim.lr=0.002,train.seed=1",
+        "model.aux_head=true",
+        "schedule.milestones=[0.2, 0.4]",
+    ]
+    changed = search_space.apply(quick(), points[1])
+    assert (changed.optim.lr, changed.train.seed, changed.loss) == (0.002, 1, quick().loss)
+    assert search_space.apply(quick(), points[2]).model.aux_head is True
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [((), "name at least one"), (("optim.lr",), "is no change"), (("optim.speed=1",), "which no experiment has"),
+     (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=fast",), "optim.lr")],
+)  # fmt: skip
+def test_a_change_that_makes_no_experiment_is_refused_before_anything_starts(changes, says, shards, tmp_path):
+    options = tune.Options(plan=Plan(SearchSpace(changes=changes), search="changes"))
+    with pytest.raises(UserError, match=says):
+        tune.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_them(shards, tmp_path):
+    changes = ("optim.lr=0.01", "train.seed=1")
+    options = tune.Options(plan=Plan(SearchSpace(changes=changes), search="changes"))
+    assert options.num_trials == 3 and replace(options, trials=2).num_trials == 2
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path))
+    held = hold_out(open_shards(shards), 0.3)
+    opened = sweeps.open_sweep(experiment, held, options.plan)
+    for number, point in enumerate(search_space.listed(opened.base, changes)):
+        trial = sweeps.add_trial(opened, held, number, point)
+        runs.write_record(trial.run.path, [{"epoch": 1, METRIC: 0.5 + number / 10, "seconds": 1.0}])
+        sweeps.end_trial(trial.run.path, FINISHED)
+    table, best = sweeps.write_results(opened)
+    assert list(table["change"]) == ["train.seed=1", "optim.lr=0.01", "-"] and best.train.seed == 1
+    page = storage.read_bytes(sweep_page.write_page(opened, table)).decode()
+    assert "optim.lr=0.01" in page and "base rates" not in page
+
+
 def test_points_of_a_range_are_in_equal_ratios():
     assert LogRange(1e-4, 1e-2).points(3) == pytest.approx([1e-4, 1e-3, 1e-2])
     assert LogRange(1e-4, 1e-2).points(1) == pytest.approx([1e-3])

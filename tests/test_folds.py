@@ -1,0 +1,69 @@
+"""Evaluations that share no patient, pooled: the same numbers as one evaluation of everybody, and refusals."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from heartseg import camus, folds, storage
+from heartseg.errors import UserError
+from heartseg.evaluation import EXAMPLES
+from heartseg.metrics import SCORES
+from jobs import evaluate
+
+
+def score(masks: str, truth: str, out: str) -> str:
+    return evaluate.run(evaluate.Options(predictions=masks, truth=truth, out=out, launcher="plain"))
+
+
+@pytest.fixture(scope="module")
+def halves(phantom, tmp_path_factory) -> tuple[list[str], str]:
+    """Evaluations of patients 1 to 4 and of 5 to 8, whose masks are the other phase's, and one of all of them."""
+    folder = tmp_path_factory.mktemp("halves")
+    images = os.path.join(phantom, camus.IMAGES_FOLDER)
+    names = sorted(os.listdir(images))
+    for place, name in enumerate(names):
+        for part in ("all", "half1" if place < 4 else "half2"):
+            os.makedirs(folder / part / name)
+            for view in ("2CH", "4CH"):  # the masks of the other phase: not perfect, and different from patient to patient
+                for taken, given in (("ED", "ES"), ("ES", "ED")):
+                    source = os.path.join(images, name, f"{name}_{view}_{taken}_gt.nii.gz")
+                    shutil.copy(source, folder / part / name / f"{name}_{view}_{given}_gt.nii.gz")
+    made = {part: score(str(folder / part), phantom, str(folder / f"out-{part}")) for part in ("half1", "half2", "all")}
+    return [made["half1"], made["half2"]], made["all"]
+
+
+def test_pooled_scores_are_those_of_one_evaluation_of_everybody(halves, tmp_path):
+    parts, whole = halves
+    out = evaluate.run(evaluate.Options(pool=tuple(parts), out=str(tmp_path)))
+    pooled, expected = (storage.read_json(storage.join(path, "summary.json")) for path in (out, whole))
+    assert pooled["patients"] == 8 and pooled["group"] == "out-of-fold" and 0 < pooled["scores"]["dice"]["mean"] < 1
+    for name in SCORES:
+        assert pooled["scores"][name] == pytest.approx(expected["scores"][name])
+        assert pooled["pooled"][name] == pytest.approx(expected["pooled"][name])
+    assert pooled["clinical"]["agreement"] == expected["clinical"]["agreement"]
+    page = storage.read_bytes(storage.join(out, "report.html")).decode()
+    assert "2 models, each on patients that it has not seen" in page and parts[1] in page
+
+
+def test_the_pictures_are_the_worst_and_the_best_of_all_parts(halves, tmp_path):
+    parts, whole = halves
+    folds.pool(parts, str(tmp_path))
+    shown = []
+    for path in (str(tmp_path), whole):
+        with np.load(io.BytesIO(storage.read_bytes(storage.join(path, EXAMPLES)))) as arrays:
+            shown.append({name: arrays[name] for name in arrays.files})
+    assert shown[0].keys() == shown[1].keys()
+    assert all(np.array_equal(shown[0][name], shown[1][name]) for name in shown[0])
+
+
+def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
+    parts, whole = halves
+    with pytest.raises(UserError, match="patient0001 is scored in"):
+        folds.pool([parts[0], whole], str(tmp_path))
+    with pytest.raises(UserError, match="is no evaluation"):
+        folds.pool([parts[0], str(tmp_path)], str(tmp_path))
+    with pytest.raises(UserError, match="--out"):
+        evaluate.run(evaluate.Options(pool=tuple(parts)))
