@@ -24,7 +24,7 @@ from heartseg.predict import Ensemble, Segmented, Segmenter, segment_images
 from heartseg.shards import resize_image
 
 KEYS = ("patient", "view", "phase", "frame", "number", "quality")
-BY = ("phase", "view", "quality")
+BY = ("phase", "view", "quality", "size")
 EXAMPLES, NUM_EXAMPLES = "examples.npz", 10
 LOW_DICE = 0.80
 # Indices whose agreement with the experts' masks is told, in the order of the tables.
@@ -104,6 +104,7 @@ def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeT
 
 def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Sequence[dict] = ()) -> dict:
     """Means over images with 95 % bootstrap intervals over patients, pooled scores, breakdowns, clinical agreement."""
+    images = images.assign(size=size_thirds(images))
     owners = images["patient"].to_numpy()
     scores = {}
     for name in (*SCORES, *DISTANCES):
@@ -124,6 +125,20 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
         "flags": flags(images),
         "missing": list(missing),
     }
+
+
+def size_thirds(images: pandas.DataFrame) -> list[str | None]:
+    """For each image the third of them all that it belongs to by the share of it that the experts' heart fills.
+
+    None for all where there are under nine images, or no three sizes.
+    """
+    counts = np.stack(images["confusion"].to_list()).reshape(-1, 4, 4).sum(axis=2)  # rows are the truth's classes
+    shares = counts[:, 1:].sum(axis=1) / counts.sum(axis=1)
+    low, high = np.quantile(shares, [1 / 3, 2 / 3])
+    if len(shares) < 9 or not shares.min() < low < high <= shares.max():
+        return [None] * len(shares)
+    names = (f"1: up to {low:.0%} of the image", f"2: {low:.0%} to {high:.0%}", f"3: over {high:.0%}")
+    return [names[int(share > low) + int(share > high)] for share in shares]
 
 
 def write_results(out: str, images: pandas.DataFrame, patients: pandas.DataFrame, summary: dict) -> None:

@@ -52,7 +52,7 @@ CURVES = {
     "iou": "IoU of three structures",
     "dice": "Mean Dice of three structures",
 }
-BREAKDOWNS = {"phase": "phase", "view": "view", "quality": "image quality"}
+BREAKDOWNS = {"phase": "phase", "view": "view", "quality": "image quality", "size": "size of the heart in the image"}
 WORST_ROWS, CHANNEL_SAMPLES = 10, 2
 
 

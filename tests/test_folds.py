@@ -67,3 +67,11 @@ def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
         folds.pool([parts[0], str(tmp_path)], str(tmp_path))
     with pytest.raises(UserError, match="--out"):
         evaluate.run(evaluate.Options(pool=tuple(parts)))
+
+
+def test_images_are_divided_into_thirds_by_the_share_that_the_experts_heart_fills(halves):
+    summary = storage.read_json(storage.join(halves[1], "summary.json"))
+    thirds = summary["by"]["size"]
+    assert [part["images"] for part in thirds.values()] == [11, 10, 11] and [name[0] for name in thirds] == ["1", "2", "3"]
+    whole = sum(part["images"] * part["dice"] for part in thirds.values()) / 32
+    assert whole == pytest.approx(summary["scores"]["dice"]["mean"])
