@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,8 @@ from jobs.checks import Finding
 
 # What workers exchange at a time: a fifth of the seed network's gradients on GPUs, less for CPUs to be quick.
 GPU_BYTES, CPU_BYTES = 64 << 20, 8 << 20
+# How long another node may take to say what it has; its first process imports torch.
+SECONDS_OF_A_NODE = 60
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ def workers(options: Options, kept: str) -> list[Finding]:
     numbers = {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
     cluster = Finding("Ray", f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", wrong, mend, numbers)
     number = options.workers or gpus or max(min(2, cpus), len(nodes))
+    seen = [cluster, *other_nodes(nodes)]
     if len(nodes) > 1 and not kept:
         wrong = "Several nodes need a place that they share, and none was given."
-        return [cluster, Finding("workers", f"{number} asked for", wrong, "Give --runs, or set HEARTSEG_RUNS.")]
+        return [*seen, Finding("workers", f"{number} asked for", wrong, "Give --runs, or set HEARTSEG_RUNS.")]
     folder = storage.join(kept, f".doctor-{uuid.uuid4().hex[:8]}") if kept else tempfile.mkdtemp(prefix="heartseg-doctor-")
     try:
         heard = exchange(number, options.seconds, folder)
@@ -116,11 +119,42 @@ def workers(options: Options, kept: str) -> list[Finding]:
             "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
             "between them, and see NCCL_DEBUG=INFO; without room, take fewer --workers; every node must see --runs."
         )
-        return [cluster, Finding("workers", f"{number} asked for", f"They could not exchange anything: {sentence}", mend)]
+        return [*seen, Finding("workers", f"{number} asked for", f"They could not exchange anything: {sentence}", mend)]
     finally:
         with contextlib.suppress(UserError, OSError):
             storage.remove(folder)
-    return [cluster, bandwidth(number, heard), *mixed(heard["machines"])]
+    return [*seen, bandwidth(number, heard), *mixed(heard["machines"])]
+
+
+def other_nodes(nodes: list[dict]) -> list[Finding]:
+    """What the cluster's other nodes are, a line each, and whatever is wrong there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    asked = {}
+    for node in nodes:
+        if node["NodeID"] != here:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[node["NodeManagerAddress"]] = ray.remote(num_cpus=0, scheduling_strategy=there)(look_around).remote()
+    found = []
+    for address, answer in asked.items():
+        try:
+            host, told = ray.get(answer, timeout=SECONDS_OF_A_NODE)
+        except ray.exceptions.RayError as error:
+            wrong = f"Node {address} does not answer ({type(error).__name__})."
+            found.append(Finding(f"node {address}", "–", wrong, "See its Ray logs, and start Ray on it again."))
+            continue
+        name = f"node {host} ({address})"
+        found.append(Finding(name, "; ".join(f"{one.name} {one.found}" for one in told)))
+        found += [replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}") for one in told if one.wrong]
+    return found
+
+
+def look_around() -> tuple[str, list[Finding]]:
+    """The name of the machine that this runs on, and what it has."""
+    looks = (checks.processors, checks.memory, checks.shared_memory, checks.temporary_disk, checks.gpus)
+    return socket.gethostname(), [one for look in looks for one in listed(look.__name__, look)]
 
 
 def exchange(number: int, seconds: float, folder: str) -> dict:

@@ -87,6 +87,21 @@ def test_two_hosts_train_what_two_workers_of_one_host_train(hosts):
     assert dice(said) == pytest.approx(dice(alone), abs=0.005)
 
 
+def test_the_doctor_looks_at_both_hosts_and_at_the_link_between_them(hosts):
+    first, _, _ = hosts
+    doctor = [sys.executable, str(ROOT / "jobs" / "doctor.py"), "--workers", "2", "--seconds", "1", "--json"]
+    code, said = first.run(*doctor, "--runs", "s3://bucket/doctor", **CLUSTER)
+    found = {one["name"]: one for one in json.JSONDecoder().raw_decode(said[said.index("\n{\n") + 1 :])[0]["findings"]}
+    assert code in (0, 1) and found["Ray"]["numbers"]["nodes"] == 2, said
+    (other,) = (one for name, one in found.items() if name.startswith("node "))
+    assert "10.77.0.2" in other["name"] and "CPUs" in other["found"] and "GPUs" in other["found"]
+    assert (
+        found["workers"]["numbers"]["workers"] == 2
+        and found["workers"]["numbers"]["gb_per_s"] > 0
+        and not found["workers"]["wrong"]
+    )
+
+
 def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_back(hosts, fault_table):
     first, second, data = hosts
     config = write_config(data / "many.json", 2000)
