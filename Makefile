@@ -27,7 +27,7 @@ cluster: $(VENV)/ready
 
 cluster-demo: $(VENV)/ready
 	$(BIN)/python -m heartseg.phantom demo/phantom --patients 40 --workers 2
-	eval "$$(cluster/local.sh env)" && $(BIN)/python jobs/pipeline.py quick --submit \
+	found=$$(cluster/local.sh env) && eval "$$found" && $(BIN)/python jobs/pipeline.py quick --submit \
 		--source demo/phantom --out demo/submitted --workers 2 --train.epochs 10 --train.batch-size 8
 
 test: $(VENV)/ready

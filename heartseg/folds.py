@@ -16,8 +16,11 @@ from heartseg.report import IMAGES, PATIENTS, SUMMARY, write_report
 def pool(evaluations: list[str], out: str) -> dict:
     """Write the pooled evaluation and its report into `out`, and return its summary.
 
-    Raises UserError for an evaluation that is none, and where two of them share a patient or differ in their dataset.
+    Raises UserError for an evaluation that is none or of training patients, and where two of them share a patient or differ
+    in their dataset or in what was done to the predictions.
     """
+    if len({*evaluations, out}) <= len(evaluations):
+        raise UserError("Each evaluation is pooled once, and none is written over: give different folders.")
     summaries = [_summary(path) for path in evaluations]
     images, patients = ([_table(path, name) for path in evaluations] for name in (IMAGES, PATIENTS))
     check(evaluations, summaries, patients)
@@ -26,7 +29,7 @@ def pool(evaluations: list[str], out: str) -> dict:
     summary = evaluation.summarise(image_rows, patient_rows, missing)
     summary |= {
         "group": "out-of-fold", "dataset": summaries[0]["dataset"], "evaluations": evaluations,
-        "predictions": f"{len(evaluations)} models, each on patients that it has not seen", "truth": "the evaluations' own",
+        "predictions": who_predicted(summaries), "truth": "the evaluations' own",
         "seconds": sum(each["seconds"] for each in summaries),
     }  # fmt: skip
     starts = np.cumsum([0, *(len(rows) for rows in images)])
@@ -49,10 +52,22 @@ def _table(path: str, name: str) -> pandas.DataFrame:
     return table
 
 
+def who_predicted(summaries: list[dict]) -> str:
+    """How many models made the predictions, for a reader."""
+    weights = {tuple(summary.get("weights_sha256", ())) for summary in summaries}
+    if () in weights:
+        return f"masks of {len(summaries)} folders"
+    return f"{len(weights)} models, each on patients that it has not seen" if len(weights) > 1 else "one model"
+
+
 def check(evaluations: list[str], summaries: list[dict], patients: list[pandas.DataFrame]) -> None:
     """Raise UserError for evaluations that cannot be one."""
     seen: dict[str, str] = {}
     for path, summary, rows in zip(evaluations, summaries, patients, strict=True):
+        if summary["group"] == "train":
+            raise UserError(f"{path} scores the patients that its model was trained on: pool what it has not seen.")
+        if summary.get("post") != summaries[0].get("post"):
+            raise UserError(f"{path} and {evaluations[0]} differ in what was done to the predictions (tta and the like).")
         if summary["dataset"] != summaries[0]["dataset"]:
             raise UserError(f"{path} is of {summary['dataset']}, {evaluations[0]} of {summaries[0]['dataset']}.")
         for patient in rows["patient"]:

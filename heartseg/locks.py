@@ -35,6 +35,24 @@ def lock(folder: str) -> contextlib.AbstractContextManager[None]:
     return _hold_claim(folder) if storage.is_uri(folder) else _hold_file(folder)
 
 
+def is_held(folder: str) -> bool:
+    """True where somebody holds the writer's place in a folder at the moment; takes nobody's place on an object store."""
+    if storage.is_uri(folder):
+        times = storage.modification_times(storage.join(folder, LOCK_NAME)).values()
+        now = datetime.datetime.now(datetime.UTC)
+        return any((now - time).total_seconds() < DEAD_AFTER_S for time in times)
+    path = os.path.join(folder, LOCK_NAME)
+    if not os.path.exists(path):
+        return False
+    holder = filelock.FileLock(path)
+    try:
+        holder.acquire(timeout=0)
+    except (filelock.Timeout, OSError) as error:
+        return isinstance(error, filelock.Timeout)
+    holder.release()
+    return False
+
+
 @contextlib.contextmanager
 def _hold_file(folder: str) -> Iterator[None]:
     os.makedirs(folder, exist_ok=True)

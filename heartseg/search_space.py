@@ -89,7 +89,9 @@ def apply(base: Experiment, values: dict[str, object]) -> Experiment:
 def parse_change(text: str) -> dict[str, object]:
     """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError where it is not of that form."""
     pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\.\w+=)", text)]
-    if not all(re.fullmatch(r"\w+\.\w+", name.strip()) and value.strip() for name, _, value in pairs):
+    if not all(
+        re.fullmatch(r"\w+\.\w+", name.strip()) and value.strip(" ,") == value.strip() != "" for name, _, value in pairs
+    ):
         raise UserError(f"--space.changes {text!r} is no change: write part.field=value, several with commas.")
     values = {}
     for name, _, value in pairs:
@@ -105,7 +107,11 @@ def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
     parsed = [parse_change(text) for text in changes]
     require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
     own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
-    return [own, *(own | values for values in parsed)]
+    points = [own, *(own | values for values in parsed)]
+    for place, point in enumerate(points):
+        if point in points[:place]:
+            raise UserError(f"--space.changes {changes[place - 1]!r} is the recipe itself, or is listed twice.")
+    return points
 
 
 def describe(own: dict, values: dict) -> str:
@@ -148,7 +154,8 @@ def check_points(base: Experiment, axes: Axes, check: Callable[[Experiment], Non
 def values_of(base: Experiment, axes: Iterable[str]) -> dict:
     """The recipe's own values on the axes; raises UserError for a field that no experiment has."""
     told = to_json(base)
-    try:
-        return {name: told[name.split(".")[0]][name.split(".")[1]] for name in axes}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"The search space names {error.args[0]}, which no experiment has: see train.py --help.") from None
+    for name in axes:
+        part, _, field = name.partition(".")
+        if not isinstance(told.get(part), dict) or field not in told[part]:
+            raise UserError(f"The search space names {name}, which no experiment has: see train.py --help.")
+    return {name: told[name.split(".")[0]][name.split(".")[1]] for name in axes}

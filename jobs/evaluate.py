@@ -19,7 +19,7 @@ import pandas
 from tqdm import tqdm
 
 from heartseg import evaluation, folds, predict, storage
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.evaluation import write_results
 from heartseg.report import write_report
 from jobs import runtime
@@ -32,6 +32,8 @@ PATIENTS_PER_TASK = 4
 def run(options: Options) -> str:
     """Score; returns the folder with `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
     if options.pool:
+        others = (options.checkpoint, options.data, options.truth, options.predictions, options.ensemble)
+        require(not any(others), "--pool takes finished evaluations and --out, and nothing else.")
         out = runtime.absolute(runtime.require(options.out, "--out", "a folder for the pooled scores"), "out")
         summary = folds.pool([runtime.absolute(path, "pool") for path in options.pool], out)
         print(f"{told(summary)}\n{evaluation.table_text(summary)}")

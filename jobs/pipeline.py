@@ -10,7 +10,7 @@ import logging
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from heartseg import locks, runs, storage
+from heartseg import locks, runs, storage, studies
 from heartseg.config import Experiment, to_json
-from heartseg.errors import UserError, require
+from heartseg.errors import StorageError, UserError, require
 from heartseg.model import check_installation
 from jobs import runtime, submission
-from jobs.stages import KINDS, Command, Result, Results, Stage, Work, build_graph, find_stages
+from jobs.stages import KINDS, Result, Results, Stage, Work, build_graph, find_stages
 from jobs.story import DONE, FAILED, RUNNING, STOPPED, Story, new_attempt, now
 
 log = logging.getLogger("heartseg.jobs")
@@ -68,7 +68,11 @@ def run(experiment: Experiment, options: Options) -> str:
     check_installation()
     runtime.require(experiment.source, "--source", "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)")
     out = experiment.out or runtime.absolute("results", "out")
-    stages = build_graph(experiment, out, options.work)
+    work = options.work
+    if work.predict:
+        work = replace(work, predict=runtime.absolute(work.predict, "predict"))
+        studies.find_clips(work.predict)  # a mistake is told now, and not after the training
+    stages = build_graph(experiment, out, work)
     chosen = choose(stages, options)
     if options.dry_run:
         carry_out(Story.open(out), stages, chosen, options, None)
@@ -95,7 +99,11 @@ def choose(stages: list[Stage], options: Options) -> set[str]:
     first = KINDS.index(options.begin) if options.begin else 0
     last = KINDS.index(options.until) if options.until else len(KINDS) - 1
     require(first <= last, f"--from {options.begin} comes after --until {options.until}.")
-    return {stage.name for stage in stages if first <= KINDS.index(stage.kind) <= last}
+    chosen = {stage.name for stage in stages if first <= KINDS.index(stage.kind) <= last}
+    for word in options.force:
+        outside = not {stage.name for stage in find_stages(stages, word, "--force")} & chosen
+        require(not outside, f"--force {word} lies outside --from and --until.")
+    return chosen
 
 
 def carry_out(
@@ -103,11 +111,12 @@ def carry_out(
 ) -> dict[str, Result]:
     """Run what is to be run, in order; returns what the stages have left."""
     results: dict[str, Result] = {}
+    needed = {need for stage in stages if stage.name in chosen for need in stage.needs}
     forced = {stage.name for word in options.force for stage in find_stages(stages, word, "--force")}
     for number, stage in enumerate(stages, 1):
         title = f"{number}/{len(stages)} {stage.name}"
         if stage.name not in chosen:
-            if options.begin and KINDS.index(stage.kind) < KINDS.index(options.begin):
+            if stage.name in needed:
                 results[stage.name] = taken(story, stage, options.begin)
             continue
         if options.dry_run and not results.keys() >= set(stage.needs):
@@ -135,16 +144,20 @@ def taken(story: Story, stage: Stage, begin: str) -> Result:
 
 
 def perform(
-    story: Story, stage: Stage, inputs: dict, results: Results, anew: bool, retries: int, cluster: submission.Cluster | None
+    story: Story, stage: Stage, inputs: dict, results: Results, forced: bool, retries: int, cluster: submission.Cluster | None
 ) -> Result:
     """Run a stage to its end; how it ended is in the story, whatever happens."""
-    command = take_up(story, stage, inputs) if not anew else None
-    command = command or stage.command(results, anew)
-    config = storage.join(story.out, "stages", f"{stage.name}.json")
+    anew = forced or story.is_still_forced(stage, inputs)
+    command = stage.command(results, anew)
+    settle(story, stage, not anew and story.is_begun(stage, inputs, command), forced, cluster)
+    arguments = list(command.arguments)
     if command.experiment:
-        storage.publish_json(config, to_json(command.experiment))
-    record = story.begin(stage, inputs, command)
-    arguments = [*(["--config", config] if storage.exists(config) else []), *command.arguments]
+        text = storage.json_bytes(to_json(command.experiment))
+        # A name for each content: a job that waits for its start must not read another one's.
+        config = storage.join(story.out, "stages", f"{stage.name}-{storage.sha256(text)[:8]}.json")
+        storage.publish(config, text)
+        arguments = ["--config", config, *arguments]
+    record = story.begin(stage, inputs, command, anew)
     try:
         attempt_all(story, stage, record, arguments, retries, cluster)
     except KeyboardInterrupt:
@@ -153,7 +166,7 @@ def perform(
     except Exception as error:
         story.end(stage, FAILED, problem=str(error).partition("\n")[0])
         raise
-    fingerprint = stage.look(command.path)
+    fingerprint = stage.seen(command.path)
     if fingerprint is None:
         story.end(stage, FAILED, problem=f"it left nothing complete at {command.path}")
         raise UserError(f"Stage {stage.name} left nothing complete at {command.path}: run it by hand to see why.")
@@ -162,19 +175,25 @@ def perform(
     return result
 
 
-def take_up(story: Story, stage: Stage, inputs: dict) -> Command | None:
-    """The command of a stage that was begun with the same inputs and has not ended; None where there is none."""
-    if story.reason(stage, inputs, is_forced=False) not in ("interrupted", FAILED, STOPPED):
-        return None
-    record = story.stages[stage.name]
-    # What it has finished is kept; its experiment lies beside the story.
-    return Command([word for word in record["arguments"] if word != "--overwrite"], record["path"])
+def settle(story: Story, stage: Stage, is_same: bool, forced: bool, cluster: submission.Cluster | None) -> None:
+    """Stop an earlier job of a stage that still runs and would make something else; refuse where nobody can be asked."""
+    for attempt in story.stages.get(stage.name, {}).get("attempts", []):
+        if not attempt["job"]:
+            continue
+        if cluster:
+            if not is_same and cluster.status(attempt["job"]) in submission.ALIVE:
+                cluster.stop(attempt["job"])
+        elif attempt["state"] == RUNNING and not forced:
+            raise UserError(
+                f"Stage {stage.name} may still run as job {attempt['job']}: give --submit to follow it, or, if its cluster "
+                f"has gone, --force {stage.name}."
+            )
 
 
 def attempt_all(
     story: Story, stage: Stage, record: dict, arguments: list[str], retries: int, cluster: submission.Cluster | None
 ) -> None:
-    """Try a stage, once and `retries` times more; a mistake of the user's is not tried again."""
+    """Try a stage, once and `retries` times more; a mistake of the user's is not tried again, a store that was away is."""
     for left in range(retries, -1, -1):
         attempt = begin_attempt(story, stage, record, cluster)
         try:
@@ -183,14 +202,14 @@ def attempt_all(
             else:
                 importlib.import_module(f"jobs.{stage.job}").job(arguments)
             return
-        except UserError:
-            raise
         except Exception as error:
-            if not left:
+            if not left or (isinstance(error, UserError) and not isinstance(error, StorageError)):
                 raise
             attempt |= {"state": FAILED, "ended": now()}
             story.save()
             log.warning("%s failed, and is tried again: %s", stage.name, str(error).partition("\n")[0])
+            if stage.seen(record["path"]) is None:  # what it has finished since is kept
+                arguments = [word for word in arguments if word != "--overwrite"]
             if not cluster:
                 shut_down_ray()
 
@@ -198,9 +217,14 @@ def attempt_all(
 def begin_attempt(story: Story, stage: Stage, record: dict, cluster: submission.Cluster | None) -> dict:
     """A new attempt, or the one whose job is still on the cluster; a job's id is written down before there is the job."""
     last = record["attempts"][-1] if record["attempts"] else None
-    if last and last["state"] == RUNNING and last["job"]:
-        if cluster and cluster.status(last["job"]) in ("PENDING", "RUNNING", "SUCCEEDED"):
+    if last and last["job"] and cluster:
+        # Whatever the story says: who wrote it may have been killed, or have failed to stop the job.
+        status = cluster.status(last["job"])
+        if status in submission.ALIVE or (status == "SUCCEEDED" and last["state"] == RUNNING):
+            last |= {"state": RUNNING, "ended": None}
+            story.save()
             return last
+    if last and last["state"] == RUNNING:
         last["state"] = "killed"
     name = f"{stage.name}-{uuid.uuid4().hex[:8]}" if cluster else ""
     record["attempts"].append(new_attempt(name))
@@ -222,13 +246,7 @@ def show_status(options: StatusOptions) -> None:
     story = Story.open(out)
     if not story.stages:
         raise UserError(f"{out} holds no pipeline ({out}/pipeline.json): give --out.")
-    is_held = False
-    try:
-        with locks.lock(out):
-            pass
-    except UserError:
-        is_held = True
-    print(story.table(story.told.get("stages of", list(story.stages)), is_held))
+    print(story.table(story.told.get("stages of", list(story.stages)), locks.is_held(out)))
 
 
 def job(argv: Sequence[str]) -> None:

@@ -159,7 +159,8 @@ def with_environment(experiment: Experiment) -> Experiment:
     """Paths that were not given taken from the environment, and all made absolute."""
     defaults = {"source": "HEARTSEG_SOURCE", "data": "HEARTSEG_DATA", "runs": "HEARTSEG_RUNS"}
     paths = {name: getattr(experiment, name) or os.environ.get(variable, "") for name, variable in defaults.items()}
-    paths["runs"] = paths["runs"] or "runs"
+    if JOB_CONFIG not in os.environ:  # whose folder is a copy
+        paths["runs"] = paths["runs"] or "runs"
     paths["out"] = experiment.out
     return replace(experiment, **{name: absolute(path, name) for name, path in paths.items() if path})
 

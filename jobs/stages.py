@@ -6,14 +6,14 @@ configuration that decides its result and the fingerprints of what the stages be
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from heartseg import checkpoint, runs, shard_writer, sources, storage, studies, sweeps
 from heartseg.config import Experiment, from_json, identity, to_json
 from heartseg.errors import UserError, require
-from heartseg.shards import open_shards
+from heartseg.shards import MANIFEST, SPLITS, check_sizes, open_shards
 from heartseg.training import open_data
-from jobs import plans, preprocess
+from jobs import plans, preprocess, runtime
 
 KINDS = ("preprocess", "tune", "train", "evaluate", "pool", "predict")
 
@@ -28,13 +28,18 @@ class Work:
     """Train on each of so many folds, and pool the scores of every patient by the model that has not seen them; 0: no folds."""
     tune: int = 0
     """Trials of a sweep whose winner is trained; 0 trains the recipe itself."""
-    plan: sweeps.Plan = field(default_factory=sweeps.Plan)
+    plan: Annotated[sweeps.Plan, runtime.FLAT] = field(default_factory=sweeps.Plan)
+    retry_failed: bool = False
+    """Train the sweep's failed trials on."""
+    max_quarantined: float = 0.01
+    """Largest share of the recordings that may be damaged."""
     predict: str = ""
     """New studies to outline with the trained model (with all folds' together): a file or a folder."""
 
     def __post_init__(self):
         require(self.folds == 0 or self.folds >= 2, "--folds must be at least 2, or 0 for none.")
         require(self.tune >= 0, "--tune must be at least 0.")
+        require(self.tune > 0 or self.plan == sweeps.Plan(), "A sweep is described and there is none: give --tune TRIALS.")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,13 @@ class Stage:
         """Its name without the fold."""
         return self.name.partition("-")[0]
 
+    def seen(self, path: str) -> str | None:
+        """`look`, where what is broken is not complete."""
+        try:
+            return self.look(path)
+        except UserError:
+            return None
+
 
 def build_graph(experiment: Experiment, out: str, work: Work) -> list[Stage]:
     """The stages in an order in which each comes after what it needs."""
@@ -99,7 +111,7 @@ def model_stages(experiment: Experiment, out: str, work: Work, fold: int | None)
         split = replace(experiment.split, kind="kfold", folds=work.folds, fold=fold)
         experiment = replace(experiment, split=split)
     experiment = replace(experiment, data=storage.join(out, shards_name(experiment, work.frames)), out="")
-    first = preprocess_stage(f"preprocess{ending}", experiment, work.frames)
+    first = preprocess_stage(f"preprocess{ending}", experiment, work)
     swept = [tune_stage(f"tune{ending}", first.name, experiment, out, work)] if work.tune else []
     trained = train_stage(f"train{ending}", first.name, swept[0].name if swept else "", experiment, out)
     return [first, *swept, trained, evaluate_stage(f"evaluate{ending}", first.name, trained.name, experiment.workers)]
@@ -119,8 +131,10 @@ def complete(path: str, *names: str) -> str | None:
     return storage.sha256(storage.read_bytes(paths[0])) if all(map(storage.exists, paths)) else None
 
 
-def preprocess_stage(name: str, experiment: Experiment, frames: str) -> Stage:
-    """NIfTI to shards."""
+def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
+    """NIfTI to shards; those of another source or split that lie in their place are written or divided anew."""
+    frames, asked = work.frames, preprocess.Options(frames=work.frames)
+    written = replace(experiment, out=experiment.data, data="")
 
     def inputs(results: Results) -> dict:
         patients = sources.find_patients(experiment.source)
@@ -132,12 +146,31 @@ def preprocess_stage(name: str, experiment: Experiment, frames: str) -> Stage:
             "frames": frames,
         }
 
+    def outdated(listing: str) -> list[str]:
+        if not storage.exists(storage.join(experiment.data, MANIFEST)):
+            return []
+        try:
+            preprocess.check_same(written, asked, listing)
+            check_sizes(open_shards(experiment.data))
+        except UserError:
+            return ["--overwrite"]
+        try:
+            preprocess.check_split(written, asked)
+        except UserError:
+            return ["--resplit"]
+        return []
+
     def command(results: Results, anew: bool) -> Command:
-        arguments = ["--frames", frames, *(["--overwrite"] if anew else [])]
-        return Command(arguments, experiment.data, replace(experiment, out=experiment.data, data=""))
+        changed = ["--overwrite"] if anew else outdated(inputs(results)["source files"])
+        arguments = ["--frames", frames, "--max-quarantined", str(work.max_quarantined), *changed]
+        return Command(arguments, experiment.data, written)
 
     def look(path: str) -> str | None:
-        return open_shards(path).fingerprint if complete(path, preprocess.shards.MANIFEST, preprocess.shards.SPLITS) else None
+        if not complete(path, MANIFEST, SPLITS):
+            return None
+        shards = open_shards(path)
+        check_sizes(shards)
+        return shards.fingerprint
 
     return Stage(name, "preprocess", (), inputs, command, look)
 
@@ -151,11 +184,13 @@ def tune_stage(name: str, data: str, experiment: Experiment, out: str, work: Wor
         return told | {"data": results[data].fingerprint}
 
     def command(results: Results, anew: bool) -> Command:
-        named = f"{name}-{storage.sha256(storage.json_bytes(inputs(results)))[:8]}"
-        sweep = runs.generation_name(folder, named, fresh=anew)
+        # With more trials, the same sweep goes on.
+        same = {key: value for key, value in inputs(results).items() if key != "trials"}
+        sweep = runs.generation_name(folder, f"{name}-{storage.sha256(storage.json_bytes(same))[:8]}", fresh=anew)
+        retried = ["--retry-failed"] if work.retry_failed else []
         return Command(
-            ["--trials", str(work.tune), "--sweep-name", sweep, *plan_arguments(work.plan)],
-            storage.join(folder, sweep), replace(experiment, runs=folder),
+            ["--trials", str(work.tune), "--sweep-name", sweep, *retried, *plan_arguments(work.plan)],
+            storage.join(folder, sweep), replace(experiment, data=results[data].path, runs=folder),
         )  # fmt: skip
 
     def look(path: str) -> str | None:
@@ -184,12 +219,12 @@ def train_stage(name: str, data: str, swept: str, experiment: Experiment, out: s
     folder = storage.join(out, "runs")
 
     def planned(results: Results) -> Experiment:
+        base = replace(experiment, data=results[data].path, runs=folder)
         if not swept:
-            return replace(experiment, runs=folder)
+            return base
         best = from_json(storage.read_json(storage.join(results[swept].path, "best.json")))
-        holdout = experiment.train.holdout
-        return replace(experiment, **{part: getattr(best, part) for part in ("model", "loss", "optim", "schedule", "augment")},
-                       train=replace(best.train, holdout=holdout), runs=folder)  # fmt: skip
+        parts = {part: getattr(best, part) for part in ("model", "loss", "optim", "schedule", "augment")}
+        return replace(base, **parts, train=replace(best.train, holdout=base.train.holdout))
 
     def inputs(results: Results) -> dict:
         return {"configuration": identity(planned(results)), "data": results[data].fingerprint}
@@ -242,7 +277,8 @@ def predict_stage(out: str, models: tuple[str, ...], source: str) -> Stage:
 
     def command(results: Results, anew: bool) -> Command:
         first, *others = (results[name].path for name in models)
-        path = storage.join(out, "predictions")
+        # A folder for each input: masks of other studies would lie beside tables that do not name them.
+        path = storage.join(out, f"predictions-{storage.last_part(source)}-{storage.sha256(source.encode())[:4]}")
         together = ["--ensemble", *others] if others else []
         return Command(["--checkpoint", first, *together, "--input", source, "--out", path], path)
 

@@ -4,12 +4,12 @@ It holds the experiment and, by stage, its state, inputs, attempts (with times a
 """
 
 import datetime
+import json
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from heartseg import storage
-from heartseg.config import canonical, first_difference
+from heartseg.config import first_difference
 from heartseg.errors import UserError
 from jobs.stages import Command, Result, Stage
 
@@ -36,7 +36,10 @@ class Story:
         path = storage.join(out, NAME)
         if not storage.exists(path):
             return cls(out)
-        there = storage.read_json(path)
+        try:
+            there = storage.read_json(path)
+        except UserError:
+            there = None
         if not isinstance(there, dict) or not isinstance(there.get("stages"), dict):
             raise UserError(f"{path} tells no pipeline's story: remove it, and what is complete is found again.")
         return cls(out, {key: value for key, value in there.items() if key != "stages"}, there["stages"])
@@ -48,7 +51,7 @@ class Story:
     def result(self, stage: Stage) -> Result | None:
         """What a stage left, if it is done and still there as it was."""
         record = self.stages.get(stage.name, {})
-        if record.get("state") != DONE or stage.look(record["result"]["path"]) != record["result"]["fingerprint"]:
+        if record.get("state") != DONE or stage.seen(record["result"]["path"]) != record["result"]["fingerprint"]:
             return None
         return Result(**record["result"])
 
@@ -59,22 +62,35 @@ class Story:
             return "forced"
         if not record:
             return "not begun"
-        difference = first_difference(record["inputs"], _plain(inputs))
+        difference = first_difference(record["inputs"], plain(inputs))
         if difference:
             return f"changed: {_short(difference)}"
         if record["state"] != DONE:
             return "interrupted" if record["state"] == RUNNING else record["state"]
         return "" if self.result(stage) else "its result is gone or another"
 
-    def begin(self, stage: Stage, inputs: dict, command: Command) -> dict:
+    def is_begun(self, stage: Stage, inputs: dict, command: Command) -> bool:
+        """True where the stage was begun with these inputs and this path, and has not come to its end."""
+        before = self.stages.get(stage.name, {})
+        return before.get("inputs") == plain(inputs) and before.get("path") == command.path and before["state"] != DONE
+
+    def is_still_forced(self, stage: Stage, inputs: dict) -> bool:
+        """True where a forced stage was interrupted before what it replaces had gone."""
+        record = self.stages.get(stage.name, {})
+        if not record.get("forced") or record["state"] == DONE or record["inputs"] != plain(inputs):
+            return False
+        return stage.seen(record["path"]) is not None
+
+    def begin(self, stage: Stage, inputs: dict, command: Command, is_forced: bool) -> dict:
         """The record of a stage that runs now; attempts at the same thing before stay in it."""
         before = self.stages.get(stage.name, {})
-        is_same = before.get("inputs") == _plain(inputs) and before.get("path") == command.path and before["state"] != DONE
-        record = {"state": RUNNING, "inputs": _plain(inputs), "path": command.path, "arguments": command.arguments}
+        is_same = self.is_begun(stage, inputs, command)
+        record = {"state": RUNNING, "inputs": plain(inputs), "path": command.path, "arguments": command.arguments}
         record |= {"attempts": before["attempts"] if is_same else [], "result": None, "problem": ""}
         for attempt in record["attempts"]:
             if attempt["state"] == RUNNING and not attempt["job"]:
                 attempt["state"] = "killed"
+        record["forced"] = is_forced
         self.stages[stage.name] = record
         self.save()
         return record
@@ -105,6 +121,11 @@ class Story:
         return "\n".join(lines)
 
 
+def plain(value: dict) -> dict:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
 def new_attempt(job: str) -> dict:
     """An attempt at a stage that begins now; `job` is its id on a cluster, empty in this process."""
     return {"state": RUNNING, "job": job, "started": now(), "ended": None}
@@ -125,10 +146,3 @@ def _clock(seconds: float) -> str:
 
 def _short(difference: str) -> str:
     return difference if len(difference) <= 100 else difference.partition(":")[0]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    import json
-
-    return json.loads(canonical(value))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import re
 import shlex
 import time
@@ -18,6 +19,7 @@ SECONDS_OF_SILENCE = 120.0
 # A stopped job has Ray's grace (3 s by default on the head) and what its workers take to leave.
 SECONDS_TO_STOP = 60.0
 MISTAKE = 2
+ALIVE = ("PENDING", "RUNNING")
 # Ray's loggers that tell of every file that is not uploaded, and of every connection that ends.
 TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 
@@ -35,37 +37,51 @@ class Cluster:
 
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
+        mend = (
+            'start one (cluster/local.sh start), set its address and token (eval "$(cluster/local.sh env)"), or give --local.'
+        )
+        # Ray itself would take whichever cluster was started last on this machine.
+        if not (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
+            raise UserError(f"--submit needs RAY_API_SERVER_ADDRESS, a cluster's dashboard: {mend}")
         try:
             self.client = JobSubmissionClient()
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise UserError(
-                f"--submit finds no cluster ({_first_line(error)}): start one (cluster/local.sh start), set its address and "
-                'token (eval "$(cluster/local.sh env)"), or give --local.'
-            ) from error
+            raise UserError(f"--submit finds no cluster ({_first_line(error)}): {mend}") from error
 
     def run(self, job: str, arguments: list[str], job_id: str) -> None:
         """Run a job to its end under an id, or follow the one that has it already; its output is printed here.
 
         Raises UserError for a user's mistake, JobFailed for any other failure; stops the job on KeyboardInterrupt.
         """
-        if self.status(job_id) is None:
-            entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
-            self.ask(self.client.submit_job, entrypoint=entrypoint, submission_id=job_id, runtime_env=self.runtime_env())
-            log.info("submitted %s", job_id)
-        else:
-            log.info("found %s", job_id)
         try:
+            self.submit(job, arguments, job_id)
             self.follow(job_id)
         except KeyboardInterrupt:
             self.stop(job_id)
             raise
+        if self.status(job_id) is None:
+            raise JobFailed(f"The cluster has forgotten {job_id}: was it started anew?")
         details = self.ask(self.client.get_job_info, job_id)
         if str(details.status.value) == "SUCCEEDED":
             return
-        said = self.last_words(job_id)
+        said = self.last_words(job, job_id)
         if details.driver_exit_code == MISTAKE:
             raise UserError(f"{job_id}: {said}")
         raise JobFailed(f"{job_id} ended {details.status.value} (exit code {details.driver_exit_code}): {said}")
+
+    def submit(self, job: str, arguments: list[str], job_id: str) -> None:
+        """Submit a job, unless the cluster knows its id: of an earlier command, or of a reply that was lost."""
+        if self.status(job_id):
+            log.info("found %s", job_id)
+            return
+        entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
+
+        def once() -> None:
+            if not self.status(job_id):
+                self.client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=self.runtime_env())
+
+        self.ask(once)
+        log.info("submitted %s", job_id)
 
     def runtime_env(self) -> dict:
         """The working directory, which is uploaded; settings and secrets belong to the cluster's own environment."""
@@ -78,7 +94,7 @@ class Cluster:
         except RuntimeError as error:
             if "404" in str(error) or "does not exist" in str(error):
                 return None
-            raise
+            raise UserError(f"The cluster refuses to tell of {job_id} ({_first_line(error)}): is the token its own?") from error
 
     def follow(self, job_id: str) -> None:
         """Print a job's output until it has ended; a broken connection is taken up again where it was."""
@@ -99,22 +115,30 @@ class Cluster:
                 asyncio.run(tail())
             except (RuntimeError, OSError) as error:
                 log.debug("The log of %s broke off: %s", job_id, error)
-            if self.status(job_id) in ("STOPPED", "SUCCEEDED", "FAILED", None):
+            if self.status(job_id) not in ALIVE:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def stop(self, job_id: str) -> None:
-        """Stop a job, and wait until it has."""
+        """Stop a job, and wait until it has; what hinders it is told."""
         log.info("stopping %s …", job_id)
-        self.ask(self.client.stop_job, job_id)
-        end = time.monotonic() + SECONDS_TO_STOP
-        while self.status(job_id) in ("PENDING", "RUNNING") and time.monotonic() < end:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        try:
+            if self.status(job_id) in ALIVE:
+                self.ask(self.client.stop_job, job_id)
+            end = time.monotonic() + SECONDS_TO_STOP
+            while self.status(job_id) in ALIVE and time.monotonic() < end:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            if self.status(job_id) in ALIVE:
+                log.warning("%s has not stopped yet: ray job status %s", job_id, job_id)
+        except (UserError, KeyboardInterrupt) as error:
+            log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)
 
-    def last_words(self, job_id: str) -> str:
-        """The last line of a job's output."""
-        lines = [line for line in self.ask(self.client.get_job_logs, job_id).splitlines() if line.strip()]
-        return re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]) if lines else "it said nothing"
+    def last_words(self, job: str, job_id: str) -> str:
+        """The sentence that a job ended with, else the last line of its output."""
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.ask(self.client.get_job_logs, job_id))
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        sentences = [line for line in lines if line.startswith(f"{job}.py: ")]
+        return (sentences or lines or ["it said nothing"])[-1]
 
     def ask(self, question: Callable, *arguments, **named) -> Any:
         """A question to the cluster, asked again while nobody answers; raises UserError when that lasts."""

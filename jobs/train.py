@@ -56,6 +56,7 @@ class Options:
 def run(experiment: Experiment, options: Options) -> str:
     """Train, or go on training; returns the run's directory, and an empty string on all ranks of torchrun but the first."""
     data = runtime.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
+    runtime.require(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
     check_installation()

@@ -45,7 +45,7 @@ def test_pooled_scores_are_those_of_one_evaluation_of_everybody(halves, tmp_path
         assert pooled["pooled"][name] == pytest.approx(expected["pooled"][name])
     assert pooled["clinical"]["agreement"] == expected["clinical"]["agreement"]
     page = storage.read_bytes(storage.join(out, "report.html")).decode()
-    assert "2 models, each on patients that it has not seen" in page and parts[1] in page
+    assert "masks of 2 folders" in page and parts[1] in page
 
 
 def test_the_pictures_are_the_worst_and_the_best_of_all_parts(halves, tmp_path):
@@ -64,7 +64,18 @@ def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
     with pytest.raises(UserError, match="patient0001 is scored in"):
         folds.pool([parts[0], whole], str(tmp_path))
     with pytest.raises(UserError, match="is no evaluation"):
-        folds.pool([parts[0], str(tmp_path)], str(tmp_path))
+        folds.pool([parts[0], str(tmp_path)], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="pooled once"):
+        folds.pool([parts[0], parts[0]], str(tmp_path))
+    with pytest.raises(UserError, match="none is written over"):
+        folds.pool(parts, parts[0])
+    with pytest.raises(UserError, match="and nothing else"):
+        evaluate.run(evaluate.Options(pool=tuple(parts), checkpoint="run", out=str(tmp_path)))
+    trained = str(shutil.copytree(parts[0], tmp_path / "trained"))
+    summary = storage.read_json(storage.join(trained, "summary.json"))
+    storage.publish_json(storage.join(trained, "summary.json"), summary | {"group": "train"})
+    with pytest.raises(UserError, match="was trained on"):
+        folds.pool([trained, parts[1]], str(tmp_path / "out"))
     with pytest.raises(UserError, match="--out"):
         evaluate.run(evaluate.Options(pool=tuple(parts)))
 

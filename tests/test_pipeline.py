@@ -18,7 +18,7 @@ from heartseg.errors import UserError
 from heartseg.sweeps import Plan
 from jobs import pipeline
 from jobs.stages import Work, build_graph, plan_arguments
-from jobs.story import Story
+from jobs.story import Story, new_attempt
 from jobs.tune import Options as TuneOptions
 
 
@@ -81,6 +81,59 @@ def test_a_result_that_has_gone_is_made_again(copy, phantom):
     assert os.path.exists(os.path.join(evaluated, "summary.json"))
 
 
+def test_a_changed_split_divides_the_shards_anew_and_a_lost_part_is_written_again(copy, phantom):
+    other = tiny(phantom, copy)
+    pipeline.run(replace(other, split=SplitConfig("ratio", test_share=0.5)), pipeline.Options(until="preprocess"))
+    (shards,) = copy.glob("shards-*")
+    assert len(storage.read_json(str(shards / "splits.json"))["groups"]["test"]) == 4
+    (shards / "part-00000.parquet").unlink()
+    pipeline.run(other, pipeline.Options(until="preprocess"))
+    assert (shards / "part-00000.parquet").exists()
+    assert len(storage.read_json(str(shards / "splits.json"))["groups"]["test"]) == 2
+
+
+def test_a_mistake_can_be_mended_by_the_flag_that_its_sentence_names(phantom, ray_session, tmp_path):
+    with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
+        pipeline.run(tiny(damaged(phantom, tmp_path), tmp_path / "out"), pipeline.Options(until="preprocess"))
+    allowed = pipeline.Options(until="preprocess", work=Work(max_quarantined=0.5))
+    pipeline.run(replace(tiny(str(tmp_path / "damaged"), tmp_path / "out"), workers=2), allowed)
+    story = Story.open(str(tmp_path / "out")).stages["preprocess"]
+    (config,) = [path for path in (tmp_path / "out" / "stages").iterdir() if storage.read_json(str(path))["workers"] == 2]
+    assert story["state"] == "done" and config  # as asked now, and not as it was asked when it failed
+
+
+def damaged(phantom: str, folder: Path) -> str:
+    """A copy of the phantom with a file that is none."""
+    shutil.copytree(phantom, folder / "damaged")
+    (folder / "damaged" / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
+    return str(folder / "damaged")
+
+
+def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
+    for options, says in [
+        (lambda: pipeline.Options(work=Work(predict=str(tmp_path / "nowhere"))), "nowhere"),
+        (lambda: pipeline.Options(force=("train",), until="preprocess"), "--force train lies outside"),
+        (lambda: pipeline.Options(work=Work(plan=Plan(search="grid"))), "give --tune TRIALS"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            pipeline.run(tiny(phantom, tmp_path / "out"), options())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_whose_job_may_still_run_is_not_begun_here(copy, phantom):
+    story = Story.open(str(copy))
+    story.stages["train"] |= {"state": "running", "attempts": [new_attempt("train-0123abcd")]}
+    story.save()
+    with pytest.raises(UserError, match="may still run as job train-0123abcd: give --submit"):
+        pipeline.run(tiny(phantom, copy), pipeline.Options())
+
+
+def test_a_damaged_story_says_what_to_do(tmp_path):
+    (tmp_path / "pipeline.json").write_text('{"stages": ')
+    with pytest.raises(UserError, match="remove it, and what is complete is found again"):
+        Story.open(str(tmp_path))
+
+
 def test_force_trains_a_new_run_and_until_stops_there(copy, phantom):
     path = pipeline.run(tiny(phantom, copy), pipeline.Options(force=("train",), until="train"))
     assert path.endswith("-2") and Story.open(str(copy)).stages["train"]["result"]["path"] == path
@@ -89,6 +142,8 @@ def test_force_trains_a_new_run_and_until_stops_there(copy, phantom):
 def test_from_takes_what_was_before_as_it_is(finished, phantom, tmp_path):
     elsewhere = replace(tiny(phantom, finished), source=str(tmp_path))  # the files themselves have gone
     assert pipeline.run(elsewhere, pipeline.Options(begin="train")).endswith("report.html")
+    other = replace(elsewhere, split=SplitConfig("ratio", test_share=0.5))  # the shards are taken as they are
+    assert pipeline.run(other, pipeline.Options(begin="train")).endswith("report.html")
     with pytest.raises(UserError, match="stage preprocess is not done"):
         pipeline.run(tiny(phantom, tmp_path / "new"), pipeline.Options(begin="train"))
     with pytest.raises(UserError, match="no such stage, only preprocess, train, evaluate"):
@@ -133,8 +188,9 @@ def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phanto
     parts = [storage.read_json(os.path.join(path, "summary.json")) for path in summary["evaluations"]]
     means = [part["scores"]["dice"]["mean"] for part in parts]
     assert summary["scores"]["dice"]["mean"] == pytest.approx(sum(means) / 2)  # as many images in each
-    assert os.path.exists(tmp_path / "predictions" / "ef.csv")
-    told = json.loads((tmp_path / "predictions" / "studies.json").read_text())
+    (predictions,) = tmp_path.glob("predictions-patient0001-*")
+    assert (predictions / "ef.csv").exists()
+    told = json.loads((predictions / "studies.json").read_text())
     assert len(told["made_with"]["checkpoints"]) == 2
 
 

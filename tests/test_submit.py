@@ -172,6 +172,29 @@ def test_an_interrupted_pipeline_stops_its_job_and_goes_on_later(cluster, phanto
 
 
 @pytest.mark.slow
+def test_a_job_that_makes_something_else_is_stopped_before_the_stage_begins_anew(cluster, phantom, tmp_path):
+    begun = begin_until(pipeline_command(tmp_path, phantom, epochs=400), cluster, "epoch 2/400")
+    begun.kill()
+    begun.wait()
+    (first,) = (attempt["job"] for attempt in Story.open(str(tmp_path / "out")).stages["train"]["attempts"])
+    command = pipeline_command(tmp_path, phantom, epochs=1)
+    done = subprocess.run([*command, "--until", "train"], env=cluster, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and f"stopping {first}" in done.stdout, done.stdout + done.stderr
+    status = subprocess.run([RAY, "job", "status", first], env=cluster, capture_output=True, text=True, timeout=60)
+    assert "was stopped" in status.stdout + status.stderr
+
+
+@pytest.mark.slow
+def test_the_pipeline_itself_can_be_submitted(cluster, phantom, tmp_path):
+    line = pipeline_command(tmp_path, phantom, epochs=1)[2:]
+    elsewhere = {name: value for name, value in cluster.items() if name not in ("HEARTSEG_RUNS", "HEARTSEG_DATA")}
+    done = submit(elsewhere, "python", "jobs/pipeline.py", *line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = Story.open(str(tmp_path / "out")).stages
+    assert all(record["state"] == "done" and record["attempts"][0]["job"] for record in stages.values())
+
+
+@pytest.mark.slow
 def test_a_stage_that_a_user_must_mend_is_not_tried_again(cluster, phantom, tmp_path):
     command = [*pipeline_command(tmp_path, phantom, epochs=1), "--train.batch-size", "60"]
     done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=200)

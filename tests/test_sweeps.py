@@ -65,7 +65,8 @@ def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
 @pytest.mark.parametrize(
     "changes, says",
     [((), "name at least one"), (("optim.lr",), "is no change"), (("optim.speed=1",), "which no experiment has"),
-     (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=fast",), "optim.lr")],
+     (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is no change"),
+     (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"), (("optim.lr=fast",), "optim.lr")],
 )  # fmt: skip
 def test_a_change_that_makes_no_experiment_is_refused_before_anything_starts(changes, says, shards, tmp_path):
     options = tune.Options(plan=Plan(SearchSpace(changes=changes), search="changes"))
