@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,9 +38,16 @@ def started(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
         subprocess.run([SCRIPT, "stop"], env=environment, check=True, timeout=200)
 
 
+def heed_ctrl_c() -> None:
+    """A command that a shell has put into the background inherits that SIGINT is ignored; these are not to."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def begin_until(command: list[str], environment: dict[str, str], said: str) -> subprocess.Popen:
     """Start a command and wait until it says something; fails with all that it said where it ends before."""
-    begun = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    begun = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c
+    )
     heard = []
     for line in begun.stdout:
         heard.append(line)

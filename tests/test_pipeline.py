@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, tiny_experiment
+from local_cluster import begin_until
 
 from heartseg import storage
 from heartseg.config import SplitConfig, to_json
@@ -60,6 +61,7 @@ def test_what_is_done_is_skipped_and_the_story_tells_it(finished, phantom, capsy
     assert report.startswith(story["stages"]["evaluate"]["result"]["path"])
 
 
+@pytest.mark.slow
 def test_a_changed_setting_runs_only_what_depends_on_it_and_a_dry_run_says_so_first(copy, phantom, capsys):
     before = (copy / "pipeline.json").read_bytes()
     longer = tiny(phantom, copy, seed=3)
@@ -95,6 +97,7 @@ def test_a_changed_split_divides_the_shards_anew_and_a_lost_part_is_written_agai
 def test_a_mistake_can_be_mended_by_the_flag_that_its_sentence_names(phantom, ray_session, tmp_path):
     with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
         pipeline.run(tiny(damaged(phantom, tmp_path), tmp_path / "out"), pipeline.Options(until="preprocess"))
+    assert attempts(tmp_path / "out") == {"preprocess": 1}  # a mistake is not tried again
     allowed = pipeline.Options(until="preprocess", work=Work(max_quarantined=0.5))
     pipeline.run(replace(tiny(str(tmp_path / "damaged"), tmp_path / "out"), workers=2), allowed)
     story = Story.open(str(tmp_path / "out")).stages["preprocess"]
@@ -134,6 +137,7 @@ def test_a_damaged_story_says_what_to_do(tmp_path):
         Story.open(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_force_trains_a_new_run_and_until_stops_there(copy, phantom):
     path = pipeline.run(tiny(phantom, copy), pipeline.Options(force=("train",), until="train"))
     assert path.endswith("-2") and Story.open(str(copy)).stages["train"]["result"]["path"] == path
@@ -180,6 +184,7 @@ def test_a_failure_is_told_and_the_same_command_goes_on_from_there(phantom, ray_
     assert attempts(tmp_path)["preprocess"] == 3 and Story.open(str(tmp_path)).stages["preprocess"]["state"] == "done"
 
 
+@pytest.mark.slow
 def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phantom, ray_session, tmp_path):
     work = Work(folds=2, predict=os.path.join(phantom, "database_nifti", "patient0001"))
     report = pipeline.run(tiny(phantom, tmp_path), pipeline.Options(work=work))
@@ -229,16 +234,14 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
     assert best["train"]["holdout"] > 0 and trained["train"]["holdout"] == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_is_stopped_and_taken_up(phantom, tmp_path):
     config = tmp_path / "tiny.json"
     experiment = tiny(phantom, tmp_path)
     config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=200)))))
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--until", "train"]
-    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in begun.stdout:
-        if "epoch 2/200" in line:
-            begun.send_signal(signal.SIGINT)
-            break
+    begun = begin_until(command, os.environ, "epoch 2/200")
+    begun.send_signal(signal.SIGINT)
     rest = begun.stdout.read()
     assert begun.wait(timeout=60) == 130 and "stopped; the same command goes on" in rest, rest
     record = Story.open(str(tmp_path)).stages["train"]

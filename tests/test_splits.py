@@ -15,7 +15,8 @@ from heartseg import shard_writer, splits, storage
 from heartseg.config import ImageConfig, SplitConfig
 from heartseg.errors import UserError
 from heartseg.shards import open_shards
-from jobs import pipeline, preprocess
+from jobs import preprocess
+from jobs.stages import shards_name
 
 PLAIN = preprocess.Options(launcher="plain")
 
@@ -150,7 +151,7 @@ def test_a_split_written_before_there_were_folds_is_the_same_split(copied, phant
 
 def test_a_pipeline_keeps_every_grid_kind_of_frames_and_fold_in_a_folder_of_its_own():
     folders = [
-        pipeline.shards_name(tiny_experiment(split=split, image=ImageConfig(side, 64)), pipeline.Options(frames=frames))
+        shards_name(tiny_experiment(split=split, image=ImageConfig(side, 64)), frames)
         for split in (SplitConfig("official"), *(SplitConfig("kfold", folds=3, fold=fold) for fold in range(3)))
         for side in (32, 64)
         for frames in ("stills", "sequence")

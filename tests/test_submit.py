@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,7 @@ def pipeline_command(tmp_path: Path, phantom: str, epochs: int) -> list[str]:
     return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--submit"]
 
 
+@pytest.mark.slow
 def test_a_submitted_pipeline_whose_command_was_killed_is_found_again(cluster, phantom, tmp_path):
     command = pipeline_command(tmp_path, phantom, epochs=10)
     begun = begin_until(command, cluster, "epoch 2/10")
@@ -194,13 +196,20 @@ def test_the_pipeline_itself_can_be_submitted(cluster, phantom, tmp_path):
     assert all(record["state"] == "done" and record["attempts"][0]["job"] for record in stages.values())
 
 
-@pytest.mark.slow
-def test_a_stage_that_a_user_must_mend_is_not_tried_again(cluster, phantom, tmp_path):
-    command = [*pipeline_command(tmp_path, phantom, epochs=1), "--train.batch-size", "60"]
+def test_a_submitted_stage_is_one_job_and_a_mistake_in_it_is_not_tried_again(cluster, phantom, tmp_path):
+    shutil.copytree(phantom, tmp_path / "damaged")
+    (tmp_path / "damaged" / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
+    command = [*pipeline_command(tmp_path, str(tmp_path / "damaged"), epochs=1), "--until", "preprocess"]
     done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    record = storage.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]["train"]
+    assert "1 of 32 recordings are damaged, more than --max-quarantined" in done.stderr
+    record = Story.open(str(tmp_path / "out")).stages["preprocess"]
     assert record["state"] == "failed" and len(record["attempts"]) == 1
+    done = subprocess.run([*command, "--max-quarantined", "0.1"], env=cluster, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = Story.open(str(tmp_path / "out")).stages["preprocess"]
+    assert record["state"] == "done" and [attempt["state"] for attempt in record["attempts"]] == ["failed", "done"]
+    assert len({attempt["job"] for attempt in record["attempts"]}) == 2
 
 
 def test_without_a_cluster_a_submitted_pipeline_says_how_to_get_one(cluster, phantom, tmp_path):
