@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, tiny_experiment
 from local_cluster import begin_until, free_port
 
-from heartseg import checkpoint, engine, runs, storage
+from heartseg import checkpoint, engine, runs
 from heartseg.config import TrackingConfig, to_json
 from heartseg.distributed import Ranks
 from heartseg.model import build_model
