@@ -75,6 +75,7 @@ def test_the_literal_line_trains_the_seed_and_its_logs_show_the_progress(cluster
     assert checkpoint.last(cluster["run"]).epoch == 170
 
 
+@pytest.mark.slow
 def test_the_same_line_with_arguments_takes_them(cluster, shards, tmp_path):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(to_json(tiny_experiment())))
