@@ -80,19 +80,17 @@ def _cpu_quota(group: str) -> float | None:
     return int(words[0]) / int(words[1]) if len(words) == 2 and words[0].isdigit() and words[1].isdigit() else None
 
 
-def memory(group: str = "/sys/fs/cgroup") -> Finding:
-    """Memory that is free, within the container's limit where there is one."""
-    lines = dict(line.split(":", 1) for line in _read("/proc/meminfo").splitlines() if ":" in line)
+def memory(root: str = "/") -> Finding:
+    """Memory that is free, within the container's limit where there is one, as training itself counts it."""
+    from heartseg.ingest import free_on_machine
+
+    lines = dict(line.split(":", 1) for line in _read(f"{root}/proc/meminfo").splitlines() if ":" in line)
     if not lines:
         return Finding("memory", "unknown on this system")
-    total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limit = _read(f"{group}/memory.max").strip() or _read(f"{group}/memory/memory.limit_in_bytes").strip()
-    used = _read(f"{group}/memory.current").strip() or _read(f"{group}/memory/memory.usage_in_bytes").strip()
-    found = f"{total / GIB:.1f} GiB"
-    if limit.isdigit() and int(limit) < total:
-        free = min(free, int(limit) - int(used or 0))
-        found += f", {int(limit) / GIB:.1f} by the container's limit"
-    found += f", {free / GIB:.1f} free"
+    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    free = free_on_machine(root)
+    limited = " within the container's limit" if free < 0.9 * available else ""
+    found = f"{total / GIB:.1f} GiB, {free / GIB:.1f} free{limited}"
     if free < LEAST_MEMORY:
         wrong = f"Only {free / GIB:.1f} GiB of memory are free; a worker with the seed's network needs more."
         return Finding("memory", found, wrong, "End what else runs here, raise the container's limit, or take fewer --workers.")

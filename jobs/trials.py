@@ -118,17 +118,14 @@ class Suggestions(Searcher):
 
 def build_model_search(axes: search_space.Axes, plan: sweeps.Plan, known: list[Trial]) -> Searcher:
     """Optuna's tree of Parzen estimators, told what the trials of an earlier command reached."""
-    try:
-        from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.search.optuna import OptunaSearch
 
-        space = {
-            name: tune.loguniform(axis.low, axis.high) if isinstance(axis, LogRange) else tune.choice(axis)
-            for name, axis in axes.items()
-        }
-        # Another seed after each resume, or the same first points would be suggested again.
-        search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=plan.search_seed + len(known))
-    except (ImportError, AssertionError) as error:
-        raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.") from error
+    space = {
+        name: tune.loguniform(axis.low, axis.high) if isinstance(axis, LogRange) else tune.choice(axis)
+        for name, axis in axes.items()
+    }
+    # Another seed after each resume, or the same first points would be suggested again.
+    search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=plan.search_seed + len(known))
     for trial in known:
         reached = [row[METRIC] for row in trial.record if row.get(METRIC) is not None]
         if trial.state in (sweeps.FINISHED, sweeps.STOPPED) and reached and trial.number:

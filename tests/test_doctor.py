@@ -70,15 +70,20 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on():
 def test_the_containers_limits_count(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{2 * GIB}\n")
-    cpus, memory = checks.processors(str(tmp_path)), checks.memory(str(tmp_path))
+    cpus = checks.processors(str(tmp_path))
     assert "may use 0.5 of" in cpus.wrong and "OMP_NUM_THREADS=1" in cpus.mend
-    assert "Only 1.0 GiB of memory are free" in memory.wrong
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
     assert wrong(checks.processors(str(tmp_path))) == []
-    assert "limit" not in checks.memory(str(tmp_path)).found
+    group = tmp_path / "sys/fs/cgroup"
+    for folder in (tmp_path / "proc", group):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: {8 * 2**20} kB\nMemAvailable: {6 * 2**20} kB\n")
+    (group / "memory.max").write_text(f"{3 * GIB}\n")
+    (group / "memory.current").write_text(f"{2.5 * GIB:.0f}\n")
+    (group / "memory.stat").write_text(f"inactive_file {GIB}\n")
+    assert "Only 1.5 GiB of memory are free" in checks.memory(str(tmp_path)).wrong  # a file cache gives way
+    (group / "memory.max").write_text("max\n")
+    assert checks.memory(str(tmp_path)).found == "8.0 GiB, 6.0 free"
 
 
 SMALL_DISK = """
