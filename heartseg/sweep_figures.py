@@ -1,5 +1,6 @@
 """Pictures of a sweep: parallel coordinates, learning curves by schedule, rank and epochs; and the schedules themselves."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -116,13 +117,40 @@ def ranks(table: pandas.DataFrame, score: str, epochs: int) -> Figure:
     left.scatter(table[score], heights, c=colours, s=36, zorder=3)
     right.barh(heights, [epochs] * len(table), color=INK, alpha=0.12, height=0.6)
     right.barh(heights, table["epochs"], color=colours, height=0.6)
-    left.set_yticks(heights, table["change" if "change" in table else "trial"], fontsize=8, color=INK)
+    left.set_yticks(heights, table["trial"], fontsize=8, color=INK)
     for axes, title in ((left, score), (right, "epochs trained of those planned")):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(INK)
         axes.tick_params(colors=INK, labelsize=8, left=False)
         axes.set_title(title, color=INK, fontsize=10, loc="left")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def differences(table: pandas.DataFrame, score: str) -> Figure:
+    """What each listed change reached, in the table's order, against the recipe's own score (a line); its gain at the right."""
+    # A change is settings joined by commas: lines break there.
+    labels = [textwrap.fill(change.replace(",", ", "), 44, break_long_words=False) for change in table["change"]]
+    rows = np.array([label.count("\n") + 1 for label in labels])
+    heights = -(np.cumsum(rows) - rows / 2 + 0.5 * np.arange(len(rows)))
+    figure = Figure(figsize=(8.0, 0.9 + 0.19 * (rows.sum() + 0.5 * len(rows))), layout="constrained")
+    axes = figure.subplots()
+    recipe = table.loc[table["trial"].str.startswith("000-"), score]
+    start = recipe.iloc[0] if len(recipe) else table[score].min()
+    colours = [SCHEDULE_COLOURS[kind] for kind in table["schedule.kind"]]
+    axes.axvline(start, color=INK, linewidth=1)
+    axes.hlines(heights, start, table[score], color=colours, linewidth=2)
+    axes.scatter(table[score], heights, c=colours, s=36, zorder=3)
+    axes.set_yticks(heights, ["the recipe" if label == "-" else label for label in labels], fontsize=8, color=INK)
+    right = axes.secondary_yaxis("right")
+    gains = [f"{value - start:+.4f}" if len(recipe) else f"{value:.4f}" for value in table[score]]
+    right.set_yticks(heights, gains, fontsize=8, color=INK)
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8, left=False)
+    axes.set_xlabel(score, color=INK, fontsize=9)
     return figure
 
 

@@ -115,9 +115,13 @@ def pictures(sweep: Sweep, table: pandas.DataFrame, trials: list[sweeps.Trial]) 
         return []
     records = [(t.values["schedule.kind"], t.state, t.record) for t in trials]
     scored = table[table[SCORE].notna()]
-    drawn = [
-        ("What was tried, and what it reached", sweep_figures.parallel_coordinates(scored, varied(table), SCORE)),
-        ("Learning curves by schedule", sweep_figures.sweep_curves(records, METRIC)),
-        ("Rank, and what early stopping saved", sweep_figures.ranks(scored, SCORE, sweep.base.train.epochs)),
-    ]
+    curves = ("Learning curves by schedule", sweep_figures.sweep_curves(records, METRIC))
+    if "change" in table:
+        drawn = [("Each change against the recipe", sweep_figures.differences(scored, SCORE)), curves]
+    else:
+        drawn = [
+            ("What was tried, and what it reached", sweep_figures.parallel_coordinates(scored, varied(table), SCORE)),
+            curves,
+            ("Rank, and what early stopping saved", sweep_figures.ranks(scored, SCORE, sweep.base.train.epochs)),
+        ]
     return [{"title": title} | inline(figure, f"sweep{place}", title) for place, (title, figure) in enumerate(drawn)]

@@ -90,6 +90,7 @@ def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_t
     assert list(table["change"]) == ["train.seed=1", "optim.lr=0.01", "-"] and best.train.seed == 1
     page = storage.read_bytes(sweep_page.write_page(opened, table)).decode()
     assert "optim.lr=0.01" in page and "base rates" not in page
+    assert "Each change against the recipe" in page and "+0.2000" in page and "+0.1000" in page
 
 
 def test_points_of_a_range_are_in_equal_ratios():
