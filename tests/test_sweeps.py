@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 
-from heartseg import runs, search_space, storage, sweep_page, sweeps
+from heartseg import runs, search_space, storage, sweep_figures, sweep_page, sweeps
 from heartseg.config import TrainConfig, from_json, identity
 from heartseg.errors import UserError
 from heartseg.recipes import quick
@@ -90,7 +90,10 @@ def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_t
     assert list(table["change"]) == ["train.seed=1", "optim.lr=0.01", "-"] and best.train.seed == 1
     page = storage.read_bytes(sweep_page.write_page(opened, table)).decode()
     assert "optim.lr=0.01" in page and "base rates" not in page
-    assert "Each change against the recipe" in page and "+0.2000" in page and "+0.1000" in page
+    assert "Each change against the recipe" in page
+    (axes,) = sweep_figures.differences(table, sweep_page.SCORE).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["train.seed=1", "optim.lr=0.01", "the recipe"]
+    assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["+0.2000", "+0.1000", "+0.0000"]
 
 
 def test_points_of_a_range_are_in_equal_ratios():
