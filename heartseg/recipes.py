@@ -46,7 +46,7 @@ def camus() -> Experiment:
         name="camus",
         split=SplitConfig(kind="official"),
         loss=LossConfig(kind="dice_cross_entropy"),
-        optim=OptimConfig(kind="adamw", lr=0.001, weight_decay=0.01, clip_norm=1.0, ema_decay=0.998),
+        optim=OptimConfig(kind="adamw", lr=0.002, weight_decay=0.01, clip_norm=1.0, ema_decay=0.998),
         schedule=ScheduleConfig(kind="cosine", warmup_epochs=1.0),
         augment=AugmentConfig(rotate_deg=10.0, scale=0.15, translate=0.06, gain=0.2, gamma=0.3, noise=0.1),
         train=TrainConfig(epochs=100, batch_size=16, eval_batch_size=32, intensity="standard"),
