@@ -340,4 +340,4 @@ def test_a_sweep_without_a_trial_has_tables_and_a_page(sweep, shards):
 
 def test_defaults_of_a_trial_are_the_recipes():
     assert TrainConfig(epochs=1, batch_size=2).holdout == 0.0
-    assert search_space.values_of(quick(), make_axes(SearchSpace(), quick())) == {"schedule.kind": "cosine", "optim.lr": 0.001}
+    assert search_space.values_of(quick(), make_axes(SearchSpace(), quick())) == {"schedule.kind": "cosine", "optim.lr": 0.002}
