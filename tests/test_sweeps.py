@@ -29,7 +29,7 @@ def test_a_grid_has_every_combination_once_and_its_beginning_every_schedule():
     points = search_space.grid(make_axes(SPACE, quick()), SPACE.lr_points, seed=3)
     assert len(points) == 3 * 2 * 2 == len({json.dumps(point, sort_keys=True) for point in points})
     assert {point["schedule.kind"] for point in points[:3]} == set(SPACE.schedules)
-    assert {point["optim.lr"] for point in points} == {0.0003, 0.003}
+    assert {point["optim.lr"] for point in points} == {0.0006, 0.006}
 
 
 @settings(max_examples=50, deadline=None)
@@ -39,26 +39,26 @@ def test_a_drawn_trial_depends_on_its_number_alone_and_lies_in_the_space(seed, n
     point = search_space.draw(axes, number, seed)
     assert point == search_space.draw(axes, number, seed)
     assert point["schedule.kind"] == SPACE.schedules[number % 3]
-    assert 0.0003 <= point["optim.lr"] <= 0.003 and point["optim.momentum"] in SPACE.momentum
+    assert 0.0006 <= point["optim.lr"] <= 0.006 and point["optim.momentum"] in SPACE.momentum
     assert search_space.apply(quick(), point).optim.momentum == point["optim.momentum"]
 
 
 def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
     own, *points = search_space.listed(
         quick(),
-        ("loss.kind=cross_entropy", "optim.lr=0.002,train.seed=1", "model.aux_head=true", "schedule.milestones=[0.2,0.4]"),
+        ("loss.kind=cross_entropy", "optim.lr=0.004,train.seed=1", "model.aux_head=true", "schedule.milestones=[0.2,0.4]"),
     )
     assert own["schedule.kind"] == "cosine" and all(point.keys() == own.keys() for point in points)
     said = [search_space.describe(own, point) for point in [own, *points]]
     assert said == [
         "-",
         "loss.kind=cross_entropy",
-        "optim.lr=0.002,train.seed=1",
+        "optim.lr=0.004,train.seed=1",
         "model.aux_head=true",
         "schedule.milestones=[0.2, 0.4]",
     ]
     changed = search_space.apply(quick(), points[1])
-    assert (changed.optim.lr, changed.train.seed, changed.loss) == (0.002, 1, quick().loss)
+    assert (changed.optim.lr, changed.train.seed, changed.loss) == (0.004, 1, quick().loss)
     assert search_space.apply(quick(), points[2]).model.aux_head is True
 
 
