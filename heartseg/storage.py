@@ -23,6 +23,7 @@ from heartseg.errors import StorageError, UserError
 
 # What an object store that does not answer costs: about a minute where it is silent, 3 s where it refuses connections.
 TRIES, CONNECT_S, REQUEST_S = 4, 5, 15
+READS = 5  # of a file on an object store that is replaced while it is read
 CHUNK_BYTES = 8 << 20
 
 
@@ -119,9 +120,7 @@ def absolute(path: str) -> str:
 
 def exists(path: str) -> bool:
     """True where a file or a folder is there."""
-    if not is_uri(path):
-        return os.path.exists(path)
-    return _info(path).type != pyarrow.fs.FileType.NotFound
+    return _info(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else os.path.exists(path)
 
 
 def _info(path: str) -> pyarrow.fs.FileInfo:
@@ -185,8 +184,15 @@ def read_bytes(path: str, at_most: int = -1) -> bytes:
         with open(path, "rb") as stream:
             return stream.read(at_most)
     fs, inner = filesystem(path)
-    with _explained(path), fs.open_input_file(inner) as stream:
-        return stream.read(None if at_most < 0 else at_most)
+    with _explained(path):
+        for _ in range(READS):
+            # Opening asks for the size, reading for that many bytes: of a file replaced in between they are no whole.
+            with fs.open_input_file(inner) as stream:
+                data = stream.read(None if at_most < 0 else at_most)
+            size = fs.get_file_info(inner).size or 0
+            if len(data) == (size if at_most < 0 else min(size, at_most)):
+                return data
+        raise OSError("changes whenever it is read")
 
 
 def read_json(path: str) -> dict:

@@ -54,8 +54,8 @@ class Options:
     post: Annotated[PredictConfig, runtime.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
     """PNG of a still, GIF of a sequence. `auto`: none of a DICOM without ultrasound region, whose frames may show a name."""
-    which: Literal["best", "last"] = "best"
-    """Checkpoint of the run: the best on val where there is a val group, or the last one."""
+    which: Literal["last", "best"] = "last"
+    """The checkpoint of a run; `best` is chosen on val (where there is a val group)."""
     key: str = ""
     """CSV that says which file became which name, written only if asked: DICOM paths may name patients."""
     batch_size: int = 8

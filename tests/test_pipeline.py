@@ -225,7 +225,7 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(to_json(experiment)))
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--tune", "2", "--until", "train"]
-    done = subprocess.run([*command, "--plan.search", "grid"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, "--search", "grid"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = Story.open(str(tmp_path)).stages
     best = storage.read_json(os.path.join(stages["tune"]["result"]["path"], "best.json"))

@@ -118,6 +118,22 @@ def test_a_connection_cut_at_any_request_leaves_the_old_file_or_the_new_one(size
     assert cut_at >= 4 and found == data  # every request was cut once, and the last turn saw no cut
 
 
+@pytest.mark.parametrize("new", [b"much longer than it was", b"x"])
+def test_a_file_that_is_replaced_while_it_is_read_is_the_new_one_whole(new, folder, s3):
+    path, replaced = storage.join(folder, "file.bin"), []
+    storage.publish(path, b"old")
+    past_the_proxy, inner = storage.filesystem(path)
+
+    def replace_it(head: bytes) -> None:
+        if head.startswith(b"GET ") and b"file.bin " in head and not replaced:  # its size was asked for before
+            replaced.append(True)
+            with past_the_proxy.open_output_stream(inner) as stream:
+                stream.write(new)
+
+    with Proxy(s3, answer=replace_it) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
+        assert storage.read_bytes(path) == new and replaced
+
+
 @pytest.mark.parametrize("cut_at", [1, 2, 3])
 def test_one_connection_lost_is_tried_again_unnoticed(cut_at, folder, s3):
     with Proxy(s3, cut_at, for_good=False) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
