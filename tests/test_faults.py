@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import two_hosts
 from conftest import ROOT, tiny_experiment
 
 from heartseg import checkpoint, runs, storage
@@ -183,7 +184,12 @@ def test_a_cluster_without_room_ends_after_a_few_tries_with_a_sentence(shards, t
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(shards, tmp_path, fault_table):
-    """Two nodes of one CPU each (one machine): one is removed, later another one comes."""
+    """Two nodes of one CPU each (one machine): one is removed, later another one comes.
+
+    In place of two hosts, where this machine cannot make them.
+    """
+    if not two_hosts.missing():
+        pytest.skip("a host is lost and comes back in tests/test_two_hosts.py")
     # Ray's own helpers look for the only Ray of a machine: with the session's beside it, they would find two.
     had_ray = ray.is_initialized()
     ray.shutdown()

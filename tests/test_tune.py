@@ -103,7 +103,7 @@ class SweepJob(Job):
         command += ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8", "--train.holdout", "0.25"]
         command += ["--train.epochs", str(self.epochs), "--trials", str(self.trials), "--optim.ema-decay", "0"]
         # Without batch statistics so few images learn steadily, and what is behind at a rung is behind at the end.
-        command += ["--model.norm", "group", "--space.lr-factors", "0.003", "0.3"]
+        command += ["--model.norm", "group", "--optim.lr", "0.001", "--space.lr-factors", "0.003", "0.3"]
         environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
