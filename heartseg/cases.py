@@ -3,10 +3,12 @@
 A truth hands on the cases of some patients and what could not be read of them; predictions hand on a mask for each case.
 """
 
+import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -70,9 +72,9 @@ class ShardTruth:
             found.setdefault(patient, []).append(row)
         return found
 
-    def with_images(self) -> "ShardTruth":
-        """The same, whose cases have their images."""
-        return self
+    def picture(self, case: Case) -> np.ndarray | None:
+        """A case's image, uint8 [h,w] on the stored grid."""
+        return case.image
 
     def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
         """The cases of some patients; nothing is missing, since damaged files never became rows."""
@@ -103,9 +105,12 @@ class TreeTruth:
     source: str
     images: bool = True
 
-    def with_images(self) -> "TreeTruth":
-        """The same, whose cases have their images."""
-        return replace(self, images=True)
+    def picture(self, case: Case) -> np.ndarray | None:
+        """A case's image, uint8 [H,W]; None where there is none that can be read: its mask alone may be there."""
+        if case.image is not None:
+            return case.image
+        with contextlib.suppress(DamagedRecording):
+            return camus.read_still(self.source, case.patient, case.view, case.phase).image
 
     def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
         """The cases of some patients, and the stills that are damaged or not there."""
@@ -135,6 +140,20 @@ def read_mask(path: str) -> tuple[np.ndarray, tuple[float, float]]:
     return nifti.as_labels(mask, path), spacing_mm
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise UserError for a pattern that cannot name a file below a folder, or names one file for several stills."""
+    try:
+        names = [pattern.format(patient=p, view=v, phase=f) for p, v, f in itertools.product("ab", "cd", "ef")]
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--pattern {pattern!r} may hold {{patient}}, {{view}} and {{phase}} only.") from error
+    if ".." in names[0].split("/") or names[0].startswith("/"):
+        raise UserError(f"--pattern {pattern!r} leaves the folder of the predictions.")
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--pattern {pattern!r} names one file for several stills: it needs {{patient}}, {{view}} and {{phase}}."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class FilePredictions:
     """Anyone's NIfTI masks below a folder: `NAME_pred`, else `NAME_gt`, else `NAME` alone where it holds labels.
@@ -153,12 +172,7 @@ class FilePredictions:
         if not storage.exists(folder):
             raise UserError(f"The predictions {folder} do not exist: give the folder that holds the masks.")
         if pattern:
-            try:
-                named = pattern.format(patient="a", view="b", phase="c")
-            except (KeyError, IndexError, ValueError) as error:
-                raise UserError(f"--pattern {pattern!r} may hold {{patient}}, {{view}} and {{phase}} only.") from error
-            if ".." in named.split("/") or named.startswith("/"):
-                raise UserError(f"--pattern {pattern!r} leaves the folder of the predictions.")
+            check_pattern(pattern)
         files: dict[str, dict[str, list[str]]] = {}
         for path in storage.walk(folder):
             match = NIFTI_NAME.fullmatch(storage.last_part(path))

@@ -80,13 +80,18 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
         masks: (view, phase) -> label map [H,W] with labels 0-3 and its (depth, lateral) spacing in mm.
         spacing_known: False where the spacing tells a pixel's shape only (None: square). Then there are no volumes and
             no areas. EF needs no scale: each view is measured in its own end-diastolic long axis, which is the same
-            axis in both views, so that views of different depth agree; a view's two phases must share their scale.
+            axis in both views, so that views of different depth agree. A view's two phases must share their scale: two
+            shapes without spacing, or a spacing of one alone, do not, and that view is left out.
 
     The atrium's volume is by disks too, which Lang et al. 2015 prefer to area-length, along the line from the mitral
     plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes
     do not fit (ESV above EDV) has them in the row, and no EF. Nothing raises: what cannot be measured has a reason.
     """
     frames, reasons = _measured(masks, spacing_known)
+    if not spacing_known:
+        for view in _of_unlike_scale(masks):
+            frames = {still: frame for still, frame in frames.items() if still[0] != view}
+            reasons.append(f"{view} ED and ES have different scales, so it is not measured")
     row = dict.fromkeys(INDICES, float("nan"))
     ventricles = {still: frame.ventricle for still, frame in frames.items() if not isinstance(frame.ventricle, str)}
     if not spacing_known:
@@ -120,6 +125,18 @@ def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase
             frame = frames[view, phase] = measure(np.asarray(mask), spacing_mm)
             reasons += [f"{what} in {view} {phase}" for what in _missing(frame, spacing_known)]
     return frames, reasons
+
+
+def _of_unlike_scale(masks: Masks) -> list[View]:
+    """Views whose ED and ES cannot be compared in pixels: one has a spacing and one has none, or neither and other shapes."""
+    unlike = []
+    for view in VIEWS:
+        found = [masks[view, phase] for phase in PHASES if (view, phase) in masks]
+        scaled = [spacing_mm is not None for _, spacing_mm in found]
+        shapes = {np.shape(mask) for mask, _ in found}
+        if any(scaled) != all(scaled) or (not any(scaled) and len(shapes) > 1):
+            unlike.append(view)
+    return unlike
 
 
 def _missing(frame: Frame, spacing_known: bool) -> list[str]:

@@ -25,11 +25,17 @@ def smooth(volumes: np.ndarray) -> np.ndarray:
 
 
 def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
-    """Frames (from 0) of the largest and of the smallest volume of the smoothed curve; None where no two are plausible."""
-    curve = smooth(volumes)
-    if np.isfinite(curve).sum() < 2:
+    """Frames (from 0) of the largest and of the smallest volume of the smoothed curve.
+
+    None where no two frames are plausible, and where the volume does not change: such a clip shows no beat.
+    """
+    plausible = np.where(implausible(volumes), np.nan, volumes)
+    num_plausible = np.isfinite(plausible).sum()
+    if num_plausible < 2:
         return None
-    return int(np.nanargmax(curve)), int(np.nanargmin(curve))
+    curve = smooth(volumes) if num_plausible > 2 else plausible  # the mean of two frames would make them alike
+    ed, es = int(np.nanargmax(curve)), int(np.nanargmin(curve))
+    return (ed, es) if volumes[ed] != volumes[es] else None
 
 
 def _over_windows(values: np.ndarray, width: int, take) -> np.ndarray:

@@ -20,7 +20,7 @@ from heartseg.clinical import INDICES, patient_indices
 from heartseg.config import PredictConfig
 from heartseg.metrics import DISTANCES, SCORES, confusion, image_scores, surface_distances
 from heartseg.postprocess import implausibilities
-from heartseg.predict import Ensemble, Segmented, Segmenter, segment_images
+from heartseg.predict import LOOK_BELOW, Ensemble, Segmented, Segmenter, segment_images
 from heartseg.shards import resize_image
 
 KEYS = ("patient", "view", "phase", "frame", "number", "quality")
@@ -90,11 +90,13 @@ def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeT
     """
     ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "number"]).index
     rows = list(dict.fromkeys([*ordered[:NUM_EXAMPLES], *ordered[-NUM_EXAMPLES:]]))
-    arrays, spacings_mm, truth = {}, [], truth.with_images()
+    arrays, spacings_mm = {}, []
     for number, row in enumerate(rows):
         case = truth.cases([images.loc[row, "patient"]])[0][images.loc[row, "number"]]
+        picture = truth.picture(case)
+        picture = np.zeros(case.truth.shape, np.uint8) if picture is None else picture  # outlines on black
         prediction = np.frombuffer(zlib.decompress(images.loc[row, "mask"]), np.uint8).reshape(case.truth.shape)
-        arrays |= {f"image_{number}": resize_image(case.image, *case.truth.shape)}
+        arrays |= {f"image_{number}": resize_image(picture, *case.truth.shape)}
         arrays |= {f"truth_{number}": case.truth, f"prediction_{number}": prediction}
         spacings_mm.append(case.spacing_mm)
     buffer = io.BytesIO()
@@ -152,7 +154,8 @@ def flags(images: pandas.DataFrame) -> dict:
     """What would have warned a person: implausible masks, and how well the confidence tells the images of low Dice.
 
     `spearman` is the rank correlation of confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower
-    confidence of two, one under and one not (Hanley and McNeil 1982); both None where there is no such pair.
+    confidence of two, one under and one not (Hanley and McNeil 1982); both None where there is no such pair. `unsure` are the
+    images under LOOK_BELOW, which prediction tells a person to look at, and how many of them are under LOW_DICE.
     """
     doubted = images["implausible"] != ""
     known = images[["confidence", "dice"]].dropna()
@@ -161,11 +164,14 @@ def flags(images: pandas.DataFrame) -> dict:
     pairs = int(low.sum()) * int((~low).sum())
     auc = 1 - (ranks[low].sum() - low.sum() * (low.sum() + 1) / 2) / pairs if pairs else np.nan
     spearman = ranks.corr(known["dice"].rank()) if len(known) > 2 else np.nan
+    unsure = known["confidence"] < LOOK_BELOW
+    told = {"below": LOOK_BELOW, "images": int(unsure.sum()), "low_images": int((unsure & low).sum())}
     return {
         "implausible": int(doubted.sum()),
         "dice_implausible": _number(images.loc[doubted, "dice"].mean()),
         "dice_others": _number(images.loc[~doubted, "dice"].mean()),
         "confidence": {"spearman": _number(spearman), "auc": _number(auc), "low_dice": LOW_DICE, "low_images": int(low.sum())},
+        "unsure": told,
     }
 
 

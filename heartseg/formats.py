@@ -37,7 +37,7 @@ class Frames:
 
     `place` is where a NIfTI file has them. `box` is (top, left, height, width): where in the file's whole pictures, of
     that height and width, the frames were cut out; None where they are whole. `flips` are the axes of [T,H,W] that were
-    turned round to bring them upright. `notes` say what a reader should know.
+    turned round to bring them upright. `notes` say what a reader should know. `may_show_text`: a name may be burned in.
     """
 
     pixels: np.ndarray
@@ -46,6 +46,7 @@ class Frames:
     box: tuple[int, int, int, int] | None = None
     flips: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    may_show_text: bool = False
 
 
 def kind_of(path: str) -> str | None:
@@ -55,8 +56,18 @@ def kind_of(path: str) -> str | None:
         if name.endswith(suffix):
             return kind
     if re.fullmatch(r"\.?\d*", os.path.splitext(name)[1]) and name != "dicomdir":  # im_0001, 1.2.840.113619.2
-        return "dicom" if storage.read_bytes(path, 132)[128:] == b"DICM" else None
+        return "dicom" if _begins_as_dicom(path) else None
     return None
+
+
+def _begins_as_dicom(path: str) -> bool:
+    """True for a file with DICOM's mark, and for one that may not be read, so that it is told of; a dead link is no file."""
+    if storage.size_or_none(path) is None:
+        return False
+    try:
+        return storage.read_bytes(path, 132)[128:] == b"DICM"
+    except PermissionError:
+        return True
 
 
 def require(kind: str) -> None:
@@ -198,7 +209,10 @@ def read_dicom(raw: bytes) -> Frames:
         spacing_mm = tuple(float(value) for value in dataset.PixelSpacing)
     if spacing_mm is not None and not (len(spacing_mm) == 2 and all(np.isfinite(spacing_mm)) and min(spacing_mm) > 0):
         spacing_mm = None
-    return Frames(pixels, spacing_mm, box=box, notes=notes)
+    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself says so.
+    is_whole = box is None or pixels.shape[1:] == box[2:]
+    may_show_text = is_whole or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
+    return Frames(pixels, spacing_mm, box=box, notes=notes, may_show_text=may_show_text)
 
 
 def _dicom_values(pydicom, dataset) -> np.ndarray:

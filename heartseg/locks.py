@@ -55,7 +55,10 @@ def is_held(folder: str) -> bool:
 
 @contextlib.contextmanager
 def _hold_file(folder: str) -> Iterator[None]:
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{folder} is to be a folder, and a file is in its place: give another.") from error
     holder = filelock.FileLock(os.path.join(folder, LOCK_NAME))
     try:
         holder.acquire(timeout=0)

@@ -250,16 +250,19 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
     return labels
 
 
-def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float], like=None) -> None:
+def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | None, like=None) -> None:
     """Write an upright array ([H,W] or [H,W,T]) in CAMUS's axis order, gzipped, whole or not at all.
 
-    `like` is a nibabel image whose affine and header are kept (the input that a mask belongs to).
+    Where `spacing_mm` is None the header says that the unit is unknown, and a pixel counts as one of it. `like` is a
+    nibabel image whose affine and header are kept (the input that a mask belongs to).
     """
     disk = np.ascontiguousarray(array.swapaxes(0, 1))
     if like is None:
-        affine = np.diag([spacing_mm[1], spacing_mm[0], 1.0, 1.0])
-        picture = nibabel.Nifti1Image(disk, affine)
-        picture.header.set_zooms((spacing_mm[1], spacing_mm[0]) + (1.0,) * (disk.ndim - 2))
+        depth, lateral = spacing_mm or (1.0, 1.0)
+        picture = nibabel.Nifti1Image(disk, np.diag([lateral, depth, 1.0, 1.0]))
+        picture.header.set_zooms((lateral, depth) + (1.0,) * (disk.ndim - 2))
+        picture.header.set_xyzt_units("mm" if spacing_mm else "unknown")
+        picture.header["descrip"] = b"" if spacing_mm else b"pixel spacing unknown"
     else:
         picture = nibabel.Nifti1Image(disk.reshape(like.shape), like.affine, like.header)
         picture.set_data_dtype(disk.dtype)

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,9 @@ import numpy as np
 from heartseg import cycle, storage, studies
 from heartseg.clinical import INDICES, ejection_fraction, frame_volume_ml, patient_indices
 from heartseg.formats import Frames
-from heartseg.labels import VIEWS, Phase
+from heartseg.labels import VIEWS, Phase, View
 from heartseg.postprocess import implausibilities
+from heartseg.predict import LOOK_BELOW
 from heartseg.studies import Clip
 
 # Where a file has no scale, the anatomical checks take it to be as deep as apical views usually are.
@@ -30,7 +31,8 @@ MOST_APART = 20.0
 class Outcome:
     """What is kept of a clip once its files are written; small, so that thousands can be.
 
-    `doubts` says what is implausible in the masks that were measured, `confidence` is the lowest of theirs.
+    `doubts` says what is implausible in the masks that were measured and whether the network is unsure of them, `confidence`
+    is the lowest of theirs.
     `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES: both of a sequence where its curve shows them, the one
     of a still whose phase is known. `volumes_ml` [T] is a sequence's single-plane curve, in no unit without `spacing_mm`.
     """
@@ -71,16 +73,21 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
     measured = [at for at, _ in phases.values()] or range(len(masks))
     doubts = {f"frame {at + 1}: {doubt}" for at in measured for doubt in implausibilities(masks[at], spacing_mm)}
     confidence = min(confidences[at] for at in measured)
+    if confidence < LOOK_BELOW:
+        doubts.add(f"the network is unsure of it (confidence {confidence:.2f})")
     return Outcome(clip, len(masks), frames.spacing_mm, phases, volumes_ml, frames.notes, tuple(sorted(doubts)), confidence)
 
 
-def study_row(patient: str, outcomes: Iterable[Outcome]) -> dict:
+def study_row(patient: str, outcomes: Sequence[Outcome]) -> dict:
     """A patient's indices: in each view from its two stills, else from its first sequence that shows ED and ES."""
     by_view = {view: [o for o in outcomes if o.clip.view == view] for view in VIEWS}
-    chosen = {view: _phases_of(found) for view, found in by_view.items()}
+    twice = _shown_twice(outcomes)
+    chosen = {view: _phases_of(found, twice) for view, found in by_view.items()}
     masks = {(view, phase): entry for view, (_, phases) in chosen.items() for phase, entry in phases.items()}
     spacing_known = all(spacing_mm for _, spacing_mm in masks.values())
     row = patient_indices(masks, spacing_known)
+    for (view, phase), stems in twice.items():
+        row["reason"] += f"; {' and '.join(stems)} all show {view} {phase}, and nobody says which one counts: give one"
     nameless = [o.clip.stem for o in outcomes if o.clip.view is None]
     if nameless:
         row["reason"] += f"; the view of {', '.join(nameless)} is not known, --view says it"
@@ -100,9 +107,19 @@ def _views_apart(row: dict) -> list[str]:
     return [f"the views disagree by {apart:.0f} points: {said}"] if apart > MOST_APART else []
 
 
-def _phases_of(outcomes: list[Outcome]) -> tuple[str, dict]:
-    """Where one view's phases come from, and phase -> (mask, spacing_mm)."""
+def _shown_twice(outcomes: Iterable[Outcome]) -> dict[tuple[View, Phase], list[str]]:
+    """Names of a patient's stills of one view and phase, where there are several."""
+    stems = defaultdict(list)
+    for o in outcomes:
+        for phase in o.phases if o.frames == 1 and o.clip.view else ():
+            stems[o.clip.view, phase].append(o.clip.stem)
+    return {still: names for still, names in stems.items() if len(names) > 1}
+
+
+def _phases_of(outcomes: list[Outcome], twice: Container[tuple[View, Phase]]) -> tuple[str, dict]:
+    """Where one view's phases come from, and phase -> (mask, spacing_mm); stills of which there are several do not count."""
     stills = {phase: (mask, o.spacing_mm) for o in outcomes if o.frames == 1 for phase, (_, mask) in o.phases.items()}
+    stills = {phase: found for phase, found in stills.items() if (outcomes[0].clip.view, phase) not in twice}
     if len(stills) < 2:
         for o in outcomes:
             if o.frames > 1 and len(o.phases) == 2:

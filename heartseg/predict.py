@@ -29,6 +29,8 @@ from heartseg.shards import resize_image
 TTA_SHIFT = 0.05
 TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 NETWORKS_OWN = PredictConfig()
+# A mask of less confidence is one to look at: `quality` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
+LOOK_BELOW = 0.83
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,16 +97,30 @@ def name_clip(path: str, source: str, kind: str) -> Clip:
 
 
 def tell_folders_apart(clips: list[Clip]) -> list[Clip]:
-    """Clips whose patient's name comes in several folders are named by folder and file: ann/rest_2CH, bob/rest_2CH."""
+    """Clips whose patient's name comes in several folders are named by folder and file: ann/rest_2CH, bob/rest_2CH.
+
+    Folders of one name have those above them in their name, as many as it takes: ann_visit1, bob_visit1.
+    """
     folders = defaultdict(set)
     for clip in clips:
         folders[clip.patient].add(os.path.dirname(clip.path))
+    names = short_names(set().union(*(found for found in folders.values() if len(found) > 1)))
 
     def renamed(clip: Clip) -> Clip:
-        folder = os.path.basename(os.path.dirname(clip.path))
+        folder = names[os.path.dirname(clip.path)]
         return replace(clip, patient=folder, stem=f"{folder}_{clip.stem}")
 
     return [renamed(clip) if len(folders[clip.patient]) > 1 else clip for clip in clips]
+
+
+def short_names(folders: Iterable[str]) -> dict[str, str]:
+    """A name for each folder: as many of its last parts as tell all of them apart."""
+    parts = {folder: [part for part in folder.split("/") if part] for folder in folders}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {folder: "_".join(found[-depth:]) for folder, found in parts.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names if parts else {}
 
 
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
@@ -163,7 +177,7 @@ def write_masks(path: str, masks: np.ndarray, frames: Frames) -> None:
         nifti.write_frames(path, whole, frames.place)
     else:
         upright = whole[0] if len(whole) == 1 else np.moveaxis(whole, 0, -1)
-        nifti.write_nifti(path, upright, frames.spacing_mm or (1.0, 1.0))
+        nifti.write_nifti(path, upright, frames.spacing_mm)
 
 
 def write_overlays(out: str, clip: Clip, frames: Frames, masks: np.ndarray, marked: Mapping[int, str]) -> None:

@@ -221,10 +221,10 @@ def picture_items(compared: Comparison, plans: dict[str, Plan | None]) -> list[d
         return []
     items = {item["image"]: item | {"masks": {}, "scores": {}, "names": {}} for item in wanted}
     first = plans[drawn[0].scored[0].label]
-    cases, _ = first.truth.with_images().cases(patients)
+    cases, _ = first.truth.cases(patients)
     for name, case in zip(names_of(cases), cases, strict=True):
         if name in items:
-            pixels = resize_image(case.image, *case.truth.shape)
+            pixels = resize_image(first.truth.picture(case), *case.truth.shape)
             items[name] |= {"pixels": pixels, "truth": case.truth, "spacing_mm": case.spacing_mm}
     for entry in drawn[:MOST_DRAWN]:
         one = entry.scored[0]

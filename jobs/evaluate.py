@@ -21,6 +21,7 @@ from tqdm import tqdm
 from heartseg import evaluation, folds, predict, storage
 from heartseg.errors import UserError, require
 from heartseg.evaluation import write_results
+from heartseg.postprocess import clean
 from heartseg.report import write_report
 from jobs import runtime
 from jobs.plans import Options, Plan, plan_checkpoint, plan_files
@@ -120,6 +121,7 @@ class Predict:
             masks, unpredicted = evaluation.segment_cases(self.segmenter, cases, self.plan.post), []
         else:
             masks, unpredicted = self.plan.predictor.masks(cases)
+            masks = [one and dataclasses.replace(one, mask=clean(one.mask, self.plan.post)) for one in masks]
         return [dataclasses.replace(case, image=None) for case in cases], masks, missing + unpredicted
 
 

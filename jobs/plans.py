@@ -155,6 +155,8 @@ def plan_files(options: Options) -> Plan:
     """The plan for anyone's masks."""
     if options.checkpoint or options.data or options.ensemble:
         raise UserError("--predictions are scored against --truth: leave --checkpoint, --ensemble and --data out.")
+    if options.post.tta:
+        raise UserError("--tta asks a network again, and --predictions are finished masks: leave one of them out.")
     runtime.require(options.truth, "--truth", "the folder of the CAMUS tree")
     source = open_source(options, "")
     masks = FilePredictions.open(runtime.absolute(options.predictions, "predictions"), options.pattern)
@@ -165,5 +167,6 @@ def plan_files(options: Options) -> Plan:
         raise UserError(f"{masks.folder} holds a mask of none of the {names} patients of {source.path}: give --pattern.")
     out = runtime.absolute(options.out or f"evaluation-{storage.last_part(masks.folder)}", "out")
     described = {"predictions": masks.folder, "truth": source.path, "group": group, "dataset": source.dataset}
+    described |= {"post": to_json(options.post)}
     truth = TreeTruth(source.path, images=False)
     return Plan(truth, masks, sorted(chosen), out, None, options.post, described)

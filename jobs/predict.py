@@ -53,7 +53,8 @@ class Options:
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, runtime.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
-    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM without ultrasound region, whose frames may show a name."""
+    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM whose frames may show a name: without an ultrasound region
+    to cut them to, or said to have text burned in."""
     which: Literal["last", "best"] = "last"
     """The checkpoint of a run; `best` is chosen on val (where there is a val group)."""
     key: str = ""
@@ -116,8 +117,7 @@ def read_clip(clip: Clip, spacing_mm: tuple[float, float] | None, flips: tuple[i
 
 def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]) -> outcome.Outcome:
     """The files of a clip whose masks are known."""
-    may_show_text = clip.kind == "dicom" and frames.box is None
-    draw = overlays == "on" or (overlays == "auto" and not may_show_text)
+    draw = overlays == "on" or (overlays == "auto" and not frames.may_show_text)
     return outcome.finish(out, clip, frames, masks, confidences, draw)
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from heartseg import camus, runs, storage
+from heartseg import camus, nifti, runs, storage
 from heartseg.cases import TreeTruth
+from heartseg.config import PredictConfig
 from heartseg.errors import UserError
 from heartseg.evaluation import KEYS, patient_row
 from heartseg.labels import PHASES, STRUCTURE_LABELS, VIEWS, Phase, View
@@ -90,7 +91,11 @@ def test_a_ventricle_that_is_nowhere_or_one_pixel_gives_reasons_and_no_crash(pha
     [
         ({"predictions": "{masks}", "truth": ""}, "--truth is missing"),
         ({"predictions": "{masks}", "truth": "{tree}", "checkpoint": "x"}, "leave --checkpoint"),
-        ({"predictions": "{masks}", "truth": "{tree}", "pattern": "no/{patient}.nii"}, "of none of the 8 patients"),
+        (
+            {"predictions": "{masks}", "truth": "{tree}", "pattern": "no/{patient}{view}{phase}.nii"},
+            "of none of the 8 patients",
+        ),
+        ({"predictions": "{masks}", "truth": "{tree}", "pattern": "{patient}_{view}.nii"}, "one file for several stills"),
         ({"predictions": "/nowhere", "truth": "{tree}"}, "/nowhere do not exist"),
         ({"predictions": "{masks}", "truth": "/nowhere"}, "/nowhere does not exist"),
     ],
@@ -131,3 +136,38 @@ def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tes
     tested = replace(source, groups={"test": ["patient0003"]})
     assert plans.choose_checkpoint("auto", "test", tested, [run]) == "last"
     assert plans.choose_checkpoint("auto", "test", replace(tested, groups={"test": ["patient0004"]}), [run]) == "best"
+
+
+def test_masks_of_files_are_cleaned_where_asked_and_not_looked_at_anew(phantom, tmp_path):
+    masks = str(tmp_path / "masks")
+    for case in TreeTruth(phantom, images=False).cases(["patient0001"])[0]:
+        strayed = case.truth.copy()
+        strayed[:2, :2] = 3  # a second piece of atrium, far from the first
+        nifti.write_nifti(f"{masks}/{case.name}.nii.gz", strayed, case.spacing_mm)
+    asked = PredictConfig(largest_component=True)
+    found = [
+        score_files(masks, phantom, str(tmp_path / name), post=post) for name, post in (("a", PredictConfig()), ("b", asked))
+    ]
+    before, after = (table(out, "images")["dice"].mean() for out in found)
+    assert before < 1 and after == 1
+    with pytest.raises(UserError, match="--tta asks a network again"):
+        score_files(masks, phantom, str(tmp_path / "c"), post=PredictConfig(tta=True))
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_masks_are_scored_where_images_are_damaged_or_were_never_there(is_left, phantom, tmp_path):
+    tree = str(shutil.copytree(phantom, tmp_path / "tree"))
+    for view, phase in camus.stills_of():
+        path = camus.recording_path(tree, "patient0001", view, phase)
+        if not is_left or (view, phase) == (View.TWO_CHAMBER, Phase.ED):
+            os.remove(path)
+    out = score_files(os.path.join(tree, camus.IMAGES_FOLDER), tree, str(tmp_path / "out"))
+    assert storage.read_json(storage.join(out, "summary.json"))["images"] == 32
+    examples, images = np.load(os.path.join(out, "examples.npz")), table(out, "images")
+    for number, row in enumerate(examples["rows"]):
+        shown = images.loc[row]
+        had = shown["patient"] != "patient0001" or (is_left and (shown["view"], shown["phase"]) != ("2CH", "ED"))
+        assert examples[f"image_{number}"].any() == had
+        if had:
+            still = camus.read_still(tree, shown["patient"], View(shown["view"]), Phase(shown["phase"]))
+            np.testing.assert_array_equal(examples[f"image_{number}"], still.image)

@@ -97,6 +97,13 @@ def test_a_lock_is_free_again_after_its_block_even_after_an_error(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("below", ["", "further"])
+def test_a_file_where_a_folder_is_to_be_is_refused_by_name(below, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match="taken.* is to be a folder"), locks.lock(os.path.join(tmp_path, "taken", below)):
+        pass
+
+
 def test_json_reads_back_and_a_missing_or_damaged_file_is_refused_by_name(tmp_path):
     path = str(tmp_path / "a.json")
     with pytest.raises(UserError, match=r"a\.json is missing or no valid JSON"):
