@@ -149,7 +149,7 @@ def perform(
     """Run a stage to its end; how it ended is in the story, whatever happens."""
     anew = forced or story.is_still_forced(stage, inputs)
     command = stage.command(results, anew)
-    settle(story, stage, not anew and story.is_begun(stage, inputs, command), forced, cluster)
+    settle(story, stage, not forced and story.is_begun(stage, inputs, command), forced, cluster)
     arguments = list(command.arguments)
     if command.experiment:
         text = storage.json_bytes(to_json(command.experiment))
@@ -157,7 +157,7 @@ def perform(
         config = storage.join(story.out, "stages", f"{stage.name}-{storage.sha256(text)[:8]}.json")
         storage.publish(config, text)
         arguments = ["--config", config, *arguments]
-    record = story.begin(stage, inputs, command, anew)
+    record = story.begin(stage, inputs, command, anew, forced)
     try:
         attempt_all(story, stage, record, arguments, retries, cluster)
     except KeyboardInterrupt:

@@ -75,22 +75,28 @@ class Story:
         return before.get("inputs") == plain(inputs) and before.get("path") == command.path and before["state"] != DONE
 
     def is_still_forced(self, stage: Stage, inputs: dict) -> bool:
-        """True where a forced stage was interrupted before what it replaces had gone."""
+        """True where a forced stage was interrupted and what it replaces is still there, or, replacing nothing, nothing is."""
         record = self.stages.get(stage.name, {})
         if not record.get("forced") or record["state"] == DONE or record["inputs"] != plain(inputs):
             return False
-        return stage.seen(record["path"]) is not None
+        replaced = record.get("replaces")
+        if replaced is None:  # a new run, say, which goes on once it is begun
+            return not storage.exists(record["path"])
+        return stage.seen(record["path"]) == replaced
 
-    def begin(self, stage: Stage, inputs: dict, command: Command, is_forced: bool) -> dict:
-        """The record of a stage that runs now; attempts at the same thing before stay in it."""
+    def begin(self, stage: Stage, inputs: dict, command: Command, is_anew: bool, is_asked: bool) -> dict:
+        """The record of a stage that runs now; attempts at the same thing before stay in it.
+
+        `is_anew`: what is complete is done again; `is_asked`: because this very command says so, whatever was tried before.
+        """
         before = self.stages.get(stage.name, {})
-        is_same = self.is_begun(stage, inputs, command)
+        is_same = self.is_begun(stage, inputs, command) and not is_asked
         record = {"state": RUNNING, "inputs": plain(inputs), "path": command.path, "arguments": command.arguments}
         record |= {"attempts": before["attempts"] if is_same else [], "result": None, "problem": ""}
         for attempt in record["attempts"]:
             if attempt["state"] == RUNNING and not attempt["job"]:
                 attempt["state"] = "killed"
-        record["forced"] = is_forced
+        record |= {"forced": is_anew, "replaces": stage.seen(command.path) if is_anew else None}
         self.stages[stage.name] = record
         self.save()
         return record
@@ -112,12 +118,13 @@ class Story:
                 lines.append(f"{name:<18}{'not begun':<13}")
                 continue
             state = "interrupted" if record["state"] == RUNNING and not is_held else record["state"]
-            spent = sum(map(_seconds, record["attempts"]))
+            spent = sum(_seconds(attempt, is_held) for attempt in record["attempts"])
             shown = record["problem"] or (record["result"] or record)["path"]
             lines.append(f"{name:<18}{state:<13}{_clock(spent):>9}  {len(record['attempts']):>5}  {shown}")
-            jobs = [attempt["job"] for attempt in record["attempts"] if attempt["job"]]
+            jobs = [attempt for attempt in record["attempts"] if attempt["job"]]
             if jobs and state != DONE:
-                lines.append(f"{'':<18}{'job':<13}{jobs[-1]}")
+                doubt = " (nobody follows it: its job may still run)" if jobs[-1]["state"] == RUNNING and not is_held else ""
+                lines.append(f"{'':<18}{'job':<13}{jobs[-1]['job']}{doubt}")
         return "\n".join(lines)
 
 
@@ -131,10 +138,11 @@ def new_attempt(job: str) -> dict:
     return {"state": RUNNING, "job": job, "started": now(), "ended": None}
 
 
-def _seconds(attempt: dict) -> float:
+def _seconds(attempt: dict, is_held: bool) -> float:
+    """How long it took, or takes; 0 where that is not known, since whoever wrote the story was killed."""
     if not attempt["ended"]:
         began = datetime.datetime.fromisoformat(attempt["started"]).timestamp()
-        return time.time() - began if attempt["state"] == RUNNING else 0.0
+        return time.time() - began if attempt["state"] == RUNNING and is_held else 0.0
     ends = [datetime.datetime.fromisoformat(attempt[key]).timestamp() for key in ("started", "ended")]
     return ends[1] - ends[0]
 
