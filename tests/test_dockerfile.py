@@ -8,8 +8,10 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -146,6 +148,16 @@ def test_a_container_with_a_node_is_as_healthy_as_ray_says(answer, code):
     with HTTPServer(("127.0.0.1", 0), Agent) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         assert health(server.server_address[1]) == code
+
+
+def test_a_container_whose_node_takes_the_question_and_never_answers_is_ill(monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("HEARTSEG_CLUSTER_AGENT_PORT", str(silent.getsockname()[1]))
+        check = runpy.run_path(str(ROOT / "cluster" / "health.py"))["main"]
+        check.__globals__["SECONDS"] = 0.3
+        assert check() == 1
 
 
 @pytest.mark.slow
