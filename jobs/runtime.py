@@ -21,7 +21,7 @@ import tyro
 
 from heartseg import storage
 from heartseg.config import Experiment, from_json
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.recipes import RECIPES
 
 log = logging.getLogger("heartseg.jobs")
@@ -39,12 +39,20 @@ SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", r
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
+MISTAKE = 2
+# EX_TEMPFAIL of sysexits.h, a submitted job's word to whoever follows it: a store was away, and another try may help.
+STORE_AWAY = 75
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived: what is under way becomes complete on the way out. A wait of Ray's ends for no other kind."""
 
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
-    """Run a job; a user's mistake or a disk that refuses becomes one sentence and exit code 2."""
+    """Run a job; a user's mistake or a disk that refuses becomes one sentence and exit code 2.
+
+    A submitted job whose object store was away ends with 75 instead.
+    """
     if job.__module__ == "__main__":
         # What Ray sends to workers must be importable there: of a script's own classes it would send all they hold.
         job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
@@ -54,11 +62,12 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     try:
         job(sys.argv[1:])
     except UserError as error:
-        leave(str(error), 2)
+        is_worth_a_try = isinstance(error, StorageError) and JOB_CONFIG in os.environ
+        leave(str(error), STORE_AWAY if is_worth_a_try else MISTAKE)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        leave(storage.say_refused(error, error.filename or "A file"), 2)
+        leave(storage.say_refused(error, error.filename or "A file"), MISTAKE)
     except KeyboardInterrupt:
         # Ray raises one of its own in the place of ours; after SIGTERM, ours has set the signal aside.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN

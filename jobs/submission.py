@@ -18,7 +18,6 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_OF_SILENCE = 120.0
 # A stopped job has Ray's grace (3 s by default on the head) and what its workers take to leave.
 SECONDS_TO_STOP = 60.0
-MISTAKE = 2
 ALIVE = ("PENDING", "RUNNING")
 # Ray's loggers that tell of every file that is not uploaded, and of every connection that ends.
 TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
@@ -65,7 +64,7 @@ class Cluster:
         if str(details.status.value) == "SUCCEEDED":
             return
         said = self.last_words(job, job_id)
-        if details.driver_exit_code == MISTAKE:
+        if details.driver_exit_code == runtime.MISTAKE:
             raise UserError(f"{job_id}: {said}")
         raise JobFailed(f"{job_id} ended {details.status.value} (exit code {details.driver_exit_code}): {said}")
 
@@ -92,12 +91,14 @@ class Cluster:
         try:
             return str(self.ask(self.client.get_job_status, job_id).value)
         except RuntimeError as error:
-            if "404" in str(error) or "does not exist" in str(error):
+            if _http_code(error) == 404 or "does not exist" in str(error):
                 return None
             raise UserError(f"The cluster refuses to tell of {job_id} ({_first_line(error)}): is the token its own?") from error
 
     def follow(self, job_id: str) -> None:
         """Print a job's output until it has ended; a broken connection is taken up again where it was."""
+        import aiohttp
+
         printed = 0
 
         async def tail() -> None:
@@ -113,7 +114,7 @@ class Cluster:
         while True:
             try:
                 asyncio.run(tail())
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
                 log.debug("The log of %s broke off: %s", job_id, error)
             if self.status(job_id) not in ALIVE:
                 return
@@ -135,21 +136,36 @@ class Cluster:
 
     def last_words(self, job: str, job_id: str) -> str:
         """The sentence that a job ended with, else the last line of its output."""
-        text = re.sub(r"\x1b\[[0-9;]*m", "", self.ask(self.client.get_job_logs, job_id))
+        try:
+            text = re.sub(r"\x1b\[[0-9;]*m", "", self.ask(self.client.get_job_logs, job_id))
+        except UserError as error:  # its node may have gone, with its log
+            text = str(error)
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         sentences = [line for line in lines if line.startswith(f"{job}.py: ")]
         return (sentences or lines or ["it said nothing"])[-1]
 
     def ask(self, question: Callable, *arguments, **named) -> Any:
-        """A question to the cluster, asked again while nobody answers; raises UserError when that lasts."""
+        """A question to the cluster, asked again while nobody answers; raises UserError when that lasts, or for the token."""
+        from ray.exceptions import AuthenticationError
+
         end = time.monotonic() + SECONDS_OF_SILENCE
         while True:
             try:
                 return question(*arguments, **named)
-            except OSError as error:  # of requests', too: refused, reset, timed out
+            except AuthenticationError as error:
+                raise UserError(f"The cluster refuses to tell ({_first_line(error)}): is the token its own?") from error
+            except (OSError, RuntimeError) as error:  # requests' own are OSErrors: refused, reset, timed out
+                if isinstance(error, RuntimeError) and _http_code(error) < 500:
+                    raise
                 if time.monotonic() > end:
                     raise UserError(f"The cluster does not answer ({_first_line(error)}): the same command goes on.") from error
                 time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _http_code(error: Exception) -> int:
+    """The code of the answer that Ray's client made an error of; 0 where there was none."""
+    found = re.search(r"status code (\d{3})", str(error))
+    return int(found[1]) if found else 0
 
 
 def _first_line(error: Exception) -> str:

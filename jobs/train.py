@@ -148,7 +148,7 @@ def raise_sentence(error: Exception, workers: int, resources: dict[str, float]) 
     """Raise UserError for a failure that is the user's to mend, and the failure itself for any other."""
     for failure in getattr(error, "worker_failures", {}).values():
         if isinstance(failure, (StorageError, OutOfMemory)):
-            raise UserError(str(failure)) from error
+            raise (StorageError if isinstance(failure, StorageError) else UserError)(str(failure)) from error
     if "worker group startup timed out" in str(error):
         each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
         raise UserError(
