@@ -1,6 +1,7 @@
 """What one machine is and has, one check at a time; each hands on findings, and what is wrong comes with its mend.
 
-Nothing here starts a cluster, keeps a file or tells a secret.
+Nothing here starts a cluster, keeps a file or tells a secret. What needs torch is imported where it is used: that torch is
+missing is one of the findings.
 """
 
 import base64
@@ -21,9 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heartseg import runs, storage
+from heartseg import storage
 from heartseg.errors import UserError
-from heartseg.shards import open_shards
 
 PACKAGES = ("torch", "torchvision", "ray", "wandb", "pyarrow")
 GIB = 1 << 30
@@ -45,7 +45,13 @@ class Finding:
 
 def versions() -> list[Finding]:
     """Python and the packages that decide; a package that is not there, or torch and torchvision that do not fit."""
-    found = [Finding("python", platform.python_version()), Finding("heartseg", runs.code_revision())]
+    found = [Finding("python", platform.python_version())]
+    try:
+        from heartseg import runs
+
+        found.append(Finding("heartseg", runs.code_revision()))
+    except ImportError as error:
+        found.append(Finding("heartseg", "–", f"heartseg does not load: {error}.", "Install the project: pip install -e ."))
     for package in PACKAGES:
         try:
             found.append(Finding(package, importlib.metadata.version(package)))
@@ -183,6 +189,8 @@ def _forget(probe: str, made: list[Path]) -> None:
 
 def readable(path: str) -> Finding:
     """The shards: complete, and the bandwidth of their first part in MB/s. Nothing is written."""
+    from heartseg.shards import open_shards
+
     try:
         opened = open_shards(path)
         part = opened.manifest["parts"][0]["file"]

@@ -41,6 +41,36 @@ def test_a_machine_that_is_well_gets_a_table_and_0_and_keeps_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [] and "looking at memory" in done.stderr
 
 
+WITHOUT_TORCH = """
+import importlib.metadata, runpy, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def version(name, real=importlib.metadata.version):
+    if name == "torch":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+
+sys.meta_path.insert(0, Missing())
+importlib.metadata.version = version
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_without_torch_the_doctor_says_so():
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "jobs" / "doctor.py"), "--launcher", "plain", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1, done.stderr
+    said = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert said["torch"]["wrong"] == "torch is not installed." and "pip install" in said["torch"]["mend"]
+    assert not said["ray"]["wrong"] and {"CPUs", "shared memory"} <= set(said)  # and the rest is looked at
+
+
 def test_the_table_ends_with_what_is_wrong_and_its_mend():
     well = [Finding("python", "3.11"), Finding("torch", "2.15")]
     assert doctor.table_text(well).endswith("Nothing is wrong.")
