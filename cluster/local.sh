@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A Ray cluster of one machine to which jobs are submitted: start, submit, status, env, stop. The dashboard listens on loopback
-# and every command needs a token; only processes that `start` started are ever ended.
+# A Ray cluster of one machine to which jobs are submitted: start, submit, status, env, stop. It listens on loopback unless
+# asked, and every command needs a token; only processes that `start` started are ever ended.
 #
-#   cluster/local.sh start [--num-cpus 4 …]                        further options go to `ray start`
+#   cluster/local.sh start [--num-cpus 4 …]                        further options go to `ray start`; --node-ip-address ADDRESS
+#                                                                  opens all but the dashboard to other machines
 #   cluster/local.sh submit -- python jobs/train.py seed --data /data/shards
 #   cluster/local.sh status
 #   eval "$(cluster/local.sh env)"                                 for `ray job …` and `jobs/pipeline.py --submit`
@@ -95,7 +96,7 @@ end() {
 }
 
 start() {
-    local pid taken temp_dir detach waited callers_umask
+    local pid taken temp_dir detach waited callers_umask place
     if pid=$(our_pid); then
         echo "already running: process $pid, dashboard $dashboard"
         return
@@ -126,9 +127,14 @@ start() {
     set_environment
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_USAGE_STATS_ENABLED=0
     export PATH=${RAY%/*}:$PATH # a job's `python` is the one that Ray runs with
+    place=()
+    if [[ " $* " != *" --node-ip-address"* ]]; then
+        place=(--node-ip-address 127.0.0.1)
+        export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # else Ray takes the machine's address in place of 127.0.0.1
+    fi
     detach="nohup"
     if command -v setsid >/dev/null; then detach=setsid; fi
-    "$detach" "$RAY" start --head --block --temp-dir "$temp_dir" --port "$port" \
+    "$detach" "$RAY" start --head --block --temp-dir "$temp_dir" --port "$port" ${place[@]+"${place[@]}"} \
         --dashboard-host 127.0.0.1 --dashboard-port "$dashboard_port" --dashboard-agent-listen-port "$agent_port" \
         --ray-client-server-port "$client_port" --disable-usage-stats "$@" </dev/null >"$dir/log" 2>&1 &
     pid=$!
@@ -154,17 +160,18 @@ start() {
     fail "Ray was not ready within $timeout_s s: see above, and $dir/log."
 }
 
-# The two places that jobs look for travel with the job; secrets do not: they belong into the environment of `start`.
-job_environment() {
-    local name value pairs=
-    for name in HEARTSEG_DATA HEARTSEG_RUNS; do
-        value=${!name:-}
-        if [[ -z $value ]]; then continue; fi
-        value=${value//\\/\\\\}
-        value=${value//\"/\\\"}
-        pairs+=${pairs:+, }\"$name\":\ \"$value\"
-    done
-    echo "{\"env_vars\": {$pairs}}"
+# A job's runtime_env: what the caller gives as JSON, and the two places that jobs look for, which travel with the job;
+# secrets do not: they belong into the environment of `start`.
+runtime_env() {
+    PATH=${RAY%/*}:$PATH python3 -c '
+import json, os, sys
+try:
+    given = json.loads(sys.argv[1])
+    places = {name: os.environ[name] for name in ("HEARTSEG_DATA", "HEARTSEG_RUNS") if os.environ.get(name)}
+    print(json.dumps(given | {"env_vars": places | given.get("env_vars", {})}))
+except (ValueError, TypeError, AttributeError):
+    sys.exit(1)
+' "$1"
 }
 
 # Whoever sees the dashboard sees a job's runtime_env.
@@ -176,18 +183,28 @@ warn_of_secrets() {
 }
 
 submit() {
-    local options=()
+    local options=() given='{}' environment
     while (($#)) && [[ $1 != -- ]]; do
-        case $1 in --runtime-env-json*) warn_of_secrets "$1" "${2:-}" ;; esac
-        options+=("$1")
-        shift
+        case $1 in
+            --runtime-env | --runtime-env=*)
+                refuse "--runtime-env cannot be given here: give what the file holds as --runtime-env-json."
+                ;;
+            --runtime-env-json)
+                shift
+                given=${1:-}
+                ;;
+            --runtime-env-json=*) given=${1#*=} ;;
+            *) options+=("$1") ;;
+        esac
+        if (($#)); then shift; fi
     done
     (($# > 1)) || refuse "submit needs a command after two dashes, such as: submit -- python jobs/train.py seed."
-    our_pid >/dev/null || refuse "no cluster is running here: cluster/local.sh start."
     find_ray
+    environment=$(runtime_env "$given") || refuse "--runtime-env-json holds no JSON object."
+    warn_of_secrets "$given"
+    our_pid >/dev/null || refuse "no cluster is running here: cluster/local.sh start."
     set_environment
-    exec "$RAY" job submit --working-dir "$root" --runtime-env-json "$(job_environment)" \
-        ${options[@]+"${options[@]}"} "$@"
+    exec "$RAY" job submit --working-dir "$root" --runtime-env-json "$environment" ${options[@]+"${options[@]}"} "$@"
 }
 
 status() {

@@ -162,7 +162,18 @@ def test_local_sh_is_valid_bash_and_executable():
     assert os.access(LOCAL, os.X_OK)
 
 
-@pytest.mark.parametrize("arguments", [("restart",), (), ("stop", "--force"), ("submit", "python"), ("submit", "--")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("restart",),
+        (),
+        ("stop", "--force"),
+        ("submit", "python"),
+        ("submit", "--"),
+        ("submit", "--runtime-env", "env.yaml", "--", "true"),  # Ray takes a file or JSON, and JSON is given
+        ("submit", "--runtime-env-json", "[1]", "--", "true"),
+    ],
+)
 def test_local_sh_refuses_a_wrong_call_in_one_sentence(arguments, tmp_path):
     done = local_sh(*arguments, HEARTSEG_CLUSTER_DIR=str(tmp_path))
     assert done.returncode == 2

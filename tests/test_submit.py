@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -127,12 +128,24 @@ def files_of(root: Path):
 
 
 def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(cluster):
-    line = [str(ROOT / "cluster" / "local.sh"), "submit", "--runtime-env-json", json.dumps({"env_vars": {"MY_API_KEY": "1"}})]
-    done = subprocess.run(
-        [*line, "--", "python", "jobs/compare.py"], cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=120
-    )
+    given = json.dumps({"env_vars": {"MY_API_KEY": "1", "HEARTSEG_RUNS": "/mine"}})
+    line = [str(ROOT / "cluster" / "local.sh"), "submit", "--runtime-env-json", given, "--", "bash", "-c"]
+    code = "python jobs/compare.py; echo SEEN $HEARTSEG_DATA $HEARTSEG_RUNS"
+    elsewhere = cluster | {"HEARTSEG_DATA": "/elsewhere"}  # than where the cluster started
+    done = subprocess.run([*line, code], cwd=ROOT, env=elsewhere, capture_output=True, text=True, timeout=120)
     assert "MY_API_KEY: the dashboard shows" in done.stderr
     assert "MY_API_KEY stands in this job's runtime_env" in done.stdout
+    assert "SEEN /elsewhere /mine" in done.stdout  # both what the script hands on and what is given
+
+
+def test_every_port_of_the_cluster_is_on_loopback_and_on_no_other_address(cluster):
+    others = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    for name in ("PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT"):
+        port = int(cluster[f"HEARTSEG_CLUSTER_{name}"])
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+        for address in others:
+            with pytest.raises(OSError):
+                socket.create_connection((address, port), timeout=10)
 
 
 def pipeline_command(tmp_path: Path, phantom: str, epochs: int) -> list[str]:
