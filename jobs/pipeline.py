@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from heartseg import locks, runs, storage, studies
+from heartseg.batches import check_shares
 from heartseg.config import Experiment, to_json
 from heartseg.errors import StorageError, UserError, require
 from heartseg.model import check_installation
 from jobs import runtime, submission
-from jobs.stages import KINDS, Result, Results, Stage, Work, build_graph, find_stages
+from jobs.stages import KINDS, Result, Results, Stage, Work, build_graph, find_stages, predictions_path
 from jobs.story import DONE, FAILED, RUNNING, STOPPED, Story, new_attempt, now
 
 log = logging.getLogger("heartseg.jobs")
@@ -71,9 +72,12 @@ def run(experiment: Experiment, options: Options) -> str:
     work = options.work
     if work.predict:
         work = replace(work, predict=runtime.absolute(work.predict, "predict"))
-        studies.find_clips(work.predict)  # a mistake is told now, and not after the training
+        clips = studies.find_clips(work.predict)  # a mistake is told now, and not after the training
+        studies.check_out(predictions_path(out, work.predict), work.predict, clips)
     stages = build_graph(experiment, out, work)
     chosen = choose(stages, options)
+    if any(stage.kind in ("tune", "train") for stage in stages if stage.name in chosen):
+        check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     if options.dry_run:
         carry_out(Story.open(out), stages, chosen, options, None)
         return out

@@ -268,6 +268,11 @@ def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
     return Stage("pool", "evaluate", evaluations, inputs, command, lambda path: complete(path, "summary.json", "report.html"))
 
 
+def predictions_path(out: str, source: str) -> str:
+    """A folder for each input: masks of other studies would lie beside tables that do not name them."""
+    return storage.join(out, f"predictions-{storage.last_part(source)}-{storage.sha256(source.encode())[:4]}")
+
+
 def predict_stage(out: str, models: tuple[str, ...], source: str) -> Stage:
     """New studies outlined with the model, or with those of all folds together."""
 
@@ -277,8 +282,7 @@ def predict_stage(out: str, models: tuple[str, ...], source: str) -> Stage:
 
     def command(results: Results, anew: bool) -> Command:
         first, *others = (results[name].path for name in models)
-        # A folder for each input: masks of other studies would lie beside tables that do not name them.
-        path = storage.join(out, f"predictions-{storage.last_part(source)}-{storage.sha256(source.encode())[:4]}")
+        path = predictions_path(out, source)
         together = ["--ensemble", *others] if others else []
         return Command(["--checkpoint", first, *together, "--input", source, "--out", path], path)
 

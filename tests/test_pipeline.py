@@ -120,7 +120,13 @@ def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path
     ]:
         with pytest.raises(UserError, match=says):
             pipeline.run(tiny(phantom, tmp_path / "out"), options())
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "studies").symlink_to(os.path.join(phantom, "database_nifti"))
+    inside = os.path.join(phantom, "database_nifti", "out")  # the next run would outline this one's masks
+    with pytest.raises(UserError, match="would put files inside"):
+        pipeline.run(tiny(phantom, inside), pipeline.Options(work=Work(predict=str(tmp_path / "studies"))))
+    with pytest.raises(UserError, match="batch of 7 over 4 workers"):
+        pipeline.run(replace(tiny(phantom, tmp_path / "out"), workers=4), pipeline.Options())
+    assert not (tmp_path / "out").exists() and not os.path.exists(inside)
 
 
 def test_a_stage_whose_job_may_still_run_is_not_begun_here(copy, phantom):
