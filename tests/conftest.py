@@ -82,7 +82,20 @@ def fault_table():
     return lambda fault, epochs, seconds: FAULTS.append((fault, epochs, seconds))
 
 
+TOLD: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def told():
+    """Adds a line to what the session ends with: what stood for what is not here, the moments that a seed drew, numbers."""
+    return TOLD.append
+
+
 def pytest_terminal_summary(terminalreporter):
+    if TOLD:
+        terminalreporter.section("told by tests")
+        for line in TOLD:
+            terminalreporter.write_line(line)
     if FAULTS:
         terminalreporter.section("faults: trained again, seconds to the next finished epoch")
         for fault, epochs, seconds in FAULTS:

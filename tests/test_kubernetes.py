@@ -189,10 +189,10 @@ def test_the_manifests_name_the_installed_ray_and_a_job_that_is_in_the_image(nam
     assert (ROOT / script).is_file() and "COPY jobs/ jobs/" in (ROOT / "Dockerfile").read_text()
 
 
-def test_kustomize_itself_renders_the_same(name):
+def test_kustomize_itself_renders_the_same(name, told):
     """Where kubectl is installed; the renderer of tests/kustomize.py stands for it elsewhere."""
     if not shutil.which("kubectl"):
-        print("no kubectl here: the manifests were rendered by tests/kustomize.py alone")
+        told(f"no kubectl here: cluster/kubernetes/{name} was rendered by tests/kustomize.py alone")
         return
     done = subprocess.run(["kubectl", "kustomize", str(FOLDER / name)], capture_output=True, text=True, timeout=60, check=True)
     theirs = {(r["kind"], r["metadata"]["name"]): r for r in yaml.safe_load_all(done.stdout)}

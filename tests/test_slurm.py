@@ -43,14 +43,14 @@ def test_slurm_is_told_to_warn_the_script_and_to_queue_it_again():
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """Slurm, or what stands for it; the output says which."""
+def slurm(tmp_path_factory, told):
+    """Slurm, or what stands for it; the session's end says which."""
     folder = tmp_path_factory.mktemp("slurm")
     dropped = ("RAY_ADDRESS", "SLURM_CONF", "HEARTSEG_SLURM_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"RAY": RAY, "HEARTSEG_SLURM_DIR": str(folder / "shared"), "OMP_NUM_THREADS": "1"}
     with slurm_cluster.started(folder, environment) as found:
-        print(f"\ncluster/slurm.sbatch is tested on {found.kind}")
+        told(f"cluster/slurm.sbatch was tested on {found.kind}")
         yield found
 
 

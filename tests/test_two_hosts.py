@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def hosts(phantom):
+def hosts(phantom, told):
     """The two hosts, with shards on the first one's object store."""
     if why := two_hosts.missing():
         pytest.skip(f"{why}: tests/test_faults.py loses and gains a node of ray.cluster_utils.Cluster in its place")
@@ -32,6 +32,7 @@ def hosts(phantom):
 
         experiment = replace(tiny_experiment(), source=phantom, out="s3://bucket/shards")
         preprocess.run(experiment, preprocess.Options(launcher="plain"))
+        told("training over two hosts was tested on two network namespaces of this machine")
         yield first, second, data
 
 
@@ -75,7 +76,7 @@ def dice(said: str) -> float:
     return float(re.findall(r"epochs done  test/dice ([\d.]+)", said)[-1])
 
 
-def test_two_hosts_train_what_two_workers_of_one_host_train(hosts):
+def test_two_hosts_train_what_two_workers_of_one_host_train(hosts, told):
     first, _, data = hosts
     config = write_config(data / "six.json", 6)
     code, said = first.run(*command(config, "two", "2"), **CLUSTER)
@@ -83,7 +84,7 @@ def test_two_hosts_train_what_two_workers_of_one_host_train(hosts):
     assert {row["workers"] for row in record("two")} == {2}  # with one CPU a host, one on each
     code, alone = first.run(*command(config, "one", "2"))
     assert code == 0, alone
-    print(f"\nfinal Dice: two hosts {dice(said):.4f}, one host {dice(alone):.4f}")
+    told(f"final Dice: two hosts {dice(said):.4f}, one host {dice(alone):.4f}")
     assert dice(said) == pytest.approx(dice(alone), abs=0.005)
 
 
