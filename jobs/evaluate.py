@@ -149,14 +149,14 @@ class PredictTasks(Predict):
         try:
             predicted = super().__call__(self.tasks[index])
         except UserError as error:
-            predicted = str(error)  # a sentence comes back as a value: Ray would wrap the exception in a traceback
+            predicted = error  # it comes back as a value: raised, Ray would wrap it in a traceback
         return {"index": [index], "predicted": [pickle.dumps(predicted)]}
 
 
 def score_task(batch: dict) -> dict:
     """Score what an actor predicted, on a CPU, while the actor is at the next patients."""
     predicted = pickle.loads(batch["predicted"][0])
-    if not isinstance(predicted, str):
+    if not isinstance(predicted, UserError):
         cases, masks, missing = predicted
         predicted = (*evaluation.score_patients(cases, masks), missing)
     return {"index": batch["index"], "scored": [pickle.dumps(predicted)]}
@@ -186,8 +186,8 @@ def score_on_ray(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[t
     )
     for row in stream.iter_rows():
         scored = pickle.loads(row["scored"])
-        if isinstance(scored, str):
-            raise UserError(scored)
+        if isinstance(scored, UserError):
+            raise scored
         yield row["index"], scored
 
 

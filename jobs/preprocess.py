@@ -106,16 +106,16 @@ def map_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
         done, under_way = ray.wait(under_way)
         for record in ray.get(done):
             if "error" in record:
-                raise UserError(record["error"])
+                raise record["error"]
             yield record
 
 
 def _write_part(*task) -> dict:
-    """A part's record, or the sentence of a user's mistake, which Ray would wrap in a traceback."""
+    """A part's record, or a user's mistake or a store that was away, which Ray would wrap in a traceback if it were raised."""
     try:
         return shard_writer.write_part(*task)
     except UserError as error:
-        return {"error": str(error)}
+        return {"error": error}
 
 
 def show_quarantine(parts: list[dict], options: Options) -> None:

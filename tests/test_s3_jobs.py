@@ -13,10 +13,10 @@ from conftest import ROOT, tiny_experiment
 from s3_server import KEYS, Proxy, environment
 
 from heartseg import checkpoint, runs, storage
-from heartseg.config import TrackingConfig
+from heartseg.config import PredictConfig, TrackingConfig
 from heartseg.errors import StorageError, UserError
 from heartseg.shards import open_shards
-from jobs import evaluate, preprocess, train
+from jobs import evaluate, plans, preprocess, train
 
 PLAIN = train.Options(launcher="plain")
 LOSSES = ("train/loss", "test/loss", "test/dice")
@@ -226,3 +226,18 @@ def test_a_store_lost_in_a_training_with_two_workers_ends_in_one_sentence_and_ha
     assert done.returncode == 2 and len(said) == 1 and "cannot be reached" in said[0], done.stderr
     (name,) = storage.list_names(folder)
     assert checkpoint.last(f"{folder}/{name}") is not None
+
+
+def test_a_store_that_is_away_for_a_worker_is_still_told_from_a_mistake(phantom, ray_session):
+    task = (phantom, "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image, "stills")
+    with pytest.raises(StorageError, match="bucket that does not exist") as found:
+        list(preprocess.map_with_ray([task], 1))
+    assert "Traceback" not in str(found.value)
+
+    class Away:
+        def cases(self, patients):
+            raise StorageError("s3://bucket does not answer.")
+
+    plan = plans.Plan(Away(), ("run",), ["patient0001"], "out", None, PredictConfig(), {})
+    with pytest.raises(StorageError, match="^s3://bucket does not answer.$"):
+        list(evaluate.score_on_ray(plan, [["patient0001"]], 1))
