@@ -1,6 +1,7 @@
 """What many tests share: a small phantom tree, its shards, a tiny experiment, and the one Ray of the session."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from heartseg.phantom import write_phantom
 from heartseg.recipes import quick
 
 ROOT = Path(__file__).resolve().parents[1]
+RAY_KEPT_S = 240
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray looks every 2 s else, and each report waits for it
 os.environ.pop("WANDB_API_KEY", None)
 
@@ -60,17 +62,33 @@ def s3():
         yield url
 
 
-@pytest.fixture(scope="session")
+RAY_LAST_USED: list[float] = []
+
+
+@pytest.fixture(scope="module")
 def ray_session(s3):
-    """One Ray on loopback for every test that needs one; its workers know the S3 server, as its environment does."""
+    """One Ray on loopback for every test that needs one; its workers know the S3 server, as its environment does.
+
+    After minutes in which other files were tested it begins anew: a driver that had not used its Ray for a quarter of an
+    hour of them was never told that its next actor was there (Ray 2.60), and waited for ever.
+    """
     import ray
 
     from jobs import runtime
 
     os.environ.pop("RAY_ADDRESS", None)
+    if RAY_LAST_USED and time.monotonic() - RAY_LAST_USED[-1] > RAY_KEPT_S:
+        ray.shutdown()
     runtime.start_ray(2)
     yield
-    ray.shutdown()
+    RAY_LAST_USED.append(time.monotonic())
+
+
+def pytest_sessionfinish():
+    if RAY_LAST_USED:
+        import ray
+
+        ray.shutdown()
 
 
 FAULTS: list[tuple[str, str, float]] = []
