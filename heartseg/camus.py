@@ -1,6 +1,5 @@
 """Reads and writes the official CAMUS folder tree; hands on upright `Recording`s."""
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from heartseg import storage
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.labels import ENDO, PHASES, VIEWS, Phase, View
 from heartseg.nifti import DamagedRecording, as_intensity, as_labels, read_nifti, read_source
 
@@ -23,6 +22,7 @@ SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt
 MAX_STILL_PIXELS = 2**25
 MAX_FRAMES = 2**10  # half a beat of the release has up to 42
 PATIENT_PATTERN = re.compile(r"patient\d+")
+UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a name that are no UTF-8
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,18 @@ def find_patients(source: str) -> list[str]:
 
 
 def read_groups(source: str) -> dict[str, list[str]]:
-    """The release's own split: group (`train`, `val`, `test`) to patients; empty where there are no split files."""
+    """The release's own split: group (`train`, `val`, `test`) to patients; empty where there are no split files.
+
+    Raises UserError for a split file that is no text.
+    """
     groups = {}
     for group, name in SPLIT_FILES.items():
         path = storage.join(source, SPLIT_FOLDER, name)
         if storage.exists(path):
-            groups[group] = sorted(storage.read_bytes(path).decode().split())
+            try:
+                groups[group] = sorted(storage.read_bytes(path).decode("utf-8-sig").split())  # Windows puts a mark before it
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read as UTF-8 text: save it as that, one patient a line.") from error
     return groups
 
 
@@ -93,21 +99,21 @@ def recording_path(source: str, patient: str, view: View, phase: Phase | str, su
     return storage.join(source, IMAGES_FOLDER, patient, f"{patient}_{view}_{phase}{suffix}.nii.gz")
 
 
-def read_still(source: str, patient: str, view: View, phase: Phase, digest=None) -> Recording:
+def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict[str, str] | None = None) -> Recording:
     """Read one ED or ES image with its mask and cfg; raises DamagedRecording with the reason and the file.
 
-    Every byte read is fed to `digest` (a hashlib object) where one is given.
+    The SHA-256 of each file read goes into `hashes`, by path.
     """
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
-    still = read_pair(*paths, Recording(patient, view, phase, None, *NOTHING_YET), digest)
-    info = read_info(source, patient, view, digest)
+    still = read_pair(*paths, Recording(patient, view, phase, None, *NOTHING_YET), hashes)
+    info = read_info(source, patient, view, hashes)
     return replace(still, frame=getattr(info, phase.lower()) if info else None, info=info)
 
 
-def read_pair(image_path: str, mask_path: str, about: Recording, digest=None) -> Recording:
+def read_pair(image_path: str, mask_path: str, about: Recording, hashes: dict[str, str] | None = None) -> Recording:
     """`about` with the pixels and the spacing of two-dimensional files; raises DamagedRecording."""
-    image, spacing_mm = read_nifti(image_path, digest)
-    mask, _ = read_nifti(mask_path, digest)
+    image, spacing_mm = read_nifti(image_path, hashes)
+    mask, _ = read_nifti(mask_path, hashes)
     if image.ndim != 2:
         raise DamagedRecording(f"a still has 2 axes, this has shape {image.shape}", image_path)
     check_shapes(image, mask, image_path, mask_path)
@@ -122,10 +128,10 @@ def check_shapes(image: np.ndarray, mask: np.ndarray, image_path: str, mask_path
         raise DamagedRecording(f"the mask's shape {mask.shape} is not the image's {image.shape}", mask_path)
 
 
-def read_frames(image_path: str, mask_path: str, about: Recording, digest=None) -> list[Recording]:
+def read_frames(image_path: str, mask_path: str, about: Recording, hashes: dict[str, str] | None = None) -> list[Recording]:
     """`about` for each frame of a three-dimensional pair, in the file's order, `frame` from 1; raises DamagedRecording."""
-    images, spacing_mm = read_nifti(image_path, digest)
-    masks, _ = read_nifti(mask_path, digest)
+    images, spacing_mm = read_nifti(image_path, hashes)
+    masks, _ = read_nifti(mask_path, hashes)
     if images.ndim not in (2, 3):
         raise DamagedRecording(f"a sequence has 3 axes, this has shape {images.shape}", image_path)
     check_shapes(images, masks, image_path, mask_path)
@@ -142,7 +148,7 @@ def read_frames(image_path: str, mask_path: str, about: Recording, digest=None) 
     ]
 
 
-def read_half_sequence(source: str, patient: str, view: View, digest=None) -> list[Recording]:
+def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
     """All frames of half a beat, from end-diastole to end-systole; raises DamagedRecording with the reason and the file.
 
     A file that runs from ES to ED is turned round, so that `frame`, from 1, always counts towards end-systole. The phase
@@ -151,8 +157,8 @@ def read_half_sequence(source: str, patient: str, view: View, digest=None) -> li
     large, nothing tells them apart and no frame has a phase.
     """
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
-    frames = read_frames(*paths, Recording(patient, view, None, None, *NOTHING_YET), digest)
-    info = read_info(source, patient, view, digest)
+    frames = read_frames(*paths, Recording(patient, view, None, None, *NOTHING_YET), hashes)
+    info = read_info(source, patient, view, hashes)
     ed, es = phase_frames(frames, info)
     if ed is not None and ed > es:
         ed, es = len(frames) + 1 - ed, len(frames) + 1 - es
@@ -173,14 +179,14 @@ def phase_frames(frames: list[Recording], info: Info | None) -> tuple[int | None
     return (1, last) if areas[0] > areas[1] else (last, 1)
 
 
-def read_info(source: str, patient: str, view: View, digest=None) -> Info | None:
+def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> Info | None:
     """Read `Info_2CH.cfg` or `Info_4CH.cfg`; None where there is none. Unknown lines are passed over."""
     path = storage.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg")
     if not storage.exists(path):
         return None
     raw = read_source(path)
-    if digest is not None:
-        digest.update(hashlib.sha256(raw).digest())
+    if hashes is not None:
+        hashes[path] = storage.sha256(raw)
     said = dict(line.split(":", 1) for line in raw.decode(errors="replace").splitlines() if ":" in line)
     said = {key.strip(): value.strip() for key, value in said.items()}
 
@@ -239,5 +245,12 @@ def dataset_name(source: str, patients: list[str]) -> str:
 
 def list_files(source: str, patient: str) -> list[list]:
     """Names and sizes of a patient's files: what tells a changed source without reading it."""
-    folder = storage.join(source, IMAGES_FOLDER, patient)
-    return [[name, storage.size_or_none(storage.join(folder, name))] for name in storage.list_names(folder)]
+    return list_folder(storage.join(source, IMAGES_FOLDER, patient))
+
+
+def list_folder(path: str) -> list[list]:
+    """Names of a folder's entries and sizes of those that are files; raises UserError for a name that is no UTF-8."""
+    found = storage.list_files(path)
+    for name, _ in found:
+        require(not UNREADABLE.search(name), f"{path} holds {ascii(name)}, a name that is no UTF-8: rename it.")
+    return [list(entry) for entry in found]

@@ -4,7 +4,7 @@ The only file that knows nibabel. On disk, axis 0 of an array is lateral and axi
 columns are lateral, and the NIfTI order comes back only on writing.
 """
 
-import hashlib
+import io
 import math
 import os
 import zlib
@@ -20,10 +20,13 @@ from heartseg.labels import NUM_CLASSES
 # A sequence of the release has under 80 million values; a header that claims more than this is damaged, not a picture.
 MAX_VALUES = 2**27
 MAX_FILE_BYTES = 2**30
+GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
 HEAD_BYTES = 2**12  # of a packed file, in which its header lies: ISA-L takes in more than it is asked to hand out
 MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
-INFLATE_STEP = 2**18
+INFLATE_STEP, PACKED_STEP = 2**18, 2**16
+# Members cost time, however little they hold; bgzip, say, makes one of every 64 KiB, and one without anything at the end.
+MAX_SMALL_MEMBERS, SMALL_MEMBER_BYTES = 1000, 2**10
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
 
@@ -35,15 +38,15 @@ class DamagedRecording(Exception):
         self.reason, self.file = reason, file
 
 
-def read_nifti(path: str, digest=None) -> tuple[np.ndarray, tuple[float, float]]:
+def read_nifti(path: str, hashes: dict[str, str] | None = None) -> tuple[np.ndarray, tuple[float, float]]:
     """Read a NIfTI file; returns the upright array ([H,W] or [H,W,T]) and (depth, lateral) spacing in mm.
 
-    Where there is no `NAME.nii.gz`, `NAME.nii` beside it is read. `scl_slope` and `scl_inter` are applied. Raises
-    DamagedRecording for whatever cannot be read.
+    Where there is no `NAME.nii.gz`, `NAME.nii` beside it is read. `scl_slope` and `scl_inter` are applied. The SHA-256 of
+    what was read goes into `hashes`, by path. Raises DamagedRecording for whatever cannot be read.
     """
     path, raw = read_either(path)
-    if digest is not None:
-        digest.update(hashlib.sha256(raw).digest())
+    if hashes is not None:
+        hashes[path] = storage.sha256(raw)
     try:
         return decode_nifti(raw)
     except DamagedRecording:
@@ -92,10 +95,9 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
 
     What the header claims is checked before anything is allocated, and little more than that is inflated.
     """
-    packed = raw[:2] == b"\x1f\x8b"
-    header = read_header(inflate(raw[:HEAD_BYTES], HEADER_BYTES) if packed else raw[:HEADER_BYTES])
+    header = read_header(raw)
     end = claimed_end(header)
-    content = inflate(raw, end + MAX_EXTRA_BYTES) if packed else raw
+    content = inflate(raw, end + MAX_EXTRA_BYTES) if raw[:2] == GZIP else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
         there = "many more" if len(content) > end else len(content)
         raise ValueError(f"the header claims {end} bytes, and {there} are there")
@@ -113,25 +115,33 @@ def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
 
     ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a picture of the release.
     """
-    pieces, left = [], at_most
-    while packed and left > 0:
+    stream, pieces, left, members = io.BytesIO(packed), [], at_most, 0
+    block = stream.read(PACKED_STEP)
+    while block and left > 0:
+        members += 1
+        if members > MAX_SMALL_MEMBERS + (at_most - left) // SMALL_MEMBER_BYTES:
+            raise ValueError(f"the gzip stream has more than {members - 1} members with hardly anything in them")
         inflater = isal_zlib.decompressobj(wbits=31)
         while left > 0 and not inflater.eof:
-            # In steps, since one large buffer would be copied as it grows.
+            # In steps out, since one large buffer would be copied as it grows, and in: so would be what is left over.
             try:
-                pieces.append(inflater.decompress(packed, min(INFLATE_STEP, left)))
+                pieces.append(inflater.decompress(block, min(INFLATE_STEP, left)))
             except isal_zlib.error as error:
                 raise ValueError(f"the gzip stream is damaged ({error})") from error
             left -= len(pieces[-1])
-            if not (pieces[-1] or inflater.eof):
+            if not (block or pieces[-1] or inflater.eof):
                 raise ValueError("the gzip stream is cut off")
-            packed = inflater.unconsumed_tail
-        packed = inflater.unused_data.lstrip(b"\0")  # some writers pad the end with zeros
+            if not inflater.eof:
+                block = inflater.unconsumed_tail or stream.read(PACKED_STEP)
+        block = inflater.unused_data or stream.read(PACKED_STEP)
+        while block and not (block := block.lstrip(b"\0")):  # some writers pad the end with zeros
+            block = stream.read(PACKED_STEP)
     return b"".join(pieces)
 
 
-def read_header(block: bytes) -> nibabel.Nifti1Header:
-    """The header in a file's first bytes, NIfTI-1 or -2, of either byte order; raises ValueError and what nibabel does."""
+def read_header(raw: bytes) -> nibabel.Nifti1Header:
+    """The header in a file's first HEAD_BYTES, NIfTI-1 or -2, of either byte order; raises ValueError and what nibabel does."""
+    block = inflate(raw[:HEAD_BYTES], HEADER_BYTES) if raw[:2] == GZIP else raw[:HEADER_BYTES]
     is_second = 540 in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize
@@ -198,16 +208,29 @@ def read_frames(raw: bytes) -> tuple[np.ndarray, tuple[float, float], Place]:
     if len(wide) not in (2, 3):
         raise ValueError(f"shape {values.shape} is neither an image nor a sequence of images")
     lateral, depth = wide[:2]
-    if depth < 3:
-        along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
-        if along[depth] == 0 and along[lateral] != 0:
-            lateral, depth = depth, lateral
+    if are_swapped(affine, lateral, depth):
+        lateral, depth = depth, lateral
     used = (*wide[2:], depth, lateral)
     order = used + tuple(axis for axis in range(values.ndim) if axis not in used)
     upright = values.transpose(order)
     upright = upright.reshape(-1, *upright.shape[len(wide) - 2 : len(wide)])
     # The header alone goes on: some converters keep a whole DICOM header behind it, the patient's name included.
     return upright, read_spacing(header, (depth, lateral)), Place(header, affine, values.shape, order)
+
+
+def are_swapped(affine: np.ndarray, lateral: int, depth: int) -> bool:
+    """True where an affine says that the axis taken for depth runs along the world's x and the other one does not."""
+    along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
+    return depth < 3 and along[depth] == 0 and along[lateral] != 0
+
+
+def check_axes(path: str) -> None:
+    """Raise DamagedRecording where a file, known to be readable, has an affine by which its first axis is depth."""
+    path = path if storage.exists(path) else path.removesuffix(".gz")
+    header = read_header(storage.read_bytes(path, HEAD_BYTES))
+    header.check_fix()
+    if are_swapped(header.get_best_affine(), 0, 1):
+        raise DamagedRecording("has an affine by which its first axis is depth and its second lateral: swap the axes", path)
 
 
 def write_frames(path: str, masks: np.ndarray, place: Place) -> None:

@@ -7,13 +7,16 @@
 NAME begins with the patient, up to the first `_`: `anna_2CH_ED`, `anna_2CH_ES`, `bert_visit2_4CH`. A part of it that is
 2CH or 4CH gives the view, one that is ED or ES the phase; without them both are unknown. Files that are no NIfTI are
 passed over.
+
+In a file, axis 0 is lateral and axis 1 is depth (then time), as in CAMUS. An image whose affine says the reverse, the
+second axis along the world's x and the first not, goes to quarantine; the signs of an affine say nothing.
 """
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from heartseg import camus, storage
+from heartseg import camus, nifti, storage
 from heartseg.camus import Recording
 from heartseg.errors import UserError
 from heartseg.labels import PHASES, VIEWS, Phase, View
@@ -34,10 +37,8 @@ def list_files(source: str) -> dict[str, list[list]]:
     """Paths below `source` and sizes of all images and masks, by patient; both sorted. Raises UserError for none."""
     found: dict[str, list[list]] = {}
     for folder in (IMAGES, MASKS):
-        for name in storage.list_names(storage.join(source, folder)):
-            match = NAME.fullmatch(name)
-            if match:
-                size = storage.size_or_none(storage.join(source, folder, name))
+        for name, size in camus.list_folder(storage.join(source, folder)):
+            if match := NAME.fullmatch(name):
                 found.setdefault(match["patient"], []).append([f"{folder}/{name}", size])
     if not found:
         raise UserError(f"{source} holds no NIfTI file: give a folder of {LAYOUT}.")
@@ -63,7 +64,7 @@ def read_groups(source: str, patients: list[str]) -> dict[str, list[str]]:
     return {group: sorted(names) for group, names in groups.items()}
 
 
-def recordings(source: str, patient: str, files: list[str], frames: str, digest=None) -> Iterator[tuple]:
+def recordings(source: str, patient: str, files: list[str], frames: str, hashes: dict | None = None) -> Iterator[tuple]:
     """(view, phase, a function that reads the frames) for each picture of a patient, of its `files` below `source`.
 
     With `frames` "stills" a file is one picture; with "sequence" its third axis is time, in the file's own order, and the
@@ -76,11 +77,16 @@ def recordings(source: str, patient: str, files: list[str], frames: str, digest=
         phase = next((Phase(part) for part in parts if part in PHASES), None) if frames == "stills" else None
         about = Recording(patient, view, phase, None, *camus.NOTHING_YET)
         pair = [storage.join(source, folder, f"{name}.nii.gz") for folder in (IMAGES, MASKS)]
-        yield view, phase, reader(pair, about, frames, digest)
+        yield view, phase, reader(pair, about, frames, hashes)
 
 
-def reader(pair: list[str], about: Recording, frames: str, digest):
+def reader(pair: list[str], about: Recording, frames: str, hashes: dict | None) -> Callable[[], list[Recording]]:
     """A function that reads a pair as a list of Recordings; raises DamagedRecording when it is called."""
-    if frames == "stills":
-        return lambda: [camus.read_pair(*pair, about, digest)]
-    return lambda: camus.read_frames(*pair, about, digest)
+
+    def read() -> list[Recording]:
+        decode = camus.read_frames if frames == "sequence" else lambda *args: [camus.read_pair(*args)]
+        found = decode(*pair, about, hashes)
+        nifti.check_axes(pair[0])
+        return found
+
+    return read

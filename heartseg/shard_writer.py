@@ -4,7 +4,6 @@ A part is whole or not there, and equal sources make equal bytes, so that an int
 manifest is written last: a folder that has one is complete.
 """
 
-import hashlib
 import json
 import re
 
@@ -13,29 +12,30 @@ import pyarrow as pa
 import torch
 from torch.nn.functional import interpolate
 
-from heartseg import sources, splits, storage
+from heartseg import resume, sources, splits, storage
 from heartseg.camus import Recording
-from heartseg.config import ImageConfig, SplitConfig, canonical, first_difference, to_json
-from heartseg.errors import UserError
+from heartseg.config import ImageConfig, SplitConfig, canonical, to_json
 from heartseg.labels import CLASSES
 from heartseg.nifti import DamagedRecording
+from heartseg.resume import NOTE, PARQUET, PART_NAME, listing_hash, sealed
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, SPLITS = "manifest.json", "splits.json"
-PART_NAME = re.compile(r"part-\d{5}\.parquet")
 # Native masks are packed one by one; zstd takes a seventh of zlib's time for a third of the bytes.
 PACKING = "zstd"
 # A worker holds one part in memory: 64 stills, or 8 sequences of 10 to 40 frames.
 PATIENTS_PER_PART = {"stills": 16, "sequence": 4}
 # What a killed call may leave: a file that was not yet given its name.
 LEFTOVER = re.compile(rf"\.({PART_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(SPLITS)})\.[0-9a-f]{{8}}\.part")
-# Measured: fixed-size binary columns read back 5 to 9 times faster than Arrow's tensor type, and neither a dictionary
-# nor statistics pay for pixels.
-PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
 INFO_COLUMNS = {
     "quality": pa.string(), "ef": pa.float64(), "ef_convention": pa.string(),
     "sex": pa.string(), "age": pa.int32(), "frame_rate": pa.float64(),
 }  # fmt: skip
+
+
+def pair_of(kind: pa.DataType) -> pa.DataType:
+    """Two values of a kind, under the name that Parquet gives them: what was read is written again with the same bytes."""
+    return pa.list_(pa.field("element", kind), 2)
 
 
 def schema(image: ImageConfig, note: dict) -> pa.Schema:
@@ -43,16 +43,16 @@ def schema(image: ImageConfig, note: dict) -> pa.Schema:
     pixels = image.height * image.width
     columns = {
         "patient": pa.string(), "view": pa.string(), "phase": pa.string(), "frame": pa.int32(),
-        "image": pa.binary(pixels), "mask": pa.binary(pixels), "spacing_mm": pa.list_(pa.float64(), 2),
-        "native_mask": pa.binary(), "native_shape": pa.list_(pa.int32(), 2),
-        "native_spacing_mm": pa.list_(pa.float64(), 2),
+        "image": pa.binary(pixels), "mask": pa.binary(pixels), "spacing_mm": pair_of(pa.float64()),
+        "native_mask": pa.binary(), "native_shape": pair_of(pa.int32()),
+        "native_spacing_mm": pair_of(pa.float64()),
     } | INFO_COLUMNS  # fmt: skip
     tensors = {
         "image": {"dtype": "uint8", "shape": [1, image.height, image.width]},
         "mask": {"dtype": "uint8", "shape": [image.height, image.width]},
         "native_mask": {"dtype": "uint8", "shape": "native_shape", "compression": PACKING},
     }
-    metadata = {"heartseg.tensors": json.dumps(tensors), "heartseg.part": canonical(note).decode()}
+    metadata = {"heartseg.tensors": json.dumps(tensors), NOTE.decode(): canonical(note).decode()}
     return pa.schema(list(columns.items()), metadata=metadata)
 
 
@@ -108,59 +108,65 @@ def part_names(patients: list[str], frames: str = "stills") -> list[tuple[str, l
     return [(f"part-{i:05d}.parquet", patients[s : s + size]) for i, s in enumerate(range(0, len(patients), size))]
 
 
-def write_part(source: str, out: str, name: str, patients: list[str], image: ImageConfig, frames: str = "stills") -> dict:
+def write_part(
+    source: str,
+    out: str,
+    name: str,
+    patients: list[str],
+    image: ImageConfig,
+    frames: str = "stills",
+    listing: dict[str, list] | None = None,
+) -> dict:
     """Write one part, or take it as it is where an earlier, interrupted call has finished it; returns its record.
 
-    `frames` is one of sources.FRAMES. Raises UserError where the part there was made from another configuration or source.
+    `frames` is one of sources.FRAMES, `listing` the patients' `sources.list_files` where the caller has it. A part that
+    lacks recordings is written anew, since they may be mended. Raises UserError where the part there is damaged or was made
+    from another configuration or source.
     """
     path = storage.join(out, name)
-    listing = sources.list_files(source, patients)
+    listing = listing or sources.list_files(source, patients)
     asked = json.loads(canonical({"format": FORMAT, "image": to_json(image), "frames": frames, "listing": listing}))
-    if storage.exists(path):
-        return take_part(path, name, asked)
-    rows, note = [], asked | {"patients": {}, "quarantined": []}
+    taken = resume.take_part(path, source, asked) if storage.exists(path) else None
+    if taken:
+        return {"file": name, **taken}
+    rows, note = [], asked | {"patients": {}, "quarantined": [], "source_files": {}}
     for patient in patients:
         files = [file for file, _ in listing[patient]]
-        patient_rows, record, damaged = read_patient(source, patient, files, image, frames)
+        patient_rows, record, damaged, hashes = read_patient(source, patient, files, image, frames)
         rows += patient_rows
         note["patients"][patient] = record
         note["quarantined"] += damaged
+        note["source_files"] |= hashes
     note["rows"] = len(rows)
-    num_bytes, digest = storage.write_table(path, pa.Table.from_pylist(rows, schema(image, note)), **PARQUET)
+    table = pa.Table.from_pylist(rows, schema(image, sealed(note)))
+    num_bytes, digest = storage.write_table(path, table, **PARQUET)
     return {"file": name, "bytes": num_bytes, "sha256": digest, **note}
-
-
-def take_part(path: str, name: str, asked: dict) -> dict:
-    """The record of a finished part; raises UserError where it is damaged or made from something else than `asked`."""
-    try:
-        note = json.loads(storage.read_table_metadata(path).get(b"heartseg.part", b"{}"))
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: give --overwrite, or another --out.") from error
-    difference = first_difference({key: note.get(key) for key in asked}, asked)
-    if difference:
-        raise UserError(f"{path} was made from something else ({difference}): give --overwrite, or another --out.")
-    data = storage.read_bytes(path)
-    return {"file": name, "bytes": len(data), "sha256": storage.sha256(data), **note}
 
 
 def read_patient(
     source: str, patient: str, files: list[str], image: ImageConfig, frames: str
-) -> tuple[list[dict], dict, list[dict]]:
-    """A patient's shard rows, what the manifest keeps of them, and the recordings that were damaged."""
-    rows, damaged, digest, recordings = [], [], hashlib.sha256(), 0
-    for view, phase, read in sources.recordings(source, patient, files, frames, digest):
+) -> tuple[list[dict], dict, list[dict], dict[str, str]]:
+    """A patient's shard rows, what the manifest keeps of them, the damaged recordings, and the SHA-256 of each file read."""
+    rows, damaged, by_path, recordings = [], [], {}, 0
+    for view, phase, read in sources.recordings(source, patient, files, frames, by_path):
         recordings += 1
         try:
             rows += [make_row(recording, image) for recording in read()]
         except DamagedRecording as error:
-            file = error.file.removeprefix(source).lstrip("/")
+            file = below(source, error.file)
             damaged.append({"patient": patient, "view": view, "phase": phase, "file": file, "reason": error.reason})
-    record = {"rows": len(rows), "recordings": recordings, "sha256": digest.hexdigest()}
+    hashes = {below(source, path): digest for path, digest in by_path.items()}
+    record = {"rows": len(rows), "recordings": recordings, "sha256": storage.sha256(canonical(hashes))}
     # What groups of patients are balanced by, kept here so that a split needs no look at the rows.
     record["ef"] = next((row["ef"] for row in rows if row["ef"] is not None), None)
     record["quality"] = {row["view"]: row["quality"] for row in rows if row["quality"]}
     record["intensity_sums"] = [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)]
-    return rows, record, damaged
+    return rows, record, damaged, hashes
+
+
+def below(source: str, path: str) -> str:
+    """A path without the folder of the source, so that a moved source is the same one."""
+    return path.removeprefix(source).lstrip("/")
 
 
 def intensity_sums(row: dict) -> tuple[int, int, int]:
@@ -193,31 +199,36 @@ def write_manifest(
         "patients": patients,
         "official_groups": official or {},
         "quarantined": [entry for part in parts for entry in part["quarantined"]],
-        "source_listing": storage.sha256(canonical([part["listing"] for part in parts])),
+        "source_listing": listing_hash([part["listing"] for part in parts]),
         "source_sha256": storage.sha256(canonical({name: record["sha256"] for name, record in patients.items()})),
     }
     storage.publish_json(storage.join(out, MANIFEST), sealed(manifest))
     return manifest
 
 
-def sealed(value: dict) -> dict:
-    """A value with the hash of the rest of it under `seal`, by which a change of the file is seen."""
-    rest = {key: inner for key, inner in value.items() if key != "seal"}
-    return rest | {"seal": storage.sha256(canonical(rest))}
+def keep_groups(out: str, manifest: dict, official: dict[str, list[str]]) -> None:
+    """Write into a finished folder's manifest how its source divides itself by now; nothing else in it changes."""
+    if manifest["official_groups"] != official:
+        storage.publish_json(storage.join(out, MANIFEST), sealed(manifest | {"official_groups": official}))
 
 
 def source_listing(source: str, patients: list[str], frames: str = "stills") -> str:
     """The hash that `write_manifest` keeps of a source's file names and sizes, computed without reading the files."""
     listing = sources.list_files(source, patients)
-    return storage.sha256(canonical([{p: listing[p] for p in chunk} for _, chunk in part_names(patients, frames)]))
+    return listing_hash([{p: listing[p] for p in chunk} for _, chunk in part_names(patients, frames)])
 
 
 def write_splits(out: str, config: SplitConfig, manifest_patients: dict, official: dict[str, list[str]]) -> dict:
     """Write `splits.json` for the patients that have rows; returns the groups."""
-    patients = [name for name, record in manifest_patients.items() if record["rows"]]
-    groups = splits.make_groups(config, patients, official, manifest_patients)
+    groups = make_groups(config, manifest_patients, official)
     storage.publish_json(storage.join(out, SPLITS), sealed({"config": to_json(config), "groups": groups}))
     return groups
+
+
+def make_groups(config: SplitConfig, manifest_patients: dict, official: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The groups of the patients that have rows."""
+    patients = [name for name, record in manifest_patients.items() if record["rows"]]
+    return splits.make_groups(config, patients, official, manifest_patients)
 
 
 def remove_leftovers(out: str) -> None:

@@ -5,7 +5,6 @@ folder with a manifest is complete. A row is one frame. Nothing that reads trust
 checked, and a damaged part is named.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -192,23 +191,12 @@ def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
     index: dict[str, list[PartRows]] = {group: [] for group in shards.groups}
     for part in shards.manifest["parts"]:
         inside: dict[str, list[str]] = {}
-        for patient in _patients_of(shards, part):
+        for patient in part["patients"]:
             inside.setdefault(group_of.get(patient, ""), []).append(patient)
         for group in index.keys() & inside.keys():
             rows = sum(shards.manifest["patients"][patient]["rows"] for patient in inside[group])
             index[group] += [PartRows(part, inside[group], rows)] if rows else []
     return index
-
-
-def _patients_of(shards: Shards, part: dict) -> list[str]:
-    """The patients in a part; earlier manifests left them to the part's own metadata."""
-    if "patients" in part:
-        return part["patients"]
-    path = storage.join(shards.path, part["file"])
-    try:
-        return list(json.loads(storage.read_table_metadata(path)[b"heartseg.part"])["patients"])
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-        raise UserError(f"The shard {path} cannot be read: preprocess again with --overwrite.") from error
 
 
 def check_sizes(shards: Shards) -> None:

@@ -20,6 +20,11 @@ def find_patients(source: str) -> list[str]:
     return camus.find_patients(source)
 
 
+def is_there(source: str) -> bool:
+    """True where a source is what it was, as far as its own folders tell: a disk that is not mounted is an empty folder."""
+    return pairs.is_plain_folder(source) or storage.exists(storage.join(source, camus.IMAGES_FOLDER))
+
+
 def read_groups(source: str) -> dict[str, list[str]]:
     """The split that a source comes with, group to patients; empty where it comes with none."""
     if pairs.is_plain_folder(source):
@@ -40,6 +45,15 @@ def list_files(source: str, patients: list[str]) -> dict[str, list[list]]:
     return {patient: camus.list_files(source, patient) for patient in patients}
 
 
+def file_paths(source: str, listing: dict[str, list[list]]) -> dict[str, list[str]]:
+    """The paths below `source` of the files that `list_files` names, by patient."""
+    plain = pairs.is_plain_folder(source)
+    return {
+        patient: [name if plain else "/".join((camus.IMAGES_FOLDER, patient, name)) for name, _ in files]
+        for patient, files in listing.items()
+    }
+
+
 def check_frames(source: str, patients: list[str], frames: str) -> None:
     """Raise UserError where sequences are asked for and nobody has one."""
     if frames == "sequence" and not pairs.is_plain_folder(source):
@@ -49,22 +63,22 @@ def check_frames(source: str, patients: list[str], frames: str) -> None:
 
 
 def recordings(
-    source: str, patient: str, files: list[str], frames: str, digest=None
+    source: str, patient: str, files: list[str], frames: str, hashes: dict[str, str] | None = None
 ) -> Iterator[tuple[View | None, Phase | None, Callable[[], list[Recording]]]]:
     """(view, phase, a function that reads the frames) for each still, or each sequence, that a patient should have.
 
-    The function raises DamagedRecording; every byte that it reads is fed to `digest`.
+    The function raises DamagedRecording; the SHA-256 of each file that it reads goes into `hashes`, by path.
     """
     if pairs.is_plain_folder(source):
-        yield from pairs.recordings(source, patient, files, frames, digest)
+        yield from pairs.recordings(source, patient, files, frames, hashes)
     elif frames == "sequence":
         for view in VIEWS:
-            yield view, None, partial(camus.read_half_sequence, source, patient, view, digest)
+            yield view, None, partial(camus.read_half_sequence, source, patient, view, hashes)
     else:
         for view, phase in camus.stills_of():
-            yield view, phase, partial(read_one, source, patient, view, phase, digest)
+            yield view, phase, partial(read_one, source, patient, view, phase, hashes)
 
 
-def read_one(source: str, patient: str, view: View, phase: Phase, digest) -> list[Recording]:
+def read_one(source: str, patient: str, view: View, phase: Phase, hashes: dict | None) -> list[Recording]:
     """A still as a list of one frame; raises DamagedRecording."""
-    return [camus.read_still(source, patient, view, phase, digest)]
+    return [camus.read_still(source, patient, view, phase, hashes)]

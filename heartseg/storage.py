@@ -133,32 +133,36 @@ def list_names(path: str) -> list[str]:
     """Sorted names of the entries of a folder; empty where there is no folder."""
     if not is_uri(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    return sorted(entry.base_name for entry in _entries(path))
+
+
+def list_files(path: str) -> list[tuple[str, int | None]]:
+    """Sorted names of the entries of a folder with their bytes, None for what is no file; of a store by one request."""
+    if is_uri(path):
+        return sorted((entry.base_name, entry.size) for entry in _entries(path))
+    return [(name, size_or_none(join(path, name))) for name in list_names(path)]
+
+
+def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
+    """What is in a folder, by one listing; nothing where there is no folder."""
     fs, inner = filesystem(path)
     with _explained(path):
-        return sorted(entry.base_name for entry in fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True)))
+        return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=recursive))
 
 
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None where the path is no file."""
-    if not is_uri(path):
-        return os.path.getsize(path) if os.path.isfile(path) else None
-    return _info(path).size
+    return _info(path).size if is_uri(path) else os.path.getsize(path) if os.path.isfile(path) else None
 
 
 def modification_times(path: str) -> dict[str, datetime.datetime]:
     """When each file of a folder was last written, by the clock of its file system; empty where there is no folder."""
-    fs, inner = filesystem(path)
-    with _explained(path):
-        found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
-    return {entry.base_name: entry.mtime for entry in found if entry.is_file}
+    return {entry.base_name: entry.mtime for entry in _entries(path) if entry.is_file}
 
 
 def sizes(path: str) -> dict[str, int]:
     """Bytes of each file of a folder, by one listing; empty where there is no folder."""
-    fs, inner = filesystem(path)
-    with _explained(path):
-        found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True))
-    return {entry.base_name: entry.size for entry in found if entry.is_file}
+    return {entry.base_name: entry.size for entry in _entries(path) if entry.is_file}
 
 
 def walk(path: str) -> list[str]:
@@ -171,11 +175,9 @@ def walk(path: str) -> list[str]:
                 found += [os.path.join(folder, name) for name in names]
             seen.add(os.path.realpath(folder))
         return sorted(found)
-    fs, inner = filesystem(path)
-    with _explained(path):
-        found = fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=True))
-    files = [entry.path.removeprefix(inner).lstrip("/") for entry in found if entry.type == pyarrow.fs.FileType.File]
-    return sorted(join(path, name) for name in files)
+    inner = filesystem(path)[1]
+    files = (entry.path for entry in _entries(path, recursive=True) if entry.is_file)
+    return sorted(join(path, name.removeprefix(inner).lstrip("/")) for name in files)
 
 
 def read_bytes(path: str, at_most: int = -1) -> bytes:
@@ -221,7 +223,8 @@ def publish(path: str, data: bytes) -> None:
                 # A stream that an exception drops still leaves a visible object, so what arrived is read again first.
                 _check_arrived(fs, temporary, data)
             else:
-                _flush_to_disk(temporary)
+                with open(temporary, "rb") as stream:
+                    os.fsync(stream.fileno())
             fs.move(temporary, inner)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -244,14 +247,6 @@ def say_refused(error: OSError, path: str) -> str:
     """The sentence for a disk that is full or a storage that refuses a write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return f"{path} cannot be written ({reason}): make room or give another folder, then the same command goes on."
-
-
-def _flush_to_disk(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish_json(path: str, value: object) -> None:
@@ -281,16 +276,21 @@ def sha256(data: bytes) -> str:
 
 def write_table(path: str, table: pa.Table, **options) -> tuple[int, str]:
     """Publish an Arrow table as Parquet; returns its bytes and SHA-256. `options` go to pyarrow's writer."""
-    sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, **options)
-    data = sink.getvalue().to_pybytes()
+    data = table_bytes(table, **options)
     publish(path, data)
     return len(data), sha256(data)
 
 
-def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The Arrow table in the bytes of a Parquet file, or some columns; raises pa.ArrowInvalid or OSError for damaged ones."""
-    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=columns)
+def table_bytes(table: pa.Table, **options) -> bytes:
+    """The bytes that `write_table` publishes for a table."""
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def read_table(data: bytes, columns: list[str] | None = None, verify: bool = False) -> pa.Table:
+    """The table in a Parquet file's bytes; ArrowInvalid or OSError for a damaged one, which `verify` tells by its checksums."""
+    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=verify)
 
 
 def read_table_metadata(path: str) -> dict[bytes, bytes]:

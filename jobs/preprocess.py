@@ -4,6 +4,7 @@
 (heartseg/pairs.py has the whole layout).
 """
 
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from heartseg import locks, pairs, shard_writer, shards, sources, splits, storage
+from heartseg import locks, pairs, resume, shard_writer, shards, sources, splits, storage
 from heartseg.config import Experiment, SplitConfig, first_difference, from_json, to_json
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from jobs import runtime
 
 
@@ -29,7 +30,7 @@ class Options:
     overwrite: bool = False
     """Begin anew where --out holds shards already."""
     max_quarantined: float = 0.01
-    """Largest share of the recordings that may be damaged."""
+    """Largest share of the recordings that may be damaged, 0 to 1."""
     resplit: bool = False
     """Divide shards that are there in another way, also without --source; runs on the old groups will not resume on them."""
     launcher: Literal["ray", "plain"] = "ray"
@@ -39,6 +40,8 @@ class Options:
 def run(experiment: Experiment, options: Options) -> None:
     """Write the shards of `experiment.source` to `experiment.out`; what an interrupted call finished is kept."""
     out = runtime.require(experiment.out, "--out", "the folder for the shards")
+    share = options.max_quarantined
+    require(0 <= share <= 1, f"--max-quarantined {share:g} is no share: give one from 0 to 1, as 0.05 for 5 %.")
     complete = storage.exists(storage.join(out, shards.MANIFEST)) and not options.overwrite
     if complete and options.resplit and not experiment.source:
         with locks.lock(out):
@@ -62,8 +65,10 @@ def run_from_source(experiment: Experiment, options: Options, out: str) -> dict[
         if options.overwrite:
             shard_writer.remove_shards(out)
         if storage.exists(storage.join(out, shards.MANIFEST)):
-            check_split(experiment, options)
-            manifest = check_same(experiment, options, shard_writer.source_listing(source, patients, options.frames))
+            manifest = check_same(experiment, options, patients)
+            shards.check_sizes(shards.Shards(out, manifest, {}))
+            check_split(experiment, options, manifest, official)
+            shard_writer.keep_groups(out, manifest, official)
             print(f"{out} is complete: {manifest['rows']} images.")
         else:
             manifest = write(experiment, options, patients, official)
@@ -71,17 +76,23 @@ def run_from_source(experiment: Experiment, options: Options, out: str) -> dict[
 
 
 def write(experiment: Experiment, options: Options, patients: list[str], official: dict[str, list[str]]) -> dict:
-    """Write every part and then the manifest; refuses where too much is damaged."""
+    """Write every part and then the manifest; refuses where too much is damaged, and where a part is not there."""
     source, out, image, frames = experiment.source, experiment.out, experiment.image, options.frames
     parts = shard_writer.part_names(patients, frames)
-    tasks = [(source, out, name, chunk, image, frames) for name, chunk in parts]
+    names = [name for name, _ in parts]
+    resume.check_strays(out, names)
+    # A plain folder is listed once; each patient of CAMUS has a folder of its own, which the workers list.
+    listing = sources.list_files(source, patients) if pairs.is_plain_folder(source) else {}
+    tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk if listing}) for name, chunk in parts]
     records, bar = {}, tqdm(total=len(patients), unit=" patients", desc="preprocess", file=sys.stdout, mininterval=1)
     for record in map_with_ray(tasks, experiment.workers) if options.launcher == "ray" else map_plainly(tasks):
         records[record["file"]] = record
         bar.update(len(record["patients"]))
     bar.close()
-    found = [records[name] for name, _ in parts]
+    found = [records[name] for name in names]
     show_quarantine(found, options)
+    resume.check_parts(out, found)
+    resume.check_strays(out, names)
     name = sources.dataset_name(source, patients)
     manifest = shard_writer.write_manifest(out, name, image, found, frames, official)
     print(f"{manifest['rows']} images of {len(patients)} patients in {len(found)} parts: {out}")
@@ -111,11 +122,22 @@ def map_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
 
 
 def _write_part(*task) -> dict:
-    """A part's record, or a user's mistake or a store that was away, which Ray would wrap in a traceback if it were raised."""
+    """A part's record, or an error, which Ray would wrap in a traceback if it were raised.
+
+    An error is a user's mistake, a store that was away or a disk that refuses.
+    """
+    source, out = task[:2]
     try:
+        # Elsewhere than on the first machine, a source that is not there would be patients without files.
+        node = socket.gethostname()
+        require(sources.is_there(source), f"The source {source} is not there on {node}: every node must see --source.")
         return shard_writer.write_part(*task)
     except UserError as error:
         return {"error": error}
+    except OSError as error:
+        if error.errno not in runtime.REFUSALS:
+            raise
+        return {"error": UserError(storage.say_refused(error, error.filename or out))}
 
 
 def show_quarantine(parts: list[dict], options: Options) -> None:
@@ -132,26 +154,41 @@ def show_quarantine(parts: list[dict], options: Options) -> None:
         )
 
 
-def check_same(experiment: Experiment, options: Options, listing: str) -> dict:
-    """The manifest that is there; raises UserError where it is of another configuration or source."""
-    manifest = shards.read_manifest(experiment.out)
-    there = {"image": manifest.get("image"), "frames": manifest.get("frames"), "source files": manifest.get("source_listing")}
-    asked = {"image": to_json(experiment.image), "frames": options.frames, "source files": listing}
-    difference = first_difference(there, asked)
+def check_same(experiment: Experiment, options: Options, patients: list[str]) -> dict:
+    """The manifest that is there; raises UserError where it is of another configuration, or the source has changed since."""
+    manifest, source = shards.read_manifest(experiment.out), experiment.source
+    there = {"image": manifest.get("image"), "frames": manifest.get("frames")}
+    difference = first_difference(there, {"image": to_json(experiment.image), "frames": options.frames})
+    if not difference:
+        difference = resume.changed_source(experiment.out, manifest, source, sources.list_files(source, patients))
     if difference:
         raise UserError(f"{experiment.out} holds other shards ({difference}): give --overwrite, or another --out.")
     return manifest
 
 
-def check_split(experiment: Experiment, options: Options) -> None:
-    """Raise UserError where shards are divided in another way than asked and `--resplit` is not given."""
+def check_split(experiment: Experiment, options: Options, manifest: dict, official: dict[str, list[str]]) -> None:
+    """Raise UserError where shards are divided in another way than asked and `--resplit` is not given.
+
+    `official` is the source's own split: its files may have been edited since.
+    """
     path = storage.join(experiment.out, shards.SPLITS)
     if options.resplit or not storage.exists(path):
         return
-    there = from_json(storage.read_json(path).get("config", {}), SplitConfig, path)
+    split = storage.read_json(path)
+    there = from_json(split.get("config", {}), SplitConfig, path)
     difference = first_difference(to_json(there), to_json(experiment.split), "split.")
+    if not difference and split == shards.sealed(split):  # a damaged one is written anew
+        groups = shard_writer.make_groups(experiment.split, manifest["patients"], official)
+        if moved := sorted(set(group_of(groups).items()) ^ set(group_of(split["groups"]).items())):
+            name = moved[0][0]
+            difference = f"{name}: {group_of(split['groups']).get(name)} there, {group_of(groups).get(name)} by the source"
     if difference:
         raise UserError(f"{experiment.out} is divided otherwise ({difference}): give --resplit, or another --out.")
+
+
+def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
+    """The group of each patient."""
+    return {patient: group for group, patients in groups.items() for patient in patients}
 
 
 def job(argv: Sequence[str]) -> None:

@@ -146,22 +146,22 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
             "frames": frames,
         }
 
-    def outdated(listing: str) -> list[str]:
+    def outdated() -> list[str]:
         if not storage.exists(storage.join(experiment.data, MANIFEST)):
             return []
         try:
-            preprocess.check_same(written, asked, listing)
+            manifest = preprocess.check_same(written, asked, sources.find_patients(experiment.source))
             check_sizes(open_shards(experiment.data))
         except UserError:
             return ["--overwrite"]
         try:
-            preprocess.check_split(written, asked)
+            preprocess.check_split(written, asked, manifest, sources.read_groups(experiment.source))
         except UserError:
             return ["--resplit"]
         return []
 
     def command(results: Results, anew: bool) -> Command:
-        changed = ["--overwrite"] if anew else outdated(inputs(results)["source files"])
+        changed = ["--overwrite"] if anew else outdated()
         arguments = ["--frames", frames, "--max-quarantined", str(work.max_quarantined), *changed]
         return Command(arguments, experiment.data, written)
 

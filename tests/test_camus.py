@@ -175,6 +175,18 @@ def test_groups_read_back_and_a_group_without_a_file_is_absent(tmp_path):
     assert camus.read_groups(str(tmp_path)) == {"train": ["patient0001", "patient0003"], "test": ["patient0002"]}
 
 
+def test_a_split_file_that_windows_wrote_keeps_its_first_patient_and_one_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / camus.SPLIT_FOLDER / camus.SPLIT_FILES["test"]
+    path.parent.mkdir()
+    path.write_bytes("patient0001\r\npatient0002\r\n".encode("utf-8-sig"))
+    assert camus.read_groups(str(tmp_path)) == {"test": ["patient0001", "patient0002"]}
+    for damage in ("patient0001\n".encode("utf-16"), b"d\xf6ra\n", None):
+        path.unlink()
+        path.write_bytes(damage) if damage else path.mkdir()
+        with pytest.raises(UserError, match=r"subgroup_testing\.txt cannot be read as UTF-8 text"):
+            camus.read_groups(str(tmp_path))
+
+
 def test_the_dataset_is_named_by_its_note_or_its_patients(phantom, tmp_path):
     assert camus.dataset_name(phantom, camus.find_patients(phantom)) == "phantom"
     assert camus.dataset_name(str(tmp_path), ["patient0001", "patient0500"]) == "CAMUS"

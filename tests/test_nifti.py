@@ -118,6 +118,24 @@ def test_no_damaged_header_does_more_than_give_a_reason(where, value):
     assert array.size * array.itemsize <= 20 * 8 and min(spacing_mm) > 0
 
 
+def test_members_that_hold_nothing_are_refused_after_some_and_those_of_bgzip_are_read():
+    content, empty = bytes(range(250)) * 4000, gzip.compress(b"")
+    blocks = b"".join(gzip.compress(content[start : start + 1000]) for start in range(0, len(content), 1000))
+    assert nifti.inflate(blocks + empty * 900) == content
+    with pytest.raises(ValueError, match="members with hardly anything in them"):
+        nifti.inflate(gzip.compress(content[:1000]) + empty * 100_000)
+
+
+@pytest.mark.parametrize("step", [1, 7, 64])
+def test_a_stream_taken_in_small_steps_is_the_same_bytes(step, monkeypatch):
+    content = np.random.default_rng(step).integers(0, 9, 3000, dtype=np.uint8).tobytes()
+    packed = gzip.compress(content) + gzip.compress(b"") + bytes(5) + gzip.compress(content) + bytes(90)
+    monkeypatch.setattr(nifti, "PACKED_STEP", step)
+    assert nifti.inflate(packed) == content * 2 and nifti.inflate(packed, 3500) == (content * 2)[:3500]
+    with pytest.raises(ValueError, match="cut off"):
+        nifti.inflate(packed[:-100])
+
+
 def test_zlib_and_isal_agree_on_a_real_sized_file():
     content = np.random.default_rng(0).normal(60, 20, 700_000).clip(0, 255).round().astype(np.float32).tobytes()
     packed = gzip.compress(content, 1)

@@ -2,6 +2,7 @@
 
 import os
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import tiny_experiment
@@ -116,6 +117,25 @@ def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_pa
     assert "No such file" in found["emil"]["reason"] and "2 axes" in found["gwen"]["reason"]
 
 
+def test_a_name_that_is_no_utf_8_is_refused_in_a_sentence(folder, tmp_path):
+    with open(os.fsencode(folder) + b"/images/d\xf6ra_1.nii.gz", "wb"):
+        pass
+    with pytest.raises(UserError, match=r"holds 'd\\udcf6ra_1\.nii\.gz', a name that is no UTF-8: rename it"):
+        write(folder, tmp_path / "out")
+
+
+def test_a_picture_whose_affine_swaps_the_axes_goes_to_quarantine(folder, tmp_path):
+    for name, affine in (("emil_1", [[0, 1, 0], [1, 0, 0], [0, 0, 1]]), ("finn_1", np.diag([-1, -1, 1]))):
+        path = os.path.join(folder, "images", f"{name}.nii.gz")
+        stored = np.eye(4)
+        stored[:3, :3] = affine
+        nibabel.Nifti1Image(np.asanyarray(nibabel.load(path).dataobj), stored).to_filename(path)
+    options = preprocess.Options(launcher="plain", max_quarantined=0.5)
+    preprocess.run(tiny_experiment(source=folder, out=str(tmp_path / "out")), options)
+    (entry,) = open_shards(str(tmp_path / "out")).manifest["quarantined"]
+    assert entry["file"] == "images/emil_1.nii.gz" and "first axis is depth and its second lateral" in entry["reason"]
+
+
 def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):
     for kind in ("images", "masks"):
         nifti.write_nifti(os.path.join(folder, kind, "gwen_1.nii.gz"), np.ones((50, 40, 3), np.uint8), (1, 1))
@@ -140,7 +160,7 @@ def test_a_folder_of_neither_layout_names_both(tmp_path):
 def test_a_changed_folder_is_seen(folder, tmp_path):
     write(folder, tmp_path / "out")
     put(folder, "hugo_1")
-    with pytest.raises(UserError, match="source files"):
+    with pytest.raises(UserError, match=r"other shards \(hugo is new\)"):
         write(folder, tmp_path / "out")
 
 

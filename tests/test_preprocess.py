@@ -51,9 +51,9 @@ def hashes(out: str) -> dict[str, str]:
     return found
 
 
-def start(many: str, out: str, launcher: str) -> subprocess.Popen:
+def start(many: str, out: str, launcher: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
     """The job as a user starts it, with two workers under Ray."""
-    command = [sys.executable, str(ROOT / "jobs" / "preprocess.py"), "quick", "--source", many, "--out", out]
+    command = [*prefix, sys.executable, str(ROOT / "jobs" / "preprocess.py"), "quick", "--source", many, "--out", out]
     command += ["--image.height", "64", "--image.width", "64", "--split.kind", "ratio", "--split.test-share", "0.25"]
     command += ["--launcher", launcher, "--workers", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -142,7 +142,20 @@ def test_a_changed_grid_or_source_is_refused_and_named(many, tmp_path):
     preprocess.run(tiny_experiment(source=source, out=out), options)
     with pytest.raises(UserError, match="image.height: 64 there, 80 asked"):
         preprocess.run(tiny_experiment(source=source, out=out, image=ImageConfig(80, 64)), options)
-    os.remove(camus.recording_path(source, first[0], camus.VIEWS[0], camus.PHASES[0]))
-    with pytest.raises(UserError, match="source files"):
+    gone = camus.recording_path(source, first[0], camus.VIEWS[0], camus.PHASES[0])
+    os.remove(gone)
+    with pytest.raises(UserError, match=rf"{os.path.basename(gone)} of {first[0]} is gone"):
         preprocess.run(tiny_experiment(source=source, out=out), options)
     assert open_shards(out).manifest["rows"] == 32
+
+
+@pytest.mark.parametrize("launcher", ["plain", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_full_disk_is_a_sentence_whoever_writes_the_parts(launcher, many, tmp_path):
+    # A small file system in a mount namespace of its own, which the first part does not fit on.
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f'mount -t tmpfs -o size=100k tmpfs {disk} || exit 99; "$@"'
+    job = start(many, str(disk), launcher, ("unshare", "-rm", "sh", "-c", script, "sh"))
+    said, _ = job.communicate(timeout=200)
+    assert job.returncode == 2, said
+    assert "No space left on device" in said and "then the same command goes on" in said and "Traceback" not in said

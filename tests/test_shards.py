@@ -159,7 +159,7 @@ def test_a_resumed_folder_equals_one_written_in_one_go(phantom, patients, writte
 def test_a_part_of_another_configuration_or_source_is_refused(phantom, patients, copied, tmp_path):
     with pytest.raises(UserError, match=r"part-00000\.parquet was made from something else \(image\.height: 48 there, 64"):
         shards.write_part(phantom, copied, "part-00000.parquet", patients[:3], ImageConfig(64, 40))
-    with pytest.raises(UserError, match=r"made from something else \(listing\."):
+    with pytest.raises(UserError, match=r"made from something else \(patient0003 is gone\)"):
         shards.write_part(phantom, copied, "part-00000.parquet", patients[:2], GRID)
 
 
