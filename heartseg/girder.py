@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 import requests
+from urllib3.exceptions import LocationValueError
 
 from heartseg.errors import UserError
 
@@ -116,7 +117,7 @@ class Server:
             ) from error
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
             raise FailedDownload(f"breaks off after {num_bytes} bytes") from error
-        except requests.RequestException as error:
+        except (requests.RequestException, LocationValueError) as error:  # the second for a host name that can be none
             raise FailedDownload(f"cannot be reached ({innermost(error)})") from error
         return num_bytes
 

@@ -29,8 +29,14 @@ def test_the_plain_way_and_ours_make_the_same_masks_and_nearly_the_same_images(p
 
 def test_a_row_of_the_table_counts_every_image_and_the_ratio_is_of_its_rates(phantom, tmp_path):
     text = data.plain_row(phantom, camus.find_patients(phantom)[:2], str(tmp_path), repeats=1)
-    images, plain, ours, ratio = text[34:].split()[:4]
-    assert images == "8" and float(ratio.rstrip("x")) == pytest.approx(float(ours) / float(plain), rel=0.1, abs=0.06)
+    images, plain, ours, ratio, zlib, of_zlib, isal, of_isal, wall = text[34:].split()
+    for rate, share in ((zlib, of_zlib), (isal, of_isal)):
+        assert float(share.rstrip("%")) == pytest.approx(100 * float(ours) / float(rate), rel=0.1, abs=0.6)
+    assert (
+        wall.endswith("x")
+        and images == "8"
+        and float(ratio.rstrip("x")) == pytest.approx(float(ours) / float(plain), rel=0.1, abs=0.06)
+    )
 
 
 def test_memory_is_of_a_process_of_its_own_and_printed_in_a_table(phantom, capsys):
