@@ -15,6 +15,8 @@ from heartseg.shards import Frames
 
 # Images [b,1,H,W] and labels [b,H,W].
 Batch = tuple[torch.Tensor, torch.Tensor]
+# A generator of torch's takes this many seeds; what is mixed from a large one goes round.
+SEEDS = 2**64
 
 
 class Batches(Protocol):
@@ -73,7 +75,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of an epoch, the same on every rank: int64 [num_rows]."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % SEEDS)
     return torch.randperm(num_rows, generator=generator)
 
 

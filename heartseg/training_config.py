@@ -4,6 +4,7 @@ They are parts of config.Experiment, and are imported from there. The text under
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,9 @@ class LossConfig:
     """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures."""
     aux_weight: float = 0.4
     """Weight of the auxiliary head's loss, where there is such a head."""
+
+    def __post_init__(self):
+        require(0 <= self.aux_weight < math.inf, "loss.aux_weight must be at least 0, and finite.")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class OptimConfig:
     def __post_init__(self):
         require(0 < self.lr < 1e6, "optim.lr must be above 0, and finite.")
         require(0 <= self.momentum < 1, "optim.momentum must be at least 0 and below 1.")
-        require(min(self.weight_decay, self.clip_norm) >= 0, "optim.weight_decay and optim.clip_norm must be at least 0.")
+        require(
+            0 <= self.weight_decay < math.inf and 0 <= self.clip_norm < math.inf,
+            "optim.weight_decay and optim.clip_norm must be at least 0, and finite.",
+        )
         require(0 <= self.ema_decay < 1, "optim.ema_decay must be at least 0 and below 1.")
 
 
@@ -72,13 +79,19 @@ class ScheduleConfig:
     """Epochs without a gain of the validation Dice after which `plateau` drops at the next."""
 
     def __post_init__(self):
-        require(self.warmup_epochs >= 0 and self.power > 0, "schedule.warmup_epochs must be at least 0, schedule.power above.")
+        require(
+            0 <= self.warmup_epochs < math.inf and 0 < self.power < math.inf,
+            "schedule.warmup_epochs must be at least 0, schedule.power above, and both finite.",
+        )
         shares = (self.factor, self.step_share, self.final, self.rise, *self.milestones)
         require(
             all(0 < share < 1 for share in shares),
             "schedule.factor, .step_share, .final, .rise and .milestones must lie between 0 and 1.",
         )
-        require(self.cycles >= 1 and self.cycle_growth > 0, "schedule.cycles must be at least 1, .cycle_growth above 0.")
+        require(
+            self.cycles >= 1 and 0 < self.cycle_growth < math.inf,
+            "schedule.cycles must be at least 1, schedule.cycle_growth above 0, and finite.",
+        )
         require(self.patience >= 0, "schedule.patience must be at least 0.")
 
 
@@ -136,11 +149,13 @@ class TrainConfig:
     compress_gradients: bool = False
     """Workers exchange gradients in bf16: half the bytes, for slow networks."""
     deterministic: bool = False
-    """Two runs on one machine give the same bits; slower on GPUs."""
+    """Two runs on one machine give the same bits: tested on CPUs. On GPUs, where it is slower, PyTorch is told to refuse what
+    has no deterministic kernel, and nobody has tried it."""
 
     def __post_init__(self):
         require(self.epochs >= 1, "train.epochs must be at least 1.")
         require(self.batch_size >= 2, "train.batch_size must be at least 2: DeepLab cannot normalise one image.")
+        require(0 <= self.seed < 2**63, "train.seed must be from 0 to 2^63 - 1.")
         require(self.eval_batch_size >= 1, "train.eval_batch_size must be at least 1.")
         require(0 <= self.holdout < 1, "train.holdout must be at least 0 and below 1.")
         require(
