@@ -79,6 +79,19 @@ def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) 
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+@torch.no_grad()
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the running statistics of rank 0, so that all of them evaluate the model that it keeps, in place.
+
+    Ranks that do not share batch statistics gather their own, and DistributedDataParallel evens out those of the model that
+    it wraps, at its next forward pass.
+    """
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)
+
+
 def compress_gradients(wrapped: nn.Module) -> None:
     """Let ranks exchange gradients in bf16, where there are ranks to exchange with."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,9 +15,16 @@ import torch
 from torch import nn
 
 from heartseg.augment import augment
-from heartseg.batches import Batches, Intensity, check_shares, share, steps_per_epoch
+from heartseg.batches import SEEDS, Batches, Intensity, check_shares, share, steps_per_epoch
 from heartseg.config import Experiment, TrainConfig
-from heartseg.distributed import Ranks, compress_gradients, min_over_ranks, share_batch_statistics, sum_over_ranks
+from heartseg.distributed import (
+    Ranks,
+    compress_gradients,
+    min_over_ranks,
+    share_batch_statistics,
+    share_buffers,
+    sum_over_ranks,
+)
 from heartseg.losses import segmentation_loss, training_loss
 from heartseg.metrics import ScoreSums, predicted_labels
 from heartseg.optim import AveragedWeights, build_optimizer, set_lr
@@ -27,7 +35,7 @@ STEPS_PER_CHECK = 20
 
 
 class NonFiniteLoss(Exception):
-    """The loss was NaN or infinite at a step; `rows` are the training rows of its global batch."""
+    """The loss was NaN or infinite at a step, or what its update left was; `rows` are the training rows of its global batch."""
 
     def __init__(self, epoch: int, step: int, rows: list[int]):
         super().__init__(f"the loss of epoch {epoch}, step {step} is not finite")
@@ -128,9 +136,11 @@ def fit(
     others = {group: loader for group, loader in loaders.items() if group != "train"}
     while state.epoch < experiment.train.epochs:
         metrics = train_one_epoch(experiment, state, loaders["train"], intensity, ranks, on_step)
+        share_buffers(state.evaluated, ranks)
         for group, loader in others.items():
             scores = evaluate(experiment, state.evaluated, loader, intensity, ranks)
             metrics |= {f"{group}/{name}": value for name, value in scores.items()}
+        _raise_if_ruined(state, metrics, loaders, experiment.train, ranks)
         if "val/dice" in metrics:
             state.val_dice.append(metrics["val/dice"])
         on_epoch_end(state, metrics)
@@ -150,14 +160,14 @@ def train_one_epoch(
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
     sums = ScoreSums(ranks.device)
     first_bad_step = torch.full((), steps, device=ranks.device)
-    torch.manual_seed((train.seed * 1_000_003 + epoch) * 1_003 + ranks.rank)
+    torch.manual_seed(((train.seed * 1_000_003 + epoch) * 1_003 + ranks.rank) % SEEDS)
     state.wrapped.train()
     for step, (images, masks) in enumerate(loader.training_batches(train.batch_size, train.seed, epoch)):
         lr = experiment.optim.lr * lr_multiplier(
             experiment.schedule, epoch * steps + step, train.epochs * steps, steps, state.val_dice
         )
         set_lr(state.optimizer, lr)
-        draw_seed = (train.seed * 1_000_003 + epoch) * 100_003 + step
+        draw_seed = ((train.seed * 1_000_003 + epoch) * 100_003 + step) % SEEDS
         images, masks = augment(experiment.augment, images, masks, train.batch_size, mine.start, draw_seed)
         loss, prediction = train_step(experiment, state, intensity.apply(images), masks, ranks)
         sums.add(loss, prediction, masks)
@@ -221,6 +231,24 @@ def _raise_if_not_finite(
     step = int(min_over_ranks(first_bad_step.clone(), ranks))
     if step < steps:
         raise NonFiniteLoss(epoch + 1, step + 1, loader.batch_rows(train.batch_size, train.seed, epoch, step))
+
+
+def _raise_if_ruined(
+    state: TrainState, metrics: dict[str, float], loaders: dict[str, Batches], train: TrainConfig, ranks: Ranks
+) -> None:
+    """Raise NonFiniteLoss where an epoch's last update, which no step's loss has seen, leaves nothing to go on from.
+
+    Weights that are finite and yet too large to compute with show in the losses of the evaluated groups alone.
+    """
+    modules = [state.model, *([state.average.model] if state.average else [])]
+    tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    fine = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    fine &= all(math.isfinite(metrics[f"{group}/loss"]) for group, loader in loaders.items() if len(loader))
+    if not min_over_ranks(fine.int(), ranks):
+        loader = loaders["train"]
+        step = steps_per_epoch(len(loader), train.batch_size) - 1
+        rows = loader.batch_rows(train.batch_size, train.seed, state.epoch - 1, step)
+        raise NonFiniteLoss(state.epoch, step + 1, rows)
 
 
 @torch.inference_mode()
