@@ -26,9 +26,19 @@ def soft_dice_loss(logits: torch.Tensor, target: torch.Tensor, smooth: float = 1
     return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
 
 
+def _mean_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """PyTorch's cross-entropy of logits [B,4,H,W] against labels [B,H,W], where equal bits are asked for by another way.
+
+    Its own kernel for images has no deterministic form on GPUs.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return cross_entropy(logits, target)
+    return -logits.log_softmax(dim=1).gather(1, target[:, None]).mean()
+
+
 def segmentation_loss(config: LossConfig, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The configured loss of logits [B,4,H,W] against labels [B,H,W]: a mean over images."""
-    loss = cross_entropy(logits.float(), target.long())
+    loss = _mean_cross_entropy(logits.float(), target.long())
     if config.kind == "dice_cross_entropy":
         loss = loss + soft_dice_loss(logits, target)
     return loss

@@ -36,9 +36,21 @@ def test_one_hot_is_the_four_channel_truth():
     assert all(torch.equal(truth[:, label], (target == label).float()) for label in range(4))
 
 
-def test_cross_entropy_is_torchs():
-    logits, target = logits_and_target()
-    assert torch.equal(losses.segmentation_loss(LOSSES[0], logits, target.to(torch.uint8)), cross_entropy(logits, target))
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cross_entropy_and_its_gradient_are_torchs(deterministic):
+    was, (logits, target) = torch.are_deterministic_algorithms_enabled(), logits_and_target()
+    found, wanted = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        loss = losses.segmentation_loss(LOSSES[0], found, target.to(torch.uint8))
+    finally:
+        torch.use_deterministic_algorithms(was)
+    # A GPU has no deterministic kernel for the loss of an image: there must be none of it in the graph.
+    assert ("NllLoss" in loss.grad_fn.name()) != deterministic
+    expected = cross_entropy(wanted, target)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=0, atol=1e-6)
 
 
 def test_soft_dice_is_near_0_for_a_perfect_and_near_1_for_a_wrong_prediction():
