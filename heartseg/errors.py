@@ -1,5 +1,10 @@
 """The errors that a user is to read, not a programmer."""
 
+import errno
+
+# A full disk, a used-up quota, a read-only or forbidden folder: the user's to mend, and no fault of ours.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
 
 class UserError(Exception):
     """Something that the user can mend; the message is one sentence that names the thing and says how."""

@@ -137,12 +137,15 @@ class Keeper:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)
 
-    def finish(self, state: engine.TrainState, shards: Shards) -> None:
-        """Write the model card, which says that a run is finished, and hand the checkpoint that counts to the tracker."""
+    def finish(self, state: engine.TrainState) -> None:
+        """Write the model card, which says that a run is finished."""
         self.background.wait()
         if not storage.exists(storage.join(self.run.path, "samples", "last.npz")):
             self.keep_samples(state)
         runs.write_record(self.run.path, self.record)
         storage.publish(storage.join(self.run.path, runs.MODEL_CARD), runs.model_card(self.run, self.record[-1]).encode())
+
+    def hand_on(self, shards: Shards) -> None:
+        """Hand the checkpoint that counts to the tracker."""
         kept = checkpoint.find(self.run.path, "best")
         self.tracker.artifact(kept.path, shards.fingerprint)

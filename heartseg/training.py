@@ -3,6 +3,7 @@
 The engine trains; here its epochs become checkpoints, the run's record, pictures and tracked metrics.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -13,8 +14,8 @@ from torch import nn
 from heartseg import checkpoint, engine, ingest, keeper, runs, storage
 from heartseg.batches import Intensity, check_shares, share, steps_per_epoch
 from heartseg.config import Experiment
-from heartseg.distributed import Ranks, first_problem
-from heartseg.errors import OutOfMemory, StorageError, UserError
+from heartseg.distributed import Ranks, first_problem, from_main
+from heartseg.errors import REFUSALS, OutOfMemory, StorageError, UserError
 from heartseg.finetune import load_initial
 from heartseg.model import build_model
 from heartseg.profiling import trace_steps
@@ -77,20 +78,18 @@ def _train(
     intensity = intensity_of(experiment, shards)
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model)
-    if run.description.get("initial"):
+    if run.description.get("initial") and checkpoint.last(run.path) is None:  # its own weights need the first no more
         load_initial(model, run.description["initial"])
     state = engine.start(experiment, model, ranks, wrap)
     record = resume(state, run)
-    if state.epoch >= experiment.train.epochs and storage.exists(storage.join(run.path, runs.MODEL_CARD)):
+    is_finished = state.epoch >= experiment.train.epochs and storage.exists(storage.join(run.path, runs.MODEL_CARD))
+    if from_main(is_finished, ranks):  # or one rank would leave by a card that another has just written
         return
     tracker = build_tracker(experiment, run, ranks.is_main, record)
     keep = keeper.Keeper(experiment, run, intensity, shown, tracker, record)
 
     def after_epoch(state: engine.TrainState, metrics: dict[str, float]) -> None:
-        # A disk that refuses the first rank's checkpoint must stop them all, or the others would wait for it.
-        problem = first_problem(_problem_of(lambda: keep.keep_epoch(state, metrics)) if ranks.is_main else None, ranks)
-        if problem:
-            raise UserError(problem)
+        _do_on_main(lambda: keep.keep_epoch(state, metrics), ranks)
         report(metrics)
 
     exit_code = 1
@@ -103,8 +102,9 @@ def _train(
                     keep.print_progress(*at)
 
             engine.fit(experiment, state, source.loaders, intensity, ranks, after_epoch, after_step)
+        _do_on_main(lambda: keep.finish(state), ranks)
         if ranks.is_main:
-            keep.finish(state, shards)
+            keep.hand_on(shards)
         exit_code = 0
     except engine.NonFiniteLoss as error:
         raise UserError(_say_non_finite(error, source)) from error
@@ -118,22 +118,23 @@ def open_source(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) 
 
     Raises UserError on every rank at once.
     """
-    run = runs.keep_ingest(run, ingest.choose(experiment, shards, runs.begun_ingest(run), ranks), ranks.is_main)
+    chosen = ingest.choose(experiment, shards, runs.begun_ingest(run), ranks)
     shown_group = "val" if "val" in shards.groups else "test"
-    opened: list[tuple[ingest.Source, Frames]] = []
+    opened: list[tuple[Run, ingest.Source, Frames]] = []
 
     def open_here() -> None:
-        source = ingest.open_groups(shards, run.description["ingest"], ranks)
-        opened.append((source, source.rows(shown_group, keeper.sample_rows(shards.num_rows(shown_group)))))
+        kept = runs.keep_ingest(run, chosen, ranks.is_main)
+        source = ingest.open_groups(shards, chosen, ranks)
+        opened.append((kept, source, source.rows(shown_group, keeper.sample_rows(shards.num_rows(shown_group)))))
 
     problem = first_problem(_problem_of(open_here), ranks)
     if problem:
         raise UserError(problem)
-    return run, *opened[0]
+    return opened[0]
 
 
 def _problem_of(work: Callable[[], None]) -> str | None:
-    """The sentence of the UserError that some work raises; None where it raises none.
+    """The sentence of the UserError that some work raises, or of a disk that refuses; None where it raises none.
 
     A StorageError passes through: that store may answer at the next try.
     """
@@ -143,12 +144,24 @@ def _problem_of(work: Callable[[], None]) -> str | None:
         raise
     except UserError as error:
         return str(error)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        return storage.say_refused(error, error.filename or "A file")
     return None
+
+
+def _do_on_main(work: Callable[[], None], ranks: Ranks) -> None:
+    """Do some work on the first rank; raises UserError on all of them where it fails, or the others would wait for it."""
+    problem = first_problem(_problem_of(work) if ranks.is_main else None, ranks)
+    if problem:
+        raise UserError(problem)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for the several kinds of error that say that memory is short, on a GPU or a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    said = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(said, str(error)) is not None
 
 
 def _say_out_of_memory(experiment: Experiment, ranks: Ranks) -> str:

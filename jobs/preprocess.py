@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from heartseg import locks, pairs, resume, shard_writer, shards, sources, splits, storage
 from heartseg.config import Experiment, SplitConfig, first_difference, from_json, to_json
-from heartseg.errors import UserError, require
+from heartseg.errors import REFUSALS, UserError, require
 from jobs import runtime
 
 
@@ -135,7 +135,7 @@ def _write_part(*task) -> dict:
     except UserError as error:
         return {"error": error}
     except OSError as error:
-        if error.errno not in runtime.REFUSALS:
+        if error.errno not in REFUSALS:
             raise
         return {"error": UserError(storage.say_refused(error, error.filename or out))}
 

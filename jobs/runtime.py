@@ -1,7 +1,6 @@
 """What every job shares: its command line, the sentences that users see, and its Ray."""
 
 import contextlib
-import errno
 import importlib
 import io
 import json
@@ -21,7 +20,7 @@ import tyro
 
 from heartseg import storage
 from heartseg.config import Experiment, from_json
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import REFUSALS, StorageError, UserError
 from heartseg.recipes import RECIPES
 
 log = logging.getLogger("heartseg.jobs")
@@ -35,8 +34,6 @@ PLACEMENT = "placement_group"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Names of environment variables whose values nobody else should see.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-# A full disk, a used-up quota, a read-only or forbidden folder: the user's to mend, and no fault of ours.
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 MISTAKE = 2
@@ -140,6 +137,8 @@ def _pick_recipe(argv: list[str]) -> tuple[Experiment, list[str]]:
         if len(argv) < 2:
             raise UserError("--config needs the file of a complete experiment.")
         value = storage.read_json(argv[1])
+        if not isinstance(value, dict):
+            raise UserError(f"--config {argv[1]} is no experiment: give a JSON object, as a run's experiment.json is.")
         # A run's experiment.json and a checkpoint's card hold the experiment under this key.
         return from_json(value.get("experiment", value), origin=argv[1]), argv[2:]
     if not argv or argv[0].startswith("-"):
@@ -240,18 +239,33 @@ def worker_resources(workers: int) -> dict[str, float]:
     to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     if max(total.get("GPU", 0), to_come.get("GPU", 0)) >= 1:
         return {"GPU": 1, "CPU": 1}
-    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
-    return {"CPU": max(1, min(int(largest), int(total.get("CPU", 1) // workers)))}
+    return {"CPU": share_of_cores(_on_each_node("CPU"), workers)}
+
+
+def share_of_cores(nodes: Sequence[float], workers: int) -> int:
+    """Cores for each of `workers` on nodes of so many: as many as leave all of them room, and at least 1.
+
+    A worker lives on one node, so that what is over on two of them is nobody's.
+    """
+    even = min(int(max(nodes, default=1)), int(sum(nodes) // workers))
+    return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
+
+
+def _on_each_node(kind: str) -> list[float]:
+    """What each living node has of a resource."""
+    import ray
+
+    return [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
 
 
 def room_for(workers: int) -> int:
     """How many runs of `workers` each the cluster has room for, or may grow to: by GPUs where there are any, else by cores."""
     import ray
 
-    total = ray.cluster_resources()
     to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    gpus, cores = (max(total.get(kind, 0), to_come.get(kind, 0)) for kind in ("GPU", "CPU"))
-    return max(1, int(gpus or cores) // workers)
+    # A worker's GPU and its core are whole ones of one node.
+    gpus, cores = (max(sum(map(int, _on_each_node(kind))), int(to_come.get(kind, 0))) for kind in ("GPU", "CPU"))
+    return max(1, (gpus or cores) // workers)
 
 
 def note_placement(path: str) -> None:

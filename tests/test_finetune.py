@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import tiny_experiment
 
-from heartseg import checkpoint, finetune, runs, storage
+from heartseg import checkpoint, finetune, runs, storage, training
+from heartseg.distributed import Ranks
 from heartseg.errors import UserError
 from heartseg.model import build_model
 from heartseg.shards import open_shards
@@ -91,3 +92,20 @@ def test_first_weights_that_have_changed_since_are_refused(base):
     initial = {"checkpoint": found.path, "weights_sha256": "0" * 64, "train_patients": []}
     with pytest.raises(UserError, match="no longer what this run began with"):
         finetune.load_initial(build_model(tiny_experiment().model), initial)
+
+
+def test_a_run_that_has_a_checkpoint_of_its_own_needs_its_first_weights_no_more(base, shards, tmp_path):
+    first = shutil.copytree(base, tmp_path / "first")
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path / "runs"))
+    initial = finetune.find_initial(str(first), experiment, open_shards(shards))
+    opened = runs.open_run(experiment, open_shards(shards), initial=initial)
+
+    def lose_the_first_weights(metrics):
+        shutil.rmtree(first)
+        raise InterruptedError  # what ends a process after an epoch
+
+    rest = (Ranks(0, 1, torch.device("cpu")), lambda model: model)
+    with pytest.raises(InterruptedError):
+        training.train_rank(experiment, opened, *rest, lose_the_first_weights)
+    training.train_rank(experiment, opened, *rest)
+    assert [row["epoch"] for row in runs.read_record(opened.path)] == [1, 2]

@@ -49,6 +49,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2_and_starts_no_cluster(name, a
         (train.job, ["quick", "--train.epochs", "0"], "train.epochs must be at least 1"),
         (train.job, ["quick", "--optim.kind", "magic"], "magic"),
         (train.job, ["--config", "/nowhere.json"], "/nowhere.json is missing"),
+        (train.job, ["--config", "{empty}/list.json"], "list.json is no experiment"),
+        (train.job, ["quick", "--schedule.warmup-epochs", "inf"], "schedule.warmup_epochs"),
         (train.job, ["--workers", "0"], "--workers must be at least 1"),
         (preprocess.job, ["quick", "--out", "/tmp/x"], "--source is missing"),
         (preprocess.job, ["quick", "--source", "{empty}", "--out", "/tmp/x"], "holds no database_nifti"),
@@ -60,6 +62,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2_and_starts_no_cluster(name, a
 )
 def test_a_mistake_names_the_thing(job, arguments, said, tmp_path, monkeypatch):
     monkeypatch.delenv("HEARTSEG_DATA", raising=False)
+    (tmp_path / "list.json").write_text("[1, 2]")
     with pytest.raises(UserError) as caught:
         job([argument.format(empty=tmp_path) for argument in arguments])
     assert said in str(caught.value) and "\n" not in str(caught.value)
