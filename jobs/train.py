@@ -31,10 +31,15 @@ from heartseg.shards import open_shards
 from heartseg.training import check_plan, open_data, train_rank
 from jobs import runtime
 
+log = logging.getLogger("heartseg.jobs")
 # Seconds between two looks for nodes that an elastic run could grow onto.
 SECONDS_TO_GROW = 30
 # How long a trial waits for its epoch to be on disk; a disk that refuses is told by the next epoch.
 SECONDS_TO_KEEP = 60
+
+
+class WorkersDied(UserError):
+    """Workers died time and again; unlike a mistake, another try may go better."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,36 @@ def train_with_ray(
 
     With `callbacks` (Ray Train's) somebody else judges the run by its reports, and may end it at any of them.
     """
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train import TrainingFailedError
 
     runtime.start_ray(experiment.workers)
     resources = resources or runtime.worker_resources(experiment.workers)
+    result = None
+    while result is None:
+        epochs = len(runs.read_record(opened.path))
+        try:
+            result = build_trainer(experiment, opened, profile, resources, callbacks).fit()
+        except TrainingFailedError as error:
+            # Ray counts the tries of a whole run. On nodes that come and go a long one loses many, and yet gets on.
+            got_on = len(runs.read_record(opened.path)) > epochs
+            if not (got_on and dead_workers(error) and not callbacks):
+                raise_sentence(error, experiment.workers, resources)
+            log.info("Workers died %d times, and the run goes on: it got on in between.", runtime.MAX_TRIES + 1)
+    # A sentence for the user comes back as a value: raised in a worker, Ray would try it again.
+    if result.return_value and "error" in result.return_value:
+        raise UserError(result.return_value["error"])
+
+
+def build_trainer(
+    experiment: Experiment, opened: Run, profile: bool, resources: dict[str, float], callbacks: Sequence[object]
+) -> object:
+    """Ray Train's trainer of a run, for one fit."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     # Ray Train's own handler of Ctrl-C ends the process with code 1 and no word; ours is the one of every job.
     kind = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
-    trainer = kind(
+    return kind(
         worker,
         train_loop_config={
             "experiment": to_json(experiment),
@@ -135,13 +162,16 @@ def train_with_ray(
             callbacks=list(callbacks),
         ),
     )
-    try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        raise_sentence(error, experiment.workers, resources)
-    # A sentence for the user comes back as a value: raised in a worker, Ray would try it again.
-    if result.return_value and "error" in result.return_value:
-        raise UserError(result.return_value["error"])
+
+
+def dead_workers(error: Exception) -> list[int]:
+    """The ranks of the workers whose processes died, rather than raised."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
+
+    kinds = (RayActorError, OutOfMemoryError, NodeDiedError)
+    found = getattr(error, "worker_failures", {}).items()
+    # Ray Train wraps what it met when it looked after a worker.
+    return sorted(rank for rank, failure in found if isinstance(getattr(failure, "health_check_failure", failure), kinds))
 
 
 def raise_sentence(error: Exception, workers: int, resources: dict[str, float]) -> NoReturn:
@@ -154,6 +184,14 @@ def raise_sentence(error: Exception, workers: int, resources: dict[str, float]) 
         raise UserError(
             f"The cluster had no room for {workers} workers of {each} ({runtime.MAX_TRIES + 1} tries): "
             "use fewer --workers, `--workers 1:N` to start on what there is, or wait until it is free."
+        ) from error
+    dead = dead_workers(error)
+    if dead:
+        who = f"Worker {dead[0]}" if len(dead) == 1 else f"Workers {', '.join(map(str, dead))}"
+        raise WorkersDied(
+            f"{who} of {workers} died, after {runtime.MAX_TRIES} new starts: memory may be short there (use fewer workers a "
+            "machine, --train.accumulate or a smaller --train.batch-size), or nodes were lost; what was complete is kept, "
+            "and the same command goes on."
         ) from error
     raise error
 

@@ -99,6 +99,17 @@ def test_a_killed_worker_is_started_again_and_the_record_has_no_gap(shards, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_that_gets_on_outlives_more_deaths_than_ray_grants_a_run(shards, tmp_path):
+    job, recorded = Job(shards, tmp_path), 0
+    for _ in range(runtime.MAX_TRIES + 2):
+        job.wait_for_epoch(recorded + 1)
+        recorded = job.kill("RayTrainWorker")
+    assert "got on in between" in job.finish()
+    assert_no_gap_and_no_double(job.run())
+
+
+@pytest.mark.slow
 def test_the_same_command_resumes_when_the_driver_was_killed(shards, tmp_path, fault_table):
     job = Job(shards, tmp_path)
     job.wait_for_epoch(3)
