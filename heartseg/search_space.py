@@ -37,7 +37,8 @@ class SearchSpace:
     losses: tuple[Literal["cross_entropy", "dice_cross_entropy"], ...] = ()
     """Losses."""
     changes: tuple[str, ...] = ()
-    """For `--search changes`, a trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`."""
+    """For `--search changes`, a trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
+    All trials have the recipe's train.epochs."""
 
     def __post_init__(self):
         low, high = self.lr_factors
@@ -106,6 +107,9 @@ def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
     """The recipe and each change of it, as points that all name the same fields; the schedule's kind is always one."""
     parsed = [parse_change(text) for text in changes]
     require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
+    # Trials are compared epoch by epoch up to the recipe's last.
+    fixed = not any("train.epochs" in values for values in parsed)
+    require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep are as long as the recipe.")
     own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
     points = [own, *(own | values for values in parsed)]
     for place, point in enumerate(points):

@@ -21,6 +21,8 @@ from heartseg.search_space import SearchSpace, apply, describe
 from heartseg.shards import Shards
 
 DESCRIPTION, SUGGESTION, OUTCOME, TRIALS = "sweep.json", "trial.json", "outcome.json", "trials"
+# What a trial's process last said before it gave up.
+ERROR = "error.txt"
 # How a trial can have ended; one without an outcome is to be trained (on).
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 METRIC = "val/dice"
@@ -44,6 +46,7 @@ class Plan:
     """Of the trials that come to a rung, about one in so many goes on; each rung is so many times later than the last."""
 
     def __post_init__(self):
+        require(self.search_seed >= 0, "--search-seed must be at least 0.")
         require(self.grace_epochs >= 0, "--grace-epochs must be at least 0.")
         require(self.reduction > 1, "--reduction must be above 1.")
 
@@ -161,6 +164,8 @@ def forget_failures(sweep: Sweep) -> None:
     """Make failed trials ones that are to be trained on."""
     for trial in read_trials(sweep):
         if trial.state == FAILED:
+            # What it died of before is not what it may die of now.
+            storage.remove(storage.join(trial.run.path, ERROR))
             storage.remove(storage.join(trial.run.path, OUTCOME))
 
 

@@ -21,8 +21,6 @@ from heartseg.sweeps import METRIC, Sweep, Trial
 from jobs import runtime, train
 
 log = logging.getLogger("heartseg.jobs")
-# What a trial's process last said before it gave up.
-ERROR = "error.txt"
 # Until then Ray Train's controller is gone with the trial's actor; before, it would start other workers for lost ones.
 SECONDS_TO_LEAVE = 10.0
 # Points drawn in vain, one after the other, after which a space counts as used up.
@@ -40,12 +38,12 @@ def train_trial(config: dict) -> None:
     run, experiment = runs.find_run(config["run"]), from_json(config["experiment"])
     try:
         train.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])
-    except UserError as error:
-        sweeps.end_trial(run.path, sweeps.FAILED, str(error))
-        return  # trying again would not help
     except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, train.WorkersDied):
+            sweeps.end_trial(run.path, sweeps.FAILED, str(error))
+            return  # trying again would not help
         # No end yet: Tune tries once more, and all of this may be the end of the sweep's own process.
-        storage.publish(storage.join(run.path, ERROR), (str(error).partition("\n")[0] or type(error).__name__).encode())
+        storage.publish(storage.join(run.path, sweeps.ERROR), (str(error).partition("\n")[0] or type(error).__name__).encode())
         raise
     sweeps.end_trial(run.path, sweeps.FINISHED)
 
@@ -68,7 +66,8 @@ class Suggestions(Searcher):
             own, *self.points = search_space.listed(sweep.base, plan.space.changes)
             self.axes = dict.fromkeys(own)
         self.model = build_model_search(self.axes, plan, known) if plan.search == "optuna" else None
-        self.of_model: set[str] = set()
+        # What the model knows a trial by: it answers an id that it has answered before with the same point.
+        self.of_model: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict | str:
         trial = self.waiting.pop(0) if self.waiting else self.new_trial(trial_id)
@@ -79,8 +78,8 @@ class Suggestions(Searcher):
 
     def new_trial(self, trial_id: str) -> Trial | None:
         """The next point that is not yet a trial; None where there are enough, or the space holds no more."""
-        for _ in range(MOST_DRAWS):
-            values = self.next_values(trial_id) if self.count < self.num_trials else None
+        for attempt in range(MOST_DRAWS):
+            values = self.next_values(trial_id, attempt) if self.count < self.num_trials else None
             if values is None:
                 break
             number, self.next_number = self.next_number, self.next_number + 1
@@ -89,26 +88,28 @@ class Suggestions(Searcher):
                 self.seen.add(asked)
                 self.count += 1
                 return sweeps.add_trial(self.sweep, self.shards, number, values)
+            self.on_trial_complete(trial_id, error=True)  # nothing is learnt of a point that is not trained
         if self.count < self.num_trials:
             log.info("The search space holds no more than %d trials.", self.count)
             self.num_trials = self.count
         return None
 
-    def next_values(self, trial_id: str) -> dict | None:
+    def next_values(self, trial_id: str, attempt: int) -> dict | None:
         """What the next trial varies: the recipe's own values for the first."""
         number = self.next_number
         if number == 0:
             return search_space.values_of(self.sweep.base, self.axes)
         if self.model:
-            self.of_model.add(trial_id)
-            return self.model.suggest(trial_id)
+            self.of_model[trial_id] = f"{trial_id}-{attempt}"
+            return self.model.suggest(self.of_model[trial_id])
         if self.plan.search in ("grid", "changes"):
             return self.points[number - 1] if number <= len(self.points) else None
         return search_space.draw(self.axes, number - 1, self.plan.search_seed)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if trial_id in self.of_model:
-            self.model.on_trial_complete(trial_id, result, error or METRIC not in (result or {}))
+            known_as = self.of_model.pop(trial_id)
+            self.model.on_trial_complete(known_as, result, error or METRIC not in (result or {}))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the sweep's directory has it all."""
@@ -125,7 +126,7 @@ def build_model_search(axes: search_space.Axes, plan: sweeps.Plan, known: list[T
         for name, axis in axes.items()
     }
     # Another seed after each resume, or the same first points would be suggested again.
-    search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=plan.search_seed + len(known))
+    search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=(plan.search_seed + len(known)) % 2**32)
     for trial in known:
         reached = [row[METRIC] for row in trial.record if row.get(METRIC) is not None]
         if trial.state in (sweeps.FINISHED, sweeps.STOPPED) and reached and trial.number:
@@ -234,7 +235,7 @@ class Progress(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
         path = trial.config["run"]
         self.leaving.append((time.monotonic() + SECONDS_TO_LEAVE, path))
-        said = storage.join(path, ERROR)
+        said = storage.join(path, sweeps.ERROR)
         reason = storage.read_bytes(said).decode() if storage.exists(said) else "its process died twice"
         sweeps.end_trial(path, sweeps.FAILED, reason)
         log.warning("%s failed: %s", storage.last_part(path), reason)
