@@ -51,9 +51,12 @@ class Job:
 
     def kill(self, title: str) -> int:
         """SIGKILL one of the processes of this job whose title holds some words; returns how many epochs were recorded."""
-        marked = (pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid, title))
-        os.kill(next(marked), signal.SIGKILL)
+        os.kill(next(iter(self.pids(title))), signal.SIGKILL)
         return self.num_epochs()
+
+    def pids(self, title: str) -> set[int]:
+        """The processes of this job whose title holds some words."""
+        return {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid, title)}
 
     def num_epochs(self) -> int:
         """Epochs in the record."""

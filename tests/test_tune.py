@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,10 @@ class SweepJob(Job):
     def num_epochs(self) -> int:
         return sum(self.records().values())
 
+    def num_ended(self) -> int:
+        """Trials that came to an end of any kind."""
+        return sum(bool(trial.state) for trial in sweeps.read_trials(self.sweep()))
+
     def records(self) -> dict[str, int]:
         """Epochs recorded, by trial."""
         return {trial.run.name: len(trial.record) for trial in sweeps.read_trials(self.sweep())}
@@ -161,8 +166,7 @@ def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_w
     second = SweepJob(more_shards, tmp_path / "killed")
     wait_for(lambda: second.num_epochs() > before, second.process, seconds=300)
     fault_table("a sweep's driver killed, command given again", "those in progress", time.monotonic() - started)
-    # A worker of one trial dies as well: that trial recovers by itself.
-    wait_for(lambda: try_kill(second), second.process, seconds=200)
+    kill_one_worker(second)
     second.finish()
     resumed = sweeps.tabulate(second.sweep())
     assert len(resumed) == 8 and set(resumed["state"]) <= {FINISHED, STOPPED}
@@ -174,10 +178,11 @@ def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_w
     assert resumed.loc[0, score] >= undisturbed.loc[0, score] - 0.01
 
 
-def try_kill(job: Job) -> bool:
-    """Kill one training worker of a job; False where there is none at the moment."""
-    try:
-        job.kill("RayTrainWorker")
-    except StopIteration:
-        return False
-    return True
+def kill_one_worker(job: SweepJob) -> None:
+    """Kill a worker of one trial, wait for the next one in its place, and assert that no other trial's has gone for it."""
+    before = wait_for(lambda: job.pids("RayTrainWorker"), job.process, seconds=200)
+    ended = job.num_ended()
+    os.kill(min(before), signal.SIGKILL)
+    wait_for(lambda: job.pids("RayTrainWorker") - before, job.process, seconds=200)
+    others = before - {min(before)}
+    assert others <= job.pids("RayTrainWorker") or job.num_ended() > ended  # a trial that comes to its end may
