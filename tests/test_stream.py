@@ -146,12 +146,8 @@ def test_a_stream_has_the_pixels_of_memory(parted):
     assert_same_pixels(streamed.loaders["train"].training_batches(7, 3, 1), wanted)
 
 
-@pytest.mark.parametrize("manifest", ["now's", "an earlier version's"])
-def test_rows_by_number_are_those_of_memory_and_need_no_group_in_memory(parted, manifest):
+def test_rows_by_number_are_those_of_memory_and_need_no_group_in_memory(parted):
     opened = shards.open_shards(parted)
-    if manifest != "now's":
-        earlier = [{key: part[key] for key in part if key != "patients"} for part in opened.manifest["parts"]]
-        opened = replace(opened, manifest=opened.manifest | {"parts": earlier})
     rows = [20, 0, 7, 23, 7]
     sources = [ingest.open_groups(opened, kind, ALONE).rows("train", rows) for kind in ("memory", "stream")]
     assert torch.equal(sources[0].images, sources[1].images) and torch.equal(sources[0].masks, sources[1].masks)
