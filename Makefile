@@ -34,7 +34,7 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "not slow and not real_data"
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m "slow or real_data"
+	$(BIN)/python -m pytest -q -rs -m "slow or real_data"
 
 test-all: test test-slow
 

@@ -84,9 +84,7 @@ def ray_session(s3):
     RAY_LAST_USED.append(time.monotonic())
 
 
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):  # of several processes, whose first one prints
-        session.config.workeroutput |= {"told": TOLD, "faults": FAULTS}
+def pytest_sessionfinish():
     if RAY_LAST_USED:
         import ray
 
@@ -109,13 +107,6 @@ TOLD: list[str] = []
 def told():
     """Adds a line to what the session ends with: what stood for what is not here, the moments that a seed drew, numbers."""
     return TOLD.append
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    output = getattr(node, "workeroutput", {})  # a process that a hung test ended has none
-    TOLD.extend(output.get("told", []))
-    FAULTS.extend(map(tuple, output.get("faults", [])))
 
 
 def pytest_terminal_summary(terminalreporter):
