@@ -4,6 +4,7 @@
 (heartseg/pairs.py has the whole layout).
 """
 
+import logging
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,10 @@ from heartseg import locks, pairs, resume, shard_writer, shards, sources, splits
 from heartseg.config import Experiment, SplitConfig, first_difference, from_json, to_json
 from heartseg.errors import REFUSALS, UserError, require
 from jobs import runtime
+
+log = logging.getLogger("heartseg.jobs")
+# A part takes seconds; after so long without one a user is told why.
+SECONDS_OF_SILENCE = 60
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,12 @@ def map_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
     while waiting or under_way:
         while waiting and len(under_way) < workers:
             under_way.append(write_part.remote(*waiting.pop()))
-        done, under_way = ray.wait(under_way)
+        done, under_way = ray.wait(under_way, timeout=SECONDS_OF_SILENCE)
+        if not done:
+            free, total = (resources.get("CPU", 0) for resources in (ray.available_resources(), ray.cluster_resources()))
+            log.info(
+                "No part was finished for a while: %d of the cluster's %d CPUs are free; others may hold them.", free, total
+            )
         for record in ray.get(done):
             if "error" in record:
                 raise record["error"]

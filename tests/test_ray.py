@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,3 +135,22 @@ def _look_for_storage(rank: int, shards: str, store: str, queue) -> None:
         queue.put(str(error))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_preprocess_that_waits_for_cpus_says_so_and_goes_on_when_they_are_free(phantom, tmp_path, monkeypatch, caplog):
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def hold(self) -> None:
+            pass
+
+    holder = Holder.remote()
+    ray.get(holder.hold.remote())
+    monkeypatch.setattr(preprocess, "SECONDS_OF_SILENCE", 1)
+    freed = threading.Timer(4, lambda: ray.kill(holder))
+    freed.start()
+    with caplog.at_level("INFO", logger="heartseg.jobs"):
+        preprocess.run(tiny_experiment(source=phantom, out=str(tmp_path), workers=2), preprocess.Options())
+    assert "0 of the cluster's 2 CPUs are free" in caplog.text
+    assert storage.exists(str(tmp_path / "manifest.json"))
