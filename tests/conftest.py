@@ -13,7 +13,7 @@ from heartseg.phantom import write_phantom
 from heartseg.recipes import quick
 
 ROOT = Path(__file__).resolve().parents[1]
-RAY_KEPT_S = 240
+RAY_KEPT_S = 30
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray looks every 2 s else, and each report waits for it
 os.environ.pop("WANDB_API_KEY", None)
 
@@ -69,7 +69,7 @@ RAY_LAST_USED: list[float] = []
 def ray_session(s3):
     """One Ray on loopback for every test that needs one; its workers know the S3 server, as its environment does.
 
-    After minutes in which other files were tested it begins anew: a driver that had not used its Ray for a quarter of an
+    After half a minute in which other files were tested it begins anew: a driver that had not used its Ray for a quarter of an
     hour of them was never told that its next actor was there (Ray 2.60), and waited for ever.
     """
     import ray
