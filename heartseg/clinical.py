@@ -132,9 +132,9 @@ def _of_unlike_scale(masks: Masks) -> list[View]:
     unlike = []
     for view in VIEWS:
         found = [masks[view, phase] for phase in PHASES if (view, phase) in masks]
-        scaled = [spacing_mm is not None for _, spacing_mm in found]
-        shapes = {np.shape(mask) for mask, _ in found}
-        if any(scaled) != all(scaled) or (not any(scaled) and len(shapes) > 1):
+        # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
+        scales = {np.shape(mask) if spacing_mm is None else "mm" for mask, spacing_mm in found}
+        if len(scales) > 1:
             unlike.append(view)
     return unlike
 

@@ -67,6 +67,11 @@ def test_a_view_without_spacing_does_not_spoil_the_other(stills):
     assert outcome.study_row("p", bare)["ef_ase"] == pytest.approx(patient_info(1).ef, abs=3)
 
 
+def test_a_view_that_is_not_there_has_no_scale_to_differ(stills):
+    row = outcome.study_row("p", [replace(one, spacing_mm=None) for one in stills if one.clip.view == TWO])
+    assert np.isfinite(row["ef_2ch_ase"]) and "no 4CH ED mask" in row["reason"] and "different scales" not in row["reason"]
+
+
 def test_of_two_stills_of_one_view_and_phase_none_is_taken_and_both_are_named(stills):
     (es,) = [one for one in stills if (one.clip.view, one.clip.phase) == (FOUR, Phase.ES)]
     (ed,) = [one for one in stills if (one.clip.view, one.clip.phase) == (FOUR, Phase.ED)]
