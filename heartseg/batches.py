@@ -73,9 +73,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def epoch_seed(seed: int, epoch: int, among: int = 1, place: int = 0) -> int:
+    """A generator's seed for an epoch of a run, or for one of `among` places in it: a rank, a step."""
+    return ((seed * 1_000_003 + epoch) * among + place) % SEEDS
+
+
 def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of an epoch, the same on every rank: int64 [num_rows]."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % SEEDS)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     return torch.randperm(num_rows, generator=generator)
 
 

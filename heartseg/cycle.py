@@ -15,12 +15,17 @@ def implausible(volumes: np.ndarray) -> np.ndarray:
         return ~(np.abs(values - around) <= MAX_JUMP * around)
 
 
+def plausible(volumes: np.ndarray) -> np.ndarray:
+    """The curve [T] without its implausible frames: NaN there."""
+    return np.where(implausible(volumes), np.nan, volumes)
+
+
 def smooth(volumes: np.ndarray) -> np.ndarray:
     """The curve [T] without its implausible frames (NaN there), each other one the mean over its neighbours and itself.
 
     Windows shrink at the ends, where a half sequence has its extremes, so that the ends stay the ends.
     """
-    values = np.where(implausible(volumes), np.nan, volumes)
+    values = plausible(volumes)
     return np.where(np.isnan(values), np.nan, _over_windows(values, SMOOTHED_OVER, np.mean))
 
 
@@ -29,11 +34,12 @@ def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
 
     None where no two frames are plausible, and where the volume does not change: such a clip shows no beat.
     """
-    plausible = np.where(implausible(volumes), np.nan, volumes)
-    num_plausible = np.isfinite(plausible).sum()
+    curve = smooth(volumes)
+    num_plausible = np.isfinite(curve).sum()
     if num_plausible < 2:
         return None
-    curve = smooth(volumes) if num_plausible > 2 else plausible  # the mean of two frames would make them alike
+    if num_plausible == 2:
+        curve = plausible(volumes)  # the mean of two frames would make them alike
     ed, es = int(np.nanargmax(curve)), int(np.nanargmin(curve))
     return (ed, es) if volumes[ed] != volumes[es] else None
 

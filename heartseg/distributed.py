@@ -127,10 +127,10 @@ def barrier(ranks: Ranks) -> None:
         dist.barrier()
 
 
-def first_problem(problem: str | None, ranks: Ranks) -> str | None:
-    """The first rank's problem that is not None, on every rank: what one of them found, none of them waits behind."""
-    if ranks.world_size == 1:
-        return problem
-    problems: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found), None)
+def raise_first_problem(problem: str | None, ranks: Ranks) -> None:
+    """Raise UserError with the first rank's problem, on every rank: what one of them found, none of them waits behind."""
+    problems = [problem] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), None):
+        raise UserError(found)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from heartseg.augment import augment
-from heartseg.batches import SEEDS, Batches, Intensity, check_shares, share, steps_per_epoch
+from heartseg.batches import Batches, Intensity, check_shares, epoch_seed, share, steps_per_epoch
 from heartseg.config import Experiment, TrainConfig
 from heartseg.distributed import (
     Ranks,
@@ -160,14 +160,14 @@ def train_one_epoch(
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
     sums = ScoreSums(ranks.device)
     first_bad_step = torch.full((), steps, device=ranks.device)
-    torch.manual_seed(((train.seed * 1_000_003 + epoch) * 1_003 + ranks.rank) % SEEDS)
+    torch.manual_seed(epoch_seed(train.seed, epoch, 1_003, ranks.rank))
     state.wrapped.train()
     for step, (images, masks) in enumerate(loader.training_batches(train.batch_size, train.seed, epoch)):
         lr = experiment.optim.lr * lr_multiplier(
             experiment.schedule, epoch * steps + step, train.epochs * steps, steps, state.val_dice
         )
         set_lr(state.optimizer, lr)
-        draw_seed = ((train.seed * 1_000_003 + epoch) * 100_003 + step) % SEEDS
+        draw_seed = epoch_seed(train.seed, epoch, 100_003, step)
         images, masks = augment(experiment.augment, images, masks, train.batch_size, mine.start, draw_seed)
         loss, prediction = train_step(experiment, state, intensity.apply(images), masks, ranks)
         sums.add(loss, prediction, masks)
@@ -244,11 +244,8 @@ def _raise_if_ruined(
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
     fine = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     fine &= all(math.isfinite(metrics[f"{group}/loss"]) for group, loader in loaders.items() if len(loader))
-    if not min_over_ranks(fine.int(), ranks):
-        loader = loaders["train"]
-        step = steps_per_epoch(len(loader), train.batch_size) - 1
-        rows = loader.batch_rows(train.batch_size, train.seed, state.epoch - 1, step)
-        raise NonFiniteLoss(state.epoch, step + 1, rows)
+    steps = steps_per_epoch(len(loaders["train"]), train.batch_size)
+    _raise_if_not_finite(steps - 1 + fine.int(), steps, loaders["train"], train, state.epoch - 1, ranks)
 
 
 @torch.inference_mode()

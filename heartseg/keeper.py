@@ -18,7 +18,7 @@ import torch
 from heartseg import checkpoint, engine, runs, storage
 from heartseg.batches import Intensity
 from heartseg.config import Experiment, to_json
-from heartseg.errors import UserError
+from heartseg.errors import UserError, say_refused
 from heartseg.labels import frame_name
 from heartseg.metrics import predicted_labels
 from heartseg.runs import Run
@@ -97,7 +97,7 @@ class Keeper:
             runs.write_record(self.run.path, self.record)
             checkpoint.keep_last_and_best(self.run.path)
         except OSError as error:
-            raise UserError(storage.say_refused(error, self.run.path)) from error
+            raise UserError(say_refused(error, self.run.path)) from error
         self.tracker.log(metrics)
         self.print_epoch(metrics)
 

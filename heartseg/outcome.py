@@ -82,7 +82,7 @@ def study_row(patient: str, outcomes: Sequence[Outcome]) -> dict:
     """A patient's indices: in each view from its two stills, else from its first sequence that shows ED and ES."""
     by_view = {view: [o for o in outcomes if o.clip.view == view] for view in VIEWS}
     twice = _shown_twice(outcomes)
-    chosen = {view: _phases_of(found, twice) for view, found in by_view.items()}
+    chosen = {view: _phases_of(found, [phase for seen, phase in twice if seen == view]) for view, found in by_view.items()}
     masks = {(view, phase): entry for view, (_, phases) in chosen.items() for phase, entry in phases.items()}
     spacing_known = all(spacing_mm for _, spacing_mm in masks.values())
     row = patient_indices(masks, spacing_known)
@@ -116,10 +116,10 @@ def _shown_twice(outcomes: Iterable[Outcome]) -> dict[tuple[View, Phase], list[s
     return {still: names for still, names in stems.items() if len(names) > 1}
 
 
-def _phases_of(outcomes: list[Outcome], twice: Container[tuple[View, Phase]]) -> tuple[str, dict]:
-    """Where one view's phases come from, and phase -> (mask, spacing_mm); stills of which there are several do not count."""
-    stills = {phase: (mask, o.spacing_mm) for o in outcomes if o.frames == 1 for phase, (_, mask) in o.phases.items()}
-    stills = {phase: found for phase, found in stills.items() if (outcomes[0].clip.view, phase) not in twice}
+def _phases_of(outcomes: list[Outcome], twice: Container[Phase]) -> tuple[str, dict]:
+    """Where one view's phases come from, and phase -> (mask, spacing_mm); stills of phases shown `twice` do not count."""
+    single = [(phase, o) for o in outcomes if o.frames == 1 for phase in o.phases if phase not in twice]
+    stills = {phase: (o.phases[phase][1], o.spacing_mm) for phase, o in single}
     if len(stills) < 2:
         for o in outcomes:
             if o.frames > 1 and len(o.phases) == 2:
@@ -129,7 +129,7 @@ def _phases_of(outcomes: list[Outcome], twice: Container[tuple[View, Phase]]) ->
 
 def shown_curve(outcome: Outcome) -> tuple[np.ndarray, str]:
     """A sequence's volumes [T] for a plot, NaN where implausible, and their unit: ml, or % of ED without a scale."""
-    values = np.where(cycle.implausible(outcome.volumes_ml), np.nan, outcome.volumes_ml)
+    values = cycle.plausible(outcome.volumes_ml)
     return (values, "ml") if outcome.spacing_mm else (100 * values / values[outcome.phases[Phase.ED][0]], "%")
 
 

@@ -44,7 +44,9 @@ def take_part(path: str, source: str, asked: dict) -> dict | None:
     try:
         table = storage.read_table(data, verify=True)
         note = json.loads((table.schema.metadata or {}).get(NOTE, b"{}"))
-        difference = first_difference({key: note.get(key) for key in asked if key != "listing"}, without_listing(asked))
+        # The source's files are held against each other below, one by one.
+        others = [key for key in asked if key != "listing"]
+        difference = first_difference({key: note.get(key) for key in others}, {key: asked[key] for key in others})
         if not difference and (note != sealed(note) or note["rows"] != table.num_rows):  # earlier formats have no seal
             raise ValueError(f"{path} has another seal")
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
@@ -57,11 +59,6 @@ def take_part(path: str, source: str, asked: dict) -> dict | None:
     if difference:
         raise UserError(f"{path} was made from something else ({difference}): give --overwrite, or another --out.")
     return note | {"bytes": len(data), "sha256": storage.sha256(data)}
-
-
-def without_listing(asked: dict) -> dict:
-    """What a part is made from but for the source's files, which a note names one by one."""
-    return {key: value for key, value in asked.items() if key != "listing"}
 
 
 def changed_names(there: dict[str, list], now: dict[str, list]) -> str | None:

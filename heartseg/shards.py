@@ -187,7 +187,7 @@ class PartRows:
 
 def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
     """Which parts hold the rows of each group, in the order in which `load_groups` has them; no part is read for it."""
-    group_of = {patient: group for group, names in shards.groups.items() for patient in names}
+    group_of = splits.group_of(shards.groups)
     index: dict[str, list[PartRows]] = {group: [] for group in shards.groups}
     for part in shards.manifest["parts"]:
         inside: dict[str, list[str]] = {}

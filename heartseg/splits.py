@@ -10,6 +10,11 @@ GROUPS = ("train", "val", "test")
 QUALITIES = ("Good", "Medium", "Poor")
 
 
+def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
+    """The group of each patient."""
+    return {patient: group for group, patients in groups.items() for patient in patients}
+
+
 def make_groups(
     config: SplitConfig, patients: list[str], official: dict[str, list[str]], known: dict[str, dict] | None = None
 ) -> dict[str, list[str]]:

@@ -243,12 +243,6 @@ def _check_arrived(fs: pyarrow.fs.FileSystem, path: str, data: bytes) -> None:
         raise OSError("what arrived are not the bytes that were sent")
 
 
-def say_refused(error: OSError, path: str) -> str:
-    """The sentence for a disk that is full or a storage that refuses a write."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{path} cannot be written ({reason}): make room or give another folder, then the same command goes on."
-
-
 def publish_json(path: str, value: object) -> None:
     """Write a value as indented JSON with sorted keys, whole or not at all."""
     publish(path, json_bytes(value))

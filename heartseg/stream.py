@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from heartseg import storage
-from heartseg.batches import SEEDS, Batch, share, steps_per_epoch, to_device
+from heartseg.batches import Batch, epoch_seed, share, steps_per_epoch, to_device
 from heartseg.errors import StorageError, UserError
 from heartseg.shards import PartRows, Shards, as_frames, read_part_rows
 
@@ -43,7 +43,7 @@ def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: in
 
     Columns are places in the batch; the columns of a lane hold its rows one after the other.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % SEEDS)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     starts = np.cumsum([0, *rows_of_parts])
     order = torch.randperm(len(rows_of_parts), generator=generator).tolist()
     drawn = [starts[part] + torch.randperm(rows_of_parts[part], generator=generator).numpy() for part in order]

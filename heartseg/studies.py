@@ -116,11 +116,12 @@ def tell_folders_apart(clips: list[Clip]) -> list[Clip]:
 def short_names(folders: Iterable[str]) -> dict[str, str]:
     """A name for each folder: as many of its last parts as tell all of them apart."""
     parts = {folder: [part for part in folder.split("/") if part] for folder in folders}
+    names: dict[str, str] = {}
     for depth in range(1, max(map(len, parts.values()), default=0) + 1):
         names = {folder: "_".join(found[-depth:]) for folder, found in parts.items()}
         if len(set(names.values())) == len(names):
             break
-    return names if parts else {}
+    return names
 
 
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:

@@ -14,8 +14,8 @@ from torch import nn
 from heartseg import checkpoint, engine, ingest, keeper, runs, storage
 from heartseg.batches import Intensity, check_shares, share, steps_per_epoch
 from heartseg.config import Experiment
-from heartseg.distributed import Ranks, first_problem, from_main
-from heartseg.errors import REFUSALS, OutOfMemory, StorageError, UserError
+from heartseg.distributed import Ranks, from_main, raise_first_problem
+from heartseg.errors import OutOfMemory, StorageError, UserError, refusals_told
 from heartseg.finetune import load_initial
 from heartseg.model import build_model
 from heartseg.profiling import trace_steps
@@ -127,9 +127,7 @@ def open_source(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) 
         source = ingest.open_groups(shards, chosen, ranks)
         opened.append((kept, source, source.rows(shown_group, keeper.sample_rows(shards.num_rows(shown_group)))))
 
-    problem = first_problem(_problem_of(open_here), ranks)
-    if problem:
-        raise UserError(problem)
+    raise_first_problem(_problem_of(open_here), ranks)
     return opened[0]
 
 
@@ -139,23 +137,18 @@ def _problem_of(work: Callable[[], None]) -> str | None:
     A StorageError passes through: that store may answer at the next try.
     """
     try:
-        work()
+        with refusals_told():
+            work()
     except StorageError:
         raise
     except UserError as error:
         return str(error)
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        return storage.say_refused(error, error.filename or "A file")
     return None
 
 
 def _do_on_main(work: Callable[[], None], ranks: Ranks) -> None:
     """Do some work on the first rank; raises UserError on all of them where it fails, or the others would wait for it."""
-    problem = first_problem(_problem_of(work) if ranks.is_main else None, ranks)
-    if problem:
-        raise UserError(problem)
+    raise_first_problem(_problem_of(work) if ranks.is_main else None, ranks)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

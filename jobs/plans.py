@@ -166,7 +166,9 @@ def plan_files(options: Options) -> Plan:
         names = len(source.groups[group])
         raise UserError(f"{masks.folder} holds a mask of none of the {names} patients of {source.path}: give --pattern.")
     out = runtime.absolute(options.out or f"evaluation-{storage.last_part(masks.folder)}", "out")
-    described = {"predictions": masks.folder, "truth": source.path, "group": group, "dataset": source.dataset}
-    described |= {"post": to_json(options.post)}
+    described = {
+        "predictions": masks.folder, "truth": source.path, "group": group, "dataset": source.dataset,
+        "post": to_json(options.post),
+    }  # fmt: skip
     truth = TreeTruth(source.path, images=False)
     return Plan(truth, masks, sorted(chosen), out, None, options.post, described)

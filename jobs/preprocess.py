@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from heartseg import locks, pairs, resume, shard_writer, shards, sources, splits, storage
 from heartseg.config import Experiment, SplitConfig, first_difference, from_json, to_json
-from heartseg.errors import REFUSALS, UserError, require
+from heartseg.errors import UserError, refusals_told, require
 from jobs import runtime
 
 log = logging.getLogger("heartseg.jobs")
@@ -138,16 +138,13 @@ def _write_part(*task) -> dict:
     """
     source, out = task[:2]
     try:
-        # Elsewhere than on the first machine, a source that is not there would be patients without files.
-        node = socket.gethostname()
-        require(sources.is_there(source), f"The source {source} is not there on {node}: every node must see --source.")
-        return shard_writer.write_part(*task)
+        with refusals_told(out):
+            # Elsewhere than on the first machine, a source that is not there would be patients without files.
+            node = socket.gethostname()
+            require(sources.is_there(source), f"The source {source} is not there on {node}: every node must see --source.")
+            return shard_writer.write_part(*task)
     except UserError as error:
         return {"error": error}
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        return {"error": UserError(storage.say_refused(error, error.filename or out))}
 
 
 def show_quarantine(parts: list[dict], options: Options) -> None:
@@ -188,17 +185,13 @@ def check_split(experiment: Experiment, options: Options, manifest: dict, offici
     there = from_json(split.get("config", {}), SplitConfig, path)
     difference = first_difference(to_json(there), to_json(experiment.split), "split.")
     if not difference and split == shards.sealed(split):  # a damaged one is written anew
-        groups = shard_writer.make_groups(experiment.split, manifest["patients"], official)
-        if moved := sorted(set(group_of(groups).items()) ^ set(group_of(split["groups"]).items())):
+        written = splits.group_of(split["groups"])
+        by_source = splits.group_of(shard_writer.make_groups(experiment.split, manifest["patients"], official))
+        if moved := sorted(written.items() ^ by_source.items()):
             name = moved[0][0]
-            difference = f"{name}: {group_of(split['groups']).get(name)} there, {group_of(groups).get(name)} by the source"
+            difference = f"{name}: {written.get(name)} there, {by_source.get(name)} by the source"
     if difference:
         raise UserError(f"{experiment.out} is divided otherwise ({difference}): give --resplit, or another --out.")
-
-
-def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
-    """The group of each patient."""
-    return {patient: group for group, patients in groups.items() for patient in patients}
 
 
 def job(argv: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import tyro
 
 from heartseg import storage
 from heartseg.config import Experiment, from_json
-from heartseg.errors import REFUSALS, StorageError, UserError
+from heartseg.errors import StorageError, UserError, refusals_told
 from heartseg.recipes import RECIPES
 
 log = logging.getLogger("heartseg.jobs")
@@ -34,8 +34,6 @@ PLACEMENT = "placement_group"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Names of environment variables whose values nobody else should see.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-
-
 MISTAKE = 2
 # EX_TEMPFAIL of sysexits.h, a submitted job's word to whoever follows it: a store was away, and another try may help.
 STORE_AWAY = 75
@@ -57,14 +55,11 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     heed_sigterm()
     warn_of_secrets()
     try:
-        job(sys.argv[1:])
+        with refusals_told():
+            job(sys.argv[1:])
     except UserError as error:
         is_worth_a_try = isinstance(error, StorageError) and JOB_CONFIG in os.environ
         leave(str(error), STORE_AWAY if is_worth_a_try else MISTAKE)
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        leave(storage.say_refused(error, error.filename or "A file"), MISTAKE)
     except KeyboardInterrupt:
         # Ray raises one of its own in the place of ours; after SIGTERM, ours has set the signal aside.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN

@@ -242,9 +242,7 @@ def see_storage(run_path: str, data: str, ranks: distributed.Ranks) -> Run:
         open_shards(data)
     except UserError as error:
         problem = f"Worker {ranks.rank} on {socket.gethostname()}: {error} Every node must see --runs and --data."
-    problem = distributed.first_problem(problem, ranks)
-    if problem:
-        raise UserError(problem)
+    distributed.raise_first_problem(problem, ranks)
     return opened
 
 
