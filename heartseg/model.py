@@ -6,6 +6,7 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
+from heartseg import convolutions
 from heartseg.config import ModelConfig
 from heartseg.errors import UserError
 from heartseg.labels import NUM_CLASSES
@@ -77,6 +78,7 @@ def build_model(config: ModelConfig) -> DeepLab:
             module.momentum = config.bn_momentum
         elif isinstance(module, nn.Dropout):
             module.p = config.dropout
+    convolutions.faster(network)
     return DeepLab(network)
 
 

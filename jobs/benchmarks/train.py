@@ -17,6 +17,7 @@ from jobs.benchmarks.train_bench import Bench, Options
 # Section -> the module and function that measure it; imported when it is its turn, since machines lack some packages.
 SECTIONS = {
     "plain": ("train_plain", "measure"),
+    "convolutions": ("train_steps", "measure_convolutions"),
     "metrics": ("train_steps", "measure_metrics"),
     "loader": ("train_steps", "measure_loader"),
     "peak": ("train_steps", "measure_peak"),

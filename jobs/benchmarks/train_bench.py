@@ -30,7 +30,8 @@ class Options:
     """What to measure, and on what."""
 
     sections: str = "all"
-    """Sections by name, with commas between them: plain, metrics, loader, peak, ray, workers, gpu; `all` are all."""
+    """Sections by name, with commas between them: plain, convolutions, metrics, loader, peak, ray, workers, gpu; `all`
+    are all."""
     source: str = ""
     """Folder of the CAMUS release; a phantom is written for the while where not given."""
     out: str = ""

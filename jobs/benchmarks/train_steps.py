@@ -2,14 +2,17 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import repeat
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from heartseg import engine
-from heartseg.config import Experiment
+from heartseg import convolutions, engine
+from heartseg.config import Experiment, ImageConfig
 from heartseg.losses import segmentation_loss
 from heartseg.metrics import ScoreSums, predicted_labels
 from heartseg.model import build_model
@@ -69,17 +72,36 @@ def measure_loader(bench: Bench) -> list[dict]:
     return [row("loader", "fed by the loader / one resident batch, images/s", resident_s / fed_s, "x")]
 
 
+def measure_convolutions(bench: Bench) -> list[dict]:
+    """Our steps with the convolutions of `heartseg.convolutions`, in turn with steps on PyTorch's own."""
+    large = bench.experiment()
+    small = replace(large, image=ImageConfig(192, 192), model=replace(large.model, backbone="mobilenet_v3_large"))
+    rows = []
+    for experiment in (large, small):
+        ours = new_model(experiment)
+        with patch.object(convolutions, "faster"):
+            theirs = new_model(experiment)
+        batches = repeat(bench.random_batch(experiment, bench.options.batch))
+        ways = [our_steps(experiment, model, batches, bench.ranks) for model in (ours, theirs)]
+        seconds = [[bench.seconds(lambda way=way: next(way))[0] for way in ways] for _ in range(1 + bench.options.steps)][1:]
+        ours_s, theirs_s = (statistics.median(way) for way in zip(*seconds, strict=True))
+        what = f"{experiment.model.backbone}, {experiment.image.height} px, batch {bench.options.batch}"
+        note = f"{ours_s:.2f} against {theirs_s:.2f} s a step"
+        rows.append(row("convolutions", f"our convolutions / PyTorch's, images/s ({what})", theirs_s / ours_s, "x", note))
+    return rows
+
+
 def measure_peak(bench: Bench) -> list[dict]:
     """Our training steps as a share of what the machine's matrix products reach, and the memory that they take."""
     experiment, batch = bench.experiment(), bench.options.batch
     rows = [row("peak", f"matrix product, {name}", rate / 1e9, "GFLOP/s") for name, rate in matrix_rates(bench).items()]
     images_per_s, memory_gb = our_rate(bench, experiment, batch, bench.options.steps)
-    flop = flop_per_image(experiment)
+    flop = flop_per_image(bench, experiment)
     best = max(entry["value"] for entry in rows)
     what = f"{experiment.model.backbone}, {experiment.image.height} px, batch {batch}"
     return [
         *rows,
-        row("peak", f"one image, forward and backward ({what})", flop / 1e9, "GFLOP", "convolutions, counted by PyTorch"),
+        row("peak", f"one image, forward and backward ({what})", flop / 1e9, "GFLOP", "what is computed, counted by PyTorch"),
         row("peak", "training", images_per_s, "images/s"),
         row("peak", "training", images_per_s * flop / 1e9, "GFLOP/s"),
         row("peak", "training / the best matrix product", 100 * images_per_s * flop / 1e9 / best, "%"),
@@ -111,19 +133,19 @@ def matrix_rates(bench: Bench) -> dict[str, float]:
     return rates
 
 
-def flop_per_image(experiment: Experiment) -> float:
-    """Floating-point operations of one image's forward and backward pass, counted without computing them."""
-    with torch.device("meta"):
+def flop_per_image(bench: Bench, experiment: Experiment) -> float:
+    """Floating-point operations of one image's forward and backward pass on the device, counted without computing them."""
+    with FakeTensorMode(), bench.device:
         model = build_model(experiment.model).train()
         images = torch.empty(2, 1, experiment.image.height, experiment.image.width)
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
+        with FlopCounterMode(display=False) as counter:
+            model(images).sum().backward()
     return counter.get_total_flops() / 2
 
 
 def measure_gpu(bench: Bench) -> list[dict]:
     """Images per second against the batch and with compilation; what the seed's 170 epochs would take."""
-    rows, flop, rates = [], flop_per_image(bench.experiment()), {}
+    rows, flop, rates = [], flop_per_image(bench, bench.experiment()), {}
     peak = max(matrix_rates(bench).values())
     for batch in GPU_BATCHES:
         experiment = bench.experiment(batch_size=batch)

@@ -1,0 +1,83 @@
+"""Convolutions that give what nn.Conv2d gives with less work, where DeepLabv3 on echocardiograms wastes most of it.
+
+The atrous rates of DeepLabv3's head (12, 24, 36) are made for large pictures. At 256 x 256 and an output stride of 8 its
+map is 32 x 32: of the nine taps at rate 36, eight see nothing but the padding, and at rate 24 three quarters of their
+places do. Libraries multiply these zeros all the same: a sixth of all of ResNet-101's arithmetic there, and at 192 x 192
+all three branches of MobileNetV3's.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+
+
+class Conv2d(nn.Conv2d):
+    """An nn.Conv2d with the same parameters and, but for rounding, the same results and gradients."""
+
+    def _conv_forward(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.groups == self.in_channels > 1 and slow_in_bf16(images):
+            with torch.autocast("cpu", enabled=False):
+                return super()._conv_forward(images.float(), weight, bias).to(torch.bfloat16)
+        if _is_atrous(self):
+            rate, grid = self.dilation[0], images.shape[-2:]
+            if rate >= max(grid):
+                return conv2d(images, weight[:, :, 1:2, 1:2], bias)
+            # Many small products instead of a large one: they pay in the backward pass on CPUs; on a GPU, where each costs
+            # a launch, they were not measured.
+            halved = max(grid) < 2 * rate < 2 * min(grid)
+            if halved and torch.is_grad_enabled() and images.device.type != "cuda":
+                return _by_blocks(images, weight, bias, rate)
+        return super()._conv_forward(images, weight, bias)
+
+
+def faster(module: nn.Module) -> None:
+    """Exchange the convolutions inside a module that gain by it; parameters and their names stay."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d) and (_is_atrous(child) or child.groups == child.in_channels > 1):
+            # Without memory, so that no random number is drawn for weights that are not used.
+            new = Conv2d(
+                child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding, child.dilation,
+                child.groups, child.bias is not None, device="meta",
+            )  # fmt: skip
+            new.weight, new.bias = child.weight, child.bias
+            setattr(module, name, new)
+        else:
+            faster(child)
+
+
+def slow_in_bf16(images: torch.Tensor) -> bool:
+    """True where a depthwise convolution's gradients take oneDNN's slow ways: three to ten times as long as in float32."""
+    return images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+def _is_atrous(convolution: nn.Conv2d) -> bool:
+    """True of a 3 x 3 convolution over all channels whose result is of its input's size."""
+    rate = convolution.dilation[0]
+    return convolution.groups == 1 and rate > 1 and (
+        (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
+        == ((3, 3), (1, 1), (rate, rate), (rate, rate))
+    )  # fmt: skip
+
+
+def _by_blocks(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rate: int) -> torch.Tensor:
+    """A convolution whose rate is more than half the grid, as products of nine blocks.
+
+    With the lines cut at `n - rate` and at `rate`, the first block is reached by the centre and by the tap behind it,
+    which sees the last block; the last likewise; the middle one by the centre alone. So in both directions.
+    """
+    taps = weight.flatten(2).unbind(2)
+    # For each block, which block is seen and by which of the three taps.
+    seen = (((0, 1), (2, 2)), ((1, 1),), ((2, 1), (0, 0)))
+    height, width = (n - rate for n in images.shape[-2:])
+    rows = images.split([height, rate - height, height], dim=2)
+    blocks = [row.split([width, rate - width, width], dim=3) for row in rows]
+    lines = []
+    for vertical in seen:
+        line = []
+        for horizontal in seen:
+            pairs = [(blocks[i][j], taps[3 * u + v]) for i, u in vertical for j, v in horizontal]
+            stack = torch.cat([block for block, _ in pairs], dim=1)
+            kernel = torch.cat([tap for _, tap in pairs], dim=1)
+            line.append(conv2d(stack, kernel[:, :, None, None], bias))
+        lines.append(torch.cat(line, dim=3))
+    return torch.cat(lines, dim=2)
