@@ -88,6 +88,9 @@ def study_row(patient: str, outcomes: Sequence[Outcome]) -> dict:
     row = patient_indices(masks, spacing_known)
     for (view, phase), stems in twice.items():
         row["reason"] += f"; {' and '.join(stems)} all show {view} {phase}, and nobody says which one counts: give one"
+    for o in outcomes:
+        if o.frames > 1 and not o.phases and len(chosen.get(o.clip.view, ("", ()))[1]) < 2:
+            row["reason"] += f"; {o.clip.stem} shows no beat: no two plausible frames of different volume"
     nameless = [o.clip.stem for o in outcomes if o.clip.view is None]
     if nameless:
         row["reason"] += f"; the view of {', '.join(nameless)} is not known, --view says it"
@@ -140,7 +143,7 @@ def clip_record(outcome: Outcome) -> dict:
         "patient": clip.patient, "mask": f"{clip.patient}/{clip.stem}_pred.nii.gz", "input": clip.shown,
         "view": clip.view and str(clip.view), "phase": clip.phase and str(clip.phase), "frames": outcome.frames,
         "spacing_mm": outcome.spacing_mm and list(outcome.spacing_mm), "notes": list(outcome.notes),
-        "implausible": list(outcome.doubts), "confidence": _plain(outcome.confidence),
+        "doubts": list(outcome.doubts), "confidence": _plain(outcome.confidence),
     }  # fmt: skip
     if sequence:
         record |= {f"{phase.lower()}_frame": at + 1 for phase, (at, _) in outcome.phases.items()}
@@ -174,7 +177,7 @@ def by_patient(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def doubtful(outcome: Outcome) -> str:
-    """A line that names a clip whose mask can be no heart; empty where there is nothing to say."""
+    """A line that names a clip whose mask can be no heart, or of which the network is unsure; empty for all others."""
     return f"look at {outcome.clip.stem}: {'; '.join(outcome.doubts)}" if outcome.doubts else ""
 
 

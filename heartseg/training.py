@@ -182,7 +182,8 @@ def resume(state: engine.TrainState, run: Run) -> list[dict]:
 
 def _say_non_finite(error: engine.NonFiniteLoss, source: ingest.Source) -> str:
     names = sorted(set(source.rows("train", error.rows).table["patient"].to_pylist()))
+    kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
     return (
         f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower --optim.lr "
-        "or set --optim.clip-norm 1; the checkpoint of the epoch before is kept."
+        f"or set --optim.clip-norm 1; {kept}."
     )

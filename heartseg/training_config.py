@@ -42,7 +42,7 @@ class OptimConfig:
     """Decay of the exponential average of the weights, which is then what is evaluated; 0 keeps none."""
 
     def __post_init__(self):
-        require(0 < self.lr < 1e6, "optim.lr must be above 0, and finite.")
+        require(0 < self.lr < 1e6, "optim.lr must be above 0, and under a million.")
         require(0 <= self.momentum < 1, "optim.momentum must be at least 0 and below 1.")
         require(
             0 <= self.weight_decay < math.inf and 0 <= self.clip_norm < math.inf,

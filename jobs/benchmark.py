@@ -14,7 +14,8 @@ from jobs import runtime
 TABLES = {
     "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one; memory; batches",
     "predict": "files to masks against the forward passes alone",
-    "scores": "surface distances and clinical indices against MONAI's and the textbook's plain way",
+    "scores": "surface distances against MONAI's",
+    "ef": "ejection fraction of the expert's outlines against the dataset's own, with pictures of those that differ",
     "postprocess": "test-time augmentation, largest pieces, closed holes: what they do to the scores",
     "train": "training steps against the plain way, Ray against a plain process, loader against a resident batch",
 }

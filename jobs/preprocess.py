@@ -157,7 +157,7 @@ def show_quarantine(parts: list[dict], options: Options) -> None:
     if len(quarantined) > options.max_quarantined * total:
         raise UserError(
             f"{len(quarantined)} of {total} recordings are damaged, more than --max-quarantined "
-            f"{options.max_quarantined:g}: mend them, or allow more and --overwrite."
+            f"{options.max_quarantined:g}: mend them and give the same command again, or allow more with --max-quarantined."
         )
 
 

@@ -91,13 +91,13 @@ def pytest_sessionfinish():
         ray.shutdown()
 
 
-FAULTS: list[tuple[str, str, float]] = []
+FAULTS: list[tuple[str, int | None, float | None]] = []
 
 
 @pytest.fixture()
 def fault_table():
-    """Adds a row to the table of faults that the session ends with: the fault, epochs trained again, seconds."""
-    return lambda fault, epochs, seconds: FAULTS.append((fault, epochs, seconds))
+    """Adds a row to the table of faults that the session ends with: the fault, finished epochs trained again, seconds."""
+    return lambda fault, again, seconds: FAULTS.append((fault, again, seconds))
 
 
 TOLD: list[str] = []
@@ -115,6 +115,7 @@ def pytest_terminal_summary(terminalreporter):
         for line in TOLD:
             terminalreporter.write_line(line)
     if FAULTS:
-        terminalreporter.section("faults: trained again, seconds to the next finished epoch")
-        for fault, epochs, seconds in FAULTS:
-            terminalreporter.write_line(f"{fault:<44} {epochs:<32} {seconds:6.1f} s")
+        terminalreporter.section("faults: finished epochs trained again, seconds to the next finished epoch")
+        for fault, again, seconds in FAULTS:
+            numbers = f"{'-' if again is None else again:>3} {'-' if seconds is None else f'{seconds:.1f} s':>9}"
+            terminalreporter.write_line(f"{fault:<60} {numbers}")

@@ -11,9 +11,11 @@ from test_real_data import CAMUS
 from heartseg import camus, clinical
 from heartseg.agreement import agree
 from heartseg.labels import PHASES, VIEWS
+from jobs.benchmarks import ef as ef_table
 
 STILLS = [(view, phase) for view in VIEWS for phase in PHASES]
 
+# `jobs/benchmark.py ef --source CAMUS --out FOLDER` draws these, and patient0001, which differs by as much, unexplained.
 # What the authors' script does to these on 224 rows, where its 8 pixels are 5.2 mm. Shown by running it on the same
 # label maps with pixels of 0.308 mm, as in the release: there it gives 60.2, 21.6 and 50.0 where it gives 54.8, 27.3
 # and 38.5 on these, and we 60.3, 21.8 and 58.4.
@@ -64,3 +66,14 @@ def test_the_ase_convention_is_about_nine_points_above_it(real_rows):
         print(method, json.dumps(found))
         if method == "ase":
             assert found["r"] >= 0.94 and 8 < found["bias"] < 11
+
+
+@pytest.mark.real_data
+def test_whose_ef_differs_by_more_than_five_points_is_drawn_the_explained_among_them(real_rows, tmp_path, told):
+    found = ef_table.run(ef_table.Options(source=CAMUS, out=str(tmp_path)))
+    assert len(found) == 40
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert set(EXPLAINED) <= drawn and len(drawn) <= 4
+    for one in ef_table.shown(found, 5):
+        cause = EXPLAINED.get(one.patient, "not explained")
+        told(f"{one.patient}: EF {one.row['ef_camus']:.1f}, reference {one.reference:.1f}: {cause}")

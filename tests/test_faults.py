@@ -1,9 +1,11 @@
 """Faults, injected for real: processes killed, a disk that fills, memory that runs out, a cluster without room.
 
-Each row says how many epochs had to be trained again and the seconds to the next finished epoch; pytest prints the table.
+Each row says how many finished epochs had to be trained again, beside the one in progress, and the seconds to the next finished
+epoch; pytest prints the table.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +89,12 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
     raise AssertionError("waited in vain")
 
 
+def trained_again(*outputs: str) -> int:
+    """Finished epochs that were trained again: lines of an epoch's end that all the output has more than once."""
+    ended = re.findall(r"epoch (\d+)/\d+  train/loss", "".join(outputs))
+    return len(ended) - len(set(ended))
+
+
 def assert_no_gap_and_no_double(run: str) -> None:
     assert [epoch["epoch"] for epoch in runs.read_record(run)] == list(range(1, EPOCHS + 1))
 
@@ -96,8 +104,8 @@ def test_a_killed_worker_is_started_again_and_the_record_has_no_gap(shards, tmp_
     job.wait_for_epoch(2)
     recorded, killed = job.kill("RayTrainWorker"), time.monotonic()
     job.wait_for_epoch(recorded + 1)
-    fault_table("a worker killed (SIGKILL)", "1, the one in progress", time.monotonic() - killed)
-    job.finish()
+    seconds = time.monotonic() - killed
+    fault_table("a worker killed (SIGKILL)", trained_again(job.finish()), seconds)
     assert_no_gap_and_no_double(job.run())
 
 
@@ -117,12 +125,12 @@ def test_the_same_command_resumes_when_the_driver_was_killed(shards, tmp_path, f
     job = Job(shards, tmp_path)
     job.wait_for_epoch(3)
     job.process.kill()
-    job.process.wait()
+    first, _ = job.process.communicate()
     kept = checkpoint.last(job.run()).epoch
     again, started = Job(shards, tmp_path), time.monotonic()
     again.wait_for_epoch(kept + 1)
-    fault_table("the driver killed, the command given again", "1, the one in progress", time.monotonic() - started)
-    again.finish()
+    seconds = time.monotonic() - started
+    fault_table("the driver killed, the command given again", trained_again(first, again.finish()), seconds)
     assert kept >= 3
     assert_no_gap_and_no_double(again.run())
 
@@ -140,8 +148,10 @@ def test_sigterm_ends_in_order_and_the_same_command_resumes(shards, tmp_path, la
     assert kept >= recorded  # what was being written became complete
     again, started = Job(shards, tmp_path, launcher=launcher), time.monotonic()
     again.wait_for_epoch(kept + 1)
-    fault_table(f"SIGTERM ({launcher}), the command given again", "1, the one in progress", time.monotonic() - started)
-    again.finish()
+    seconds = time.monotonic() - started
+    lost = trained_again(output, again.finish())
+    assert lost == 0  # an epoch that was told of is kept
+    fault_table(f"SIGTERM ({launcher}), the command given again", lost, seconds)
     assert_no_gap_and_no_double(again.run())
 
 
@@ -164,12 +174,26 @@ def test_a_full_disk_is_a_sentence_and_what_was_complete_stays(shards, tmp_path,
     assert record == list(range(1, kept.epoch + 1)) and kept.weights()
     again, started = Job(shards, tmp_path, launcher="plain"), time.monotonic()
     again.wait_for_epoch(kept.epoch + 1)
-    fault_table("the disk full, then room again", "1, whose checkpoint did not fit", time.monotonic() - started)
-    again.finish()
+    seconds = time.monotonic() - started
+    fault_table("the disk full, then room again", trained_again(output, again.finish()), seconds)
     assert_no_gap_and_no_double(str(run))
 
 
-def test_memory_that_runs_out_is_a_sentence_with_batch_and_size(shards, tmp_path):
+@pytest.mark.parametrize("rate", ["1000", "20"])
+def test_a_run_that_diverges_ends_in_a_sentence_and_its_last_checkpoint_is_finite(shards, tmp_path, rate, fault_table):
+    # At once, or while the rate climbs over the first five epochs.
+    job = Job(shards, tmp_path, "--optim.lr", rate, "--optim.clip-norm", "0", "--schedule.warmup-epochs", "5", launcher="plain")
+    output, _ = job.process.communicate(timeout=200)
+    assert job.process.returncode == 2 and "Traceback" not in output, output[-2000:]
+    (epoch,) = map(int, re.findall(r"The loss of epoch (\d+), step \d+ is not finite \(batch of patient\d+", output))
+    kept = checkpoint.last(job.run())
+    assert (kept.epoch if kept else 0) == epoch - 1 == job.num_epochs()
+    assert ("the checkpoint of the epoch before is kept" if kept else "there is no checkpoint yet") in output
+    assert kept is None or all(value.isfinite().all() for value in kept.weights().values())
+    fault_table(f"a loss that is not finite in epoch {epoch}: told", trained_again(output), None)
+
+
+def test_memory_that_runs_out_is_a_sentence_with_batch_and_size(shards, tmp_path, fault_table):
     # The address space may grow by what the network and its average take, and not by gradients and activations.
     code = """
         import resource, sys
@@ -181,7 +205,9 @@ def test_memory_that_runs_out_is_a_sentence_with_batch_and_size(shards, tmp_path
     command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT), "quick", "--data", shards, "--runs", str(tmp_path)]
     command += ["--launcher", "plain", "--image.height", "64", "--image.width", "64", "--train.batch-size", "24"]
     command += ["--model.backbone", "resnet101", "--tracking.wandb", "off", "--train.precision", "fp32"]
+    started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    fault_table("memory that runs out: told, from the command", trained_again(done.stdout), time.monotonic() - started)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "ran out of memory (cpu) with 24 of a batch's 24 images of 64 x 64" in done.stderr
     assert "Traceback" not in done.stderr
@@ -214,8 +240,8 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(shards, tmp_pa
         runtime.start_ray(2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     figures = dict(line.split("=") for line in done.stdout.splitlines() if line.startswith(("shrink", "grow")))
-    fault_table("a node lost, --workers 1:2", "1, the one in progress", float(figures["shrink_seconds"]))
-    fault_table("a node back, --workers 1:2", "1, the one in progress", float(figures["grow_seconds"]))
+    fault_table("a node lost, --workers 1:2", trained_again(done.stdout), float(figures["shrink_seconds"]))
+    fault_table("a node back, --workers 1:2", trained_again(done.stdout), float(figures["grow_seconds"]))
     (run,) = tmp_path.glob("tiny-*")
     record = [epoch["epoch"] for epoch in runs.read_record(str(run))]
     assert record == list(range(1, len(record) + 1))

@@ -38,6 +38,14 @@ def test_of_a_clip_of_two_frames_the_larger_is_ed(volumes):
     assert cycle.find_ed_es(np.array(volumes)) == (int(np.argmax(volumes)), int(np.argmin(volumes)))
 
 
+def test_a_clip_that_shows_no_beat_is_named_only_where_its_view_is_wanting(stills):
+    still_clip = replace(stills[0].clip, view=FOUR, phase=None, stem="frozen_4CH")
+    frozen = replace(stills[0], clip=still_clip, frames=9, phases={}, volumes_ml=np.full(9, 80.0))
+    row = outcome.study_row("p", [*(one for one in stills if one.clip.view == TWO), frozen])
+    assert "frozen_4CH shows no beat" in row["reason"] and np.isfinite(row["ef_2ch_ase"])
+    assert outcome.study_row("p", [*stills, frozen])["reason"] == ""
+
+
 def changed(stills: list[outcome.Outcome], view, phase, change) -> list[outcome.Outcome]:
     """The stills with one of them changed."""
     return [change(one) if (one.clip.view, one.clip.phase) == (view, phase) else one for one in stills]

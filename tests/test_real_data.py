@@ -143,6 +143,22 @@ def test_distances_on_real_hearts_are_monais(camus):
 
 
 @pytest.mark.real_data
+@pytest.mark.timeout(600)
+def test_the_experts_masks_against_themselves_are_perfect(camus, tmp_path):
+    truth = ["--predictions", os.path.join(camus, "database_nifti"), "--truth", camus, "--launcher", "plain"]
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *truth, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = storage.read_json(str(tmp_path / "summary.json"))
+    assert summary["images"] == 1800 and summary["patients"] == 450
+    means = {name: values["mean"] for name, values in summary["scores"].items()}
+    assert {name for name, mean in means.items() if mean != (0 if name.endswith("_mm") else 1)} == set()
+    assert {"dice", "iou", "accuracy", "hd_endo_mm", "masd_epi_mm"} <= set(means)
+    for name, both in summary["clinical"].items():
+        assert both["bias"] == both["mae"] == 0, name
+
+
+@pytest.mark.real_data
 def test_a_workers_memory_does_not_grow_with_the_patients(camus):
     few, many = (float(line.split()[3]) for line in data.memory_section(data.Options(source=camus))[1:3])
     assert many < 1.1 * few

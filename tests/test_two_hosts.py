@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import two_hosts
 from conftest import ROOT, tiny_experiment
+from test_faults import trained_again
 
 from heartseg import runs, storage
 from heartseg.config import to_json
@@ -111,13 +112,15 @@ def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_bac
     second.kill()
     before = len(record("elastic"))
     seconds = until(lambda: len(record("elastic")) > before, "it has not gone on")
-    fault_table("a host's power cut, --workers 1:2", "1, the one in progress", seconds)
+    lost_s = seconds
     assert record("elastic")[-1]["workers"] == 1
     second.begin()
     second.join(first)
     seconds = until(lambda: record("elastic")[-1]["workers"] == 2, "it has not grown")
-    fault_table("the host back, --workers 1:2", "1, the one in progress", seconds)
-    assert "stopped; the same command goes on" in first.stop(training)
+    said = first.stop(training)
+    assert "stopped; the same command goes on" in said
+    fault_table("a host's power cut, --workers 1:2", trained_again(said), lost_s)
+    fault_table("the host back, --workers 1:2", trained_again(said), seconds)
     numbers = [row["epoch"] for row in record("elastic")]
     assert numbers == list(range(1, len(numbers) + 1))
 
@@ -130,7 +133,7 @@ def test_a_run_that_is_not_elastic_ends_with_a_sentence_when_the_link_is_cut(hos
     two_hosts.ip("-n", first.name, "link", "set", first.link, "down")
     begun = time.monotonic()
     said, _ = training.communicate(timeout=250)
-    fault_table("the link cut, --workers 2: told", "-", time.monotonic() - begun)
+    fault_table("the link cut, --workers 2: told", trained_again(said), time.monotonic() - begun)
     assert training.returncode == 2, said
     assert "\ntrain.py: The cluster had no room for 2 workers of 1 CPU" in said, said
     two_hosts.ip("-n", first.name, "link", "set", first.link, "up")

@@ -1,0 +1,178 @@
+"""Our ejection fraction of the expert's outlines against the dataset's own, and pictures of those that differ.
+
+`python jobs/benchmark.py ef --source CAMUS --out FOLDER`
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from heartseg import camus, clinical, disks, figures, storage
+from heartseg.agreement import agree
+from heartseg.errors import UserError
+from heartseg.labels import ENDO, VIEWS
+from heartseg.nifti import DamagedRecording
+from jobs import runtime
+
+REFERENCE = "ef_reference.json"
+CONVENTIONS = ("camus", "ase")
+ROWS = 448  # of a picture of one still
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure on."""
+
+    source: str = ""
+    """Folder of the CAMUS release, whose cfg files say each patient's EF; or one with an ef_reference.json, from patient to
+    [EDV ml, ESV ml, EF %]."""
+    out: str = ""
+    """Folder for a picture of every patient whose EF differs by more than --points; none are drawn where not given."""
+    points: float = 5.0
+    """Difference in EF points, by the reference's own convention, beyond which a patient is shown."""
+    limit: int = 0
+    """Only the first so many patients that have a reference; 0 takes all."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A patient's reference EF in percent, the convention that it is of, our row of `clinical.patient_indices`, its seconds."""
+
+    patient: str
+    reference: float
+    convention: str
+    row: dict
+    seconds: float
+
+    @property
+    def difference(self) -> float:
+        """Points by which our EF of the reference's own convention is above it."""
+        return self.row[f"ef_{self.convention}"] - self.reference
+
+
+def run(options: Options) -> list[Compared]:
+    """Measure every patient with a reference, print the table, and draw those that differ."""
+    source = runtime.absolute(runtime.require(options.source, "--source", "the folder of the CAMUS release"), "source")
+    reference = references(source)
+    chosen = list(reference)[: options.limit or None]
+    found = [compare(source, patient, *reference[patient]) for patient in chosen]
+    print("\n".join(table(found, options.points)))
+    if options.out:
+        folder = runtime.absolute(options.out, "out")
+        for one in shown(found, options.points):
+            path = storage.join(folder, f"{one.patient}.png")
+            storage.publish(path, figures.save_png(picture(source, one)))
+            print(path)
+    return found
+
+
+def references(source: str) -> dict[str, tuple[float, str]]:
+    """EF in percent and its convention by patient; raises UserError where the source says none."""
+    path = storage.join(source, REFERENCE)
+    if storage.exists(path):
+        return {patient: (float(values[-1]), "camus") for patient, values in storage.read_json(path).items()}
+    found = {}
+    for patient in camus.find_patients(source):
+        for view in VIEWS:
+            info = camus.read_info(source, patient, view)
+            if info and info.ef is not None:
+                found.setdefault(patient, (info.ef, info.ef_convention))
+    if not found:
+        raise UserError(f"{source} says nobody's EF: it has neither cfg files with an EF nor {REFERENCE}.")
+    return found
+
+
+def compare(source: str, patient: str, reference: float, convention: str) -> Compared:
+    """Measure the expert's outlines of a patient; a damaged file leaves its still out, and the row says so."""
+    masks = {}
+    for still in clinical.STILLS:
+        recording = _read(source, patient, still)
+        if recording:
+            masks[still] = (recording.mask, recording.spacing_mm)
+    started = time.process_time()
+    row = clinical.patient_indices(masks)
+    return Compared(patient, reference, convention, row, time.process_time() - started)
+
+
+def _read(source: str, patient: str, still: tuple) -> camus.Recording | None:
+    try:
+        return camus.read_still(source, patient, *still)
+    except DamagedRecording:
+        return None
+
+
+def shown(found: list[Compared], points: float) -> list[Compared]:
+    """Patients whose EF differs by more than some points, the furthest first."""
+    far = [one for one in found if abs(one.difference) > points]
+    return sorted(far, key=lambda one: -abs(one.difference))
+
+
+def table(found: list[Compared], points: float) -> list[str]:
+    """Agreement of both conventions over all patients, the reference's own without those that are shown, and these by name."""
+    own, far = found[0].convention, {one.patient for one in shown(found, points)}
+    within = [one for one in found if one.patient not in far]
+    lines = [f"{'':<34}{'n':>5}{'r':>7}{'bias':>7}{'MAE':>7}{'median difference':>19}"]
+    for name, convention, chosen in (
+        *((convention, convention, found) for convention in CONVENTIONS),
+        (f"{own}, those within {points:g} points", own, within),
+    ):
+        ef, reference = (np.array(v) for v in zip(*((o.row[f"ef_{convention}"], o.reference) for o in chosen), strict=True))
+        both, median = agree(ef, reference), np.nanmedian(np.abs(ef - reference))
+        r, bias, mae = (np.nan if both[key] is None else both[key] for key in ("r", "bias", "mae"))
+        lines.append(f"{name:<34}{both['n']:>5}{r:>7.3f}{bias:>+7.2f}{mae:>7.2f}{median:>19.2f}")
+    lines.append(f"the reference's convention is {own}")
+    ms = 1000 * np.mean([one.seconds for one in found])
+    lines.append(f"{ms:.1f} ms a patient, one core, from label maps to all volumes, areas and fractions")
+    lines += [f"{o.patient}: {o.row[f'ef_{own}']:.1f} %, reference {o.reference:.1f} %" for o in shown(found, points)]
+    lines += [f"{o.patient}: no EF: {o.row['reason']}" for o in found if np.isnan(o.difference)]
+    return lines
+
+
+def picture(source: str, one: Compared) -> figures.Figure:
+    """The four stills with the outlines and the long axis that we measure."""
+    cells = []
+    for view, phase in clinical.STILLS:
+        recording = _read(source, one.patient, (view, phase))
+        if recording:
+            length_mm = clinical.lv_length(recording.mask, recording.spacing_mm)
+            depth_mm, lateral_mm = recording.spacing_mm
+            cells.append((drawn(recording), f"{view} {phase}, {length_mm:.1f} mm long", depth_mm / lateral_mm))
+    sheet = figures.contact_sheet(cells)
+    said = (
+        f"{one.patient}: EF {one.row['ef_camus']:.1f} % (camus), reference {one.reference:.1f} %, ase {one.row['ef_ase']:.1f} %"
+    )
+    sheet.supxlabel(said, color=figures.INK, fontsize=10)
+    return sheet
+
+
+def drawn(recording: camus.Recording) -> np.ndarray:
+    """The image uint8 [h,w,3] with its outlines and the long axis, enlarged."""
+    image, mask = (figures.enlarge(pixels, ROWS) for pixels in (recording.image, recording.mask))
+    canvas = Image.fromarray(figures.overlay(image, mask, thick=True))
+    axis = long_axis(recording.mask, recording.spacing_mm)
+    if axis is not None:
+        factor = image.shape[0] / recording.image.shape[0]
+        (top, left), (bottom, right) = (axis + 0.5) * factor
+        ImageDraw.Draw(canvas).line((left, top, right, bottom), fill=(255, 255, 255), width=2)
+    return np.asarray(canvas)
+
+
+def long_axis(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray | None:
+    """From the mitral plane's midpoint to the apex: rows and columns [2,2] in pixels; None without a ventricle."""
+    framed = np.pad(mask, 1)
+    part = disks.largest_part(framed == ENDO)
+    if part.sum() < disks.MIN_PIXELS:
+        return None
+    points, across = disks.rim(part, framed, spacing_mm)
+    mitral = disks.mitral_midpoint(points, across, part.sum() * float(np.prod(spacing_mm)))
+    apex = points[np.hypot(*(points - mitral).T).argmax()]
+    return np.stack([mitral, apex]) / spacing_mm - 1
+
+
+def job(argv: Sequence[str]) -> None:
+    """The command line."""
+    shown_name = "python jobs/benchmark.py ef"
+    run(runtime.parse_line(Options, argv, shown_name, "Compare our EF of the expert's outlines with the dataset's own."))
