@@ -41,7 +41,16 @@ def augment(
         images = _blur(images, config.blur * draw(1).abs(), config.blur)
     if config.sector_dropout:
         images = _darken_wedge(images, config.sector_dropout * draw(1, 1).abs(), draw(1, 1), draw(1, 1).abs())
+    if config.contrast:
+        images = _stretch(images, (1 + config.contrast) ** draw(1, 1, 1))
     return _affine(config, images, masks, moves) if is_moved else (images, masks)
+
+
+def _stretch(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Move each image's greys away from its mean, `factor` [b,1,1,1] times as far; what is black stays black."""
+    seen = images > 0
+    mean = images.sum(dim=(1, 2, 3), keepdim=True) / seen.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    return torch.where(seen, (mean + factor * (images - mean)).clamp(0, 1), images)
 
 
 def _blur(images: torch.Tensor, sigma_px: torch.Tensor, largest_px: float) -> torch.Tensor:

@@ -115,6 +115,8 @@ class AugmentConfig:
     """Largest standard deviation of a Gaussian blur, in pixels of the stored image."""
     sector_dropout: float = 0.0
     """Largest width of a wedge that is darkened as by a rib's shadow, as a share of the sector's opening."""
+    contrast: float = 0.0
+    """Largest change of the greys' distance from their mean: 0.3 draws from 1/1.3 to 1.3."""
 
     def __post_init__(self):
         values = dataclasses.astuple(self)

@@ -186,6 +186,8 @@ def start_ray(workers: int) -> None:
     """Join the cluster of RAY_ADDRESS (every submitted job has one), or start a Ray of this process's own."""
     import ray
 
+    # How often Ray Train and Tune look for reports. An epoch's end waits for it: 2 s else, most of a small one's time.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if ray.is_initialized():
         return
     # The workers of a Ray of our own import heartseg and jobs from here, wherever the command was typed.

@@ -116,8 +116,6 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     known = sweeps.read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
-    # Tune looks for reports as often as Ray Train does; its 2 s would be most of a small trial's epoch.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
     workers = sweep.base.workers

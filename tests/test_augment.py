@@ -20,7 +20,7 @@ def test_later_kinds_leave_the_draws_of_the_others_alone():
     # A blur and a shadow of next to nothing: everything else must come out as without them.
     images, masks = torch.rand(6, 1, 64, 48, generator=torch.Generator().manual_seed(2)), labels()
     alone = augment(AugmentConfig(**OLDER), images.clone(), masks, 6, 0, seed=3)
-    beside = augment(AugmentConfig(**OLDER, blur=1e-9, sector_dropout=1e-9), images.clone(), masks, 6, 0, seed=3)
+    beside = augment(AugmentConfig(**OLDER, blur=1e-9, sector_dropout=1e-9, contrast=1e-9), images.clone(), masks, 6, 0, seed=3)
     torch.testing.assert_close(alone[0], beside[0], rtol=0, atol=1e-5)
     assert torch.equal(alone[1], beside[1])
 
@@ -36,6 +36,18 @@ def test_blur_spreads_a_point_as_a_gaussian_and_keeps_its_sum():
     # A variance for each image, up to two pixels squared (a tail beyond three deviations is cut).
     assert along.sqrt().max() == pytest.approx(2.0, rel=0.1) and along.sqrt().min() < 0.2
     assert len(set(along.tolist())) == 64
+
+
+def test_contrast_stretches_greys_about_their_mean_and_leaves_black_black():
+    images = 0.4 + 0.2 * torch.rand(64, 1, 32, 32, generator=torch.Generator().manual_seed(6))
+    images[:, :, :, :8] = 0  # outside the sector
+    changed, masks = augment(AugmentConfig(contrast=0.5), images.clone(), labels(64)[:, :32, :32], 64, 0, seed=7)
+    inside, before = changed[..., 8:], images[..., 8:]
+    assert changed[..., :8].eq(0).all() and masks.equal(labels(64)[:, :32, :32])
+    torch.testing.assert_close(inside.mean(dim=(1, 2, 3)), before.mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-4)
+    factors = inside.std(dim=(1, 2, 3)) / before.std(dim=(1, 2, 3))
+    assert 1 / 1.5 <= factors.min() < 0.75 and 1.35 < factors.max() <= 1.5 + 1e-4
+    assert len(set(factors.tolist())) == 64
 
 
 def test_a_shadow_is_one_wedge_from_the_apex_and_its_share_of_the_sector():

@@ -3,6 +3,7 @@
 `python jobs/benchmark.py postprocess --checkpoint RUN --data SHARDS`
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,8 @@ class Options:
     """What to measure on."""
 
     checkpoint: str = ""
-    """Folder of a run, or of one of its checkpoints; several, with commas between, are asked as an ensemble."""
+    """Folder of a run, or of one of its checkpoints; several, with commas between, are asked each alone and as an ensemble,
+    whose change is then from the mean of those alone."""
     data: str = ""
     """Folder or URI of the shards; the run's own where not given."""
     group: Literal["train", "val", "test"] = "val"
@@ -98,6 +100,15 @@ def spearman_interval(one: np.ndarray, other: np.ndarray, patients: np.ndarray, 
     return float(low), float(high)
 
 
+def line_of(name: str, found: dict[str, np.ndarray], before: np.ndarray, patients: np.ndarray) -> str:
+    """A row of the table, its change from the Dice `before` per image."""
+    change = found["dice"] - before
+    low, high = bootstrap_interval(change, patients)
+    scores = "".join(f"{np.nanmean(found[column]):>7.4f}" for column in COLUMNS)
+    told = f"{change.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+    return f"{name:<20}{scores}  {told:<32}{found['implausible'].mean():>11.1%}{found['seconds']:>9.1f}"
+
+
 def quality_lines(name: str, found: dict[str, np.ndarray], patients: np.ndarray) -> list[str]:
     """How well an image's confidence tells its Dice."""
     dice, sure = found["dice"], found["quality"]
@@ -128,14 +139,15 @@ def job(argv: Sequence[str]) -> None:
     predict.segment(segmenter, frames.images[:4], [(64, 64)] * 4)  # the first call warms up
     print(f"{len(frames)} images of {len(set(patients))} patients ({options.group}), native grid, on {segmenter.device}")
     print(f"{'':<20}{'dice':>7}{'endo':>7}{'myo':>7}{'la':>7}  change of dice, 95 % interval    implausible  seconds")
-    results = {}
+    members = paths if len(paths) > 1 else []
+    results, alone = {}, [measure(predict.load(path), frames, PredictConfig()) for path in members]
+    for path, found in zip(members, alone, strict=True):
+        print(line_of(os.path.basename(path), found, np.mean([one["dice"] for one in alone], axis=0), patients), flush=True)
     for name, variant in VARIANTS.items():
         found = results[name] = measure(segmenter, frames, variant)
-        change = found["dice"] - results["the network's own"]["dice"]
-        low, high = bootstrap_interval(change, patients)
-        scores = "".join(f"{np.nanmean(found[column]):>7.4f}" for column in COLUMNS)
-        told = f"{change.mean():+.4f} ({low:+.4f} to {high:+.4f})"
-        print(f"{name:<20}{scores}  {told:<32}{found['implausible'].mean():>11.1%}{found['seconds']:>9.1f}", flush=True)
+        before = np.mean([one["dice"] for one in alone or [results["the network's own"]]], axis=0)
+        shown_name = name.replace("the network's own", "ensemble") if alone else name
+        print(line_of(shown_name, found, before, patients), flush=True)
     for name in ("the network's own", "TTA"):
         print("\n".join(quality_lines(f"confidence, {name}", results[name], patients)))
     for name, images in weakened(frames.images).items():
