@@ -2,8 +2,8 @@
 
 The atrous rates of DeepLabv3's head (12, 24, 36) are made for large pictures. At 256 x 256 and an output stride of 8 its
 map is 32 x 32: of the nine taps at rate 36, eight see nothing but the padding, and at rate 24 three quarters of their
-places do. Libraries multiply these zeros all the same: a sixth of all of ResNet-101's arithmetic there, and at 192 x 192
-all three branches of MobileNetV3's.
+places do. Libraries multiply these zeros all the same: an eighth of all of ResNet-101's arithmetic there, and at 192 x 192,
+where the map of MobileNetV3 is 12 x 12, all but a ninth of its three branches.
 """
 
 import torch
@@ -15,7 +15,7 @@ class Conv2d(nn.Conv2d):
     """An nn.Conv2d with the same parameters and, but for rounding, the same results and gradients."""
 
     def _conv_forward(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.groups == self.in_channels > 1 and slow_in_bf16(images):
+        if self.groups == self.in_channels > 1 and weight.dtype == torch.float32 and slow_in_bf16(images):
             with torch.autocast("cpu", enabled=False):
                 return super()._conv_forward(images.float(), weight, bias).to(torch.bfloat16)
         if _is_atrous(self):
@@ -25,7 +25,7 @@ class Conv2d(nn.Conv2d):
             # Many small products instead of a large one: they pay in the backward pass on CPUs; on a GPU, where each costs
             # a launch, they were not measured.
             halved = max(grid) < 2 * rate < 2 * min(grid)
-            if halved and torch.is_grad_enabled() and images.device.type != "cuda":
+            if halved and images.ndim == 4 and torch.is_grad_enabled() and images.device.type != "cuda":
                 return _by_blocks(images, weight, bias, rate)
         return super()._conv_forward(images, weight, bias)
 
@@ -47,13 +47,15 @@ def faster(module: nn.Module) -> None:
 
 def slow_in_bf16(images: torch.Tensor) -> bool:
     """True where a depthwise convolution's gradients take oneDNN's slow ways: three to ten times as long as in float32."""
-    return images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
+        return False
+    return torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _is_atrous(convolution: nn.Conv2d) -> bool:
     """True of a 3 x 3 convolution over all channels whose result is of its input's size."""
     rate = convolution.dilation[0]
-    return convolution.groups == 1 and rate > 1 and (
+    return convolution.groups == 1 and rate > 1 and convolution.padding_mode == "zeros" and (
         (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
         == ((3, 3), (1, 1), (rate, rate), (rate, rate))
     )  # fmt: skip

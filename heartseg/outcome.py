@@ -90,7 +90,7 @@ def study_row(patient: str, outcomes: Sequence[Outcome]) -> dict:
         row["reason"] += f"; {' and '.join(stems)} all show {view} {phase}, and nobody says which one counts: give one"
     for o in outcomes:
         if o.frames > 1 and not o.phases and len(chosen.get(o.clip.view, ("", ()))[1]) < 2:
-            row["reason"] += f"; {o.clip.stem} shows no beat: no two plausible frames of different volume"
+            row["reason"] += f"; {o.clip.stem} shows no beat (its plausible frames have one volume): give a whole one"
     nameless = [o.clip.stem for o in outcomes if o.clip.view is None]
     if nameless:
         row["reason"] += f"; the view of {', '.join(nameless)} is not known, --view says it"

@@ -141,7 +141,8 @@ def convert(segmenter: predict.Segmenter) -> tuple[dict[str, bytes], dict[str, C
     portable = Portable(segmenter.model, segmenter.intensity).to(memory_format=torch.contiguous_format).eval()
     # Two images, since a batch of one would be taken for a constant.
     example = torch.zeros(2, 1, grid.height, grid.width)
-    exported = torch.export.export(portable, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with torch.no_grad():  # with gradients, some convolutions take a form that is for training
+        exported = torch.export.export(portable, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in exported.graph.nodes:
         # It names this machine's folders, line by line.
         node.meta.pop("stack_trace", None)

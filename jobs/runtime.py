@@ -186,7 +186,7 @@ def start_ray(workers: int) -> None:
     """Join the cluster of RAY_ADDRESS (every submitted job has one), or start a Ray of this process's own."""
     import ray
 
-    # How often Ray Train and Tune look for reports. An epoch's end waits for it: 2 s else, most of a small one's time.
+    # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits: up to 2 s else.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if ray.is_initialized():
         return

@@ -96,7 +96,7 @@ FAULTS: list[tuple[str, int | None, float | None]] = []
 
 @pytest.fixture()
 def fault_table():
-    """Adds a row to the table of faults that the session ends with: the fault, finished epochs trained again, seconds."""
+    """Adds a row to the table of faults that the session ends with: the fault, recorded epochs trained again, seconds."""
     return lambda fault, again, seconds: FAULTS.append((fault, again, seconds))
 
 
@@ -115,7 +115,7 @@ def pytest_terminal_summary(terminalreporter):
         for line in TOLD:
             terminalreporter.write_line(line)
     if FAULTS:
-        terminalreporter.section("faults: finished epochs trained again, seconds to the next finished epoch")
+        terminalreporter.section("faults: recorded epochs trained again, seconds to the next recorded epoch")
         for fault, again, seconds in FAULTS:
             numbers = f"{'-' if again is None else again:>3} {'-' if seconds is None else f'{seconds:.1f} s':>9}"
             terminalreporter.write_line(f"{fault:<60} {numbers}")

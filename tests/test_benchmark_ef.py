@@ -65,9 +65,24 @@ def test_a_damaged_still_is_a_reason_and_no_number(source, capsys):
     assert "patient0002: no EF: no 2CH ES mask" in capsys.readouterr().out
 
 
+def test_everybody_is_drawn_where_no_difference_is_too_small(phantom, tmp_path, capsys):
+    ef.run(ef.Options(source=phantom, out=str(tmp_path), points=0, limit=2))
+    assert sorted(os.listdir(tmp_path)) == ["patient0001.png", "patient0002.png"]
+    assert "ase, those within 0 points" in capsys.readouterr().out
+
+
+def test_conventions_that_differ_are_not_mixed(source):
+    info = camus.read_info(source, "patient0001", View.TWO_CHAMBER)
+    camus.write_info(source, "patient0001", View.TWO_CHAMBER, replace(info, ef_convention="camus"))
+    with pytest.raises(UserError, match="EFConvention ase, camus: give all of them one"):
+        ef.references(source)
+
+
 def test_a_mistake_names_the_thing(source):
     with pytest.raises(UserError, match="--source is missing"):
         benchmark.job(["ef"])
+    with pytest.raises(UserError, match="--limit and --points must be at least 0"):
+        benchmark.job(["ef", "--source", source, "--limit", "-1"])
     for patient in camus.find_patients(source):
         say(source, patient, None)
     with pytest.raises(UserError, match="says nobody's EF"):

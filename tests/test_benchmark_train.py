@@ -54,7 +54,7 @@ def test_the_table_is_printed_and_written_and_says_what_is_left_out(phantom, tmp
     out = str(tmp_path / "table.json")
     threads = torch.get_num_threads()
     try:
-        found = train.run(replace(TINY, source=phantom, sections="plain,metrics,loader,peak,ray,gpu", out=out))
+        found = train.run(replace(TINY, source=phantom, sections="plain,convolutions,metrics,loader,peak,ray,gpu", out=out))
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
@@ -63,17 +63,18 @@ def test_the_table_is_printed_and_written_and_says_what_is_left_out(phantom, tmp
     with open(out) as file:
         written = json.load(file)
     assert written["rows"] == found and written["options"]["batch"] == 4 and "torch" in written["machine"]
-    assert {entry["section"] for entry in found} == {"plain", "metrics", "loader", "peak"}
+    assert {entry["section"] for entry in found} == {"plain", "convolutions", "metrics", "loader", "peak"}
     assert all(entry["name"] in printed for entry in found)
     assert all(
         value > 0 for entry in found if not isinstance(value := entry["value"], list) and "difference" not in entry["name"]
     )
 
 
-def test_operations_are_counted_forward_and_backward():
-    base = tiny_experiment()
+def test_operations_are_counted_forward_and_backward(tmp_path):
+    base, bench = tiny_experiment(), Bench(TINY, str(tmp_path), torch.device("cpu"))
     smaller, larger = (
-        train_steps.flop_per_image(replace(base, image=replace(base.image, height=side, width=side))) for side in (64, 128)
+        train_steps.flop_per_image(bench, replace(base, image=replace(base.image, height=side, width=side)))
+        for side in (64, 128)
     )
     # Convolutions grow with the area; the pooled branch does not.
     assert larger / smaller == pytest.approx(4, rel=0.01) and smaller > 1e8

@@ -1,7 +1,7 @@
 """Faults, injected for real: processes killed, a disk that fills, memory that runs out, a cluster without room.
 
-Each row says how many finished epochs had to be trained again, beside the one in progress, and the seconds to the next finished
-epoch; pytest prints the table.
+Each row says how many recorded epochs had to be trained again (the one in progress is not recorded, nor is one whose checkpoint
+was not yet complete), and the seconds to the next recorded epoch; pytest prints the table.
 """
 
 import os
@@ -39,6 +39,7 @@ class Job:
         # Plain SGD without averaged weights: checkpoints of 130 MB, a third of AdamW's.
         command += ["--optim.kind", "sgd", "--optim.ema-decay", "0"]
         environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+        environment["RAY_DEDUP_LOGS"] = "0"  # every worker's line of an epoch is counted
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
         )
@@ -90,7 +91,7 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
 
 
 def trained_again(*outputs: str) -> int:
-    """Finished epochs that were trained again: lines of an epoch's end that all the output has more than once."""
+    """Recorded epochs that were trained again: lines of an epoch's end that all the output has more than once."""
     ended = re.findall(r"epoch (\d+)/\d+  train/loss", "".join(outputs))
     return len(ended) - len(set(ended))
 
@@ -241,7 +242,7 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(shards, tmp_pa
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     figures = dict(line.split("=") for line in done.stdout.splitlines() if line.startswith(("shrink", "grow")))
     fault_table("a node lost, --workers 1:2", trained_again(done.stdout), float(figures["shrink_seconds"]))
-    fault_table("a node back, --workers 1:2", trained_again(done.stdout), float(figures["grow_seconds"]))
+    fault_table("a node back, --workers 1:2", None, float(figures["grow_seconds"]))
     (run,) = tmp_path.glob("tiny-*")
     record = [epoch["epoch"] for epoch in runs.read_record(str(run))]
     assert record == list(range(1, len(record) + 1))

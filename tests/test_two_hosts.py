@@ -120,7 +120,7 @@ def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_bac
     said = first.stop(training)
     assert "stopped; the same command goes on" in said
     fault_table("a host's power cut, --workers 1:2", trained_again(said), lost_s)
-    fault_table("the host back, --workers 1:2", trained_again(said), seconds)
+    fault_table("the host back, --workers 1:2", None, seconds)
     numbers = [row["epoch"] for row in record("elastic")]
     assert numbers == list(range(1, len(numbers) + 1))
 

@@ -125,7 +125,11 @@ def joined() -> Iterator[tuple[Host, Host]]:
     environment |= s3_server.KEYS | {"AWS_ENDPOINT_URL": f"http://10.77.0.1:{S3_PORT}", "OMP_NUM_THREADS": "1"}
     # A link that is down is noticed in seconds and not in half a minute.
     environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
-    environment |= {"RAY_health_check_failure_threshold": "3", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    environment |= {
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_DEDUP_LOGS": "0",
+    }
     first = Host(f"{tag}a", "10.77.0.1", f"{tag}x", environment)
     second = Host(f"{tag}b", "10.77.0.2", f"{tag}y", environment)
     with contextlib.ExitStack() as stack:

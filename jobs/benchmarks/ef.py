@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from heartseg import camus, clinical, disks, figures, storage
 from heartseg.agreement import agree
-from heartseg.errors import UserError
-from heartseg.labels import ENDO, VIEWS
+from heartseg.errors import UserError, require
+from heartseg.labels import BACKGROUND, ENDO, LA, VIEWS
 from heartseg.nifti import DamagedRecording
 from jobs import runtime
 
@@ -57,6 +57,7 @@ def run(options: Options) -> list[Compared]:
     """Measure every patient with a reference, print the table, and draw those that differ."""
     source = runtime.absolute(runtime.require(options.source, "--source", "the folder of the CAMUS release"), "source")
     reference = references(source)
+    require(options.limit >= 0 and options.points >= 0, "--limit and --points must be at least 0.")
     chosen = list(reference)[: options.limit or None]
     found = [compare(source, patient, *reference[patient]) for patient in chosen]
     print("\n".join(table(found, options.points)))
@@ -73,7 +74,9 @@ def references(source: str) -> dict[str, tuple[float, str]]:
     """EF in percent and its convention by patient; raises UserError where the source says none."""
     path = storage.join(source, REFERENCE)
     if storage.exists(path):
-        return {patient: (float(values[-1]), "camus") for patient, values in storage.read_json(path).items()}
+        said = {patient: (float(values[-1]), "camus") for patient, values in storage.read_json(path).items()}
+        require(bool(said), f"{path} names no patient: remove it, or fill it.")
+        return said
     found = {}
     for patient in camus.find_patients(source):
         for view in VIEWS:
@@ -82,6 +85,12 @@ def references(source: str) -> dict[str, tuple[float, str]]:
                 found.setdefault(patient, (info.ef, info.ef_convention))
     if not found:
         raise UserError(f"{source} says nobody's EF: it has neither cfg files with an EF nor {REFERENCE}.")
+    conventions = {convention for _, convention in found.values()}
+    if len(conventions) > 1 or not conventions <= set(CONVENTIONS):
+        raise UserError(
+            f"The cfg files of {source} say EFConvention {', '.join(sorted(conventions))}: give all of them one of "
+            f"{', '.join(CONVENTIONS)}."
+        )
     return found
 
 
@@ -119,8 +128,10 @@ def table(found: list[Compared], points: float) -> list[str]:
         *((convention, convention, found) for convention in CONVENTIONS),
         (f"{own}, those within {points:g} points", own, within),
     ):
-        ef, reference = (np.array(v) for v in zip(*((o.row[f"ef_{convention}"], o.reference) for o in chosen), strict=True))
-        both, median = agree(ef, reference), np.nanmedian(np.abs(ef - reference))
+        ef = np.array([one.row[f"ef_{convention}"] for one in chosen], float)
+        reference = np.array([one.reference for one in chosen], float)
+        both, differences = agree(ef, reference), np.abs(ef - reference)
+        median = np.nanmedian(differences) if np.isfinite(differences).any() else np.nan
         r, bias, mae = (np.nan if both[key] is None else both[key] for key in ("r", "bias", "mae"))
         lines.append(f"{name:<34}{both['n']:>5}{r:>7.3f}{bias:>+7.2f}{mae:>7.2f}{median:>19.2f}")
     lines.append(f"the reference's convention is {own}")
@@ -163,6 +174,8 @@ def drawn(recording: camus.Recording) -> np.ndarray:
 def long_axis(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray | None:
     """From the mitral plane's midpoint to the apex: rows and columns [2,2] in pixels; None without a ventricle."""
     framed = np.pad(mask, 1)
+    atrium = framed == LA
+    framed[atrium & ~disks.largest_part(atrium)] = BACKGROUND  # as `disks.measure` does
     part = disks.largest_part(framed == ENDO)
     if part.sum() < disks.MIN_PIXELS:
         return None

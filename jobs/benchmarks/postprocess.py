@@ -3,7 +3,6 @@
 `python jobs/benchmark.py postprocess --checkpoint RUN --data SHARDS`
 """
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -139,10 +138,12 @@ def job(argv: Sequence[str]) -> None:
     predict.segment(segmenter, frames.images[:4], [(64, 64)] * 4)  # the first call warms up
     print(f"{len(frames)} images of {len(set(patients))} patients ({options.group}), native grid, on {segmenter.device}")
     print(f"{'':<20}{'dice':>7}{'endo':>7}{'myo':>7}{'la':>7}  change of dice, 95 % interval    implausible  seconds")
-    members = paths if len(paths) > 1 else []
-    results, alone = {}, [measure(predict.load(path), frames, PredictConfig()) for path in members]
-    for path, found in zip(members, alone, strict=True):
-        print(line_of(os.path.basename(path), found, np.mean([one["dice"] for one in alone], axis=0), patients), flush=True)
+    members = segmenter.members if len(paths) > 1 else ()
+    results, alone = {}, [measure(member, frames, PredictConfig()) for member in members]
+    for place, found in enumerate(alone, 1):
+        print(
+            line_of(f"checkpoint {place} alone", found, np.mean([one["dice"] for one in alone], axis=0), patients), flush=True
+        )
     for name, variant in VARIANTS.items():
         found = results[name] = measure(segmenter, frames, variant)
         before = np.mean([one["dice"] for one in alone or [results["the network's own"]]], axis=0)

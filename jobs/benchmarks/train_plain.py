@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from unittest.mock import Mock, patch
 
 import nibabel
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from heartseg import camus
+from heartseg import camus, convolutions
 from heartseg.batches import epoch_order
 from heartseg.config import Experiment
 from heartseg.labels import STRUCTURES
@@ -79,9 +80,10 @@ def both_ways(bench: Bench, experiment: Experiment) -> tuple[Iterator[float], It
     """The steps of the plain way and ours, from the same weights over the same images."""
     frames = bench.frames(experiment)
     models = []
-    for _ in range(2):
+    for faster in (Mock(), convolutions.faster):  # the plain way has PyTorch's convolutions
         torch.manual_seed(experiment.train.seed)
-        models.append(build_model(experiment.model))
+        with patch.object(convolutions, "faster", faster):
+            models.append(build_model(experiment.model))
     plain = plain_steps(experiment, models[0], Stills(bench.source, frames, experiment.image.height), bench.device)
     return plain, our_steps(experiment, models[1], loader_batches(experiment, frames, bench.device), bench.ranks)
 
