@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from heartseg import camus, clinical, disks, figures, storage
 from heartseg.agreement import agree
@@ -162,13 +161,15 @@ def picture(source: str, one: Compared) -> figures.Figure:
 def drawn(recording: camus.Recording) -> np.ndarray:
     """The image uint8 [h,w,3] with its outlines and the long axis, enlarged."""
     image, mask = (figures.enlarge(pixels, ROWS) for pixels in (recording.image, recording.mask))
-    canvas = Image.fromarray(figures.overlay(image, mask, thick=True))
+    canvas = figures.overlay(image, mask, thick=True)
     axis = long_axis(recording.mask, recording.spacing_mm)
     if axis is not None:
         factor = image.shape[0] / recording.image.shape[0]
-        (top, left), (bottom, right) = (axis + 0.5) * factor
-        ImageDraw.Draw(canvas).line((left, top, right, bottom), fill=(255, 255, 255), width=2)
-    return np.asarray(canvas)
+        along = np.linspace(*(axis + 0.5) * factor, num=2 * len(image)).astype(int)
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            places = np.clip(along + (row, column), 0, np.array(image.shape) - 1)
+            canvas[tuple(places.T)] = 255
+    return canvas
 
 
 def long_axis(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray | None:
