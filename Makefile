@@ -47,11 +47,11 @@ format: $(VENV)/ready
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --wheel
 
-# Names, versions and hashes: no address of any index, which is the installing machine's to know.
+# Names, versions and hashes; uv writes no address of an index unless asked: that is the installing machine's to know.
 constraints: $(VENV)/ready
 	$(BIN)/uv pip compile pyproject.toml --extra cluster --extra formats $(UPGRADE) --quiet \
 		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --only-binary :all: \
-		--generate-hashes --custom-compile-command "make constraints" --no-annotate --no-emit-index-url --no-emit-find-links --output-file constraints.txt
+		--generate-hashes --custom-compile-command "make constraints" --no-annotate --output-file constraints.txt
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ class Conv2d(nn.Conv2d):
     """An nn.Conv2d with the same parameters and, but for rounding, the same results and gradients."""
 
     def _conv_forward(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.groups == self.in_channels > 1 and weight.dtype == torch.float32 and slow_in_bf16(images):
+        if _is_depthwise(self) and weight.dtype == torch.float32 and _slow_in_bf16(images):
             with torch.autocast("cpu", enabled=False):
                 return super()._conv_forward(images.float(), weight, bias).to(torch.bfloat16)
         if _is_atrous(self):
@@ -33,7 +33,7 @@ class Conv2d(nn.Conv2d):
 def faster(module: nn.Module) -> None:
     """Exchange the convolutions inside a module that gain by it; parameters and their names stay."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d) and (_is_atrous(child) or child.groups == child.in_channels > 1):
+        if isinstance(child, nn.Conv2d) and (_is_atrous(child) or _is_depthwise(child)):
             # Without memory, so that no random number is drawn for weights that are not used.
             new = Conv2d(
                 child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding, child.dilation,
@@ -45,11 +45,15 @@ def faster(module: nn.Module) -> None:
             faster(child)
 
 
-def slow_in_bf16(images: torch.Tensor) -> bool:
+def _slow_in_bf16(images: torch.Tensor) -> bool:
     """True where a depthwise convolution's gradients take oneDNN's slow ways: three to ten times as long as in float32."""
     if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
         return False
     return torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def _is_depthwise(convolution: nn.Conv2d) -> bool:
+    return convolution.groups == convolution.in_channels > 1
 
 
 def _is_atrous(convolution: nn.Conv2d) -> bool:

@@ -127,6 +127,27 @@ def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spac
     return Chamber(float(areas.sum()), length_mm, areas / (length_mm / DISKS))
 
 
+def _chambers(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ventricle and atrium, the largest part of each, of labels framed by background; and the labels without other atria."""
+    atrium = largest_part(labels == LA)
+    stray = (labels == LA) & ~atrium  # a stray speck of atrium is no mitral plane
+    return largest_part(labels == ENDO), atrium, np.where(stray, 0, labels)
+
+
+def long_axis(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray | None:
+    """The ventricle's axis as it is measured, to draw it: row and column of the mitral plane's midpoint and of the apex.
+
+    Pixels [2,2] of a label map [H,W]; None where it has no ventricle to measure.
+    """
+    ventricle, _, labels = _chambers(np.pad(mask, 1))
+    pixels = np.count_nonzero(ventricle)
+    if pixels < MIN_PIXELS:
+        return None
+    points, across = rim(ventricle, labels, spacing_mm)
+    mitral = mitral_midpoint(points, across, pixels * float(np.prod(spacing_mm)))
+    return np.stack([mitral, points[np.hypot(*(points - mitral).T).argmax()]]) / spacing_mm - 1
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """What one label map holds; a chamber that cannot be measured is the reason why instead, a short text."""
@@ -142,10 +163,8 @@ def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
 
     Of cavity and atrium the largest connected part counts, of the wall every pixel: a gap does not make it less wall.
     """
-    labels, pixel_mm2 = crop(mask), float(np.prod(spacing_mm))
-    atrium = largest_part(labels == LA)
-    ventricle = largest_part(labels == ENDO)
-    labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is no mitral plane
+    pixel_mm2 = float(np.prod(spacing_mm))
+    ventricle, atrium, labels = _chambers(crop(mask))
     atrium_pixels, pixels = np.count_nonzero(atrium), np.count_nonzero(ventricle)
     wall_area_mm2, atrium_area_mm2 = np.count_nonzero(labels == MYO) * pixel_mm2, atrium_pixels * pixel_mm2
     small = "a left {} of {} pixels"

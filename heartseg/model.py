@@ -57,8 +57,11 @@ class DeepLab(nn.Module):
         return outputs["out"]
 
 
-def build_model(config: ModelConfig) -> DeepLab:
-    """Build the network of a configuration; raises UserError where pretrained weights cannot be had."""
+def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
+    """Build the network of a configuration; raises UserError where pretrained weights cannot be had.
+
+    Without `own_convolutions` it computes the same on PyTorch's, to compare with.
+    """
     constructor, weights, first_conv = _backbone(config.backbone)
     # torchvision would download backbone weights unless told not to.
     arguments = {"weights": None, "num_classes": NUM_CLASSES, "aux_loss": config.aux_head}
@@ -78,7 +81,8 @@ def build_model(config: ModelConfig) -> DeepLab:
             module.momentum = config.bn_momentum
         elif isinstance(module, nn.Dropout):
             module.p = config.dropout
-    convolutions.faster(network)
+    if own_convolutions:
+        convolutions.faster(network)
     return DeepLab(network)
 
 

@@ -16,7 +16,7 @@ TABLES = {
     "predict": "files to masks against the forward passes alone",
     "scores": "surface distances against MONAI's",
     "ef": "ejection fraction of the expert's outlines against the dataset's own, with pictures of those that differ",
-    "postprocess": "test-time augmentation, largest pieces, closed holes: what they do to the scores",
+    "postprocess": "test-time augmentation, largest pieces, closed holes, ensembles: what they do to the scores",
     "train": "training steps against the plain way, Ray against a plain process, loader against a resident batch",
 }
 

@@ -111,16 +111,15 @@ def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_bac
     until(lambda: len(record("elastic")) >= 3 and record("elastic")[-1]["workers"] == 2, "no two workers")
     second.kill()
     before = len(record("elastic"))
-    seconds = until(lambda: len(record("elastic")) > before, "it has not gone on")
-    lost_s = seconds
+    lost_s = until(lambda: len(record("elastic")) > before, "it has not gone on")
     assert record("elastic")[-1]["workers"] == 1
     second.begin()
     second.join(first)
-    seconds = until(lambda: record("elastic")[-1]["workers"] == 2, "it has not grown")
+    back_s = until(lambda: record("elastic")[-1]["workers"] == 2, "it has not grown")
     said = first.stop(training)
     assert "stopped; the same command goes on" in said
     fault_table("a host's power cut, --workers 1:2", trained_again(said), lost_s)
-    fault_table("the host back, --workers 1:2", None, seconds)
+    fault_table("the host back, --workers 1:2", None, back_s)
     numbers = [row["epoch"] for row in record("elastic")]
     assert numbers == list(range(1, len(numbers) + 1))
 

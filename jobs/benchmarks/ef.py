@@ -12,7 +12,7 @@ import numpy as np
 from heartseg import camus, clinical, disks, figures, storage
 from heartseg.agreement import agree
 from heartseg.errors import UserError, require
-from heartseg.labels import BACKGROUND, ENDO, LA, VIEWS
+from heartseg.labels import VIEWS
 from heartseg.nifti import DamagedRecording
 from jobs import runtime
 
@@ -55,8 +55,8 @@ class Compared:
 def run(options: Options) -> list[Compared]:
     """Measure every patient with a reference, print the table, and draw those that differ."""
     source = runtime.absolute(runtime.require(options.source, "--source", "the folder of the CAMUS release"), "source")
-    reference = references(source)
     require(options.limit >= 0 and options.points >= 0, "--limit and --points must be at least 0.")
+    reference = references(source)
     chosen = list(reference)[: options.limit or None]
     found = [compare(source, patient, *reference[patient]) for patient in chosen]
     print("\n".join(table(found, options.points)))
@@ -147,8 +147,8 @@ def picture(source: str, one: Compared) -> figures.Figure:
     for view, phase in clinical.STILLS:
         recording = _read(source, one.patient, (view, phase))
         if recording:
-            length_mm = clinical.lv_length(recording.mask, recording.spacing_mm)
             depth_mm, lateral_mm = recording.spacing_mm
+            length_mm = clinical.lv_length(recording.mask, recording.spacing_mm)
             cells.append((drawn(recording), f"{view} {phase}, {length_mm:.1f} mm long", depth_mm / lateral_mm))
     sheet = figures.contact_sheet(cells)
     said = (
@@ -162,7 +162,7 @@ def drawn(recording: camus.Recording) -> np.ndarray:
     """The image uint8 [h,w,3] with its outlines and the long axis, enlarged."""
     image, mask = (figures.enlarge(pixels, ROWS) for pixels in (recording.image, recording.mask))
     canvas = figures.overlay(image, mask, thick=True)
-    axis = long_axis(recording.mask, recording.spacing_mm)
+    axis = disks.long_axis(recording.mask, recording.spacing_mm)
     if axis is not None:
         factor = image.shape[0] / recording.image.shape[0]
         along = np.linspace(*(axis + 0.5) * factor, num=2 * len(image)).astype(int)
@@ -170,20 +170,6 @@ def drawn(recording: camus.Recording) -> np.ndarray:
             places = np.clip(along + (row, column), 0, np.array(image.shape) - 1)
             canvas[tuple(places.T)] = 255
     return canvas
-
-
-def long_axis(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray | None:
-    """From the mitral plane's midpoint to the apex: rows and columns [2,2] in pixels; None without a ventricle."""
-    framed = np.pad(mask, 1)
-    atrium = framed == LA
-    framed[atrium & ~disks.largest_part(atrium)] = BACKGROUND  # as `disks.measure` does
-    part = disks.largest_part(framed == ENDO)
-    if part.sum() < disks.MIN_PIXELS:
-        return None
-    points, across = disks.rim(part, framed, spacing_mm)
-    mitral = disks.mitral_midpoint(points, across, part.sum() * float(np.prod(spacing_mm)))
-    apex = points[np.hypot(*(points - mitral).T).argmax()]
-    return np.stack([mitral, apex]) / spacing_mm - 1
 
 
 def job(argv: Sequence[str]) -> None:

@@ -21,8 +21,9 @@ from heartseg.postprocess import implausibilities
 from heartseg.shards import Frames, load_groups, open_shards
 from jobs import runtime
 
+OWN = "the network's own"
 VARIANTS = {
-    "the network's own": PredictConfig(),
+    OWN: PredictConfig(),
     "largest component": PredictConfig(largest_component=True),
     "fill holes": PredictConfig(fill_holes=True),
     "components + holes": PredictConfig(largest_component=True, fill_holes=True),
@@ -140,16 +141,14 @@ def job(argv: Sequence[str]) -> None:
     print(f"{'':<20}{'dice':>7}{'endo':>7}{'myo':>7}{'la':>7}  change of dice, 95 % interval    implausible  seconds")
     members = segmenter.members if len(paths) > 1 else ()
     results, alone = {}, [measure(member, frames, PredictConfig()) for member in members]
+    before = np.mean([found["dice"] for found in alone], axis=0) if alone else None
     for place, found in enumerate(alone, 1):
-        print(
-            line_of(f"checkpoint {place} alone", found, np.mean([one["dice"] for one in alone], axis=0), patients), flush=True
-        )
+        print(line_of(f"checkpoint {place} alone", found, before, patients), flush=True)
     for name, variant in VARIANTS.items():
         found = results[name] = measure(segmenter, frames, variant)
-        before = np.mean([one["dice"] for one in alone or [results["the network's own"]]], axis=0)
-        shown_name = name.replace("the network's own", "ensemble") if alone else name
-        print(line_of(shown_name, found, before, patients), flush=True)
-    for name in ("the network's own", "TTA"):
+        before = found["dice"] if before is None else before  # the first variant is the network's own
+        print(line_of("ensemble" if alone and name == OWN else name, found, before, patients), flush=True)
+    for name in (OWN, "TTA"):
         print("\n".join(quality_lines(f"confidence, {name}", results[name], patients)))
     for name, images in weakened(frames.images).items():
         found = measure(segmenter, replace(frames, images=images), PredictConfig())

@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
-from unittest.mock import Mock, patch
 
 import nibabel
 import numpy as np
@@ -17,13 +16,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from heartseg import camus, convolutions
+from heartseg import camus
 from heartseg.batches import epoch_order
 from heartseg.config import Experiment
 from heartseg.labels import STRUCTURES
-from heartseg.model import build_model
 from heartseg.shards import Frames
 from jobs.benchmarks.train_bench import Bench, loader_batches, our_steps, peak_memory_gb, reset_peak_memory, row
+from jobs.benchmarks.train_steps import new_model
 
 
 class Stills(Dataset):
@@ -79,13 +78,10 @@ def dice_in_python(logits: torch.Tensor, masks: torch.Tensor) -> float:
 def both_ways(bench: Bench, experiment: Experiment) -> tuple[Iterator[float], Iterator[torch.Tensor]]:
     """The steps of the plain way and ours, from the same weights over the same images."""
     frames = bench.frames(experiment)
-    models = []
-    for faster in (Mock(), convolutions.faster):  # the plain way has PyTorch's convolutions
-        torch.manual_seed(experiment.train.seed)
-        with patch.object(convolutions, "faster", faster):
-            models.append(build_model(experiment.model))
-    plain = plain_steps(experiment, models[0], Stills(bench.source, frames, experiment.image.height), bench.device)
-    return plain, our_steps(experiment, models[1], loader_batches(experiment, frames, bench.device), bench.ranks)
+    stills = Stills(bench.source, frames, experiment.image.height)
+    plain = plain_steps(experiment, new_model(experiment, own_convolutions=False), stills, bench.device)
+    batches = loader_batches(experiment, frames, bench.device)
+    return plain, our_steps(experiment, new_model(experiment), batches, bench.ranks)
 
 
 def measure(bench: Bench) -> list[dict]:

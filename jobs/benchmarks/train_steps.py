@@ -1,17 +1,16 @@
 """Sections about our own steps: what scores and the loader cost, how near the machine's peak we are, sizes on a GPU."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from heartseg import convolutions, engine
+from heartseg import engine
 from heartseg.config import Experiment, ImageConfig
 from heartseg.losses import segmentation_loss
 from heartseg.metrics import ScoreSums, predicted_labels
@@ -55,10 +54,16 @@ def _score(logits: torch.Tensor, masks: torch.Tensor) -> None:
     sums.means()
 
 
-def new_model(experiment: Experiment) -> nn.Module:
+def new_model(experiment: Experiment, own_convolutions: bool = True) -> nn.Module:
     """The experiment's network with its first weights."""
     torch.manual_seed(experiment.train.seed)
-    return build_model(experiment.model)
+    return build_model(experiment.model, own_convolutions)
+
+
+def medians_in_turn(bench: Bench, ways: Sequence[Iterator]) -> list[float]:
+    """The median seconds of a step of each way, one step after the other in turn, after one that is not counted."""
+    rounds = [[bench.seconds(lambda way=way: next(way))[0] for way in ways] for _ in range(1 + bench.options.steps)]
+    return [statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True)]
 
 
 def measure_loader(bench: Bench) -> list[dict]:
@@ -67,8 +72,7 @@ def measure_loader(bench: Bench) -> list[dict]:
     fed = loader_batches(experiment, bench.frames(experiment), bench.device)
     resident = next(loader_batches(experiment, bench.frames(experiment), bench.device))
     ways = [our_steps(experiment, new_model(experiment), batches, bench.ranks) for batches in (fed, repeat(resident))]
-    seconds = [[bench.seconds(lambda way=way: next(way))[0] for way in ways] for _ in range(1 + bench.options.steps)][1:]
-    fed_s, resident_s = (statistics.median(way) for way in zip(*seconds, strict=True))
+    fed_s, resident_s = medians_in_turn(bench, ways)
     return [row("loader", "fed by the loader / one resident batch, images/s", resident_s / fed_s, "x")]
 
 
@@ -78,13 +82,9 @@ def measure_convolutions(bench: Bench) -> list[dict]:
     small = replace(large, image=ImageConfig(192, 192), model=replace(large.model, backbone="mobilenet_v3_large"))
     rows = []
     for experiment in (large, small):
-        ours = new_model(experiment)
-        with patch.object(convolutions, "faster"):
-            theirs = new_model(experiment)
         batches = repeat(bench.random_batch(experiment, bench.options.batch))
-        ways = [our_steps(experiment, model, batches, bench.ranks) for model in (ours, theirs)]
-        seconds = [[bench.seconds(lambda way=way: next(way))[0] for way in ways] for _ in range(1 + bench.options.steps)][1:]
-        ours_s, theirs_s = (statistics.median(way) for way in zip(*seconds, strict=True))
+        ways = [our_steps(experiment, new_model(experiment, own), batches, bench.ranks) for own in (True, False)]
+        ours_s, theirs_s = medians_in_turn(bench, ways)
         what = f"{experiment.model.backbone}, {experiment.image.height} px, batch {bench.options.batch}"
         note = f"{ours_s:.2f} against {theirs_s:.2f} s a step"
         rows.append(row("convolutions", f"our convolutions / PyTorch's, images/s ({what})", theirs_s / ours_s, "x", note))
