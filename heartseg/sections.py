@@ -58,7 +58,10 @@ def distance_table(summary: dict) -> list[tuple[str, list[dict]]]:
 
 
 def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict | None:
-    """Tables and figures of volumes and EF; None where no patient has both EFs."""
+    """Tables and figures of volumes and EF, and the reasons why a patient has none.
+
+    The reasons alone where fewer than three patients have both EFs; None where there are no reasons either.
+    """
     clinical = summary.get("clinical")
     if not clinical or patients is None:
         return None
@@ -72,12 +75,12 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
                 rows.append((f"{title} against the EF of the recording's file ({convention}), %", kinds[kind]))
     pair = patients[["ef_camus_prediction", "ef_camus_truth"]].to_numpy(float)
     if not rows or np.isfinite(pair).all(axis=1).sum() < 3:
-        return None
+        return {"ef": None, "incomplete": clinical["incomplete"]} if clinical["incomplete"] else None
     ef = agreement["ef_camus"]
     limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
     correlation = "no correlation (all the same)" if ef["r"] is None else f"r {ef['r']:.2f}"
     said = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."
-    scatter = figures.agreement_scatter(*pair.T, "EF (camus), predicted against expert", "%")
+    scatter = figures.agreement_scatter(*pair.T, "EF (camus), predicted and expert", "%")
     differences = figures.bland_altman(*pair.T, "Bland-Altman, EF (camus)", "points")
     plots = [
         inline(scatter, "ef-scatter", f"Scatter of EF: {said}"),

@@ -63,8 +63,10 @@ def write_run(run: str, recipe: str = "quick", dataset: str = "CAMUS", epochs: i
         write_samples(run, "last", epochs, 1)
 
 
-def write_evaluation(evaluation: str, group: str = "val", patient: str = "patient{:04d}", quality: bool = True) -> None:
-    """An evaluation of 20 images; one score has no value, one image has no atrium, one patient has no EF."""
+def write_evaluation(
+    evaluation: str, group: str = "val", patient: str = "patient{:04d}", quality: bool = True, with_ef: int = 4
+) -> None:
+    """An evaluation of 20 images of 5 patients; one score has no value, one image has no atrium, `with_ef` patients an EF."""
     rng = np.random.default_rng(0)
     rows = pandas.DataFrame({score: rng.uniform(0.7, 0.95, 20).round(4) for score in SCORES})
     rows = rows.assign(**{distance: rng.uniform(1, 9, 20).round(4) for distance in DISTANCES})
@@ -73,10 +75,12 @@ def write_evaluation(evaluation: str, group: str = "val", patient: str = "patien
     rows["view"], rows["phase"] = ["2CH", "2CH", "4CH", "4CH"] * 5, ["ED", "ES"] * 10
     rows["quality"] = ["Good", "Good", "Poor", None] * 5 if quality else None
     rows.loc[7, "dice"], rows.loc[7, "dice_la"], rows["iou_la"] = 0.1234, np.nan, np.nan
-    images, reason = rows.assign(confusion=[np.eye(4, dtype=int).ravel().tolist()] * 20), ["", "", "", "", "no 2CH ES mask"]
+    images = rows.assign(confusion=[np.eye(4, dtype=int).ravel().tolist()] * 20)
+    reason = [""] * with_ef + ["no 2CH ES mask"] * (5 - with_ef)
     indices = {f"{n}_{k}": rng.uniform(30, 70, 5).round(3) for n in INDICES for k in ("prediction", "truth")}
     patients = pandas.DataFrame({"patient": rows["patient"].unique(), "ef_reference": None, "ef_convention": None, **indices})
     patients = patients.assign(reason_prediction=reason, reason_truth="")
+    patients.loc[with_ef:, [f"{name}_prediction" for name in INDICES]] = np.nan
     for name, table in ((report.IMAGES, rows), (report.PATIENTS, patients)):
         storage.write_table(storage.join(evaluation, name), pyarrow.Table.from_pandas(table, preserve_index=False))
     missing = {"patient": "patient0009", "view": "2CH", "phase": "ED", "file": "f", "reason": "the gzip is cut off"}
@@ -307,8 +311,14 @@ def test_clinical_agreement_is_shown_with_its_convention_and_what_could_not_be_h
     words = Reader(page()).words
     write_evaluation(str(tmp_path))
     ef = storage.read_json(str(tmp_path / report.SUMMARY))["clinical"]["agreement"]["ef_camus"]
-    assert f"EF, one disk height (camus), %5{ef['r']:.3f}{ef['bias']:.1f}" in words
+    assert f"EF, one disk height (camus), %4{ef['r']:.3f}{ef['bias']:.1f}" in words
     assert "patient0005: no 2CH ES mask" in words
+
+
+def test_too_few_patients_for_agreement_still_say_why_they_have_no_ejection_fraction(page):
+    few = Reader(page(evaluation_options={"with_ef": 2}))
+    assert "patient0003: no 2CH ES mask" in few.words and "Fewer than three patients" in few.words
+    assert "limits of agreement" not in few.words and "EF, mean absolute error" not in few.words
 
 
 def test_warnings_are_told_with_how_much_they_are_worth(page):

@@ -16,6 +16,7 @@ from test_faults import trained_again
 from heartseg import runs, storage
 from heartseg.config import to_json
 
+NOTICE_S = 12
 CLUSTER = {"RAY_ADDRESS": f"10.77.0.1:{two_hosts.PORT}"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -116,10 +117,15 @@ def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_bac
     second.begin()
     second.join(first)
     back_s = until(lambda: record("elastic")[-1]["workers"] == 2, "it has not grown")
+    second.announce_end(first, NOTICE_S)
+    time.sleep(NOTICE_S)
+    second.kill()
+    taken_s = until(lambda: record("elastic")[-1]["workers"] == 1, "it has not gone on without the host that was taken")
     said = first.stop(training)
     assert "stopped; the same command goes on" in said
     fault_table("a host's power cut, --workers 1:2", trained_again(said), lost_s)
     fault_table("the host back, --workers 1:2", None, back_s)
+    fault_table(f"the host taken back with {NOTICE_S} s of notice, --workers 1:2", trained_again(said), taken_s)
     numbers = [row["epoch"] for row in record("elastic")]
     assert numbers == list(range(1, len(numbers) + 1))
 

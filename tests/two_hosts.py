@@ -29,6 +29,13 @@ ThreadedMotoServer("0.0.0.0", int(sys.argv[1])).start()
 threading.Event().wait()
 """
 
+NODE_ID = """
+import ray, sys
+
+ray.init(log_to_driver=False)
+print(*(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == sys.argv[1]))
+"""
+
 
 def ip(*words: str) -> str:
     """iproute2's command; raises where it fails."""
@@ -112,6 +119,15 @@ class Host:
         where = ["--head", "--port", str(PORT)] if head is self else ["--address", f"{head.address}:{PORT}"]
         command = [RAY, "start", *where, "--node-ip-address", self.address, "--num-cpus", "1", "--disable-usage-stats"]
         code, said = self.run(*command, timeout=100)
+        assert code == 0, said
+
+    def announce_end(self, head: "Host", seconds: int) -> None:
+        """Tell the cluster, as a cloud that takes a machine back does, that this host has some seconds left."""
+        code, said = head.run(sys.executable, "-c", NODE_ID, self.address, RAY_ADDRESS=f"{head.address}:{PORT}")
+        assert code == 0, said
+        drain = [RAY, "drain-node", "--address", f"{head.address}:{PORT}", "--node-id", said.split()[-1]]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
+        code, said = head.run(*drain, "--deadline-remaining-seconds", str(seconds))
         assert code == 0, said
 
 
