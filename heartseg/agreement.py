@@ -5,7 +5,6 @@ so that a result is plain JSON; pairs with a NaN are left out.
 """
 
 import numpy as np
-from scipy.stats import wilcoxon
 
 MIN_PAIRS = 3
 # Classes of ejection fraction in percent as heart failure is classed by it (McDonagh et al. 2021, Eur Heart J 42:3599):
@@ -108,6 +107,9 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
     `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on each patient's mean difference, two-sided. Under
     3 patients these four are None.
     """
+    # Every command and worker imports this file; scipy.stats would be a quarter of the time that they take to start.
+    from scipy.stats import wilcoxon
+
     x, y, owners = _pairs(a, b, patients)
     names, owner = np.unique(owners, return_inverse=True)
     counted = {"n": len(x), "patients": len(names)}

@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 
 from heartseg.labels import BACKGROUND, NUM_CLASSES, STRUCTURE_LABELS, STRUCTURES
 
@@ -170,6 +169,8 @@ def _surfaces(masks: np.ndarray) -> np.ndarray:
 
 def _distances(surfaces: np.ndarray, spacing_mm: tuple[float, float]) -> list[float]:
     """Hausdorff distance, its 95th percentile and the mean distance of two surfaces [2,h,w], neither of them empty."""
+    from scipy.spatial import cKDTree  # half a second, which training, that has no distances, need not wait for at its start
+
     # A tree of the surface's points grows with the outline; a distance transform grows with the picture.
     points = [np.argwhere(surface) * spacing_mm for surface in surfaces]
     trees = [cKDTree(each, balanced_tree=False, compact_nodes=False) for each in points]

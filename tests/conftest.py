@@ -84,11 +84,28 @@ def ray_session(s3):
     RAY_LAST_USED.append(time.monotonic())
 
 
-def pytest_sessionfinish():
+def pytest_collection_modifyitems(items):
+    """Under pytest-xdist the tests of a file stay in one process, and those of all files that share a Ray in one."""
+    with_ray = {item.path for item in items if "ray_session" in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+
+
+def pytest_sessionfinish(session):
     if RAY_LAST_USED:
         import ray
 
         ray.shutdown()
+    if hasattr(session.config, "workeroutput"):  # one of xdist's processes
+        session.config.workeroutput |= {"faults": FAULTS, "told": TOLD}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What one of xdist's processes has for the tables at the end; one that died has nothing."""
+    output = getattr(node, "workeroutput", {})
+    FAULTS.extend(output.get("faults", ()))
+    TOLD.extend(output.get("told", ()))
 
 
 FAULTS: list[tuple[str, int | None, float | None]] = []
