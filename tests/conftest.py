@@ -84,6 +84,7 @@ def ray_session(s3):
     RAY_LAST_USED.append(time.monotonic())
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items):
     """Under pytest-xdist the tests of a file stay in one process, and those of all files that share a Ray in one."""
     with_ray = {item.path for item in items if "ray_session" in item.fixturenames}

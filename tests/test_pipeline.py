@@ -105,6 +105,17 @@ def test_a_mistake_can_be_mended_by_the_flag_that_its_sentence_names(phantom, ra
     assert story["state"] == "done" and config  # as asked now, and not as it was asked when it failed
 
 
+def test_a_mend_is_named_by_the_pipelines_own_flag_and_not_by_a_stages(phantom, ray_session, tmp_path):
+    experiment, options = tiny(phantom, tmp_path), pipeline.Options(until="preprocess")
+    stray = tmp_path / "shards-64x64-ratio" / "part-00099.parquet"
+    stray.parent.mkdir()
+    stray.write_bytes(b"of other shards")
+    with pytest.raises(UserError, match="give --force preprocess or another --out"):
+        pipeline.run(experiment, options)
+    pipeline.run(experiment, replace(options, force=("preprocess",)))
+    assert attempts(tmp_path) == {"preprocess": 2} and not stray.exists()
+
+
 def damaged(phantom: str, folder: Path) -> str:
     """A copy of the phantom with a file that is none."""
     shutil.copytree(phantom, folder / "damaged")
