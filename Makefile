@@ -31,7 +31,7 @@ cluster-demo: $(VENV)/ready
 		--source demo/phantom --out demo/submitted --workers 2 --train.epochs 10 --train.batch-size 8
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not real_data"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real_data"
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -rs -m "slow or real_data"

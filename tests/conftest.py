@@ -84,14 +84,6 @@ def ray_session(s3):
     RAY_LAST_USED.append(time.monotonic())
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
-def pytest_collection_modifyitems(items):
-    """Under pytest-xdist the tests of a file stay in one process, and those of all files that share a Ray in one."""
-    with_ray = {item.path for item in items if "ray_session" in item.fixturenames}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
-
-
 def pytest_sessionfinish(session):
     if RAY_LAST_USED:
         import ray
