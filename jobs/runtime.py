@@ -188,6 +188,9 @@ def start_ray(workers: int) -> None:
 
     # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits: up to 2 s else.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray's watch for nodes that are to be taken back is one more process at each start of the workers, and an error in the log.
+    # Without it a run trains up to the node's last second, and goes on from its last epoch as after any loss of a node.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if ray.is_initialized():
         return
     # The workers of a Ray of our own import heartseg and jobs from here, wherever the command was typed.
