@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes share out the tests file by file: half of the tests' time is waiting for a Ray or a command to start.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints clean
 
@@ -31,10 +33,10 @@ cluster-demo: $(VENV)/ready
 		--source demo/phantom --out demo/submitted --workers 2 --train.epochs 10 --train.batch-size 8
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not real_data"
+	$(PYTEST) -m "not slow and not real_data"
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -rs -m "slow or real_data"
+	$(PYTEST) -rs -m "slow or real_data"
 
 test-all: test test-slow
 
