@@ -12,6 +12,7 @@ import pandas
 from markupsafe import Markup
 
 from heartseg import figures, published, storage
+from heartseg.agreement import MIN_PAIRS
 from heartseg.evaluation import EXAMPLES
 from heartseg.labels import PHASES, frame_name
 
@@ -74,7 +75,7 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
             if kinds[kind]["r"] is not None:
                 rows.append((f"{title} against the EF of the recording's file ({convention}), %", kinds[kind]))
     pair = patients[["ef_camus_prediction", "ef_camus_truth"]].to_numpy(float)
-    if not rows or np.isfinite(pair).all(axis=1).sum() < 3:
+    if not rows or np.isfinite(pair).all(axis=1).sum() < MIN_PAIRS:
         return {"ef": None, "incomplete": clinical["incomplete"]} if clinical["incomplete"] else None
     ef = agreement["ef_camus"]
     limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"

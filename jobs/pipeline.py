@@ -207,10 +207,9 @@ def attempt_all(
                 importlib.import_module(f"jobs.{stage.job}").job(arguments)
             return
         except Exception as error:
-            if isinstance(error, UserError) and not isinstance(error, StorageError):
-                # The mend that a job's sentence names, as it is spelled here.
-                raise UserError(str(error).replace("--overwrite", f"--force {stage.name}")) from error
-            if not left:
+            if isinstance(error, UserError):  # the mend that a job's sentence names, as it is spelled here
+                error.args = (str(error).replace("--overwrite", f"--force {stage.name}"),)
+            if not left or (isinstance(error, UserError) and not isinstance(error, StorageError)):
                 raise
             attempt |= {"state": FAILED, "ended": now()}
             story.save()

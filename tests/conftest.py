@@ -1,4 +1,4 @@
-"""What many tests share: a small phantom tree, its shards, a tiny experiment, and the one Ray of the session."""
+"""What many tests share: a small phantom tree, its shards, a tiny experiment, and the one Ray of a session (of a process)."""
 
 import os
 import time

@@ -125,9 +125,9 @@ def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_bac
     assert "stopped; the same command goes on" in said
     fault_table("a host's power cut, --workers 1:2", trained_again(said), lost_s)
     fault_table("the host back, --workers 1:2", None, back_s)
+    fault_table(f"the host taken back with {NOTICE_S} s of notice, --workers 1:2", trained_again(said), taken_s)
     second.begin()  # for the test that follows
     second.join(first)
-    fault_table(f"the host taken back with {NOTICE_S} s of notice, --workers 1:2", trained_again(said), taken_s)
     numbers = [row["epoch"] for row in record("elastic")]
     assert numbers == list(range(1, len(numbers) + 1))
 
