@@ -21,14 +21,14 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/python -m heartseg.phantom demo/phantom --patients 40 --workers 2
+	$(BIN)/python -m heartseg.datasets.phantom demo/phantom --patients 40 --workers 2
 	$(BIN)/python jobs/pipeline.py quick --source demo/phantom --out demo --workers 2 --train.epochs 20 --train.batch-size 8
 
 cluster: $(VENV)/ready
 	cluster/local.sh start
 
 cluster-demo: $(VENV)/ready
-	$(BIN)/python -m heartseg.phantom demo/phantom --patients 40 --workers 2
+	$(BIN)/python -m heartseg.datasets.phantom demo/phantom --patients 40 --workers 2
 	found=$$(cluster/local.sh env) && eval "$$found" && $(BIN)/python jobs/pipeline.py quick --submit \
 		--source demo/phantom --out demo/submitted --workers 2 --train.epochs 10 --train.batch-size 8
 

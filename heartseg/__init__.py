@@ -15,7 +15,7 @@ except PackageNotFoundError:  # a working directory that was submitted, not inst
 def __getattr__(name: str):
     """Import `load` only when it is asked for, so that `import heartseg` does not import torch."""
     if name == "load":
-        from heartseg.predict import load
+        from heartseg.inference.segmenter import load
 
         return load
     raise AttributeError(f"module 'heartseg' has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+import numpy as np
+
 
 class View(StrEnum):
     """Apical view of the heart."""
@@ -19,20 +21,20 @@ class Phase(StrEnum):
 
 VIEWS = tuple(View)
 PHASES = tuple(Phase)
-
 # The label values of a CAMUS mask are the positions in this tuple.
 CLASSES = ("background", "endo", "myo", "la")
 CLASS_TITLES = ("Background", "Left-ventricular cavity", "Left-ventricular wall", "Left atrium")
 NUM_CLASSES = len(CLASSES)
 BACKGROUND, ENDO, MYO, LA = range(NUM_CLASSES)
-
 # Okabe-Ito colours: told apart by colour-blind readers, and readable on a dark ultrasound image.
 CLASS_COLOURS = ("#000000", "#56B4E9", "#F0E442", "#D55E00")
-
 # The structures that are scored. `epi` is the CAMUS challenge's epicardium, cavity and wall together; it is never
 # mixed with `myo`, the wall alone, and is no part of the means.
 STRUCTURES = ("endo", "myo", "la")
 STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, MYO)}
+# Classes of ejection fraction in percent as heart failure is classed by it (McDonagh et al. 2021, Eur Heart J 42:3599):
+# reduced, mildly reduced, preserved. 40 is mildly reduced here, and so is 50: neither is below 40 or above 50.
+EF_CLASSES = ("<40", "40-50", ">50")
 
 
 def frame_name(row: dict) -> str:
@@ -41,3 +43,9 @@ def frame_name(row: dict) -> str:
     if said[1] is None and row.get("frame") is not None:
         said[1] = f"frame {int(row['frame'])}"
     return " ".join([row["patient"], *(str(part) for part in said if part is not None)])
+
+
+def ef_class(ef: np.ndarray) -> np.ndarray:
+    """Index into EF_CLASSES of each ejection fraction in percent: 0 below 40, 1 from 40 to 50, both included, 2 above."""
+    ef = np.asarray(ef, float)
+    return (ef >= 40).astype(int) + (ef > 50)

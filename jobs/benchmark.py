@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from heartseg.errors import UserError
-from jobs import runtime
+from jobs.support import command_line
 
 # Table -> what its help says; each is the module of that name in jobs/benchmarks/.
 TABLES = {
@@ -34,4 +34,4 @@ def job(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

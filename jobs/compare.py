@@ -13,16 +13,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from heartseg import checkpoint, comparison, comparison_page, runs, storage
-from heartseg.comparison import Comparison, Scored
-from heartseg.config import PredictConfig, canonical, to_json
+from heartseg.config.experiment import PredictConfig, canonical, to_json
 from heartseg.errors import UserError, require
-from heartseg.metrics import DISTANCES, SCORES
-from heartseg.report import IMAGES, PATIENTS, SUMMARY
-from heartseg.runs import Run
-from heartseg.shards import resize_image
-from jobs import evaluate, runtime
-from jobs.plans import HOLDOUT, Plan, choose_group, held_out, open_source, plan_checkpoint
+from heartseg.evaluation import run_comparison
+from heartseg.evaluation.run_comparison import Comparison, Scored
+from heartseg.evaluation.scoring import IMAGES, PATIENTS, SUMMARY
+from heartseg.metrics.segmentation import DISTANCES, SCORES
+from heartseg.models import checkpoint
+from heartseg.reporting import comparison_page
+from heartseg.shards.writer import resize_image
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from heartseg.training.run_directory import Run
+from jobs import evaluate
+from jobs.support import command_line
+from jobs.support.evaluation_plan import HOLDOUT, Plan, choose_group, held_out, open_source, plan_checkpoint
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
 # Pictures on a page: of many entries there are fewer images, and of very many only the first entries are drawn.
@@ -66,7 +71,7 @@ class Options:
 def run(options: Options) -> str:
     """Compare; returns the path of the page. Raises UserError for fewer than two runs."""
     found = find_runs(options.runs)
-    out = runtime.absolute(options.out, "out") if options.out else default_out(options.runs, found)
+    out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found)
     if options.data or options.truth:  # one that is wrong is no run's fault
         source = open_source(as_evaluation(options), "")
         if options.group != HOLDOUT:
@@ -79,9 +84,9 @@ def run(options: Options) -> str:
         seen, plan = assess(one, label, options, out)
         scored.append(seen)
         plans[label] = plan
-    entries = comparison.enter(scored)
+    entries = run_comparison.enter(scored)
     chosen = next(entry for entry in entries if any(one.run is reference for one in entry.runs))
-    compared = comparison.compare(entries, chosen, images_to_draw(len(entries)))
+    compared = run_comparison.compare(entries, chosen, images_to_draw(len(entries)))
     page = comparison_page.write_page(out, compared, picture_items(compared, plans))
     print(comparison_page.text(compared))
     return page
@@ -91,10 +96,12 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
     """The runs that some folders are or hold, each once; raises UserError for a folder without one, and for fewer than two."""
     found: dict[str, Run] = {}
     for path in paths:
-        path = runtime.absolute(path, "runs").rstrip("/")
+        path = command_line.absolute(path, "runs").rstrip("/")
         inside = runs_in(path)
         if not inside:
-            raise UserError(f"{path} is no run and holds none (no {runs.DESCRIPTION}): give folders that jobs/train.py wrote.")
+            raise UserError(
+                f"{path} is no run and holds none (no {run_directory.DESCRIPTION}): give folders that jobs/train.py wrote."
+            )
         found |= {one.path: one for one in inside}
     if len(found) < 2:
         counted = "1 run is" if found else "0 runs are"
@@ -104,19 +111,25 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
 
 def runs_in(path: str) -> list[Run]:
     """The run that a folder is; else those in it, and in its `trials`, by name."""
-    if storage.exists(storage.join(path, runs.DESCRIPTION)):
-        return [runs.find_run(path)]
-    below = [storage.join(folder, name) for folder in (path, storage.join(path, TRIALS)) for name in storage.list_names(folder)]
-    return [runs.find_run(inner) for inner in below if storage.exists(storage.join(inner, runs.DESCRIPTION))]
+    if filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION)):
+        return [run_directory.find_run(path)]
+    below = [
+        filesystem.join(folder, name)
+        for folder in (path, filesystem.join(path, TRIALS))
+        for name in filesystem.list_names(folder)
+    ]
+    return [
+        run_directory.find_run(inner) for inner in below if filesystem.exists(filesystem.join(inner, run_directory.DESCRIPTION))
+    ]
 
 
 def default_out(paths: Sequence[str], found: Sequence[Run]) -> str:
     """`comparison` in a folder of runs; of runs that were named, one beside the first that only these runs share."""
-    only = runtime.absolute(paths[0], "runs").rstrip("/")
+    only = command_line.absolute(paths[0], "runs").rstrip("/")
     if len(paths) == 1:
-        return storage.join(only, "comparison")
-    digest = storage.sha256(canonical(sorted(one.path for one in found)))[:8]
-    return storage.join(found[0].path.rstrip("/").rpartition("/")[0], f"comparison-{digest}")
+        return filesystem.join(only, "comparison")
+    digest = filesystem.sha256(canonical(sorted(one.path for one in found)))[:8]
+    return filesystem.join(found[0].path.rstrip("/").rpartition("/")[0], f"comparison-{digest}")
 
 
 def labelled(found: Sequence[Run]) -> dict[str, Run]:
@@ -141,8 +154,8 @@ def as_evaluation(options: Options, run: str = "", out: str = "") -> evaluate.Op
 
 def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Plan | None]:
     """A run's record and scores, and the plan that they come from, None where its images or weights cannot be had."""
-    record, plan, problem = runs.read_record(one.path), None, ""
-    asked = as_evaluation(options, one.path, storage.join(out, "evaluations", label.replace("/", "-")))
+    record, plan, problem = run_directory.read_record(one.path), None, ""
+    asked = as_evaluation(options, one.path, filesystem.join(out, "evaluations", label.replace("/", "-")))
     try:
         plan = plan_checkpoint(asked)
         folder = find_evaluation([*evaluations_of(one), plan.out], plan.described)
@@ -155,14 +168,16 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Pl
         folder = "" if plan else find_old_evaluation(one, options)
     if not folder:
         return Scored(one, label, record, problem=problem), None
-    images, patients = (storage.read_table(storage.read_bytes(storage.join(folder, name))) for name in (IMAGES, PATIENTS))
-    summary = storage.read_json(storage.join(folder, SUMMARY))
+    images, patients = (
+        filesystem.read_table(filesystem.read_bytes(filesystem.join(folder, name))) for name in (IMAGES, PATIENTS)
+    )
+    summary = filesystem.read_json(filesystem.join(folder, SUMMARY))
     return Scored(one, label, record, images.to_pandas(), patients.to_pandas(), summary), plan
 
 
 def evaluations_of(one: Run) -> list[str]:
     """Folders in a run that may hold an evaluation."""
-    return [storage.join(one.path, name) for name in storage.list_names(one.path) if name.startswith("evaluation")]
+    return [filesystem.join(one.path, name) for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
 
 
 def find_evaluation(folders: Sequence[str], described: dict) -> str:
@@ -170,8 +185,8 @@ def find_evaluation(folders: Sequence[str], described: dict) -> str:
     # The same weights are the same checkpoint, whether they were called last or best.
     said = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
     for folder in folders:
-        if all(storage.exists(storage.join(folder, name)) for name in (SUMMARY, IMAGES, PATIENTS)):
-            summary = storage.read_json(storage.join(folder, SUMMARY))
+        if all(filesystem.exists(filesystem.join(folder, name)) for name in (SUMMARY, IMAGES, PATIENTS)):
+            summary = filesystem.read_json(filesystem.join(folder, SUMMARY))
             # An older program's evaluation lacks scores.
             known = "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys()
             if known and said == {name: summary.get(name) for name in said}:
@@ -199,7 +214,7 @@ def find_old_evaluation(one: Run, options: Options) -> str:
 
 def find_reference(asked: str, found: Sequence[Run]) -> Run:
     """The run asked for by name or folder, the first where none is; raises UserError where it is none, or could be two."""
-    path = storage.absolute(asked).rstrip("/")
+    path = filesystem.absolute(asked).rstrip("/")
     named = [one for one in found if not asked or path == one.path.rstrip("/")]
     named = named or [one for label, one in labelled(found).items() if asked in (label, one.name)]
     if not named or (asked and len(named) > 1):
@@ -228,7 +243,7 @@ def picture_items(compared: Comparison, plans: dict[str, Plan | None]) -> list[d
             items[name] |= {"pixels": pixels, "truth": case.truth, "spacing_mm": case.spacing_mm}
     for entry in drawn[:MOST_DRAWN]:
         one = entry.scored[0]
-        dice = comparison.score_table(one)["dice"]
+        dice = run_comparison.score_table(one)["dice"]
         cases, masks, _ = evaluate.Predict(plans[one.label])(patients)
         for name, found in zip(names_of(cases), masks, strict=True):
             if name in items:
@@ -239,8 +254,8 @@ def picture_items(compared: Comparison, plans: dict[str, Plan | None]) -> list[d
 
 
 def names_of(cases: Sequence) -> list[str]:
-    """`comparison.image_names` of cases, a patient's in their order."""
-    return comparison.image_names(
+    """`run_comparison.image_names` of cases, a patient's in their order."""
+    return run_comparison.image_names(
         {"patient": c.patient, "view": c.view and str(c.view), "phase": c.phase and str(c.phase), "frame": c.frame}
         for c in cases
     )
@@ -248,8 +263,8 @@ def names_of(cases: Sequence) -> list[str]:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    print(run(runtime.parse_line(Options, argv, "python jobs/compare.py", ABOUT)))
+    print(run(command_line.parse_line(Options, argv, "python jobs/compare.py", ABOUT)))
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

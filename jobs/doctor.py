@@ -18,10 +18,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heartseg import storage
 from heartseg.errors import UserError
-from jobs import checks, runtime
-from jobs.checks import Finding
+from heartseg.storage import filesystem
+from jobs.support import command_line, ray_runtime, system_checks
+from jobs.support.system_checks import Finding
 
 # What workers exchange at a time: a fifth of the seed network's gradients on GPUs, less for CPUs to be quick.
 GPU_BYTES, CPU_BYTES = 64 << 20, 8 << 20
@@ -55,20 +55,20 @@ def run(options: Options) -> list[Finding]:
         raise UserError("--workers must not be negative, --seconds must be positive and --megabytes at least 1.")
     data = options.data or os.environ.get("HEARTSEG_DATA", "")
     kept = options.runs or os.environ.get("HEARTSEG_RUNS", "")
-    data, kept = data and runtime.absolute(data, "data"), kept and runtime.absolute(kept, "runs")
+    data, kept = data and command_line.absolute(data, "data"), kept and command_line.absolute(kept, "runs")
     steps: list[tuple[str, Callable[[], Finding | list[Finding]]]] = [
-        ("versions", checks.versions),
-        ("CPUs", checks.processors),
-        ("memory", checks.memory),
-        ("shared memory", checks.shared_memory),
-        ("temporary files", checks.temporary_disk),
-        ("GPUs", checks.gpus),
-        ("wandb", checks.wandb),
+        ("versions", system_checks.versions),
+        ("CPUs", system_checks.processors),
+        ("memory", system_checks.memory),
+        ("shared memory", system_checks.shared_memory),
+        ("temporary files", system_checks.temporary_disk),
+        ("GPUs", system_checks.gpus),
+        ("wandb", system_checks.wandb),
     ]
     if kept:
-        steps.append(("runs", lambda: checks.round_trip(kept, options.megabytes)))
+        steps.append(("runs", lambda: system_checks.round_trip(kept, options.megabytes)))
     if data:
-        steps.append(("data", lambda: checks.readable(data)))
+        steps.append(("data", lambda: system_checks.readable(data)))
     if options.launcher == "ray":
         steps.append(("workers", lambda: workers(options, kept)))
     found: list[Finding] = []
@@ -95,7 +95,7 @@ def workers(options: Options, kept: str) -> list[Finding]:
     import ray
 
     joined = os.environ.get("RAY_ADDRESS", "local") != "local"
-    runtime.start_ray(options.workers)
+    ray_runtime.start_ray(options.workers)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
@@ -110,7 +110,7 @@ def workers(options: Options, kept: str) -> list[Finding]:
     if len(nodes) > 1 and not kept:
         wrong = "Several nodes need a place that they share, and none was given."
         return [*seen, Finding("workers", f"{number} asked for", wrong, "Give --runs, or set HEARTSEG_RUNS.")]
-    folder = storage.join(kept, f".doctor-{uuid.uuid4().hex[:8]}") if kept else tempfile.mkdtemp(prefix="heartseg-doctor-")
+    folder = filesystem.join(kept, f".doctor-{uuid.uuid4().hex[:8]}") if kept else tempfile.mkdtemp(prefix="heartseg-doctor-")
     try:
         heard = exchange(number, options.seconds, folder)
     except Exception as error:
@@ -122,7 +122,7 @@ def workers(options: Options, kept: str) -> list[Finding]:
         return [*seen, Finding("workers", f"{number} asked for", f"They could not exchange anything: {sentence}", mend)]
     finally:
         with contextlib.suppress(UserError, OSError):
-            storage.remove(folder)
+            filesystem.remove(folder)
     return [*seen, bandwidth(number, heard), *mixed(heard["machines"])]
 
 
@@ -153,7 +153,13 @@ def other_nodes(nodes: list[dict]) -> list[Finding]:
 
 def look_around() -> tuple[str, list[Finding]]:
     """The name of the machine that this runs on, and what it has."""
-    looks = (checks.processors, checks.memory, checks.shared_memory, checks.temporary_disk, checks.gpus)
+    looks = (
+        system_checks.processors,
+        system_checks.memory,
+        system_checks.shared_memory,
+        system_checks.temporary_disk,
+        system_checks.gpus,
+    )
     return socket.gethostname(), [one for look in looks for one in listed(look.__name__, look)]
 
 
@@ -165,7 +171,7 @@ def exchange(number: int, seconds: float, folder: str) -> dict:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = runtime.worker_resources(number)
+    resources = ray_runtime.worker_resources(number)
     trainer = TorchTrainer(
         all_reduce,
         train_loop_config={"seconds": seconds},
@@ -201,7 +207,7 @@ def all_reduce(config: dict) -> dict:
         dist.broadcast(more, src=0)
     taken = time.perf_counter() - started
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    versions = {finding.name: finding.found for finding in checks.versions()}
+    versions = {finding.name: finding.found for finding in system_checks.versions()}
     machines: list[dict | None] = [None] * number
     dist.all_gather_object(machines, {"host": socket.gethostname(), "device": name, "versions": versions})
     backend = dist.get_backend()
@@ -259,7 +265,7 @@ def quiet_stdout() -> Iterator[None]:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    options = runtime.parse_line(Options, argv, "python jobs/doctor.py", "Tell what this machine or cluster is.")
+    options = command_line.parse_line(Options, argv, "python jobs/doctor.py", "Tell what this machine or cluster is.")
     with quiet_stdout():
         found = run(options)
     wrong = any(finding.wrong for finding in found)
@@ -270,4 +276,4 @@ def job(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from heartseg import camus, girder, locks, nifti, storage
+from heartseg.datasets import camus, girder_client, nifti
+from heartseg.datasets.girder_client import FailedDownload
 from heartseg.errors import UserError
-from heartseg.girder import FailedDownload
-from jobs import runtime
+from heartseg.storage import filesystem, locks
+from jobs.support import command_line
 
 # Looks at an unfinished tree and a folder's name; raises FailedDownload, or returns what is worth a note.
 Check = Callable[[str, str], list[str]]
@@ -56,24 +57,24 @@ class Options:
 
 def run(options: Options) -> str:
     """Fetch what is not there yet; returns the folder. Raises UserError that names the patients that did not arrive."""
-    out = runtime.absolute(runtime.require(options.out, "--out", "a local folder"), "out")
-    if storage.is_uri(out):
+    out = command_line.absolute(command_line.require(options.out, "--out", "a local folder"), "out")
+    if filesystem.is_uri(out):
         raise UserError(f"--out {out} is no local folder: download to one, preprocess.py writes shards anywhere.")
     if options.tries < 1 or options.wait_s < 0 or options.timeout_s <= 0:
         raise UserError("--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
     numbers = parse_numbers(options.patients)
-    server = girder.Server(options.server, options.tries, options.wait_s, options.timeout_s)
+    server = girder_client.Server(options.server, options.tries, options.wait_s, options.timeout_s)
     print(TERMS)
     if not options.accept_licence:
         raise UserError("The terms above are to be accepted first: give --accept-licence.")
     try:
         with locks.lock(out):
-            storage.remove(storage.join(out, UNFINISHED))
+            filesystem.remove(filesystem.join(out, UNFINISHED))
             try:
                 ids = select(list_patients(server), numbers)
                 failed = fetch_all(server, out, ids)
             finally:
-                storage.remove(storage.join(out, UNFINISHED))
+                filesystem.remove(filesystem.join(out, UNFINISHED))
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): make room or give another --out; what is complete "
@@ -101,7 +102,7 @@ def parse_numbers(text: str) -> set[int] | None:
     return numbers
 
 
-def list_patients(server: girder.Server) -> dict[str, str]:
+def list_patients(server: girder_client.Server) -> dict[str, str]:
     """Patient to folder id, in order."""
     try:
         folders = server.list_folders(IMAGES_ID)
@@ -123,7 +124,7 @@ def select(ids: dict[str, str], numbers: set[int] | None) -> dict[str, str]:
     return {by_number[number]: ids[by_number[number]] for number in sorted(numbers)}
 
 
-def fetch_all(server: girder.Server, out: str, ids: dict[str, str]) -> list[str]:
+def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> list[str]:
     """Fetch the split and the patients that are not there; returns the names of the folders that did not arrive."""
     jobs = [(camus.SPLIT_FOLDER, SPLIT_ID, check_split)]
     jobs += [(os.path.join(camus.IMAGES_FOLDER, patient), identity, check_patient) for patient, identity in ids.items()]
@@ -145,7 +146,7 @@ def fetch_all(server: girder.Server, out: str, ids: dict[str, str]) -> list[str]
     return failed
 
 
-def fetch_folder(server: girder.Server, out: str, place: str, identity: str, check: Check) -> list[str]:
+def fetch_folder(server: girder_client.Server, out: str, place: str, identity: str, check: Check) -> list[str]:
     """Fetch one folder to `out/place`, whole and checked or not at all; returns what is worth a note.
 
     A folder that is there is left as it is; raises FailedDownload, for one that is not whole too.
@@ -159,12 +160,12 @@ def fetch_folder(server: girder.Server, out: str, place: str, identity: str, che
     source = os.path.join(out, UNFINISHED)
 
     def attempt() -> list[str]:
-        storage.remove(source)
+        filesystem.remove(source)
         os.makedirs(source)
         packed = os.path.join(source, "folder.zip")
         with open(packed, "wb") as stream:
             server.fetch(f"folder/{identity}/download", stream)
-        girder.unpack(packed, os.path.join(source, place), name)
+        girder_client.unpack(packed, os.path.join(source, place), name)
         notes = check(source, name)
         os.makedirs(os.path.dirname(finished), exist_ok=True)
         os.rename(os.path.join(source, place), finished)
@@ -176,11 +177,11 @@ def fetch_folder(server: girder.Server, out: str, place: str, identity: str, che
 def missing_files(source: str, name: str) -> list[str]:
     """What a patient's folder, or the split's, cannot do without and lacks."""
     if name == camus.SPLIT_FOLDER:
-        wanted = [storage.join(source, name, file) for file in camus.SPLIT_FILES.values()]
+        wanted = [filesystem.join(source, name, file) for file in camus.SPLIT_FILES.values()]
     else:
         suffixes = ("", "_gt")
         wanted = [camus.recording_path(source, name, *still, suffix) for still in camus.stills_of() for suffix in suffixes]
-    return [os.path.basename(path) for path in wanted if not storage.size_or_none(path)]
+    return [os.path.basename(path) for path in wanted if not filesystem.size_or_none(path)]
 
 
 def check_split(source: str, name: str) -> list[str]:
@@ -202,7 +203,7 @@ def check_patient(source: str, patient: str) -> list[str]:
     if missing := missing_files(source, patient):
         raise FailedDownload(f"arrives without {missing[0]}")
     folder = os.path.join(source, camus.IMAGES_FOLDER, patient)
-    names = storage.list_names(folder)
+    names = filesystem.list_names(folder)
     for name in names:
         if name.endswith((".nii", ".nii.gz")):
             try:
@@ -216,9 +217,9 @@ def check_patient(source: str, patient: str) -> list[str]:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    out = run(runtime.parse_line(Options, argv, "python jobs/download.py", "Fetch CAMUS from its authors' server."))
+    out = run(command_line.parse_line(Options, argv, "python jobs/download.py", "Fetch CAMUS from its authors' server."))
     print(f"next: python jobs/preprocess.py seed --source {out} --out SHARDS")
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

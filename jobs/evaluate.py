@@ -18,13 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas
 from tqdm import tqdm
 
-from heartseg import evaluation, folds, predict, storage
 from heartseg.errors import UserError, require
-from heartseg.evaluation import write_results
-from heartseg.postprocess import clean
-from heartseg.report import write_report
-from jobs import runtime
-from jobs.plans import Options, Plan, plan_checkpoint, plan_files
+from heartseg.evaluation import cross_validation, scoring
+from heartseg.evaluation.scoring import write_results
+from heartseg.inference.postprocessing import clean
+from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
+from heartseg.reporting.report import write_report
+from heartseg.storage import filesystem
+from jobs.support import command_line, ray_runtime
+from jobs.support.evaluation_plan import Options, Plan, plan_checkpoint, plan_files
 
 # Patients that are handed to a worker at a time: 16 images, one or a few batches.
 PATIENTS_PER_TASK = 4
@@ -35,9 +37,10 @@ def run(options: Options) -> str:
     if options.pool:
         others = (options.checkpoint, options.data, options.truth, options.predictions, options.ensemble)
         require(not any(others), "--pool takes finished evaluations and --out, and nothing else.")
-        out = runtime.absolute(runtime.require(options.out, "--out", "a folder for the pooled scores"), "out")
-        summary = folds.pool([runtime.absolute(path, "pool") for path in options.pool], out)
-        print(f"{told(summary)}\n{evaluation.table_text(summary)}")
+        out = command_line.absolute(command_line.require(options.out, "--out", "a folder for the pooled scores"), "out")
+        summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
+        write_report(out)
+        print(f"{told(summary)}\n{scoring.table_text(summary)}")
         return out
     plan = plan_files(options) if options.predictions else plan_checkpoint(options)
     finished = "" if options.overwrite else finished_text(plan)
@@ -45,7 +48,7 @@ def run(options: Options) -> str:
         print(f"{plan.out} is complete.\n{finished}")
         return plan.out
     summary = score(plan, options)
-    print(f"{told(summary)}\n{evaluation.table_text(summary)}{missing_text(summary['missing'])}")
+    print(f"{told(summary)}\n{scoring.table_text(summary)}{missing_text(summary['missing'])}")
     return plan.out
 
 
@@ -63,9 +66,9 @@ def score(plan: Plan, options: Options) -> dict:
             f"None of the {len(plan.patients)} patients can be scored: {missing[0]['file']} {missing[0]['reason']}."
         )
     image_rows, patient_rows = pandas.DataFrame(images), pandas.DataFrame(patients)
-    summary = evaluation.summarise(image_rows, patient_rows, missing)
+    summary = scoring.summarise(image_rows, patient_rows, missing)
     summary |= plan.described | {"seconds": time.perf_counter() - started}
-    evaluation.write_examples(plan.out, image_rows, plan.truth)
+    scoring.write_examples(plan.out, image_rows, plan.truth)
     write_results(plan.out, image_rows.drop(columns="mask"), patient_rows, summary)
     write_report(plan.out, plan.run)
     return summary
@@ -73,12 +76,12 @@ def score(plan: Plan, options: Options) -> dict:
 
 def finished_text(plan: Plan) -> str:
     """The table of an evaluation that is there already, of the same checkpoint and data; empty where there is none."""
-    path = storage.join(plan.out, "summary.json")
-    if plan.run is None or not (storage.exists(path) and storage.exists(storage.join(plan.out, "report.html"))):
+    path = filesystem.join(plan.out, "summary.json")
+    if plan.run is None or not (filesystem.exists(path) and filesystem.exists(filesystem.join(plan.out, "report.html"))):
         return ""
-    summary = storage.read_json(path)
+    summary = filesystem.read_json(path)
     same = {key: summary.get(key) for key in plan.described} == plan.described
-    return evaluation.table_text(summary) if same else ""
+    return scoring.table_text(summary) if same else ""
 
 
 def missing_text(missing: list[dict]) -> str:
@@ -107,18 +110,18 @@ class Predict:
         self.plan = plan
 
     @functools.cached_property
-    def segmenter(self) -> predict.Segmenter | predict.Ensemble | None:
+    def segmenter(self) -> Segmenter | Ensemble | None:
         """The model, or the models; None for masks of files."""
         paths = self.plan.predictor
         if not isinstance(paths, tuple):
             return None
-        return predict.load_all(paths)
+        return load_all(paths)
 
     def __call__(self, patients: list[str]) -> tuple[list, list, list[dict]]:
         """The patients' cases without their images, a mask for each, and what is missing."""
         cases, missing = self.plan.truth.cases(patients)
         if self.segmenter:
-            masks, unpredicted = evaluation.segment_cases(self.segmenter, cases, self.plan.post), []
+            masks, unpredicted = scoring.segment_cases(self.segmenter, cases, self.plan.post), []
         else:
             masks, unpredicted = self.plan.predictor.masks(cases)
             masks = [one and dataclasses.replace(one, mask=clean(one.mask, self.plan.post)) for one in masks]
@@ -130,7 +133,7 @@ def score_here(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[tup
     predictor = Predict(plan)
     for index, patients in enumerate(tasks):
         cases, masks, missing = predictor(patients)
-        yield index, (*evaluation.score_patients(cases, masks), missing)
+        yield index, (*scoring.score_patients(cases, masks), missing)
 
 
 class PredictTasks(Predict):
@@ -139,7 +142,7 @@ class PredictTasks(Predict):
     def __init__(self, plan: Plan, tasks: list[list[str]], cores: int):
         import torch
 
-        runtime.show_log()
+        command_line.show_log()
         torch.set_num_threads(cores)
         super().__init__(plan)
         self.tasks = tasks
@@ -158,7 +161,7 @@ def score_task(batch: dict) -> dict:
     predicted = pickle.loads(batch["predicted"][0])
     if not isinstance(predicted, UserError):
         cases, masks, missing = predicted
-        predicted = (*evaluation.score_patients(cases, masks), missing)
+        predicted = (*scoring.score_patients(cases, masks), missing)
     return {"index": batch["index"], "scored": [pickle.dumps(predicted)]}
 
 
@@ -166,8 +169,8 @@ def score_on_ray(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[t
     """Predict on actors (a GPU each where there are any) and score on CPUs, as a stream."""
     import ray
 
-    runtime.start_ray(workers)
-    asked = runtime.worker_resources(workers)
+    ray_runtime.start_ray(workers)
+    asked = ray_runtime.worker_resources(workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of the progress bars that are off
@@ -194,9 +197,9 @@ def score_on_ray(plan: Plan, tasks: list[list[str]], workers: int) -> Iterator[t
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     about = "Score a trained model, or anyone's masks, and write the report."
-    out = run(runtime.parse_line(Options, argv, "python jobs/evaluate.py", about))
-    print(storage.join(out, "report.html"))
+    out = run(command_line.parse_line(Options, argv, "python jobs/evaluate.py", about))
+    print(filesystem.join(out, "report.html"))
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

@@ -19,12 +19,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from heartseg import locks, phantom, predict, runs, storage
-from heartseg.batches import Intensity
+from heartseg.datasets import phantom
 from heartseg.errors import UserError
+from heartseg.inference.segmenter import Segmenter, load
 from heartseg.labels import CLASSES, VIEWS
-from heartseg.shards import Shards, as_frames, open_shards, read_part, resize_image
-from jobs import runtime
+from heartseg.shards.loader import Intensity
+from heartseg.shards.reader import Shards, as_frames, open_shards, read_part
+from heartseg.shards.writer import resize_image
+from heartseg.storage import filesystem, locks
+from heartseg.training import run_directory
+from jobs.support import command_line
 
 FILES = {"torch.export": "model.pt2", "onnx": "model.onnx"}
 NOTE = "export.json"
@@ -66,14 +70,14 @@ class Portable(nn.Module):
 
 def run(options: Options) -> str:
     """Write a checkpoint's two files and their note; returns the folder. Nothing is written that does not do as it does."""
-    path = runtime.absolute(runtime.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
-    out = runtime.absolute(runtime.require(options.out, "--out", "the folder to write"), "out")
+    path = command_line.absolute(command_line.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
+    out = command_line.absolute(command_line.require(options.out, "--out", "the folder to write"), "out")
     check_packages()
-    segmenter = predict.load(path, options.which, device="cpu")
+    segmenter = load(path, options.which, device="cpu")
     # A bf16 answer would tell the arithmetic's difference and not the export's.
     experiment = replace(segmenter.experiment, train=replace(segmenter.experiment.train, precision="fp32"))
     segmenter = replace(segmenter, experiment=experiment)
-    images, origin = check_images(segmenter, options.data and runtime.absolute(options.data, "data"))
+    images, origin = check_images(segmenter, options.data and command_line.absolute(options.data, "data"))
     written, calls = convert(segmenter)
     differences = {kind: compare(segmenter, call, images) for kind, call in calls.items()}
     for kind, found in differences.items():
@@ -85,13 +89,13 @@ def run(options: Options) -> str:
     checked = {"images": origin, "number": len(images)}
     with locks.lock(out):
         # An older export's note would describe these files wrongly.
-        storage.remove(storage.join(out, NOTE))
+        filesystem.remove(filesystem.join(out, NOTE))
         for kind, data in written.items():
-            storage.publish(storage.join(out, FILES[kind]), data)
-        storage.publish_json(storage.join(out, NOTE), note(segmenter, path, written, checked | differences))
+            filesystem.publish(filesystem.join(out, FILES[kind]), data)
+        filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked | differences))
     for kind, found in differences.items():
         print(
-            f"{storage.join(out, FILES[kind])}: {len(written[kind]) / 1e6:.1f} MB; on {len(images)} {origin} its logits differ "
+            f"{filesystem.join(out, FILES[kind])}: {len(written[kind]) / 1e6:.1f} MB; on {len(images)} {origin} logits differ "
             f"from the checkpoint's by at most {found['largest_logit_difference']:.1e}, "
             f"and {found['labels_that_differ']:.4%} of the labels do."
         )
@@ -108,7 +112,7 @@ def check_packages() -> None:
         raise UserError(f"{error.name} is not installed: `pip install heartseg[export]` brings what it takes.") from error
 
 
-def check_images(segmenter: predict.Segmenter, data: str) -> tuple[torch.Tensor, str]:
+def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
     """Images uint8 [N,1,H,W] on the stored grid to compare on, and what they are: `real images`, or `synthetic` ones."""
     grid = segmenter.experiment.image
     shards = open_shards(data) if data else own_shards(segmenter)
@@ -125,7 +129,7 @@ def check_images(segmenter: predict.Segmenter, data: str) -> tuple[torch.Tensor,
     return torch.from_numpy(np.stack(pictures))[:, None], "synthetic images"
 
 
-def own_shards(segmenter: predict.Segmenter) -> Shards | None:
+def own_shards(segmenter: Segmenter) -> Shards | None:
     """The shards that the run was trained on; None where they are gone, or written by another version."""
     try:
         return open_shards(segmenter.experiment.data) if segmenter.experiment.data else None
@@ -133,7 +137,7 @@ def own_shards(segmenter: predict.Segmenter) -> Shards | None:
         return None
 
 
-def convert(segmenter: predict.Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]]:
+def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]]:
     """The files' bytes by kind, and for each a function from float32 images [B,1,H,W] to logits, made of those bytes."""
     import onnxruntime
 
@@ -175,7 +179,7 @@ def quiet():
 
 
 @torch.inference_mode()
-def compare(segmenter: predict.Segmenter, call: Callable, images: torch.Tensor) -> dict[str, float]:
+def compare(segmenter: Segmenter, call: Callable, images: torch.Tensor) -> dict[str, float]:
     """How far a file's answers to uint8 images are from the checkpoint's, in a batch of one and in one of the others."""
     expected = segmenter.logits(images)
     answers = torch.cat([call(images[:1].float()), call(images[1:].float())])
@@ -185,11 +189,11 @@ def compare(segmenter: predict.Segmenter, call: Callable, images: torch.Tensor) 
     }
 
 
-def note(segmenter: predict.Segmenter, path: str, written: dict, checked: dict) -> dict:
+def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
     """What `export.json` says."""
     grid = segmenter.experiment.image
     try:
-        terms = runs.TERMS.get(runs.find_run(path).description["dataset"], runs.TERMS["other"])
+        terms = run_directory.TERMS.get(run_directory.find_run(path).description["dataset"], run_directory.TERMS["other"])
     except UserError:
         terms = "unknown: the checkpoint is in no run's folder; its model card has them."
     return {
@@ -200,7 +204,7 @@ def note(segmenter: predict.Segmenter, path: str, written: dict, checked: dict) 
         "labels": dict(enumerate(CLASSES)),
         "preprocessing": PREPROCESSING,
         "normalisation_inside": {"mean": segmenter.intensity.mean, "std": segmenter.intensity.std, "after": "division by 255"},
-        "files": {kind: {"file": FILES[kind], "sha256": storage.sha256(data)} for kind, data in written.items()},
+        "files": {kind: {"file": FILES[kind], "sha256": filesystem.sha256(data)} for kind, data in written.items()},
         "checked": checked,
         "run": segmenter.card.get("run"),
         "epoch": segmenter.card["epoch"],
@@ -213,9 +217,9 @@ def note(segmenter: predict.Segmenter, path: str, written: dict, checked: dict) 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     shown = "python jobs/export.py"
-    out = run(runtime.parse_line(Options, argv, shown, "Write a trained model for other programs, checked against it."))
-    print(storage.join(out, NOTE))
+    out = run(command_line.parse_line(Options, argv, shown, "Write a trained model for other programs, checked against it."))
+    print(filesystem.join(out, NOTE))
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

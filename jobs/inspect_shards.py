@@ -9,13 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jinja2
-
-from heartseg import figures, storage, survey
 from heartseg.errors import UserError
-from heartseg.labels import frame_name
-from heartseg.shards import Shards, open_shards
-from jobs import runtime
+from heartseg.labels import CLASS_TITLES, frame_name
+from heartseg.reporting import contours, plots, report
+from heartseg.reporting.text_tables import Table, bars, table_text
+from heartseg.shards import inspection
+from heartseg.shards.inspection import Survey
+from heartseg.shards.reader import Shards, open_shards
+from heartseg.storage import filesystem
+from jobs.support import command_line
 
 SHEET, PAGE = "contact_sheet.png", "shards.html"
 
@@ -38,25 +40,25 @@ class Options:
 
 def run(options: Options) -> str | None:
     """Print what the shards hold; returns the path of the page, None where none was asked for."""
-    data = runtime.require(options.data or os.environ.get("HEARTSEG_DATA", ""), "--data", "the folder of the shards")
-    path = runtime.absolute(data, "data")
+    data = command_line.require(options.data or os.environ.get("HEARTSEG_DATA", ""), "--data", "the folder of the shards")
+    path = command_line.absolute(data, "data")
     if options.images < 1 or options.seed < 0:
         raise UserError("--images must be at least 1 and --seed not negative.")
     if options.verify:
         verify(path)
     opened = open_shards(path)
-    picked = survey.pick(opened.manifest["rows"], options.images, options.seed) if options.out else []
-    found, rows = survey.look(opened, picked)
+    picked = inspection.pick(opened.manifest["rows"], options.images, options.seed) if options.out else []
+    found, rows = inspection.look(opened, picked)
     facts = headline(opened)
-    tables = survey.tables(opened, found)
-    print("\n\n".join([facts, *map(survey.table_text, tables)]))
-    return write_page(runtime.absolute(options.out, "out"), opened, facts, tables, rows) if options.out else None
+    tables = survey_tables(opened, found)
+    print("\n\n".join([facts, *map(table_text, tables)]))
+    return write_page(command_line.absolute(options.out, "out"), opened, facts, tables, rows) if options.out else None
 
 
 def verify(path: str) -> None:
     """Print every damaged file; raises UserError that names them all."""
     damaged = []
-    for damage in survey.find_damage(path):
+    for damage in inspection.find_damage(path):
         print(f"damaged  {damage.file}: {damage.reason}")
         damaged.append(damage.file)
     if damaged:
@@ -74,35 +76,55 @@ def headline(opened: Shards) -> str:
     )
 
 
-def write_page(out: str, opened: Shards, facts: str, tables: list[survey.Table], rows: list[dict]) -> str:
+def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
+    """What the survey found, as tables of text."""
+    grouped = {name for names in opened.groups.values() for name in names}
+    left = [name for name, record in opened.manifest["patients"].items() if record["rows"] and name not in grouped]
+    groups = [(group, str(len(names)), str(opened.num_rows(group))) for group, names in opened.groups.items()]
+    if left:
+        rows = sum(opened.manifest["patients"][name]["rows"] for name in left)
+        groups.append(("in no group", str(len(left)), str(rows)))
+    shares = [(title, f"{share:.2%}") for title, share in zip(CLASS_TITLES, survey.class_shares, strict=True)]
+    grey = survey.intensity
+    mean, std = (255 * value for value in opened.intensity)
+    intensity = [("all images", *(f"{grey[key]:.0f}" for key in ("min", "max")), f"{grey['mean']:.2f}", f"{grey['std']:.2f}")]
+    intensity.append(("train", "", "", f"{mean:.2f}", f"{std:.2f}"))
+    convention = f" ({', '.join(sorted(survey.conventions))} convention)" if survey.conventions else ""
+    return [
+        ("Groups", ("group", "patients", "images"), groups),
+        ("Pixels by class", ("class", "share"), shares),
+        ("Intensity, 0 to 255", ("", "min", "max", "mean", "std"), intensity),
+        ("Views and phases", ("", "images", ""), bars(dict(sorted(survey.stills.items())))),
+        ("Image quality", ("", "images", ""), bars(dict(sorted(survey.quality.items())))),
+        (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(survey.ef_counts)),
+    ]
+
+
+def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: list[dict]) -> str:
     """Write the contact sheet and a page with it and the tables; returns the page's path."""
     cells = []
     for row in rows:
         caption = " ".join(filter(None, [frame_name(row), row["quality"]]))
-        picture = figures.overlay(figures.enlarge(row["image"]), figures.enlarge(row["mask"]), thick=True)
+        picture = contours.overlay(contours.enlarge(row["image"]), contours.enlarge(row["mask"]), thick=True)
         cells.append((picture, caption, row["spacing_mm"][0] / row["spacing_mm"][1]))
-    sheet = figures.save_png(figures.contact_sheet(cells))
-    storage.publish(storage.join(out, SHEET), sheet)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("heartseg"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template(PAGE).render(
+    sheet = plots.save_png(plots.contact_sheet(cells))
+    filesystem.publish(filesystem.join(out, SHEET), sheet)
+    page = report.environment().get_template(PAGE).render(
         dataset=opened.manifest["dataset"], facts=facts, fingerprint=opened.fingerprint, tables=tables,
         quarantined=opened.manifest["quarantined"], sheet=base64.b64encode(sheet).decode(), num_images=len(rows),
     )  # fmt: skip
-    path = storage.join(out, PAGE)
-    storage.publish(path, page.encode())
+    path = filesystem.join(out, PAGE)
+    filesystem.publish(path, page.encode())
     return path
 
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    options = runtime.parse_line(Options, argv, "python jobs/inspect_shards.py", "Show what shards hold, and check them.")
+    options = command_line.parse_line(Options, argv, "python jobs/inspect_shards.py", "Show what shards hold, and check them.")
     page = run(options)
     if page:
         print(page)
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

@@ -1,7 +1,7 @@
 """Everything in order, skipping what is done: `python jobs/pipeline.py quick --source /data/CAMUS --workers 2`.
 
-A graph of stages (preprocess, tune, train, evaluate, pool, predict; jobs/stages.py), each run in this process or submitted as a
-Ray job. `OUT/pipeline.json` tells what became of each; `python jobs/pipeline.py status --out OUT` shows it.
+A graph of stages (preprocess, tune, train, evaluate, pool, predict; jobs/support/pipeline_stages.py), each run in this process
+or submitted as a Ray job. `OUT/pipeline.json` tells what became of each; `python jobs/pipeline.py status --out OUT` shows it.
 """
 
 import contextlib
@@ -18,14 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from heartseg import locks, runs, storage, studies
-from heartseg.batches import check_shares
-from heartseg.config import Experiment, to_json
+from heartseg.config.experiment import Experiment, to_json
 from heartseg.errors import StorageError, UserError, require
-from heartseg.model import check_installation
-from jobs import runtime, submission
-from jobs.stages import KINDS, Result, Results, Stage, Work, build_graph, find_stages, predictions_path
-from jobs.story import DONE, FAILED, RUNNING, STOPPED, Story, new_attempt, now
+from heartseg.inference import study_files
+from heartseg.models.deeplabv3 import check_installation
+from heartseg.shards.loader import check_shares
+from heartseg.storage import filesystem, locks
+from heartseg.training import run_directory
+from jobs.support import command_line, job_submission
+from jobs.support.pipeline_stages import KINDS, Result, Results, Stage, Work, build_graph, find_stages, predictions_path
+from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, Story, new_attempt, now
 
 log = logging.getLogger("heartseg.jobs")
 Kind = Literal["preprocess", "tune", "train", "evaluate", "pool", "predict"]
@@ -35,7 +37,7 @@ Kind = Literal["preprocess", "tune", "train", "evaluate", "pool", "predict"]
 class Options:
     """Which stages there are, which of them run, and where."""
 
-    work: Annotated[Work, runtime.FLAT] = field(default_factory=Work)
+    work: Annotated[Work, command_line.FLAT] = field(default_factory=Work)
     submit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Submit each stage as a Ray job to the cluster of RAY_API_SERVER_ADDRESS."""
     local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -67,13 +69,15 @@ class StatusOptions:
 def run(experiment: Experiment, options: Options) -> str:
     """Bring every stage asked for to its end; returns the path of the report, or of what the last stage left."""
     check_installation()
-    runtime.require(experiment.source, "--source", "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)")
-    out = experiment.out or runtime.absolute("results", "out")
+    command_line.require(
+        experiment.source, "--source", "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)"
+    )
+    out = experiment.out or command_line.absolute("results", "out")
     work = options.work
     if work.predict:
-        work = replace(work, predict=runtime.absolute(work.predict, "predict"))
-        clips = studies.find_clips(work.predict)  # a mistake is told now, and not after the training
-        studies.check_out(predictions_path(out, work.predict), work.predict, clips)
+        work = replace(work, predict=command_line.absolute(work.predict, "predict"))
+        clips = study_files.find_clips(work.predict)  # a mistake is told now, and not after the training
+        study_files.check_out(predictions_path(out, work.predict), work.predict, clips)
     stages = build_graph(experiment, out, work)
     chosen = choose(stages, options)
     if any(stage.kind in ("tune", "train") for stage in stages if stage.name in chosen):
@@ -81,18 +85,18 @@ def run(experiment: Experiment, options: Options) -> str:
     if options.dry_run:
         carry_out(Story.open(out), stages, chosen, options, None)
         return out
-    cluster = submission.Cluster() if options.submit else None
+    cluster = job_submission.Cluster() if options.submit else None
     with locks.lock(out):
         story = Story.open(out)
         story.told |= {"experiment": to_json(experiment), "stages of": [stage.name for stage in stages]}
-        story.told |= {"code": runs.code_revision(), "command": sys.argv, "last begun": now()}
+        story.told |= {"code": run_directory.code_revision(), "command": sys.argv, "last begun": now()}
         try:
             results = carry_out(story, stages, chosen, options, cluster)
-        except submission.JobFailed as error:
-            runtime.leave(f"{error}; the same command goes on from there.", 1)
+        except job_submission.JobFailed as error:
+            command_line.leave(f"{error}; the same command goes on from there.", 1)
     last = [stage for stage in stages if stage.name in results]
     reports = [stage for stage in last if stage.job == "evaluate"]
-    return storage.join(results[reports[-1].name].path, "report.html") if reports else results[last[-1].name].path
+    return filesystem.join(results[reports[-1].name].path, "report.html") if reports else results[last[-1].name].path
 
 
 def choose(stages: list[Stage], options: Options) -> set[str]:
@@ -111,7 +115,7 @@ def choose(stages: list[Stage], options: Options) -> set[str]:
 
 
 def carry_out(
-    story: Story, stages: list[Stage], chosen: set[str], options: Options, cluster: submission.Cluster | None
+    story: Story, stages: list[Stage], chosen: set[str], options: Options, cluster: job_submission.Cluster | None
 ) -> dict[str, Result]:
     """Run what is to be run, in order; returns what the stages have left."""
     results: dict[str, Result] = {}
@@ -148,7 +152,13 @@ def taken(story: Story, stage: Stage, begin: str) -> Result:
 
 
 def perform(
-    story: Story, stage: Stage, inputs: dict, results: Results, forced: bool, retries: int, cluster: submission.Cluster | None
+    story: Story,
+    stage: Stage,
+    inputs: dict,
+    results: Results,
+    forced: bool,
+    retries: int,
+    cluster: job_submission.Cluster | None,
 ) -> Result:
     """Run a stage to its end; how it ended is in the story, whatever happens."""
     anew = forced or story.is_still_forced(stage, inputs)
@@ -156,10 +166,10 @@ def perform(
     settle(story, stage, not forced and story.is_begun(stage, inputs, command), forced, cluster)
     arguments = list(command.arguments)
     if command.experiment:
-        text = storage.json_bytes(to_json(command.experiment))
+        text = filesystem.json_bytes(to_json(command.experiment))
         # A name for each content: a job that waits for its start must not read another one's.
-        config = storage.join(story.out, "stages", f"{stage.name}-{storage.sha256(text)[:8]}.json")
-        storage.publish(config, text)
+        config = filesystem.join(story.out, "stages", f"{stage.name}-{filesystem.sha256(text)[:8]}.json")
+        filesystem.publish(config, text)
         arguments = ["--config", config, *arguments]
     record = story.begin(stage, inputs, command, anew, forced)
     try:
@@ -179,13 +189,13 @@ def perform(
     return result
 
 
-def settle(story: Story, stage: Stage, is_same: bool, forced: bool, cluster: submission.Cluster | None) -> None:
+def settle(story: Story, stage: Stage, is_same: bool, forced: bool, cluster: job_submission.Cluster | None) -> None:
     """Stop an earlier job of a stage that still runs and would make something else; refuse where nobody can be asked."""
     for attempt in story.stages.get(stage.name, {}).get("attempts", []):
         if not attempt["job"]:
             continue
         if cluster:
-            if not is_same and cluster.status(attempt["job"]) in submission.ALIVE:
+            if not is_same and cluster.status(attempt["job"]) in job_submission.ALIVE:
                 cluster.stop(attempt["job"])
         elif attempt["state"] == RUNNING and not forced:
             raise UserError(
@@ -195,7 +205,7 @@ def settle(story: Story, stage: Stage, is_same: bool, forced: bool, cluster: sub
 
 
 def attempt_all(
-    story: Story, stage: Stage, record: dict, arguments: list[str], retries: int, cluster: submission.Cluster | None
+    story: Story, stage: Stage, record: dict, arguments: list[str], retries: int, cluster: job_submission.Cluster | None
 ) -> None:
     """Try a stage, once and `retries` times more; a mistake of the user's is not tried again, a store that was away is."""
     for left in range(retries, -1, -1):
@@ -220,13 +230,13 @@ def attempt_all(
                 shut_down_ray()
 
 
-def begin_attempt(story: Story, stage: Stage, record: dict, cluster: submission.Cluster | None) -> dict:
+def begin_attempt(story: Story, stage: Stage, record: dict, cluster: job_submission.Cluster | None) -> dict:
     """A new attempt, or the one whose job is still on the cluster; a job's id is written down before there is the job."""
     last = record["attempts"][-1] if record["attempts"] else None
     if last and last["job"] and cluster:
         # Whatever the story says: who wrote it may have been killed, or have failed to stop the job.
         status = cluster.status(last["job"])
-        if status in submission.ALIVE or (status == "SUCCEEDED" and last["state"] == RUNNING):
+        if status in job_submission.ALIVE or (status == "SUCCEEDED" and last["state"] == RUNNING):
             last |= {"state": RUNNING, "ended": None}
             story.save()
             return last
@@ -248,7 +258,7 @@ def shut_down_ray() -> None:
 
 def show_status(options: StatusOptions) -> None:
     """Print the story of a pipeline."""
-    out = runtime.absolute(options.out, "out")
+    out = command_line.absolute(options.out, "out")
     story = Story.open(out)
     if not story.stages:
         raise UserError(f"{out} holds no pipeline ({out}/pipeline.json): give --out.")
@@ -259,12 +269,12 @@ def job(argv: Sequence[str]) -> None:
     """The command line."""
     if argv and argv[0] == "status":
         about = "Show what became of each stage of a pipeline."
-        show_status(runtime.parse_line(StatusOptions, argv[1:], "python jobs/pipeline.py status", about))
+        show_status(command_line.parse_line(StatusOptions, argv[1:], "python jobs/pipeline.py status", about))
         return
     about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
-    experiment, options = runtime.parse(Options(), argv, "pipeline.py", about)
+    experiment, options = command_line.parse(Options(), argv, "pipeline.py", about)
     print(run(experiment, options))
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

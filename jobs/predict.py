@@ -17,15 +17,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from tqdm import tqdm
 
-from heartseg import __version__, figures, formats, locks, outcome, predict, storage, studies
-from heartseg.config import PredictConfig, to_json
+from heartseg import __version__
+from heartseg.config.experiment import PredictConfig, to_json
+from heartseg.datasets import readers
+from heartseg.datasets.nifti import DamagedRecording
+from heartseg.datasets.readers import Frames
 from heartseg.errors import UserError
-from heartseg.formats import Frames
+from heartseg.inference import study_files, study_results
+from heartseg.inference.batch_inference import outline
+from heartseg.inference.segmenter import Segmenter, load_all
+from heartseg.inference.study_files import Clip
 from heartseg.labels import Phase, View
-from heartseg.nifti import DamagedRecording
-from heartseg.outline import outline
-from heartseg.studies import Clip
-from jobs import runtime
+from heartseg.reporting import plots
+from heartseg.reporting.overlays import write_overlays
+from heartseg.storage import filesystem, locks
+from jobs.support import command_line
 
 # Axes of [T,H,W].
 FLIPS = {"none": (), "depth": (1,), "lateral": (2,), "both": (1, 2)}
@@ -51,7 +57,7 @@ class Options:
     """For pictures that are stored upside down (the probe belongs at the top) or mirrored."""
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
-    post: Annotated[PredictConfig, runtime.FLAT] = field(default_factory=PredictConfig)
+    post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
     """PNG of a still, GIF of a sequence. `auto`: none of a DICOM whose frames may show a name: without an ultrasound region
     to cut them to, or said to have text burned in."""
@@ -67,25 +73,25 @@ class Options:
 
 def run(options: Options) -> str:
     """Outline every input; returns the folder of the results. Raises UserError where nothing could be read."""
-    path = runtime.absolute(runtime.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
-    source = runtime.absolute(runtime.require(options.input, "--input", "a file or a folder"), "input")
-    out = runtime.absolute(runtime.require(options.out, "--out", "a folder for the results"), "out")
+    path = command_line.absolute(command_line.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
+    source = command_line.absolute(command_line.require(options.input, "--input", "a file or a folder"), "input")
+    out = command_line.absolute(command_line.require(options.out, "--out", "a folder for the results"), "out")
     if options.spacing_mm and not all(0 < value < 100 for value in options.spacing_mm):
         raise UserError("--spacing-mm must be two sizes of a pixel in mm, above 0: depth, then lateral.")
     if options.batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here, so give cpu or auto.")
-    clips = studies.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
-    studies.check_out(out, source, clips)
-    paths = [path, *(runtime.absolute(other, "ensemble") for other in options.ensemble)]
+    clips = study_files.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
+    study_files.check_out(out, source, clips)
+    paths = [path, *(command_line.absolute(other, "ensemble") for other in options.ensemble)]
     device = None if options.device == "auto" else options.device
-    segmenter = predict.load_all(paths, options.which, device)
+    segmenter = load_all(paths, options.which, device)
     with locks.lock(out):
         return outline_all(options, segmenter, clips, source, out)
 
 
-def outline_all(options: Options, segmenter: predict.Segmenter, clips: list[Clip], source: str, out: str) -> str:
+def outline_all(options: Options, segmenter: Segmenter, clips: list[Clip], source: str, out: str) -> str:
     """Masks and pictures of each clip, then the tables of all."""
     done, damaged = [], []
     read = partial(read_clip, spacing_mm=options.spacing_mm, flips=FLIPS[options.flip])
@@ -98,63 +104,66 @@ def outline_all(options: Options, segmenter: predict.Segmenter, clips: list[Clip
         if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:
             write_curve(out, result)
     if options.key:
-        write_key(runtime.absolute(options.key, "key"), clips)
+        write_key(command_line.absolute(options.key, "key"), clips)
     if not done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}"
         raise UserError(f"None of {len(clips)} files could be read; the first: {first}.")
-    rows = [outcome.study_row(patient, found) for patient, found in outcome.by_patient(done).items()]
+    rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
     weights = [{"epoch": card["epoch"], "weights_sha256": card["weights_sha256"]} for card in segmenter.cards]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
-    outcome.write_tables(out, rows, [outcome.clip_record(found) for found in done], damaged, made_with)
+    study_results.write_tables(out, rows, [study_results.clip_record(found) for found in done], damaged, made_with)
     say(rows, done, damaged)
     return out
 
 
 def read_clip(clip: Clip, spacing_mm: tuple[float, float] | None, flips: tuple[int, ...]) -> Frames:
     """The frames of a clip."""
-    return formats.read(clip.path, clip.kind, spacing_mm, flips)
+    return readers.read(clip.path, clip.kind, spacing_mm, flips)
 
 
-def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]) -> outcome.Outcome:
+def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]) -> study_results.Outcome:
     """The files of a clip whose masks are known."""
-    draw = overlays == "on" or (overlays == "auto" and not frames.may_show_text)
-    return outcome.finish(out, clip, frames, masks, confidences, draw)
+    outcome = study_results.finish(out, clip, frames, masks, confidences)
+    if overlays == "on" or (overlays == "auto" and not frames.may_show_text):
+        marked = {at: str(phase) for phase, (at, _) in outcome.phases.items()}
+        write_overlays(out, clip, frames, masks, marked)
+    return outcome
 
 
-def write_curve(out: str, found: outcome.Outcome) -> None:
+def write_curve(out: str, found: study_results.Outcome) -> None:
     """The plot of a sequence's volume over its frames, without those whose outline failed."""
     ed, es = (found.phases[phase][0] for phase in (Phase.ED, Phase.ES))
-    curve, unit = outcome.shown_curve(found)
-    figure = figures.volume_curve(range(1, found.frames + 1), curve, ed, es, unit)
-    storage.publish(studies.output(out, found.clip, "_curve.png"), figures.save_png(figure))
+    curve, unit = study_results.shown_curve(found)
+    figure = plots.volume_curve(range(1, found.frames + 1), curve, ed, es, unit)
+    filesystem.publish(study_files.output(out, found.clip, "_curve.png"), plots.save_png(figure))
 
 
 def write_key(path: str, clips: list[Clip]) -> None:
     """Which file became which name."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
-    storage.publish(path, text.getvalue().encode())
+    filesystem.publish(path, text.getvalue().encode())
 
 
-def say(rows: list[dict], done: list[outcome.Outcome], damaged: list[dict]) -> None:
+def say(rows: list[dict], done: list[study_results.Outcome], damaged: list[dict]) -> None:
     """What a user wants to know at once; everything is in the tables."""
     shown = 20
-    print("\n".join(map(outcome.headline, rows[:shown])))
+    print("\n".join(map(study_results.headline, rows[:shown])))
     if len(rows) > shown:
         print(f"… and {len(rows) - shown} more in ef.csv")
-    for doubt in list(filter(None, map(outcome.doubtful, done)))[:shown]:
+    for doubt in list(filter(None, map(study_results.doubtful, done)))[:shown]:
         print(doubt)
     for entry in damaged:
         print(f"left out: {entry['input']} {entry['reason']}")
     print(f"{len(done)} files, {sum(found.frames for found in done)} frames, {len(rows)} patients; {len(damaged)} left out.")
-    print(f"{outcome.INTENDED_USE.capitalize()}.")
+    print(f"{study_results.INTENDED_USE.capitalize()}.")
 
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     about = "Outline the left ventricle, its wall and the left atrium in new echocardiograms, and tabulate ejection fractions."
-    print(run(runtime.parse_line(Options, argv, "python jobs/predict.py", about)))
+    print(run(command_line.parse_line(Options, argv, "python jobs/predict.py", about)))
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

@@ -1,7 +1,7 @@
 """NIfTI files to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`.
 
 `--source` is the CAMUS release, or a folder of anybody's images/PATIENT_ANYTHING.nii.gz and masks/PATIENT_ANYTHING.nii.gz
-(heartseg/pairs.py has the whole layout).
+(heartseg/datasets/image_folder.py has the whole layout).
 """
 
 import logging
@@ -16,10 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from heartseg import locks, pairs, resume, shard_writer, shards, sources, splits, storage
-from heartseg.config import Experiment, SplitConfig, first_difference, from_json, to_json
+from heartseg.config.experiment import Experiment, SplitConfig, first_difference, from_json, to_json
+from heartseg.datasets import image_folder, splits
+from heartseg.datasets.source import check_frames, dataset_name, find_patients, is_there, list_files, read_groups
 from heartseg.errors import UserError, refusals_told, require
-from jobs import runtime
+from heartseg.shards import reader, reuse, writer
+from heartseg.storage import filesystem, locks
+from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
 # A part takes seconds; after so long without one a user is told why.
@@ -44,14 +47,14 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> None:
     """Write the shards of `experiment.source` to `experiment.out`; what an interrupted call finished is kept."""
-    out = runtime.require(experiment.out, "--out", "the folder for the shards")
+    out = command_line.require(experiment.out, "--out", "the folder for the shards")
     share = options.max_quarantined
     require(0 <= share <= 1, f"--max-quarantined {share:g} is no share: give one from 0 to 1, as 0.05 for 5 %.")
-    complete = storage.exists(storage.join(out, shards.MANIFEST)) and not options.overwrite
+    complete = filesystem.exists(filesystem.join(out, writer.MANIFEST)) and not options.overwrite
     if complete and options.resplit and not experiment.source:
         with locks.lock(out):
-            manifest = shards.read_manifest(out)
-            groups = shard_writer.write_splits(out, experiment.split, manifest["patients"], manifest["official_groups"])
+            manifest = reader.read_manifest(out)
+            groups = writer.write_splits(out, experiment.split, manifest["patients"], manifest["official_groups"])
     else:
         groups = run_from_source(experiment, options, out)
     print("  ".join(f"{group}: {len(names)} patients" for group, names in groups.items()))
@@ -59,35 +62,35 @@ def run(experiment: Experiment, options: Options) -> None:
 
 def run_from_source(experiment: Experiment, options: Options, out: str) -> dict[str, list[str]]:
     """Write what is missing of the shards and their split; returns the groups."""
-    meaning = f"the folder of the CAMUS release, or one that holds {pairs.LAYOUT}"
-    source = runtime.require(experiment.source, "--source", meaning)
-    patients = sources.find_patients(source)
-    official = sources.read_groups(source)
-    sources.check_frames(source, patients, options.frames)
+    meaning = f"the folder of the CAMUS release, or one that holds {image_folder.LAYOUT}"
+    source = command_line.require(experiment.source, "--source", meaning)
+    patients = find_patients(source)
+    official = read_groups(source)
+    check_frames(source, patients, options.frames)
     splits.make_groups(experiment.split, patients, official)
     with locks.lock(out):
-        shard_writer.remove_leftovers(out)
+        writer.remove_leftovers(out)
         if options.overwrite:
-            shard_writer.remove_shards(out)
-        if storage.exists(storage.join(out, shards.MANIFEST)):
+            writer.remove_shards(out)
+        if filesystem.exists(filesystem.join(out, writer.MANIFEST)):
             manifest = check_same(experiment, options, patients)
-            shards.check_sizes(shards.Shards(out, manifest, {}))
+            reader.check_sizes(reader.Shards(out, manifest, {}))
             check_split(experiment, options, manifest, official)
-            shard_writer.keep_groups(out, manifest, official)
+            writer.keep_groups(out, manifest, official)
             print(f"{out} is complete: {manifest['rows']} images.")
         else:
             manifest = write(experiment, options, patients, official)
-        return shard_writer.write_splits(out, experiment.split, manifest["patients"], official)
+        return writer.write_splits(out, experiment.split, manifest["patients"], official)
 
 
 def write(experiment: Experiment, options: Options, patients: list[str], official: dict[str, list[str]]) -> dict:
     """Write every part and then the manifest; refuses where too much is damaged, and where a part is not there."""
     source, out, image, frames = experiment.source, experiment.out, experiment.image, options.frames
-    parts = shard_writer.part_names(patients, frames)
+    parts = writer.part_names(patients, frames)
     names = [name for name, _ in parts]
-    resume.check_strays(out, names)
+    reuse.check_strays(out, names)
     # A plain folder is listed once; each patient of CAMUS has a folder of its own, which the workers list.
-    listing = sources.list_files(source, patients) if pairs.is_plain_folder(source) else {}
+    listing = list_files(source, patients) if image_folder.is_plain_folder(source) else {}
     tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk if listing}) for name, chunk in parts]
     records, bar = {}, tqdm(total=len(patients), unit=" patients", desc="preprocess", file=sys.stdout, mininterval=1)
     for record in map_with_ray(tasks, experiment.workers) if options.launcher == "ray" else map_plainly(tasks):
@@ -96,25 +99,25 @@ def write(experiment: Experiment, options: Options, patients: list[str], officia
     bar.close()
     found = [records[name] for name in names]
     show_quarantine(found, options)
-    resume.check_parts(out, found)
-    resume.check_strays(out, names)
-    name = sources.dataset_name(source, patients)
-    manifest = shard_writer.write_manifest(out, name, image, found, frames, official)
+    reuse.check_parts(out, found)
+    reuse.check_strays(out, names)
+    name = dataset_name(source, patients)
+    manifest = writer.write_manifest(out, name, image, found, frames, official)
     print(f"{manifest['rows']} images of {len(patients)} patients in {len(found)} parts: {out}")
     return manifest
 
 
 def map_plainly(tasks: list[tuple]) -> Iterator[dict]:
     """The records of all parts, written here one after the other."""
-    return (shard_writer.write_part(*task) for task in tasks)
+    return (writer.write_part(*task) for task in tasks)
 
 
 def map_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
     """The records of all parts as they are finished; at most one part a worker is under way."""
     import ray
 
-    runtime.start_ray(workers)
-    write_part = ray.remote(num_cpus=1, max_retries=runtime.MAX_TRIES)(_write_part)
+    ray_runtime.start_ray(workers)
+    write_part = ray.remote(num_cpus=1, max_retries=ray_runtime.MAX_TRIES)(_write_part)
     waiting, under_way = list(reversed(tasks)), []
     while waiting or under_way:
         while waiting and len(under_way) < workers:
@@ -141,8 +144,8 @@ def _write_part(*task) -> dict:
         with refusals_told(out):
             # Elsewhere than on the first machine, a source that is not there would be patients without files.
             node = socket.gethostname()
-            require(sources.is_there(source), f"The source {source} is not there on {node}: every node must see --source.")
-            return shard_writer.write_part(*task)
+            require(is_there(source), f"The source {source} is not there on {node}: every node must see --source.")
+            return writer.write_part(*task)
     except UserError as error:
         return {"error": error}
 
@@ -163,11 +166,11 @@ def show_quarantine(parts: list[dict], options: Options) -> None:
 
 def check_same(experiment: Experiment, options: Options, patients: list[str]) -> dict:
     """The manifest that is there; raises UserError where it is of another configuration, or the source has changed since."""
-    manifest, source = shards.read_manifest(experiment.out), experiment.source
+    manifest, source = reader.read_manifest(experiment.out), experiment.source
     there = {"image": manifest.get("image"), "frames": manifest.get("frames")}
     difference = first_difference(there, {"image": to_json(experiment.image), "frames": options.frames})
     if not difference:
-        difference = resume.changed_source(experiment.out, manifest, source, sources.list_files(source, patients))
+        difference = reuse.changed_source(experiment.out, manifest, source, list_files(source, patients))
     if difference:
         raise UserError(f"{experiment.out} holds other shards ({difference}): give --overwrite, or another --out.")
     return manifest
@@ -178,15 +181,15 @@ def check_split(experiment: Experiment, options: Options, manifest: dict, offici
 
     `official` is the source's own split: its files may have been edited since.
     """
-    path = storage.join(experiment.out, shards.SPLITS)
-    if options.resplit or not storage.exists(path):
+    path = filesystem.join(experiment.out, writer.SPLITS)
+    if options.resplit or not filesystem.exists(path):
         return
-    split = storage.read_json(path)
+    split = filesystem.read_json(path)
     there = from_json(split.get("config", {}), SplitConfig, path)
     difference = first_difference(to_json(there), to_json(experiment.split), "split.")
-    if not difference and split == shards.sealed(split):  # a damaged one is written anew
+    if not difference and split == reuse.sealed(split):  # a damaged one is written anew
         written = splits.group_of(split["groups"])
-        by_source = splits.group_of(shard_writer.make_groups(experiment.split, manifest["patients"], official))
+        by_source = splits.group_of(writer.make_groups(experiment.split, manifest["patients"], official))
         if moved := sorted(written.items() ^ by_source.items()):
             name = moved[0][0]
             difference = f"{name}: {written.get(name)} there, {by_source.get(name)} by the source"
@@ -196,9 +199,9 @@ def check_split(experiment: Experiment, options: Options, manifest: dict, offici
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    about = f"Turn a CAMUS folder, or anybody's {pairs.LAYOUT}, into Parquet shards."
-    run(*runtime.parse(Options(), argv, "preprocess.py", about))
+    about = f"Turn a CAMUS folder, or anybody's {image_folder.LAYOUT}, into Parquet shards."
+    run(*command_line.parse(Options(), argv, "preprocess.py", about))
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

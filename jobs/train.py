@@ -21,15 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from heartseg import distributed, locks, runs, storage
-from heartseg.config import Experiment, from_json, to_json
+from heartseg.config.experiment import Experiment, from_json, to_json
 from heartseg.errors import OutOfMemory, StorageError, UserError
-from heartseg.finetune import find_initial
-from heartseg.model import check_installation
-from heartseg.runs import Run
-from heartseg.shards import open_shards
-from heartseg.training import check_plan, open_data, train_rank
-from jobs import runtime
+from heartseg.models.deeplabv3 import check_installation
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem, locks
+from heartseg.training import distributed, run_directory
+from heartseg.training.finetune import find_initial
+from heartseg.training.run_directory import Run
+from heartseg.training.worker import check_plan, open_data, train_rank
+from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
 # Seconds between two looks for nodes that an elastic run could grow onto.
@@ -60,8 +61,8 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> str:
     """Train, or go on training; returns the run's directory, and an empty string on all ranks of torchrun but the first."""
-    data = runtime.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    runtime.require(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    data = command_line.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.require(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
     check_installation()
@@ -69,10 +70,10 @@ def run(experiment: Experiment, options: Options) -> str:
     check_plan(experiment, shards)
     initial = None
     if options.init_from:
-        initial = find_initial(runtime.absolute(options.init_from, "init-from"), experiment, shards)
+        initial = find_initial(command_line.absolute(options.init_from, "init-from"), experiment, shards)
     if options.launcher == "plain":
         return run_plainly(experiment, options, initial)
-    opened = runs.open_run(experiment, shards, options.run_name, options.fresh, initial)
+    opened = run_directory.open_run(experiment, shards, options.run_name, options.fresh, initial)
     with locks.lock(opened.path):
         print(f"run {opened.path}")
         train_with_ray(experiment, opened, options.profile)
@@ -85,7 +86,7 @@ def run_plainly(experiment: Experiment, options: Options, initial: dict | None) 
     try:
         shards, opened = open_data(experiment), None
         if ranks.is_main:
-            opened = runs.open_run(experiment, shards, options.run_name, options.fresh, initial)
+            opened = run_directory.open_run(experiment, shards, options.run_name, options.fresh, initial)
             print(f"run {opened.path}")
         opened = distributed.from_main(opened, ranks)
         wrap_here = functools.partial(distributed.wrap_model, ranks=ranks, train=experiment.train)
@@ -110,19 +111,19 @@ def train_with_ray(
     """
     from ray.train import TrainingFailedError
 
-    runtime.start_ray(experiment.workers)
-    resources = resources or runtime.worker_resources(experiment.workers)
+    ray_runtime.start_ray(experiment.workers)
+    resources = resources or ray_runtime.worker_resources(experiment.workers)
     result = None
     while result is None:
-        epochs = len(runs.read_record(opened.path))
+        epochs = len(run_directory.read_record(opened.path))
         try:
             result = build_trainer(experiment, opened, profile, resources, callbacks).fit()
         except TrainingFailedError as error:
             # Ray counts the tries of a whole run. On nodes that come and go a long one loses many, and yet gets on.
-            got_on = len(runs.read_record(opened.path)) > epochs
+            got_on = len(run_directory.read_record(opened.path)) > epochs
             if not (got_on and dead_workers(error) and not callbacks):
                 raise_sentence(error, experiment.workers, resources)
-            log.info("Workers died %d times, and the run goes on: it got on in between.", runtime.MAX_TRIES + 1)
+            log.info("Workers died %d times, and the run goes on: it got on in between.", ray_runtime.MAX_TRIES + 1)
     # A sentence for the user comes back as a value: raised in a worker, Ray would try it again.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])
@@ -156,8 +157,8 @@ def build_trainer(
         run_config=RunConfig(
             # A name of its own each time: what to resume is the run directory's to say, not Ray's snapshot's.
             name=uuid.uuid4().hex[:8],
-            storage_path=storage.join(opened.path, "ray"),
-            failure_config=FailureConfig(max_failures=runtime.MAX_TRIES, controller_failure_limit=runtime.MAX_TRIES),
+            storage_path=filesystem.join(opened.path, "ray"),
+            failure_config=FailureConfig(max_failures=ray_runtime.MAX_TRIES, controller_failure_limit=ray_runtime.MAX_TRIES),
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
         ),
@@ -182,14 +183,14 @@ def raise_sentence(error: Exception, workers: int, resources: dict[str, float]) 
     if "worker group startup timed out" in str(error):
         each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
         raise UserError(
-            f"The cluster had no room for {workers} workers of {each} ({runtime.MAX_TRIES + 1} tries): "
+            f"The cluster had no room for {workers} workers of {each} ({ray_runtime.MAX_TRIES + 1} tries): "
             "use fewer --workers, `--workers 1:N` to start on what there is, or wait until it is free."
         ) from error
     dead = dead_workers(error)
     if dead:
         who = f"Worker {dead[0]}" if len(dead) == 1 else f"Workers {', '.join(map(str, dead))}"
         raise WorkersDied(
-            f"{who} of {workers} died, after {runtime.MAX_TRIES} new starts: memory may be short there (use fewer workers a "
+            f"{who} of {workers} died, after {ray_runtime.MAX_TRIES} restarts: memory may be short there (use fewer workers a "
             "machine, --train.accumulate or a smaller --train.batch-size), or nodes were lost; what was complete is kept, "
             "and the same command goes on."
         ) from error
@@ -201,7 +202,7 @@ def worker(config: dict) -> dict:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    runtime.show_log()
+    command_line.show_log()
     logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
     torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
     experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())
@@ -215,7 +216,7 @@ def worker(config: dict) -> dict:
             report = functools.partial(report_what_is_kept, opened.path)
             logging.getLogger("heartseg").setLevel(logging.WARNING)  # who judges it tells a line an epoch
             if ranks.is_main:
-                runtime.note_placement(opened.path)
+                ray_runtime.note_placement(opened.path)
         train_rank(experiment, opened, ranks, wrap, report, config["profile"])
     except (StorageError, OutOfMemory):
         raise  # one rank's: the others would wait for it, so Ray ends them all and goes on from the checkpoint
@@ -229,7 +230,7 @@ def report_what_is_kept(run: str, metrics: dict[str, float]) -> None:
     import ray.train
 
     deadline = time.monotonic() + SECONDS_TO_KEEP
-    while time.monotonic() < deadline and not any(row["epoch"] == metrics["epoch"] for row in runs.read_record(run)):
+    while time.monotonic() < deadline and not any(row["epoch"] == metrics["epoch"] for row in run_directory.read_record(run)):
         time.sleep(0.05)
     ray.train.report(metrics)
 
@@ -238,7 +239,7 @@ def see_storage(run_path: str, data: str, ranks: distributed.Ranks) -> Run:
     """The run, where every rank sees it and the shards; raises UserError on every rank where one of them does not."""
     opened, problem = None, None
     try:
-        opened = runs.find_run(run_path)
+        opened = run_directory.find_run(run_path)
         open_shards(data)
     except UserError as error:
         problem = f"Worker {ranks.rank} on {socket.gethostname()}: {error} Every node must see --runs and --data."
@@ -248,14 +249,14 @@ def see_storage(run_path: str, data: str, ranks: distributed.Ranks) -> Run:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    path = run(*runtime.parse(Options(), argv, "train.py", "Train a segmentation model; the same command resumes."))
+    path = run(*command_line.parse(Options(), argv, "train.py", "Train a segmentation model; the same command resumes."))
     if not path:
         return  # another of torchrun's processes tells
-    record = runs.read_record(path)
+    record = run_directory.read_record(path)
     last = record[-1]
     scores = "  ".join(f"{name} {last[name]:.4f}" for name in ("val/dice", "test/dice") if name in last)
     print(f"{last['epoch']} epochs done  {scores}  {path}")
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

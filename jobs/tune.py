@@ -18,18 +18,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas
 
-from heartseg import locks, search_space, storage, sweeps
-from heartseg.config import Experiment
+from heartseg.config.experiment import Experiment
 from heartseg.errors import UserError, require
-from heartseg.ingest import MEMORY_SHARE, free_on_machine, pixel_bytes
-from heartseg.model import check_installation
-from heartseg.runs import Run
-from heartseg.shards import Shards
-from heartseg.sweep_page import show_table, write_page
-from heartseg.sweeps import Sweep
-from heartseg.tracking import close_trial, track_sweep
-from heartseg.training import check_plan, open_data
-from jobs import runtime
+from heartseg.models.deeplabv3 import check_installation
+from heartseg.reporting.sweep_page import show_table, write_page
+from heartseg.shards.reader import Shards
+from heartseg.storage import filesystem, locks
+from heartseg.training.data_loading import MEMORY_SHARE, free_on_machine, pixel_bytes
+from heartseg.training.run_directory import Run
+from heartseg.training.wandb_logger import close_trial, track_sweep
+from heartseg.training.worker import check_plan, open_data
+from heartseg.tuning import search_space
+from heartseg.tuning.sweep import (
+    FAILED,
+    METRIC,
+    STOPPED,
+    Plan,
+    Sweep,
+    epochs_saved,
+    forget_failures,
+    mend_trials,
+    open_sweep,
+    read_trials,
+    write_results,
+)
+from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
 # Share of the training group that the winner is chosen on where the recipe names none; as many as a CAMUS validation group.
@@ -40,7 +53,7 @@ HOLDOUT = 0.125
 class Options:
     """What to try, and how much of it."""
 
-    plan: Annotated[sweeps.Plan, runtime.FLAT] = field(default_factory=sweeps.Plan)
+    plan: Annotated[Plan, command_line.FLAT] = field(default_factory=Plan)
     trials: int = 0
     """Trials in all; with more than before, the same sweep goes on. 0: twelve, or all that --space.changes lists."""
     max_concurrent: int = 0
@@ -67,8 +80,8 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> Sweep:
     """Begin a sweep or go on with it, until its trials have ended; returns it. Raises UserError where no trial finished."""
-    runtime.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    runtime.require(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.require(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
@@ -78,12 +91,12 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     check_plan(experiment, shards)
     check_space(experiment, options.plan, shards)
     ingest = choose_ingest(experiment, shards)
-    sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
+    sweep = open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
         print(f"sweep {sweep.path}")
-        sweeps.mend_trials(sweep, shards)
+        mend_trials(sweep, shards)
         if options.retry_failed:
-            sweeps.forget_failures(sweep)
+            forget_failures(sweep)
         try:
             search(sweep, shards, options)
         except KeyboardInterrupt:
@@ -93,7 +106,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     return sweep
 
 
-def check_space(experiment: Experiment, plan: sweeps.Plan, shards: Shards) -> None:
+def check_space(experiment: Experiment, plan: Plan, shards: Shards) -> None:
     """Raise UserError for a trial that could not be trained."""
     if plan.search == "changes":
         for point in search_space.listed(experiment, plan.space.changes):
@@ -113,26 +126,26 @@ def choose_ingest(experiment: Experiment, shards: Shards) -> str:
 
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     """Train what is to be trained. Raises KeyboardInterrupt where it was interrupted: Tune just returns."""
-    known = sweeps.read_trials(sweep)
+    known = read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
     workers = sweep.base.workers
-    runtime.start_ray(workers)
+    ray_runtime.start_ray(workers)
     from ray import tune
 
-    from jobs import trials
+    from jobs.support import ray_trials
 
     # More trials than there is room for would wait for it, be given up, and count as failed.
-    concurrent = min(options.max_concurrent or options.num_trials, runtime.room_for(workers))
-    resources = runtime.worker_resources(workers * concurrent)
-    scheduler = trials.build_scheduler(options.plan, sweep.base, known)
-    suggestions = trials.Suggestions(sweep, shards, options.plan, options.num_trials, resources)
+    concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
+    resources = ray_runtime.worker_resources(workers * concurrent)
+    scheduler = ray_trials.build_scheduler(options.plan, sweep.base, known)
+    suggestions = ray_trials.Suggestions(sweep, shards, options.plan, options.num_trials, resources)
     log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
-        tune.with_resources(trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
+        tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
         tune_config=tune.TuneConfig(
             search_alg=suggestions,
             scheduler=scheduler,
@@ -141,47 +154,47 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
             time_budget_s=options.time_budget * 60 or None,
         ),
         run_config=tune.RunConfig(
-            name=storage.last_part(sweep.path),
-            storage_path=storage.join(sweep.path, "ray"),
+            name=filesystem.last_part(sweep.path),
+            storage_path=filesystem.join(sweep.path, "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[trials.Progress(lambda: publish(sweep))],
+            callbacks=[ray_trials.Progress(lambda: publish(sweep))],
             verbose=0,
         ),
     )
     began = time.monotonic()
     tuner.fit()
     is_time_up = options.time_budget and time.monotonic() - began >= options.time_budget * 60
-    if not is_time_up and any(not trial.state for trial in sweeps.read_trials(sweep)):
+    if not is_time_up and any(not trial.state for trial in read_trials(sweep)):
         raise KeyboardInterrupt
 
 
 def publish(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None, str]:
     """Write the tables, the winner so far and the page: a sweep can be looked at while it runs."""
-    table, best = sweeps.write_results(sweep)
+    table, best = write_results(sweep)
     return table, best, write_page(sweep, table)
 
 
 def conclude(sweep: Sweep, options: Options) -> None:
     """Table, winner and page; what early stopping saved; and in the dashboard, an end for each trial and one run for all."""
     table, best, page = publish(sweep)
-    found = sweeps.read_trials(sweep)
+    found = read_trials(sweep)
     for trial in found:
-        if trial.state == sweeps.STOPPED:
+        if trial.state == STOPPED:
             close_trial(trial.run, trial.record, trial.reason)  # its own process had no time to
     if len(table):
         track_sweep(sweep.base, Run(sweep.path, sweep.description), table, page)
         print(show_table(table))
-    trained, asked = sweeps.epochs_saved(sweep, table)
+    trained, asked = epochs_saved(sweep, table)
     if asked and options.plan.stop_early:
         print(f"{trained} epochs trained; without early stopping {asked}: {1 - trained / asked:.0%} saved")
-    failed = [trial for trial in found if trial.state == sweeps.FAILED]
+    failed = [trial for trial in found if trial.state == FAILED]
     if failed:
         print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed trains them on")
     print(f"page {page}")
     if best:
-        score = table.iloc[0][f"best {sweeps.METRIC}"]
-        best_path = storage.join(sweep.path, "best.json")
-        print(f"best {table.iloc[0]['trial']}  {sweeps.METRIC} {score:.4f}  {best_path}")
+        score = table.iloc[0][f"best {METRIC}"]
+        best_path = filesystem.join(sweep.path, "best.json")
+        print(f"best {table.iloc[0]['trial']}  {METRIC} {score:.4f}  {best_path}")
     elif failed and len(failed) == len(found):
         raise UserError(f"All trials of {sweep.path} failed: mend what the first says, then give --retry-failed.")
     else:
@@ -190,8 +203,8 @@ def conclude(sweep: Sweep, options: Options) -> None:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    run(*runtime.parse(Options(), argv, "tune.py", "Sweep the learning-rate schedule; the same command goes on."))
+    run(*command_line.parse(Options(), argv, "tune.py", "Sweep the learning-rate schedule; the same command goes on."))
 
 
 if __name__ == "__main__":
-    runtime.main(job)
+    command_line.main(job)

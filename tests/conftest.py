@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import s3_server
 
-from heartseg.config import AugmentConfig, Experiment, ImageConfig, OptimConfig, SplitConfig, TrackingConfig
-from heartseg.phantom import write_phantom
-from heartseg.recipes import quick
+from heartseg.config.experiment import Experiment, ImageConfig, SplitConfig, TrackingConfig
+from heartseg.config.recipes import quick
+from heartseg.config.training import AugmentConfig, OptimConfig
+from heartseg.datasets.phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 RAY_KEPT_S = 30
@@ -74,12 +75,12 @@ def ray_session(s3):
     """
     import ray
 
-    from jobs import runtime
+    from jobs.support import ray_runtime
 
     os.environ.pop("RAY_ADDRESS", None)
     if RAY_LAST_USED and time.monotonic() - RAY_LAST_USED[-1] > RAY_KEPT_S:
         ray.shutdown()
-    runtime.start_ray(2)
+    ray_runtime.start_ray(2)
     yield
     RAY_LAST_USED.append(time.monotonic())
 

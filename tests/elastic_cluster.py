@@ -15,7 +15,8 @@ os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_WORKER_GRO
 from conftest import tiny_experiment
 from ray.cluster_utils import Cluster
 
-from heartseg import runs, storage
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
 from jobs import train
 
 EPOCHS = 60
@@ -37,7 +38,7 @@ def main(shards: str, folder: str) -> None:
         training = pool.submit(train.run, experiment, train.Options())
         disturb(cluster, nodes, folder)
         path = training.result()
-    assert len(runs.read_record(path)) == EPOCHS
+    assert len(run_directory.read_record(path)) == EPOCHS
 
 
 def disturb(cluster: Cluster, nodes: list, folder: str) -> None:
@@ -54,15 +55,15 @@ def disturb(cluster: Cluster, nodes: list, folder: str) -> None:
 
 
 def run_of(folder: str) -> str:
-    return storage.join(folder, storage.list_names(folder)[0])
+    return filesystem.join(folder, filesystem.list_names(folder)[0])
 
 
 def epochs(folder: str) -> int:
-    return len(runs.read_record(run_of(folder))) if storage.list_names(folder) else 0
+    return len(run_directory.read_record(run_of(folder))) if filesystem.list_names(folder) else 0
 
 
 def worlds_of(folder: str) -> list[int]:
-    return [epoch["workers"] for epoch in runs.read_record(run_of(folder))]
+    return [epoch["workers"] for epoch in run_directory.read_record(run_of(folder))]
 
 
 def wait(condition, seconds: float = 200) -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from heartseg import figures
-from heartseg.agreement import EF_CLASSES, agree, ef_class, ef_confusion, paired_interval, paired_test
+from heartseg.labels import EF_CLASSES, ef_class
+from heartseg.metrics.agreement import agree, ef_confusion, paired_interval, paired_test
+from heartseg.reporting import plots
 
 NAN = float("nan")
 
@@ -117,7 +118,7 @@ def test_a_bland_altman_plot_shows_the_bias_and_limits_that_agree_gives():
     reference = rng.normal(50, 10, 40)
     estimate = reference + rng.normal(2, 4, 40)
     estimate[3] = NAN
-    axes, found = figures.bland_altman(estimate, reference, "Ejection fraction", "%").axes[0], agree(estimate, reference)
+    axes, found = plots.bland_altman(estimate, reference, "Ejection fraction", "%").axes[0], agree(estimate, reference)
     heights = sorted(line.get_ydata()[0] for line in axes.lines)
     assert heights == pytest.approx(sorted([0, found["loa_low"], found["bias"], found["loa_high"]]))
     points = np.asarray(axes.collections[0].get_offsets())
@@ -128,7 +129,7 @@ def test_a_bland_altman_plot_shows_the_bias_and_limits_that_agree_gives():
 
 
 def test_a_scatter_has_equal_axes_the_identity_and_r():
-    axes = figures.agreement_scatter([50.0, 60, NAN, 70], [40.0, 62, 50, 71], "Ejection fraction", "%").axes[0]
+    axes = plots.agreement_scatter([50.0, 60, NAN, 70], [40.0, 62, 50, 71], "Ejection fraction", "%").axes[0]
     assert axes.get_xlim() == axes.get_ylim() and axes.get_aspect() == 1
     assert (axes.lines[0].get_xdata() == axes.lines[0].get_ydata()).all()
     assert axes.collections[0].get_offsets()[0].tolist() == [40, 50]  # the reference is across
@@ -136,14 +137,14 @@ def test_a_scatter_has_equal_axes_the_identity_and_r():
 
 
 def test_a_volume_curve_marks_ed_and_es_and_leaves_gaps():
-    axes = figures.volume_curve([1, 2, 3, 4], [120.0, NAN, 60.0, 90.0], 0, 2, "ml").axes[0]
+    axes = plots.volume_curve([1, 2, 3, 4], [120.0, NAN, 60.0, 90.0], 0, 2, "ml").axes[0]
     assert [text.get_text() for text in axes.texts] == ["ED  120 ml", "ES  60 ml"]
     assert [line.get_xdata() for line in axes.lines[1:]] == [[1], [3]] and math.isnan(axes.lines[0].get_ydata()[1])
 
 
 @pytest.mark.parametrize("values", [[], [50.0], [50.0, 50.0, 50.0], [NAN, NAN], [1.0, 2.0]])
 def test_figures_of_little_or_nothing_are_drawn(values):
-    for draw in (figures.bland_altman, figures.agreement_scatter):
-        assert figures.save_png(draw(values, values, "EF", "%")).startswith(b"\x89PNG")
+    for draw in (plots.bland_altman, plots.agreement_scatter):
+        assert plots.save_png(draw(values, values, "EF", "%")).startswith(b"\x89PNG")
     if values:
-        assert figures.save_svg(figures.volume_curve(range(len(values)), values, 0, 0), "curve").startswith("<svg")
+        assert plots.save_svg(plots.volume_curve(range(len(values)), values, 0, 0), "curve").startswith("<svg")

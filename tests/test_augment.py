@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from heartseg.augment import SECTOR_TANGENT, augment
-from heartseg.config import AugmentConfig
+from heartseg.config.training import AugmentConfig
 from heartseg.errors import UserError
+from heartseg.training.augmentation import SECTOR_TANGENT, augment
 
 OLDER = {"rotate_deg": 20, "scale": 0.2, "translate": 0.1, "gain": 0.3, "gamma": 0.3, "noise": 0.2}
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from heartseg import camus, ingest, shard_writer, shards
+from heartseg.datasets import camus
 from heartseg.errors import UserError
+from heartseg.shards import reader, writer
+from heartseg.storage import filesystem
+from heartseg.training import data_loading
 from jobs import benchmark
 from jobs.benchmarks import data, data_loader
 
@@ -18,7 +21,7 @@ def test_the_plain_way_and_ours_make_the_same_masks_and_nearly_the_same_images(p
         os.makedirs(tmp_path / name)
         way(phantom, patients, str(tmp_path / name))
     with open(tmp_path / "ours" / "part-00000.parquet", "rb") as stream:
-        frames = shards.as_frames(shards.storage.read_table(stream.read()), data.GRID)
+        frames = reader.as_frames(filesystem.read_table(stream.read()), data.GRID)
     assert len(frames) == 8
     for image, mask, row in zip(frames.images, frames.masks, frames.table.to_pylist(), strict=True):
         name = f"{row['patient']}_{row['view']}_{row['phase']}"
@@ -61,10 +64,10 @@ def test_a_mistake_is_a_sentence(arguments, said, phantom):
 
 def test_grown_shards_are_the_same_images_of_other_patients(phantom, tmp_path):
     names = camus.find_patients(phantom)[:2]
-    base = shard_writer.write_part(phantom, str(tmp_path / "base"), "part-00000.parquet", names, data_loader.GRID)
-    opened = shards.open_shards(data_loader.grow(base | {"path": str(tmp_path / "base")}, str(tmp_path / "grown"), 20))
+    base = writer.write_part(phantom, str(tmp_path / "base"), "part-00000.parquet", names, data_loader.GRID)
+    opened = reader.open_shards(data_loader.grow(base | {"path": str(tmp_path / "base")}, str(tmp_path / "grown"), 20))
     assert opened.num_rows("train") == 24 and len(opened.groups["train"]) == 6
-    streamed = ingest.open_groups(opened, "stream", data_loader.ALONE).loaders["train"]
+    streamed = data_loading.open_groups(opened, "stream", data_loader.ALONE).loaders["train"]
     batches = list(streamed.evaluation_batches(8))
     assert len(batches) == 3 and all(torch.equal(images, batches[0][0]) for images, _ in batches)
     assert data_loader.paced(iter(batches)) >= 3 * data_loader.STEP_S

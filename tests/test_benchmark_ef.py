@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from heartseg import camus, disks, storage
+from heartseg.datasets import camus
 from heartseg.errors import UserError
 from heartseg.labels import VIEWS, Phase, View
+from heartseg.metrics import simpson
+from heartseg.storage import filesystem
 from jobs import benchmark
 from jobs.benchmarks import ef
 
@@ -47,19 +49,19 @@ def test_who_differs_is_named_and_drawn(source, tmp_path, capsys):
 
 def test_the_axis_runs_from_the_mitral_plane_to_the_apex(phantom):
     recording = camus.read_still(phantom, "patient0001", View.FOUR_CHAMBER, Phase.ED)
-    (base_row, _), (apex_row, apex_column) = disks.long_axis(recording.mask, recording.spacing_mm)
+    (base_row, _), (apex_row, apex_column) = simpson.long_axis(recording.mask, recording.spacing_mm)
     rows, columns = np.nonzero(recording.mask == 1)
     assert abs(apex_row - rows.min()) < 4 and columns.min() <= apex_column <= columns.max()
     assert rows.mean() < base_row <= rows.max() + 1
     drawn = ef.drawn(recording)
     factor = drawn.shape[0] / recording.mask.shape[0]
-    middle = ((np.array(disks.long_axis(recording.mask, recording.spacing_mm)).mean(axis=0) + 0.5) * factor).astype(int)
+    middle = ((np.array(simpson.long_axis(recording.mask, recording.spacing_mm)).mean(axis=0) + 0.5) * factor).astype(int)
     assert (drawn[middle[0] - 2 : middle[0] + 3, middle[1] - 2 : middle[1] + 3] == 255).all(axis=2).any()
 
 
 def test_a_damaged_still_is_a_reason_and_no_number(source, capsys):
     path = camus.recording_path(source, "patient0002", View.TWO_CHAMBER, Phase.ES, "_gt")
-    storage.publish(path, b"no picture")
+    filesystem.publish(path, b"no picture")
     found = {one.patient: one for one in ef.run(ef.Options(source=source))}
     assert np.isnan(found["patient0002"].difference)
     assert "patient0002: no EF: no 2CH ES mask" in capsys.readouterr().out

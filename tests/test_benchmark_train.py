@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_experiment
 
 from heartseg.errors import UserError
-from heartseg.shards import load_groups, open_shards
+from heartseg.shards.reader import load_groups, open_shards
 from jobs.benchmarks import train, train_launch, train_plain, train_steps
 from jobs.benchmarks.train_bench import Bench, Options, loader_batches
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from heartseg import camus
-from heartseg.camus import Info, read_still, recording_path
+from heartseg.datasets import camus
+from heartseg.datasets.camus import Info, read_still, recording_path
+from heartseg.datasets.nifti import compress, read_nifti, write_nifti
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
-from heartseg.nifti import compress, read_nifti, write_nifti
 
 PATIENT, VIEW, PHASE = "patient0001", View.TWO_CHAMBER, Phase.ED
 DEPTH, LATERAL = 6, 4

@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from heartseg import camus, nifti, storage
-from heartseg.cases import FilePredictions, ShardTruth, TreeTruth
+from heartseg.datasets import camus, nifti
 from heartseg.errors import UserError
+from heartseg.evaluation.ground_truth import FilePredictions, ShardTruth, TreeTruth
 from heartseg.labels import Phase, View
-from heartseg.shards import open_shards
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
 
 PATIENT = "patient0001"
 
@@ -106,4 +107,4 @@ def test_a_folder_without_masks_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no NIfTI file"):
         FilePredictions.open(str(tmp_path))
     with pytest.raises(UserError, match="do not exist"):
-        FilePredictions.open(storage.join(str(tmp_path), "gone"))
+        FilePredictions.open(filesystem.join(str(tmp_path), "gone"))

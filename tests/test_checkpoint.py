@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heartseg import checkpoint, recipes, runs, storage
+from heartseg.config import recipes
 from heartseg.errors import UserError
-from heartseg.shards import Shards
+from heartseg.models import checkpoint
+from heartseg.shards.reader import Shards
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
 
 STATE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "epoch": 3, "val_dice": [0.1, 0.2], "average": None}
 
@@ -164,7 +167,7 @@ def data(tmp_path) -> Shards:
         "dataset": "phantom", "source_sha256": "ab", "parts": [{"sha256": "cd"}], "patients": {p: {"rows": 4} for p in "abc"},
     }  # fmt: skip
     groups = {"train": ["a", "b"], "test": ["c"]}
-    storage.publish_json(os.path.join(folder, "splits.json"), {"config": {"kind": "ratio"}, "groups": groups})
+    filesystem.publish_json(os.path.join(folder, "splits.json"), {"config": {"kind": "ratio"}, "groups": groups})
     return Shards(folder, manifest, groups)
 
 
@@ -174,12 +177,12 @@ def experiment(tmp_path):
 
 
 def test_a_run_is_named_by_what_decides_its_result(experiment, data):
-    name = runs.run_name(experiment, data)
+    name = run_directory.run_name(experiment, data)
     assert name.startswith("quick-") and len(name) == len("quick-") + 8
-    assert runs.run_name(replace(experiment, workers=4, data="/elsewhere", runs="/x"), data) == name
-    assert runs.run_name(replace(experiment, train=replace(experiment.train, epochs=3)), data) != name
-    assert runs.run_name(experiment, replace(data, groups={"train": ["a"], "test": ["b", "c"]})) != name
-    assert runs.run_name(experiment, replace(data, manifest=data.manifest | {"parts": [{"sha256": "ce"}]})) != name
+    assert run_directory.run_name(replace(experiment, workers=4, data="/elsewhere", runs="/x"), data) == name
+    assert run_directory.run_name(replace(experiment, train=replace(experiment.train, epochs=3)), data) != name
+    assert run_directory.run_name(experiment, replace(data, groups={"train": ["a"], "test": ["b", "c"]})) != name
+    assert run_directory.run_name(experiment, replace(data, manifest=data.manifest | {"parts": [{"sha256": "ce"}]})) != name
 
 
 @pytest.mark.parametrize(
@@ -195,38 +198,38 @@ def test_a_run_is_named_by_what_decides_its_result(experiment, data):
 def test_the_same_command_finds_the_newest_generation_and_fresh_the_next(there, again, fresh, tmp_path):
     for name in there:
         (tmp_path / name).mkdir()
-    assert runs.generation_name(str(tmp_path), "a", fresh=False) == again
-    assert runs.generation_name(str(tmp_path), "a", fresh=True) == fresh
+    assert run_directory.generation_name(str(tmp_path), "a", fresh=False) == again
+    assert run_directory.generation_name(str(tmp_path), "a", fresh=True) == fresh
 
 
 def test_the_same_experiment_finds_its_run_again_and_fresh_begins_another(experiment, data):
-    first = runs.open_run(experiment, data)
-    assert runs.open_run(experiment, data) == first == runs.find_run(first.path)
+    first = run_directory.open_run(experiment, data)
+    assert run_directory.open_run(experiment, data) == first == run_directory.find_run(first.path)
     assert first.description["groups"] == {"train": {"patients": 2, "images": 8}, "test": {"patients": 1, "images": 4}}
-    fresh = runs.open_run(experiment, data, fresh=True)
+    fresh = run_directory.open_run(experiment, data, fresh=True)
     assert fresh.name == f"{first.name}-2" and fresh.description["wandb_id"] != first.description["wandb_id"]
-    assert runs.open_run(experiment, data) == fresh
-    assert runs.find_run(f"{fresh.path}/checkpoints/epoch_0003/") == fresh
+    assert run_directory.open_run(experiment, data) == fresh
+    assert run_directory.find_run(f"{fresh.path}/checkpoints/epoch_0003/") == fresh
 
 
 def test_a_run_of_another_configuration_or_other_data_is_refused_by_its_first_field(experiment, data):
-    runs.open_run(experiment, data, name="mine")
+    run_directory.open_run(experiment, data, name="mine")
     longer = replace(experiment, train=replace(experiment.train, epochs=99))
     with pytest.raises(UserError, match=r"mine holds another run \(train\.epochs: 16 there, 99 asked\)"):
-        runs.open_run(longer, data, name="mine")
+        run_directory.open_run(longer, data, name="mine")
     with pytest.raises(UserError, match=r"holds another run \(data_fingerprint: "):
-        runs.open_run(experiment, replace(data, groups={"train": ["a"], "test": ["b"]}), name="mine")
+        run_directory.open_run(experiment, replace(data, groups={"train": ["a"], "test": ["b"]}), name="mine")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no run"):
-        runs.find_run(str(tmp_path))
+        run_directory.find_run(str(tmp_path))
 
 
 def test_the_record_reads_back_with_its_nan_and_a_csv_beside_it(run):
-    assert runs.read_record(run) == []
-    runs.write_record(run, [{"epoch": 1, "test/dice": 0.1}, {"epoch": 2, "test/dice": float("nan")}])
-    first, second = runs.read_record(run)
+    assert run_directory.read_record(run) == []
+    run_directory.write_record(run, [{"epoch": 1, "test/dice": 0.1}, {"epoch": 2, "test/dice": float("nan")}])
+    first, second = run_directory.read_record(run)
     assert first == {"epoch": 1, "test/dice": 0.1} and second["test/dice"] != second["test/dice"]
-    with open(os.path.join(run, runs.RECORD_CSV)) as stream:
+    with open(os.path.join(run, run_directory.RECORD_CSV)) as stream:
         assert stream.read().splitlines()[:2] == ["epoch,test/dice", "1,0.1"]

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from heartseg import clinical, disks, phantom
+from heartseg.datasets import phantom
 from heartseg.labels import ENDO, LA, MYO, PHASES, VIEWS, Phase, View
+from heartseg.metrics import cardiac_indices, simpson
 
 STILLS = [(view, phase) for view in VIEWS for phase in PHASES]
 SPACING_MM = (0.5, 0.7)
@@ -44,7 +45,7 @@ def phantom_masks(number: int, scale: float = 1.0) -> dict:
     }
 
 
-def assert_same(one: dict, other: dict, rel: float, names=clinical.INDICES):
+def assert_same(one: dict, other: dict, rel: float, names=cardiac_indices.INDICES):
     """Two rows agree; an EF within a hundredth of `rel`, in points, of itself."""
     assert one["reason"] == other["reason"]
     for name in names:
@@ -53,7 +54,7 @@ def assert_same(one: dict, other: dict, rel: float, names=clinical.INDICES):
 
 @pytest.mark.parametrize("number", range(1, 7))
 def test_the_phantoms_volumes_are_within_two_percent_and_its_ef_within_a_point(number):
-    geometry, row = phantom.patient_geometry(number), clinical.patient_indices(phantom_masks(number))
+    geometry, row = phantom.patient_geometry(number), cardiac_indices.patient_indices(phantom_masks(number))
     assert row["reason"] == ""
     for phase, name in ((Phase.ED, "edv_ml_ase"), (Phase.ES, "esv_ml_ase")):
         assert row[name] == pytest.approx(phantom.volume_ml(geometry, phase), rel=0.005)  # asked are 2 %
@@ -62,15 +63,15 @@ def test_the_phantoms_volumes_are_within_two_percent_and_its_ef_within_a_point(n
 
 @pytest.mark.parametrize("number", (1, 2, 3))
 def test_a_phantom_at_a_quarter_of_the_size_is_still_measured(number):
-    geometry, row = phantom.patient_geometry(number), clinical.patient_indices(phantom_masks(number, scale=0.25))
+    geometry, row = phantom.patient_geometry(number), cardiac_indices.patient_indices(phantom_masks(number, scale=0.25))
     assert row["edv_ml_ase"] == pytest.approx(phantom.volume_ml(geometry, Phase.ED), rel=0.03)
     assert row["ef_ase"] == pytest.approx(geometry.ef, abs=1.5)
 
 
 def test_one_height_for_both_phases_leaves_the_shortening_out(heart):
     """The two conventions by hand: the sums of disks are the same, the heights are not."""
-    row = clinical.patient_indices(heart)
-    lengths = {still: clinical.lv_length(*heart[still]) for still in STILLS}
+    row = cardiac_indices.patient_indices(heart)
+    lengths = {still: cardiac_indices.lv_length(*heart[still]) for still in STILLS}
     by_phase = {phase: max(lengths[view, phase] for view in VIEWS) for phase in PHASES}
     assert by_phase[Phase.ES] < 0.95 * by_phase[Phase.ED]
     assert row["edv_ml_camus"] == row["edv_ml_ase"]
@@ -84,11 +85,11 @@ def test_a_known_ellipsoid_has_its_volume_by_disks_and_by_area_and_length(radius
     shape = {"radius_mm": radius_mm, "half_length_mm": half_length_mm, "tilt_deg": tilt_deg}
     mask, cut = ellipsoid_mask(cut=0.9, **shape), 0.9
     expected_ml = np.pi * radius_mm**2 * half_length_mm * (2 / 3 + cut - cut**3 / 3) / 1000
-    volume_ml, area_cm2 = clinical.frame_volume_ml(mask, SPACING_MM)
+    volume_ml, area_cm2 = cardiac_indices.frame_volume_ml(mask, SPACING_MM)
     assert volume_ml == pytest.approx(expected_ml, rel=0.01)
     assert area_cm2 == pytest.approx((mask == ENDO).sum() * 0.35 / 100)
-    assert clinical.lv_length(mask, SPACING_MM) == pytest.approx(half_length_mm * (1 + cut), rel=0.01)
-    row = clinical.patient_indices({still: (mask, SPACING_MM) for still in STILLS})
+    assert cardiac_indices.lv_length(mask, SPACING_MM) == pytest.approx(half_length_mm * (1 + cut), rel=0.01)
+    row = cardiac_indices.patient_indices({still: (mask, SPACING_MM) for still in STILLS})
     assert row["edv_ml_4ch_ase"] == row["edv_ml_ase"] == pytest.approx(volume_ml) and row["ef_ase"] == 0
     # Of an ellipse with a = A / (pi c): 8 A^2 / (3 pi 2 c) = 4/3 pi a^2 c.
     assert row["edv_ml_area_length"] == pytest.approx(8 * (100 * area_cm2) ** 2 / (3 * np.pi * half_length_mm * 1900), rel=0.01)
@@ -98,7 +99,7 @@ def test_a_known_ellipsoid_has_its_volume_by_disks_and_by_area_and_length(radius
 
 def test_an_elliptic_ventricle_needs_both_views():
     by_view = {view: ellipsoid_mask(radius_mm=radius_mm, cut=0.6) for view, radius_mm in zip(VIEWS, (20, 28), strict=True)}
-    row = clinical.patient_indices({(view, phase): (by_view[view], SPACING_MM) for view, phase in STILLS})
+    row = cardiac_indices.patient_indices({(view, phase): (by_view[view], SPACING_MM) for view, phase in STILLS})
     assert row["edv_ml_ase"] == pytest.approx(np.pi * 20 * 28 * 45 * (2 / 3 + 0.6 - 0.6**3 / 3) / 1000, rel=0.01)
     assert row["edv_ml_2ch_ase"] == pytest.approx(20 / 28 * row["edv_ml_ase"], rel=0.01)
     assert row["edv_ml_4ch_ase"] == pytest.approx(28 / 20 * row["edv_ml_ase"], rel=0.01)
@@ -108,7 +109,7 @@ def test_the_atrium_has_its_volume_by_disks():
     mask = ellipsoid_mask(cut=0.6)
     # An ellipsoid 18 x 18 x 22 mm whose centre is 15 mm below the mitral plane that cuts it.
     expected_ml = np.pi * 18**2 * 22 * (2 / 3 + 15 / 22 - (15 / 22) ** 3 / 3) / 1000
-    row = clinical.patient_indices({still: (mask, SPACING_MM) for still in STILLS})
+    row = cardiac_indices.patient_indices({still: (mask, SPACING_MM) for still in STILLS})
     assert row["la_volume_ml_ED"] == row["la_volume_ml_ES"] == pytest.approx(expected_ml, rel=0.02)
 
 
@@ -120,15 +121,15 @@ def test_a_finer_grid_changes_nothing_much(rows, columns, number):
         still: (np.kron(mask, np.ones((rows, columns), np.uint8)), (spacing[0] / rows, spacing[1] / columns))
         for still, (mask, spacing) in masks.items()
     }
-    assert_same(clinical.patient_indices(masks), clinical.patient_indices(finer), rel=0.015)
+    assert_same(cardiac_indices.patient_indices(masks), cardiac_indices.patient_indices(finer), rel=0.015)
 
 
 @settings(max_examples=15, deadline=None)
 @given(factor=st.floats(0.05, 20))
 def test_volumes_grow_with_the_cube_of_the_spacing_areas_with_its_square_and_ef_not_at_all(heart, factor):
-    row = clinical.patient_indices(heart)
-    scaled = clinical.patient_indices({still: (m, (s[0] * factor, s[1] * factor)) for still, (m, s) in heart.items()})
-    for name in clinical.INDICES:
+    row = cardiac_indices.patient_indices(heart)
+    scaled = cardiac_indices.patient_indices({still: (m, (s[0] * factor, s[1] * factor)) for still, (m, s) in heart.items()})
+    for name in cardiac_indices.INDICES:
         power = 3 if "_ml" in name else 2 if "cm2" in name else 0
         assert scaled[name] == pytest.approx(row[name] * factor**power, rel=2e-4), name  # a pixel on a disk's edge
 
@@ -140,30 +141,30 @@ def test_where_the_heart_lies_and_which_way_it_faces_does_not_matter(heart, top,
         still: (np.pad(mask[:, ::-1] if mirrored else mask, ((top, 3), (left, 0))), spacing)
         for still, (mask, spacing) in heart.items()
     }
-    row = clinical.patient_indices(heart)
-    assert_same(row, clinical.patient_indices(moved), rel=0.003 if mirrored else 2e-4)
+    row = cardiac_indices.patient_indices(heart)
+    assert_same(row, cardiac_indices.patient_indices(moved), rel=0.003 if mirrored else 2e-4)
 
 
 def test_the_cavity_alone_or_without_its_atrium_still_gives_volumes(heart):
-    row = clinical.patient_indices(heart)
-    names = [name for name in clinical.INDICES if name.startswith(("edv", "esv", "ef"))]
+    row = cardiac_indices.patient_indices(heart)
+    names = [name for name in cardiac_indices.INDICES if name.startswith(("edv", "esv", "ef"))]
     for hidden, rel, missing in (((LA,), 0.01, 4), ((MYO, LA), 0.03, 8)):
         bare = {still: (np.where(np.isin(mask, hidden), 0, mask), spacing) for still, (mask, spacing) in heart.items()}
-        found = clinical.patient_indices(bare)
+        found = cardiac_indices.patient_indices(bare)
         assert len(found["reason"].split("; ")) == missing and "no left atrium in 2CH ED" in found["reason"]
         assert_same(row, found | {"reason": ""}, rel, names)
         assert math.isnan(found["la_volume_ml_ED"])
 
 
 def test_specks_elsewhere_do_not_count(heart):
-    row, dirty = clinical.patient_indices(heart), {}
+    row, dirty = cardiac_indices.patient_indices(heart), {}
     for still, (mask, spacing) in heart.items():
         mask = mask.copy()
         mask[2:8, 2:8], mask[2:8, -8:-2] = ENDO, LA
         apex = np.argwhere(mask == ENDO)[40]
         mask[apex[0] : apex[0] + 2, apex[1] : apex[1] + 2] = LA  # an atrium in the ventricle's tip
         dirty[still] = (mask, spacing)
-    assert_same(row, clinical.patient_indices(dirty), rel=0.01)
+    assert_same(row, cardiac_indices.patient_indices(dirty), rel=0.01)
 
 
 def test_a_hole_in_the_wall_is_no_mitral_plane():
@@ -171,7 +172,7 @@ def test_a_hole_in_the_wall_is_no_mitral_plane():
     torn = mask.copy()
     torn[30:90, :90] = np.where(torn[30:90, :90] == MYO, 0, torn[30:90, :90])
     torn[:18] = 0
-    assert clinical.lv_length(torn, SPACING_MM) == pytest.approx(clinical.lv_length(mask, SPACING_MM), rel=0.02)
+    assert cardiac_indices.lv_length(torn, SPACING_MM) == pytest.approx(cardiac_indices.lv_length(mask, SPACING_MM), rel=0.02)
 
 
 def test_an_oblique_mitral_plane_leaves_the_disks_as_wide_as_the_ventricle():
@@ -180,7 +181,7 @@ def test_an_oblique_mitral_plane_leaves_the_disks_as_wide_as_the_ventricle():
     depth, across = row * 0.5 - 45, column * 0.7 - 63
     inside = (np.abs(across) < 20) & (np.hypot(across / 20, np.minimum(depth, 0) / 25) < 1)
     mask = np.where(inside, np.where(depth < 50 + across * np.tan(np.radians(30)), ENDO, LA), 0).astype(np.uint8)
-    ventricle = disks.measure(mask, SPACING_MM).ventricle
+    ventricle = simpson.measure(mask, SPACING_MM).ventricle
     assert ventricle.length_mm == pytest.approx(75, rel=0.01)
     assert ventricle.widths_mm[:10] == pytest.approx(np.full(10, 40), rel=0.05)
 
@@ -193,59 +194,61 @@ def test_an_atrium_that_touches_at_a_corner_does_not_move_the_mitral_plane():
     touching = apart.copy()
     touching[base : base + 8, 63:71] = LA
     assert (apart[base - 1, 63:71] == ENDO).all()
-    assert clinical.lv_length(touching, SPACING_MM) == pytest.approx(clinical.lv_length(mask, SPACING_MM), rel=0.01)
+    assert cardiac_indices.lv_length(touching, SPACING_MM) == pytest.approx(
+        cardiac_indices.lv_length(mask, SPACING_MM), rel=0.01
+    )
 
 
 def test_of_two_lengths_disks_take_the_longer_and_area_length_the_shorter():
     mask = ellipsoid_mask(cut=0.6)
-    row = clinical.patient_indices({still: (mask, SPACING_MM) for still in STILLS})
+    row = cardiac_indices.patient_indices({still: (mask, SPACING_MM) for still in STILLS})
     larger = {View.TWO_CHAMBER: 1.1, View.FOUR_CHAMBER: 1.0}  # a view 1.1 times as large, so wider and longer
     spacings = {view: (SPACING_MM[0] * factor, SPACING_MM[1] * factor) for view, factor in larger.items()}
-    found = clinical.patient_indices({(view, phase): (mask, spacings[view]) for view, phase in STILLS})
+    found = cardiac_indices.patient_indices({(view, phase): (mask, spacings[view]) for view, phase in STILLS})
     for name, factor in (("edv_ml_ase", 1.1 * 1.1), ("la_volume_ml_ED", 1.1 * 1.1), ("edv_ml_area_length", 1.1**2)):
         assert found[name] == pytest.approx(row[name] * factor, rel=1e-3), name
 
 
 def test_without_pixel_spacing_there_is_ef_and_nothing_with_a_unit(heart):
-    known = clinical.patient_indices(heart)
+    known = cardiac_indices.patient_indices(heart)
     # The views' scales are unknown, and not the same.
     relative = {
         (view, phase): (mask, (spacing[0] * 3, spacing[1] * 3) if view == View.TWO_CHAMBER else spacing)
         for (view, phase), (mask, spacing) in heart.items()
     }
-    row = clinical.patient_indices(relative, spacing_known=False)
+    row = cardiac_indices.patient_indices(relative, spacing_known=False)
     assert row["reason"] == "no pixel spacing, so no volumes and no areas"
-    for name in clinical.INDICES:
+    for name in cardiac_indices.INDICES:
         expected = pytest.approx(known[name], abs=0.5) if name.startswith("ef_") else pytest.approx(math.nan, nan_ok=True)
         assert row[name] == expected, name
-    other = clinical.patient_indices(heart, spacing_known=False)
-    assert all(row[name] == pytest.approx(other[name], abs=0.01) for name in clinical.INDICES if name.startswith("ef_"))
+    other = cardiac_indices.patient_indices(heart, spacing_known=False)
+    assert all(row[name] == pytest.approx(other[name], abs=0.01) for name in cardiac_indices.INDICES if name.startswith("ef_"))
     square = {still: (mask, None) for still, (mask, _) in heart.items()}
-    assert clinical.patient_indices(square, spacing_known=False)["ef_camus"] > 0
-    assert "no pixel spacing in 2CH ED" in clinical.patient_indices(square)["reason"]
+    assert cardiac_indices.patient_indices(square, spacing_known=False)["ef_camus"] > 0
+    assert "no pixel spacing in 2CH ED" in cardiac_indices.patient_indices(square)["reason"]
 
 
 def test_what_is_missing_is_said_and_the_rest_is_there(heart):
-    row = clinical.patient_indices(heart)
+    row = cardiac_indices.patient_indices(heart)
     partial = {still: pair for still, pair in heart.items() if still != (View.TWO_CHAMBER, Phase.ES)}
-    found = clinical.patient_indices(partial)
+    found = cardiac_indices.patient_indices(partial)
     assert found["reason"] == "no 2CH ES mask"
-    unknown = {name for name in clinical.INDICES if math.isnan(found[name])}
+    unknown = {name for name in cardiac_indices.INDICES if math.isnan(found[name])}
     assert unknown == {
         *("esv_ml_ase", "ef_ase", "esv_ml_area_length", "ef_area_length", "esv_ml_2ch_ase", "ef_2ch_ase"),
         *("edv_ml_camus", "esv_ml_camus", "ef_camus", "wall_area_cm2_2CH_ES", "la_area_cm2_2CH_ES", "la_volume_ml_ES"),
     }
-    assert all(found[name] == row[name] for name in clinical.INDICES if name not in unknown)
+    assert all(found[name] == row[name] for name in cardiac_indices.INDICES if name not in unknown)
     alone = {still: pair for still, pair in heart.items() if still[0] == View.FOUR_CHAMBER}
-    assert clinical.patient_indices(alone)["ef_4ch_ase"] == row["ef_4ch_ase"]
+    assert cardiac_indices.patient_indices(alone)["ef_4ch_ase"] == row["ef_4ch_ase"]
 
 
 def test_a_ventricle_that_grows_has_volumes_and_no_ef(heart):
     swapped = {(view, PHASES[1 - PHASES.index(phase)]): pair for (view, phase), pair in heart.items()}
-    row = clinical.patient_indices(swapped)
+    row = cardiac_indices.patient_indices(swapped)
     assert row["esv_ml_ase"] > row["edv_ml_ase"] and math.isnan(row["ef_ase"]) and math.isnan(row["ef_camus"])
     assert "ES volume above ED volume (ase)" in row["reason"]
-    assert math.isnan(clinical.ejection_fraction(0.0, 0.0)) and clinical.ejection_fraction(100.0, 40.0) == 60
+    assert math.isnan(cardiac_indices.ejection_fraction(0.0, 0.0)) and cardiac_indices.ejection_fraction(100.0, 40.0) == 60
 
 
 @pytest.mark.parametrize(
@@ -260,16 +263,18 @@ def test_a_ventricle_that_grows_has_volumes_and_no_ef(heart):
     ],
 )
 def test_what_cannot_be_measured_has_a_reason(heart, mask, reason):
-    row = clinical.patient_indices(heart | {(View.FOUR_CHAMBER, Phase.ES): (mask, (0.3, 0.3))})
+    row = cardiac_indices.patient_indices(heart | {(View.FOUR_CHAMBER, Phase.ES): (mask, (0.3, 0.3))})
     assert reason in row["reason"]
     assert math.isnan(row["ef_ase"]) and math.isnan(row["esv_ml_4ch_ase"]) and not math.isnan(row["edv_ml_ase"])
     if mask is not None and mask.ndim == 2:
-        assert np.isnan(clinical.frame_volume_ml(mask, (0.3, 0.3))).all() and math.isnan(clinical.lv_length(mask, (0.3, 0.3)))
+        assert np.isnan(cardiac_indices.frame_volume_ml(mask, (0.3, 0.3))).all() and math.isnan(
+            cardiac_indices.lv_length(mask, (0.3, 0.3))
+        )
 
 
 @pytest.mark.parametrize("spacing_mm", [(0, 0.3), (0.3, float("nan")), (-1, 1), None])
 def test_an_impossible_spacing_is_no_spacing(heart, spacing_mm):
-    row = clinical.patient_indices(heart | {(View.TWO_CHAMBER, Phase.ED): (heart[STILLS[0]][0], spacing_mm)})
+    row = cardiac_indices.patient_indices(heart | {(View.TWO_CHAMBER, Phase.ED): (heart[STILLS[0]][0], spacing_mm)})
     assert row["reason"] == "no pixel spacing in 2CH ED" and math.isnan(row["edv_ml_ase"])
 
 
@@ -282,17 +287,17 @@ def test_no_label_map_whatever_breaks_it(seed, sigma, known):
     for still in STILLS:
         noise = ndimage.gaussian_filter(rng.normal(size=(4, *rng.integers(1, 50, 2))), (0, sigma, sigma))
         masks[still] = (noise.argmax(axis=0).astype(np.uint8), tuple(rng.uniform(0.1, 2, 2)))
-    row = clinical.patient_indices(masks, spacing_known=known)
-    assert set(row) == {*clinical.INDICES, "reason"}
-    values = np.array([row[name] for name in clinical.INDICES])
+    row = cardiac_indices.patient_indices(masks, spacing_known=known)
+    assert set(row) == {*cardiac_indices.INDICES, "reason"}
+    values = np.array([row[name] for name in cardiac_indices.INDICES])
     assert (np.isnan(values) | (values >= 0)).all() and not np.isinf(values).any()
     assert row["reason"] or not np.isnan(values).any()
-    assert all(not row[name] > 100 for name in clinical.INDICES if name.startswith("ef"))
+    assert all(not row[name] > 100 for name in cardiac_indices.INDICES if name.startswith("ef"))
 
 
 def test_the_slices_add_up_to_the_area(heart):
     for mask, spacing in heart.values():
-        frame = disks.measure(mask, spacing)
+        frame = simpson.measure(mask, spacing)
         for chamber, label in ((frame.ventricle, ENDO), (frame.atrium, LA)):
             assert chamber.area_mm2 == pytest.approx((mask == label).sum() * np.prod(spacing))
-            assert chamber.widths_mm.sum() * chamber.length_mm / disks.DISKS == pytest.approx(chamber.area_mm2)
+            assert chamber.widths_mm.sum() * chamber.length_mm / simpson.DISKS == pytest.approx(chamber.area_mm2)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_real_data import CAMUS
 
-from heartseg import camus, clinical
-from heartseg.agreement import agree
+from heartseg.datasets import camus
 from heartseg.labels import PHASES, VIEWS
+from heartseg.metrics import cardiac_indices
+from heartseg.metrics.agreement import agree
 from jobs.benchmarks import ef as ef_table
 
 STILLS = [(view, phase) for view in VIEWS for phase in PHASES]
@@ -38,7 +39,7 @@ def real_rows() -> tuple[dict[str, dict], dict[str, list[float]], float]:
         stills = {still: camus.read_still(CAMUS, patient, *still) for still in STILLS}
         masks[patient] = {still: (recording.mask, recording.spacing_mm) for still, recording in stills.items()}
     start = time.process_time()
-    rows = {patient: clinical.patient_indices(pairs) for patient, pairs in masks.items()}
+    rows = {patient: cardiac_indices.patient_indices(pairs) for patient, pairs in masks.items()}
     return rows, reference, 1000 * (time.process_time() - start) / len(rows)
 
 

@@ -12,10 +12,13 @@ import pytest
 from conftest import tiny_experiment
 from test_report import Reader, look_at
 
-from heartseg import comparison, comparison_page, figures, runs, storage
-from heartseg.agreement import bootstrap_interval
-from heartseg.comparison import Scored
 from heartseg.errors import UserError
+from heartseg.evaluation import run_comparison
+from heartseg.evaluation.run_comparison import Scored
+from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.reporting import comparison_page, plots
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
 from jobs import compare, evaluate, preprocess, train
 
 PLAIN = {"launcher": "plain", "group": "train"}  # the six patients to train on: two are too few for a test
@@ -45,7 +48,7 @@ def compared(trained, tmp_path_factory) -> str:
 def scored(trained, compared) -> dict[str, Scored]:
     """The three runs as `compared` saw them."""
     options, out = compare.Options(**PLAIN), os.path.dirname(compared)
-    return {n: compare.assess(runs.find_run(path), Path(path).name, options, out)[0] for n, path in trained.items()}
+    return {n: compare.assess(run_directory.find_run(path), Path(path).name, options, out)[0] for n, path in trained.items()}
 
 
 @pytest.fixture()
@@ -54,15 +57,15 @@ def copied(trained, tmp_path) -> dict[str, Path]:
     return {name: Path(shutil.copytree(path, tmp_path / "runs" / Path(path).name)) for name, path in trained.items()}
 
 
-def entries_of(*found: Scored) -> list[comparison.Entry]:
-    return comparison.enter(found)
+def entries_of(*found: Scored) -> list[run_comparison.Entry]:
+    return run_comparison.enter(found)
 
 
 def test_exactly_the_settings_that_differ_are_named(scored):
     entries = entries_of(scored["seed0"], scored["faster"])
-    assert comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1")]
+    assert run_comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1")]
     entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
-    assert comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1"), ("train.seed", "0, 1", "0")]
+    assert run_comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1"), ("train.seed", "0, 1", "0")]
 
 
 def test_a_setting_that_an_older_program_did_not_know_is_no_difference(scored):
@@ -70,7 +73,7 @@ def test_a_setting_that_an_older_program_did_not_know_is_no_difference(scored):
     description = {**old.run.description, "experiment": {**old.run.description["experiment"]}}
     description["experiment"]["train"] = {k: v for k, v in description["experiment"]["train"].items() if k != "accumulate"}
     older = replace(old, run=replace(old.run, description=description))
-    assert comparison.settings(older.run) == comparison.settings(old.run)
+    assert run_comparison.settings(older.run) == run_comparison.settings(old.run)
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_entry_and_a_seed_again_is_another(scored):
@@ -86,7 +89,7 @@ def test_runs_that_differ_in_their_seed_only_are_one_entry_and_a_seed_again_is_a
 def test_seeds_are_averaged_image_by_image_and_their_means_stand_beside(scored):
     (entry,) = entries_of(scored["seed0"], scored["seed1"])
     tables = [scored[name].images.set_index(["patient", "view", "phase"])["dice"] for name in ("seed0", "seed1")]
-    told = comparison.means(entry)["dice"]
+    told = run_comparison.means(entry)["dice"]
     assert told["seeds"] == pytest.approx([table.mean() for table in tables])
     assert told["mean"] == pytest.approx(np.mean(told["seeds"])) and told["seeds"][0] != told["seeds"][1]
     both = (tables[0] + tables[1]) / 2
@@ -103,7 +106,7 @@ def test_a_difference_is_of_the_same_images_and_its_interval_is_over_patients(sc
     joined = scored["seed0"].images.merge(scored["faster"].images, on=keys, suffixes=("_a", "_b"))
     assert len(joined) == 24
     for name in ("dice", "dice_la", "masd_endo_mm"):
-        found = comparison.differences(second, first)[name]
+        found = run_comparison.differences(second, first)[name]
         by_hand = joined[f"{name}_b"] - joined[f"{name}_a"]
         # The bootstrap, in a loop: whole patients are drawn.
         patients = [part.to_numpy() for _, part in by_hand.groupby(joined["patient"])]
@@ -112,7 +115,7 @@ def test_a_difference_is_of_the_same_images_and_its_interval_is_over_patients(sc
         assert found["difference"] == pytest.approx(by_hand.mean())
         assert (found["low"], found["high"]) == pytest.approx(np.quantile(means, [0.025, 0.975]))
         assert found["patients"] == 6 and 0 < found["p"] <= 1
-    error = comparison.differences(second, first)["ef_ase_error"]
+    error = run_comparison.differences(second, first)["ef_ase_error"]
     wrong = [abs(s.patients["ef_ase_prediction"] - s.patients["ef_ase_truth"]) for s in (scored["faster"], scored["seed0"])]
     assert error["n"] == int((wrong[0] - wrong[1]).notna().sum())
 
@@ -123,15 +126,15 @@ def test_a_difference_is_of_the_same_images_and_its_interval_is_over_patients(sc
      (-0.2, -0.1, -0.15, "lower"), (None, None, None, "too few patients")],
 )  # fmt: skip
 def test_a_difference_is_one_where_interval_and_p_agree(low, high, difference, said):
-    assert comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.01}) == said
+    assert run_comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.01}) == said
     if difference is not None:
-        assert comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.06}) == "no difference seen"
+        assert run_comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.06}) == "no difference seen"
 
 
 def test_a_run_beside_itself_shows_no_difference(scored):
-    found = comparison.differences(*entries_of(scored["seed0"], scored["seed0"]))
+    found = run_comparison.differences(*entries_of(scored["seed0"], scored["seed0"]))
     assert {found[name]["reading"] for name in ("dice", "hd_la_mm")} == {"no difference seen"}
-    assert comparison.disagreements(entries_of(scored["seed0"], scored["seed0"]), 5) == []
+    assert run_comparison.disagreements(entries_of(scored["seed0"], scored["seed0"]), 5) == []
 
 
 def without(one: Scored, patient: str) -> Scored:
@@ -142,33 +145,33 @@ def without(one: Scored, patient: str) -> Scored:
 def test_other_patients_are_never_paired_and_a_sentence_says_so(scored):
     fewer = without(scored["faster"], scored["faster"].patients["patient"][0])
     entries = entries_of(scored["seed0"], fewer)
-    assert comparison.differences(entries[1], entries[0]) == {} and comparison.disagreements(entries, 5) == []
-    (note,) = comparison.notes(entries, entries[0])
+    assert run_comparison.differences(entries[1], entries[0]) == {} and run_comparison.disagreements(entries, 5) == []
+    (note,) = run_comparison.notes(entries, entries[0])
     assert "Not the same hearts (5 names in common)" in note and "are not paired" in note
-    assert comparison.means(entries[1])["dice"]["mean"] == pytest.approx(fewer.images["dice"].mean())
+    assert run_comparison.means(entries[1])["dice"]["mean"] == pytest.approx(fewer.images["dice"].mean())
 
 
 def test_a_seed_that_was_scored_on_other_patients_is_not_pooled(scored):
     fewer = without(scored["seed1"], scored["seed1"].patients["patient"][0])
     (entry,) = entries_of(scored["seed0"], fewer)
-    assert comparison.means(entry)["dice"]["seeds"] == [scored["seed0"].images["dice"].mean()]
-    assert any("is not pooled" in note for note in comparison.notes([entry], entry))
+    assert run_comparison.means(entry)["dice"]["seeds"] == [scored["seed0"].images["dice"].mean()]
+    assert any("is not pooled" in note for note in run_comparison.notes([entry], entry))
 
 
 def test_other_hearts_of_the_same_names_are_never_paired(scored):
     # The phantom's patients and CAMUS's have the same names; so do two phantoms'.
     one, other = scored["seed0"], scored["faster"]
-    assert comparison.same_hearts(other, one)
-    assert not comparison.same_hearts(replace(other, summary=other.summary | {"dataset": "CAMUS"}), one)
+    assert run_comparison.same_hearts(other, one)
+    assert not run_comparison.same_hearts(replace(other, summary=other.summary | {"dataset": "CAMUS"}), one)
     area = "wall_area_cm2_2CH_ED_truth"
     drawn_again = replace(other, patients=other.patients.assign(**{area: other.patients[area] * 1.01}))
-    assert not comparison.same_hearts(drawn_again, one)
-    assert comparison.differences(*entries_of(drawn_again, one)) == {}
+    assert not run_comparison.same_hearts(drawn_again, one)
+    assert run_comparison.differences(*entries_of(drawn_again, one)) == {}
 
 
 def test_images_come_widest_apart_first(scored):
     entries = entries_of(scored["seed0"], scored["faster"])
-    found = comparison.disagreements(entries, 24)
+    found = run_comparison.disagreements(entries, 24)
     assert [item["spread"] for item in found] == sorted((item["spread"] for item in found), reverse=True)
     joined = scored["seed0"].images.merge(scored["faster"].images, on=["patient", "view", "phase"])
     assert found[0]["spread"] == pytest.approx((joined["dice_x"] - joined["dice_y"]).abs().max())
@@ -193,7 +196,7 @@ def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(comp
 def test_the_page_and_the_terminal_tell_the_same_and_name_no_winner(compared, scored, capsys):
     words = Reader(Path(compared).read_text()).words
     entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
-    again = comparison.compare(entries, entries[0])
+    again = run_comparison.compare(entries, entries[0])
     shown = comparison_page.text(again)
     mean, found = (f"{again.means[letter]['dice']['mean']:.3f}" for letter in "AB"), again.differences["B"]["dice"]
     assert all(value in shown and value in words for value in mean)
@@ -210,8 +213,8 @@ def test_curves_are_as_long_as_each_run_and_a_run_under_way_is_named(scored):
     assert styles[short.label] != styles[scored["seed0"].label]
     dice, *_ = comparison_page.curve_figures(lines, styles)
     assert f"{short.label} {short.record[0]['test/dice']:.4g}" in dice["alt"]
-    assert "has 1 of its 2 epochs" in " ".join(comparison.notes(entries, entries[0]))
-    colours = {figures.run_style(place) for place in range(24)}
+    assert "has 1 of its 2 epochs" in " ".join(run_comparison.notes(entries, entries[0]))
+    colours = {plots.run_style(place) for place in range(24)}
     assert len(colours) == 24
 
 
@@ -232,8 +235,8 @@ def test_a_run_without_evaluation_and_data_has_curves_and_settings_only(copied, 
 def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied, trained, tmp_path, capsys):
     path = str(copied["seed0"])
     evaluate.run(evaluate.Options(checkpoint=path, **PLAIN))
-    rows = storage.read_table(storage.read_bytes(f"{path}/evaluation-train/images.parquet")).to_pandas()
-    one, options = runs.find_run(path), compare.Options(**PLAIN)
+    rows = filesystem.read_table(filesystem.read_bytes(f"{path}/evaluation-train/images.parquet")).to_pandas()
+    one, options = run_directory.find_run(path), compare.Options(**PLAIN)
     capsys.readouterr()
     seen, plan = compare.assess(one, "a", options, str(tmp_path / "out"))
     assert "scoring" not in capsys.readouterr().out and not (tmp_path / "out").exists() and plan
@@ -241,8 +244,8 @@ def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied
     # Without data it is still known by its weights and by the run's own data.
     assert compare.find_old_evaluation(one, options) == f"{path}/evaluation-train"
     assert not compare.find_old_evaluation(one, replace(options, group="test"))
-    summary = storage.read_json(f"{path}/evaluation-train/summary.json")
-    storage.publish_json(f"{path}/evaluation-train/summary.json", summary | {"weights_sha256": ["other"]})
+    summary = filesystem.read_json(f"{path}/evaluation-train/summary.json")
+    filesystem.publish_json(f"{path}/evaluation-train/summary.json", summary | {"weights_sha256": ["other"]})
     assert not compare.find_old_evaluation(one, options)
     assert not compare.find_evaluation(compare.evaluations_of(one), plan.described)
 
@@ -262,11 +265,11 @@ def test_trials_are_compared_on_the_patients_held_out_and_the_test_group_is_left
     first = train.run(base, train.Options(launcher="plain"))
     shutil.copytree(first, tmp_path / "trials" / "again")
     page = compare.run(compare.Options((str(tmp_path),), launcher="plain"))
-    held = runs.find_run(first).description["val_patients"]
+    held = run_directory.find_run(first).description["val_patients"]
     assert f"scoring again: {len(held)} patients (holdout)" in capsys.readouterr().out and len(held) == 2
-    scores = storage.read_bytes(os.path.join(os.path.dirname(page), "evaluations", "again", "images.parquet"))
-    assert set(storage.read_table(scores)["patient"].to_pylist()) == set(held)
-    assert not set(held) & set(runs.find_run(first).description["train_patients"])
+    scores = filesystem.read_bytes(os.path.join(os.path.dirname(page), "evaluations", "again", "images.parquet"))
+    assert set(filesystem.read_table(scores)["patient"].to_pylist()) == set(held)
+    assert not set(held) & set(run_directory.find_run(first).description["train_patients"])
     with pytest.raises(UserError, match="no patients in a group holdout"):
         evaluate.run(evaluate.Options(checkpoint=trained["seed0"], group="holdout", launcher="plain"))
 
@@ -299,7 +302,7 @@ def test_a_group_that_a_run_was_trained_on_leaves_that_run_without_scores(traine
     other = replace(base, split=replace(base.split, seed=1))
     preprocess.run(other, preprocess.Options(launcher="plain", resplit=True))
     options = compare.Options(data=divided, launcher="plain", group="test")
-    seen, plan = compare.assess(runs.find_run(trained["seed0"]), "a", options, str(tmp_path / "out"))
+    seen, plan = compare.assess(run_directory.find_run(trained["seed0"]), "a", options, str(tmp_path / "out"))
     assert plan is None and seen.images is None and "was trained on" in seen.problem
 
 

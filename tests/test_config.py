@@ -8,24 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heartseg import recipes, splits
-from heartseg.batches import steps_per_epoch
-from heartseg.config import (
-    AugmentConfig,
+from heartseg.config import recipes
+from heartseg.config.experiment import (
     ImageConfig,
-    LossConfig,
     ModelConfig,
-    OptimConfig,
-    ScheduleConfig,
     SplitConfig,
-    TrainConfig,
     canonical,
     first_difference,
     from_json,
     identity,
     to_json,
 )
+from heartseg.config.training import AugmentConfig, LossConfig, OptimConfig, ScheduleConfig, TrainConfig
+from heartseg.datasets import splits
 from heartseg.errors import UserError
+from heartseg.shards.loader import steps_per_epoch
 
 
 def changed(path: str, value) -> dict:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from heartseg import convolutions
-from heartseg.config import ModelConfig
-from heartseg.model import build_model
+from heartseg.config.experiment import ModelConfig
+from heartseg.models import convolutions
+from heartseg.models.deeplabv3 import build_model
 
 
 def pair(rate: int, channels: int = 6, bias: bool = False) -> tuple[nn.Conv2d, nn.Conv2d]:

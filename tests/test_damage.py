@@ -13,11 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heartseg import camus, shards
-from heartseg.camus import read_still, recording_path
-from heartseg.config import ImageConfig
+from heartseg.config.experiment import ImageConfig
+from heartseg.datasets import camus
+from heartseg.datasets.camus import read_still, recording_path
+from heartseg.datasets.nifti import DamagedRecording, compress, read_nifti, write_nifti
 from heartseg.labels import Phase, View
-from heartseg.nifti import DamagedRecording, compress, read_nifti, write_nifti
+from heartseg.shards import writer
 
 PATIENT, VIEW, PHASE = "patient0001", View.TWO_CHAMBER, Phase.ED
 DEPTH, LATERAL = 6, 4
@@ -237,7 +238,7 @@ def test_every_kind_of_damage_is_quarantined_with_its_reason_and_every_good_stil
         damage(place(source, patient))
     garbage, folder, pipe, gone, good = names[-5:]
     cfg_garbage(source, garbage), cfg_folder(source, folder), cfg_pipe(source, pipe), no_folder(source, gone)
-    record = shards.write_part(source, str(tmp_path / "out"), "part-00000.parquet", names, ImageConfig(32, 32))
+    record = writer.write_part(source, str(tmp_path / "out"), "part-00000.parquet", names, ImageConfig(32, 32))
     found = {}
     for entry in record["quarantined"]:
         found.setdefault(entry["patient"], []).append(entry)

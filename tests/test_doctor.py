@@ -13,9 +13,10 @@ from conftest import ROOT
 from wandb_server import KEY, serving
 
 from heartseg.errors import UserError
-from jobs import checks, doctor, runtime
-from jobs.checks import GIB, Finding
+from jobs import doctor
 from jobs.doctor import Options
+from jobs.support import ray_runtime, system_checks
+from jobs.support.system_checks import GIB, Finding
 
 PLAIN = ("--launcher", "plain", "--megabytes", "1")
 
@@ -100,10 +101,10 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on():
 def test_the_containers_limits_count(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    cpus = checks.processors(str(tmp_path))
+    cpus = system_checks.processors(str(tmp_path))
     assert "may use 0.5 of" in cpus.wrong and "OMP_NUM_THREADS=1" in cpus.mend
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert wrong(checks.processors(str(tmp_path))) == []
+    assert wrong(system_checks.processors(str(tmp_path))) == []
     group = tmp_path / "sys/fs/cgroup"
     for folder in (tmp_path / "proc", group):
         folder.mkdir(parents=True)
@@ -111,9 +112,9 @@ def test_the_containers_limits_count(tmp_path, monkeypatch):
     (group / "memory.max").write_text(f"{3 * GIB}\n")
     (group / "memory.current").write_text(f"{2.5 * GIB:.0f}\n")
     (group / "memory.stat").write_text(f"inactive_file {GIB}\n")
-    assert "Only 1.5 GiB of memory are free" in checks.memory(str(tmp_path)).wrong  # a file cache gives way
+    assert "Only 1.5 GiB of memory are free" in system_checks.memory(str(tmp_path)).wrong  # a file cache gives way
     (group / "memory.max").write_text("max\n")
-    assert checks.memory(str(tmp_path)).found == "8.0 GiB, 6.0 free"
+    assert system_checks.memory(str(tmp_path)).found == "8.0 GiB, 6.0 free"
 
 
 SMALL_DISK = """
@@ -121,8 +122,8 @@ set -e
 mount -t tmpfs -o size=2m tmpfs {disk}
 exec {python} -c "
 import json
-from jobs import checks
-found = checks.round_trip('{disk}/runs', 4) + [checks.shared_memory('{disk}')]
+from jobs.support import system_checks
+found = system_checks.round_trip('{disk}/runs', 4) + [system_checks.shared_memory('{disk}')]
 print(json.dumps([[f.name, f.wrong, f.mend] for f in found]))
 "
 """
@@ -143,26 +144,26 @@ def test_a_full_disk_and_a_small_shared_memory_are_named(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    faults = wrong(checks.round_trip(str(tmp_path / "file" / "runs"), 1))
+    faults = wrong(system_checks.round_trip(str(tmp_path / "file" / "runs"), 1))
     assert len(faults) == 1 and str(tmp_path / "file" / "runs") in faults[0]
-    assert any("/proc/nowhere" in fault for fault in wrong(checks.round_trip("/proc/nowhere", 1)))
+    assert any("/proc/nowhere" in fault for fault in wrong(system_checks.round_trip("/proc/nowhere", 1)))
 
 
 def test_no_shared_memory_is_named():
-    assert "There is no /nowhere/shm" in checks.shared_memory("/nowhere/shm").wrong
+    assert "There is no /nowhere/shm" in system_checks.shared_memory("/nowhere/shm").wrong
 
 
 def test_an_object_store_is_written_read_and_left_as_it_was(s3):
-    from heartseg import storage
+    from heartseg.storage import filesystem
 
-    assert wrong(checks.round_trip("s3://bucket/doctor", 1)) == []
-    assert storage.list_names("s3://bucket/doctor") == []
-    assert "bucket that does not exist" in wrong(checks.round_trip("s3://no-such-bucket/doctor", 1))[0]
+    assert wrong(system_checks.round_trip("s3://bucket/doctor", 1)) == []
+    assert filesystem.list_names("s3://bucket/doctor") == []
+    assert "bucket that does not exist" in wrong(system_checks.round_trip("s3://no-such-bucket/doctor", 1))[0]
 
 
 def test_shards_are_read_and_what_are_none_is_said(shards, tmp_path):
-    assert checks.readable(shards).numbers["read_mb_per_s"] > 0
-    assert "holds no finished shards" in wrong(checks.readable(str(tmp_path)))[0]
+    assert system_checks.readable(shards).numbers["read_mb_per_s"] > 0
+    assert "holds no finished shards" in wrong(system_checks.readable(str(tmp_path)))[0]
 
 
 @pytest.fixture()
@@ -177,7 +178,7 @@ def with_key(monkeypatch):
 def test_wandb_that_answers_is_well(with_key):
     with serving() as server:
         with_key(server.url)
-        found = checks.wandb()
+        found = system_checks.wandb()
     assert not found.wrong and "takes the key" in found.found and KEY not in str(found)
 
 
@@ -185,7 +186,7 @@ def test_wandb_that_is_silent_is_named_within_5_seconds(with_key):
     with serving(failure="silent") as server:
         with_key(server.url)
         started = time.perf_counter()
-        found = checks.wandb()
+        found = system_checks.wandb()
         taken = time.perf_counter() - started
     assert "cannot be reached: no answer within 5 s" in found.wrong and "WANDB_MODE=offline" in found.mend
     assert taken < 6.5 and KEY not in str(found)
@@ -193,10 +194,10 @@ def test_wandb_that_is_silent_is_named_within_5_seconds(with_key):
 
 def test_wandb_that_nobody_serves_and_one_that_fails_are_named(with_key):
     with_key("http://127.0.0.1:9")
-    assert "cannot be reached" in checks.wandb().wrong
+    assert "cannot be reached" in system_checks.wandb().wrong
     with serving(failure="error") as server:
         with_key(server.url)
-        assert "HTTP 500" in checks.wandb().wrong
+        assert "HTTP 500" in system_checks.wandb().wrong
 
 
 def test_a_key_that_is_refused_is_named_and_not_shown(with_key):
@@ -212,13 +213,13 @@ def test_a_key_that_is_refused_is_named_and_not_shown(with_key):
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with_key(f"http://127.0.0.1:{server.server_address[1]}")
-        found = checks.wandb()
+        found = system_checks.wandb()
     assert "refuses the key" in found.wrong and KEY not in str(found)
 
 
 def test_without_a_key_wandb_is_not_asked(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert not checks.wandb().wrong
+    assert not system_checks.wandb().wrong
 
 
 @pytest.mark.slow
@@ -249,12 +250,12 @@ def test_workers_of_an_autoscaled_cluster_ask_for_the_gpus_that_may_come(ray_ses
 
     client = global_worker.gcs_client
     plan = autoscaler_pb2.ClusterConfig()
-    assert runtime.worker_resources(1).keys() == {"CPU"}
+    assert ray_runtime.worker_resources(1).keys() == {"CPU"}
     group = plan.node_group_configs.add(name="gpu", max_count=4)
     group.resources["CPU"], group.resources["GPU"] = 4, 1
     try:
         client.report_cluster_config(plan.SerializeToString())
-        assert runtime.worker_resources(1) == {"GPU": 1, "CPU": 1}
+        assert ray_runtime.worker_resources(1) == {"GPU": 1, "CPU": 1}
     finally:
         client.report_cluster_config(autoscaler_pb2.ClusterConfig().SerializeToString())
-    assert runtime.worker_resources(1).keys() == {"CPU"}
+    assert ray_runtime.worker_resources(1).keys() == {"CPU"}

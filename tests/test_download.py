@@ -16,10 +16,10 @@ from girder_server import GirderServer, zip_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heartseg import camus, girder
+from heartseg.datasets import camus, girder_client
+from heartseg.datasets.girder_client import FailedDownload
+from heartseg.datasets.phantom import write_phantom
 from heartseg.errors import UserError
-from heartseg.girder import FailedDownload
-from heartseg.phantom import write_phantom
 from jobs import download
 
 PATIENTS = ["patient0001", "patient0002", "patient0003"]
@@ -192,7 +192,7 @@ def test_a_folder_that_lacks_a_file_is_named_and_never_overwritten(server, out, 
 
 
 def test_two_downloads_into_one_folder_are_refused(server, out):
-    from heartseg import locks
+    from heartseg.storage import locks
 
     with locks.lock(out), pytest.raises(UserError, match="Another job is writing"):
         fetch(server, out)
@@ -256,7 +256,7 @@ def test_a_disk_that_takes_no_more_is_said_and_what_is_complete_stays(server, tr
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         f"sys.argv = ['download.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r});"
-        "from jobs import download, runtime; runtime.main(download.job)"
+        "from jobs import download; from jobs.support import command_line; command_line.main(download.job)"
     )
     command = [sys.executable, "-c", program, "--out", out, "--accept-licence", "--server", server.base]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -292,7 +292,7 @@ EVIL = {
     "twice": [("p/a", b"x"), ("a", b"y")],
     "file and folder": [("p/a", b"x"), ("p/a/b", b"y")],
     "a very long name": [("p/" + "a" * 5000, b"x")],
-    "many files": [(f"p/{number}", b"") for number in range(girder.MAX_ENTRIES + 1)],
+    "many files": [(f"p/{number}", b"") for number in range(girder_client.MAX_ENTRIES + 1)],
 }
 
 
@@ -306,7 +306,7 @@ def test_an_evil_zip_is_refused_and_nothing_is_written_outside(kind, tmp_path):
     target = tmp_path / "a" / "b" / "target"
     path = write_zip(str(tmp_path / "evil.zip"), *EVIL[kind])
     with pytest.raises(FailedDownload) as caught:
-        girder.unpack(path, str(target), "p")
+        girder_client.unpack(path, str(target), "p")
     assert not caught.value.passing and len(str(caught.value)) < 300
     outside = {name for name in listing(tmp_path) if not name.startswith(str(target))}
     assert outside == {path} and not os.path.exists("/tmp/heartseg-evil")
@@ -321,23 +321,23 @@ def test_an_evil_zip_from_the_server_is_asked_for_once_and_named(server, out, ca
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(girder, "MAX_UNPACKED_BYTES", 10_000_000)
+    monkeypatch.setattr(girder_client, "MAX_UNPACKED_BYTES", 10_000_000)
     path = write_zip(str(tmp_path / "bomb.zip"), ("p/zeros", bytes(20_000_000)))
     assert os.path.getsize(path) < 50_000
     with pytest.raises(FailedDownload, match="claims 1 files of 20000000 bytes"):
-        girder.unpack(path, str(tmp_path / "target"), "p")
+        girder_client.unpack(path, str(tmp_path / "target"), "p")
     # One that lies about its size: no more is written than it claims.
     with open(path, "r+b") as stream:
         lying = stream.read().replace((20_000_000).to_bytes(4, "little"), (1000).to_bytes(4, "little"))
         stream.seek(0)
         stream.write(lying)
     with pytest.raises(FailedDownload, match="damaged"):
-        girder.unpack(path, str(tmp_path / "target"), "p")
+        girder_client.unpack(path, str(tmp_path / "target"), "p")
     assert sum(os.path.getsize(name) for name in listing(tmp_path / "target")) <= 1000
 
 
 def test_a_body_without_end_is_given_up(server, out, monkeypatch, capsys):
-    monkeypatch.setattr(girder.Server.fetch, "__defaults__", (None, 1000))
+    monkeypatch.setattr(girder_client.Server.fetch, "__defaults__", (None, 1000))
     with pytest.raises(UserError, match="did not arrive"):
         fetch(server, out, patients="1")
     assert "failed  patient0001: sends more than 1000 bytes" in capsys.readouterr().out
@@ -354,7 +354,7 @@ def test_a_zip_with_any_bytes_changed_never_crashes_and_never_writes_outside(dat
         packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
     (folder / "b.zip").write_bytes(packed[: data.draw(st.integers(0, len(packed)))] if data.draw(st.booleans()) else packed)
     with contextlib.suppress(FailedDownload):
-        girder.unpack(str(folder / "b.zip"), str(folder / "deep" / "target"), "p")
+        girder_client.unpack(str(folder / "b.zip"), str(folder / "deep" / "target"), "p")
     found = listing(folder) - {str(folder / "a.zip"), str(folder / "b.zip")}
     assert all(name.startswith(str(folder / "deep" / "target")) for name in found)
 

@@ -11,13 +11,14 @@ from conftest import tiny_experiment
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from heartseg import checkpoint, distributed, engine, runs, training
-from heartseg.batches import Intensity, Loader, epoch_order
-from heartseg.config import from_json, to_json
-from heartseg.distributed import Ranks
+from heartseg.config.experiment import from_json, to_json
 from heartseg.errors import UserError
-from heartseg.shards import open_shards
-from heartseg.stream import stream_order
+from heartseg.models import checkpoint
+from heartseg.shards.loader import Intensity, Loader, epoch_order
+from heartseg.shards.reader import open_shards
+from heartseg.shards.streaming_loader import stream_order
+from heartseg.training import distributed, engine, run_directory, worker
+from heartseg.training.distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -84,7 +85,7 @@ def test_weights_that_are_finite_and_too_large_to_compute_with_are_seen_in_an_ev
 def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one(shards, tmp_path):
     base = tiny_experiment(data=shards, runs=str(tmp_path))
     base = replace(base, train=replace(base.train, epochs=3))
-    run, models, updates = runs.open_run(base, open_shards(shards)), [], []
+    run, models, updates = run_directory.open_run(base, open_shards(shards)), [], []
 
     def after_update(*of_optimizer) -> None:
         updates.append(1)
@@ -94,13 +95,13 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
     hook = register_optimizer_step_post_hook(after_update)
     try:
         with pytest.raises(UserError, match=r"epoch 2, step 3 is not finite.*the checkpoint of the epoch before is kept"):
-            training.train_rank(base, run, ALONE, lambda model: models.append(model) or model)
+            worker.train_rank(base, run, ALONE, lambda model: models.append(model) or model)
     finally:
         hook.remove()
     kept = checkpoint.last(run.path)
     assert kept.epoch == 1 and all(value.isfinite().all() for value in kept.weights().values())
-    training.train_rank(base, run, ALONE, lambda model: model)
-    assert [row["epoch"] for row in runs.read_record(run.path)] == [1, 2, 3]
+    worker.train_rank(base, run, ALONE, lambda model: model)
+    assert [row["epoch"] for row in run_directory.read_record(run.path)] == [1, 2, 3]
 
 
 def _one_of_two(rank: int, store: str, folder: str) -> None:

@@ -7,19 +7,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from heartseg import camus, nifti, runs, storage
-from heartseg.cases import TreeTruth
-from heartseg.config import PredictConfig
+from heartseg.config.experiment import PredictConfig
+from heartseg.datasets import camus, nifti
 from heartseg.errors import UserError
-from heartseg.evaluation import KEYS, patient_row
+from heartseg.evaluation.ground_truth import TreeTruth
+from heartseg.evaluation.scoring import KEYS, patient_row
+from heartseg.inference.segmenter import Segmented
 from heartseg.labels import PHASES, STRUCTURE_LABELS, VIEWS, Phase, View
-from heartseg.metrics import DISTANCES, SCORES
-from heartseg.predict import Segmented
-from jobs import evaluate, plans
+from heartseg.metrics.segmentation import DISTANCES, SCORES
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from jobs import evaluate
+from jobs.support import evaluation_plan
 
 
 def table(out: str, name: str):
-    return storage.read_table(storage.read_bytes(storage.join(out, f"{name}.parquet"))).to_pandas()
+    return filesystem.read_table(filesystem.read_bytes(filesystem.join(out, f"{name}.parquet"))).to_pandas()
 
 
 def score_files(predictions: str, truth: str, out: str, **options) -> str:
@@ -28,7 +31,7 @@ def score_files(predictions: str, truth: str, out: str, **options) -> str:
 
 def test_truth_against_itself_is_perfect(phantom, tmp_path):
     out = score_files(os.path.join(phantom, camus.IMAGES_FOLDER), phantom, str(tmp_path / "out"))
-    summary = storage.read_json(storage.join(out, "summary.json"))
+    summary = filesystem.read_json(filesystem.join(out, "summary.json"))
     assert summary["images"] == 32 and summary["patients"] == 8 and summary["missing"] == []
     assert all(summary["scores"][name]["mean"] == 1 for name in SCORES)
     assert all(summary["scores"][name]["mean"] == 0 for name in DISTANCES)
@@ -38,7 +41,7 @@ def test_truth_against_itself_is_perfect(phantom, tmp_path):
     assert against_cfg["truth"] == against_cfg["prediction"] and against_cfg["truth"]["n"] == 8
     assert np.trace(summary["clinical"]["ef_classes"]["counts"]) == 8
     assert len(table(out, "images")) == 32 and len(table(out, "patients")) == 8
-    page = storage.read_bytes(storage.join(out, "report.html")).decode()
+    page = filesystem.read_bytes(filesystem.join(out, "report.html")).decode()
     assert "Ejection fraction and volumes" in page and "say nothing about accuracy on patients" in page
 
 
@@ -48,7 +51,7 @@ def test_a_missing_prediction_is_named_and_its_patient_has_no_biplane_ef(phantom
     os.remove(f"{gone}_gt.nii.gz")
     os.remove(f"{gone}.nii.gz")
     out = score_files(masks, phantom, str(tmp_path / "out"))
-    summary = storage.read_json(storage.join(out, "summary.json"))
+    summary = filesystem.read_json(filesystem.join(out, "summary.json"))
     assert [(row["patient"], row["view"], row["phase"]) for row in summary["missing"]] == [("patient0002", "4CH", "ES")]
     assert "1 images are not scored" in capsys.readouterr().out
     patients = table(out, "patients").set_index("patient")
@@ -62,14 +65,14 @@ def test_only_patients_with_a_mask_are_scored_unless_a_group_is_asked_for(phanto
     masks = tmp_path / "masks"
     shutil.copytree(os.path.join(phantom, camus.IMAGES_FOLDER, "patient0003"), masks / "patient0003")
     out = score_files(str(masks), phantom, str(tmp_path / "out"))
-    assert storage.read_json(storage.join(out, "summary.json"))["patients"] == 1
+    assert filesystem.read_json(filesystem.join(out, "summary.json"))["patients"] == 1
     out = score_files(str(masks), phantom, str(tmp_path / "all"), group="all")
-    summary = storage.read_json(storage.join(out, "summary.json"))
+    summary = filesystem.read_json(filesystem.join(out, "summary.json"))
     assert summary["images"] == 4 and len(summary["missing"]) == 28
 
 
 def test_a_ventricle_that_is_nowhere_or_one_pixel_gives_reasons_and_no_crash(phantom, tmp_path):
-    from heartseg import nifti
+    from heartseg.datasets import nifti
 
     for view in VIEWS:
         for phase in PHASES:
@@ -127,15 +130,15 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
 
 
 def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
-    source = plans.Source(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
-    assert plans.choose_group("auto", source) == "val"
+    source = evaluation_plan.Source(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
+    assert evaluation_plan.choose_group("auto", source) == "val"
     with pytest.raises(UserError, match="no patients in a group test: take one of val, train"):
-        plans.choose_group("test", source)
-    run = runs.Run("r", {"train_patients": ["patient0001"], "val_patients": ["patient0003"], "dataset": "CAMUS"})
-    plans.refuse_trained(run, "val", source)  # CAMUS's patient0001 is another one
+        evaluation_plan.choose_group("test", source)
+    run = run_directory.Run("r", {"train_patients": ["patient0001"], "val_patients": ["patient0003"], "dataset": "CAMUS"})
+    evaluation_plan.refuse_trained(run, "val", source)  # CAMUS's patient0001 is another one
     tested = replace(source, groups={"test": ["patient0003"]})
-    assert plans.choose_checkpoint("auto", "test", tested, [run]) == "last"
-    assert plans.choose_checkpoint("auto", "test", replace(tested, groups={"test": ["patient0004"]}), [run]) == "best"
+    assert evaluation_plan.choose_checkpoint("auto", "test", tested, [run]) == "last"
+    assert evaluation_plan.choose_checkpoint("auto", "test", replace(tested, groups={"test": ["patient0004"]}), [run]) == "best"
 
 
 def test_masks_of_files_are_cleaned_where_asked_and_not_looked_at_anew(phantom, tmp_path):
@@ -162,7 +165,7 @@ def test_masks_are_scored_where_images_are_damaged_or_were_never_there(is_left, 
         if not is_left or (view, phase) == (View.TWO_CHAMBER, Phase.ED):
             os.remove(path)
     out = score_files(os.path.join(tree, camus.IMAGES_FOLDER), tree, str(tmp_path / "out"))
-    assert storage.read_json(storage.join(out, "summary.json"))["images"] == 32
+    assert filesystem.read_json(filesystem.join(out, "summary.json"))["images"] == 32
     examples, images = np.load(os.path.join(out, "examples.npz")), table(out, "images")
     for number, row in enumerate(examples["rows"]):
         shown = images.loc[row]

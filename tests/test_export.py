@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, tiny_experiment
 
-from heartseg import checkpoint, predict
-from heartseg.config import to_json
+from heartseg.config.experiment import to_json
 from heartseg.errors import UserError
-from heartseg.model import build_model
-from heartseg.shards import load_groups, open_shards
+from heartseg.inference.segmenter import Segmenter, load
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.reader import load_groups, open_shards
 from jobs import export
 
 
@@ -41,8 +42,8 @@ def path(shards, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def segmenter(path) -> predict.Segmenter:
-    return predict.load(path, device="cpu")
+def segmenter(path) -> Segmenter:
+    return load(path, device="cpu")
 
 
 @pytest.fixture(scope="module")

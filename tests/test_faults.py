@@ -20,9 +20,12 @@ import ray
 import two_hosts
 from conftest import ROOT, tiny_experiment
 
-from heartseg import checkpoint, runs, storage
 from heartseg.errors import UserError
-from jobs import runtime, train
+from heartseg.models import checkpoint
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from jobs import train
+from jobs.support import command_line, ray_runtime
 
 EPOCHS = 10
 MARK = "HEARTSEG_TEST_MARK"
@@ -50,7 +53,7 @@ class Job:
 
     def wait_for_epoch(self, epoch: int) -> None:
         """Return once an epoch stands in the record."""
-        wait_for(lambda: len(runs.read_record(self.run())) >= epoch, self.process)
+        wait_for(lambda: len(run_directory.read_record(self.run())) >= epoch, self.process)
 
     def kill(self, title: str) -> int:
         """SIGKILL one of the processes of this job whose title holds some words; returns how many epochs were recorded."""
@@ -63,7 +66,7 @@ class Job:
 
     def num_epochs(self) -> int:
         """Epochs in the record."""
-        return len(runs.read_record(self.run()))
+        return len(run_directory.read_record(self.run()))
 
     def _is_ours(self, pid: int, title: str) -> bool:
         try:
@@ -97,7 +100,7 @@ def trained_again(*outputs: str) -> int:
 
 
 def assert_no_gap_and_no_double(run: str) -> None:
-    assert [epoch["epoch"] for epoch in runs.read_record(run)] == list(range(1, EPOCHS + 1))
+    assert [epoch["epoch"] for epoch in run_directory.read_record(run)] == list(range(1, EPOCHS + 1))
 
 
 def test_a_killed_worker_is_started_again_and_the_record_has_no_gap(shards, tmp_path, fault_table):
@@ -114,7 +117,7 @@ def test_a_killed_worker_is_started_again_and_the_record_has_no_gap(shards, tmp_
 @pytest.mark.timeout(400)
 def test_a_run_that_gets_on_outlives_more_deaths_than_ray_grants_a_run(shards, tmp_path):
     job, recorded = Job(shards, tmp_path), 0
-    for _ in range(runtime.MAX_TRIES + 2):
+    for _ in range(ray_runtime.MAX_TRIES + 2):
         job.wait_for_epoch(recorded + 1)
         recorded = job.kill("RayTrainWorker")
     assert "got on in between" in job.finish()
@@ -140,7 +143,7 @@ def test_the_same_command_resumes_when_the_driver_was_killed(shards, tmp_path, f
 def test_sigterm_ends_in_order_and_the_same_command_resumes(shards, tmp_path, launcher, fault_table):
     job = Job(shards, tmp_path, launcher=launcher)
     job.wait_for_epoch(2)
-    recorded = len(runs.read_record(job.run()))
+    recorded = len(run_directory.read_record(job.run()))
     job.process.terminate()
     output, _ = job.process.communicate(timeout=60)
     assert job.process.returncode == 143, output[-3000:]
@@ -171,7 +174,7 @@ def test_a_full_disk_is_a_sentence_and_what_was_complete_stays(shards, tmp_path,
     assert "No space left on device" in output and "Traceback" not in output
     (run,) = tmp_path.glob("quick-*")
     kept = checkpoint.last(str(run))
-    record = [epoch["epoch"] for epoch in runs.read_record(str(run))]
+    record = [epoch["epoch"] for epoch in run_directory.read_record(str(run))]
     assert record == list(range(1, kept.epoch + 1)) and kept.weights()
     again, started = Job(shards, tmp_path, launcher="plain"), time.monotonic()
     again.wait_for_epoch(kept.epoch + 1)
@@ -199,10 +202,11 @@ def test_memory_that_runs_out_is_a_sentence_with_batch_and_size(shards, tmp_path
     code = """
         import resource, sys
         sys.path.insert(0, sys.argv.pop(1))
-        from jobs import runtime, train
+        from jobs import train
+        from jobs.support import command_line
         pages = int(open("/proc/self/statm").read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 900 * 2**20,) * 2)
-        runtime.main(train.job)"""
+        command_line.main(train.job)"""
     command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT), "quick", "--data", shards, "--runs", str(tmp_path)]
     command += ["--launcher", "plain", "--image.height", "64", "--image.width", "64", "--train.batch-size", "24"]
     command += ["--model.backbone", "resnet101", "--tracking.wandb", "off", "--train.precision", "fp32"]
@@ -238,21 +242,21 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(shards, tmp_pa
     command = [sys.executable, str(script), shards, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=os.environ | {"PYTHONPATH": str(ROOT)})
     if had_ray:
-        runtime.start_ray(2)
+        ray_runtime.start_ray(2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     figures = dict(line.split("=") for line in done.stdout.splitlines() if line.startswith(("shrink", "grow")))
     fault_table("a node lost, --workers 1:2", trained_again(done.stdout), float(figures["shrink_seconds"]))
     fault_table("a node back, --workers 1:2", None, float(figures["grow_seconds"]))
     (run,) = tmp_path.glob("tiny-*")
-    record = [epoch["epoch"] for epoch in runs.read_record(str(run))]
+    record = [epoch["epoch"] for epoch in run_directory.read_record(str(run))]
     assert record == list(range(1, len(record) + 1))
-    assert storage.exists(str(run / runs.MODEL_CARD))
+    assert filesystem.exists(str(run / run_directory.MODEL_CARD))
 
 
 def test_elastic_workers_are_spelled_one_colon_four(tmp_path):
     for line in (["--workers", "1:4"], ["--workers=1:4"]):
-        experiment, _ = runtime.parse(train.Options(), ["quick", *line], "train.py", "")
+        experiment, _ = command_line.parse(train.Options(), ["quick", *line], "train.py", "")
         assert (experiment.min_workers, experiment.workers) == (1, 4)
     with pytest.raises(UserError, match="--min-workers must be at least 0 and no more than"):
-        runtime.parse(train.Options(), ["quick", "--workers", "4:1"], "train.py", "")
+        command_line.parse(train.Options(), ["quick", "--workers", "4:1"], "train.py", "")
     assert replace(tiny_experiment(), workers=2).min_workers == 0

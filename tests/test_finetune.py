@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import tiny_experiment
 
-from heartseg import checkpoint, finetune, runs, storage, training
-from heartseg.distributed import Ranks
 from heartseg.errors import UserError
-from heartseg.model import build_model
-from heartseg.shards import open_shards
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
+from heartseg.training import finetune, run_directory, worker
+from heartseg.training.distributed import Ranks
 from jobs import train
 
 ONE_EPOCH = replace(tiny_experiment().train, epochs=1)
@@ -36,7 +38,7 @@ def test_a_run_begins_with_the_weights_of_another_and_remembers_them(base, shard
     weights, first = checkpoint.last(path).weights(), checkpoint.last(base).weights()
     for name, value in weights.items():
         torch.testing.assert_close(value, first[name], rtol=0, atol=1e-6)
-    said = runs.find_run(path).description["initial"]
+    said = run_directory.find_run(path).description["initial"]
     assert said["weights_sha256"] == checkpoint.last(base).card["weights_sha256"] and said["checkpoint"].startswith(base)
     assert said["weights_sha256"] in Path(path, "MODEL_CARD.md").read_text()
     # Another beginning is another run; the same command finds its own again.
@@ -72,10 +74,10 @@ def test_a_tensor_of_another_shape_is_named_with_both():
 def test_weights_that_have_seen_the_test_group_are_refused(base, shards, tmp_path):
     divided = str(tmp_path / "shards")
     shutil.copytree(shards, divided)
-    split = storage.read_json(f"{divided}/splits.json")
+    split = filesystem.read_json(f"{divided}/splits.json")
     groups = split["groups"]
     groups["train"], groups["test"] = groups["test"] + groups["train"][:4], groups["train"][4:]
-    storage.publish_json(f"{divided}/splits.json", split)
+    filesystem.publish_json(f"{divided}/splits.json", split)
     with pytest.raises(UserError, match="trained on 2 patients of this test group"):
         run(tiny_experiment(data=divided, runs=str(tmp_path / "runs")), init_from=base)
 
@@ -98,7 +100,7 @@ def test_a_run_that_has_a_checkpoint_of_its_own_needs_its_first_weights_no_more(
     first = shutil.copytree(base, tmp_path / "first")
     experiment = tiny_experiment(data=shards, runs=str(tmp_path / "runs"))
     initial = finetune.find_initial(str(first), experiment, open_shards(shards))
-    opened = runs.open_run(experiment, open_shards(shards), initial=initial)
+    opened = run_directory.open_run(experiment, open_shards(shards), initial=initial)
 
     def lose_the_first_weights(metrics):
         shutil.rmtree(first)
@@ -106,6 +108,6 @@ def test_a_run_that_has_a_checkpoint_of_its_own_needs_its_first_weights_no_more(
 
     rest = (Ranks(0, 1, torch.device("cpu")), lambda model: model)
     with pytest.raises(InterruptedError):
-        training.train_rank(experiment, opened, *rest, lose_the_first_weights)
-    training.train_rank(experiment, opened, *rest)
-    assert [row["epoch"] for row in runs.read_record(opened.path)] == [1, 2]
+        worker.train_rank(experiment, opened, *rest, lose_the_first_weights)
+    worker.train_rank(experiment, opened, *rest)
+    assert [row["epoch"] for row in run_directory.read_record(opened.path)] == [1, 2]

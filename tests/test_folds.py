@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from heartseg import camus, folds, storage
+from heartseg.datasets import camus
 from heartseg.errors import UserError
-from heartseg.evaluation import EXAMPLES
-from heartseg.metrics import SCORES
+from heartseg.evaluation import cross_validation
+from heartseg.evaluation.scoring import EXAMPLES
+from heartseg.metrics.segmentation import SCORES
+from heartseg.storage import filesystem
 from jobs import evaluate
 
 
@@ -38,22 +40,22 @@ def halves(phantom, tmp_path_factory) -> tuple[list[str], str]:
 def test_pooled_scores_are_those_of_one_evaluation_of_everybody(halves, tmp_path):
     parts, whole = halves
     out = evaluate.run(evaluate.Options(pool=tuple(parts), out=str(tmp_path)))
-    pooled, expected = (storage.read_json(storage.join(path, "summary.json")) for path in (out, whole))
+    pooled, expected = (filesystem.read_json(filesystem.join(path, "summary.json")) for path in (out, whole))
     assert pooled["patients"] == 8 and pooled["group"] == "out-of-fold" and 0 < pooled["scores"]["dice"]["mean"] < 1
     for name in SCORES:
         assert pooled["scores"][name] == pytest.approx(expected["scores"][name])
         assert pooled["pooled"][name] == pytest.approx(expected["pooled"][name])
     assert pooled["clinical"]["agreement"] == expected["clinical"]["agreement"]
-    page = storage.read_bytes(storage.join(out, "report.html")).decode()
+    page = filesystem.read_bytes(filesystem.join(out, "report.html")).decode()
     assert "masks of 2 folders" in page and parts[1] in page
 
 
 def test_the_pictures_are_the_worst_and_the_best_of_all_parts(halves, tmp_path):
     parts, whole = halves
-    folds.pool(parts, str(tmp_path))
+    cross_validation.pool(parts, str(tmp_path))
     shown = []
     for path in (str(tmp_path), whole):
-        with np.load(io.BytesIO(storage.read_bytes(storage.join(path, EXAMPLES)))) as arrays:
+        with np.load(io.BytesIO(filesystem.read_bytes(filesystem.join(path, EXAMPLES)))) as arrays:
             shown.append({name: arrays[name] for name in arrays.files})
     assert shown[0].keys() == shown[1].keys()
     assert all(np.array_equal(shown[0][name], shown[1][name]) for name in shown[0])
@@ -62,26 +64,26 @@ def test_the_pictures_are_the_worst_and_the_best_of_all_parts(halves, tmp_path):
 def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
     parts, whole = halves
     with pytest.raises(UserError, match="patient0001 is scored in"):
-        folds.pool([parts[0], whole], str(tmp_path))
+        cross_validation.pool([parts[0], whole], str(tmp_path))
     with pytest.raises(UserError, match="is no evaluation"):
-        folds.pool([parts[0], str(tmp_path)], str(tmp_path / "out"))
+        cross_validation.pool([parts[0], str(tmp_path)], str(tmp_path / "out"))
     with pytest.raises(UserError, match="pooled once"):
-        folds.pool([parts[0], parts[0]], str(tmp_path))
+        cross_validation.pool([parts[0], parts[0]], str(tmp_path))
     with pytest.raises(UserError, match="none is written over"):
-        folds.pool(parts, parts[0])
+        cross_validation.pool(parts, parts[0])
     with pytest.raises(UserError, match="and nothing else"):
         evaluate.run(evaluate.Options(pool=tuple(parts), checkpoint="run", out=str(tmp_path)))
     trained = str(shutil.copytree(parts[0], tmp_path / "trained"))
-    summary = storage.read_json(storage.join(trained, "summary.json"))
-    storage.publish_json(storage.join(trained, "summary.json"), summary | {"group": "train"})
+    summary = filesystem.read_json(filesystem.join(trained, "summary.json"))
+    filesystem.publish_json(filesystem.join(trained, "summary.json"), summary | {"group": "train"})
     with pytest.raises(UserError, match="was trained on"):
-        folds.pool([trained, parts[1]], str(tmp_path / "out"))
+        cross_validation.pool([trained, parts[1]], str(tmp_path / "out"))
     with pytest.raises(UserError, match="--out"):
         evaluate.run(evaluate.Options(pool=tuple(parts)))
 
 
 def test_images_are_divided_into_thirds_by_the_share_that_the_experts_heart_fills(halves):
-    summary = storage.read_json(storage.join(halves[1], "summary.json"))
+    summary = filesystem.read_json(filesystem.join(halves[1], "summary.json"))
     thirds = summary["by"]["size"]
     assert [part["images"] for part in thirds.values()] == [11, 10, 11] and [name[0] for name in thirds] == ["1", "2", "3"]
     whole = sum(part["images"] * part["dice"] for part in thirds.values()) / 32

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from heartseg import formats, nifti
+from heartseg.datasets import nifti, readers
+from heartseg.datasets.nifti import DamagedRecording
 from heartseg.errors import UserError
-from heartseg.nifti import DamagedRecording
 
 DEPTH, LATERAL, TIME = 7, 5, 3
 UPRIGHT = np.random.default_rng(0).integers(2, 250, (TIME, DEPTH, LATERAL)).astype(np.uint8)
@@ -77,7 +77,7 @@ def write(path, axes: str, dtype: str, signs: tuple[int, int], slope: tuple[floa
 def test_frames_are_upright_and_masks_return_to_the_very_grid(axes, dtype, signs, slope, suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     write(path, axes, dtype, signs, slope)
-    found = formats.read(str(path), "nifti")
+    found = readers.read(str(path), "nifti")
     np.testing.assert_array_equal(found.pixels, upright_of(axes))
     assert found.pixels.dtype == np.uint8 and found.spacing_mm == pytest.approx(SPACING_MM)
     masks = found.pixels % 4
@@ -89,7 +89,7 @@ def test_frames_are_upright_and_masks_return_to_the_very_grid(axes, dtype, signs
     assert mask.header.get_zooms() == image.header.get_zooms()
     assert mask.header["descrip"] == b"kept" and mask.header.endianness == image.header.endianness
     assert (mask.dataobj.slope, mask.dataobj.inter) == (1, 0) and mask.header["cal_max"] == 0
-    again = formats.read_nifti((tmp_path / "mask.nii.gz").read_bytes())
+    again = readers.read_nifti((tmp_path / "mask.nii.gz").read_bytes())
     np.testing.assert_array_equal(again.pixels, masks)
 
 
@@ -98,7 +98,7 @@ def test_nifti_2_and_a_header_without_any_transform_are_read_and_kept(tmp_path):
     picture = nibabel.Nifti2Image(array, None)
     picture.header.set_zooms((12.5, 10.0))
     raw = picture.to_bytes()
-    found = formats.read_nifti(raw)
+    found = readers.read_nifti(raw)
     nifti.write_frames(str(tmp_path / "mask.nii.gz"), found.pixels % 4, found.place)
     mask = nibabel.load(tmp_path / "mask.nii.gz")
     assert type(mask) is nibabel.Nifti2Image and int(mask.header["sform_code"]) == int(mask.header["qform_code"]) == 0
@@ -110,7 +110,7 @@ def test_a_dicom_header_that_a_converter_kept_does_not_reach_the_mask(tmp_path):
     picture.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"DOE^JANE"))
     raw = picture.to_bytes()
     assert b"DOE^JANE" in raw
-    found = formats.read_nifti(raw)
+    found = readers.read_nifti(raw)
     nifti.write_frames(str(tmp_path / "mask.nii.gz"), found.pixels % 4, found.place)
     written = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
     assert b"DOE^JANE" not in written
@@ -120,7 +120,7 @@ def test_a_dicom_header_that_a_converter_kept_does_not_reach_the_mask(tmp_path):
 @pytest.mark.parametrize(("flip", "axes"), [((1,), 1), ((2,), 2), ((1, 2), (1, 2))])
 def test_a_flip_turns_the_frames_and_not_the_file(flip, axes, tmp_path):
     write(tmp_path / "a.nii", "LDT", "u1", (1, 1), None)
-    found = formats.read(str(tmp_path / "a.nii"), "nifti", flips=flip)
+    found = readers.read(str(tmp_path / "a.nii"), "nifti", flips=flip)
     np.testing.assert_array_equal(found.pixels, np.flip(UPRIGHT, axes))
     assert found.flips == flip
 
@@ -137,7 +137,7 @@ def test_a_flip_turns_the_frames_and_not_the_file(flip, axes, tmp_path):
     ],
 )
 def test_intensities_of_any_kind_become_grey(values, expected):
-    grey, notes = formats.as_grey(values)
+    grey, notes = readers.as_grey(values)
     assert grey.tolist() == expected and grey.dtype == np.uint8
     assert bool(notes) == (grey.tolist() != np.rint(values).tolist())
 
@@ -154,15 +154,15 @@ def test_intensities_of_any_kind_become_grey(values, expected):
 def test_a_damaged_nifti_says_why(values, reason, tmp_path):
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
     with pytest.raises(DamagedRecording, match=reason):
-        formats.read(str(tmp_path / "a.nii"), "nifti")
+        readers.read(str(tmp_path / "a.nii"), "nifti")
 
 
 def test_a_spacing_that_no_scanner_has_is_not_used_and_the_one_asked_for_is(tmp_path):
     picture = nibabel.Nifti1Image(np.arange(600 * 500, dtype=np.float32).reshape(500, 600), np.eye(4))  # 1 mm: 600 mm deep
     nibabel.save(picture, tmp_path / "a.nii")
-    found = formats.read(str(tmp_path / "a.nii"), "nifti")
+    found = readers.read(str(tmp_path / "a.nii"), "nifti")
     assert found.spacing_mm is None and "600 mm deep" in found.notes[-1]
-    assert formats.read(str(tmp_path / "a.nii"), "nifti", (0.3, 0.4)).spacing_mm == (0.3, 0.4)
+    assert readers.read(str(tmp_path / "a.nii"), "nifti", (0.3, 0.4)).spacing_mm == (0.3, 0.4)
 
 
 # --- pictures and video
@@ -173,7 +173,7 @@ def test_a_png_of_any_mode_is_grey_and_upright(tmp_path):
         grey = Image.fromarray(UPRIGHT[0])
         picture = Image.fromarray(UPRIGHT[0].astype(np.uint16) * 256) if mode == "I;16" else grey.convert(mode)
         picture.save(tmp_path / "a.png")
-        found = formats.read(str(tmp_path / "a.png"), "picture")
+        found = readers.read(str(tmp_path / "a.png"), "picture")
         assert found.pixels.shape == (1, DEPTH, LATERAL) and found.spacing_mm is None
         if mode != "I;16":  # whose range is stretched
             np.testing.assert_allclose(found.pixels[0], UPRIGHT[0], atol=1)
@@ -205,7 +205,7 @@ def test_a_video_gives_every_frame_in_grey(suffix, codec, tmp_path):
     rows, columns = np.mgrid[:48, :64]
     frames = np.stack([(rows * 3 + columns + 20 * t).clip(0, 255) for t in range(6)]).astype(np.uint8)
     (tmp_path / f"a{suffix}").write_bytes(movie(suffix, codec, frames))
-    found = formats.read(str(tmp_path / f"a{suffix}"), "video")
+    found = readers.read(str(tmp_path / f"a{suffix}"), "video")
     assert found.pixels.shape == frames.shape and found.spacing_mm is None
     assert np.abs(found.pixels.astype(int) - frames).mean() < 4
 
@@ -253,7 +253,7 @@ LOOP = np.random.default_rng(1).integers(0, 256, (3, 100, 80)).astype(np.uint8)
 
 def test_a_dicom_loop_is_cut_to_its_region_and_has_its_spacing():
     corners = {"RegionLocationMinX0": 10, "RegionLocationMinY0": 20, "RegionLocationMaxX1": 69, "RegionLocationMaxY1": 94}
-    found = formats.read_dicom(dicom(LOOP, region=corners))
+    found = readers.read_dicom(dicom(LOOP, region=corners))
     np.testing.assert_array_equal(found.pixels, LOOP[:, 20:95, 10:70])
     assert found.spacing_mm == pytest.approx((0.4, 0.5)) and found.box == (20, 10, 100, 80)
 
@@ -267,7 +267,7 @@ def test_a_dicom_loop_is_cut_to_its_region_and_has_its_spacing():
     ],
 )
 def test_a_region_in_other_units_or_of_a_doppler_curve_gives_no_spacing(region, spacing_mm, is_cut):
-    found = formats.read_dicom(dicom(LOOP, region=region))
+    found = readers.read_dicom(dicom(LOOP, region=region))
     assert found.spacing_mm is None and (found.box is not None) == is_cut
 
 
@@ -275,13 +275,13 @@ def test_colours_of_every_kind_are_the_grey_they_show():
     from pydicom.pixels import convert_color_space
 
     colours = np.repeat(LOOP[..., None], 3, axis=3)
-    np.testing.assert_array_equal(formats.read_dicom(dicom(colours, "RGB")).pixels, LOOP)
+    np.testing.assert_array_equal(readers.read_dicom(dicom(colours, "RGB")).pixels, LOOP)
     yellow = convert_color_space(colours, "RGB", "YBR_FULL")
-    assert np.abs(formats.read_dicom(dicom(yellow, "YBR_FULL")).pixels.astype(int) - LOOP).max() <= 2
-    np.testing.assert_array_equal(formats.read_dicom(dicom(255 - LOOP, "MONOCHROME1")).pixels, LOOP)
+    assert np.abs(readers.read_dicom(dicom(yellow, "YBR_FULL")).pixels.astype(int) - LOOP).max() <= 2
+    np.testing.assert_array_equal(readers.read_dicom(dicom(255 - LOOP, "MONOCHROME1")).pixels, LOOP)
     red = np.zeros((1, 4, 4, 3), np.uint8)
     red[..., 0] = np.arange(16).reshape(4, 4) * 10
-    np.testing.assert_allclose(formats.read_dicom(dicom(red, "RGB")).pixels[0], red[0, ..., 0] * 0.299, atol=0.51)
+    np.testing.assert_allclose(readers.read_dicom(dicom(red, "RGB")).pixels[0], red[0, ..., 0] * 0.299, atol=0.51)
 
 
 def test_a_jpeg_dicom_is_read():
@@ -298,7 +298,7 @@ def test_a_jpeg_dicom_is_read():
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, dataset)
-    found = formats.read_dicom(buffer.getvalue())
+    found = readers.read_dicom(buffer.getvalue())
     assert np.abs(found.pixels.astype(int) - smooth).max() < 8
 
 
@@ -306,9 +306,9 @@ def test_dicom_is_known_by_what_is_in_it_where_the_name_does_not_say(tmp_path):
     (tmp_path / "IM_0001").write_bytes(dicom(LOOP))
     (tmp_path / "1.2.840.113619").write_bytes(dicom(LOOP))
     (tmp_path / "README").write_text("hello")
-    kinds = {name: formats.kind_of(str(tmp_path / name)) for name in ("IM_0001", "1.2.840.113619", "README")}
+    kinds = {name: readers.kind_of(str(tmp_path / name)) for name in ("IM_0001", "1.2.840.113619", "README")}
     assert kinds == {"IM_0001": "dicom", "1.2.840.113619": "dicom", "README": None}
-    assert formats.kind_of("a.txt") is None and formats.kind_of("a.NII.GZ") == "nifti"
+    assert readers.kind_of("a.txt") is None and readers.kind_of("a.NII.GZ") == "nifti"
 
 
 @pytest.mark.parametrize("kind", ["nifti", "dicom", "video", "picture"])
@@ -317,7 +317,7 @@ def test_damaged_bytes_of_any_kind_are_a_reason_that_quotes_no_tag(kind, tmp_pat
     for raw in (b"", b"hello", named[:600], named[:3000], named.replace(b"MONOCHROME2", b"MONOJANE   ")):
         (tmp_path / "a").write_bytes(raw)
         with pytest.raises(DamagedRecording) as caught:
-            formats.read(str(tmp_path / "a"), kind)
+            readers.read(str(tmp_path / "a"), kind)
         assert "is no readable" in caught.value.reason and "JANE" not in caught.value.reason
     said = capfd.readouterr()
     assert "JANE" not in said.out + said.err
@@ -325,14 +325,14 @@ def test_damaged_bytes_of_any_kind_are_a_reason_that_quotes_no_tag(kind, tmp_pat
 
 @pytest.mark.parametrize(("kind", "package"), [("dicom", "pydicom"), ("video", "av")])
 def test_a_package_that_is_not_installed_is_a_sentence_with_the_command(kind, package, monkeypatch):
-    real = formats.importlib.import_module
+    real = readers.importlib.import_module
 
     def missing(name, *rest):
         if name == package:
             raise ImportError(name)
         return real(name, *rest)
 
-    monkeypatch.setattr(formats.importlib, "import_module", missing)
+    monkeypatch.setattr(readers.importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"pip install 'heartseg\[formats\]'"):
-        formats.require(kind)
-    formats.require("nifti")
+        readers.require(kind)
+    readers.require("nifti")

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from heartseg.girder import FailedDownload, Server
+from heartseg.datasets.girder_client import FailedDownload, Server
 
 
 @pytest.mark.parametrize("base", ["http://a..b/", "http://" + "a" * 70 + "/"])

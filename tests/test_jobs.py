@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 from heartseg.errors import UserError
-from jobs import evaluate, preprocess, runtime, train
+from jobs import evaluate, preprocess, train
+from jobs.support import command_line
 
 JOBS = ("preprocess.py", "train.py", "evaluate.py", "compare.py", "pipeline.py")
 
@@ -71,7 +72,7 @@ def test_a_mistake_names_the_thing(job, arguments, said, tmp_path, monkeypatch):
 def test_no_arguments_mean_the_seed_and_the_environments_paths(monkeypatch):
     monkeypatch.setenv("HEARTSEG_DATA", "s3://bucket/shards")
     monkeypatch.setenv("HEARTSEG_RUNS", "/somewhere/runs")
-    experiment, _ = runtime.parse(train.Options(), [], "train.py", "Train.")
+    experiment, _ = command_line.parse(train.Options(), [], "train.py", "Train.")
     assert (experiment.name, experiment.data, experiment.runs) == ("seed", "s3://bucket/shards", "/somewhere/runs")
 
 
@@ -79,18 +80,18 @@ def test_a_relative_path_inside_a_ray_job_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.setenv("HEARTSEG_RUNS", "/somewhere/runs")
     with pytest.raises(UserError, match="is relative"):
-        runtime.parse(train.Options(), ["quick", "--data", "shards"], "train.py", "Train.")
+        command_line.parse(train.Options(), ["quick", "--data", "shards"], "train.py", "Train.")
 
 
 def test_an_experiment_of_a_run_is_a_configuration(tmp_path):
     import json
 
-    from heartseg.config import to_json
-    from heartseg.recipes import camus
+    from heartseg.config.experiment import to_json
+    from heartseg.config.recipes import camus
 
     file = tmp_path / "experiment.json"
     file.write_text(json.dumps({"experiment": to_json(camus())}))
-    experiment, _ = runtime.parse(train.Options(), ["--config", str(file), "--train.epochs", "3"], "train.py", "Train.")
+    experiment, _ = command_line.parse(train.Options(), ["--config", str(file), "--train.epochs", "3"], "train.py", "Train.")
     assert experiment.name == "camus" and experiment.train.epochs == 3
 
 

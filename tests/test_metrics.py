@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from heartseg.agreement import bootstrap_interval
-from heartseg.metrics import SCORES, ScoreSums, confusion, image_scores
+from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.metrics.segmentation import SCORES, ScoreSums, confusion, image_scores
 
 CPU = torch.device("cpu")
 SETS = {"endo": {1}, "myo": {2}, "la": {3}, "epi": {1, 2}}

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from heartseg import nifti
-from heartseg.nifti import DamagedRecording, as_intensity, as_labels, decode_nifti, read_nifti
+from heartseg.datasets import nifti
+from heartseg.datasets.nifti import DamagedRecording, as_intensity, as_labels, decode_nifti, read_nifti
+from heartseg.storage import filesystem
 
 KINDS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 
@@ -74,7 +75,7 @@ def test_a_negative_spacing_is_a_direction_and_no_size():
 def test_an_uncompressed_file_beside_is_read_where_there_is_no_compressed_one(tmp_path):
     path = str(tmp_path / "a.nii.gz")
     for name, value in (("a.nii", 1), ("b.nii.gz", 2)):
-        nifti.storage.publish(str(tmp_path / name), file_bytes(np.full((2, 2), value, np.uint8), "<", (1, 1)))
+        filesystem.publish(str(tmp_path / name), file_bytes(np.full((2, 2), value, np.uint8), "<", (1, 1)))
     assert read_nifti(path)[0].max() == 1
     os.rename(tmp_path / "b.nii.gz", path)
     assert read_nifti(path)[0].max() == 2

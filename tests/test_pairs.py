@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from conftest import tiny_experiment
 
-from heartseg import nifti, pairs, sources, storage
+from heartseg.datasets import image_folder, nifti
+from heartseg.datasets.source import find_patients
 from heartseg.errors import UserError
-from heartseg.shards import load_groups, open_shards
+from heartseg.shards.reader import load_groups, open_shards
+from heartseg.storage import filesystem
 from jobs import evaluate, preprocess, train
 
 PLAIN = preprocess.Options(launcher="plain")
@@ -42,7 +44,7 @@ def put(folder: str, name: str, ending: str = ".nii.gz") -> None:
         path = os.path.join(folder, kind, f"{name}.nii.gz")
         nifti.write_nifti(path, array, (0.5, 0.25))
         if ending == ".nii":
-            storage.publish(path.removesuffix(".gz"), nifti.inflate(storage.read_bytes(path)))
+            filesystem.publish(path.removesuffix(".gz"), nifti.inflate(filesystem.read_bytes(path)))
             os.remove(path)
 
 
@@ -53,8 +55,8 @@ def folder(tmp_path) -> str:
     for name in NAMES:
         put(source, name, ".nii" if name == "cleo" else ".nii.gz")
     for kind in ("images", "masks"):
-        storage.publish(os.path.join(source, kind, "notes.txt"), b"hello")
-        storage.publish(os.path.join(source, kind, "._anna_2CH_ED.nii.gz"), b"what a Mac leaves")
+        filesystem.publish(os.path.join(source, kind, "notes.txt"), b"hello")
+        filesystem.publish(os.path.join(source, kind, "._anna_2CH_ED.nii.gz"), b"what a Mac leaves")
     return source
 
 
@@ -84,7 +86,7 @@ def test_names_tell_patient_view_and_phase_and_the_pixels_are_theirs(folder, tmp
 
 
 def test_a_groups_file_is_the_official_split(folder, tmp_path):
-    storage.publish(os.path.join(folder, "groups.csv"), b"patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n")
+    filesystem.publish(os.path.join(folder, "groups.csv"), b"patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n")
     opened = open_shards(write(folder, tmp_path / "out", kind="official"))
     assert opened.groups == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
 
@@ -99,7 +101,7 @@ def test_a_groups_file_is_the_official_split(folder, tmp_path):
     ],
 )
 def test_a_wrong_groups_file_is_refused_in_a_sentence(text, said, folder, tmp_path):
-    storage.publish(os.path.join(folder, "groups.csv"), text.encode())
+    filesystem.publish(os.path.join(folder, "groups.csv"), text.encode())
     with pytest.raises(UserError, match=said):
         write(folder, tmp_path / "out", kind="official")
 
@@ -150,11 +152,11 @@ def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):
 def test_a_folder_of_neither_layout_names_both(tmp_path):
     os.makedirs(tmp_path / "images")
     with pytest.raises(UserError, match=r"holds no database_nifti/.*images/PATIENT_ANYTHING"):
-        sources.find_patients(str(tmp_path))
+        find_patients(str(tmp_path))
     os.makedirs(tmp_path / "masks")
     with pytest.raises(UserError, match="holds no NIfTI file"):
-        sources.find_patients(str(tmp_path))
-    assert pairs.is_plain_folder(str(tmp_path))
+        find_patients(str(tmp_path))
+    assert image_folder.is_plain_folder(str(tmp_path))
 
 
 def test_a_changed_folder_is_seen(folder, tmp_path):
@@ -169,7 +171,7 @@ def test_a_model_is_trained_and_scored_on_pictures_of_unknown_view(folder, tmp_p
     experiment = tiny_experiment(data=data, runs=str(tmp_path / "runs"))
     experiment = type(experiment)(**(vars(experiment) | {"train": type(experiment.train)(epochs=1, batch_size=2)}))
     out = evaluate.run(evaluate.Options(checkpoint=train.run(experiment, train.Options(launcher="plain")), launcher="plain"))
-    images = storage.read_table(storage.read_bytes(os.path.join(out, "images.parquet"))).to_pandas()
+    images = filesystem.read_table(filesystem.read_bytes(os.path.join(out, "images.parquet"))).to_pandas()
     opened = open_shards(data)
     assert len(images) == opened.num_rows("test") and images["view"].isna().any()
     with open(os.path.join(out, "report.html")) as stream:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from heartseg import camus, nifti, phantom
+from heartseg.datasets import camus, nifti, phantom
 from heartseg.errors import UserError
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, PHASES, VIEWS, Phase, View
 
@@ -319,7 +319,7 @@ def test_an_impossible_number_is_refused_before_anything_is_written(tmp_path, wr
 
 
 def test_command_line_writes_a_tree_and_refuses_in_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "heartseg.phantom", str(tmp_path), "--patients", "2", "--workers", "2"]
+    command = [sys.executable, "-m", "heartseg.datasets.phantom", str(tmp_path), "--patients", "2", "--workers", "2"]
     good = subprocess.run([*command, "--scale", "0.1", "--sequences"], capture_output=True, text=True, check=False)
     assert good.returncode == 0 and camus.find_patients(str(tmp_path)) == ["patient0001", "patient0002"]
     bad = subprocess.run([*command, "--scale", "7"], capture_output=True, text=True, check=False)

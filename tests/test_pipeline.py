@@ -13,13 +13,13 @@ import pytest
 from conftest import ROOT, tiny_experiment
 from local_cluster import begin_until
 
-from heartseg import storage
-from heartseg.config import SplitConfig, to_json
+from heartseg.config.experiment import SplitConfig, to_json
 from heartseg.errors import UserError
-from heartseg.sweeps import Plan
+from heartseg.storage import filesystem
+from heartseg.tuning.sweep import Plan
 from jobs import pipeline
-from jobs.stages import Work, build_graph, plan_arguments
-from jobs.story import Story, new_attempt
+from jobs.support.pipeline_stages import Work, build_graph, plan_arguments
+from jobs.support.pipeline_state import Story, new_attempt
 from jobs.tune import Options as TuneOptions
 
 
@@ -55,7 +55,7 @@ def test_what_is_done_is_skipped_and_the_story_tells_it(finished, phantom, capsy
     assert os.path.getsize(report) > 50_000
     assert attempts(finished) == {"preprocess": 1, "train": 1, "evaluate": 1}
     assert capsys.readouterr().out.count("done, nothing has changed") == 3
-    story = storage.read_json(str(finished / "pipeline.json"))
+    story = filesystem.read_json(str(finished / "pipeline.json"))
     assert story["experiment"]["name"] == "tiny" and all(stage["state"] == "done" for stage in story["stages"].values())
     assert all(stage["attempts"][0]["ended"] >= stage["attempts"][0]["started"] for stage in story["stages"].values())
     assert report.startswith(story["stages"]["evaluate"]["result"]["path"])
@@ -87,11 +87,11 @@ def test_a_changed_split_divides_the_shards_anew_and_a_lost_part_is_written_agai
     other = tiny(phantom, copy)
     pipeline.run(replace(other, split=SplitConfig("ratio", test_share=0.5)), pipeline.Options(until="preprocess"))
     (shards,) = copy.glob("shards-*")
-    assert len(storage.read_json(str(shards / "splits.json"))["groups"]["test"]) == 4
+    assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 4
     (shards / "part-00000.parquet").unlink()
     pipeline.run(other, pipeline.Options(until="preprocess"))
     assert (shards / "part-00000.parquet").exists()
-    assert len(storage.read_json(str(shards / "splits.json"))["groups"]["test"]) == 2
+    assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 2
 
 
 def test_a_mistake_can_be_mended_by_the_flag_that_its_sentence_names(phantom, ray_session, tmp_path):
@@ -101,7 +101,7 @@ def test_a_mistake_can_be_mended_by_the_flag_that_its_sentence_names(phantom, ra
     allowed = pipeline.Options(until="preprocess", work=Work(max_quarantined=0.5))
     pipeline.run(replace(tiny(str(tmp_path / "damaged"), tmp_path / "out"), workers=2), allowed)
     story = Story.open(str(tmp_path / "out")).stages["preprocess"]
-    (config,) = [path for path in (tmp_path / "out" / "stages").iterdir() if storage.read_json(str(path))["workers"] == 2]
+    (config,) = [path for path in (tmp_path / "out" / "stages").iterdir() if filesystem.read_json(str(path))["workers"] == 2]
     assert story["state"] == "done" and config  # as asked now, and not as it was asked when it failed
 
 
@@ -205,9 +205,9 @@ def test_a_failure_is_told_and_the_same_command_goes_on_from_there(phantom, ray_
 def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phantom, ray_session, tmp_path):
     work = Work(folds=2, predict=os.path.join(phantom, "database_nifti", "patient0001"))
     report = pipeline.run(tiny(phantom, tmp_path), pipeline.Options(work=work))
-    summary = storage.read_json(os.path.join(os.path.dirname(report), "summary.json"))
+    summary = filesystem.read_json(os.path.join(os.path.dirname(report), "summary.json"))
     assert (summary["patients"], summary["images"], summary["group"]) == (8, 32, "out-of-fold")
-    parts = [storage.read_json(os.path.join(path, "summary.json")) for path in summary["evaluations"]]
+    parts = [filesystem.read_json(os.path.join(path, "summary.json")) for path in summary["evaluations"]]
     means = [part["scores"]["dice"]["mean"] for part in parts]
     assert summary["scores"]["dice"]["mean"] == pytest.approx(sum(means) / 2)  # as many images in each
     (predictions,) = tmp_path.glob("predictions-patient0001-*")
@@ -221,9 +221,9 @@ def test_a_sweeps_plan_comes_through_its_flags_unchanged():
     plan = replace(plan, space=replace(plan.space, schedules=("cosine", "step"), changes=("optim.lr=0.1",)))
     import tyro
 
-    from jobs import runtime
+    from jobs.support import command_line
 
-    assert runtime.parse_line(TuneOptions, plan_arguments(plan), "x", "x").plan == plan
+    assert command_line.parse_line(TuneOptions, plan_arguments(plan), "x", "x").plan == plan
     assert plan_arguments(Plan()) == [] and tyro
 
 
@@ -245,8 +245,8 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
     done = subprocess.run([*command, "--search", "grid"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = Story.open(str(tmp_path)).stages
-    best = storage.read_json(os.path.join(stages["tune"]["result"]["path"], "best.json"))
-    trained = storage.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
+    best = filesystem.read_json(os.path.join(stages["tune"]["result"]["path"], "best.json"))
+    trained = filesystem.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
     assert trained["optim"] == best["optim"] and trained["schedule"] == best["schedule"]
     assert best["train"]["holdout"] > 0 and trained["train"]["holdout"] == 0
 

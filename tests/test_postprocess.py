@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from heartseg import camus, phantom
-from heartseg.config import PredictConfig
+from heartseg.config.experiment import PredictConfig
+from heartseg.datasets import camus, phantom
+from heartseg.datasets.nifti import as_labels, read_nifti
 from heartseg.errors import UserError
+from heartseg.inference.postprocessing import clean, fill_holes, largest_components
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS
-from heartseg.nifti import as_labels, read_nifti
-from heartseg.postprocess import clean, contact_mm, fill_holes, implausibilities, largest_components
+from heartseg.metrics.anatomy_checks import contact_mm, implausibilities
 
 CAMUS = os.environ.get("HEARTSEG_CAMUS", str(ROOT.parent / "shared" / "camus"))
 STRUCTURES = (ENDO, MYO, LA)

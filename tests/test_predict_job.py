@@ -14,12 +14,14 @@ from conftest import ROOT, tiny_experiment
 from test_formats import LOOP, dicom, movie
 
 import heartseg
-from heartseg import checkpoint, formats, studies
-from heartseg.config import to_json
+from heartseg.config.experiment import to_json
+from heartseg.datasets import readers
 from heartseg.errors import UserError
-from heartseg.model import build_model
-from heartseg.outline import outline, to_masks
-from heartseg.predict import NETWORKS_OWN
+from heartseg.inference import study_files
+from heartseg.inference.batch_inference import outline, to_masks
+from heartseg.inference.segmenter import NETWORKS_OWN
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
 from jobs import predict
 from jobs.benchmarks import predict as benchmark
 
@@ -64,10 +66,10 @@ def files_of(folder) -> dict[str, bytes]:
 def test_each_still_has_the_mask_that_the_model_predicts_on_the_still_s_own_grid(trained, tree, tmp_path):
     run(trained, tree, tmp_path / "out")
     model, seen = heartseg.load(trained), set()
-    for clip in studies.find_clips(tree):
+    for clip in study_files.find_clips(tree):
         image = nibabel.load(clip.path)
         mask = nibabel.load(tmp_path / "out" / clip.patient / f"{clip.stem}_pred.nii.gz")
-        expected = model.predict(formats.read(clip.path, "nifti").pixels[0])
+        expected = model.predict(readers.read(clip.path, "nifti").pixels[0])
         # In a batch sums are made in another order, which decides a pixel between two equal scores.
         different = expected != np.asarray(mask.dataobj).T
         assert different.mean() < 1e-3
@@ -92,7 +94,7 @@ def test_the_same_command_writes_the_same_bytes_and_the_same_masks_in_other_batc
 def test_a_batch_reaches_over_clips_and_a_long_clip_over_batches(trained, tmp_path):
     rng = np.random.default_rng(0)
     lengths = [1, 9, 1, 1, 5, 2]
-    clips = [formats.Frames(rng.integers(0, 255, (length, 40, 30)).astype(np.uint8), None) for length in lengths]
+    clips = [readers.Frames(rng.integers(0, 255, (length, 40, 30)).astype(np.uint8), None) for length in lengths]
     segmenter = heartseg.load(trained)
     found = list(outline(segmenter, clips, lambda clip: clip, lambda clip, frames, masks, sure: masks, batch_size=4))
     assert [clip for clip, _ in found] == clips
@@ -105,7 +107,7 @@ def test_an_error_in_a_thread_is_not_swallowed(trained):
     def fail(*_):
         raise OSError("disk full")
 
-    clip = formats.Frames(np.zeros((1, 40, 30), np.uint8), None)
+    clip = readers.Frames(np.zeros((1, 40, 30), np.uint8), None)
     with pytest.raises(OSError, match="disk full"):
         list(outline(heartseg.load(trained), [clip] * 20, lambda clip: clip, fail))
 

@@ -12,9 +12,11 @@ import time
 import pytest
 from conftest import ROOT, tiny_experiment
 
-from heartseg import camus, locks, shard_writer, storage
-from heartseg.config import ImageConfig
-from heartseg.shards import open_shards
+from heartseg.config.experiment import ImageConfig
+from heartseg.datasets import camus
+from heartseg.shards import reuse, writer
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem, locks
 from jobs import preprocess
 
 NUM_PATIENTS = 56  # four parts
@@ -44,7 +46,7 @@ def undisturbed(many, tmp_path_factory) -> dict[str, str]:
 def hashes(out: str) -> dict[str, str]:
     """SHA-256 of every file below a folder, hidden ones too; the lock's empty file is nobody's output."""
     found = {}
-    for path in storage.walk(out):
+    for path in filesystem.walk(out):
         if os.path.basename(path) != locks.LOCK_NAME:
             with open(path, "rb") as stream:
                 found[os.path.relpath(path, out)] = hashlib.sha256(stream.read()).hexdigest()
@@ -73,7 +75,7 @@ def kill_when(job: subprocess.Popen, out: str, moment) -> bool:
 
 
 def parts(names: list[str]) -> int:
-    return sum(bool(shard_writer.PART_NAME.fullmatch(name)) for name in names)
+    return sum(bool(reuse.PART_NAME.fullmatch(name)) for name in names)
 
 
 # A part half written, one and three parts done, and the manifest there but not the split.
@@ -81,7 +83,7 @@ MOMENTS = {
     "in a part": lambda names: any(name.endswith(".part") for name in names),
     "after one part": lambda names: parts(names) >= 1,
     "after three parts": lambda names: parts(names) >= 3,
-    "after the manifest": lambda names: shard_writer.MANIFEST in names,
+    "after the manifest": lambda names: writer.MANIFEST in names,
 }
 
 
@@ -111,7 +113,7 @@ def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
     kept = ["part-00000.parquet", ".part-3.parquet.0a1b2c3d.part", "mine.part", ".mine.0a1b2c3d.part"]
     for name in left + kept:
         (tmp_path / name).write_bytes(b"x")
-    shard_writer.remove_leftovers(str(tmp_path))
+    writer.remove_leftovers(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
@@ -124,9 +126,9 @@ def test_the_progress_line_tells_patients_a_second_and_the_time_left(many, tmp_p
 def test_any_number_of_patients_makes_the_parts_of_that_many(many, undisturbed):
     assert sum(name.startswith("part-") for name in undisturbed) == 4
     names = camus.find_patients(many)
-    chunks = [chunk for _, chunk in shard_writer.part_names(names)]
+    chunks = [chunk for _, chunk in writer.part_names(names)]
     assert sum(chunks, []) == names and max(map(len, chunks)) == 16
-    assert max(len(chunk) for _, chunk in shard_writer.part_names(names, "sequence")) == 4
+    assert max(len(chunk) for _, chunk in writer.part_names(names, "sequence")) == 4
 
 
 def test_a_changed_grid_or_source_is_refused_and_named(many, tmp_path):

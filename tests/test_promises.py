@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_experiment
 
-from heartseg import locks, runs
 from heartseg.errors import UserError
+from heartseg.storage import locks
+from heartseg.training import run_directory
 from jobs import evaluate, preprocess, train
 
 PLAIN = train.Options(launcher="plain")
@@ -51,13 +52,13 @@ def test_what_a_kill_after_the_last_checkpoint_left_out_is_made_good(finished, s
     # The checkpoint is committed, and the record's last line, the samples and the model card are not.
     shutil.copytree(Path(finished).parent, tmp_path / "runs")
     run = tmp_path / "runs" / Path(finished).name
-    whole = runs.read_record(str(run))
-    runs.write_record(str(run), whole[:-1])
+    whole = run_directory.read_record(str(run))
+    run_directory.write_record(str(run), whole[:-1])
     (run / "MODEL_CARD.md").unlink()
     (run / "samples" / "last.npz").unlink()
     train.run(tiny_experiment(data=shards, runs=str(tmp_path / "runs")), PLAIN)
-    assert [epoch["epoch"] for epoch in runs.read_record(str(run))] == [1, 2]
-    assert runs.read_record(str(run))[-1]["train/loss"] == whole[-1]["train/loss"]
+    assert [epoch["epoch"] for epoch in run_directory.read_record(str(run))] == [1, 2]
+    assert run_directory.read_record(str(run))[-1]["train/loss"] == whole[-1]["train/loss"]
     assert (run / "MODEL_CARD.md").exists() and (run / "samples" / "last.npz").exists()
 
 
@@ -69,7 +70,7 @@ def test_two_processes_of_torchrun_train_one_run(shards, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 epochs done") == 1
     (run,) = tmp_path.iterdir()
-    assert [epoch["epoch"] for epoch in runs.read_record(str(run))] == [1, 2]
+    assert [epoch["epoch"] for epoch in run_directory.read_record(str(run))] == [1, 2]
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_two_jobs_never_write_the_same_run(finished, shards):
 
 def _lock_elsewhere(folder: str) -> None:
     """Take the lock as another process would; a process of its own is needed, since a lock is a process's."""
-    code = f"from heartseg import locks\nwith locks.lock({folder!r}): pass"
+    code = f"from heartseg.storage import locks\nwith locks.lock({folder!r}): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1])

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_experiment
 
-from heartseg import runs, storage
-from heartseg.config import TrackingConfig
-from heartseg.shards import open_shards
+from heartseg.config.experiment import TrackingConfig
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
 from jobs import evaluate, preprocess, train
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -20,7 +21,7 @@ LOSSES = ("train/loss", "test/loss")
 
 
 def losses(path: str) -> list[float]:
-    return [epoch[name] for epoch in runs.read_record(path) for name in LOSSES]
+    return [epoch[name] for epoch in run_directory.read_record(path) for name in LOSSES]
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +54,17 @@ def test_two_workers_follow_one_also_where_the_batch_does_not_divide(plain_run, 
 
 def test_preprocessing_under_ray_gives_the_bytes_of_one_process(phantom, shards, tmp_path):
     preprocess.run(tiny_experiment(source=phantom, out=str(tmp_path), workers=2), preprocess.Options())
-    for name in storage.list_names(shards):
+    for name in filesystem.list_names(shards):
         if not name.startswith("."):
             assert (tmp_path / name).read_bytes() == (Path(shards) / name).read_bytes(), name
 
 
 def test_scores_do_not_depend_on_the_number_of_workers(two_workers, shards):
     out = evaluate.run(evaluate.Options(checkpoint=two_workers, workers=2))
-    shared = storage.read_json(storage.join(out, "summary.json"))
-    storage.remove(out)
+    shared = filesystem.read_json(filesystem.join(out, "summary.json"))
+    filesystem.remove(out)
     out = evaluate.run(evaluate.Options(checkpoint=two_workers, launcher="plain"))
-    alone = storage.read_json(storage.join(out, "summary.json"))
+    alone = filesystem.read_json(filesystem.join(out, "summary.json"))
     assert shared["images"] == alone["images"] == 8
     assert shared["scores"]["dice"]["mean"] == pytest.approx(alone["scores"]["dice"]["mean"], abs=1e-6)
 
@@ -96,7 +97,7 @@ def test_a_users_mistake_in_a_worker_comes_back_as_a_sentence(shards, tmp_path):
 
 
 def test_more_workers_than_cores_are_refused_before_a_cluster_starts(shards, tmp_path):
-    code = "import sys; sys.argv[1:] = sys.argv[2:]; from jobs import runtime; runtime.start_ray(4096)"
+    code = "import sys; sys.argv[1:] = sys.argv[2:]; from jobs.support import ray_runtime; ray_runtime.start_ray(4096)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert "4096 workers" in done.stderr
 
@@ -124,12 +125,16 @@ def _look_for_storage(rank: int, shards: str, store: str, queue) -> None:
     import torch
     import torch.distributed as dist
 
-    from heartseg import distributed
     from heartseg.errors import UserError
+    from heartseg.training import distributed
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        run = runs.open_run(tiny_experiment(data=shards, runs=f"{store}-runs"), open_shards(shards)) if rank == 0 else None
+        run = (
+            run_directory.open_run(tiny_experiment(data=shards, runs=f"{store}-runs"), open_shards(shards))
+            if rank == 0
+            else None
+        )
         train.see_storage(run.path if run else "/nowhere", shards, distributed.current(torch.device("cpu")))
     except UserError as error:
         queue.put(str(error))
@@ -153,4 +158,4 @@ def test_a_preprocess_that_waits_for_cpus_says_so_and_goes_on_when_they_are_free
     with caplog.at_level("INFO", logger="heartseg.jobs"):
         preprocess.run(tiny_experiment(source=phantom, out=str(tmp_path), workers=2), preprocess.Options())
     assert "0 of the cluster's 2 CPUs are free" in caplog.text
-    assert storage.exists(str(tmp_path / "manifest.json"))
+    assert filesystem.exists(str(tmp_path / "manifest.json"))

@@ -14,10 +14,12 @@ import local_cluster
 import pytest
 from conftest import ROOT
 
-from heartseg import runs, splits, storage
-from heartseg.config import canonical
-from heartseg.recipes import seed
-from heartseg.shards import Shards, open_shards
+from heartseg.config.experiment import canonical
+from heartseg.config.recipes import seed
+from heartseg.datasets import splits
+from heartseg.shards.reader import Shards, open_shards
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
 from jobs.benchmarks import data, scores
 
 SEED_GROUPS = "ad5f11a49a894929157d04ab329be1f12d43955057655ca47d9b3b1a864ec4a4"  # SHA-256 of the seed's groups of the 450
@@ -39,7 +41,7 @@ def pipeline_command(camus: str, out: Path) -> list[str]:
 
 
 def summary_of(report: str) -> dict:
-    return storage.read_json(os.path.join(os.path.dirname(report), "summary.json"))
+    return filesystem.read_json(os.path.join(os.path.dirname(report), "summary.json"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_two_epochs_on_real_hearts_learn_and_the_same_command_finds_all_done(cam
     assert summary["scores"]["dice"]["mean"] > 0.70
     again = subprocess.run(pipeline_command(camus, out), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == report
-    assert len(runs.read_record(os.path.dirname(os.path.dirname(report)))) == 2
+    assert len(run_directory.read_record(os.path.dirname(os.path.dirname(report)))) == 2
 
 
 # What a submitted pipeline says when a stage has begun, and the longest that is waited, once it is at work, before the cord is
@@ -105,8 +107,8 @@ def test_a_submitted_pipeline_killed_in_every_stage_ends_as_an_undisturbed_one(c
     assert reached == pytest.approx(undisturbed, abs=0.005)
     assert open_shards(str(tmp_path / "out" / "shards-128x128-official")).fingerprint == shards_of(finished[0]).fingerprint
     run = os.path.dirname(os.path.dirname(report))
-    assert [row["epoch"] for row in runs.read_record(run)] == [1, 2]
-    stages = storage.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]
+    assert [row["epoch"] for row in run_directory.read_record(run)] == [1, 2]
+    stages = filesystem.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]
     for stage in stages.values():
         ends = [attempt["state"] for attempt in stage["attempts"]]
         assert ends.count("done") == 1 and ends[-1] == "done", stages  # none of them twice
@@ -149,7 +151,7 @@ def test_the_experts_masks_against_themselves_are_perfect(camus, tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *truth, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    summary = storage.read_json(str(tmp_path / "summary.json"))
+    summary = filesystem.read_json(str(tmp_path / "summary.json"))
     assert summary["images"] == 1800 and summary["patients"] == 450
     means = {name: values["mean"] for name, values in summary["scores"].items()}
     assert {name for name, mean in means.items() if mean != (0 if name.endswith("_mm") else 1)} == set()
@@ -169,7 +171,7 @@ def test_a_workers_memory_does_not_grow_with_the_patients(camus):
 def test_the_seeds_draw_of_real_patients_stays_what_it_was(camus):
     names = data.camus.find_patients(camus)
     groups = splits.make_groups(seed().split, names, {}, {name: {"ef": None, "quality": {}} for name in names})
-    assert storage.sha256(canonical(groups)) == SEED_GROUPS
+    assert filesystem.sha256(canonical(groups)) == SEED_GROUPS
 
 
 @pytest.mark.slow
@@ -178,5 +180,5 @@ def test_the_wheel_holds_the_library_with_its_template_and_nothing_else(tmp_path
     subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True, timeout=500)
     (wheel,) = tmp_path.glob("heartseg-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "heartseg/templates/report.html" in names and "heartseg/engine.py" in names
+    assert "heartseg/reporting/templates/report.html" in names and "heartseg/training/engine.py" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"heartseg"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from heartseg import training
+from heartseg.training import worker
 
 # In a mount namespace of its own: the run's disk is full, before its first epoch, at its pictures or at its end.
 SCRIPT = """
@@ -20,8 +20,9 @@ SCRIPT = """
     sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
     import torch
     from conftest import tiny_experiment
-    from heartseg import runs, shards, training
-    from heartseg.distributed import Ranks
+    from heartseg.shards import reader
+    from heartseg.training import run_directory, worker
+    from heartseg.training.distributed import Ranks
     from heartseg.errors import UserError
 
     def fill(folder):
@@ -33,7 +34,7 @@ SCRIPT = """
             pass
 
     def fill_after_last(metrics):
-        while len(runs.read_record(opened.path)) < metrics["epoch"] == 2:
+        while len(run_directory.read_record(opened.path)) < metrics["epoch"] == 2:
             pass
         if metrics["epoch"] == 2:
             fill(opened.path)
@@ -41,7 +42,7 @@ SCRIPT = """
     for when in ("ingest", "finish", "samples"):
         base = tiny_experiment(data=sys.argv[2], runs=sys.argv[3])
         optim = replace(base.optim, momentum=0.0, ema_decay=0.0)
-        opened = runs.open_run(replace(base, optim=optim), shards.open_shards(base.data), name=when)
+        opened = run_directory.open_run(replace(base, optim=optim), reader.open_shards(base.data), name=when)
         samples = Path(opened.path, "samples")
         if when == "samples":
             samples.mkdir()
@@ -50,7 +51,7 @@ SCRIPT = """
         fill({"ingest": opened.path, "samples": sys.argv[4]}.get(when, "/nowhere"))
         try:
             report = fill_after_last if when == "finish" else (lambda metrics: None)
-            training.train_rank(replace(base, optim=optim), opened, Ranks(0, 1, torch.device("cpu")), lambda m: m, report)
+            worker.train_rank(replace(base, optim=optim), opened, Ranks(0, 1, torch.device("cpu")), lambda m: m, report)
         except UserError as error:
             print(json.dumps([when, str(error)]), flush=True)
         Path(opened.path, "ballast").unlink(missing_ok=True)
@@ -72,7 +73,7 @@ def test_a_full_disk_is_a_sentence_at_a_runs_beginning_at_its_pictures_and_at_it
 
 def test_another_error_than_a_refusal_is_no_sentence():
     with pytest.raises(FileNotFoundError):
-        training._problem_of(Path("/nowhere/at/all").read_bytes)
+        worker._problem_of(Path("/nowhere/at/all").read_bytes)
 
 
 @pytest.mark.parametrize(
@@ -87,5 +88,5 @@ def test_another_error_than_a_refusal_is_no_sentence():
     ],
 )
 def test_libraries_that_get_no_memory_are_told_from_those_that_fail_otherwise(said, is_memory):
-    assert training.is_out_of_memory(RuntimeError(said)) == is_memory
-    assert training.is_out_of_memory(torch.OutOfMemoryError(said))
+    assert worker.is_out_of_memory(RuntimeError(said)) == is_memory
+    assert worker.is_out_of_memory(torch.OutOfMemoryError(said))

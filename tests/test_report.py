@@ -13,13 +13,16 @@ import pyarrow
 import pytest
 from PIL import Image
 
-from heartseg import evaluation as evaluation_module
-from heartseg import figures, published, recipes, report, runs, storage
-from heartseg.clinical import INDICES
-from heartseg.config import identity, to_json
+from heartseg.config import recipes
+from heartseg.config.experiment import identity, to_json
 from heartseg.errors import UserError
+from heartseg.evaluation import scoring
 from heartseg.labels import CLASS_COLOURS, ENDO, LA, MYO
-from heartseg.metrics import DISTANCES, SCORES
+from heartseg.metrics.cardiac_indices import INDICES
+from heartseg.metrics.segmentation import DISTANCES, SCORES
+from heartseg.reporting import contours, plots, published_results, report
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
 
 SIDE = 48
 
@@ -40,7 +43,7 @@ def write_samples(run: str, name: str, epoch: int, shift: int) -> None:
     buffer = io.BytesIO()
     names = np.array(["patient0001 2CH ED", "patient0002 4CH ES"])
     np.savez(buffer, images=image, masks=masks, predictions=predictions, names=names, epoch=np.array(epoch))
-    storage.publish(storage.join(run, "samples", f"{name}.npz"), buffer.getvalue())
+    filesystem.publish(filesystem.join(run, "samples", f"{name}.npz"), buffer.getvalue())
 
 
 def write_run(run: str, recipe: str = "quick", dataset: str = "CAMUS", epochs: int = 3, samples: bool = True) -> None:
@@ -52,12 +55,12 @@ def write_run(run: str, recipe: str = "quick", dataset: str = "CAMUS", epochs: i
         "groups": {"train": {"patients": 8, "images": 32}, "val": {"patients": 5, "images": 20}},
         "source_sha256": "a" * 64, "code": "git 0123abcd", "wandb_id": "wandb0123456",
     }  # fmt: skip
-    storage.publish_json(storage.join(run, runs.DESCRIPTION), description)
+    filesystem.publish_json(filesystem.join(run, run_directory.DESCRIPTION), description)
     record = []
     for epoch in range(1, epochs + 1):
         scores = {f"{g}/{s}": 1 - 0.5 / epoch for g in ("train", "val") for s in ("loss", *SCORES)}
         record.append({"epoch": epoch, "lr": 0.01 / epoch, "seconds": 1.0, "images_per_s": 9.0, **scores})
-    runs.write_record(run, record)
+    run_directory.write_record(run, record)
     if samples:
         write_samples(run, "first", 1, 4)
         write_samples(run, "last", epochs, 1)
@@ -81,22 +84,22 @@ def write_evaluation(
     patients = pandas.DataFrame({"patient": rows["patient"].unique(), "ef_reference": None, "ef_convention": None, **indices})
     patients = patients.assign(reason_prediction=reason, reason_truth="")
     patients.loc[with_ef:, [f"{name}_prediction" for name in INDICES]] = np.nan
-    for name, table in ((report.IMAGES, rows), (report.PATIENTS, patients)):
-        storage.write_table(storage.join(evaluation, name), pyarrow.Table.from_pandas(table, preserve_index=False))
+    for name, table in ((scoring.IMAGES, rows), (scoring.PATIENTS, patients)):
+        filesystem.write_table(filesystem.join(evaluation, name), pyarrow.Table.from_pandas(table, preserve_index=False))
     missing = {"patient": "patient0009", "view": "2CH", "phase": "ED", "file": "f", "reason": "the gzip is cut off"}
-    summary = evaluation_module.summarise(images, patients, [missing])
+    summary = scoring.summarise(images, patients, [missing])
     summary |= {"group": group, "checkpoint": "checkpoints/epoch_0003", "epoch": 3, "which": "last", "seconds": 1.5}
-    storage.publish_json(storage.join(evaluation, report.SUMMARY), summary)
+    filesystem.publish_json(filesystem.join(evaluation, scoring.SUMMARY), summary)
 
 
 def make_page(folder: str, evaluation_options: dict | None = None, **options) -> str:
     """Writes inputs and returns the report's text; `options` are those of `write_run`."""
-    run, evaluation = storage.join(folder, "run"), storage.join(folder, "run", "evaluation-val")
+    run, evaluation = filesystem.join(folder, "run"), filesystem.join(folder, "run", "evaluation-val")
     write_run(run, **options)
     write_evaluation(evaluation, **(evaluation_options or {}))
     path = report.write_report(evaluation, run)
-    assert path == storage.join(evaluation, "report.html")
-    return storage.read_bytes(path).decode()
+    assert path == filesystem.join(evaluation, "report.html")
+    return filesystem.read_bytes(path).decode()
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +193,7 @@ def test_camus_is_cited_with_its_terms_and_patients_are_not_called_synthetic(pag
 def test_scores_are_shown_as_they_were_summarised(page, tmp_path):
     words = Reader(page()).words
     write_evaluation(str(tmp_path))
-    summary = storage.read_json(str(tmp_path / report.SUMMARY))
+    summary = filesystem.read_json(str(tmp_path / scoring.SUMMARY))
     for name, score in summary["scores"].items():
         if name in SCORES and score["mean"] is not None:
             row = f"{report.SCORE_TITLES[name]}{score['mean']:.3f}{score['low']:.3f} to {score['high']:.3f}"
@@ -227,10 +230,10 @@ def test_only_the_seed_recipe_lists_our_choices(page):
 def test_missing_samples_rows_and_epochs_leave_their_sections_out(tmp_path):
     run, evaluation = str(tmp_path / "run"), str(tmp_path / "evaluation")
     write_run(run, epochs=1, samples=False)
-    storage.remove(storage.join(run, runs.RECORD))
+    filesystem.remove(filesystem.join(run, run_directory.RECORD))
     write_evaluation(evaluation, quality=False)
-    storage.remove(storage.join(evaluation, report.IMAGES))
-    text = storage.read_bytes(report.write_report(evaluation, run)).decode()
+    filesystem.remove(filesystem.join(evaluation, scoring.IMAGES))
+    text = filesystem.read_bytes(report.write_report(evaluation, run)).decode()
     assert not any(f'id="{section}"' in text for section in ("pictures", "curves", "lowest"))
     assert "By image quality" not in text
 
@@ -239,7 +242,7 @@ def test_one_epoch_shows_one_prediction_and_a_curve_of_points(page):
     text = page(epochs=1)
     assert Reader(text).words.count("Image Truth Prediction after epoch 1 ") == 2
     assert "Loss by epoch, to epoch 1: training 0.5, validation 0.5." in text
-    lines = [figures.curve(range(n), {"train": [0.5] * n}, "Loss").axes[0].lines[0] for n in (1, 9)]
+    lines = [plots.curve(range(n), {"train": [0.5] * n}, "Loss").axes[0].lines[0] for n in (1, 9)]
     assert [line.get_marker() for line in lines] == ["o", "None"]  # one value has no line to show it
 
 
@@ -270,7 +273,7 @@ def test_same_inputs_make_the_same_bytes(page, tmp_path):
 def test_overlay_draws_each_rim_in_its_colour_and_leaves_the_rest_alone():
     image = np.full((SIDE, SIDE), 77, np.uint8)
     mask = fake_mask()
-    drawn = figures.overlay(image, mask)
+    drawn = contours.overlay(image, mask)
     assert drawn.shape == (SIDE, SIDE, 3) and drawn.dtype == np.uint8
     for label, (row, col) in {ENDO: (10, 20), MYO: (6, 20), LA: (41, 20)}.items():
         colour = tuple(int(CLASS_COLOURS[label][i : i + 2], 16) for i in (1, 3, 5))
@@ -280,18 +283,18 @@ def test_overlay_draws_each_rim_in_its_colour_and_leaves_the_rest_alone():
 
 def test_border_of_two_structures_is_drawn_once_and_thick_contours_keep_its_colour():
     mask = np.repeat(np.array([0, 0, MYO, MYO, MYO, MYO, ENDO, ENDO, ENDO, ENDO], np.uint8)[None], 3, axis=0)
-    assert figures.contours(mask)[1].tolist() == [0, 0, MYO, 0, 0, 0, ENDO, 0, 0, 0]
-    assert figures.thicken(figures.contours(mask))[1].tolist() == [0, MYO, MYO, MYO, 0, ENDO, ENDO, ENDO, 0, 0]
+    assert contours.contours(mask)[1].tolist() == [0, 0, MYO, 0, 0, 0, ENDO, 0, 0, 0]
+    assert contours.thicken(contours.contours(mask))[1].tolist() == [0, MYO, MYO, MYO, 0, ENDO, ENDO, ENDO, 0, 0]
 
 
 def test_channels_show_each_pixel_in_exactly_one_class():
-    lit = [np.any(picture != figures.CHANNEL_OFF, axis=2) for picture in figures.channels(fake_mask())]
+    lit = [np.any(picture != contours.CHANNEL_OFF, axis=2) for picture in contours.channels(fake_mask())]
     assert (np.sum(lit, axis=0) == 1).all()
 
 
 def test_figures_save_as_png():
-    figure = figures.curve([1], {"train": [0.5]}, "Loss")
-    assert figures.save_png(figure).startswith(b"\x89PNG")
+    figure = plots.curve([1], {"train": [0.5]}, "Loss")
+    assert plots.save_png(figure).startswith(b"\x89PNG")
 
 
 def test_what_was_not_scored_is_listed_with_its_reason(page):
@@ -301,7 +304,7 @@ def test_what_was_not_scored_is_listed_with_its_reason(page):
 def test_camus_stands_beside_the_published_rows_and_other_data_do_not(page):
     words = Reader(page()).words
     assert "This model, val group" in words
-    for row in (*published.CHALLENGE, *published.OFFICIAL_SPLIT, *published.CLINICAL):
+    for row in (*published_results.CHALLENGE, *published_results.OFFICIAL_SPLIT, *published_results.CLINICAL):
         assert row["name"].replace("'", "'") in words
     assert "0.936 / 0.912" in words and "0.845, 0.1, 7.3" in words
     assert not any('id="published"' in page(dataset=other) for other in ("phantom", "other"))
@@ -310,7 +313,7 @@ def test_camus_stands_beside_the_published_rows_and_other_data_do_not(page):
 def test_clinical_agreement_is_shown_with_its_convention_and_what_could_not_be_had(page, tmp_path):
     words = Reader(page()).words
     write_evaluation(str(tmp_path))
-    ef = storage.read_json(str(tmp_path / report.SUMMARY))["clinical"]["agreement"]["ef_camus"]
+    ef = filesystem.read_json(str(tmp_path / scoring.SUMMARY))["clinical"]["agreement"]["ef_camus"]
     assert f"EF, one disk height (camus), %4{ef['r']:.3f}{ef['bias']:.1f}" in words
     assert "patient0005: no 2CH ES mask" in words
 

@@ -12,13 +12,16 @@ from conftest import tiny_experiment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heartseg import camus, shard_writer, storage
-from heartseg.config import ImageConfig, SplitConfig
+from heartseg.config.experiment import ImageConfig, SplitConfig
+from heartseg.datasets import camus
+from heartseg.datasets.nifti import write_nifti
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
-from heartseg.nifti import write_nifti
-from heartseg.shards import MANIFEST, SPLITS, open_shards, write_part
-from heartseg.survey import find_damage
+from heartseg.shards import writer
+from heartseg.shards.inspection import find_damage
+from heartseg.shards.reader import open_shards
+from heartseg.shards.writer import MANIFEST, SPLITS, write_part
+from heartseg.storage import filesystem
 from jobs import preprocess
 
 PLAIN = preprocess.Options(launcher="plain")
@@ -30,7 +33,7 @@ GRID = ImageConfig(32, 32)
 def source(phantom, tmp_path) -> str:
     """The phantom's tree, to change; nobody wrote in it lately."""
     copy = shutil.copytree(phantom, str(tmp_path / "source"))
-    for path in storage.walk(copy):
+    for path in filesystem.walk(copy):
         os.utime(path, (1e9, 1e9))
     return copy
 
@@ -55,9 +58,9 @@ def unfinished(finished) -> str:
 
 
 def flip(path: str, position: int, by: int = 1) -> None:
-    data = bytearray(storage.read_bytes(path))
+    data = bytearray(filesystem.read_bytes(path))
     data[position] ^= by
-    storage.publish(path, bytes(data))
+    filesystem.publish(path, bytes(data))
 
 
 def still(source: str, patient: str = "patient0003", suffix: str = "") -> str:
@@ -81,7 +84,7 @@ def test_a_part_damaged_before_its_manifest_was_written_gets_into_no_finished_fo
 
 def same(out: str, other: str) -> bool:
     """Whether the parts of two folders are the same files."""
-    parts = [[storage.read_bytes(path) for path in storage.walk(folder) if "part-" in path] for folder in (out, other)]
+    parts = [[filesystem.read_bytes(path) for path in filesystem.walk(folder) if "part-" in path] for folder in (out, other)]
     return parts[0] == parts[1] and bool(parts[0])
 
 
@@ -90,7 +93,7 @@ def one_part(phantom, tmp_path_factory) -> tuple[str, bytes]:
     """A folder with a part of two patients, and the part's bytes."""
     out = str(tmp_path_factory.mktemp("part"))
     write_part(phantom, out, PART, camus.find_patients(phantom)[:2], GRID)
-    return out, storage.read_bytes(os.path.join(out, PART))
+    return out, filesystem.read_bytes(os.path.join(out, PART))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -102,22 +105,22 @@ def test_any_changed_byte_of_such_a_part_is_refused_or_mended(phantom, one_part,
     flip(path, len(data) - footer + int(where * footer) if at_the_end else int(where * len(data)), by)
     try:
         record = write_part(phantom, out, PART, camus.find_patients(phantom)[:2], GRID)
-        assert storage.read_bytes(path) == data and record["sha256"] == storage.sha256(data)
+        assert filesystem.read_bytes(path) == data and record["sha256"] == filesystem.sha256(data)
     except UserError as error:
         assert PART in str(error)
     finally:
-        storage.publish(path, data)
+        filesystem.publish(path, data)
 
 
 @pytest.mark.parametrize("how", ["cut short", "label 7 in its place"])
 def test_a_damaged_file_that_was_mended_is_taken_by_the_same_command(how, source, shards, tmp_path):
     path, out = still(source, suffix="_gt"), str(tmp_path / "out")
-    good = storage.read_bytes(path)
-    storage.publish(path, good[:100] if how == "cut short" else b"x" * len(good))
+    good = filesystem.read_bytes(path)
+    filesystem.publish(path, good[:100] if how == "cut short" else b"x" * len(good))
     for _ in range(2):
         with pytest.raises(UserError, match="1 of 32 recordings are damaged"):
             run(source, out)
-    storage.publish(path, good)
+    filesystem.publish(path, good)
     run(source, out)
     assert open_shards(out).manifest["quarantined"] == [] and same(out, shards)
 
@@ -135,12 +138,12 @@ def test_a_source_file_with_other_bytes_of_the_same_number_is_named(state, sourc
 @pytest.mark.parametrize("state", ["unfinished", "finished"])
 def test_a_source_file_that_came_went_or_grew_is_named(state, source, request):
     out, path = request.getfixturevalue(state), still(source)
-    data = storage.read_bytes(path)
-    storage.publish(path, data + b"\0")
+    data = filesystem.read_bytes(path)
+    filesystem.publish(path, data + b"\0")
     with pytest.raises(UserError, match=rf"_4CH_ED.nii.gz of patient0003: {len(data)} bytes then, {len(data) + 1} now"):
         run(source, out)
-    storage.publish(path, data)
-    storage.publish(path + ".old", data)
+    filesystem.publish(path, data)
+    filesystem.publish(path + ".old", data)
     with pytest.raises(UserError, match=r"_4CH_ED.nii.gz.old of patient0003 is new"):
         run(source, out)
     os.remove(path + ".old")
@@ -151,7 +154,7 @@ def test_a_source_file_that_came_went_or_grew_is_named(state, source, request):
 
 def test_a_finished_folder_of_an_untouched_source_reads_none_of_its_files(finished, source):
     shutil.copytree(finished, finished + "-before")
-    for path in storage.walk(source):
+    for path in filesystem.walk(source):
         if path.endswith(".gz"):
             flip(path, 9)
             os.utime(path, (1e9, 1e9))
@@ -161,9 +164,9 @@ def test_a_finished_folder_of_an_untouched_source_reads_none_of_its_files(finish
 
 def test_a_changed_file_is_named_on_an_object_store_too(source, s3):
     folder = f"s3://bucket/{uuid.uuid4().hex[:8]}"
-    for path in storage.walk(source):
+    for path in filesystem.walk(source):
         if "patient0001" in path or "patient0002" in path:
-            storage.publish(storage.join(folder, "in", os.path.relpath(path, source)), storage.read_bytes(path))
+            filesystem.publish(filesystem.join(folder, "in", os.path.relpath(path, source)), filesystem.read_bytes(path))
     experiment = tiny_experiment(source=folder + "/in", out=folder + "/out", split=SplitConfig("ratio", 0.5))
     preprocess.run(experiment, PLAIN)
     preprocess.run(experiment, PLAIN)
@@ -173,13 +176,13 @@ def test_a_changed_file_is_named_on_an_object_store_too(source, s3):
 
 
 def test_overwrite_begins_anew_and_touches_nothing_but_shards(finished, source, shards):
-    storage.publish(os.path.join(finished, "notes.txt"), b"mine")
+    filesystem.publish(os.path.join(finished, "notes.txt"), b"mine")
     flip(os.path.join(finished, PART), 20_000)
-    storage.publish(os.path.join(finished, "part-00009.parquet"), b"of another time")
+    filesystem.publish(os.path.join(finished, "part-00009.parquet"), b"of another time")
     os.utime(os.path.join(finished, MANIFEST), (1, 1))
     run(source, finished, overwrite=True)
     assert same(finished, shards) and os.path.getmtime(os.path.join(finished, MANIFEST)) > 1
-    assert list(find_damage(finished)) == [] and storage.read_bytes(os.path.join(finished, "notes.txt")) == b"mine"
+    assert list(find_damage(finished)) == [] and filesystem.read_bytes(os.path.join(finished, "notes.txt")) == b"mine"
 
 
 def test_parts_that_another_node_wrote_to_a_folder_of_its_own_make_no_complete_folder(source, tmp_path, monkeypatch):
@@ -210,7 +213,7 @@ def test_a_node_that_does_not_see_the_source_quarantines_nobody(source, tmp_path
 
 def test_a_part_that_no_manifest_would_list_is_refused_by_name(unfinished, source):
     stray = os.path.join(unfinished, "part-00007.parquet")
-    storage.publish(stray, b"of another time")
+    filesystem.publish(stray, b"of another time")
     with pytest.raises(UserError, match=r"part-00007\.parquet is a part of other shards: remove it"):
         run(source, unfinished)
     os.remove(stray)
@@ -228,11 +231,11 @@ def test_an_edited_split_file_changes_no_finished_split_unasked(source, tmp_path
     experiment = tiny_experiment(source=source, out=str(tmp_path / "out"), split=SplitConfig("official"))
     preprocess.run(experiment, PLAIN)
     path = os.path.join(source, camus.SPLIT_FOLDER, camus.SPLIT_FILES["train"])
-    before, first = storage.read_bytes(os.path.join(experiment.out, SPLITS)), storage.read_bytes(path).decode().split()[0]
-    storage.publish(path, storage.read_bytes(path).replace(first.encode(), b""))
+    before, first = filesystem.read_bytes(os.path.join(experiment.out, SPLITS)), filesystem.read_bytes(path).decode().split()[0]
+    filesystem.publish(path, filesystem.read_bytes(path).replace(first.encode(), b""))
     with pytest.raises(UserError, match=rf"{first}: train there, None by the source\): give --resplit"):
         preprocess.run(experiment, PLAIN)
-    assert storage.read_bytes(os.path.join(experiment.out, SPLITS)) == before
+    assert filesystem.read_bytes(os.path.join(experiment.out, SPLITS)) == before
     preprocess.run(experiment, preprocess.Options(launcher="plain", resplit=True))
     assert first not in open_shards(experiment.out).groups["train"]
     preprocess.run(experiment, PLAIN)
@@ -241,8 +244,8 @@ def test_an_edited_split_file_changes_no_finished_split_unasked(source, tmp_path
 
 
 def test_a_plain_folder_is_listed_once_however_many_parts_it_makes(tmp_path, monkeypatch):
-    monkeypatch.setitem(shard_writer.PATIENTS_PER_PART, "stills", 1)
-    monkeypatch.setattr(storage, "list_files", counted := Counted(storage.list_files))
+    monkeypatch.setitem(writer.PATIENTS_PER_PART, "stills", 1)
+    monkeypatch.setattr(filesystem, "list_files", counted := Counted(filesystem.list_files))
     counts = []
     for patients in (3, 9):
         source = str(tmp_path / str(patients))

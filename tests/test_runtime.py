@@ -6,7 +6,8 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from heartseg.errors import StorageError, UserError
-from jobs import runtime, train
+from jobs import train
+from jobs.support import ray_runtime
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from jobs import runtime, train
     ],
 )
 def test_cores_are_shared_out_so_that_every_worker_has_room_on_one_node(nodes, workers, cores):
-    assert runtime.share_of_cores(nodes, workers) == cores
+    assert ray_runtime.share_of_cores(nodes, workers) == cores
 
 
 def died(*ranks: int, **others: Exception) -> WorkerGroupError:
@@ -39,7 +40,7 @@ def died(*ranks: int, **others: Exception) -> WorkerGroupError:
     [(died(1, _0=RuntimeError("Connection closed by peer")), "Worker 1 of 3 died"), (died(2, 0), "Workers 0, 2 of 3 died")],
 )
 def test_workers_that_die_time_and_again_are_a_sentence_that_names_them(error, who):
-    with pytest.raises(train.WorkersDied, match=rf"{who}, after 3 new starts: memory may be short.*same command goes on"):
+    with pytest.raises(train.WorkersDied, match=rf"{who}, after 3 restarts: memory may be short.*same command goes on"):
         train.raise_sentence(error, 3, {"CPU": 1})
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from s3_server import KEYS, Proxy, environment
 
-from heartseg import checkpoint, locks, storage
 from heartseg.errors import StorageError, UserError
+from heartseg.models import checkpoint
+from heartseg.storage import filesystem, locks
 
-PUBLISH = "import sys; from heartseg import storage; storage.publish(sys.argv[1], b'n' * int(sys.argv[2]))"
+PUBLISH = "import sys; from heartseg.storage import filesystem; filesystem.publish(sys.argv[1], b'n' * int(sys.argv[2]))"
 HOLD = """
 import sys, time
-from heartseg import locks
+from heartseg.storage import locks
 locks.BEAT_S, locks.DEAD_AFTER_S = 0.5, float(sys.argv[2])
 with locks.lock(sys.argv[1]):
     print("held", flush=True)
@@ -37,10 +38,10 @@ def folder(s3) -> str:
 @pytest.fixture
 def one_try(monkeypatch):
     """A client that gives up at the first failure, so that a cut connection costs no waiting."""
-    monkeypatch.setattr(storage, "TRIES", 1)
-    storage._s3.cache_clear()
+    monkeypatch.setattr(filesystem, "TRIES", 1)
+    filesystem._s3.cache_clear()
     yield
-    storage._s3.cache_clear()
+    filesystem._s3.cache_clear()
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen:
@@ -54,45 +55,45 @@ def end(process: subprocess.Popen) -> None:
 
 
 def test_what_is_published_is_listed_sized_read_replaced_and_removed(folder):
-    path = storage.join(folder, "a", "file ö.bin")
-    assert not storage.exists(path) and storage.list_names(folder) == [] and storage.size_or_none(path) is None
-    storage.remove(path)
+    path = filesystem.join(folder, "a", "file ö.bin")
+    assert not filesystem.exists(path) and filesystem.list_names(folder) == [] and filesystem.size_or_none(path) is None
+    filesystem.remove(path)
     for data in (b"", b"first", b"second, longer"):
-        storage.publish(path, data)
-        assert storage.read_bytes(path) == data and storage.size_or_none(path) == len(data)
-    assert storage.list_names(folder) == ["a"] and storage.list_names(folder + "/a") == ["file ö.bin"]
-    assert storage.exists(folder + "/a") and storage.size_or_none(folder + "/a") is None
-    storage.publish(folder + "/b", b"x")
-    storage.remove(folder + "/a")
-    assert storage.list_names(folder) == ["b"]
-    storage.remove(folder + "/b")
+        filesystem.publish(path, data)
+        assert filesystem.read_bytes(path) == data and filesystem.size_or_none(path) == len(data)
+    assert filesystem.list_names(folder) == ["a"] and filesystem.list_names(folder + "/a") == ["file ö.bin"]
+    assert filesystem.exists(folder + "/a") and filesystem.size_or_none(folder + "/a") is None
+    filesystem.publish(folder + "/b", b"x")
+    filesystem.remove(folder + "/a")
+    assert filesystem.list_names(folder) == ["b"]
+    filesystem.remove(folder + "/b")
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes(path)
+        filesystem.read_bytes(path)
 
 
 @pytest.mark.slow
 def test_more_names_than_one_answer_holds_are_all_listed(folder):
     with ThreadPoolExecutor(8) as pool:
-        fs, inner = storage.filesystem(folder)
+        fs, inner = filesystem.filesystem(folder)
         list(pool.map(lambda i: fs.open_output_stream(f"{inner}/{i:04d}").close(), range(1002)))
-    assert storage.list_names(folder) == [f"{i:04d}" for i in range(1002)]
+    assert filesystem.list_names(folder) == [f"{i:04d}" for i in range(1002)]
 
 
 def test_a_table_and_its_metadata_read_back_and_a_damaged_one_is_no_refusal_of_the_store(folder):
-    path = storage.join(folder, "t.parquet")
-    size, digest = storage.write_table(path, pa.table({"a": [1, None]}).replace_schema_metadata({"key": "value"}))
-    data = storage.read_bytes(path)
-    assert (len(data), storage.sha256(data)) == (size, digest)
-    assert storage.read_table_metadata(path)[b"key"] == b"value"
-    storage.publish(path, data[:-9])
+    path = filesystem.join(folder, "t.parquet")
+    size, digest = filesystem.write_table(path, pa.table({"a": [1, None]}).replace_schema_metadata({"key": "value"}))
+    data = filesystem.read_bytes(path)
+    assert (len(data), filesystem.sha256(data)) == (size, digest)
+    assert filesystem.read_table_metadata(path)[b"key"] == b"value"
+    filesystem.publish(path, data[:-9])
     with pytest.raises((pa.ArrowInvalid, OSError)):
-        storage.read_table_metadata(path)
+        filesystem.read_table_metadata(path)
 
 
 def test_a_write_that_an_exception_ends_leaves_nothing(folder):
     with pytest.raises(TypeError):
-        storage.publish(storage.join(folder, "file.bin"), "no bytes")
-    assert storage.list_names(folder) == []
+        filesystem.publish(filesystem.join(folder, "file.bin"), "no bytes")
+    assert filesystem.list_names(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -103,26 +104,26 @@ def test_a_connection_cut_at_any_request_leaves_the_old_file_or_the_new_one(size
     data, cut_at, reached = os.urandom(size), 0, True
     while reached:
         cut_at += 1
-        path = storage.join(folder, str(cut_at), "file.bin")
+        path = filesystem.join(folder, str(cut_at), "file.bin")
         if before is not None:
-            storage.publish(path, before)
+            filesystem.publish(path, before)
         with Proxy(s3, cut_at) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
             try:
-                storage.publish(path, data)
+                filesystem.publish(path, data)
             except StorageError as error:
                 assert "cannot be reached" in str(error) and path in str(error)
             reached = proxy.was_cut.is_set()
-        found = storage.read_bytes(path) if storage.exists(path) else None
+        found = filesystem.read_bytes(path) if filesystem.exists(path) else None
         assert found in (before, data)
-        assert all(name.endswith(".part") for name in storage.list_names(os.path.dirname(path)) if name != "file.bin")
+        assert all(name.endswith(".part") for name in filesystem.list_names(os.path.dirname(path)) if name != "file.bin")
     assert cut_at >= 4 and found == data  # every request was cut once, and the last turn saw no cut
 
 
 @pytest.mark.parametrize("new", [b"much longer than it was", b"x"])
 def test_a_file_that_is_replaced_while_it_is_read_is_the_new_one_whole(new, folder, s3):
-    path, replaced = storage.join(folder, "file.bin"), []
-    storage.publish(path, b"old")
-    past_the_proxy, inner = storage.filesystem(path)
+    path, replaced = filesystem.join(folder, "file.bin"), []
+    filesystem.publish(path, b"old")
+    past_the_proxy, inner = filesystem.filesystem(path)
 
     def replace_it(head: bytes) -> None:
         if head.startswith(b"GET ") and b"file.bin " in head and not replaced:  # its size was asked for before
@@ -131,15 +132,15 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_new_one_whole(new, fold
                 stream.write(new)
 
     with Proxy(s3, answer=replace_it) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
-        assert storage.read_bytes(path) == new and replaced
+        assert filesystem.read_bytes(path) == new and replaced
 
 
 @pytest.mark.parametrize("cut_at", [1, 2, 3])
 def test_one_connection_lost_is_tried_again_unnoticed(cut_at, folder, s3):
     with Proxy(s3, cut_at, for_good=False) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
-        storage.publish(storage.join(folder, "file.bin"), b"n" * 1000)
+        filesystem.publish(filesystem.join(folder, "file.bin"), b"n" * 1000)
         assert proxy.was_cut.is_set()
-    assert storage.read_bytes(storage.join(folder, "file.bin")) == b"n" * 1000
+    assert filesystem.read_bytes(filesystem.join(folder, "file.bin")) == b"n" * 1000
 
 
 def test_bytes_that_changed_on_the_way_are_not_published(folder, s3):
@@ -152,12 +153,12 @@ def test_bytes_that_changed_on_the_way_are_not_published(folder, s3):
         environment(**KEYS, AWS_ENDPOINT_URL=proxy.url),
         pytest.raises(StorageError, match="not the bytes that were sent"),
     ):
-        storage.publish(storage.join(folder, "file.bin"), b"good")
-    assert storage.list_names(folder) == []
+        filesystem.publish(filesystem.join(folder, "file.bin"), b"good")
+    assert filesystem.list_names(folder) == []
 
 
 def test_a_killed_upload_leaves_no_file_and_the_next_one_is_whole(folder, s3):
-    path = storage.join(folder, "file.bin")
+    path = filesystem.join(folder, "file.bin")
     for cut_at in (1, 3):  # 30 MB are three parts after the request that begins them
         with Proxy(s3, cut_at, hold=True) as proxy:
             with environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
@@ -165,16 +166,16 @@ def test_a_killed_upload_leaves_no_file_and_the_next_one_is_whole(folder, s3):
             assert proxy.was_cut.wait(60)
             os.kill(writer.pid, signal.SIGKILL)
             end(writer)
-        assert not storage.exists(path) and "file.bin" not in storage.list_names(folder)
-    storage.publish(path, b"n" * 30_000_000)
-    assert storage.sha256(storage.read_bytes(path)) == storage.sha256(b"n" * 30_000_000)
+        assert not filesystem.exists(path) and "file.bin" not in filesystem.list_names(folder)
+    filesystem.publish(path, b"n" * 30_000_000)
+    assert filesystem.sha256(filesystem.read_bytes(path)) == filesystem.sha256(b"n" * 30_000_000)
 
 
 def test_a_checkpoint_written_anew_and_cut_off_at_any_request_is_the_new_one_or_none(folder, s3, one_try):
     card, cut_at, reached = {"epoch": 1, "experiment": {}, "metrics": {}}, 0, True
     while reached:
         cut_at += 1
-        run = storage.join(folder, str(cut_at))
+        run = filesystem.join(folder, str(cut_at))
         checkpoint.save(run, {"w": torch.zeros(3)}, {"made": "before"}, card)
         with Proxy(s3, cut_at) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
             with contextlib.suppress(StorageError):
@@ -202,7 +203,7 @@ def test_a_second_writer_is_refused_by_name_and_a_killed_one_frees_the_folder(fo
             pass
         time.sleep(4.5)
         with locks.lock(folder):
-            assert len(storage.list_names(storage.join(folder, locks.LOCK_NAME))) == 1  # the dead claim is gone
+            assert len(filesystem.list_names(filesystem.join(folder, locks.LOCK_NAME))) == 1  # the dead claim is gone
     finally:
         end(holder)
 
@@ -261,7 +262,9 @@ def unsigned(head: bytes) -> bytes | None:
         ("no bucket", "is in a bucket that does not exist"),
     ],
 )
-@pytest.mark.parametrize("call", [storage.exists, storage.list_names, storage.read_bytes, lambda p: storage.publish(p, b"x")])
+@pytest.mark.parametrize(
+    "call", [filesystem.exists, filesystem.list_names, filesystem.read_bytes, lambda p: filesystem.publish(p, b"x")]
+)
 def test_a_store_that_refuses_is_one_sentence_with_the_path(call, case, said, s3, tmp_path, monkeypatch, one_try):
     monkeypatch.setenv("HOME", str(tmp_path))  # without the profile of whoever runs this
     bucket = "nosuchbucket" if case == "no bucket" else "bucket"
@@ -276,14 +279,14 @@ def test_a_store_that_refuses_is_one_sentence_with_the_path(call, case, said, s3
 @pytest.mark.parametrize("path", ["s3://", "s3:///folder"])
 def test_a_path_without_a_bucket_is_refused_by_name(path):
     with pytest.raises(UserError, match=f"{path} names no bucket"):
-        storage.exists(path)
+        filesystem.exists(path)
 
 
 def test_a_store_that_refuses_connections_costs_seconds(s3):
     with environment(**KEYS, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
         started = time.monotonic()
         with pytest.raises(StorageError, match="cannot be reached"):
-            storage.exists("s3://bucket/a")
+            filesystem.exists("s3://bucket/a")
         assert time.monotonic() - started < 15
 
 
@@ -292,5 +295,5 @@ def test_a_store_that_never_answers_costs_little_more_than_a_minute(s3):
     with Proxy(s3, answer=lambda head: time.sleep(300)) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
         started = time.monotonic()
         with pytest.raises(StorageError, match="cannot be reached"):
-            storage.exists("s3://bucket/a")
+            filesystem.exists("s3://bucket/a")
         assert time.monotonic() - started < 90

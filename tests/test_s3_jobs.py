@@ -12,11 +12,14 @@ import pytest
 from conftest import ROOT, tiny_experiment
 from s3_server import KEYS, Proxy, environment
 
-from heartseg import checkpoint, runs, storage
-from heartseg.config import PredictConfig, TrackingConfig
+from heartseg.config.experiment import PredictConfig, TrackingConfig
 from heartseg.errors import StorageError, UserError
-from heartseg.shards import open_shards
-from jobs import evaluate, plans, preprocess, train
+from heartseg.models import checkpoint
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from jobs import evaluate, preprocess, train
+from jobs.support import evaluation_plan
 
 PLAIN = train.Options(launcher="plain")
 LOSSES = ("train/loss", "test/loss", "test/dice")
@@ -27,7 +30,7 @@ def new_folder() -> str:
 
 
 def losses(path: str) -> list[float]:
-    return [epoch[name] for epoch in runs.read_record(path) for name in LOSSES]
+    return [epoch[name] for epoch in run_directory.read_record(path) for name in LOSSES]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def source(s3, phantom) -> str:
     folder = new_folder()
     for path in sorted(Path(phantom).rglob("*")):
         if path.is_file():
-            storage.publish(storage.join(folder, *path.relative_to(phantom).parts), path.read_bytes())
+            filesystem.publish(filesystem.join(folder, *path.relative_to(phantom).parts), path.read_bytes())
     return folder
 
 
@@ -62,14 +65,14 @@ def run(data) -> str:
 
 
 def same_files(ours: str, theirs: str) -> bool:
-    names = [name for name in storage.list_names(theirs) if not name.startswith(".")]
-    hashes = [[storage.sha256(storage.read_bytes(storage.join(f, n))) for n in names] for f in (ours, theirs)]
+    names = [name for name in filesystem.list_names(theirs) if not name.startswith(".")]
+    hashes = [[filesystem.sha256(filesystem.read_bytes(filesystem.join(f, n))) for n in names] for f in (ours, theirs)]
     return len(names) >= 3 and hashes[0] == hashes[1]
 
 
 def test_shards_on_the_store_are_byte_for_byte_those_of_a_folder(data, shards, source):
     assert same_files(data, shards)
-    assert {name for name in storage.list_names(data) if name.startswith(".")} <= {".heartseg.lock"}
+    assert {name for name in filesystem.list_names(data) if name.startswith(".")} <= {".heartseg.lock"}
     preprocess.run(tiny_experiment(source=source, out=data), preprocess.Options(launcher="plain"))  # complete: no change
     assert same_files(data, shards)
 
@@ -78,23 +81,23 @@ def test_shards_on_the_store_are_byte_for_byte_those_of_a_folder(data, shards, s
 def test_training_on_the_store_has_the_numbers_of_a_folder(run, local_run):
     assert losses(run) == losses(local_run)
     assert checkpoint.last(run).card["weights_sha256"] == checkpoint.last(local_run).card["weights_sha256"]
-    assert not [name for name in storage.list_names(run) if name.endswith(".part")]
+    assert not [name for name in filesystem.list_names(run) if name.endswith(".part")]
 
 
 @pytest.mark.slow
 def test_scores_and_report_on_the_store_are_those_of_a_folder(run, local_run):
     found = [evaluate.run(evaluate.Options(checkpoint=path, launcher="plain")) for path in (run, local_run)]
-    ours, theirs = (storage.read_json(storage.join(path, "summary.json")) for path in found)
+    ours, theirs = (filesystem.read_json(filesystem.join(path, "summary.json")) for path in found)
     assert ours["scores"] == theirs["scores"] and ours["images"] == 8
-    assert b"</html>" in storage.read_bytes(storage.join(found[0], "report.html"))
+    assert b"</html>" in filesystem.read_bytes(filesystem.join(found[0], "report.html"))
 
 
 @pytest.mark.slow
 def test_wandbs_files_are_copied_to_the_run_and_leave_the_machine(run):
-    (offline,) = [name for name in storage.list_names(run + "/wandb") if name.startswith("offline-run-")]
-    (file,) = [name for name in storage.list_names(f"{run}/wandb/{offline}") if name.endswith(".wandb")]
-    assert storage.size_or_none(f"{run}/wandb/{offline}/{file}") > 1000
-    assert storage.list_names(f"{run}/wandb/{offline}/files/media/images")
+    (offline,) = [name for name in filesystem.list_names(run + "/wandb") if name.startswith("offline-run-")]
+    (file,) = [name for name in filesystem.list_names(f"{run}/wandb/{offline}") if name.endswith(".wandb")]
+    assert filesystem.size_or_none(f"{run}/wandb/{offline}/{file}") > 1000
+    assert filesystem.list_names(f"{run}/wandb/{offline}/files/media/images")
     assert not os.path.exists(os.path.dirname(os.environ["WANDB_CACHE_DIR"]))
 
 
@@ -169,8 +172,8 @@ def test_a_store_lost_in_preprocessing_quarantines_nobody_and_the_same_command_e
         preprocess.run(experiment, preprocess.Options(launcher="plain"))
     with pytest.raises(UserError, match="holds no finished shards"):
         open_shards(out)
-    for claim in storage.list_names(out + "/.heartseg.lock"):  # the store was gone when it was to be given back
-        storage.remove(f"{out}/.heartseg.lock/{claim}")
+    for claim in filesystem.list_names(out + "/.heartseg.lock"):  # the store was gone when it was to be given back
+        filesystem.remove(f"{out}/.heartseg.lock/{claim}")
     preprocess.run(experiment, preprocess.Options(launcher="plain"))
     assert same_files(out, shards)
 
@@ -187,7 +190,7 @@ def test_a_training_killed_in_an_upload_resumes_a_minute_later_to_the_same_weigh
         os.kill(job.pid, signal.SIGKILL)
         killed = time.monotonic()
         job.wait()
-    (name,) = storage.list_names(undisturbed)
+    (name,) = filesystem.list_names(undisturbed)
     ours, theirs = f"{disturbed}/{name}", f"{undisturbed}/{name}"
     assert checkpoint.last(ours).epoch == 1
     refused = subprocess.run(command("train.py", *tiny_arguments(data, disturbed)), capture_output=True, text=True)
@@ -196,7 +199,7 @@ def test_a_training_killed_in_an_upload_resumes_a_minute_later_to_the_same_weigh
     done = subprocess.run(command("train.py", *tiny_arguments(data, disturbed)), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert checkpoint.last(ours).card["weights_sha256"] == checkpoint.last(theirs).card["weights_sha256"]
-    assert [epoch["epoch"] for epoch in runs.read_record(ours)] == [1, 2, 3]
+    assert [epoch["epoch"] for epoch in run_directory.read_record(ours)] == [1, 2, 3]
 
 
 @pytest.mark.slow
@@ -210,7 +213,7 @@ def test_every_job_under_ray_gives_the_results_of_a_folder(source, shards, local
     assert losses(path) == pytest.approx(losses(local_run), rel=2e-3)
     scored = evaluate.run(evaluate.Options(checkpoint=path, workers=2))
     alone = evaluate.run(evaluate.Options(checkpoint=local_run, launcher="plain"))
-    ours, theirs = (storage.read_json(storage.join(f, "summary.json"))["scores"]["dice"]["mean"] for f in (scored, alone))
+    ours, theirs = (filesystem.read_json(filesystem.join(f, "summary.json"))["scores"]["dice"]["mean"] for f in (scored, alone))
     assert ours == pytest.approx(theirs, abs=2e-3)
 
 
@@ -224,7 +227,7 @@ def test_a_store_lost_in_a_training_with_two_workers_ends_in_one_sentence_and_ha
     assert proxy.was_cut.is_set()
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]  # among what Ray says
     assert done.returncode == 2 and len(said) == 1 and "cannot be reached" in said[0], done.stderr
-    (name,) = storage.list_names(folder)
+    (name,) = filesystem.list_names(folder)
     assert checkpoint.last(f"{folder}/{name}") is not None
 
 
@@ -238,6 +241,6 @@ def test_a_store_that_is_away_for_a_worker_is_still_told_from_a_mistake(phantom,
         def cases(self, patients):
             raise StorageError("s3://bucket does not answer.")
 
-    plan = plans.Plan(Away(), ("run",), ["patient0001"], "out", None, PredictConfig(), {})
+    plan = evaluation_plan.Plan(Away(), ("run",), ["patient0001"], "out", None, PredictConfig(), {})
     with pytest.raises(StorageError, match="^s3://bucket does not answer.$"):
         list(evaluate.score_on_ray(plan, [["patient0001"]], 1))

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as torchs
 
-from heartseg.config import ScheduleConfig
+from heartseg.config.training import ScheduleConfig
 from heartseg.errors import UserError
-from heartseg.schedules import lr_multiplier
+from heartseg.training.lr_schedules import lr_multiplier
 
 STEPS, STEPS_PER_EPOCH = 60, 10
 REFERENCES = {

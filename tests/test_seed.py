@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import tiny_experiment
 
-from heartseg import engine, model
-from heartseg.batches import Intensity, Loader
-from heartseg.losses import one_hot
-from heartseg.recipes import seed
-from heartseg.shards import load_groups, open_shards
+from heartseg.config.recipes import seed
+from heartseg.models import deeplabv3, precision
+from heartseg.shards.loader import Intensity, Loader
+from heartseg.shards.reader import load_groups, open_shards
+from heartseg.training.losses import one_hot
 from jobs import preprocess
 
 
@@ -28,9 +28,9 @@ def test_the_seeds_network_takes_its_batch_and_gives_four_maps(batch):
     assert images.shape == (12, 1, 256, 256) and images.min() >= 0 and images.max() <= 1
     assert one_hot(masks).shape == (12, 4, 256, 256)
     recipe = seed()
-    network = model.build_model(recipe.model).to(memory_format=torch.channels_last).eval()
+    network = deeplabv3.build_model(recipe.model).to(memory_format=torch.channels_last).eval()
     with torch.inference_mode():
-        logits = engine.forward(recipe.train, network, Intensity().apply(images))
+        logits = precision.forward(recipe.train, network, Intensity().apply(images))
     assert logits.shape == (12, 4, 256, 256) and logits.isfinite().all()
     # ResNet-101 has 33 bottlenecks of three convolutions, a stem and four shortcuts.
     backbone = network.network.backbone
@@ -38,8 +38,8 @@ def test_the_seeds_network_takes_its_batch_and_gives_four_maps(batch):
 
 
 def test_the_seeds_optimizer_is_sgd_at_a_thousandth_with_a_falling_schedule():
-    from heartseg.optim import build_optimizer
-    from heartseg.schedules import lr_multiplier
+    from heartseg.training.lr_schedules import lr_multiplier
+    from heartseg.training.optimizers import build_optimizer
 
     recipe = seed()
     optimizer = build_optimizer(recipe.optim, torch.nn.Linear(2, 2))

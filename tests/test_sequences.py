@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from conftest import tiny_experiment
 
-from heartseg import camus, nifti, storage
-from heartseg.camus import HALF_SEQUENCE, recording_path
+from heartseg.datasets import camus, nifti
+from heartseg.datasets.camus import HALF_SEQUENCE, recording_path
+from heartseg.datasets.nifti import DamagedRecording
+from heartseg.datasets.phantom import write_phantom
 from heartseg.errors import UserError
 from heartseg.labels import ENDO, Phase, View
-from heartseg.nifti import DamagedRecording
-from heartseg.phantom import write_phantom
-from heartseg.shards import load_groups, open_shards
+from heartseg.shards.reader import load_groups, open_shards
+from heartseg.storage import filesystem
 from jobs import evaluate, preprocess, train
 
 SEQUENCE = preprocess.Options(frames="sequence", launcher="plain")
@@ -81,7 +82,7 @@ def test_without_a_cfg_that_names_the_frames_the_larger_cavity_is_ed(text, copie
         before, cfg = read(copied, patient), os.path.join(copied, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg")
         os.remove(cfg)
         if text:
-            storage.publish(cfg, text.encode())
+            filesystem.publish(cfg, text.encode())
         after = read(copied, patient)
         assert phases(after) == phases(before)
         for one, other in zip(before, after, strict=True):
@@ -175,11 +176,11 @@ def test_a_model_trains_on_all_frames_and_every_frame_is_scored(written, tmp_pat
     recipe = tiny_experiment(data=written, runs=str(tmp_path))
     path = train.run(replace(recipe, train=replace(recipe.train, epochs=1)), train.Options(launcher="plain"))
     out = evaluate.run(evaluate.Options(checkpoint=path, launcher="plain"))
-    summary = storage.read_json(os.path.join(out, "summary.json"))
+    summary = filesystem.read_json(os.path.join(out, "summary.json"))
     opened = open_shards(written)
     assert summary["images"] == opened.num_rows("test") and summary["by"]["phase"].keys() == {"ED", "ES"}
     assert summary["by"]["phase"]["ED"]["images"] == 2
-    images = storage.read_table(storage.read_bytes(os.path.join(out, "images.parquet"))).to_pandas()
+    images = filesystem.read_table(filesystem.read_bytes(os.path.join(out, "images.parquet"))).to_pandas()
     assert set(images["phase"].dropna()) == {"ED", "ES"} and images["phase"].isna().any() and images["frame"].min() == 1
     samples = np.load(os.path.join(path, "samples", "last.npz"))
     assert not any("None" in name for name in samples["names"]) and any("frame" in name for name in samples["names"])

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from heartseg import camus, shards
-from heartseg.config import ImageConfig, SplitConfig
+from heartseg.config.experiment import ImageConfig, SplitConfig
+from heartseg.datasets import camus
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
+from heartseg.shards import reader, writer
 
 GRID = ImageConfig(height=48, width=40)
 PATIENTS_IN_A_PART = 3
@@ -23,11 +24,11 @@ def write(source: str, out: str, patients: list[str]) -> list[dict]:
     """Shards of some patients in parts of three, all with manifest and splits; returns the parts' records."""
     starts = range(0, len(patients), PATIENTS_IN_A_PART)
     parts = [
-        shards.write_part(source, out, f"part-{i:05d}.parquet", patients[s : s + PATIENTS_IN_A_PART], GRID)
+        writer.write_part(source, out, f"part-{i:05d}.parquet", patients[s : s + PATIENTS_IN_A_PART], GRID)
         for i, s in enumerate(starts)
     ]
-    manifest = shards.write_manifest(out, camus.dataset_name(source, patients), GRID, parts)
-    shards.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
+    manifest = writer.write_manifest(out, camus.dataset_name(source, patients), GRID, parts)
+    writer.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
     return parts
 
 
@@ -56,7 +57,7 @@ def part_path(folder: str, number: int) -> str:
 
 def rows_of(folder: str, groups: tuple[str, ...] = ("train", "test")):
     """(frames, index, row of the table) for every row of a folder's groups."""
-    for frames in shards.load_groups(shards.open_shards(folder), groups).values():
+    for frames in reader.load_groups(reader.open_shards(folder), groups).values():
         for index, row in enumerate(frames.table.to_pylist()):
             yield frames, index, row
 
@@ -66,7 +67,7 @@ def test_rows_read_back_exactly_as_the_tree_has_them(phantom, patients, written)
     for frames, index, row in rows_of(written):
         still = camus.read_still(phantom, row["patient"], View(row["view"]), Phase(row["phase"]))
         seen.add((row["patient"], row["view"], row["phase"]))
-        image, mask = shards.resize_image(still.image, 48, 40), shards.resize_mask(still.mask, 48, 40)
+        image, mask = writer.resize_image(still.image, 48, 40), writer.resize_mask(still.mask, 48, 40)
         np.testing.assert_array_equal(frames.images[index, 0].numpy(), image)
         np.testing.assert_array_equal(frames.masks[index].numpy(), mask)
         np.testing.assert_array_equal(frames.native_mask(index), still.mask)
@@ -83,15 +84,15 @@ def test_the_spacing_of_the_stored_grid_keeps_the_size_in_mm(written):
 
 
 def test_groups_are_by_patient_and_every_row_is_in_one(written):
-    opened = shards.open_shards(written)
+    opened = reader.open_shards(written)
     found = {group: {row["patient"] for _, _, row in rows_of(written, (group,))} for group in opened.groups}
     assert found == {group: set(names) for group, names in opened.groups.items()}
     assert (opened.num_rows("train"), opened.num_rows("test")) == (16, 8) and opened.image == GRID
 
 
 def test_intensity_is_mean_and_deviation_of_the_training_pixels(written):
-    opened = shards.open_shards(written)
-    pixels = shards.load_groups(opened, ("train",))["train"].images.numpy() / 255.0
+    opened = reader.open_shards(written)
+    pixels = reader.load_groups(opened, ("train",))["train"].images.numpy() / 255.0
     assert opened.intensity == pytest.approx((pixels.mean(), pixels.std()), rel=1e-9)
 
 
@@ -99,16 +100,16 @@ def test_intensity_is_mean_and_deviation_of_the_training_pixels(written):
 @given(mask=st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda s: arrays("uint8", s, elements=st.integers(0, 3))))
 def test_resized_masks_hold_only_labels_at_pixel_centres_and_equal_size_changes_nothing(mask):
     height, width = mask.shape
-    np.testing.assert_array_equal(shards.resize_mask(mask, height, width), mask)
+    np.testing.assert_array_equal(writer.resize_mask(mask, height, width), mask)
     rows = ((np.arange(7) + 0.5) * height / 7).astype(int)
     columns = ((np.arange(5) + 0.5) * width / 5).astype(int)
-    np.testing.assert_array_equal(shards.resize_mask(mask, 7, 5), mask[np.ix_(rows, columns)])
+    np.testing.assert_array_equal(writer.resize_mask(mask, 7, 5), mask[np.ix_(rows, columns)])
 
 
 def test_a_resized_image_is_antialiased():
     stripes = np.tile(np.array([0, 200, 200, 0], np.uint8), (64, 16))  # every fourth point alone would see 200 only
-    np.testing.assert_allclose(shards.resize_image(stripes, 16, 16)[:, 2:-2], 100, atol=1)
-    np.testing.assert_array_equal(shards.resize_image(stripes, 64, 64), stripes)
+    np.testing.assert_allclose(writer.resize_image(stripes, 16, 16)[:, 2:-2], 100, atol=1)
+    np.testing.assert_array_equal(writer.resize_image(stripes, 64, 64), stripes)
 
 
 @settings(max_examples=15, deadline=None)
@@ -140,15 +141,15 @@ def test_a_finished_part_is_taken_as_it_is(phantom, patients, copied):
     os.utime(path, (1, 1))
     with open(path, "rb") as stream:
         before = stream.read()
-    record = shards.write_part(phantom, copied, "part-00000.parquet", patients[:3], GRID)
+    record = writer.write_part(phantom, copied, "part-00000.parquet", patients[:3], GRID)
     with open(path, "rb") as stream:
         assert stream.read() == before
     assert os.path.getmtime(path) == 1
-    assert record["sha256"] == shards.open_shards(copied).manifest["parts"][0]["sha256"] and record["rows"] == 12
+    assert record["sha256"] == reader.open_shards(copied).manifest["parts"][0]["sha256"] and record["rows"] == 12
 
 
 def test_a_resumed_folder_equals_one_written_in_one_go(phantom, patients, written, copied):
-    os.remove(os.path.join(copied, shards.MANIFEST))
+    os.remove(os.path.join(copied, writer.MANIFEST))
     os.remove(part_path(copied, 1))
     write(phantom, copied, patients)
     for name in os.listdir(written):
@@ -158,15 +159,15 @@ def test_a_resumed_folder_equals_one_written_in_one_go(phantom, patients, writte
 
 def test_a_part_of_another_configuration_or_source_is_refused(phantom, patients, copied, tmp_path):
     with pytest.raises(UserError, match=r"part-00000\.parquet was made from something else \(image\.height: 48 there, 64"):
-        shards.write_part(phantom, copied, "part-00000.parquet", patients[:3], ImageConfig(64, 40))
+        writer.write_part(phantom, copied, "part-00000.parquet", patients[:3], ImageConfig(64, 40))
     with pytest.raises(UserError, match=r"made from something else \(patient0003 is gone\)"):
-        shards.write_part(phantom, copied, "part-00000.parquet", patients[:2], GRID)
+        writer.write_part(phantom, copied, "part-00000.parquet", patients[:2], GRID)
 
 
 def test_a_damaged_part_in_the_way_of_a_resume_is_refused_by_name(phantom, patients, copied):
     os.truncate(part_path(copied, 0), 100)
     with pytest.raises(UserError, match=r"part-00000\.parquet"):
-        shards.write_part(phantom, copied, "part-00000.parquet", patients[:3], GRID)
+        writer.write_part(phantom, copied, "part-00000.parquet", patients[:3], GRID)
 
 
 def test_damaged_recordings_go_to_quarantine_and_the_good_ones_stay(phantom, patients, tmp_path):
@@ -178,7 +179,7 @@ def test_damaged_recordings_go_to_quarantine_and_the_good_ones_stay(phantom, pat
     for view, phase in camus.stills_of():
         os.remove(camus.recording_path(source, second, view, phase, "_gt"))
     write(source, out, patients[:4])
-    opened = shards.open_shards(out)
+    opened = reader.open_shards(out)
     quarantined = opened.manifest["quarantined"]
     assert {(e["patient"], e["view"], e["phase"]) for e in quarantined} == {(first, "4CH", "ES")} | {
         (second, str(view), str(phase)) for view, phase in camus.stills_of()
@@ -198,7 +199,7 @@ def test_a_cfg_value_that_no_column_holds_does_not_stop_its_part(phantom, patien
     shutil.copytree(os.path.join(phantom, "database_nifti", patients[0]), os.path.join(source, "database_nifti", patients[0]))
     with open(os.path.join(source, "database_nifti", patients[0], "Info_2CH.cfg"), "w") as stream:
         stream.write("ED: 1\nAge: 1000000000000\n")
-    record = shards.write_part(source, out, "part-00000.parquet", patients[:1], GRID)
+    record = writer.write_part(source, out, "part-00000.parquet", patients[:1], GRID)
     assert record["rows"] + len(record["quarantined"]) == 4
 
 
@@ -212,42 +213,42 @@ def change_json(path: str, change) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "part-00000.parquet/../../x", "part-0.parquet", ""])
 def test_a_manifest_that_names_a_path_outside_is_refused(name, copied):
-    change_json(os.path.join(copied, shards.MANIFEST), lambda value: value["parts"][0].update(file=name))
+    change_json(os.path.join(copied, writer.MANIFEST), lambda value: value["parts"][0].update(file=name))
     with pytest.raises(UserError, match="names a part"):
         list(rows_of(copied))
 
 
 def test_a_folder_without_a_manifest_is_refused(copied, tmp_path):
     with pytest.raises(UserError, match="holds no finished shards"):
-        shards.open_shards(str(tmp_path / "nowhere"))
-    os.remove(os.path.join(copied, shards.MANIFEST))
+        reader.open_shards(str(tmp_path / "nowhere"))
+    os.remove(os.path.join(copied, writer.MANIFEST))
     with pytest.raises(UserError, match="holds no finished shards"):
-        shards.open_shards(copied)
+        reader.open_shards(copied)
 
 
 def test_a_manifest_of_another_format_or_damaged_is_refused(copied):
-    path = os.path.join(copied, shards.MANIFEST)
+    path = os.path.join(copied, writer.MANIFEST)
     change_json(path, lambda value: value.update(format=99))
     with pytest.raises(UserError, match="format 99"):
-        shards.open_shards(copied)
+        reader.open_shards(copied)
     os.truncate(path, 20)
     with pytest.raises(UserError, match=r"manifest\.json is missing or no valid JSON"):
-        shards.open_shards(copied)
+        reader.open_shards(copied)
 
 
 def test_splits_that_share_a_patient_or_name_a_stranger_are_refused(copied):
-    path = os.path.join(copied, shards.SPLITS)
+    path = os.path.join(copied, writer.SPLITS)
     change_json(path, lambda value: value["groups"]["test"].append("patient9999"))
     with pytest.raises(UserError, match="patient9999"):
-        shards.open_shards(copied)
+        reader.open_shards(copied)
     change_json(path, lambda value: value["groups"].update(test=value["groups"]["train"][:1]))
     with pytest.raises(UserError, match="is in both"):
-        shards.open_shards(copied)
+        reader.open_shards(copied)
 
 
 def test_the_fingerprint_follows_pixels_and_groups(phantom, patients, written, copied, tmp_path):
     write(phantom, str(tmp_path / "again"), patients)
-    original = shards.open_shards(written).fingerprint
-    assert shards.open_shards(str(tmp_path / "again")).fingerprint == original
-    change_json(os.path.join(copied, shards.SPLITS), lambda v: v["groups"]["test"].pop())
-    assert shards.open_shards(copied).fingerprint != original
+    original = reader.open_shards(written).fingerprint
+    assert reader.open_shards(str(tmp_path / "again")).fingerprint == original
+    change_json(os.path.join(copied, writer.SPLITS), lambda v: v["groups"]["test"].pop())
+    assert reader.open_shards(copied).fingerprint != original

@@ -14,8 +14,8 @@ import pytest
 import slurm_cluster
 from conftest import ROOT, tiny_experiment
 
-from heartseg import runs
-from heartseg.config import to_json
+from heartseg.config.experiment import to_json
+from heartseg.training import run_directory
 
 RAY = str(Path(sys.executable).with_name("ray"))
 EPOCHS = 30
@@ -99,7 +99,7 @@ def test_a_training_that_runs_out_of_time_is_queued_again_and_resumes(slurm, sha
     until(lambda: slurm.state(job) and token.exists() and token.read_text() not in ("", first_token), slurm, job)
     assert slurm.wait(job) == ("COMPLETED", 0), slurm.log(job)
     (run,) = out.iterdir()
-    assert [row["epoch"] for row in runs.read_record(str(run))] == list(range(1, EPOCHS + 1))
+    assert [row["epoch"] for row in run_directory.read_record(str(run))] == list(range(1, EPOCHS + 1))
     # At most the one that the signal cut short was trained twice; the log may lack the line that was on its way just then.
     told = re.findall(rf"epoch (\d+)/{EPOCHS}  train/loss", slurm.log(job))
     assert len(told) - len(set(told)) <= 1 and len(set(told)) >= EPOCHS - 1, slurm.log(job)

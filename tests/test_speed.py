@@ -11,13 +11,15 @@ import torch.multiprocessing as mp
 from conftest import tiny_experiment
 from torch import nn
 
-from heartseg import distributed, engine, metrics
-from heartseg.batches import Intensity, Loader, check_shares, share
-from heartseg.config import ModelConfig, TrainConfig
-from heartseg.distributed import Ranks
+from heartseg.config.experiment import ModelConfig
+from heartseg.config.training import TrainConfig
 from heartseg.errors import UserError
-from heartseg.metrics import ScoreSums
-from heartseg.model import build_model
+from heartseg.metrics import segmentation
+from heartseg.metrics.segmentation import ScoreSums
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.loader import Intensity, Loader, check_shares, share
+from heartseg.training import distributed, engine
+from heartseg.training.distributed import Ranks
 from jobs import train as train_job
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -198,14 +200,14 @@ def test_scores_do_not_depend_on_the_evaluation_batch(size):
 def test_counts_on_a_gpu_are_those_on_a_cpu():
     # The GPU's way runs here too; an image at native size is far below where float32 would round.
     prediction, target = batch(3)[1].long(), batch(4)[1][:3]
-    assert torch.equal(metrics._count_by_product(prediction, target), metrics._count_by_cell(prediction, target))
+    assert torch.equal(segmentation._count_by_product(prediction, target), segmentation._count_by_cell(prediction, target))
     large = torch.full((1, 1200, 1600), 2, dtype=torch.uint8)
-    assert metrics._count_by_product(large, large)[0, 2, 2] == 1200 * 1600
+    assert segmentation._count_by_product(large, large)[0, 2, 2] == 1200 * 1600
 
 
 def test_predicted_labels_are_those_of_argmax_also_among_equals():
     scores = torch.randint(3, (200, 4, 5, 7), generator=torch.Generator().manual_seed(0)).float()
-    labels = metrics.predicted_labels(scores)
+    labels = segmentation.predicted_labels(scores)
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), scores.argmax(dim=1))
 
 

@@ -11,12 +11,14 @@ from conftest import tiny_experiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heartseg import shard_writer, splits, storage
-from heartseg.config import ImageConfig, SplitConfig
+from heartseg.config.experiment import ImageConfig, SplitConfig
+from heartseg.datasets import splits
 from heartseg.errors import UserError
-from heartseg.shards import open_shards
+from heartseg.shards import writer
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
 from jobs import preprocess
-from jobs.stages import shards_name
+from jobs.support.pipeline_stages import shards_name
 
 PLAIN = preprocess.Options(launcher="plain")
 
@@ -133,7 +135,7 @@ def test_shards_are_divided_anew_without_their_source_and_without_touching_a_par
 
 
 def test_the_manifest_keeps_what_groups_are_balanced_by(copied, phantom):
-    from heartseg.phantom import patient_info
+    from heartseg.datasets.phantom import patient_info
 
     for name, record in open_shards(copied).manifest["patients"].items():
         info = patient_info(int(name.removeprefix("patient")))
@@ -141,11 +143,11 @@ def test_the_manifest_keeps_what_groups_are_balanced_by(copied, phantom):
 
 
 def test_a_split_written_before_there_were_folds_is_the_same_split(copied, phantom):
-    path = os.path.join(copied, shard_writer.SPLITS)
-    said = storage.read_json(path)
+    path = os.path.join(copied, writer.SPLITS)
+    said = filesystem.read_json(path)
     for name in ("folds", "fold", "stratify"):
         del said["config"][name]
-    storage.publish_json(path, said)
+    filesystem.publish_json(path, said)
     preprocess.run(tiny_experiment(source=phantom, out=copied), PLAIN)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from heartseg import locks, runs
+from heartseg.storage import locks
+from heartseg.training import run_directory
 from jobs.pipeline import perform
-from jobs.stages import Command, Stage, complete
-from jobs.story import Story, new_attempt
+from jobs.support.pipeline_stages import Command, Stage, complete
+from jobs.support.pipeline_state import Story, new_attempt
 
 
 class Jobs:
@@ -54,7 +55,7 @@ def training(folder: Path) -> Stage:
     """A stage whose every forced result is a further run."""
 
     def command(results, anew: bool) -> Command:
-        path = str(folder / runs.generation_name(str(folder), "run", fresh=anew))
+        path = str(folder / run_directory.generation_name(str(folder), "run", fresh=anew))
         return Command([path], path)
 
     return Stage("train", "train", (), lambda results: {}, command, lambda path: complete(path, "result"))

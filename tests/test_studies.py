@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 from test_formats import LOOP, dicom
 
-from heartseg import cycle, formats, nifti, outcome, overlays, storage, studies
-from heartseg.camus import recording_path
+from heartseg.datasets import nifti, readers
+from heartseg.datasets.camus import recording_path
+from heartseg.datasets.phantom import patient_info, write_phantom
+from heartseg.datasets.readers import Frames
 from heartseg.errors import UserError
-from heartseg.figures import contours, thicken
-from heartseg.formats import Frames
+from heartseg.inference import study_files, study_results
+from heartseg.inference.study_files import Clip, find_clips
 from heartseg.labels import CLASS_COLOURS, PHASES, VIEWS, Phase, View
-from heartseg.phantom import patient_info, write_phantom
-from heartseg.studies import Clip, find_clips
+from heartseg.metrics import ed_es_detection
+from heartseg.reporting import overlays
+from heartseg.reporting.contours import contours, thicken
+from heartseg.storage import filesystem
 
 IMAGE = np.arange(40 * 30, dtype=np.uint8).reshape(40, 30)
 TWO, FOUR = VIEWS
@@ -117,9 +121,9 @@ def test_an_output_among_the_inputs_is_refused(out, refused, tmp_path):
     clips = find_clips(str(tmp_path / "tree"))
     if out in ("tree", "tree/out", "."):
         with pytest.raises(UserError, match="outside it"):
-            studies.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
+            study_files.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
     else:
-        studies.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
+        study_files.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
 
 
 def test_dicoms_are_named_by_study_and_number_whatever_their_paths_say(tmp_path):
@@ -140,7 +144,7 @@ def test_a_cut_and_turned_picture_has_its_mask_where_the_file_has_the_heart(tmp_
     masks = np.zeros((1, 4, 3), np.uint8)
     masks[0, 0, 0] = 1  # upper left of what was turned round: lower right of the region in the file
     frames = Frames(masks * 9, (0.5, 0.25), box=(2, 1, 10, 8), flips=(1, 2))
-    studies.write_masks(str(tmp_path / "a.nii.gz"), masks, frames)
+    study_files.write_masks(str(tmp_path / "a.nii.gz"), masks, frames)
     found, spacing_mm = nifti.read_nifti(str(tmp_path / "a.nii.gz"))
     assert found.shape == (10, 8) and np.argwhere(found).tolist() == [[5, 3]] and spacing_mm == (0.5, 0.25)
 
@@ -155,7 +159,7 @@ def beat(frames: int, ed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("ed", [0, 3, 10, 19])
 def test_ed_and_es_are_the_largest_and_the_smallest(ed):
-    assert cycle.find_ed_es(beat(20, ed)) == (ed, (ed + 10) % 20)
+    assert ed_es_detection.find_ed_es(beat(20, ed)) == (ed, (ed + 10) % 20)
 
 
 @pytest.mark.parametrize("spoilt", itertools.combinations(range(0, 20, 4), 2))
@@ -163,21 +167,21 @@ def test_ed_and_es_are_the_largest_and_the_smallest(ed):
 def test_frames_whose_outline_failed_are_neither(spoilt, value):
     volumes = beat(20, ed=2)
     volumes[list(spoilt)] = value
-    found = cycle.find_ed_es(volumes)
+    found = ed_es_detection.find_ed_es(volumes)
     assert found is not None and abs(found[0] - 2) <= 1 and abs(found[1] - 12) <= 1
-    assert set(np.flatnonzero(cycle.implausible(volumes))) == set(spoilt)
+    assert set(np.flatnonzero(ed_es_detection.implausible(volumes))) == set(spoilt)
 
 
 def test_noise_of_a_few_percent_moves_ed_and_es_by_few_frames():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        ed, es = cycle.find_ed_es(beat(40, ed=10) * rng.normal(1, 0.03, 40))
+        ed, es = ed_es_detection.find_ed_es(beat(40, ed=10) * rng.normal(1, 0.03, 40))
         assert abs(ed - 10) <= 5 and abs(es - 30) <= 5
 
 
 @pytest.mark.parametrize("volumes", [[], [80.0], [np.nan] * 5, [0.0] * 5])
 def test_a_sequence_without_two_plausible_frames_has_none(volumes):
-    assert cycle.find_ed_es(np.array(volumes)) is None
+    assert ed_es_detection.find_ed_es(np.array(volumes)) is None
 
 
 # --- a patient's row
@@ -185,14 +189,14 @@ def test_a_sequence_without_two_plausible_frames_has_none(volumes):
 
 def truth_of(clip: Clip) -> np.ndarray:
     path = clip.path.replace(".nii.gz", "_gt.nii.gz")
-    return formats.read_nifti(storage.read_bytes(path)).pixels
+    return readers.read_nifti(filesystem.read_bytes(path)).pixels
 
 
-def finished(hearts: str, out: str, keep=lambda clip: True, draw: bool = False) -> dict[str, list[outcome.Outcome]]:
+def finished(hearts: str, out: str, keep=lambda clip: True) -> dict[str, list[study_results.Outcome]]:
     """Outcomes by patient with the truth in the place of a model's masks."""
     clips = [clip for clip in find_clips(hearts) if keep(clip)]
-    return outcome.by_patient(
-        outcome.finish(out, clip, formats.read(clip.path, "nifti"), truth_of(clip), [1.0] * 99, draw) for clip in clips
+    return study_results.by_patient(
+        study_results.finish(out, clip, readers.read(clip.path, "nifti"), truth_of(clip), [1.0] * 99) for clip in clips
     )
 
 
@@ -200,7 +204,7 @@ def finished(hearts: str, out: str, keep=lambda clip: True, draw: bool = False) 
 def test_ef_of_the_truth_is_the_closed_forms_from_stills_and_from_sequences(kind, hearts, tmp_path):
     found = finished(hearts, str(tmp_path), lambda clip: ("sequence" in clip.stem) == (kind == "sequences"))
     for number, (patient, outcomes) in enumerate(found.items(), start=1):
-        row = outcome.study_row(patient, outcomes)
+        row = study_results.study_row(patient, outcomes)
         assert row["ef_ase"] == pytest.approx(patient_info(number).ef, abs=2)
         assert row["from_4CH"] == ("stills" if kind == "stills" else f"{patient}_4CH_half_sequence")
         assert row["edv_ml_ase"] > row["esv_ml_ase"] > 10 and not row["reason"]
@@ -217,50 +221,50 @@ def test_the_ends_of_a_half_sequence_are_found_whichever_way_it_runs(hearts, tmp
 
 def test_one_view_alone_gives_its_single_plane_ef_and_says_what_is_missing(hearts, tmp_path):
     (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.view == View.FOUR_CHAMBER).values()
-    row = outcome.study_row("patient0001", outcomes)
+    row = study_results.study_row("patient0001", outcomes)
     assert np.isfinite(row["ef_4ch_ase"]) and np.isnan(row["ef_ase"]) and "no 2CH ED mask" in row["reason"]
-    assert "4CH alone" in outcome.headline(row)
+    assert "4CH alone" in study_results.headline(row)
 
 
 def test_without_spacing_there_is_an_ef_and_no_volume(hearts, tmp_path):
     path = recording_path(hearts, "patient0001", FOUR, Phase.ED)
-    frames = formats.read(path, "nifti")
+    frames = readers.read(path, "nifti")
     outcomes = []
     for view, phase in itertools.product(VIEWS, PHASES):
         clip = Clip(recording_path(hearts, "patient0001", view, phase), "nifti", "p", f"p_{view}_{phase}", view, phase, "p")
-        frames = formats.read(clip.path, "nifti")
+        frames = readers.read(clip.path, "nifti")
         unknown = Frames(frames.pixels, None, frames.place)
-        outcomes.append(outcome.finish(str(tmp_path), clip, unknown, truth_of(clip), [1.0] * 99, draw=False))
-    row = outcome.study_row("p", outcomes)
+        outcomes.append(study_results.finish(str(tmp_path), clip, unknown, truth_of(clip), [1.0] * 99))
+    row = study_results.study_row("p", outcomes)
     assert row["ef_ase"] == pytest.approx(patient_info(1).ef, abs=3) and np.isnan(row["edv_ml_ase"])
-    assert "EF" in outcome.headline(row) and "ml" not in outcome.headline(row)
+    assert "EF" in study_results.headline(row) and "ml" not in study_results.headline(row)
 
 
 def test_views_that_disagree_are_a_doubt_and_names_without_a_phase_say_what_to_do(hearts, tmp_path):
     (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.phase is not None).values()
-    row = outcome.study_row("patient0001", outcomes)
-    assert row["doubts"] == "" and row["confidence"] == 1 and "disagree" not in outcome.headline(row)
+    row = study_results.study_row("patient0001", outcomes)
+    assert row["doubts"] == "" and row["confidence"] == 1 and "disagree" not in study_results.headline(row)
     # The four-chamber view's end-systole in the place of its end-diastole: a ventricle that does not move.
     still = [o for o in outcomes if (o.clip.view, o.clip.phase) == (View.FOUR_CHAMBER, Phase.ES)][0]
     frozen = [o for o in outcomes if (o.clip.view, o.clip.phase) != (View.FOUR_CHAMBER, Phase.ED)]
-    frozen.append(outcome.Outcome(**{**vars(still), "phases": {Phase.ED: still.phases[Phase.ES]}}))
-    row = outcome.study_row("patient0001", frozen)
-    assert "the views disagree by" in row["doubts"] and "the views disagree by" in outcome.headline(row)
-    unnamed = outcome.Outcome(**{**vars(still), "clip": Clip(**{**vars(still.clip), "phase": None}), "phases": {}})
-    assert "--phase says it" in outcome.study_row("patient0001", [unnamed])["reason"]
+    frozen.append(study_results.Outcome(**{**vars(still), "phases": {Phase.ED: still.phases[Phase.ES]}}))
+    row = study_results.study_row("patient0001", frozen)
+    assert "the views disagree by" in row["doubts"] and "the views disagree by" in study_results.headline(row)
+    unnamed = study_results.Outcome(**{**vars(still), "clip": Clip(**{**vars(still.clip), "phase": None}), "phases": {}})
+    assert "--phase says it" in study_results.study_row("patient0001", [unnamed])["reason"]
 
 
 def test_a_sequence_of_an_unknown_view_is_measured_and_its_row_says_what_to_do(hearts, tmp_path):
     (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.stem.endswith("2CH_half_sequence")).values()
     unknown = Clip(**{**vars(outcomes[0].clip), "view": None})
-    nameless = outcome.Outcome(**{**vars(outcomes[0]), "clip": unknown})
-    assert "--view" in outcome.study_row("patient0001", [nameless])["reason"]
-    assert outcome.clip_record(nameless)["ef_single_plane"] > 0
+    nameless = study_results.Outcome(**{**vars(outcomes[0]), "clip": unknown})
+    assert "--view" in study_results.study_row("patient0001", [nameless])["reason"]
+    assert study_results.clip_record(nameless)["ef_single_plane"] > 0
 
 
 def test_the_tables_hold_every_patient_and_say_what_they_are_not_for(hearts, tmp_path):
-    rows = [outcome.study_row(patient, found) for patient, found in finished(hearts, str(tmp_path)).items()]
-    outcome.write_tables(str(tmp_path), rows, [], [{"input": "x", "reason": "is empty"}], {"epoch": 1})
+    rows = [study_results.study_row(patient, found) for patient, found in finished(hearts, str(tmp_path)).items()]
+    study_results.write_tables(str(tmp_path), rows, [], [{"input": "x", "reason": "is empty"}], {"epoch": 1})
     with open(tmp_path / "ef.csv") as stream:
         table = list(csv.DictReader(stream))
     assert [line["patient"] for line in table] == ["patient0001", "patient0002"]
@@ -299,9 +303,11 @@ def test_rims_looked_for_around_the_structures_are_those_of_the_whole_mask(corne
 def test_a_sequence_becomes_an_endless_gif_with_every_frame_and_few_of_a_long_one(hearts, tmp_path):
     from PIL import Image
 
-    (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.stem.endswith("2CH_half_sequence"), draw=True).values()
+    clip = next(clip for clip in find_clips(hearts) if clip.stem.endswith("2CH_half_sequence"))
+    frames, masks = readers.read(clip.path, "nifti"), truth_of(clip)
+    overlays.write_overlays(str(tmp_path), clip, frames, masks, {0: "ED"})
     with Image.open(tmp_path / "patient0001" / "patient0001_2CH_half_sequence_overlay.gif") as gif:
-        assert gif.n_frames == outcomes[0].frames and gif.info["loop"] == 0
+        assert gif.n_frames == len(masks) and gif.info["loop"] == 0
     shown = overlays.shown_frames(500, always=[7])
     assert len(shown) <= overlays.MAX_GIF_FRAMES + 1 and 7 in shown and shown[0] == 0
 
@@ -309,4 +315,4 @@ def test_a_sequence_becomes_an_endless_gif_with_every_frame_and_few_of_a_long_on
 def test_an_object_stores_tree_is_found_as_a_folder_is(hearts):
     found = find_clips(f"file://{hearts}")
     assert named(found) == named(find_clips(hearts)) and found[0].path.startswith("file://")
-    assert formats.read(found[0].path, "nifti").pixels.any()
+    assert readers.read(found[0].path, "nifti").pixels.any()

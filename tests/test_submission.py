@@ -13,7 +13,8 @@ import ray
 from ray.train import WorkerGroupError
 
 from heartseg.errors import StorageError, UserError
-from jobs import runtime, submission, train
+from jobs import train
+from jobs.support import command_line, job_submission
 
 JOB = "train-0404abcd"
 
@@ -40,12 +41,12 @@ def dashboard(monkeypatch):
         def log_message(self, *_):
             pass
 
-    monkeypatch.setattr(submission, "SECONDS_BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr(submission, "SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(job_submission, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(job_submission, "SECONDS_OF_SILENCE", 0.5)
     with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{server.server_address[1]}")
-        yield submission.Cluster(), answers
+        yield job_submission.Cluster(), answers
         server.shutdown()
 
 
@@ -91,10 +92,10 @@ def test_a_log_that_cannot_be_followed_does_not_end_the_following(dashboard):
 
 def test_a_store_that_was_away_is_worth_another_try_and_a_mistake_is_not(dashboard):
     cluster, answers = dashboard
-    answers.append(details("FAILED", runtime.STORE_AWAY))
-    with pytest.raises(submission.JobFailed, match="The store does not answer"):
+    answers.append(details("FAILED", command_line.STORE_AWAY))
+    with pytest.raises(job_submission.JobFailed, match="The store does not answer"):
         cluster.run("train", [], JOB)
-    answers[:] = [details("FAILED", runtime.MISTAKE)]
+    answers[:] = [details("FAILED", command_line.MISTAKE)]
     with pytest.raises(UserError, match="The store does not answer"):
         cluster.run("train", [], JOB)
 
@@ -111,10 +112,10 @@ def test_only_a_submitted_job_tells_a_store_that_was_away_from_a_mistake(submitt
         raise StorageError("s3://bucket does not answer.")
 
     monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.delenv(runtime.JOB_CONFIG, raising=False)
+    monkeypatch.delenv(command_line.JOB_CONFIG, raising=False)
     if submitted:
-        monkeypatch.setenv(runtime.JOB_CONFIG, "{}")
-    monkeypatch.setattr(runtime, "heed_sigterm", lambda: None)  # the test's own process keeps its signals
+        monkeypatch.setenv(command_line.JOB_CONFIG, "{}")
+    monkeypatch.setattr(command_line, "heed_sigterm", lambda: None)  # the test's own process keeps its signals
     with pytest.raises(SystemExit) as left:
-        runtime.main(job)
+        command_line.main(job)
     assert left.value.code == code and capsys.readouterr().err == "train.py: s3://bucket does not answer.\n"

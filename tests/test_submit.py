@@ -19,15 +19,16 @@ import torch
 from conftest import ROOT, tiny_experiment
 from local_cluster import begin_until, free_port
 
-from heartseg import checkpoint, engine, runs
-from heartseg.config import TrackingConfig, to_json
-from heartseg.distributed import Ranks
-from heartseg.model import build_model
-from heartseg.phantom import write_phantom
-from heartseg.recipes import seed
-from heartseg.shards import open_shards
+from heartseg.config.experiment import TrackingConfig, to_json
+from heartseg.config.recipes import seed
+from heartseg.datasets.phantom import write_phantom
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.reader import open_shards
+from heartseg.training import engine, run_directory
+from heartseg.training.distributed import Ranks
 from jobs import preprocess
-from jobs.story import Story
+from jobs.support.pipeline_state import Story
 
 # Looks like a key of Weights & Biases, and is found in what a run leaves if it is anywhere there.
 SECRET = "5ec7e7" + "0123456789abcdef" * 2 + "17"
@@ -43,13 +44,13 @@ def seed_run(tmp_path_factory) -> dict[str, str]:
     experiment = replace(seed(), source=str(folder / "phantom"), out=environment["HEARTSEG_DATA"])
     preprocess.run(experiment, preprocess.Options(launcher="plain"))
     experiment = replace(experiment, data=environment["HEARTSEG_DATA"], runs=environment["HEARTSEG_RUNS"])
-    run = runs.open_run(experiment, open_shards(experiment.data))
+    run = run_directory.open_run(experiment, open_shards(experiment.data))
     alone = Ranks(0, 1, torch.device("cpu"))
     state = engine.start(experiment, build_model(experiment.model), alone, lambda model: model)
     state.epoch = 169
     card = {"epoch": 169, "experiment": to_json(experiment), "intensity": [0.0, 1.0], "metrics": {"epoch": 169}}
     checkpoint.save(run.path, state.model.state_dict(), state.state_dict(), card)
-    runs.write_record(run.path, [{"epoch": 169, "seconds": 1.0}])
+    run_directory.write_record(run.path, [{"epoch": 169, "seconds": 1.0}])
     return environment | {"run": run.path}
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from heartseg.labels import STRUCTURE_LABELS
-from heartseg.metrics import DISTANCES, surface_distances
+from heartseg.metrics.segmentation import DISTANCES, surface_distances
 
 KINDS = ("hd", "hd95", "masd")
 SPACINGS = st.tuples(*[st.floats(0.1, 3.0, allow_subnormal=False)] * 2)

@@ -13,14 +13,16 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heartseg import camus, shards, storage, survey
-from heartseg.config import ImageConfig, SplitConfig
+from heartseg.config.experiment import ImageConfig, SplitConfig
+from heartseg.datasets import camus
 from heartseg.errors import UserError
+from heartseg.shards import inspection, reader, reuse, writer
+from heartseg.storage import filesystem
 from jobs import inspect_shards
 
 GRID = ImageConfig(height=48, width=40)
 PARTS = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
-FILES = [*PARTS, shards.MANIFEST, shards.SPLITS]
+FILES = [*PARTS, writer.MANIFEST, writer.SPLITS]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,9 @@ def written(phantom, tmp_path_factory) -> str:
     patients = camus.find_patients(source)[:6]
     os.remove(camus.recording_path(source, patients[0], "2CH", "ES"))
     chunks = [patients[start : start + 2] for start in (0, 2, 4)]
-    parts = [shards.write_part(source, out, name, chunk, GRID) for name, chunk in zip(PARTS, chunks, strict=True)]
-    manifest = shards.write_manifest(out, "phantom", GRID, parts)
-    shards.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
+    parts = [writer.write_part(source, out, name, chunk, GRID) for name, chunk in zip(PARTS, chunks, strict=True)]
+    manifest = writer.write_manifest(out, "phantom", GRID, parts)
+    writer.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
     return out
 
 
@@ -42,18 +44,18 @@ def copied(written, tmp_path) -> str:
     return shutil.copytree(written, str(tmp_path / "shards"))
 
 
-def look(path: str) -> tuple[shards.Shards, survey.Survey]:
-    opened = shards.open_shards(path)
-    return opened, survey.look(opened)[0]
+def look(path: str) -> tuple[reader.Shards, inspection.Survey]:
+    opened = reader.open_shards(path)
+    return opened, inspection.look(opened)[0]
 
 
 def damaged(path: str) -> list[str]:
-    return sorted(damage.file for damage in survey.find_damage(path))
+    return sorted(damage.file for damage in inspection.find_damage(path))
 
 
 def test_numbers_equal_a_direct_computation(phantom, written):
     opened, found = look(written)
-    frames = shards.load_groups(opened, opened.groups).values()
+    frames = reader.load_groups(opened, opened.groups).values()
     images = np.concatenate([group.images.numpy() for group in frames]) + 0.0
     masks = np.concatenate([group.masks.numpy() for group in frames])
     assert found.rows == len(images) == 23
@@ -68,31 +70,31 @@ def test_numbers_equal_a_direct_computation(phantom, written):
     assert found.quality == {kind: quality.count(kind) for kind in set(quality)}
 
 
-def rows_of(opened: shards.Shards) -> list[dict]:
-    return [row for part in opened.manifest["parts"] for row in shards.read_part(opened, part).to_pylist()]
+def rows_of(opened: reader.Shards) -> list[dict]:
+    return [row for part in opened.manifest["parts"] for row in reader.read_part(opened, part).to_pylist()]
 
 
 def test_ejection_fractions_fall_into_their_bins_and_every_patient_into_one():
-    found = survey.Survey(ef={"a": 29.9, "b": 30.0, "c": 55.5, "d": None, "e": 70.0, "f": 99.0})
+    found = inspection.Survey(ef={"a": 29.9, "b": 30.0, "c": 55.5, "d": None, "e": 70.0, "f": 99.0})
     assert found.ef_counts == {
         "below 30": 1, "30 to 40": 1, "40 to 50": 0, "50 to 60": 1, "60 to 70": 0, "70 and above": 2, "not known": 1,
     }  # fmt: skip
 
 
 def test_groups_and_patients_in_none_are_counted(copied):
-    split = storage.read_json(os.path.join(copied, shards.SPLITS))
+    split = filesystem.read_json(os.path.join(copied, writer.SPLITS))
     left = split["groups"]["test"].pop()
-    storage.publish_json(os.path.join(copied, shards.SPLITS), split)
+    filesystem.publish_json(os.path.join(copied, writer.SPLITS), split)
     opened, found = look(copied)
-    _, heading, rows = survey.tables(opened, found)[0]
+    _, heading, rows = inspect_shards.survey_tables(opened, found)[0]
     rows_left = opened.manifest["patients"][left]["rows"]
     assert heading == ("group", "patients", "images") and ("in no group", "1", str(rows_left)) in rows
     assert sum(int(row[2]) for row in rows) == 23 and sum(int(row[1]) for row in rows) == 6
 
 
 def test_one_part_is_in_memory_at_a_time(written, monkeypatch):
-    opened, alive, most = shards.open_shards(written), [], []
-    real = shards.as_frames
+    opened, alive, most = reader.open_shards(written), [], []
+    real = reader.as_frames
 
     def watched(table, image):
         frames = real(table, image)
@@ -100,8 +102,8 @@ def test_one_part_is_in_memory_at_a_time(written, monkeypatch):
         most.append(sum(reference() is not None for reference in alive))
         return frames
 
-    monkeypatch.setattr(shards, "as_frames", watched)
-    _, kept = survey.look(opened, range(23))
+    monkeypatch.setattr(reader, "as_frames", watched)
+    _, kept = inspection.look(opened, range(23))
     assert len(most) == 3 and max(most) <= 2 and len(kept) == 23  # the last part goes when the next one has come
 
 
@@ -121,45 +123,45 @@ def test_one_changed_byte_in_any_file_is_found_and_named(file, where, flip, writ
     found = damaged(folder)
     assert file in found
     # A changed manifest may blame a part for what it says of it; nothing else is blamed for what it is not.
-    assert found == [file] or file == shards.MANIFEST
+    assert found == [file] or file == writer.MANIFEST
 
 
 def test_every_byte_of_the_manifest_and_the_split_counts(written, tmp_path):
-    for name in (shards.MANIFEST, shards.SPLITS):
+    for name in (writer.MANIFEST, writer.SPLITS):
         with open(os.path.join(written, name), "rb") as stream:
             raw = stream.read()
         for position in range(0, len(raw), 7):
             changed = raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :]
             (tmp_path / name).write_bytes(changed)
-            assert survey.seal_damage(str(tmp_path / name)), (name, position)
+            assert inspection.seal_damage(str(tmp_path / name)), (name, position)
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new"), [(shards.SPLITS, b'"seed": 0', b'"seed": 1'), (shards.MANIFEST, b"{\n", b"{ ")]
+    ("file", "old", "new"), [(writer.SPLITS, b'"seed": 0', b'"seed": 1'), (writer.MANIFEST, b"{\n", b"{ ")]
 )
 def test_a_change_that_reads_as_well_is_named_all_the_same(file, old, new, copied):
     path = os.path.join(copied, file)
-    raw = storage.read_bytes(path)
+    raw = filesystem.read_bytes(path)
     assert old in raw
-    storage.publish(path, raw.replace(old, new, 1))
-    assert shards.open_shards(copied) and damaged(copied) == [file]
+    filesystem.publish(path, raw.replace(old, new, 1))
+    assert reader.open_shards(copied) and damaged(copied) == [file]
 
 
 def test_every_damaged_part_is_named_and_not_only_the_first(copied):
     os.truncate(os.path.join(copied, PARTS[0]), 100)
     os.remove(os.path.join(copied, PARTS[1]))
     shutil.copy(os.path.join(copied, PARTS[2]), os.path.join(copied, "part-00009.parquet"))
-    os.remove(os.path.join(copied, shards.SPLITS))
-    assert damaged(copied) == [PARTS[0], PARTS[1], "part-00009.parquet", shards.SPLITS]
+    os.remove(os.path.join(copied, writer.SPLITS))
+    assert damaged(copied) == [PARTS[0], PARTS[1], "part-00009.parquet", writer.SPLITS]
 
 
 def rewrite(folder: str, change) -> None:
     """Change the first part's table, and seal the manifest anew with its hash: what only a look at the rows shows."""
-    path, manifest_path = os.path.join(folder, PARTS[0]), os.path.join(folder, shards.MANIFEST)
-    num_bytes, digest = storage.write_table(path, change(storage.read_table(storage.read_bytes(path))))
-    manifest = storage.read_json(manifest_path)
+    path, manifest_path = os.path.join(folder, PARTS[0]), os.path.join(folder, writer.MANIFEST)
+    num_bytes, digest = filesystem.write_table(path, change(filesystem.read_table(filesystem.read_bytes(path))))
+    manifest = filesystem.read_json(manifest_path)
     manifest["parts"][0] |= {"bytes": num_bytes, "sha256": digest}
-    storage.publish_json(manifest_path, shards.sealed(manifest))
+    filesystem.publish_json(manifest_path, reuse.sealed(manifest))
 
 
 def with_column(table: pa.Table, name: str, change) -> pa.Table:
@@ -187,17 +189,17 @@ def test_rows_that_are_no_rows_are_found_although_the_hash_is_right(kind, copied
     rewrite(copied, lambda table: table)
     assert damaged(copied) == []
     rewrite(copied, change)
-    (found,) = survey.find_damage(copied)
+    (found,) = inspection.find_damage(copied)
     assert found.file == PARTS[0] and reason in found.reason
 
 
 def test_a_split_that_contradicts_the_manifest_is_named(copied):
-    path = os.path.join(copied, shards.SPLITS)
-    split = storage.read_json(path)
+    path = os.path.join(copied, writer.SPLITS)
+    split = filesystem.read_json(path)
     split["groups"]["test"].append("patient9999")
-    storage.publish_json(path, shards.sealed(split))
-    (found,) = survey.find_damage(copied)
-    assert found.file == shards.SPLITS and "patient9999" in found.reason
+    filesystem.publish_json(path, reuse.sealed(split))
+    (found,) = inspection.find_damage(copied)
+    assert found.file == writer.SPLITS and "patient9999" in found.reason
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess:
@@ -217,9 +219,9 @@ def test_the_page_and_the_sheet_show_the_drawn_images_and_the_seed_draws_them_ag
     outs = [str(tmp_path / name) for name in "abc"]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
         inspect_shards.run(inspect_shards.Options(written, out, verify=True, images=5, seed=seed))
-    sheets = [storage.read_bytes(os.path.join(out, inspect_shards.SHEET)) for out in outs]
+    sheets = [filesystem.read_bytes(os.path.join(out, inspect_shards.SHEET)) for out in outs]
     assert sheets[0][:8] == b"\x89PNG\r\n\x1a\n" and sheets[0] == sheets[1] != sheets[2]
-    page = storage.read_bytes(os.path.join(outs[0], inspect_shards.PAGE)).decode()
+    page = filesystem.read_bytes(os.path.join(outs[0], inspect_shards.PAGE)).decode()
     assert "http" not in page.replace("http-equiv", "") and page.count("<img") == 1 and "5 images drawn" in page
     assert "_2CH_ES.nii.gz" in page  # what is in quarantine
     said = capsys.readouterr().out
@@ -233,10 +235,10 @@ def test_nothing_is_written_where_no_folder_is_given(written):
 
 
 def test_drawn_rows_are_the_rows_at_their_positions(written):
-    opened = shards.open_shards(written)
-    picked = survey.pick(23, 6, seed=3)
-    assert len(set(picked)) == 6 and survey.pick(23, 99, seed=3) == list(range(23))
-    _, kept = survey.look(opened, picked)
+    opened = reader.open_shards(written)
+    picked = inspection.pick(23, 6, seed=3)
+    assert len(set(picked)) == 6 and inspection.pick(23, 99, seed=3) == list(range(23))
+    _, kept = inspection.look(opened, picked)
     for place, row in zip(picked, kept, strict=True):
         expected = rows_of(opened)[place]
         assert (row["patient"], row["view"], row["phase"]) == (expected["patient"], expected["view"], expected["phase"])

@@ -13,14 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 
-from heartseg import runs, search_space, storage, sweep_figures, sweep_page, sweeps
-from heartseg.config import TrainConfig, from_json, identity
+from heartseg.config.experiment import from_json, identity
+from heartseg.config.recipes import quick
+from heartseg.config.training import TrainConfig
 from heartseg.errors import UserError
-from heartseg.recipes import quick
-from heartseg.search_space import LogRange, SearchSpace, make_axes
-from heartseg.shards import hold_out, open_shards
-from heartseg.sweeps import FAILED, FINISHED, METRIC, STOPPED, Plan
-from jobs import train, trials, tune
+from heartseg.reporting import sweep_page, sweep_plots
+from heartseg.shards.reader import hold_out, open_shards
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from heartseg.tuning import search_space
+from heartseg.tuning import sweep as sweeps
+from heartseg.tuning.search_space import LogRange, SearchSpace, make_axes
+from heartseg.tuning.sweep import FAILED, FINISHED, METRIC, STOPPED, Plan
+from jobs import train, tune
+from jobs.support import ray_trials
 
 SPACE = SearchSpace(schedules=("cosine", "step", "one_cycle"), momentum=(0.8, 0.9), lr_points=2)
 
@@ -84,14 +90,14 @@ def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_t
     opened = sweeps.open_sweep(experiment, held, options.plan)
     for number, point in enumerate(search_space.listed(opened.base, changes)):
         trial = sweeps.add_trial(opened, held, number, point)
-        runs.write_record(trial.run.path, [{"epoch": 1, METRIC: 0.5 + number / 10, "seconds": 1.0}])
+        run_directory.write_record(trial.run.path, [{"epoch": 1, METRIC: 0.5 + number / 10, "seconds": 1.0}])
         sweeps.end_trial(trial.run.path, FINISHED)
     table, best = sweeps.write_results(opened)
     assert list(table["change"]) == ["train.seed=1", "optim.lr=0.01", "-"] and best.train.seed == 1
-    page = storage.read_bytes(sweep_page.write_page(opened, table)).decode()
+    page = filesystem.read_bytes(sweep_page.write_page(opened, table)).decode()
     assert "optim.lr=0.01" in page and "base rates" not in page
     assert "Each change against the recipe" in page
-    (axes,) = sweep_figures.differences(table, sweep_page.SCORE).axes
+    (axes,) = sweep_plots.differences(table, sweep_page.SCORE).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["train.seed=1", "optim.lr=0.01", "the recipe"]
     assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["+0.2000", "+0.1000", "+0.0000"]
 
@@ -127,9 +133,9 @@ def test_a_run_with_a_holdout_never_looks_at_the_reported_group(shards, tmp_path
     experiment = tiny_experiment(data=shards, runs=str(tmp_path))
     experiment = replace(experiment, train=replace(experiment.train, epochs=1, holdout=0.3))
     path = train.run(experiment, train.Options(launcher="plain"))
-    (row,) = runs.read_record(path)
+    (row,) = run_directory.read_record(path)
     assert METRIC in row and not any(name.startswith("test/") for name in row)
-    said = storage.read_json(storage.join(path, runs.DESCRIPTION))
+    said = filesystem.read_json(filesystem.join(path, run_directory.DESCRIPTION))
     assert not {*said["train_patients"], *said["val_patients"]} & {*open_shards(shards).groups["test"]}
 
 
@@ -150,7 +156,7 @@ def sweep(shards, tmp_path):
     for number, (kind, reached) in enumerate(scores.items()):
         trial = sweeps.add_trial(opened, held, number, {"schedule.kind": kind, "optim.lr": 0.01 * (number + 1)})
         rows = [{"epoch": epoch, METRIC: value, "seconds": 1.5} for epoch, value in enumerate(reached, 1)]
-        runs.write_record(trial.run.path, rows)
+        run_directory.write_record(trial.run.path, rows)
         states = {"constant": (FINISHED, ""), "cosine": (STOPPED, "too low"), "step": (FAILED, "no memory")}
         if kind in states:
             sweeps.end_trial(trial.run.path, *states[kind])
@@ -166,13 +172,13 @@ def test_the_table_ranks_finished_trials_before_those_that_could_not_show_their_
     assert sweeps.epochs_saved(sweep, table) == (6, 8)
     for name in ("sweep.csv", "sweep.parquet"):
         read = pandas.read_csv if name.endswith("csv") else pandas.read_parquet
-        assert list(read(storage.join(sweep.path, name))["trial"]) == list(table["trial"])
+        assert list(read(filesystem.join(sweep.path, name))["trial"]) == list(table["trial"])
     assert best.schedule.kind == "constant" and best.optim.lr == 0.01
 
 
 def test_best_json_is_a_complete_experiment_whose_run_is_the_trials(sweep):
     _, best = sweeps.write_results(sweep)
-    there = from_json(storage.read_json(storage.join(sweep.path, "best.json")))
+    there = from_json(filesystem.read_json(filesystem.join(sweep.path, "best.json")))
     assert there == best and there.tracking.group == "" and not there.runs.startswith(sweep.path)
     assert identity(there) == sweeps.read_trials(sweep)[0].run.description["identity"]
 
@@ -189,8 +195,8 @@ def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, shar
 
 def test_a_suggestion_that_a_kill_left_without_its_run_is_completed(sweep, shards):
     held = hold_out(open_shards(shards), 0.3)
-    begun = storage.join(sweep.base.runs, "009-cosine")
-    storage.publish_json(storage.join(begun, sweeps.SUGGESTION), {"number": 9, "values": {"schedule.kind": "cosine"}})
+    begun = filesystem.join(sweep.base.runs, "009-cosine")
+    filesystem.publish_json(filesystem.join(begun, sweeps.SUGGESTION), {"number": 9, "values": {"schedule.kind": "cosine"}})
     assert len(sweeps.read_trials(sweep)) == 4
     sweeps.mend_trials(sweep, held)
     assert sweeps.read_trials(sweep)[-1].number == 9
@@ -201,7 +207,7 @@ def live(name: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(trial_id=f"tune's {name}", config={"run": f"/nowhere/{name}"})
 
 
-def tell(scheduler: trials.Rungs, name: str, epoch: int, score: float) -> str:
+def tell(scheduler: ray_trials.Rungs, name: str, epoch: int, score: float) -> str:
     return scheduler.on_trial_result(None, live(name), {"epoch": epoch, METRIC: score})
 
 
@@ -214,7 +220,7 @@ def remembered(name: str, scores: list[float], state: str = "") -> types.SimpleN
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), epochs=st.integers(3, 12), reduction=st.sampled_from([2.0, 3.0]))
 def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_would(data, epochs, reduction):
-    plan, undisturbed = Plan(reduction=reduction), trials.Rungs(Plan(reduction=reduction), 1, epochs)
+    plan, undisturbed = Plan(reduction=reduction), ray_trials.Rungs(Plan(reduction=reduction), 1, epochs)
     score = st.floats(0, 1)
     known = [
         remembered(str(number), data.draw(st.lists(score, max_size=epochs - 1)), STOPPED)
@@ -223,12 +229,12 @@ def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_
     undisturbed.replay([])
     for trial in known:
         undisturbed.on_trial_add(None, live(trial.run.name))
-    with mock.patch.object(sweeps, "end_trial"), mock.patch.object(runs, "read_record", return_value=[]):
+    with mock.patch.object(sweeps, "end_trial"), mock.patch.object(run_directory, "read_record", return_value=[]):
         for epoch in range(1, epochs):
             for trial in known:
                 for row in trial.record[epoch - 1 : epoch]:
                     tell(undisturbed, trial.run.name, epoch, row[METRIC])
-        resumed = trials.Rungs(plan, 1, epochs)
+        resumed = ray_trials.Rungs(plan, 1, epochs)
         resumed.replay(known)
         for scheduler in (undisturbed, resumed):
             scheduler.on_trial_add(None, live("new"))
@@ -238,7 +244,7 @@ def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_
 
 
 def test_a_resumed_trial_that_was_best_at_its_rung_is_not_judged_there_again():
-    resumed = trials.Rungs(Plan(reduction=3.0), 1, 9)
+    resumed = ray_trials.Rungs(Plan(reduction=3.0), 1, 9)
     resumed.replay([remembered("weak", [0.4], STOPPED), remembered("best", [0.5])])
     resumed.on_trial_add(None, live("best"))
     assert tell(resumed, "best", 2, 0.3) == TrialScheduler.CONTINUE  # a dip between two rungs
@@ -246,16 +252,18 @@ def test_a_resumed_trial_that_was_best_at_its_rung_is_not_judged_there_again():
 
 def test_a_trial_that_had_passed_its_rung_or_has_come_to_its_end_is_not_stopped_at_the_resume(sweep):
     first, _, _, last = sweeps.read_trials(sweep)
-    os.remove(storage.join(first.run.path, sweeps.OUTCOME))  # complete, and killed before it could say so
-    runs.write_record(last.run.path, [{"epoch": e, METRIC: v, "seconds": 1.0} for e, v in enumerate([0.15, 0.16, 0.9], 1)])
-    trials.build_scheduler(Plan(reduction=2.0, grace_epochs=2), sweep.base, sweeps.read_trials(sweep))
+    os.remove(filesystem.join(first.run.path, sweeps.OUTCOME))  # complete, and killed before it could say so
+    run_directory.write_record(
+        last.run.path, [{"epoch": e, METRIC: v, "seconds": 1.0} for e, v in enumerate([0.15, 0.16, 0.9], 1)]
+    )
+    ray_trials.build_scheduler(Plan(reduction=2.0, grace_epochs=2), sweep.base, sweeps.read_trials(sweep))
     assert [trial.state for trial in sweeps.read_trials(sweep)] == ["", STOPPED, FAILED, ""]
 
 
 def test_a_trial_whose_last_epoch_the_rungs_would_have_stopped_is_stopped_at_the_resume(sweep):
     under_way = sweeps.read_trials(sweep)[3]
-    runs.write_record(under_way.run.path, [{"epoch": 1, METRIC: 0.05, "seconds": 1.0}])
-    trials.build_scheduler(Plan(reduction=2.0, grace_epochs=1), sweep.base, sweeps.read_trials(sweep))
+    run_directory.write_record(under_way.run.path, [{"epoch": 1, METRIC: 0.05, "seconds": 1.0}])
+    ray_trials.build_scheduler(Plan(reduction=2.0, grace_epochs=1), sweep.base, sweeps.read_trials(sweep))
     assert sweeps.read_trials(sweep)[3].state == STOPPED
 
 
@@ -279,7 +287,7 @@ def test_a_space_with_fewer_points_than_trials_ends_with_what_it_holds(sweep, sh
     base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
     for search in ("random", "optuna", "grid"):
         plan = Plan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 1.0)), search=search)
-        asked = trials.Suggestions(sweeps.open_sweep(base, held, plan), held, plan, 12, {})
+        asked = ray_trials.Suggestions(sweeps.open_sweep(base, held, plan), held, plan, 12, {})
         given_out = [asked.suggest(str(number)) for number in range(3)]
         assert [point == "FINISHED" for point in given_out] == [False, False, True]
 
@@ -298,7 +306,7 @@ def test_a_name_that_is_no_folder_is_refused(sweep, shards, name):
 
 
 def test_no_trial_is_stopped_at_its_last_epoch():
-    scheduler = trials.Rungs(Plan(reduction=2.0), 1, 4)
+    scheduler = ray_trials.Rungs(Plan(reduction=2.0), 1, 4)
     for name, scores in {"good": [0.9, 0.9, 0.9, 0.9], "late": [0.95, 0.95, 0.95, 0.1]}.items():
         scheduler.on_trial_add(None, live(name))
         assert {tell(scheduler, name, epoch, score) for epoch, score in enumerate(scores, 1)} == {TrialScheduler.CONTINUE}
@@ -306,7 +314,7 @@ def test_no_trial_is_stopped_at_its_last_epoch():
 
 def test_the_page_needs_no_network_and_says_who_won_and_what_was_saved(sweep):
     table, _ = sweeps.write_results(sweep)
-    page = storage.read_bytes(sweep_page.write_page(sweep, table)).decode()
+    page = filesystem.read_bytes(sweep_page.write_page(sweep, table)).decode()
     assert "000-constant" in page and "25 % saved" in page and "no memory" in page
     assert page.count("<svg") == 3 and "<script" not in page and "<img" not in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
@@ -319,14 +327,14 @@ def test_grids_and_draws_begin_with_the_recipe_and_try_nothing_twice(sweep, shar
     for search in ("grid", "random", "optuna"):
         plan = Plan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 2.0), lr_points=2), search=search)
         opened = sweeps.open_sweep(base, held, plan)
-        asked = trials.Suggestions(opened, held, plan, 4, {})
+        asked = ray_trials.Suggestions(opened, held, plan, 4, {})
         given_out = [asked.suggest(str(number)) for number in range(6)]
         found = sweeps.read_trials(opened)
         assert [trial.number for trial in found][0] == 0 and found[0].values["optim.lr"] == base.optim.lr
         assert len({json.dumps(trial.values) for trial in found}) == len(found) == 4
         assert given_out[4:] == ["FINISHED", "FINISHED"]
         # The same command again: what is unfinished comes first, in order, and no new trial is needed.
-        again = trials.Suggestions(opened, held, plan, 5, {})
+        again = ray_trials.Suggestions(opened, held, plan, 5, {})
         assert [again.suggest(str(n))["run"] for n in range(4)] == [trial.run.path for trial in found]
         assert (again.suggest("4") == "FINISHED") == (search == "grid")  # whose four combinations are used up
 
@@ -335,7 +343,7 @@ def test_a_sweep_without_a_trial_has_tables_and_a_page(sweep, shards):
     held = hold_out(open_shards(shards), 0.3)
     empty = sweeps.open_sweep(replace(sweep.base, runs=os.path.dirname(sweep.path)), held, Plan(), "empty")
     table, best = sweeps.write_results(empty)
-    assert best is None and "No trial has finished" in storage.read_bytes(sweep_page.write_page(empty, table)).decode()
+    assert best is None and "No trial has finished" in filesystem.read_bytes(sweep_page.write_page(empty, table)).decode()
 
 
 def test_defaults_of_a_trial_are_the_recipes():

@@ -13,9 +13,9 @@ from conftest import tiny_experiment
 from tracked_runs import EPOCHS, FAST, TRACKS, assert_same, finish, kept_rows, start, sync, the_run, track, without_key
 from wandb_server import KEY, Server, serving
 
-from heartseg import runs, tracking
-from heartseg.config import TrackingConfig
-from heartseg.shards import open_shards
+from heartseg.config.experiment import TrackingConfig
+from heartseg.shards.reader import open_shards
+from heartseg.training import run_directory, wandb_logger
 
 
 def assert_kept_offline(run: Path, said: str) -> None:
@@ -23,13 +23,13 @@ def assert_kept_offline(run: Path, said: str) -> None:
     assert said.count("kept offline") == 1
     fragments = list(run.glob("wandb/offline-run-*/*.wandb"))
     assert len(fragments) == 1, said
-    assert_same(kept_rows(fragments[0]), runs.read_record(str(run)))
+    assert_same(kept_rows(fragments[0]), run_directory.read_record(str(run)))
     assert KEY not in said and without_key(run)
 
 
 def assert_sent_later(server: Server, run: Path, said: str) -> None:
     """All is on disk, one sentence named a command, and the command gives a healthy server what it lacks."""
-    record, (sent,) = runs.read_record(str(run)), server.runs.values()
+    record, (sent,) = run_directory.read_record(str(run)), server.runs.values()
     assert 1 <= len(sent.rows()) < len(record)
     command = f"wandb sync --include-online {run}/wandb"
     assert said.count(command) == 1
@@ -88,7 +88,7 @@ def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_pat
         run, _, said = track(shards, tmp_path, 8, 0.3, **server.environment())
         (sent,) = server.runs.values()
         assert server.failed_requests and "wandb sync" not in said
-        assert_same(sent.rows(), runs.read_record(str(run)))
+        assert_same(sent.rows(), run_directory.read_record(str(run)))
 
 
 def recover(server: Server) -> None:
@@ -102,8 +102,8 @@ def recover(server: Server) -> None:
 def test_a_fragment_that_an_early_kill_left_empty_does_not_stop_the_command(shards, tmp_path, mode):
     """The header of a `.wandb` file and no record is what a kill in the first second leaves."""
     experiment = tiny_experiment(data=shards, runs=str(tmp_path), tracking=TrackingConfig())
-    run = runs.open_run(experiment, open_shards(shards))
-    runs.write_record(run.path, [{"epoch": 1, "test/dice": 0.5}])
+    run = run_directory.open_run(experiment, open_shards(shards))
+    run_directory.write_record(run.path, [{"epoch": 1, "test/dice": 0.5}])
     name = run.description["wandb_id"]
     broken = Path(run.path, "wandb", f"offline-run-20260101_000000-{name}", f"run-{name}.wandb")
     broken.parent.mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_a_fragment_that_an_early_kill_left_empty_does_not_stop_the_command(shar
 
 @pytest.mark.slow
 def test_a_training_outlives_a_server_that_never_answers(shards, tmp_path):
-    assert tracking.SETTINGS["init_timeout"] == 10
+    assert wandb_logger.SETTINGS["init_timeout"] == 10
     folder = tmp_path / "runs"
     with serving(failure="silent") as server:
         said = finish(start(shards, folder, 2, **server.environment()), folder)

@@ -12,24 +12,29 @@ import torch
 from conftest import ROOT, tiny_experiment
 
 import heartseg
-from heartseg import checkpoint, engine, runs, shards, training
-from heartseg.distributed import Ranks
 from heartseg.errors import UserError
-from heartseg.predict import load
+from heartseg.inference.segmenter import load
+from heartseg.models import checkpoint, precision
+from heartseg.shards import reader
+from heartseg.training import run_directory, worker
+from heartseg.training.distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def train(experiment, report=lambda metrics: None):
     """Open the run of an experiment and train it in this process."""
-    run = runs.open_run(experiment, shards.open_shards(experiment.data))
-    training.train_rank(experiment, run, ALONE, lambda model: model, report)
+    run = run_directory.open_run(experiment, reader.open_shards(experiment.data))
+    worker.train_rank(experiment, run, ALONE, lambda model: model, report)
     return run
 
 
 def scores(run) -> list[dict]:
     """The record without what depends on the clock."""
-    return [{k: v for k, v in epoch.items() if k not in ("seconds", "images_per_s")} for epoch in runs.read_record(run.path)]
+    return [
+        {k: v for k, v in epoch.items() if k not in ("seconds", "images_per_s")}
+        for epoch in run_directory.read_record(run.path)
+    ]
 
 
 class Stopped(Exception):
@@ -67,7 +72,7 @@ def test_a_finished_run_is_not_trained_again(shards, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_epoch_step_and_patients_and_keeps_the_checkpoint(shards, tmp_path):
     base = tiny_experiment(data=shards, runs=str(tmp_path))
-    run = runs.open_run(base, heartseg.shards.open_shards(shards))
+    run = run_directory.open_run(base, reader.open_shards(shards))
 
     def poison(metrics):
         # After a good first epoch, one weight is lost: what a bit flip or an overflow leaves behind.
@@ -77,7 +82,7 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_patients_and_keeps_the_c
 
     models = []
     with pytest.raises(UserError, match=r"epoch 2, step 1 is not finite \(batch of patient0"):
-        training.train_rank(base, run, ALONE, lambda model: models.append(model) or model, poison)
+        worker.train_rank(base, run, ALONE, lambda model: models.append(model) or model, poison)
     kept = checkpoint.last(run.path)
     assert kept.epoch == 1 and all(value.isfinite().all() for value in kept.weights().values())
 
@@ -85,7 +90,7 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_patients_and_keeps_the_c
 def test_training_learns_and_every_reported_key_is_there(shards, tmp_path):
     base = tiny_experiment(data=shards, runs=str(tmp_path))
     run = train(replace(base, train=replace(base.train, epochs=4)))
-    record = runs.read_record(run.path)
+    record = run_directory.read_record(run.path)
     assert record[-1]["train/loss"] < record[0]["train/loss"]
     wanted = {f"{group}/{name}" for group in ("train", "test") for name in ("loss", "accuracy", "dice", "iou", "dice4")}
     assert wanted | {"lr", "images_per_s", "epoch"} <= record[0].keys()
@@ -95,11 +100,11 @@ def test_training_learns_and_every_reported_key_is_there(shards, tmp_path):
 
 def test_another_configuration_in_the_same_directory_is_refused_by_its_first_field(shards, tmp_path):
     base = tiny_experiment(data=shards, runs=str(tmp_path))
-    opened = heartseg.shards.open_shards(shards)
-    runs.open_run(base, opened, name="mine")
+    opened = reader.open_shards(shards)
+    run_directory.open_run(base, opened, name="mine")
     other = replace(base, train=replace(base.train, epochs=9))
     with pytest.raises(UserError, match="train.epochs: 2 there, 9 asked"):
-        runs.open_run(other, opened, name="mine")
+        run_directory.open_run(other, opened, name="mine")
 
 
 def test_the_python_api_loads_a_run_and_predicts_on_the_images_own_grid(shards, tmp_path):
@@ -111,7 +116,7 @@ def test_the_python_api_loads_a_run_and_predicts_on_the_images_own_grid(shards, 
 def test_predicted_labels_do_not_depend_on_the_batch_they_came_in(shards, tmp_path):
     run = train(tiny_experiment(data=shards, runs=str(tmp_path)))
     segmenter = load(run.path, device="cpu")
-    images = heartseg.shards.load_groups(heartseg.shards.open_shards(shards), ["test"])["test"].images
+    images = reader.load_groups(reader.open_shards(shards), ["test"])["test"].images
     alone = torch.cat([segmenter.logits(image[None]) for image in images])
     torch.testing.assert_close(segmenter.logits(images), alone, rtol=1e-3, atol=1e-3)
 
@@ -120,15 +125,15 @@ def test_shards_of_another_grid_are_refused_before_training(shards):
     experiment = tiny_experiment(data=shards)
     wrong = replace(experiment, image=replace(experiment.image, height=96))
     with pytest.raises(UserError, match="64 x 64 and tiny wants 96 x 64"):
-        training.check_plan(wrong, heartseg.shards.open_shards(shards))
+        worker.check_plan(wrong, reader.open_shards(shards))
 
 
 def test_bf16_is_taken_where_the_hardware_computes_in_it():
     train_config = tiny_experiment().train
     auto = replace(train_config, precision="auto")
-    assert engine.wants_bf16(replace(train_config, precision="bf16"), torch.device("cpu"))
-    assert not engine.wants_bf16(train_config, torch.device("cpu"))
-    assert engine.wants_bf16(auto, torch.device("cpu")) == torch.cpu._is_avx512_bf16_supported()
+    assert precision.wants_bf16(replace(train_config, precision="bf16"), torch.device("cpu"))
+    assert not precision.wants_bf16(train_config, torch.device("cpu"))
+    assert precision.wants_bf16(auto, torch.device("cpu")) == torch.cpu._is_avx512_bf16_supported()
 
 
 def test_the_plain_launcher_trains_and_evaluates_where_ray_cannot_be_imported(shards, tmp_path):
@@ -136,7 +141,7 @@ def test_the_plain_launcher_trains_and_evaluates_where_ray_cannot_be_imported(sh
     blocked.mkdir()
     (blocked / "ray.py").write_text("raise ImportError('ray is blocked')\n")
     config = tmp_path / "tiny.json"
-    from heartseg.config import to_json
+    from heartseg.config.experiment import to_json
 
     config.write_text(json.dumps(to_json(tiny_experiment())))
     environment = os.environ | {"PYTHONPATH": str(blocked), "CUDA_VISIBLE_DEVICES": ""}

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from heartseg import batches, losses
-from heartseg.augment import augment
-from heartseg.batches import Loader
-from heartseg.config import AugmentConfig, LossConfig, ModelConfig, OptimConfig
+from heartseg.config.experiment import ModelConfig
+from heartseg.config.training import AugmentConfig, LossConfig, OptimConfig
 from heartseg.errors import UserError
-from heartseg.model import build_model
-from heartseg.optim import AveragedWeights, build_optimizer, set_lr
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards import loader
+from heartseg.shards.loader import Loader
+from heartseg.training import losses
+from heartseg.training.augmentation import augment
+from heartseg.training.optimizers import AveragedWeights, build_optimizer, set_lr
 
 LOSSES = [LossConfig("cross_entropy"), LossConfig("dice_cross_entropy")]
 ALL_CHANGES = AugmentConfig(
@@ -134,7 +136,7 @@ def test_no_augmentation_changes_nothing():
 def test_augmentation_is_the_same_whatever_the_number_of_ranks(seed, world):
     images, masks = pictures()
     whole = augment(ALL_CHANGES, images.clone(), masks.clone(), 6, 0, seed)
-    slices = [batches.share(6, rank, world) for rank in range(world)]
+    slices = [loader.share(6, rank, world) for rank in range(world)]
     parts = [augment(ALL_CHANGES, images[s].clone(), masks[s].clone(), 6, s.start, seed) for s in slices]
     torch.testing.assert_close(torch.cat([part[0] for part in parts]), whole[0])
     assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
@@ -171,7 +173,7 @@ def test_image_and_mask_move_together_and_rotation_is_rigid():
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(0, 100), world=st.integers(1, 20))
 def test_shares_cover_a_batch_and_differ_by_at_most_one(size, world):
-    shares = [range(size)[batches.share(size, rank, world)] for rank in range(world)]
+    shares = [range(size)[loader.share(size, rank, world)] for rank in range(world)]
     assert [row for share in shares for row in share] == list(range(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -179,18 +181,18 @@ def test_shares_cover_a_batch_and_differ_by_at_most_one(size, world):
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(2, 64), world=st.integers(1, 40))
 def test_shares_are_refused_exactly_where_one_is_under_two(size, world):
-    smallest = min(len(range(size)[batches.share(size, rank, world)]) for rank in range(world))
+    smallest = min(len(range(size)[loader.share(size, rank, world)]) for rank in range(world))
     if smallest >= 2:
-        batches.check_shares(size, world)
+        loader.check_shares(size, world)
     else:
         with pytest.raises(UserError, match=f"--workers {size // 2} or fewer"):
-            batches.check_shares(size, world)
+            loader.check_shares(size, world)
 
 
 def test_a_batch_of_12_goes_over_6_workers_and_not_over_7():
-    batches.check_shares(12, 6)
+    loader.check_shares(12, 6)
     with pytest.raises(UserError, match="12 over 7 workers"):
-        batches.check_shares(12, 7)
+        loader.check_shares(12, 7)
 
 
 def numbered(rows: int, rank: int = 0, world: int = 1) -> Loader:
@@ -212,15 +214,15 @@ def test_ranks_together_train_on_the_batches_of_one_process(rows, size, world, e
     alone = rows_in(numbered(rows).training_batches(size, 7, epoch))
     ranks = [rows_in(numbered(rows, rank, world).training_batches(size, 7, epoch)) for rank in range(world)]
     assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
-    assert len(alone) == rows // size == batches.steps_per_epoch(rows, size)
+    assert len(alone) == rows // size == loader.steps_per_epoch(rows, size)
     assert len(set(sum(alone, []))) == len(alone) * size
     assert [numbered(rows).batch_rows(size, 7, epoch, step) for step in range(len(alone))] == alone
 
 
 def test_the_order_changes_with_epoch_and_seed_and_not_between_calls():
-    orders = {tuple(batches.epoch_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {tuple(loader.epoch_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
-    assert torch.equal(batches.epoch_order(50, 1, 2), batches.epoch_order(50, 1, 2))
+    assert torch.equal(loader.epoch_order(50, 1, 2), loader.epoch_order(50, 1, 2))
 
 
 @settings(max_examples=30, deadline=None)
@@ -232,16 +234,16 @@ def test_every_row_is_evaluated_once_over_all_ranks(rows, size, world):
 
 def test_a_group_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match="11 images, fewer than a batch of 12"):
-        batches.steps_per_epoch(11, 12)
+        loader.steps_per_epoch(11, 12)
 
 
 def test_standard_intensity_has_mean_0_and_deviation_1():
     images, _ = pictures()
-    standard = batches.Intensity(images.mean().item(), images.std(correction=0).item()).apply(images)
+    standard = loader.Intensity(images.mean().item(), images.std(correction=0).item()).apply(images)
     assert standard.mean().item() == pytest.approx(0, abs=1e-5) and standard.std(correction=0).item() == pytest.approx(
         1, abs=1e-5
     )
-    assert torch.equal(batches.Intensity().apply(images), images)
+    assert torch.equal(loader.Intensity().apply(images), images)
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v3_large", "resnet50"])

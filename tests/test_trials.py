@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_experiment
 
-from heartseg import search_space, storage, sweeps
 from heartseg.errors import UserError
-from heartseg.search_space import SearchSpace
-from heartseg.shards import hold_out, open_shards
-from heartseg.sweeps import METRIC, Plan
-from jobs import trials
+from heartseg.shards.reader import hold_out, open_shards
+from heartseg.storage import filesystem
+from heartseg.tuning import search_space
+from heartseg.tuning.search_space import SearchSpace
+from heartseg.tuning.sweep import ERROR, FAILED, METRIC, Plan, add_trial, end_trial, forget_failures, open_sweep, read_trials
+from jobs.support import ray_trials
 
 
 @pytest.fixture()
@@ -28,13 +29,13 @@ def base(shards, tmp_path):
 def test_optuna_goes_on_after_a_point_that_was_there_before_until_the_space_is_used_up(base, held):
     space = SearchSpace(schedules=("cosine", "step", "constant"), lr_factors=(1.0, 1.0), momentum=(0.5, 0.9))
     plan = Plan(space, search="optuna")
-    sweep = sweeps.open_sweep(base, held, plan)
-    asked, given_out = trials.Suggestions(sweep, held, plan, 12, {}), []
+    sweep = open_sweep(base, held, plan)
+    asked, given_out = ray_trials.Suggestions(sweep, held, plan, 12, {}), []
     while (point := asked.suggest(str(len(given_out)))) != "FINISHED":
         asked.on_trial_complete(str(len(given_out)), {METRIC: len(given_out) / 10})
         given_out.append(point)
     assert len({os.path.basename(point["run"]) for point in given_out}) == len(given_out) == 6
-    values = [tuple(trial.values.values()) for trial in sweeps.read_trials(sweep)]
+    values = [tuple(trial.values.values()) for trial in read_trials(sweep)]
     assert len(set(values)) == 6
     # Each trained point is told to the model once, with what it reached; the others are told as failed, and none is open.
     told = asked.model._ot_study.trials
@@ -50,9 +51,9 @@ def test_a_sweep_cannot_vary_the_length_that_its_trials_are_compared_over(base):
 
 
 def test_a_failed_trial_that_is_taken_up_again_forgets_what_it_died_of(base, held):
-    sweep = sweeps.open_sweep(base, held, Plan())
-    trial = sweeps.add_trial(sweep, held, 0, {"schedule.kind": "cosine"})
-    storage.publish(storage.join(trial.run.path, sweeps.ERROR), b"no space")
-    sweeps.end_trial(trial.run.path, sweeps.FAILED, "no space")
-    sweeps.forget_failures(sweep)
-    assert not storage.exists(storage.join(trial.run.path, sweeps.ERROR)) and not sweeps.read_trials(sweep)[0].state
+    sweep = open_sweep(base, held, Plan())
+    trial = add_trial(sweep, held, 0, {"schedule.kind": "cosine"})
+    filesystem.publish(filesystem.join(trial.run.path, ERROR), b"no space")
+    end_trial(trial.run.path, FAILED, "no space")
+    forget_failures(sweep)
+    assert not filesystem.exists(filesystem.join(trial.run.path, ERROR)) and not read_trials(sweep)[0].state

@@ -14,11 +14,25 @@ import pytest
 from conftest import ROOT, tiny_experiment
 from test_faults import MARK, Job, wait_for
 
-from heartseg import runs, storage, sweeps
-from heartseg.config import TrackingConfig, from_json
-from heartseg.phantom import write_phantom
-from heartseg.search_space import SearchSpace
-from heartseg.sweeps import FAILED, FINISHED, METRIC, STOPPED, Plan, Trial
+from heartseg.config.experiment import TrackingConfig, from_json
+from heartseg.datasets.phantom import write_phantom
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from heartseg.tuning.search_space import SearchSpace
+from heartseg.tuning.sweep import (
+    DESCRIPTION,
+    FAILED,
+    FINISHED,
+    METRIC,
+    STOPPED,
+    Plan,
+    Sweep,
+    Trial,
+    epochs_saved,
+    find_sweep,
+    read_trials,
+    tabulate,
+)
 from jobs import preprocess, train, tune
 
 WANDB = str(Path(sys.executable).with_name("wandb"))
@@ -39,7 +53,7 @@ def said_of_run(records: list[dict]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
+def small_sweep(ray_session, shards, tmp_path_factory) -> Sweep:
     """Two trials of two epochs, of which the second's base rate is ten million times the first's."""
     folder = str(tmp_path_factory.mktemp("sweep"))
     experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
@@ -52,9 +66,9 @@ def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
     return sweep
 
 
-def by_state(sweep: sweeps.Sweep) -> dict[str, list[Trial]]:
+def by_state(sweep: Sweep) -> dict[str, list[Trial]]:
     """Trials by how they ended."""
-    found = sweeps.read_trials(sweep)
+    found = read_trials(sweep)
     return {state: [trial for trial in found if trial.state == state] for state in {trial.state for trial in found}}
 
 
@@ -66,10 +80,10 @@ def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(small_sweep):
 
 
 def test_best_json_trains_the_winner_again(small_sweep, tmp_path):
-    best = from_json(storage.read_json(storage.join(small_sweep.path, "best.json")))
+    best = from_json(filesystem.read_json(filesystem.join(small_sweep.path, "best.json")))
     again = train.run(replace(best, runs=str(tmp_path), tracking=TrackingConfig(wandb="off")), train.Options(launcher="plain"))
-    table = sweeps.tabulate(small_sweep)
-    scores = [row[METRIC] for row in runs.read_record(again)]
+    table = tabulate(small_sweep)
+    scores = [row[METRIC] for row in run_directory.read_record(again)]
     assert max(scores) == pytest.approx(table.loc[0, f"best {METRIC}"], abs=0.005)
 
 
@@ -115,21 +129,21 @@ class SweepJob(Job):
         assert self.process.returncode == 0, output[-3000:]
         return output
 
-    def sweep(self) -> sweeps.Sweep:
+    def sweep(self) -> Sweep:
         """The sweep, once it is there."""
-        path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / sweeps.DESCRIPTION).exists()), None))
-        return sweeps.find_sweep(str(path))
+        path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / DESCRIPTION).exists()), None))
+        return find_sweep(str(path))
 
     def num_epochs(self) -> int:
         return sum(self.records().values())
 
     def num_ended(self) -> int:
         """Trials that came to an end of any kind."""
-        return sum(bool(trial.state) for trial in sweeps.read_trials(self.sweep()))
+        return sum(bool(trial.state) for trial in read_trials(self.sweep()))
 
     def records(self) -> dict[str, int]:
         """Epochs recorded, by trial."""
-        return {trial.run.name: len(trial.record) for trial in sweeps.read_trials(self.sweep())}
+        return {trial.run.name: len(trial.record) for trial in read_trials(self.sweep())}
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +163,9 @@ def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_w
     began = time.monotonic()
     said = whole.finish()
     assert time.monotonic() - began < 600
-    undisturbed = sweeps.tabulate(whole.sweep())
+    undisturbed = tabulate(whole.sweep())
     print(said[said.index("rank") :])
-    trained, planned = sweeps.epochs_saved(whole.sweep(), undisturbed)
+    trained, planned = epochs_saved(whole.sweep(), undisturbed)
     assert trained <= 0.6 * planned and len(undisturbed) == 8
     assert undisturbed["schedule.kind"].nunique() == 4
 
@@ -161,16 +175,16 @@ def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_w
     first.process.kill()
     first.process.wait()
     time.sleep(3)  # its workers end within two seconds
-    ended = {trial.run.path: trial.record for trial in sweeps.read_trials(first.sweep()) if trial.state}
+    ended = {trial.run.path: trial.record for trial in read_trials(first.sweep()) if trial.state}
     before, started = first.num_epochs(), time.monotonic()
     second = SweepJob(more_shards, tmp_path / "killed")
     wait_for(lambda: second.num_epochs() > before, second.process, seconds=300)
     fault_table("a sweep's driver killed, command given again", None, time.monotonic() - started)
     kill_one_worker(second)
     second.finish()
-    resumed = sweeps.tabulate(second.sweep())
+    resumed = tabulate(second.sweep())
     assert len(resumed) == 8 and set(resumed["state"]) <= {FINISHED, STOPPED}
-    for trial in sweeps.read_trials(second.sweep()):
+    for trial in read_trials(second.sweep()):
         assert [row["epoch"] for row in trial.record] == list(range(1, len(trial.record) + 1))
         assert ended.get(trial.run.path, trial.record) == trial.record  # what had ended was not run again
         assert tracked(Path(trial.run.path))

@@ -13,8 +13,9 @@ import two_hosts
 from conftest import ROOT, tiny_experiment
 from test_faults import trained_again
 
-from heartseg import runs, storage
-from heartseg.config import to_json
+from heartseg.config.experiment import to_json
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
 
 NOTICE_S = 12
 CLUSTER = {"RAY_ADDRESS": f"10.77.0.1:{two_hosts.PORT}"}
@@ -61,8 +62,8 @@ def command(config: str, name: str, workers: str) -> list[str]:
 def record(name: str) -> list[dict]:
     """The epochs of the only run in a folder of the bucket."""
     folder = f"s3://bucket/{name}"
-    found = [entry for entry in storage.list_names(folder) if entry.startswith("tiny-")]
-    return runs.read_record(storage.join(folder, found[0])) if found else []
+    found = [entry for entry in filesystem.list_names(folder) if entry.startswith("tiny-")]
+    return run_directory.read_record(filesystem.join(folder, found[0])) if found else []
 
 
 def until(met, what: str, seconds: float = 150) -> float:

@@ -12,23 +12,23 @@ import pytest
 from conftest import ROOT, tiny_experiment
 from wandb_server import KEY, Server
 
-from heartseg import runs
-from heartseg.config import TrackingConfig
-from heartseg.shards import open_shards
+from heartseg.config.experiment import TrackingConfig
+from heartseg.shards.reader import open_shards
+from heartseg.training import run_directory
 
 EPOCHS = 10
 # A process that tracks as a training does, without the training: what each call costs, it prints.
 TRACKS = """
 import json, logging, sys, time
-from heartseg import runs, tracking
-from heartseg.config import from_json
+from heartseg.config.experiment import from_json
+from heartseg.training import run_directory, wandb_logger
 logging.basicConfig(level=logging.INFO)
-run, epochs, pause_s = runs.find_run(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-tracker = tracking.build_tracker(from_json(run.description["experiment"]), run, True, runs.read_record(run.path))
+run, epochs, pause_s = run_directory.find_run(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, run_directory.read_record(run.path))
 record, slowest_s = [], 0.0
 for epoch in range(1, epochs + 1):
     record.append({"epoch": epoch, "test/dice": epoch / epochs})
-    runs.write_record(run.path, record)
+    run_directory.write_record(run.path, record)
     began = time.monotonic()
     tracker.log(record[-1])
     slowest_s = max(slowest_s, time.monotonic() - began)
@@ -58,7 +58,7 @@ def start(shards: str, folder: Path, epochs: int = EPOCHS, **environment: str) -
 def track(shards: str, folder: Path, epochs: int, pause_s: float, **environment: str) -> tuple[Path, dict, str]:
     """Track a run in a process of its own: the run, the seconds that calls took, and what was said."""
     experiment = tiny_experiment(data=shards, runs=str(folder), tracking=TrackingConfig())
-    run = runs.open_run(experiment, open_shards(shards))
+    run = run_directory.open_run(experiment, open_shards(shards))
     command = [sys.executable, "-c", TRACKS, run.path, str(epochs), str(pause_s)]
     said = subprocess.run(command, capture_output=True, text=True, env=os.environ | FAST | environment, timeout=200)
     assert said.returncode == 0, said.stderr

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heartseg import camus, nifti, phantom, shard_writer, storage
-from heartseg.config import ImageConfig
+from heartseg.config.experiment import ImageConfig
+from heartseg.datasets import camus, nifti, phantom
 from heartseg.errors import UserError
-from jobs import preprocess, runtime
+from heartseg.shards import writer
+from heartseg.storage import filesystem
+from jobs import preprocess
 from jobs.benchmarks.data_loader import loader_lines
+from jobs.support import command_line, ray_runtime
 
 GRID = ImageConfig(256, 256)
 # Patients of the phantom whose stills are float32, as the release's are: 389 x 549 pixels and more.
@@ -58,7 +61,7 @@ def run(options: Options) -> list[str]:
     if unknown:
         raise UserError(f"There is no section {unknown[0]!r}: take some of {', '.join(SECTIONS)}.")
     if set(options.sections) != {"loader"}:
-        runtime.require(options.source, "--source", "the folder of the CAMUS release")
+        command_line.require(options.source, "--source", "the folder of the CAMUS release")
     lines = []
     for name in options.sections:
         found = ["", *SECTIONS[name](options)]
@@ -88,7 +91,7 @@ def measure(work: Callable[[], object]) -> Cost:
 def plain_section(options: Options) -> list[str]:
     """Images per second of one core, ours and the plain way's, with the floors that inflating the files sets."""
     torch.set_num_threads(1)
-    source = runtime.absolute(options.source, "source")
+    source = command_line.absolute(options.source, "source")
     lines = [f"{'to ' + str(GRID.height) + ' x ' + str(GRID.width) + ', images/s of one core':<34}{'images':>7}"
              f"{'plain':>9}{'ours':>9}{'ratio':>8}{'zlib alone':>12}{'of ours':>9}{'isal alone':>12}{'of ours':>9}"
              f"{'wall ratio':>12}"]  # fmt: skip
@@ -104,7 +107,7 @@ def plain_section(options: Options) -> list[str]:
 def plain_row(source: str, patients: list[str], folder: str, repeats: int) -> str:
     """One source's line; both sides and the floors take turns, part by part."""
     sides = {"plain": plain_way, "ours": our_way, "zlib": zlib_alone, "isal": isal_alone}
-    parts = [chunk for _, chunk in shard_writer.part_names(patients)]
+    parts = [chunk for _, chunk in writer.part_names(patients)]
     best: dict[str, list[Cost]] = {name: [] for name in sides}
     for number, chunk in enumerate(parts):
         costs: dict[str, list[Cost]] = {name: [] for name in sides}
@@ -160,21 +163,21 @@ def plain_way(source: str, patients: list[str], out: str) -> None:
 
 def our_way(source: str, patients: list[str], out: str) -> None:
     """A shard with native masks, checked labels and hashes."""
-    shard_writer.write_part(source, out, "part-00000.parquet", patients, GRID)
+    writer.write_part(source, out, "part-00000.parquet", patients, GRID)
 
 
 def zlib_alone(source: str, patients: list[str], out: str) -> None:
     """What no reader that inflates with zlib can go below."""
     for patient in patients:
         for path in still_paths(source, patient):
-            zlib.decompress(storage.read_bytes(path), wbits=31)
+            zlib.decompress(filesystem.read_bytes(path), wbits=31)
 
 
 def isal_alone(source: str, patients: list[str], out: str) -> None:
     """The floor of our own reader, which inflates with ISA-L."""
     for patient in patients:
         for path in still_paths(source, patient):
-            nifti.inflate(storage.read_bytes(path))
+            nifti.inflate(filesystem.read_bytes(path))
 
 
 # workers: two against one under Ray
@@ -185,8 +188,8 @@ def workers_section(options: Options) -> list[str]:
 
     The two take turns, and the best of each counts: what else runs on the machine only ever slows them.
     """
-    source = runtime.absolute(options.source, "source")
-    runtime.start_ray(2)
+    source = command_line.absolute(options.source, "source")
+    ray_runtime.start_ray(2)
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         timed_run(source, folder, "warm-up", 2, 4000)
@@ -209,7 +212,7 @@ def timed_run(source: str, folder: str, name: str, workers: int, frames: int) ->
     tasks = []
     for number in range(times):
         out = os.path.join(folder, name, str(number))
-        tasks += [(source, out, part, chunk, GRID) for part, chunk in shard_writer.part_names(patients)]
+        tasks += [(source, out, part, chunk, GRID) for part, chunk in writer.part_names(patients)]
     rows, finished = [], []
     for record in preprocess.map_with_ray(tasks, workers):
         rows.append(record["rows"])
@@ -222,7 +225,7 @@ def timed_run(source: str, folder: str, name: str, workers: int, frames: int) ->
 
 def memory_section(options: Options) -> list[str]:
     """The largest resident memory of a process of its own that writes the shards of few and of many patients."""
-    source = runtime.absolute(options.source, "source")
+    source = command_line.absolute(options.source, "source")
     patients = camus.find_patients(source)
     lines = [f"{'peak memory of a worker':<34}{'images':>8}{'MiB':>8}{'of it imports':>15}"]
     peaks = []
@@ -241,8 +244,8 @@ def peak_of(source: str, patients: list[str]) -> tuple[float, float]:
     torch.set_num_threads(1)
     before = peak_mib()
     with tempfile.TemporaryDirectory() as out:
-        for name, chunk in shard_writer.part_names(patients):
-            shard_writer.write_part(source, out, name, chunk, GRID)
+        for name, chunk in writer.part_names(patients):
+            writer.write_part(source, out, name, chunk, GRID)
     return before, peak_mib()
 
 
@@ -270,4 +273,4 @@ SECTIONS: dict[str, Callable[[Options], list[str]]] = {
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    run(runtime.parse_line(Options, argv, "python jobs/benchmark.py data", "Time the way from NIfTI files to shards."))
+    run(command_line.parse_line(Options, argv, "python jobs/benchmark.py data", "Time the way from NIfTI files to shards."))

@@ -17,12 +17,15 @@ from itertools import chain, count, repeat
 import pyarrow as pa
 import torch
 
-from heartseg import ingest, phantom, shard_writer, shards, storage
-from heartseg.batches import Batch
-from heartseg.config import ImageConfig
-from heartseg.distributed import Ranks
-from heartseg.model import build_model
-from heartseg.recipes import quick
+from heartseg.config.experiment import ImageConfig
+from heartseg.config.recipes import quick
+from heartseg.datasets import phantom
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards import reader, reuse, writer
+from heartseg.shards.loader import Batch
+from heartseg.storage import filesystem
+from heartseg.training import data_loading
+from heartseg.training.distributed import Ranks
 from jobs.benchmarks.train_bench import our_steps, peak_memory_gb
 
 GRID = ImageConfig(256, 256)
@@ -41,9 +44,9 @@ def loader_lines(images: int, repeats: int, pairs: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         base = write_base(folder, -(-images // 4))
         data, large = (grow(base, os.path.join(folder, name), images * n) for name, n in (("one", 1), ("ten", TIMES)))
-        number = shards.open_shards(data).num_rows("train")
+        number = reader.open_shards(data).num_rows("train")
         lines = [f"{f'{number} images of {GRID.height} x {GRID.width}, batches of {BATCH}':<62}{'measured':>10}"]
-        memory, stream = (ingest.open_groups(shards.open_shards(data), kind, ALONE).loaders["train"] for kind in KINDS)
+        memory, stream = (data_loading.open_groups(reader.open_shards(data), kind, ALONE).loaders["train"] for kind in KINDS)
         epochs = [[cpu_and_wall(loader.training_batches(BATCH, 0, e)) for e in range(repeats)] for loader in (memory, stream)]
         lines.append(line("from memory into batches, images/s of a core", number / min(cpu for cpu, _ in epochs[0])))
         lines.append(line("streamed into batches, images/s of a core", number / min(cpu for cpu, _ in epochs[1])))
@@ -79,25 +82,25 @@ def line(what: str, value: float, note: str = "") -> str:
 def write_base(folder: str, patients: int) -> dict:
     """One part of phantoms, or of fewer `patients` than fill one, and its record with its path as `path`."""
     source, out = os.path.join(folder, "phantom"), os.path.join(folder, "base")
-    patients = min(patients, shard_writer.PATIENTS_PER_PART["stills"])
+    patients = min(patients, writer.PATIENTS_PER_PART["stills"])
     phantom.write_phantom(source, patients)
     names = sorted(os.listdir(os.path.join(source, "database_nifti")))
-    return shard_writer.write_part(source, out, "part-00000.parquet", names, GRID) | {"path": out}
+    return writer.write_part(source, out, "part-00000.parquet", names, GRID) | {"path": out}
 
 
 def grow(base: dict, out: str, images: int) -> str:
     """Shards of `images` or a few more: the base's part again and again, each time with patients of other names."""
-    table = storage.read_table(storage.read_bytes(storage.join(base["path"], base["file"])))
+    table = filesystem.read_table(filesystem.read_bytes(filesystem.join(base["path"], base["file"])))
     records = []
     for number in range(-(-images // base["rows"])):
         names = pa.array([f"{name}-{number}" for name in table["patient"].to_pylist()])
         part, file = table.set_column(0, "patient", names), f"part-{number:05d}.parquet"
-        num_bytes, digest = storage.write_table(storage.join(out, file), part, **shard_writer.PARQUET)
+        num_bytes, digest = filesystem.write_table(filesystem.join(out, file), part, **reuse.PARQUET)
         patients = {f"{name}-{number}": record for name, record in base["patients"].items()}
         records.append(base | {"file": file, "bytes": num_bytes, "sha256": digest, "patients": patients})
-    manifest = shard_writer.write_manifest(out, "phantom", GRID, records)
+    manifest = writer.write_manifest(out, "phantom", GRID, records)
     groups = {"train": sorted(manifest["patients"]), "test": []}
-    storage.publish(storage.join(out, shard_writer.SPLITS), json.dumps({"config": {}, "groups": groups}).encode())
+    filesystem.publish(filesystem.join(out, writer.SPLITS), json.dumps({"config": {}, "groups": groups}).encode())
     return out
 
 
@@ -123,7 +126,7 @@ def paced(batches: Iterable[Batch]) -> float:
 def first_batch_s(data: str, kind: str) -> float:
     """Seconds from a folder's name to its first batch."""
     began = time.perf_counter()
-    batches = ingest.open_groups(shards.open_shards(data), kind, ALONE).loaders["train"].training_batches(BATCH, 0, 0)
+    batches = data_loading.open_groups(reader.open_shards(data), kind, ALONE).loaders["train"].training_batches(BATCH, 0, 0)
     next(batches)
     seconds = time.perf_counter() - began
     batches.close()
@@ -169,5 +172,5 @@ def peak_of_epoch(data: str, kind: str) -> tuple[float, float]:
     """Largest resident memory in MB before and after this process takes an epoch's batches."""
     torch.set_num_threads(1)
     before = 1000 * peak_memory_gb(CPU)
-    cpu_and_wall(ingest.open_groups(shards.open_shards(data), kind, ALONE).loaders["train"].training_batches(BATCH, 0, 0))
+    cpu_and_wall(data_loading.open_groups(reader.open_shards(data), kind, ALONE).loaders["train"].training_batches(BATCH, 0, 0))
     return before, 1000 * peak_memory_gb(CPU)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heartseg import camus, clinical, disks, figures, storage
-from heartseg.agreement import agree
+from heartseg.datasets import camus
+from heartseg.datasets.nifti import DamagedRecording
 from heartseg.errors import UserError, require
 from heartseg.labels import VIEWS
-from heartseg.nifti import DamagedRecording
-from jobs import runtime
+from heartseg.metrics import cardiac_indices, simpson
+from heartseg.metrics.agreement import agree
+from heartseg.reporting import contours, plots
+from heartseg.storage import filesystem
+from jobs.support import command_line
 
 REFERENCE = "ef_reference.json"
 CONVENTIONS = ("camus", "ase")
@@ -38,7 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Compared:
-    """A patient's reference EF in percent, the convention that it is of, our row of `clinical.patient_indices`, its seconds."""
+    """A patient's reference EF in percent, the convention that it is of, our `patient_indices` row, seconds."""
 
     patient: str
     reference: float
@@ -54,26 +57,28 @@ class Compared:
 
 def run(options: Options) -> list[Compared]:
     """Measure every patient with a reference, print the table, and draw those that differ."""
-    source = runtime.absolute(runtime.require(options.source, "--source", "the folder of the CAMUS release"), "source")
+    source = command_line.absolute(
+        command_line.require(options.source, "--source", "the folder of the CAMUS release"), "source"
+    )
     require(options.limit >= 0 and options.points >= 0, "--limit and --points must be at least 0.")
     reference = references(source)
     chosen = list(reference)[: options.limit or None]
     found = [compare(source, patient, *reference[patient]) for patient in chosen]
     print("\n".join(table(found, options.points)))
     if options.out:
-        folder = runtime.absolute(options.out, "out")
+        folder = command_line.absolute(options.out, "out")
         for one in shown(found, options.points):
-            path = storage.join(folder, f"{one.patient}.png")
-            storage.publish(path, figures.save_png(picture(source, one)))
+            path = filesystem.join(folder, f"{one.patient}.png")
+            filesystem.publish(path, plots.save_png(picture(source, one)))
             print(path)
     return found
 
 
 def references(source: str) -> dict[str, tuple[float, str]]:
     """EF in percent and its convention by patient; raises UserError where the source says none."""
-    path = storage.join(source, REFERENCE)
-    if storage.exists(path):
-        said = {patient: (float(values[-1]), "camus") for patient, values in storage.read_json(path).items()}
+    path = filesystem.join(source, REFERENCE)
+    if filesystem.exists(path):
+        said = {patient: (float(values[-1]), "camus") for patient, values in filesystem.read_json(path).items()}
         require(bool(said), f"{path} names no patient: remove it, or fill it.")
         return said
     found = {}
@@ -96,12 +101,12 @@ def references(source: str) -> dict[str, tuple[float, str]]:
 def compare(source: str, patient: str, reference: float, convention: str) -> Compared:
     """Measure the expert's outlines of a patient; a damaged file leaves its still out, and the row says so."""
     masks = {}
-    for still in clinical.STILLS:
+    for still in cardiac_indices.STILLS:
         recording = _read(source, patient, still)
         if recording:
             masks[still] = (recording.mask, recording.spacing_mm)
     started = time.process_time()
-    row = clinical.patient_indices(masks)
+    row = cardiac_indices.patient_indices(masks)
     return Compared(patient, reference, convention, row, time.process_time() - started)
 
 
@@ -141,28 +146,28 @@ def table(found: list[Compared], points: float) -> list[str]:
     return lines
 
 
-def picture(source: str, one: Compared) -> figures.Figure:
+def picture(source: str, one: Compared) -> plots.Figure:
     """The four stills with the outlines and the long axis that we measure."""
     cells = []
-    for view, phase in clinical.STILLS:
+    for view, phase in cardiac_indices.STILLS:
         recording = _read(source, one.patient, (view, phase))
         if recording:
             depth_mm, lateral_mm = recording.spacing_mm
-            length_mm = clinical.lv_length(recording.mask, recording.spacing_mm)
+            length_mm = cardiac_indices.lv_length(recording.mask, recording.spacing_mm)
             cells.append((drawn(recording), f"{view} {phase}, {length_mm:.1f} mm long", depth_mm / lateral_mm))
-    sheet = figures.contact_sheet(cells)
+    sheet = plots.contact_sheet(cells)
     said = (
         f"{one.patient}: EF {one.row['ef_camus']:.1f} % (camus), reference {one.reference:.1f} %, ase {one.row['ef_ase']:.1f} %"
     )
-    sheet.supxlabel(said, color=figures.INK, fontsize=10)
+    sheet.supxlabel(said, color=plots.INK, fontsize=10)
     return sheet
 
 
 def drawn(recording: camus.Recording) -> np.ndarray:
     """The image uint8 [h,w,3] with its outlines and the long axis, enlarged."""
-    image, mask = (figures.enlarge(pixels, ROWS) for pixels in (recording.image, recording.mask))
-    canvas = figures.overlay(image, mask, thick=True)
-    axis = disks.long_axis(recording.mask, recording.spacing_mm)
+    image, mask = (contours.enlarge(pixels, ROWS) for pixels in (recording.image, recording.mask))
+    canvas = contours.overlay(image, mask, thick=True)
+    axis = simpson.long_axis(recording.mask, recording.spacing_mm)
     if axis is not None:
         factor = image.shape[0] / recording.image.shape[0]
         along = np.linspace(*(axis + 0.5) * factor, num=2 * len(image)).astype(int)
@@ -175,4 +180,4 @@ def drawn(recording: camus.Recording) -> np.ndarray:
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     shown_name = "python jobs/benchmark.py ef"
-    run(runtime.parse_line(Options, argv, shown_name, "Compare our EF of the expert's outlines with the dataset's own."))
+    run(command_line.parse_line(Options, argv, shown_name, "Compare our EF of the expert's outlines with the dataset's own."))

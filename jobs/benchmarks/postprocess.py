@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from scipy.stats import rankdata, spearmanr
 
-from heartseg import predict
-from heartseg.agreement import bootstrap_interval
-from heartseg.config import PredictConfig
+from heartseg.config.experiment import PredictConfig
 from heartseg.errors import UserError
-from heartseg.metrics import confusion, image_scores
-from heartseg.postprocess import implausibilities
-from heartseg.shards import Frames, load_groups, open_shards
-from jobs import runtime
+from heartseg.inference.segmenter import Ensemble, Segmenter, load_all, segment
+from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.metrics.anatomy_checks import implausibilities
+from heartseg.metrics.segmentation import confusion, image_scores
+from heartseg.shards.reader import Frames, load_groups, open_shards
+from jobs.support import command_line
 
 OWN = "the network's own"
 VARIANTS = {
@@ -48,14 +48,14 @@ class Options:
     """Group of patients; choices are made on val, never on test."""
 
 
-def measure(segmenter: predict.Segmenter | predict.Ensemble, frames: Frames, options: PredictConfig) -> dict[str, np.ndarray]:
+def measure(segmenter: Segmenter | Ensemble, frames: Frames, options: PredictConfig) -> dict[str, np.ndarray]:
     """Per image on the native grid: COLUMNS, `quality` and `implausible`; and the `seconds` of all, without scoring."""
     shapes = [tuple(shape) for shape in frames.table["native_shape"].to_pylist()]
     spacings_mm = frames.table["native_spacing_mm"].to_pylist()
     size, found, started = segmenter.experiment.train.eval_batch_size, [], time.perf_counter()
     for start in range(0, len(frames), size):
         chosen = slice(start, start + size)
-        found += predict.segment(segmenter, frames.images[chosen], shapes[chosen], options)
+        found += segment(segmenter, frames.images[chosen], shapes[chosen], options)
     seconds = time.perf_counter() - started
     rows = []
     for index, one in enumerate(found):
@@ -125,18 +125,18 @@ def quality_lines(name: str, found: dict[str, np.ndarray], patients: np.ndarray)
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     shown = "python jobs/benchmark.py postprocess"
-    options = runtime.parse_line(Options, argv, shown, "Measure what is done to a prediction beyond the network's labels.")
-    runtime.require(options.checkpoint, "--checkpoint", "the folder of a run")
-    paths = [runtime.absolute(path, "checkpoint") for path in options.checkpoint.split(",")]
-    segmenter = predict.load_all(paths)
-    shards = open_shards(runtime.absolute(options.data or segmenter.experiment.data, "data"))
+    options = command_line.parse_line(Options, argv, shown, "Measure what is done to a prediction beyond the network's labels.")
+    command_line.require(options.checkpoint, "--checkpoint", "the folder of a run")
+    paths = [command_line.absolute(path, "checkpoint") for path in options.checkpoint.split(",")]
+    segmenter = load_all(paths)
+    shards = open_shards(command_line.absolute(options.data or segmenter.experiment.data, "data"))
     if options.group not in shards.groups:
         raise UserError(f"The shards have no group {options.group}: take one of {', '.join(shards.groups)}.")
     if shards.image != segmenter.experiment.image:
         raise UserError(f"{shards.path} has another grid than the checkpoint: give the shards that it was trained on.")
     frames = load_groups(shards, [options.group])[options.group]
     patients = np.array(frames.table["patient"].to_pylist())
-    predict.segment(segmenter, frames.images[:4], [(64, 64)] * 4)  # the first call warms up
+    segment(segmenter, frames.images[:4], [(64, 64)] * 4)  # the first call warms up
     print(f"{len(frames)} images of {len(set(patients))} patients ({options.group}), native grid, on {segmenter.device}")
     print(f"{'':<20}{'dice':>7}{'endo':>7}{'myo':>7}{'la':>7}  change of dice, 95 % interval    implausible  seconds")
     members = segmenter.members if len(paths) > 1 else ()

@@ -9,17 +9,19 @@ from functools import partial
 
 import torch
 
-from heartseg import storage, studies
-from heartseg.batches import Intensity
-from heartseg.config import ImageConfig
+from heartseg.config.experiment import ImageConfig
+from heartseg.config.recipes import quick
+from heartseg.datasets.nifti import DamagedRecording
+from heartseg.datasets.phantom import write_phantom
 from heartseg.errors import UserError
-from heartseg.model import build_model
-from heartseg.nifti import DamagedRecording
-from heartseg.outline import outline
-from heartseg.phantom import write_phantom
-from heartseg.predict import Segmenter, load
-from heartseg.recipes import quick
-from jobs import predict, runtime
+from heartseg.inference import study_files
+from heartseg.inference.batch_inference import outline
+from heartseg.inference.segmenter import Segmenter, load
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.loader import Intensity
+from heartseg.storage import filesystem
+from jobs import predict
+from jobs.support import command_line
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ class Options:
 
 def job(argv: Sequence[str]) -> None:
     """Measure and print the table."""
-    options = runtime.parse_line(Options, argv, "python jobs/benchmark.py predict", "Files to masks against forwards alone.")
+    options = command_line.parse_line(
+        Options, argv, "python jobs/benchmark.py predict", "Files to masks against forwards alone."
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = options.source
         if not source:
-            source = storage.join(folder, "phantom")
+            source = filesystem.join(folder, "phantom")
             write_phantom(source, patients=-(-options.images // 4), workers=torch.get_num_threads())
-        clips = studies.find_clips(source)[: options.images]
+        clips = study_files.find_clips(source)[: options.images]
         segmenter = trained(options.checkpoint, options.side) if options.checkpoint else untrained(options.side)
         ways = {
             "forwards alone": partial(forwards, segmenter, len(clips), options.batch_size),
@@ -68,7 +72,7 @@ def job(argv: Sequence[str]) -> None:
 
 def trained(path: str, side: int) -> Segmenter:
     """A run's model on a grid of `side`: it is convolutional, so any will do, and its masks are hearts and not noise."""
-    found = load(runtime.absolute(path, "checkpoint"), device="cpu")
+    found = load(command_line.absolute(path, "checkpoint"), device="cpu")
     return replace(found, experiment=replace(found.experiment, image=ImageConfig(height=side, width=side)))
 
 

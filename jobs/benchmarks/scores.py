@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from heartseg import camus
+from heartseg.datasets import camus
+from heartseg.datasets.nifti import DamagedRecording
 from heartseg.errors import UserError
 from heartseg.labels import BACKGROUND, STRUCTURE_LABELS
-from heartseg.metrics import surface_distances
-from heartseg.nifti import DamagedRecording
-from jobs import runtime
+from heartseg.metrics.segmentation import surface_distances
+from jobs.support import command_line
 
 # How the truth is bent into a prediction: displacements of this size in pixels, alike over this many pixels.
 BEND_PIXELS, BEND_LENGTH_PIXELS = 2.0, 12.0
@@ -63,7 +63,9 @@ class Row:
 
 def run(options: Options) -> list[Row]:
     """Measure every row and print the table."""
-    source = runtime.absolute(runtime.require(options.source, "--source", "the folder of the CAMUS release"), "source")
+    source = command_line.absolute(
+        command_line.require(options.source, "--source", "the folder of the CAMUS release"), "source"
+    )
     for flag, value in (("images", options.images), ("repeats", options.repeats)):
         if value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}.")
@@ -180,4 +182,4 @@ def table_text(rows: Sequence[Row]) -> str:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    run(runtime.parse_line(Options, argv, "python jobs/benchmark.py scores", "Time the scores against MONAI's."))
+    run(command_line.parse_line(Options, argv, "python jobs/benchmark.py scores", "Time the scores against MONAI's."))

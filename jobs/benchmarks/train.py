@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from heartseg import storage
 from heartseg.errors import UserError
-from jobs import runtime
+from heartseg.storage import filesystem
 from jobs.benchmarks.train_bench import Bench, Options
+from jobs.support import command_line
 
 # Section -> the module and function that measure it; imported when it is its turn, since machines lack some packages.
 SECTIONS = {
@@ -50,7 +50,7 @@ def run(options: Options) -> list[dict]:
             rows += found
     if options.out:
         result = {"machine": machine, "options": {name: getattr(options, name) for name in options.__dataclass_fields__}}
-        storage.publish_json(runtime.absolute(options.out, "out"), json.loads(json.dumps(result | {"rows": rows})))
+        filesystem.publish_json(command_line.absolute(options.out, "out"), json.loads(json.dumps(result | {"rows": rows})))
         print(f"\n{options.out}")
     return rows
 
@@ -88,4 +88,4 @@ def line_of(entry: dict) -> str:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    run(runtime.parse_line(Options, argv, "python jobs/benchmark.py train", "Measure training, side by side in one run."))
+    run(command_line.parse_line(Options, argv, "python jobs/benchmark.py train", "Measure training, side by side in one run."))

@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from heartseg import camus, engine
-from heartseg.batches import Loader
-from heartseg.config import Experiment, ImageConfig, TrackingConfig
-from heartseg.distributed import Ranks
-from heartseg.metrics import ScoreSums
-from heartseg.recipes import seed
-from heartseg.shards import Frames, load_groups, open_shards
+from heartseg.config.experiment import Experiment, ImageConfig, TrackingConfig
+from heartseg.config.recipes import seed
+from heartseg.datasets import camus
+from heartseg.metrics.segmentation import ScoreSums
+from heartseg.shards.loader import Loader
+from heartseg.shards.reader import Frames, load_groups, open_shards
+from heartseg.training import engine
+from heartseg.training.distributed import Ranks
 
 Backbone = Literal["resnet101", "resnet50", "mobilenet_v3_large"]
 # Enough for two batches of the seed's 12 in the training group.
@@ -88,7 +89,7 @@ class Bench:
         """A CAMUS tree of PATIENTS patients: the first ones of --source, or a phantom at its full size."""
         tree = os.path.join(self.folder, "source")
         if not self.options.source:
-            from heartseg.phantom import write_phantom
+            from heartseg.datasets.phantom import write_phantom
 
             write_phantom(tree, PATIENTS)
             return tree

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from heartseg import distributed, engine, runs, storage
-from heartseg.batches import share
-from heartseg.config import from_json, to_json
-from heartseg.distributed import Ranks
+from heartseg.config.experiment import from_json, to_json
 from heartseg.errors import UserError
-from heartseg.shards import open_shards
-from heartseg.training import train_rank
+from heartseg.shards.loader import share
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
+from heartseg.training import distributed, engine, run_directory
+from heartseg.training.distributed import Ranks
+from heartseg.training.worker import train_rank
 from jobs.benchmarks.train_bench import Bench, row
 from jobs.benchmarks.train_steps import new_model
 
@@ -38,7 +39,7 @@ class Turns:
     def next(self) -> None:
         """Tell of the epoch that has ended, and wait until the next may begin."""
         seconds = time.perf_counter() - self.started
-        storage.publish(os.path.join(self.folder, f"done-{self.side}-{self.epoch}"), str(seconds).encode())
+        filesystem.publish(os.path.join(self.folder, f"done-{self.side}-{self.epoch}"), str(seconds).encode())
         self.epoch += 1
         if self.epoch < self.epochs:
             wait_for(os.path.join(self.folder, f"go-{self.side}-{self.epoch}"))
@@ -61,7 +62,7 @@ def plain_side(experiment: dict, run: str, folder: str, threads: int) -> None:
     settings = from_json(experiment)
     turns = Turns(folder, "plain", settings.train.epochs)
     alone = Ranks(0, 1, torch.device("cpu"))
-    train_rank(settings, runs.find_run(run), alone, lambda model: model, lambda metrics: turns.next())
+    train_rank(settings, run_directory.find_run(run), alone, lambda model: model, lambda metrics: turns.next())
 
 
 def ray_side(experiment: dict, run: str, folder: str, threads: int) -> None:
@@ -70,11 +71,11 @@ def ray_side(experiment: dict, run: str, folder: str, threads: int) -> None:
     from ray.train import LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from jobs import runtime
+    from jobs.support import ray_runtime
 
-    runtime.start_ray(1)
+    ray_runtime.start_ray(1)
     config = {"experiment": experiment, "run": run, "folder": folder, "threads": threads}
-    placed = ScalingConfig(num_workers=1, resources_per_worker=runtime.worker_resources(1))
+    placed = ScalingConfig(num_workers=1, resources_per_worker=ray_runtime.worker_resources(1))
     quiet = LoggingConfig(log_level="WARNING")
     kept = RunConfig(storage_path=os.path.join(folder, "store"), logging_config=quiet)
     TorchTrainer(ray_worker, train_loop_config=config, scaling_config=placed, run_config=kept).fit()
@@ -98,14 +99,14 @@ def ray_worker(config: dict) -> None:
 
     options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.ddp_options(experiment.train)}
     wrap = functools.partial(prepare_model, **options)
-    train_rank(experiment, runs.find_run(config["run"]), distributed.current(get_device()), wrap, report)
+    train_rank(experiment, run_directory.find_run(config["run"]), distributed.current(get_device()), wrap, report)
 
 
 def measure_ray(bench: Bench) -> list[dict]:
     """Epochs of a real run under Ray and in a plain process, in turn; and the time from the command to the first step."""
     import ray  # noqa: F401  (a machine without Ray has no such section)
 
-    from heartseg.phantom import write_phantom
+    from heartseg.datasets.phantom import write_phantom
 
     pairs, threads = bench.options.pairs, torch.get_num_threads()
     experiment = bench.experiment(small=True, epochs=1 + pairs)
@@ -117,7 +118,7 @@ def measure_ray(bench: Bench) -> list[dict]:
     experiment = replace(experiment, data=bench.shards(experiment, source))
     processes = []
     for side, start in (("plain", plain_side), ("ray", ray_side)):
-        run = runs.open_run(replace(experiment, runs=os.path.join(folder, side)), open_shards(experiment.data))
+        run = run_directory.open_run(replace(experiment, runs=os.path.join(folder, side)), open_shards(experiment.data))
         process = multiprocessing.get_context("spawn").Process(
             target=start, args=(to_json(experiment), run.path, folder, threads)
         )
@@ -129,7 +130,7 @@ def measure_ray(bench: Bench) -> list[dict]:
     for pair in range(1, 1 + pairs):
         # Who goes first changes, so that a machine that slows down harms neither.
         for side in ("plain", "ray") if pair % 2 else ("ray", "plain"):
-            storage.publish(os.path.join(folder, f"go-{side}-{pair}"), b"")
+            filesystem.publish(os.path.join(folder, f"go-{side}-{pair}"), b"")
             seconds[side].append(float(wait_for(os.path.join(folder, f"done-{side}-{pair}"), tuple(processes))))
     for process in processes:
         process.join()
@@ -146,7 +147,7 @@ def measure_ray(bench: Bench) -> list[dict]:
 def first_step_s(experiment, folder: str) -> float:
     """Seconds from starting jobs/train.py, Ray's start included, until it prints its first step."""
     config = os.path.join(folder, "first.json")
-    storage.publish_json(config, to_json(replace(experiment, train=replace(experiment.train, epochs=1))))
+    filesystem.publish_json(config, to_json(replace(experiment, train=replace(experiment.train, epochs=1))))
     job = str(Path(__file__).resolve().parents[1] / "train.py")
     started, found = time.perf_counter(), None
     command = [sys.executable, "-u", job, "--config", config, "--runs", os.path.join(folder, "first")]
@@ -197,6 +198,6 @@ def rank_of(rank: int, world: int, experiment: dict, folder: str, threads: int, 
         engine.train_step(settings, state, images[mine], masks[mine], ranks)
         seconds.append(time.perf_counter() - started)
     if ranks.is_main:
-        storage.publish(os.path.join(folder, "seconds"), str(statistics.median(seconds[1:])).encode())
+        filesystem.publish(os.path.join(folder, "seconds"), str(statistics.median(seconds[1:])).encode())
     distributed.barrier(ranks)
     distributed.stop_plain()

@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from heartseg import camus
-from heartseg.batches import epoch_order
-from heartseg.config import Experiment
+from heartseg.config.experiment import Experiment
+from heartseg.datasets import camus
 from heartseg.labels import STRUCTURES
-from heartseg.shards import Frames
+from heartseg.shards.loader import epoch_order
+from heartseg.shards.reader import Frames
 from jobs.benchmarks.train_bench import Bench, loader_batches, our_steps, peak_memory_gb, reset_peak_memory, row
 from jobs.benchmarks.train_steps import new_model
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from heartseg import engine
-from heartseg.config import Experiment, ImageConfig
-from heartseg.losses import segmentation_loss
-from heartseg.metrics import ScoreSums, predicted_labels
-from heartseg.model import build_model
+from heartseg.config.experiment import Experiment, ImageConfig
+from heartseg.metrics.segmentation import ScoreSums, predicted_labels
+from heartseg.models import precision
+from heartseg.models.deeplabv3 import build_model
+from heartseg.training.losses import segmentation_loss
 from jobs.benchmarks.train_bench import Bench, loader_batches, our_steps, peak_memory_gb, reset_peak_memory, row
 
 # Sizes of the square matrices whose product shows the machine's peak; the last is for GPUs.
@@ -36,8 +36,8 @@ def measure_metrics(bench: Bench) -> list[dict]:
         model = build_model(experiment.model).to(bench.device, memory_format=torch.channels_last).eval()
         images, masks = bench.random_batch(experiment, size)
         with torch.inference_mode():
-            logits = engine.forward(experiment.train, model, images)
-            forward = median_seconds(bench, lambda e=experiment, m=model, x=images: engine.forward(e.train, m, x), 5)
+            logits = precision.forward(experiment.train, model, images)
+            forward = median_seconds(bench, lambda e=experiment, m=model, x=images: precision.forward(e.train, m, x), 5)
             scores = median_seconds(bench, lambda x=logits, y=masks: _score(x, y), 5) / BATCHES_SCORED
             loss = median_seconds(bench, lambda e=experiment, x=logits, y=masks: segmentation_loss(e.loss, x, y), 5)
         what = f"{experiment.model.backbone}, {experiment.image.height} px, batch {size}"
@@ -77,7 +77,7 @@ def measure_loader(bench: Bench) -> list[dict]:
 
 
 def measure_convolutions(bench: Bench) -> list[dict]:
-    """Our steps with the convolutions of `heartseg.convolutions`, in turn with steps on PyTorch's own."""
+    """Our steps with the convolutions of `heartseg.models.convolutions`, in turn with steps on PyTorch's own."""
     large = bench.experiment()
     small = replace(large, image=ImageConfig(192, 192), model=replace(large.model, backbone="mobilenet_v3_large"))
     rows = []
@@ -162,7 +162,7 @@ def measure_gpu(bench: Bench) -> list[dict]:
     for batch in (4, 32):
         images, _ = bench.random_batch(bench.experiment(), batch)
         with torch.inference_mode():
-            forward = median_seconds(bench, lambda x=images: engine.forward(bench.experiment().train, model, x), 20)
+            forward = median_seconds(bench, lambda x=images: precision.forward(bench.experiment().train, model, x), 20)
         rows.append(row("gpu", f"evaluation, batch {batch}", batch / forward, "images/s"))
         hours = SEED_EPOCHS * (SEED_TRAINING / rates[12] + SEED_TEST * forward / batch) / 3600
         note = "estimated from these rates, not run"

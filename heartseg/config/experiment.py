@@ -1,0 +1,188 @@
+"""The experiment as typed, frozen values; strict to and from JSON.
+
+Every default is stated once: here or in training.py where it is the neutral choice, in recipes.py where it makes a
+recipe. The text under a field is its `--help`.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from heartseg.config.strict_json import structure
+from heartseg.config.training import AugmentConfig, LossConfig, OptimConfig, ScheduleConfig, TrainConfig
+from heartseg.errors import require
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The grid that shards store images on."""
+
+    height: int
+    """Rows (depth) of a stored image, in pixels."""
+    width: int
+    """Columns (lateral) of a stored image, in pixels."""
+
+    def __post_init__(self):
+        require(min(self.height, self.width) >= 32, "image.height and image.width must be at least 32 pixels.")
+        require(max(self.height, self.width) <= 2048, "image.height and image.width must be at most 2048 pixels.")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How patients are divided; always whole patients."""
+
+    kind: Literal["official", "ratio", "kfold"]
+    """`official`: the source's own groups. `ratio`: a seeded draw by patient. `kfold`: one of `folds` test groups in turn."""
+    test_share: float = 0.2
+    """Share of the patients in the test group (ratio only)."""
+    val_share: float = 0.0
+    """Share in a validation group: of all patients (ratio), of those outside the test group (kfold)."""
+    seed: int = 0
+    """Seed of the draw (ratio and kfold)."""
+    folds: int = 5
+    """Number of test groups, which share no patient and hold everybody between them (kfold only)."""
+    fold: int = 0
+    """Which of them is the test group, from 0 (kfold only)."""
+    stratify: bool = True
+    """Give every group its share of each class of ejection fraction and image quality, where they are known."""
+
+    def __post_init__(self):
+        shares_fit = min(self.test_share, self.val_share) >= 0 and 0 < self.test_share + self.val_share < 1
+        require(shares_fit, "split.test_share and split.val_share must be shares whose sum lies between 0 and 1.")
+        require(self.folds >= 2, "split.folds must be at least 2.")
+        require(0 <= self.fold < self.folds, f"split.fold must be from 0 to {self.folds - 1}, one less than split.folds.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """DeepLabv3 with one input channel and four outputs."""
+
+    backbone: Literal["resnet101", "resnet50", "mobilenet_v3_large"]
+    """torchvision's backbone."""
+    pretrained: bool = False
+    """Start from ImageNet weights, which torchvision downloads."""
+    aux_head: bool = False
+    """Train a second head on an earlier layer."""
+    norm: Literal["batch", "group"] = "batch"
+    """`group` has no batch statistics: for very small shares of a batch per worker."""
+    sync_bn: Literal["auto", "on", "off"] = "auto"
+    """Batch statistics over all workers' images (GPUs only): `auto` wherever several workers have GPUs."""
+    bn_momentum: float = 0.1
+    """Momentum of the running statistics of batch normalisation."""
+    dropout: float = 0.5
+    """Dropout before the head's last convolution."""
+
+    def __post_init__(self):
+        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
+        require(0 < self.bn_momentum <= 1, "model.bn_momentum must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """`auto`: online where WANDB_API_KEY is set, offline else."""
+    project: str = "heartseg"
+    """Project of the dashboard."""
+    group: str = ""
+    """Group of the dashboard, for runs that belong together; a sweep's trials have its name."""
+    job_type: str = "train"
+    """Job type of the dashboard; `trial` in a sweep."""
+    images: Literal["auto", "on", "off"] = "auto"
+    """Send overlays: `auto` for CAMUS and the phantom only, since other people's patients stay here unless asked."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What is done to a prediction beyond the network's own labels; off unless asked for, so that scores are the network's."""
+
+    tta: bool = False
+    """Average over five slightly shifted copies of the image, at five times the cost."""
+    largest_component: bool = False
+    """Keep the largest connected piece of cavity, wall and atrium."""
+    fill_holes: bool = False
+    """Close holes inside and between cavity, wall and atrium."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that makes a run: a recipe with its changes."""
+
+    name: str
+    """Name of the recipe; a run is called after it."""
+    image: ImageConfig
+    split: SplitConfig
+    model: ModelConfig
+    loss: LossConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    source: str = ""
+    """Folder or URI of the CAMUS tree, or of a plain images/ and masks/ (HEARTSEG_SOURCE where not given)."""
+    data: str = ""
+    """Folder or URI of the shards (HEARTSEG_DATA where not given)."""
+    out: str = ""
+    """Where preprocess and pipeline write."""
+    runs: str = ""
+    """Folder or URI of the training runs (HEARTSEG_RUNS where not given, else `runs`)."""
+    workers: int = 1
+    """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` sets --min-workers as well."""
+    min_workers: int = 0
+    """Fewest workers to train on with when nodes are lost, until new ones come; 0 wants all of them."""
+    ingest: Literal["auto", "memory", "stream"] = "auto"
+    """How training reads shards: all into `memory`, or as a `stream`, shuffled by parts; `auto` streams what is too large."""
+
+    def __post_init__(self):
+        require(self.workers >= 1, "--workers must be at least 1.")
+        require(0 <= self.min_workers <= self.workers, "--min-workers must be at least 0 and no more than --workers.")
+
+
+# What decides a run's result; the rest is where it runs and who is told.
+IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
+
+
+def to_json(value: object) -> dict:
+    """A dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))  # a tuple is a list there
+
+
+def identity(experiment: Experiment) -> dict:
+    """The part of an experiment that decides its result, as plain JSON values."""
+    # Memory and stream differ in the order of the images; what `auto` finds is the machine's, and the run's directory keeps it.
+    asked = {"ingest": experiment.ingest} if experiment.ingest != "auto" else {}
+    return {part: to_json(getattr(experiment, part)) for part in IDENTITY} | asked
+
+
+def canonical(value: object) -> bytes:
+    """JSON whose bytes depend on the value alone, for hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def from_json(value: dict, kind: type = Experiment, origin: str = "the configuration"):
+    """Build a dataclass from JSON values; raises UserError that names an unknown or missing key or a wrong value."""
+    return structure(value, kind, origin)
+
+
+def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+    """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if there is none."""
+    for key in sorted(old.keys() | new.keys()):
+        there, asked = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(asked, dict):
+            inner = first_difference(there, asked, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif there != asked:
+            return f"{prefix}{key}: {there} there, {asked} asked"
+    return None
+
+
+def flatten(value: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows of a dotted name and a text."""
+    rows = []
+    for key, inner in value.items():
+        rows += flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else [(f"{prefix}{key}", str(inner))]
+    return rows

@@ -1,0 +1,112 @@
+"""Divides patients into groups, always by patient: a heart's other views and phases never cross a group's border."""
+
+import random
+
+from heartseg.config.experiment import SplitConfig
+from heartseg.errors import UserError
+from heartseg.labels import EF_CLASSES, ef_class
+
+GROUPS = ("train", "val", "test")
+QUALITIES = ("Good", "Medium", "Poor")
+
+
+def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
+    """The group of each patient."""
+    return {patient: group for group, patients in groups.items() for patient in patients}
+
+
+def make_groups(
+    config: SplitConfig, patients: list[str], official: dict[str, list[str]], known: dict[str, dict] | None = None
+) -> dict[str, list[str]]:
+    """Group names to sorted patients; `official` is what the source's own split files say.
+
+    `known` says of a patient the `ef` in percent and the `quality` by view, as a manifest keeps them; patients of whom
+    nothing is known are one stratum. Raises UserError where an official split is asked for and not there, or where no
+    patient is left to train on.
+    """
+    if config.kind == "official":
+        groups = official_groups(patients, official)
+    else:
+        strata = draw_strata(config, patients, known or {})
+        groups = (ratio_groups if config.kind == "ratio" else fold_groups)(config, strata)
+    if len(groups) < 2 or "train" not in groups:
+        raise UserError(f"{len(patients)} patients give no training group and another one: give more, or another split.")
+    assert_disjoint(groups)
+    return groups
+
+
+def official_groups(patients: list[str], official: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The source's own groups, kept to the patients that are there; patients in no file are left out."""
+    if not official:
+        raise UserError("The source has no database_split/subgroup_*.txt and no groups.csv: take --split.kind ratio.")
+    there = set(patients)
+    groups = {group: sorted(there & set(names)) for group, names in official.items()}
+    return {group: names for group, names in groups.items() if names}
+
+
+def stratum(said: dict) -> str:
+    """What a patient is alike in: class of ejection fraction, and the worst image quality of the views."""
+    ef, qualities = said.get("ef"), set((said.get("quality") or {}).values())
+    worst = max(qualities, key=lambda quality: (quality in QUALITIES and QUALITIES.index(quality), quality), default="")
+    return f"{'' if ef is None else EF_CLASSES[int(ef_class(ef))]}/{worst}"
+
+
+def draw_strata(config: SplitConfig, patients: list[str], known: dict[str, dict]) -> list[list[str]]:
+    """The patients in the seed's order, in one list for each stratum; in one list where nothing is to be told apart."""
+    drawn = sorted(patients)
+    random.Random(config.seed).shuffle(drawn)
+    strata: dict[str, list[str]] = {}
+    for patient in drawn:
+        strata.setdefault(stratum(known.get(patient, {})) if config.stratify else "", []).append(patient)
+    return [strata[name] for name in sorted(strata)]
+
+
+def ratio_groups(config: SplitConfig, strata: list[list[str]]) -> dict[str, list[str]]:
+    """A seeded draw: shares are rounded to whole patients, and what remains trains."""
+    everybody = sum(map(len, strata))
+    test, rest = take(strata, round(config.test_share * everybody), config.seed)
+    val, train = take(rest, round(config.val_share * everybody), config.seed)
+    return named(train, val, test)
+
+
+def fold_groups(config: SplitConfig, strata: list[list[str]]) -> dict[str, list[str]]:
+    """Patients dealt out like cards, stratum after stratum: folds differ by one patient at most, in each stratum too."""
+    dealt = [patient for patients in strata for patient in patients]
+    if len(dealt) < config.folds:
+        raise UserError(f"{len(dealt)} patients cannot fill {config.folds} folds: lower --split.folds.")
+    test = set(dealt[config.fold :: config.folds])
+    rest = [[patient for patient in patients if patient not in test] for patients in strata]
+    val, train = take(rest, round(config.val_share * sum(map(len, rest))), config.seed)
+    return named(train, val, sorted(test))
+
+
+def take(strata: list[list[str]], count: int, seed: int) -> tuple[list[str], list[list[str]]]:
+    """The first few of every stratum, `count` in all, and the others by stratum.
+
+    Each gives its share, rounded up or down: the share of the running total is cut at whole patients, from a start that
+    the seed draws so that small strata are not rounded the same way each time. One stratum just gives its first `count`.
+    """
+    everybody = sum(map(len, strata))
+    start, taken, rest, before = random.Random(seed).randrange(max(1, everybody)), [], [], 0
+    for patients in strata:
+        after = before + len(patients)
+        number = (after * count + start) // everybody - (before * count + start) // everybody if everybody else 0
+        taken += patients[:number]
+        rest.append(patients[number:])
+        before = after
+    return taken, rest
+
+
+def named(train: list[list[str]], val: list[str], test: list[str]) -> dict[str, list[str]]:
+    """The groups that have patients, sorted."""
+    cut = {"train": [patient for patients in train for patient in patients], "val": val, "test": test}
+    return {group: sorted(cut[group]) for group in GROUPS if cut[group]}
+
+
+def assert_disjoint(groups: dict[str, list[str]]) -> None:
+    """Raise UserError where a patient stands in two groups."""
+    seen: dict[str, str] = {}
+    for group, patients in groups.items():
+        for patient in patients:
+            if seen.setdefault(patient, group) != group:
+                raise UserError(f"{patient} is in both {seen[patient]} and {group}: a split must be by patient.")

@@ -1,0 +1,224 @@
+"""Annotated images to score, from shards or from a CAMUS tree, and other people's masks of them.
+
+A truth hands on the cases of some patients and what could not be read of them; predictions hand on a mask for each case.
+"""
+
+import contextlib
+import functools
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from heartseg.datasets import camus, nifti
+from heartseg.datasets.camus import Info
+from heartseg.datasets.nifti import DamagedRecording
+from heartseg.errors import UserError
+from heartseg.inference.segmenter import Segmented
+from heartseg.labels import Phase, View
+from heartseg.shards.reader import Frames, Shards, load_groups, open_shards
+from heartseg.storage import filesystem
+
+NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An expert's label map `truth` uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and whose it is.
+
+    `image` is uint8, upright, on the native or on a stored grid; None where nobody needs it. View and phase are None where
+    nothing tells them; a frame of a sequence has its number.
+    """
+
+    patient: str
+    view: View | None
+    phase: Phase | None
+    truth: np.ndarray
+    spacing_mm: tuple[float, float]
+    image: np.ndarray | None = None
+    info: Info | None = None
+    frame: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`patient0001_2CH_ED`."""
+        return f"{self.patient}_{self.view}_{self.phase}"
+
+
+def problem(case: Case | tuple[str, View, Phase], file: str, reason: str) -> dict[str, str]:
+    """A still that cannot be scored, as a row of the table of what is missing."""
+    patient, view, phase = case if isinstance(case, tuple) else (case.patient, case.view, case.phase)
+    return {"patient": patient, "view": str(view), "phase": str(phase), "file": file, "reason": reason}
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTruth:
+    """The cases of a group of shards; their images are on the stored grid."""
+
+    shards: Shards
+    group: str
+
+    @functools.cached_property
+    def frames(self) -> Frames:
+        """The group's rows, read once in each process."""
+        return load_groups(self.shards, [self.group])[self.group]
+
+    @functools.cached_property
+    def rows(self) -> dict[str, list[int]]:
+        """The rows of each patient."""
+        found: dict[str, list[int]] = {}
+        for row, patient in enumerate(self.frames.table["patient"].to_pylist()):
+            found.setdefault(patient, []).append(row)
+        return found
+
+    def picture(self, case: Case) -> np.ndarray | None:
+        """A case's image, uint8 [h,w] on the stored grid."""
+        return case.image
+
+    def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
+        """The cases of some patients; nothing is missing, since damaged files never became rows."""
+        return [self._case(row) for patient in patients for row in self.rows.get(patient, [])], []
+
+    def _case(self, row: int) -> Case:
+        said = {name: self.frames.table[name][row].as_py() for name in self.frames.table.column_names if name != "native_mask"}
+        info = Info(**{name: said[name] for name in ("quality", "ef", "sex", "age", "frame_rate", "ef_convention")})
+        truth, spacing_mm = self.frames.native_mask(row), tuple(said["native_spacing_mm"])
+        image = self.frames.images[row, 0].numpy()
+        view = View(said["view"]) if said["view"] else None
+        phase = Phase(said["phase"]) if said["phase"] else None
+        return Case(said["patient"], view, phase, truth, spacing_mm, image, info, said["frame"])
+
+    def __reduce__(self):
+        # A worker of another process reads manifest and rows itself; neither is sent around.
+        return _open_truth, (self.shards.path, self.group)
+
+
+def _open_truth(path: str, group: str) -> ShardTruth:
+    return ShardTruth(open_shards(path), group)
+
+
+@dataclass(frozen=True, eq=False)
+class TreeTruth:
+    """The ED and ES stills of a CAMUS tree; images are on the native grid, or left out where `images` is False."""
+
+    source: str
+    images: bool = True
+
+    def picture(self, case: Case) -> np.ndarray | None:
+        """A case's image, uint8 [H,W]; None where there is none that can be read: its mask alone may be there."""
+        if case.image is not None:
+            return case.image
+        with contextlib.suppress(DamagedRecording):
+            return camus.read_still(self.source, case.patient, case.view, case.phase).image
+
+    def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
+        """The cases of some patients, and the stills that are damaged or not there."""
+        found, missing = [], []
+        for patient in patients:
+            for view, phase in camus.stills_of():
+                try:
+                    found.append(self._case(patient, view, phase))
+                except DamagedRecording as error:
+                    missing.append(problem((patient, view, phase), error.file, error.reason))
+        return found, missing
+
+    def _case(self, patient: str, view: View, phase: Phase) -> Case:
+        if self.images:
+            still = camus.read_still(self.source, patient, view, phase)
+            return Case(patient, view, phase, still.mask, still.spacing_mm, still.image, still.info)
+        path = camus.recording_path(self.source, patient, view, phase, "_gt")
+        truth, spacing_mm = read_mask(path)
+        return Case(patient, view, phase, truth, spacing_mm, None, camus.read_info(self.source, patient, view))
+
+
+def read_mask(path: str) -> tuple[np.ndarray, tuple[float, float]]:
+    """A label map uint8 [H,W] and its (depth, lateral) spacing in mm; raises DamagedRecording."""
+    mask, spacing_mm = nifti.read_nifti(path)
+    if mask.ndim != 2:
+        raise DamagedRecording(f"a still's mask has 2 axes, this has shape {mask.shape}", path)
+    return nifti.as_labels(mask, path), spacing_mm
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise UserError for a pattern that cannot name a file below a folder, or names one file for several stills."""
+    try:
+        names = [pattern.format(patient=p, view=v, phase=f) for p, v, f in itertools.product("ab", "cd", "ef")]
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--pattern {pattern!r} may hold {{patient}}, {{view}} and {{phase}} only.") from error
+    if ".." in names[0].split("/") or names[0].startswith("/"):
+        raise UserError(f"--pattern {pattern!r} leaves the folder of the predictions.")
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--pattern {pattern!r} names one file for several stills: it needs {{patient}}, {{view}} and {{phase}}."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FilePredictions:
+    """Anyone's NIfTI masks below a folder: `NAME_pred`, else `NAME_gt`, else `NAME` alone where it holds labels.
+
+    `NAME` is `patient0001_2CH_ED`; folders do not matter. `pattern`, with `{patient}`, `{view}` and `{phase}`, names the
+    file below the folder instead.
+    """
+
+    folder: str
+    pattern: str = ""
+    files: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: str, pattern: str = "") -> "FilePredictions":
+        """List the masks of a folder; raises UserError where there is none or the pattern cannot name a file."""
+        if not filesystem.exists(folder):
+            raise UserError(f"The predictions {folder} do not exist: give the folder that holds the masks.")
+        if pattern:
+            check_pattern(pattern)
+        files: dict[str, dict[str, list[str]]] = {}
+        for path in filesystem.walk(folder):
+            match = NIFTI_NAME.fullmatch(filesystem.last_part(path))
+            if match:
+                files.setdefault(match["stem"], {}).setdefault(match["suffix"] or "", []).append(path)
+        if not files:
+            raise UserError(f"{folder} holds no NIfTI file: give the folder that holds the masks.")
+        return cls(folder, pattern, files)
+
+    def has_any(self, patient: str) -> bool:
+        """True where a patient has a mask of one view and phase at least."""
+        cases = (Case(patient, view, phase, np.empty((0, 0)), (1.0, 1.0)) for view, phase in camus.stills_of())
+        return any(self.path(case) for case in cases)
+
+    def path(self, case: Case) -> str | None:
+        """The file that holds a case's mask; None where there is none. Raises UserError where two could be meant."""
+        if self.pattern:
+            name = self.pattern.format(patient=case.patient, view=case.view, phase=case.phase)
+            path = filesystem.join(self.folder, name)
+            return path if filesystem.exists(path) else None
+        kinds = self.files.get(case.name, {})
+        for suffix in ("_pred", "_gt", ""):
+            if len(kinds.get(suffix, [])) > 1:
+                raise UserError(
+                    f"{kinds[suffix][0]} and {kinds[suffix][1]} could both be the mask of {case.name}: give --pattern."
+                )
+            if suffix in kinds:
+                return kinds[suffix][0]
+        return None
+
+    def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
+        """A mask for each case, None where there is no usable one, and the reasons."""
+        found: list[Segmented | None] = []
+        missing = []
+        for case in cases:
+            path = self.path(case)
+            try:
+                if path is None:
+                    raise DamagedRecording("there is no prediction", case.name)
+                mask, _ = read_mask(path)
+                if mask.shape != case.truth.shape:
+                    raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)
+            except DamagedRecording as error:
+                missing.append(problem(case, error.file, error.reason))
+                found.append(None)
+            else:
+                found.append(Segmented(mask, quality=float("nan")))
+        return found, missing

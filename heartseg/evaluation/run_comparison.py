@@ -1,0 +1,271 @@
+"""Runs side by side, as plain tables: which settings differ, how scores differ on the same patients, where runs disagree.
+
+Result tables of evaluations in, tables out; nothing is read, scored or drawn here, and no winner is named.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+
+import numpy as np
+import pandas
+
+from heartseg.config.experiment import flatten, from_json, identity
+from heartseg.errors import UserError
+from heartseg.labels import frame_name
+from heartseg.metrics.agreement import bootstrap_interval, paired_test
+from heartseg.metrics.segmentation import DISTANCES, SCORES
+from heartseg.training.run_directory import Run
+
+SEED, CODE = "train.seed", "code"
+# Absolute errors of the ejection fraction, a value a patient, by the name of the convention.
+EF_ERRORS = {f"ef_{convention}_error": f"ef_{convention}" for convention in ("camus", "ase")}
+NAMES = (*SCORES, *DISTANCES, *EF_ERRORS)
+# Truths that differ by more than this share are no two readings of one heart.
+SAME_TRUTH = 1e-3
+NO_DIFFERENCE = "no difference seen"
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A run, its epochs so far, and its evaluation's tables and summary; None with the `problem` where there is none."""
+
+    run: Run
+    label: str
+    record: list[dict]
+    images: pandas.DataFrame | None = None
+    patients: pandas.DataFrame | None = None
+    summary: dict | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One thing that is compared: a run, or several that differ in their seed only."""
+
+    letter: str
+    runs: tuple[Scored, ...]
+
+    @property
+    def label(self) -> str:
+        """The run's name, or the first one's and how many seeds there are."""
+        first = self.runs[0].label
+        return first if len(self.runs) == 1 else f"{first} ({len(self.runs)} seeds)"
+
+    @functools.cached_property
+    def scored(self) -> list[Scored]:
+        """The runs whose scores are pooled: those that have some, on the hearts of the first one that has."""
+        known = [run for run in self.runs if run.images is not None]
+        return [run for run in known if same_hearts(run, known[0])]
+
+    @functools.cached_property
+    def table(self) -> pandas.DataFrame | None:
+        """`score_table` with each score averaged over the seeds; None where no run has scores."""
+        tables = [score_table(one) for one in self.scored]
+        if not tables:
+            return None
+        means = pandas.concat(tables)[list(NAMES)].groupby(level=0, sort=False).mean()
+        return tables[0][["patient"]].join(means)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All that is told of some entries beside a reference among them; see the function of each name."""
+
+    entries: tuple[Entry, ...]
+    reference: Entry
+    settings: list[tuple[str, ...]]
+    means: dict[str, dict[str, dict]]
+    differences: dict[str, dict[str, dict]]
+    disagreements: list[dict]
+    notes: list[str]
+
+    @property
+    def others(self) -> list[Entry]:
+        """The entries but the reference."""
+        return [entry for entry in self.entries if entry is not self.reference]
+
+
+def compare(entries: Sequence[Entry], reference: Entry, count: int = 6) -> Comparison:
+    """Compare entries with a reference among them; `count` images of largest disagreement are named."""
+    return Comparison(
+        entries=tuple(entries),
+        reference=reference,
+        settings=differing_settings(entries),
+        means={entry.letter: means(entry) for entry in entries},
+        differences={entry.letter: differences(entry, reference) for entry in entries if entry is not reference},
+        disagreements=disagreements(entries, count),
+        notes=notes(entries, reference),
+    )
+
+
+def settings(run: Run) -> dict[str, str]:
+    """Dotted names and texts of what decides a run's result: configuration, data and first weights; and of its code."""
+    try:
+        # An older program's run has the defaults of the settings that it did not know.
+        decided = identity(from_json(run.description["experiment"]))
+    except UserError:
+        decided = run.description["identity"]
+    weights = run.description.get("initial_weights_sha256")
+    return dict(flatten(decided)) | {
+        "data": run.description["data_fingerprint"][:12],
+        "first weights": weights[:12] if weights else "the recipe's",
+        CODE: run.description.get("code", "–")[:20],
+    }
+
+
+def enter(found: Sequence[Scored]) -> list[Entry]:
+    """Runs as entries A, B, C …, in their order; runs that differ only in their seed (and code revision) are one.
+
+    A seed that comes again with the same settings (`--fresh` makes such runs) begins another entry.
+    """
+    entries: dict[tuple, list[Scored]] = {}
+    again: Counter = Counter()
+    for one in found:
+        said = settings(one.run)
+        alike = tuple(sorted((name, text) for name, text in said.items() if name not in (SEED, CODE)))
+        entries.setdefault((alike, again[alike, said[SEED]]), []).append(one)
+        again[alike, said[SEED]] += 1
+    by_seed = [sorted(mine, key=lambda one: int(settings(one.run)[SEED])) for mine in entries.values()]
+    return [Entry(letter_of(place), tuple(mine)) for place, mine in enumerate(by_seed)]
+
+
+def letter_of(place: int) -> str:
+    """A to Z, then A2 to Z2, and so on."""
+    again, letter = divmod(place, len(ascii_uppercase))
+    return ascii_uppercase[letter] + (str(again + 1) if again else "")
+
+
+def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """Rows of a setting's dotted name and its text in each entry, for those that differ; an entry's seeds are listed."""
+    texts = [[settings(one.run) for one in entry.runs] for entry in entries]
+    names = dict.fromkeys(name for mine in texts for said in mine for name in said)
+    rows = [(n, *(", ".join(dict.fromkeys(said.get(n, "–") for said in mine)) for mine in texts)) for n in names]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def image_names(rows: Iterable[dict]) -> list[str]:
+    """What a person calls each image, which tells the images of one evaluation apart and finds them in another."""
+    seen: Counter = Counter()
+    names = []
+    for row in rows:
+        name = frame_name({key: None if pandas.isna(row[key]) else row[key] for key in ("patient", "view", "phase", "frame")})
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def score_table(one: Scored) -> pandas.DataFrame:
+    """A row an image and a row a patient, by name: `patient` and NAMES, NaN where a score is not of that kind."""
+    images = one.images[["patient", *SCORES, *DISTANCES]].set_axis(image_names(one.images.to_dict("records")))
+    errors = {
+        name: (one.patients[f"{index}_prediction"] - one.patients[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()
+    }
+    patients = pandas.DataFrame({"patient": one.patients["patient"], **errors})
+    patients = patients.set_axis(one.patients["patient"] + ", EF")
+    return pandas.concat([images.astype(dict.fromkeys((*SCORES, *DISTANCES), float)), patients])
+
+
+def same_hearts(one: Scored, other: Scored) -> bool:
+    """True where two evaluations scored the same patients, and those against the same truth: names alone say little."""
+    tables = [each.patients.set_index("patient").sort_index() for each in (one, other)]
+    known = [table.filter(regex="_truth$").select_dtypes("number") for table in tables]
+    if one.summary["dataset"] != other.summary["dataset"] or not known[0].index.equals(known[1].index):
+        return False
+    shared = known[0].columns.intersection(known[1].columns)
+    return np.allclose(known[0][shared], known[1][shared], rtol=SAME_TRUTH, atol=SAME_TRUTH, equal_nan=True)
+
+
+def means(entry: Entry) -> dict[str, dict]:
+    """Each score's mean with its 95 % interval over patients, and `seeds`, the mean of each seed; empty without scores."""
+    if entry.table is None:
+        return {}
+    alone = [score_table(one) for one in entry.scored]
+    return {name: _mean(entry.table, name) | {"seeds": [_mean(each, name)["mean"] for each in alone]} for name in NAMES}
+
+
+def _mean(table: pandas.DataFrame, name: str) -> dict[str, float | None]:
+    values = table[name].to_numpy(float)
+    low, high = bootstrap_interval(values, table["patient"].to_numpy())
+    mean = np.nanmean(values) if np.isfinite(values).any() else np.nan
+    return {key: float(value) if np.isfinite(value) else None for key, value in (("mean", mean), ("low", low), ("high", high))}
+
+
+def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
+    """By score, `agreement.paired_test` of entry minus reference, and its `reading`; empty where the hearts are others."""
+    if not (entry.scored and reference.scored and same_hearts(entry.scored[0], reference.scored[0])):
+        return {}
+    shared = reference.table.index.intersection(entry.table.index, sort=False)
+    table, other = entry.table.loc[shared], reference.table.loc[shared]
+    tested = {n: paired_test(table[n], other[n], other["patient"]) for n in NAMES}
+    return {name: found | {"reading": reading(found)} for name, found in tested.items()}
+
+
+def reading(found: dict) -> str:
+    """A paired test in words: no difference unless interval and p agree on one, else which way it lies.
+
+    A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
+    """
+    if found["difference"] is None:
+        return "too few patients"
+    if found["low"] <= 0 <= found["high"] or found["p"] >= 0.05:
+        return NO_DIFFERENCE
+    return "higher" if found["difference"] > 0 else "lower"
+
+
+def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
+    """The images whose mean Dice differs most between entries that scored the same hearts, the widest first.
+
+    Each is `image`, `patient`, `spread` (highest minus lowest) and `dice` by letter; an image that only one scored is none.
+    """
+    scored = [entry for entry in entries if entry.scored]
+    alike = [entry for entry in scored if same_hearts(entry.scored[0], scored[0].scored[0])]
+    if len(alike) < 2:
+        return []
+    owners = alike[0].table["patient"]
+    dice = pandas.DataFrame({entry.letter: entry.table["dice"] for entry in alike}).dropna()
+    spread = (dice.max(axis=1) - dice.min(axis=1)).sort_values(ascending=False, kind="stable").head(count)
+    return [
+        {"image": name, "patient": owners[name], "spread": float(wide), "dice": dice.loc[name].to_dict()}
+        for name, wide in spread.items()
+        if wide > 0
+    ]
+
+
+def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
+    """Sentences on what is missing and what cannot be compared."""
+    said = []
+    for entry in entries:
+        for one in entry.runs:
+            epochs, planned = len(one.record), one.run.description["identity"]["train"]["epochs"]
+            if epochs < planned:
+                said.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
+            if one.problem:
+                said.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
+        left_out = [one.label for one in entry.runs if one.images is not None and one not in entry.scored]
+        if left_out:
+            said.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
+        if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
+            these, those = (f"{e.letter} on {_group(e.scored[0])}" for e in (entry, reference))
+            shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
+            said.append(
+                f"Not the same hearts ({shared} names in common): {these}, {those}; "
+                "their scores stand side by side and are not paired."
+            )
+    seen = {one.summary["group"] for entry in entries for one in entry.scored}
+    groups = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
+    if seen == {"holdout"} and groups != {""}:
+        said.append(
+            "A sweep's winner was chosen on these held-out patients: its lead here is part luck. Train both with new seeds."
+        )
+    if not reference.scored:
+        said.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
+    losses = {settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}
+    return said + ["The runs minimise different losses: only the loss of one kind can be compared."] * (len(losses) > 1)
+
+
+def _group(one: Scored) -> str:
+    summary = one.summary
+    return f"the {summary['group']} group of {summary['dataset']} ({summary['patients']} patients)"

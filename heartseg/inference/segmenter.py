@@ -1,0 +1,230 @@
+"""Checkpoints and images to masks on the images' own grid, each with how sure the network is of it.
+
+`segment` is the one way from images to masks: scoring and prediction share it, so that what is done to a prediction is
+done to both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from heartseg.config.experiment import Experiment, PredictConfig, from_json
+from heartseg.errors import UserError
+from heartseg.inference.postprocessing import clean
+from heartseg.labels import NUM_CLASSES
+from heartseg.metrics.segmentation import predicted_labels
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.models.precision import forward
+from heartseg.shards.loader import Intensity, to_device
+from heartseg.shards.writer import resize_image
+
+# Test-time augmentation: the image as it is and shifted up, down, left and right by this share of its side. The network's
+# last map is 8 or 16 times coarser than its input, and shifted copies fall on it differently; changes of size or
+# brightness gained less (jobs/benchmarks/postprocess.py), and hearts have sides, so there are no flips.
+TTA_SHIFT = 0.05
+TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+NETWORKS_OWN = PredictConfig()
+# A mask of less confidence is one to look at: `quality` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
+LOOK_BELOW = 0.83
+
+
+@dataclass(frozen=True, eq=False)
+class Segmenter:
+    """A trained model with all that it needs to see an image as it was trained to."""
+
+    model: nn.Module
+    experiment: Experiment
+    intensity: Intensity
+    card: dict
+    device: torch.device
+
+    @property
+    def cards(self) -> tuple[dict, ...]:
+        """The checkpoint's card, as an ensemble has several."""
+        return (self.card,)
+
+    @torch.inference_mode()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B,4,H,W] of uint8 images [B,1,H,W] that are on the stored grid."""
+        unit = to_device(images, self.device).float().div_(255)
+        return forward(self.experiment.train, self.model, self.intensity.apply(unit))
+
+    def predict(self, image: np.ndarray, options: PredictConfig = NETWORKS_OWN) -> np.ndarray:
+        """The mask uint8 [H,W] (labels 0-3) of an upright uint8 image [H,W] of any size: rows are depth."""
+        return segment_images(self, [image], options)[0].mask
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Several trained models on one grid that are asked together; it stands wherever a Segmenter does."""
+
+    members: tuple[Segmenter, ...]
+
+    @property
+    def experiment(self) -> Experiment:
+        """The first member's: all have its grid."""
+        return self.members[0].experiment
+
+    @property
+    def device(self) -> torch.device:
+        """Where the members are."""
+        return self.members[0].device
+
+    @property
+    def cards(self) -> tuple[dict, ...]:
+        """The members' checkpoints' cards."""
+        return tuple(member.card for member in self.members)
+
+    @torch.inference_mode()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logs of the members' mean class probabilities [B,4,H,W], whose softmax is that mean."""
+        return _log(sum(member.logits(images).softmax(dim=1) for member in self.members) / len(self.members))
+
+    def predict(self, image: np.ndarray, options: PredictConfig = NETWORKS_OWN) -> np.ndarray:
+        """As a Segmenter's."""
+        return segment_images(self, [image], options)[0].mask
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """A mask uint8 [H,W] on the image's own grid, and the network's confidence in it from 0 to 1 (see `quality`)."""
+
+    mask: np.ndarray
+    quality: float
+
+
+def segment(
+    segmenter: Segmenter | Ensemble,
+    images: torch.Tensor,
+    shapes: Sequence[tuple[int, int]],
+    options: PredictConfig = NETWORKS_OWN,
+) -> list[Segmented]:
+    """Masks of a batch of uint8 images [B,1,H,W] on the stored grid, each on its own grid of `shapes`."""
+    scores = scores_of(segmenter, images, options)
+    sure = confidence(scores)
+    masks = [to_native(one, shape) for one, shape in zip(scores, shapes, strict=True)]
+    return [Segmented(clean(mask, options), value) for mask, value in zip(masks, sure, strict=True)]
+
+
+def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
+    """Class scores [B,4,H,W] of uint8 images [B,1,H,W] on the stored grid; their softmax is the class probabilities."""
+    return shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
+
+
+def segment_images(
+    segmenter: Segmenter | Ensemble,
+    images: Sequence[np.ndarray],
+    options: PredictConfig = NETWORKS_OWN,
+    shapes: Sequence[tuple[int, int]] | None = None,
+) -> list[Segmented]:
+    """Masks of upright uint8 images [H,W] of any sizes, in batches of the experiment's `eval_batch_size`.
+
+    Each is on its own grid of `shapes`, which are the images' own where none are given.
+    """
+    grid, size = segmenter.experiment.image, segmenter.experiment.train.eval_batch_size
+    shapes = shapes or [image.shape for image in images]
+    found = []
+    for start in range(0, len(images), size):
+        chosen = slice(start, start + size)
+        stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in images[chosen]]
+        found += segment(segmenter, torch.from_numpy(np.stack(stored))[:, None], shapes[chosen], options)
+    return found
+
+
+@torch.inference_mode()
+def shifted_logits(segmenter: Segmenter | Ensemble, images: torch.Tensor) -> torch.Tensor:
+    """Logs of the class probabilities [B,4,H,W], averaged over TTA_STEPS shifts of uint8 images [B,1,H,W].
+
+    Shifts are whole pixels, so that nothing is interpolated; what a shift brings in repeats the image's edge, and what
+    it moves out has no say.
+    """
+    height, width = images.shape[-2:]
+    down, right = round(TTA_SHIFT * height), round(TTA_SHIFT * width)
+    rows = torch.arange(-down, height + down, device=images.device).clamp(0, height - 1)
+    columns = torch.arange(-right, width + right, device=images.device).clamp(0, width - 1)
+    wider = images[:, :, rows][..., columns]
+
+    def window(i: int, j: int) -> tuple:
+        return ..., slice(down * (1 + i), down * (1 + i) + height), slice(right * (1 + j), right * (1 + j) + width)
+
+    total = torch.zeros(len(images), NUM_CLASSES, *wider.shape[-2:], device=segmenter.device)
+    seen = torch.zeros(wider.shape[-2:], device=segmenter.device)
+    for step in TTA_STEPS:
+        total[window(*step)] += segmenter.logits(wider[window(*step)]).softmax(dim=1)
+        seen[window(*step)] += 1
+    return _log(total[window(0, 0)] / seen[window(0, 0)])
+
+
+def _log(probabilities: torch.Tensor) -> torch.Tensor:
+    """Logs whose resampling stays finite where a class is certain."""
+    return probabilities.clamp_min(1e-12).log()
+
+
+def confidence(scores: torch.Tensor) -> list[float]:
+    """`quality` of each image of class scores [B,4,H,W], from every second pixel both ways: a sum needs no more."""
+    return quality(scores[..., ::2, ::2].softmax(dim=1)).tolist()
+
+
+def quality(probabilities: torch.Tensor) -> torch.Tensor:
+    """The network's confidence in its own labels, float32 [B] from 0 to 1: the Dice that it expects of them.
+
+    With class probabilities p [B,4,H,W] and labels m, the expected overlap of a structure is 2 sum(p m) / (sum p + sum m);
+    the mean over the three structures is taken, and a structure that was not found counts 0. Doubt at the contours
+    lowers it in proportion to the structure's size, and so does disagreement of shifted copies or ensemble members, whose
+    mean p is. It ranks images; it is no calibrated Dice: on CAMUS it is about 0.03 too high.
+    """
+    labels = torch.arange(1, NUM_CLASSES, device=probabilities.device).view(1, -1, 1, 1)
+    chosen = predicted_labels(probabilities)[:, None] == labels
+    found = probabilities[:, 1:]
+    both = (found * chosen).sum(dim=(2, 3))
+    expected = 2 * both / (found.sum(dim=(2, 3)) + chosen.sum(dim=(2, 3))).clamp_min(1e-9)
+    return expected.mean(dim=1)
+
+
+def to_native(logits: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
+    """Labels uint8 [H,W] on the native grid: class scores [4,h,w] are resampled, then the largest taken.
+
+    Labels are never resampled, so that contours stay smooth.
+    """
+    return predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy()
+
+
+def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
+    """Rebuild a trained model from a run's folder or a checkpoint's, from its files alone.
+
+    `which` is `last` or `best`. Raises UserError where there is no checkpoint or it is damaged.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = checkpoint.find(path, which)
+    experiment = from_json(found.card["experiment"], origin=found.path)
+    model = build_model(experiment.model)
+    model.load_state_dict(found.weights())
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    return Segmenter(model, experiment, Intensity(*found.card["intensity"]), found.card, torch.device(device))
+
+
+def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Segmenter | Ensemble:
+    """One checkpoint as a Segmenter, several as an Ensemble; raises UserError as `load` and `load_ensemble` do."""
+    return load(paths[0], which, device) if len(paths) == 1 else load_ensemble(paths, which, device)
+
+
+def load_ensemble(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Ensemble:
+    """Load several checkpoints to be asked together; raises UserError where there is none or their grids differ."""
+    if not paths:
+        raise UserError("An ensemble needs at least one checkpoint: give the folders of runs.")
+    members = tuple(load(path, which, device) for path in paths)
+    first = members[0].experiment.image
+    for path, member in zip(paths, members, strict=True):
+        grid = member.experiment.image
+        if grid != first:
+            raise UserError(
+                f"{path} sees {grid.height} x {grid.width} images and {paths[0]} sees {first.height} x {first.width}: "
+                "an ensemble needs runs of one grid."
+            )
+    return Ensemble(members)

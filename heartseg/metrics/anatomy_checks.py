@@ -1,0 +1,149 @@
+"""Anatomical checks: says in words where a mask cannot be a whole left heart.
+
+The checks follow the idea of Painchaud et al. 2020, "Cardiac Segmentation With Strong Anatomical Guarantees", IEEE Trans.
+Med. Imaging 39(11). Their limits were set on 1,800 expert masks of CAMUS, with a margin on every side.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from heartseg.errors import UserError
+from heartseg.labels import BACKGROUND, ENDO, LA, MYO
+
+STRUCTURE_NAMES = {ENDO: "cavity", MYO: "wall", LA: "atrium"}
+# Pieces hang together over corners too; what is outside them does not.
+CORNERS_TOO = np.ones((3, 3), bool)
+# Smaller pieces and holes change no measurement.
+SPECK_MM2 = 5.0
+# Shares of the cavity's contour; among experts up to 1 % is open, and 7 to 24 % faces the atrium. So near to the atrium
+# the contour may be open: wall, valve and atrium do not always close up there.
+BASE_MM = 12.0
+MOST_OPEN, LEAST_BASE, MOST_BASE = 0.025, 0.03, 0.35
+# Areas in cm2: experts' are 3.4 to 75 and 9.7 to 132. The spacing of the copy they were measured on is nominal.
+CAVITY_CM2, VENTRICLE_CM2 = (2.0, 110.0), (8.0, 190.0)
+# The cavity's share of the ventricle (experts: 0.13 to 0.68) and the atrium's size in cavities (experts: up to 3.8).
+CAVITY_SHARE, MOST_ATRIUM = (0.11, 0.75), 5.0
+
+
+def connected_components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Connected pieces of a region, numbered from 1, int [H,W], and the pixels of each."""
+    pieces, _ = ndimage.label(region, CORNERS_TOO)
+    return pieces, np.bincount(pieces.ravel())[1:]
+
+
+def enclosed_holes(region: np.ndarray, largest: float = np.inf) -> np.ndarray:
+    """The pixels, bool [H,W], that a region encloses, in holes of at most `largest` pixels."""
+    # Outside of it, pieces hang together over edges alone: a diagonal line of the region keeps them apart.
+    pieces, _ = ndimage.label(~region)
+    sizes = np.bincount(pieces.ravel())
+    enclosed = sizes <= largest
+    enclosed[0] = False
+    enclosed[np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])] = False
+    return enclosed[pieces]
+
+
+def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[str]:
+    """Reasons why an upright mask uint8 [H,W] cannot be a whole left heart in an apical view; empty where there is none.
+
+    `spacing_mm` is (depth, lateral). Raises UserError for a spacing that is none.
+    """
+    if not all(np.isfinite(mm) and mm > 0 for mm in spacing_mm):
+        raise UserError(f"A spacing of {spacing_mm} mm is none: give (depth, lateral), both above 0.")
+    missing = [f"the {name} is missing" for label, name in STRUCTURE_NAMES.items() if not (mask == label).any()]
+    cut = [*_cut(mask)]
+    mask = _around_heart(mask)
+    found = missing + [*_torn(mask, SPECK_MM2 / (spacing_mm[0] * spacing_mm[1])), *cut]
+    # What follows speaks of how the three lie to each other.
+    return found if missing else found + [*_misplaced(mask, spacing_mm), *_out_of_proportion(mask, spacing_mm)]
+
+
+def _around_heart(mask: np.ndarray) -> np.ndarray:
+    """The part of a mask that holds every structure, with a line of background on each side that the image has."""
+    return mask[_box(mask != BACKGROUND, (1, 1))] if mask.any() else mask
+
+
+def _box(region: np.ndarray, margins: Sequence[int]) -> tuple[slice, slice]:
+    """Rows and columns that hold a region that is not empty, with margins where the image has them."""
+    lines = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) for at, margin in zip(lines, margins, strict=True))
+
+
+def _torn(mask: np.ndarray, speck: float) -> Iterator[str]:
+    """Pieces and holes of at least `speck` pixels, each structure looked at in its own box."""
+    boxes = {
+        label: box for label, box in zip(STRUCTURE_NAMES, ndimage.find_objects(mask, max(STRUCTURE_NAMES)), strict=True) if box
+    }
+    for label, box in boxes.items():
+        pieces = np.count_nonzero(connected_components(mask[box] == label)[1] >= speck)
+        if pieces > 1:
+            yield f"the {STRUCTURE_NAMES[label]} is in {pieces} pieces"
+    gaps = enclosed_holes(mask != BACKGROUND)
+    for label in (ENDO, LA):
+        if label in boxes:
+            holes = enclosed_holes(mask[boxes[label]] == label)
+            gaps[boxes[label]] &= ~holes
+            if np.count_nonzero(holes) >= speck:
+                yield f"the {STRUCTURE_NAMES[label]} has a hole"
+    if np.count_nonzero(gaps) >= speck:
+        yield "there is a hole in the wall, or between the structures"
+
+
+def _cut(mask: np.ndarray) -> Iterator[str]:
+    """Structures that go on outside the image; an atrium at its lower edge is common and harmless."""
+    edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    for label in (ENDO, MYO):
+        if (edge == label).any():
+            yield f"the {STRUCTURE_NAMES[label]} is cut by the image's edge"
+    if (mask[0] == LA).any():
+        yield "the atrium reaches the probe"
+
+
+def contact_mm(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
+    """Length in mm, symmetric float64 [4,4], of the pixel edges that two labels share."""
+    row_mm, column_mm = spacing_mm
+    contact = np.zeros((4, 4))
+    for one, other, edge_mm in ((mask[1:], mask[:-1], column_mm), (mask[:, 1:], mask[:, :-1], row_mm)):
+        pairs = np.bincount(one.ravel().astype(np.intp) * 4 + other.ravel(), minlength=16).reshape(4, 4)
+        contact += edge_mm * (pairs + pairs.T)
+    return contact
+
+
+def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]) -> float:
+    """The share of the cavity's contour, the image's edge left out, that faces a label."""
+    contour = contact_mm(mask, spacing_mm)[ENDO]
+    return contour[label] / max(contour[[BACKGROUND, MYO, LA]].sum(), 1e-9)
+
+
+def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
+    """The wall surrounds the cavity but at its base, where the atrium is, below it."""
+    cavity = _box(mask == ENDO, (1, 1))  # with its neighbours: its contour is looked at from both sides
+    closed, atrium = mask.copy(), _box(mask == LA, [int(BASE_MM / mm) + 1 for mm in spacing_mm])
+    at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM
+    closed[atrium][at_base & (mask[atrium] == BACKGROUND)] = LA
+    mask, closed, whole = mask[cavity], closed[cavity], mask
+    opened, base = _contour_share(closed, BACKGROUND, spacing_mm), _contour_share(mask, LA, spacing_mm)
+    if opened > MOST_OPEN:
+        yield f"{opened:.0%} of the cavity's contour has neither wall nor atrium beside it"
+    if base < LEAST_BASE:
+        yield "the atrium does not lie at the cavity's base"
+    elif base > MOST_BASE:
+        yield f"the atrium takes {base:.0%} of the cavity's contour"
+    rows = np.arange(len(whole))
+    centre = {label: np.average(rows, weights=np.count_nonzero(whole == label, axis=1)) for label in (ENDO, LA)}
+    if centre[LA] <= centre[ENDO]:
+        yield "the atrium lies above the cavity"
+
+
+def _out_of_proportion(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
+    """Areas that no heart has."""
+    _, cavity, wall, atrium = np.bincount(mask.ravel(), minlength=4) * spacing_mm[0] * spacing_mm[1] / 100
+    for name, area, (low, high) in (("cavity", cavity, CAVITY_CM2), ("ventricle", cavity + wall, VENTRICLE_CM2)):
+        if not low <= area <= high:
+            yield f"the {name} has {area:.1f} cm2"
+    share = cavity / (cavity + wall)
+    if not CAVITY_SHARE[0] <= share <= CAVITY_SHARE[1]:
+        yield f"the cavity takes {share:.0%} of the ventricle"
+    if atrium > MOST_ATRIUM * cavity:
+        yield f"the atrium is {atrium / cavity:.1f} times as large as the cavity"

@@ -1,0 +1,187 @@
+"""What a cardiologist reads off a patient's label maps: volumes, ejection fraction, wall and atrium, one flat row.
+
+Lang et al. 2015 below is the recommendation of the American Society of Echocardiography and the European Association of
+Cardiovascular Imaging, J Am Soc Echocardiogr 28:1-39. For research only: none of this is a medical device.
+
+Two conventions of the biplane ejection fraction, never mixed; they share the disks and differ in a disk's height only:
+
+- `ase`: each phase's disks are L / 20 high, L the longer of that phase's two lengths, in 2CH and in 4CH (Lang et al.).
+- `camus`: all disks of both phases are L / 20 high, L the longest of the four lengths, as in the dataset authors' script
+  that made the EF of the cfg files. The ventricle's shortening is then no part of the EF, which is about 9 points lower.
+  The script also takes the first contour instead of the largest, looks for the base within 8 pixels and measures no disk
+  narrower than 16 pixels whatever a pixel is in mm, and rounds to whole ml; none of this is done here.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+
+from heartseg.labels import PHASES, VIEWS, Phase, View
+from heartseg.metrics.simpson import DISKS, Chamber, Frame, measure
+
+VOLUMES = {Phase.ED: "edv_ml", Phase.ES: "esv_ml"}
+METHODS = ("camus", "ase", "4ch_ase", "2ch_ase", "area_length")
+STILLS = tuple(product(VIEWS, PHASES))
+# The numeric columns of a row of `patient_indices`.
+INDICES = (
+    *(f"{name}_{method}" for method in METHODS for name in (*VOLUMES.values(), "ef")),
+    *(f"wall_area_cm2_{view}_{phase}" for view, phase in STILLS),
+    *(f"la_area_cm2_{view}_{phase}" for view, phase in STILLS),
+    *(f"la_volume_ml_{phase}" for phase in PHASES),
+)
+Masks = Mapping[tuple[View, Phase], tuple[np.ndarray, tuple[float, float] | None]]
+
+
+def disks_ml(one: Chamber, other: Chamber, length_mm: float) -> float:
+    """Method of disks in ml: pi / 4 times the sum of the products of widths, times L / 20 (Lang et al. 2015).
+
+    One chamber twice is the single-plane method: circular disks.
+    """
+    return float(np.pi / 4 * (one.widths_mm @ other.widths_mm) * length_mm / DISKS / 1000)
+
+
+def area_length_ml(one: Chamber, other: Chamber) -> float:
+    """Area-length method in ml: 8 A1 A2 / (3 pi L), L the shorter of the two lengths.
+
+    Dodge et al. 1960, Am Heart J 60:762-776; the shorter length as in Lang et al. 2015 for the atrium. One chamber twice
+    is the single-plane method, 8 A^2 / (3 pi L).
+    """
+    length_mm = min(one.length_mm, other.length_mm)
+    return 8 * one.area_mm2 * other.area_mm2 / (3 * np.pi * length_mm) / 1000
+
+
+def ejection_fraction(edv: float, esv: float) -> float:
+    """EF in percent, 100 (EDV - ESV) / EDV (Lang et al. 2015); NaN where EDV is 0 or below ESV, or one is NaN."""
+    return 100 * (edv - esv) / edv if edv > 0 and 0 <= esv <= edv else float("nan")
+
+
+def lv_length(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
+    """Length in mm of the ventricle in a label map [H,W], mitral plane's midpoint to apex; NaN where it has none."""
+    ventricle = measure(mask, spacing_mm).ventricle
+    return float("nan") if isinstance(ventricle, str) else ventricle.length_mm
+
+
+def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
+    """Single-plane volume in ml and cavity area in cm2 of one label map [H,W]; (NaN, NaN) where it has no ventricle.
+
+    Frame by frame this is a sequence's volume curve. Without pixel spacing give (1, aspect): the curve's shape holds.
+    """
+    ventricle = measure(mask, spacing_mm).ventricle
+    if isinstance(ventricle, str):
+        return float("nan"), float("nan")
+    return disks_ml(ventricle, ventricle, ventricle.length_mm), ventricle.area_mm2 / 100
+
+
+def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float | str]:
+    """All indices of one patient, a flat row: INDICES, NaN where unknown, and `reason`, '' where all is known.
+
+    Args:
+        masks: (view, phase) -> label map [H,W] with labels 0-3 and its (depth, lateral) spacing in mm.
+        spacing_known: False where the spacing tells a pixel's shape only (None: square). Then there are no volumes and
+            no areas. EF needs no scale: each view is measured in its own end-diastolic long axis, which is the same
+            axis in both views, so that views of different depth agree. A view's two phases must share their scale: two
+            shapes without spacing, or a spacing of one alone, do not, and that view is left out.
+
+    The atrium's volume is by disks too, which Lang et al. 2015 prefer to area-length, along the line from the mitral
+    plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes
+    do not fit (ESV above EDV) has them in the row, and no EF. Nothing raises: what cannot be measured has a reason.
+    """
+    frames, reasons = _measured(masks, spacing_known)
+    if not spacing_known:
+        for view in _of_unlike_scale(masks):
+            frames = {still: frame for still, frame in frames.items() if still[0] != view}
+            reasons.append(f"{view} ED and ES have different scales, so it is not measured")
+    row = dict.fromkeys(INDICES, float("nan"))
+    ventricles = {still: frame.ventricle for still, frame in frames.items() if not isinstance(frame.ventricle, str)}
+    if not spacing_known:
+        reasons.append("no pixel spacing, so no volumes and no areas")
+        ventricles = _in_own_length(ventricles)
+    for method, (edv, esv) in _volumes(ventricles).items():
+        row[f"ef_{method}"] = ejection_fraction(edv, esv)
+        if esv > edv:
+            reasons.append(f"ES volume above ED volume ({method})")
+        if spacing_known:
+            row[f"edv_ml_{method}"], row[f"esv_ml_{method}"] = edv, esv
+    if spacing_known:
+        row |= _areas_and_atrium(frames)
+    return row | {"reason": "; ".join(reasons)}
+
+
+def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase], Frame], list[str]]:
+    """Frames by (view, phase), and what is missing in words."""
+    frames, reasons = {}, []
+    for view, phase in STILLS:
+        mask, spacing_mm = masks.get((view, phase)) or (None, None)
+        if spacing_mm is None and not spacing_known:
+            spacing_mm = (1.0, 1.0)
+        if mask is None:
+            reasons.append(f"no {view} {phase} mask")
+        elif np.ndim(mask) != 2:
+            reasons.append(f"{view} {phase} mask is not two-dimensional")
+        elif spacing_mm is None or not all(0 < value < np.inf for value in spacing_mm):
+            reasons.append(f"no pixel spacing in {view} {phase}")
+        else:
+            frame = frames[view, phase] = measure(np.asarray(mask), spacing_mm)
+            reasons += [f"{what} in {view} {phase}" for what in _missing(frame, spacing_known)]
+    return frames, reasons
+
+
+def _of_unlike_scale(masks: Masks) -> list[View]:
+    """Views whose ED and ES cannot be compared in pixels: one has a spacing and one has none, or neither and other shapes."""
+    unlike = []
+    for view in VIEWS:
+        found = [masks[view, phase] for phase in PHASES if (view, phase) in masks]
+        # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
+        scales = {np.shape(mask) if spacing_mm is None else "mm" for mask, spacing_mm in found}
+        if len(scales) > 1:
+            unlike.append(view)
+    return unlike
+
+
+def _missing(frame: Frame, spacing_known: bool) -> list[str]:
+    """What a frame lacks, in words: where there is no ventricle that alone, and without a scale nothing else is asked."""
+    if isinstance(frame.ventricle, str):
+        return [frame.ventricle]
+    if not spacing_known:
+        return []
+    return ([frame.atrium] if isinstance(frame.atrium, str) else []) + ([] if frame.wall_area_mm2 else ["no wall"])
+
+
+def _in_own_length(ventricles: dict) -> dict:
+    """Each view's ventricles in units of its long axis at end-diastole; a view without ED is left out."""
+    return {
+        (view, phase): chamber.scaled(1 / ventricles[view, Phase.ED].length_mm)
+        for (view, phase), chamber in ventricles.items()
+        if (view, Phase.ED) in ventricles
+    }
+
+
+def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[float, float]]:
+    """EDV and ESV by method, NaN where a mask that the method needs is not there."""
+    found = {method: {phase: float("nan") for phase in PHASES} for method in METHODS}
+    longest_mm = max((chamber.length_mm for chamber in ventricles.values()), default=0.0)
+    for phase in PHASES:
+        two, four = (ventricles.get((view, phase)) for view in VIEWS)
+        for chamber, method in ((two, "2ch_ase"), (four, "4ch_ase")):
+            if chamber:
+                found[method][phase] = disks_ml(chamber, chamber, chamber.length_mm)
+        if two and four:
+            found["ase"][phase] = disks_ml(two, four, max(two.length_mm, four.length_mm))
+            found["area_length"][phase] = area_length_ml(two, four)
+            if len(ventricles) == len(STILLS):
+                found["camus"][phase] = disks_ml(two, four, longest_mm)
+    return {method: tuple(by_phase.values()) for method, by_phase in found.items()}
+
+
+def _areas_and_atrium(frames: dict[tuple[View, Phase], Frame]) -> dict[str, float]:
+    """Areas in cm2 of every mask that shows the structure, and the atrium's biplane volume in ml."""
+    row = {}
+    for (view, phase), frame in frames.items():
+        for name, area_mm2 in (("wall", frame.wall_area_mm2), ("la", frame.atrium_area_mm2)):
+            row[f"{name}_area_cm2_{view}_{phase}"] = area_mm2 / 100 if area_mm2 else float("nan")
+    for phase in PHASES:
+        atria = [frames[view, phase].atrium for view in VIEWS if (view, phase) in frames]
+        if len(atria) == len(VIEWS) and not any(isinstance(atrium, str) for atrium in atria):
+            row[f"la_volume_ml_{phase}"] = disks_ml(*atria, max(atrium.length_mm for atrium in atria))
+    return row

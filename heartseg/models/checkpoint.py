@@ -1,0 +1,135 @@
+"""Checkpoints: weights and plain JSON that rebuild the model alone, and the states that training needs to go on.
+
+A folder `epoch_0007` holds `model.safetensors` (the weights that are evaluated: the averaged ones where averaging is
+on), `training.pt` (raw weights, optimizer, average) and, written last, `checkpoint.json`: with it, the folder is complete.
+"""
+
+import io
+import pickle
+import re
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+
+from heartseg.errors import UserError
+from heartseg.storage import filesystem
+
+CARD, WEIGHTS, TRAINING = "checkpoint.json", "model.safetensors", "training.pt"
+FOLDER = "checkpoints"
+NAME = re.compile(r"epoch_(\d{4,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: where it is and what its card says (`epoch`, `experiment`, `metrics`, `intensity`, lineage)."""
+
+    path: str
+    card: dict
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that were trained, counted from 1."""
+        return self.card["epoch"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights to evaluate, on the CPU; raises UserError where the file is damaged."""
+        path = filesystem.join(self.path, WEIGHTS)
+        try:
+            data = filesystem.read_bytes(path)
+            if filesystem.sha256(data) != self.card["weights_sha256"]:
+                raise ValueError("not the bytes that were written")
+            return safetensors.torch.load(data)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"The weights {path} are damaged: take another checkpoint.") from error
+
+    def training_state(self) -> dict:
+        """What training goes on from; unpickles nothing but tensors and plain values."""
+        path = filesystem.join(self.path, TRAINING)
+        try:
+            return torch.load(io.BytesIO(filesystem.read_bytes(path)), map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"The training state {path} is damaged: delete this checkpoint's folder, or give --fresh."
+            ) from error
+
+
+def snapshot(value: object) -> object:
+    """A copy on the CPU of nested states, which training may go on changing; tensors that share memory share it still."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(item: object) -> object:
+        if isinstance(item, torch.Tensor):
+            if id(item) not in copies:
+                copies[id(item)] = item.detach().to("cpu", copy=True)
+            return copies[id(item)]
+        if isinstance(item, dict):
+            return {key: copy(inner) for key, inner in item.items()}
+        return type(item)(copy(inner) for inner in item) if isinstance(item, (list, tuple)) else item
+
+    return copy(value)
+
+
+def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:
+    """Write the checkpoint of `card["epoch"]` below a run; it is complete once its card is there."""
+    path = filesystem.join(run, FOLDER, f"epoch_{card['epoch']:04d}")
+    # A copy of the same epoch from before an interruption is no longer complete from here on.
+    filesystem.remove(filesystem.join(path, CARD))
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    buffer = io.BytesIO()
+    torch.save(training_state, buffer)
+    filesystem.publish(filesystem.join(path, TRAINING), buffer.getvalue())
+    filesystem.publish(filesystem.join(path, WEIGHTS), data)
+    card = card | {"weights_sha256": filesystem.sha256(data)}
+    filesystem.publish_json(filesystem.join(path, CARD), card)
+    return Checkpoint(path, card)
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint in a folder; raises UserError where there is none."""
+    card_path = filesystem.join(path, CARD)
+    if not filesystem.exists(card_path):
+        raise UserError(f"{path} is no checkpoint (no {CARD}): give a run's folder or one of its {FOLDER}/epoch_*.")
+    return Checkpoint(path, filesystem.read_json(card_path))
+
+
+def complete(run: str) -> list[Checkpoint]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = filesystem.join(run, FOLDER)
+    paths = [filesystem.join(folder, name) for name in filesystem.list_names(folder) if NAME.fullmatch(name)]
+    found = [open_checkpoint(path) for path in paths if filesystem.exists(filesystem.join(path, CARD))]
+    return sorted(found, key=lambda checkpoint: checkpoint.epoch)
+
+
+def last(run: str) -> Checkpoint | None:
+    """The newest complete checkpoint of a run; None where there is none."""
+    found = complete(run)
+    return found[-1] if found else None
+
+
+def best(run: str) -> Checkpoint | None:
+    """The checkpoint of the highest `val/dice` among those kept; None where there is no validation group."""
+    scored = [c for c in complete(run) if c.card["metrics"].get("val/dice") is not None]
+    return max(scored, key=lambda c: c.card["metrics"]["val/dice"], default=None)
+
+
+def keep_last_and_best(run: str) -> None:
+    """Delete every checkpoint of a run but the newest and the best."""
+    found = complete(run)
+    top = best(run)
+    for old in found[:-1]:
+        if top is None or old.path != top.path:
+            # The card goes first: what is left if this is cut off is visibly incomplete.
+            filesystem.remove(filesystem.join(old.path, CARD))
+            filesystem.remove(old.path)
+
+
+def find(path: str, which: str = "last") -> Checkpoint:
+    """A checkpoint from a run's folder (`which` is `last` or `best`) or from its own; raises UserError."""
+    if filesystem.exists(filesystem.join(path, CARD)):
+        return open_checkpoint(path)
+    if not filesystem.exists(path):
+        raise UserError(f"The checkpoint {path} does not exist: give the folder of a run.")
+    found = best(path) if which == "best" else None
+    found = found or last(path)
+    return found or open_checkpoint(path)

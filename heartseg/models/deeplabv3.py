@@ -1,0 +1,104 @@
+"""DeepLabv3 for one-channel echocardiograms: [B,1,H,W] in, [B,4,H,W] out; single-device, owns no optimizer."""
+
+import os
+from urllib.error import URLError
+
+import torch
+from torch import nn
+
+from heartseg.config.experiment import ModelConfig
+from heartseg.errors import UserError
+from heartseg.labels import NUM_CLASSES
+from heartseg.models import convolutions
+
+
+def _backbone(name: str) -> tuple:
+    """torchvision's DeepLabv3 of a backbone, its ImageNet weights, and the name of its first convolution.
+
+    Imported here and not above, so that a broken installation becomes a sentence. Raises UserError for one.
+    """
+    try:
+        from torchvision import models
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        raise UserError(
+            "torch and torchvision are of different builds (a CPU-only torch beside an ordinary torchvision): "
+            "install both together with `pip install --force-reinstall torch torchvision`."
+        ) from error
+    weights = {
+        "resnet101": models.ResNet101_Weights.IMAGENET1K_V2,
+        "resnet50": models.ResNet50_Weights.IMAGENET1K_V2,
+        "mobilenet_v3_large": models.MobileNet_V3_Large_Weights.IMAGENET1K_V2,
+    }
+    constructor = getattr(models.segmentation, f"deeplabv3_{name}")
+    return constructor, weights[name], "0.0" if name == "mobilenet_v3_large" else "conv1"
+
+
+def check_installation() -> None:
+    """Raise UserError where torch and torchvision do not fit together."""
+    _backbone("resnet101")
+
+
+class DeepLab(nn.Module):
+    """torchvision's DeepLabv3 whose forward returns logits [B,4,H,W].
+
+    In training with an auxiliary head it returns (logits, auxiliary logits), both [B,4,H,W].
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        outputs = self.network(images)
+        if self.training and "aux" in outputs:
+            return outputs["out"], outputs["aux"]
+        return outputs["out"]
+
+
+def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
+    """Build the network of a configuration; raises UserError where pretrained weights cannot be had.
+
+    Without `own_convolutions` it computes the same on PyTorch's, to compare with.
+    """
+    constructor, weights, first_conv = _backbone(config.backbone)
+    # torchvision would download backbone weights unless told not to.
+    arguments = {"weights": None, "num_classes": NUM_CLASSES, "aux_loss": config.aux_head}
+    try:
+        network = constructor(weights_backbone=weights if config.pretrained else None, **arguments)
+    except URLError as error:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        raise UserError(
+            f"The ImageNet weights cannot be downloaded: put {os.path.basename(weights.url)} into {folder}, "
+            "or leave --model.pretrained out."
+        ) from error
+    _take_one_channel(network.backbone, first_conv)
+    if config.norm == "group":
+        _replace_batch_norm(network)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = config.bn_momentum
+        elif isinstance(module, nn.Dropout):
+            module.p = config.dropout
+    if own_convolutions:
+        convolutions.faster(network)
+    return DeepLab(network)
+
+
+def _take_one_channel(backbone: nn.Module, name: str) -> None:
+    """Make the first convolution take one channel; its kernel is the sum over colours, as for a grey RGB image."""
+    old = backbone.get_submodule(name)
+    new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)
+    new.weight.data = old.weight.data.sum(dim=1, keepdim=True)
+    parent, _, child = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), child, new)
+
+
+def _replace_batch_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            groups = next(g for g in (32, 16, 8, 4, 2, 1) if child.num_features % g == 0)
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+        else:
+            _replace_batch_norm(child)

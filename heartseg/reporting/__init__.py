@@ -1,0 +1,4 @@
+"""Tables in, pictures and pages out; recomputes no score.
+
+Open report.py first.
+"""

@@ -1,0 +1,139 @@
+"""Parts of the report that come from an evaluation: distances, clinical agreement, published rows, worst and best images.
+
+Each takes result tables and hands on what the template shows; no metric is recomputed.
+"""
+
+import base64
+import io
+import math
+
+import numpy as np
+import pandas
+from markupsafe import Markup
+
+from heartseg.evaluation.scoring import EXAMPLES
+from heartseg.labels import PHASES, frame_name
+from heartseg.metrics.agreement import MIN_PAIRS
+from heartseg.reporting import contours, published_results
+from heartseg.reporting.plots import agreement_scatter, bland_altman, save_svg
+from heartseg.storage import filesystem
+
+STRUCTURE_TITLES = {"endo": "Cavity (endo)", "myo": "Wall (myo)", "la": "Left atrium (la)", "epi": "Epicardium (endo + myo)"}
+DISTANCE_COLUMNS = {"masd": "Mean surface distance", "hd95": "95 % Hausdorff", "hd": "Hausdorff"}
+AGREEMENT_TITLES = {
+    "ef_camus": "EF, one disk height (camus), %",
+    "ef_ase": "EF, each phase its own (ase), %",
+    "ef_4ch_ase": "EF, 4-chamber alone, %",
+    "ef_2ch_ase": "EF, 2-chamber alone, %",
+    "ef_area_length": "EF, area-length, %",
+    "edv_ml_camus": "End-diastolic volume (camus), ml",
+    "esv_ml_camus": "End-systolic volume (camus), ml",
+    "edv_ml_ase": "End-diastolic volume (ase), ml",
+    "esv_ml_ase": "End-systolic volume (ase), ml",
+    "la_volume_ml_ES": "Left-atrial volume at ES, ml",
+}
+# Rows of pixels of a drawn example: contours are drawn on enlarged pixels, so that they are thin beside the heart.
+EXAMPLE_ROWS = 400
+
+
+def inline(figure, name: str, alt: str) -> dict:
+    """A figure as the template takes it: its SVG, which is safe as it is, and the text that stands for it."""
+    return {"svg": Markup(save_svg(figure, name)), "alt": alt}
+
+
+def picture(pixels: np.ndarray, caption: str, alt: str, size: tuple[int, int] | None = None) -> dict:
+    """A picture as the template takes it: its PNG as a data URI, (height, width) to show it at, and texts."""
+    return embedded(contours.encode_png(pixels), size or pixels.shape[:2], caption, alt)
+
+
+def embedded(png: bytes, size: tuple[int, int], caption: str, alt: str) -> dict:
+    """`picture` of a PNG that is encoded already, of (height, width) `size`."""
+    encoded = base64.b64encode(png).decode()
+    height, width = size
+    return {"source": f"data:image/png;base64,{encoded}", "width": width, "height": height, "caption": caption, "alt": alt}
+
+
+def distance_table(summary: dict) -> list[tuple[str, list[dict]]]:
+    """Structure, then its distances in mm; empty where the evaluation has none."""
+    scores = summary["scores"]
+    rows = [(title, [scores.get(f"{kind}_{name}_mm") for kind in DISTANCE_COLUMNS]) for name, title in STRUCTURE_TITLES.items()]
+    return [(title, cells) for title, cells in rows if all(cell is not None for cell in cells)]
+
+
+def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict | None:
+    """Tables and figures of volumes and EF, and the reasons why a patient has none.
+
+    The reasons alone where fewer than three patients have both EFs; None where there are no reasons either.
+    """
+    clinical = summary.get("clinical")
+    if not clinical or patients is None:
+        return None
+    agreement = clinical["agreement"]
+    rows = [
+        (title, agreement[name]) for name, title in AGREEMENT_TITLES.items() if agreement.get(name, {}).get("r") is not None
+    ]
+    for convention, kinds in clinical["reference"].items():
+        for kind, title in (("prediction", "predicted EF"), ("truth", "EF from the expert's masks")):
+            if kinds[kind]["r"] is not None:
+                rows.append((f"{title} against the EF of the recording's file ({convention}), %", kinds[kind]))
+    pair = patients[["ef_camus_prediction", "ef_camus_truth"]].to_numpy(float)
+    if not rows or np.isfinite(pair).all(axis=1).sum() < MIN_PAIRS:
+        return {"ef": None, "incomplete": clinical["incomplete"]} if clinical["incomplete"] else None
+    ef = agreement["ef_camus"]
+    limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
+    correlation = "no correlation (all the same)" if ef["r"] is None else f"r {ef['r']:.2f}"
+    said = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."
+    scatter = agreement_scatter(*pair.T, "EF (camus), predicted and expert", "%")
+    differences = bland_altman(*pair.T, "Bland-Altman, EF (camus)", "points")
+    plots = [
+        inline(scatter, "ef-scatter", f"Scatter of EF: {said}"),
+        inline(differences, "ef-bland-altman", f"Bland-Altman plot of EF: {said}"),
+    ]
+    return {"ef": ef, "rows": rows, "plots": plots, "classes": clinical["ef_classes"], "incomplete": clinical["incomplete"]}
+
+
+def published_section(summary: dict, dataset: str) -> dict | None:
+    """Ours first, then the published rows in the same convention; None for anything but CAMUS."""
+    phases = summary["by"].get("phase", {})
+    if dataset != "CAMUS" or any(phase not in phases for phase in PHASES):
+        return None
+    whose = "These masks" if "predictions" in summary else "This model"
+    kinds, ours = ("endo", "epi", "la"), {"name": f"{whose}, {summary['group']} group"}
+    challenge = [ours | {
+        "dice": {s: tuple(phases[p][f"dice_{s}"] for p in PHASES) for s in kinds},
+        "hd_mm": {s: tuple(phases[p][f"hd_{s}_mm"] for p in PHASES) for s in kinds},
+    }]  # fmt: skip
+    split = [ours | {name: summary["scores"][name]["mean"] for name in ("dice_endo", "dice_myo", "dice_la", "dice", "iou")}]
+    agreement = summary["clinical"]["agreement"]
+    mine = {k: tuple(agreement[f"{k}_camus"][v] for v in ("r", "bias", "sd")) for k in ("ef", "edv_ml", "esv_ml")}
+    return {
+        "challenge": [*challenge, *published_results.CHALLENGE],
+        "split": [*split, *published_results.OFFICIAL_SPLIT],
+        "clinical": [ours | mine, *published_results.CLINICAL] if mine["ef"][0] is not None else [],
+    }
+
+
+def example_pictures(evaluation: str, images: pandas.DataFrame | None) -> dict[str, list[dict]]:
+    """The images of lowest and of highest Dice with both outlines, in proportions of millimetres."""
+    path = filesystem.join(evaluation, EXAMPLES)
+    if images is None or not filesystem.exists(path):
+        return {"worst_pictures": [], "best_pictures": []}
+    with np.load(io.BytesIO(filesystem.read_bytes(path)), allow_pickle=False) as arrays:
+        drawn = [_example(arrays, number, images.loc[row]) for number, row in enumerate(arrays["rows"])]
+    half = (len(drawn) + 1) // 2
+    return {"worst_pictures": drawn[:half], "best_pictures": drawn[half:][::-1]}
+
+
+def _example(arrays, number: int, row: pandas.Series) -> dict:
+    image, truth, prediction = (arrays[f"{kind}_{number}"] for kind in ("image", "truth", "prediction"))
+    image, truth, prediction = (contours.enlarge(array, EXAMPLE_ROWS) for array in (image, truth, prediction))
+    depth_mm, lateral_mm = arrays["spacing_mm"][number]
+    height, width = image.shape
+    said = {key: None if pandas.isna(row.get(key)) else row[key] for key in ("patient", "view", "phase", "frame")}
+    name = frame_name(said)
+    worst = min((s for s in ("endo", "myo", "la") if not math.isnan(row[f"dice_{s}"])), key=lambda s: row[f"dice_{s}"])
+    caption = f"{name}: Dice {row['dice']:.3f}, lowest {worst} {row[f'dice_{worst}']:.3f}"
+    size = (height, round(width * lateral_mm / depth_mm))
+    return picture(
+        contours.compare(image, truth, prediction), caption, f"{name} with the model's and the expert's outlines", size
+    )

@@ -1,0 +1,128 @@
+"""A sweep as one self-contained HTML page and as a table on the terminal; it recomputes no score."""
+
+import pandas
+
+from heartseg.config.experiment import from_json
+from heartseg.reporting import report, sweep_plots
+from heartseg.reporting.report_sections import inline
+from heartseg.storage import filesystem
+from heartseg.tuning.sweep import FINISHED, METRIC, Plan, Sweep, Trial, epochs_saved, first_rung, read_trials
+
+PAGE = "sweep.html"
+SCORE = f"best {METRIC}"
+# What a trial's row has beside what it varied.
+SHOWN = ["state", "epochs", SCORE, f"last {METRIC}", "seconds"]
+
+
+def varied(table: pandas.DataFrame) -> list[str]:
+    """The columns of what differs between trials, the schedule's first; of listed changes their own names."""
+    if "change" in table:
+        return ["change"]
+    fields = [name for name in table.columns if "." in name and "/" not in name]
+    return ["schedule.kind", *(name for name in fields if table[name].nunique() > 1 and name != "schedule.kind")]
+
+
+def show_cell(value: object) -> str:
+    """A cell's text: scores to four digits, other numbers as short as they are."""
+    if isinstance(value, float):
+        return "–" if pandas.isna(value) else f"{value:.4g}"
+    return str(value)
+
+
+def show_rows(table: pandas.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of what a reader wants to see of each trial, the best first."""
+    columns = [name for name in ["rank", "trial", *varied(table), *SHOWN] if name in table]
+    shown = table[columns].copy()
+    for name in (SCORE, f"last {METRIC}"):
+        shown[name] = ["–" if pandas.isna(value) else f"{value:.4f}" for value in table[name]]
+    shown["seconds"] = [f"{seconds:.0f}" for seconds in table["seconds"]]
+    return columns, [[show_cell(value) for value in row] for row in shown.itertuples(index=False)]
+
+
+def show_table(table: pandas.DataFrame) -> str:
+    """The trials as an aligned text table."""
+    heading, rows = show_rows(table)
+    widths = [max(len(row[place]) for row in [heading, *rows]) for place in range(len(heading))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heading, *rows])
+
+
+def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
+    """Write `sweep.html` into a sweep's folder and return its path."""
+    environment = report.environment()
+    trials = read_trials(sweep)
+    trained, planned = epochs_saved(sweep, table)
+    heading, rows = show_rows(table)
+    page = environment.get_template(PAGE).render(
+        name=sweep.name,
+        dataset=sweep.description["dataset"],
+        recipe=sweep.base.name,
+        holdout=sweep.base.train.holdout,
+        epochs=sweep.base.train.epochs,
+        best_path=filesystem.join(sweep.path, "best.json"),
+        against=against_recipe(table),
+        facts=facts(sweep),
+        metric=METRIC,
+        best=table.iloc[0] if (table["state"] == FINISHED).any() else None,
+        best_values=[(name, show_cell(table.iloc[0][name])) for name in varied(table)] if len(table) else [],
+        states=table["state"].value_counts().to_dict(),
+        trained=trained,
+        planned=planned,
+        heading=heading,
+        rows=rows,
+        reasons=[(t.run.name, t.state, t.reason) for t in trials if t.reason],
+        pictures=pictures(sweep, table, trials),
+    )
+    path = filesystem.join(sweep.path, PAGE)
+    filesystem.publish(path, page.encode())
+    return path
+
+
+def against_recipe(table: pandas.DataFrame) -> str:
+    """How far the winner is from the recipe itself, which is trial 0; empty where either has not finished."""
+    finished = table[table["state"] == FINISHED]
+    recipe = finished[finished["trial"].str.startswith("000-")]
+    if recipe.empty or finished.iloc[0]["trial"] == recipe.iloc[0]["trial"]:
+        return "The recipe itself is the best." if len(recipe) else ""
+    reached = recipe.iloc[0][SCORE]
+    gap = finished.iloc[0][SCORE] - reached
+    return f"The recipe itself reached {reached:.4f} (trial {recipe.iloc[0]['trial']}): the winner is {gap:.4f} higher."
+
+
+def facts(sweep: Sweep) -> list[tuple[str, str]]:
+    """What a reader needs to judge the sweep by."""
+    plan, groups = sweep.description["plan"], sweep.description["groups"]
+    rung = first_rung(from_json(plan, Plan), sweep.base)
+    rungs = [f"{rung * plan['reduction'] ** k:g}" for k in range(20) if rung * plan["reduction"] ** k < sweep.base.train.epochs]
+    stops = (
+        f"at epochs {', '.join(rungs)}, about 1 in {plan['reduction']:g} goes on" if plan["stop_early"] and rungs else "none"
+    )
+    low, high = (sweep.base.optim.lr * factor for factor in plan["space"]["lr_factors"])
+    ranges = [
+        ("schedules", ", ".join(plan["space"]["schedules"])),
+        ("base rates", f"{low:g} to {high:g} (recipe: {sweep.base.optim.lr:g})"),
+    ]
+    return [
+        ("search", f"{plan['search']}, seed {plan['search_seed']}; trial 000 is the recipe itself"),
+        *([] if plan["search"] == "changes" else ranges),
+        ("epochs of a trial", str(sweep.base.train.epochs)),
+        ("early stopping", stops),
+        ("patients", f"{groups['train']} to train, {groups['val']} held out to compare"),
+    ]
+
+
+def pictures(sweep: Sweep, table: pandas.DataFrame, trials: list[Trial]) -> list[dict]:
+    """The page's figures, each with its heading; none before a trial has a score."""
+    if table[SCORE].isna().all():
+        return []
+    records = [(t.values["schedule.kind"], t.state, t.record) for t in trials]
+    scored = table[table[SCORE].notna()]
+    curves = ("Learning curves by schedule", sweep_plots.sweep_curves(records, METRIC))
+    if "change" in table:
+        drawn = [("Each change against the recipe", sweep_plots.differences(scored, SCORE)), curves]
+    else:
+        drawn = [
+            ("What was tried, and what it reached", sweep_plots.parallel_coordinates(scored, varied(table), SCORE)),
+            curves,
+            ("Rank, and what early stopping saved", sweep_plots.ranks(scored, SCORE, sweep.base.train.epochs)),
+        ]
+    return [{"title": title} | inline(figure, f"sweep{place}", title) for place, (title, figure) in enumerate(drawn)]

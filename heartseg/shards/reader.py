@@ -1,0 +1,250 @@
+"""Folders of shards: reads their manifest, their groups of patients, and their rows as tensors; hands on what writes them.
+
+A folder of shards holds `part-00000.parquet …`, `splits.json` (patients by group) and, written last, `manifest.json`: a
+folder with a manifest is complete. A row is one frame. Nothing that reads trusts what is there: sizes and hashes are
+checked, and a damaged part is named.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from heartseg.config.experiment import ImageConfig, SplitConfig, canonical
+from heartseg.datasets import splits
+from heartseg.errors import UserError
+from heartseg.shards.reuse import PART_NAME, sealed
+from heartseg.shards.writer import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    part_names,
+    resize_image,
+    resize_mask,
+    schema,
+    source_listing,
+    unpack_mask,
+    write_manifest,
+    write_part,
+    write_splits,
+)
+from heartseg.storage import filesystem
+
+# Writing has a file of its own; whoever works with shards finds both here.
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "PART_NAME",
+    "SPLITS",
+    "Frames",
+    "PartRows",
+    "Shards",
+    "as_frames",
+    "check_sizes",
+    "index_groups",
+    "load_groups",
+    "open_shards",
+    "part_names",
+    "read_manifest",
+    "read_part",
+    "read_part_rows",
+    "read_rows",
+    "resize_image",
+    "resize_mask",
+    "schema",
+    "sealed",
+    "source_listing",
+    "unpack_mask",
+    "write_manifest",
+    "write_part",
+    "write_splits",
+]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A complete folder of shards: its manifest and its groups of patients."""
+
+    path: str
+    manifest: dict
+    groups: dict[str, list[str]]
+
+    @property
+    def image(self) -> ImageConfig:
+        """The grid of the stored images."""
+        return ImageConfig(**self.manifest["image"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the parts' hashes and the groups: equal for equal pixels in equal groups."""
+        hashes = [part["sha256"] for part in self.manifest["parts"]]
+        return filesystem.sha256(canonical([hashes, self.groups]))
+
+    @property
+    def intensity(self) -> tuple[float, float]:
+        """Mean and standard deviation of the training group's stored pixels, as shares of 255."""
+        sums = np.sum([self.manifest["patients"][p]["intensity_sums"] for p in self.groups["train"]], axis=0)
+        mean = sums[0] / sums[2]
+        return float(mean / 255), float(np.sqrt(sums[1] / sums[2] - mean * mean) / 255)
+
+    def num_rows(self, group: str) -> int:
+        """Images in a group."""
+        return sum(self.manifest["patients"][patient]["rows"] for patient in self.groups[group])
+
+
+def read_manifest(path: str) -> dict:
+    """The manifest of a complete folder; raises UserError for anything else."""
+    manifest_path = filesystem.join(path, MANIFEST)
+    if not filesystem.exists(manifest_path):
+        raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
+    manifest = filesystem.read_json(manifest_path)
+    if not isinstance(manifest, dict):
+        raise UserError(f"{manifest_path} is no manifest: preprocess anew.")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has shard format {manifest.get('format')}, this version reads {FORMAT}: preprocess anew.")
+    return manifest
+
+
+def open_shards(path: str) -> Shards:
+    """Open a complete folder of shards; raises UserError for anything else."""
+    manifest = read_manifest(path)
+    split = filesystem.read_json(filesystem.join(path, SPLITS))
+    groups = split.get("groups") if isinstance(split, dict) else None
+    if not isinstance(groups, dict) or "train" not in groups:
+        raise UserError(f"{path}/{SPLITS} names no training group: preprocess again to write it anew.")
+    splits.assert_disjoint(groups)
+    unknown = {p for names in groups.values() for p in names} - manifest["patients"].keys()
+    if unknown:
+        raise UserError(f"{path}/{SPLITS} names {min(unknown)}, of whom there are no shards: preprocess anew.")
+    return Shards(path, manifest, groups)
+
+
+def hold_out(shards: Shards, share: float) -> Shards:
+    """The training group alone, a seeded and stratified `share` of its patients made a validation group; all as it is for 0.
+
+    Choices made on that group leave the reported ones untouched. Raises UserError where a group would be empty.
+    """
+    if not share:
+        return shards
+    split = SplitConfig("ratio", test_share=0.0, val_share=share)
+    groups = splits.make_groups(split, shards.groups["train"], {}, shards.manifest["patients"])
+    return replace(shards, groups=groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Rows in memory: `images` uint8 [N,1,H,W], `masks` uint8 [N,H,W], `table` all other columns."""
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def native_mask(self, index: int) -> np.ndarray:
+        """The label mask of a row as the expert drew it, uint8 [H,W] on the native grid."""
+        height, width = self.table["native_shape"][index].as_py()
+        return unpack_mask(self.table["native_mask"][index].as_py(), height, width)
+
+
+def read_part(shards: Shards, part: dict, columns: list[str] | None = None) -> pa.Table:
+    """The rows of one part, all columns or some; raises UserError that names it where it is not what the manifest says."""
+    if not PART_NAME.fullmatch(part["file"]):
+        raise UserError(f"The manifest of {shards.path} names a part {part['file']!r} that is none.")
+    path = filesystem.join(shards.path, part["file"])
+    try:
+        data = filesystem.read_bytes(path)
+    except OSError as error:
+        raise UserError(f"The shard {path} cannot be read: preprocess again with --overwrite.") from error
+    if len(data) != part["bytes"] or filesystem.sha256(data) != part["sha256"]:
+        raise UserError(f"The shard {path} is damaged (not the bytes that were written): preprocess with --overwrite.")
+    return filesystem.read_table(data, columns)
+
+
+def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, Frames]:
+    """Read the rows of some groups into memory, each part once."""
+    wanted = {patient: group for group in groups for patient in shards.groups[group]}
+    kept: dict[str, list[pa.Table]] = {group: [] for group in groups}
+    for part in shards.manifest["parts"]:
+        table = read_part(shards, part)
+        owner = np.array([wanted.get(patient, "") for patient in table["patient"].to_pylist()])
+        for group, tables in kept.items():
+            tables.append(table.filter(pa.array(owner == group)))
+    return {group: as_frames(pa.concat_tables(tables), shards.image) for group, tables in kept.items()}
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """What one part holds of a group: the part's record in the manifest, the group's patients in it, and their rows."""
+
+    part: dict
+    patients: list[str]
+    rows: int
+
+
+def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
+    """Which parts hold the rows of each group, in the order in which `load_groups` has them; no part is read for it."""
+    group_of = splits.group_of(shards.groups)
+    index: dict[str, list[PartRows]] = {group: [] for group in shards.groups}
+    for part in shards.manifest["parts"]:
+        inside: dict[str, list[str]] = {}
+        for patient in part["patients"]:
+            inside.setdefault(group_of.get(patient, ""), []).append(patient)
+        for group in index.keys() & inside.keys():
+            rows = sum(shards.manifest["patients"][patient]["rows"] for patient in inside[group])
+            index[group] += [PartRows(part, inside[group], rows)] if rows else []
+    return index
+
+
+def check_sizes(shards: Shards) -> None:
+    """Raise UserError for the first part that is missing or has not its size: one listing, before anything is read."""
+    there = filesystem.sizes(shards.path)
+    for part in shards.manifest["parts"]:
+        if there.get(part["file"]) != part["bytes"]:
+            said = "missing" if part["file"] not in there else "damaged (not the size that was written)"
+            raise UserError(f"The shard {filesystem.join(shards.path, part['file'])} is {said}: preprocess with --overwrite.")
+
+
+def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns: list[str] | None = None) -> pa.Table:
+    """Some of a group's rows in one part, counted from the group's first one there; `patient` must be among `columns`."""
+    table = read_part(shards, held.part, columns)
+    (places,) = np.nonzero(np.isin(np.array(table["patient"].to_pylist(), dtype=str), held.patients))
+    if len(places) != held.rows:
+        path = filesystem.join(shards.path, held.part["file"])
+        raise UserError(f"The shard {path} has not the rows that its manifest names: preprocess with --overwrite.")
+    return table.take(pa.array(places[np.asarray(rows, dtype=np.int64)]))
+
+
+def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> Frames:
+    """Some rows of a group, counted as in its `load_groups`; reads the parts that hold them and no other."""
+    starts = np.cumsum([0, *(held.rows for held in index)])
+    wanted = np.asarray(rows, dtype=np.int64)
+    owners = np.searchsorted(starts, wanted, side="right") - 1
+    tables, places = [schema(shards.image, {}).empty_table()], []
+    for owner in np.unique(owners):
+        (mine,) = np.nonzero(owners == owner)
+        table = read_part_rows(shards, index[owner], wanted[mine] - starts[owner])
+        tables.append(table.replace_schema_metadata(tables[0].schema.metadata))
+        places += mine.tolist()
+    # Read part by part, handed on as asked.
+    return as_frames(pa.concat_tables(tables).take(pa.array(np.argsort(places), pa.int64())), shards.image)
+
+
+def as_frames(table: pa.Table, image: ImageConfig) -> Frames:
+    """A table of rows as tensors; the pixel columns leave the table."""
+    images = column_tensor(table["image"], (1, image.height, image.width))
+    masks = column_tensor(table["mask"], (image.height, image.width))
+    return Frames(images, masks, table.drop_columns(["image", "mask"]))
+
+
+def column_tensor(column: pa.ChunkedArray, shape: tuple[int, ...]) -> torch.Tensor:
+    """A fixed-size binary column as one uint8 tensor [N, *shape] of its own memory."""
+    rows = []
+    for chunk in column.chunks:
+        width = chunk.type.byte_width
+        raw = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
+        rows.append(raw[chunk.offset * width : (chunk.offset + len(chunk)) * width].reshape(-1, *shape))
+    return torch.from_numpy(np.concatenate(rows) if rows else np.empty((0, *shape), np.uint8))

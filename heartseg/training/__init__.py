@@ -1,0 +1,4 @@
+"""Batches in, checkpoints and a record out; knows nothing of who launched it.
+
+Open engine.py first: `fit` is the whole of a run.
+"""

@@ -1,0 +1,120 @@
+"""Where the batches of a run come from: from memory where the shards' pixels fit, from a stream where they do not.
+
+The order of the images differs between the two, and with it the weights: a run goes on as it began, on whatever machine.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from heartseg.config.experiment import Experiment
+from heartseg.shards.loader import Batches, Loader
+from heartseg.shards.reader import Frames, Shards, check_sizes, index_groups, load_groups, read_rows
+from heartseg.shards.streaming_loader import Stream
+from heartseg.training.distributed import Ranks, from_main, min_over_ranks
+
+log = logging.getLogger(__name__)
+# `auto` holds pixels in memory that take at most this share of what is free for a worker, on its machine and on its GPU:
+# reading holds them twice for a moment, and the model wants the rest.
+MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Source:
+    """Groups that are open: `loaders` feed the engine; `rows(group, numbers)` gives some images and their columns."""
+
+    loaders: dict[str, Batches]
+    rows: Callable[[str, Sequence[int]], Frames]
+
+
+def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> Source:
+    """Open all groups of some shards, `ingest` being `memory` or `stream`; raises UserError for damaged ones."""
+    at = (ranks.rank, ranks.world_size, ranks.device)
+    if ingest == "memory":
+        frames = load_groups(shards, shards.groups)
+        return Source({group: Loader.of(f, *at) for group, f in frames.items()}, lambda g, rows: _some(frames[g], rows))
+    check_sizes(shards)
+    index = index_groups(shards)
+    loaders = {group: Stream(shards, held, *at) for group, held in index.items()}
+    return Source(loaders, lambda group, rows: read_rows(shards, index[group], rows))
+
+
+def _some(frames: Frames, rows: Sequence[int]) -> Frames:
+    numbers = np.asarray(rows, dtype=np.int64)
+    chosen = torch.from_numpy(numbers)
+    return Frames(frames.images[chosen], frames.masks[chosen], frames.table.take(pa.array(numbers)))
+
+
+def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:
+    """`memory` or `stream`, the same on every rank: as the run was `begun`, else as asked, else by size.
+
+    Every rank calls it at once; the first one says where it streams, and why.
+    """
+    # Machines may differ: all hold their data in memory, or none does.
+    here = torch.tensor(MEMORY_SHARE * free_bytes(ranks), dtype=torch.float64, device=ranks.device)
+    needed, room = pixel_bytes(shards), float(min_over_ranks(here, ranks))
+    fits = needed <= room
+    begun = from_main(begun, ranks)
+    chosen = begun or (experiment.ingest if experiment.ingest != "auto" else "memory" if fits else "stream")
+    if ranks.is_main and chosen == "stream":
+        why = "as the run began" if begun else f"--ingest {experiment.ingest}"
+        if not begun and experiment.ingest == "auto":
+            why = f"{needed / 1e9:.1f} GB of pixels, and a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
+        log.info("Batches stream from %s (%s).", shards.path, why)
+    elif ranks.is_main and not fits:
+        why = "as the run began" if begun else "--ingest memory"
+        log.warning("%.1f GB of pixels go into memory (%s), where that is tight.", needed / 1e9, why)
+    return chosen
+
+
+def pixel_bytes(shards: Shards) -> int:
+    """Bytes of the images and masks of all groups."""
+    return sum(map(shards.num_rows, shards.groups)) * 2 * shards.image.height * shards.image.width
+
+
+def free_bytes(ranks: Ranks) -> float:
+    """Memory that is free for this worker: its part of its machine's, and no more than its GPU's."""
+    # torchrun and Ray Train both tell; where nobody does, all workers may be on this machine.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    on_gpu = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else float("inf")
+    return min(free_on_machine() / here, on_gpu)
+
+
+def free_on_machine(root: str = "/") -> float:
+    """Bytes that this process may still take without swapping, its container's limit included; infinite where none tells."""
+    found = [_free_in_container(Path(root))]
+    try:
+        lines = Path(root, "proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except OSError:
+        names = os.sysconf_names
+        if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys():  # no Linux: all memory there is
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found)
+
+
+def _free_in_container(root: Path) -> float:
+    """The least that the control groups of this process leave it; file caches, which give way, do not count as taken."""
+    free = float("inf")
+    try:
+        (own,) = [line.split(":")[2] for line in Path(root, "proc/self/cgroup").read_text().splitlines() if line[0] == "0"]
+    except (OSError, ValueError):
+        own = "/"
+    version_2 = Path(root, "sys/fs/cgroup" + own)
+    folders = [(version_2, "max", "current"), *((parent, "max", "current") for parent in version_2.parents)]
+    folders.append((Path(root, "sys/fs/cgroup/memory"), "limit_in_bytes", "usage_in_bytes"))
+    for folder, limit, usage in folders:
+        try:
+            most, taken = ((folder / f"memory.{name}").read_text().strip() for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            free = min(free, float("inf") if most == "max" else int(most) - int(taken) + cache)
+        except (OSError, ValueError):
+            continue
+    return free

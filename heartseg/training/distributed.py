@@ -1,0 +1,137 @@
+"""Ranks, sums over ranks, rows gathered over ranks; the identity in one process."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+from heartseg.config.experiment import ModelConfig
+from heartseg.config.training import TrainConfig
+from heartseg.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one rank that writes and reports."""
+        return self.rank == 0
+
+
+def current(device: torch.device) -> Ranks:
+    """The ranks as torch.distributed has them; one process where it is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(0, 1, device)
+
+
+def start_plain() -> Ranks:
+    """Join the group that torchrun describes in the environment, or be alone."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return current(device)
+
+
+def stop_plain() -> None:
+    """Leave the group that start_plain joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def ddp_options(train: TrainConfig) -> dict[str, bool]:
+    """DistributedDataParallel's arguments, for whoever wraps the model: `wrap_model` or Ray's `prepare_model`."""
+    # Buckets that view the gradients save a copy of them. The graph is the same at every step, but a static graph dies
+    # of an internal assertion in the first backward pass without synchronisation, and torch.compile splits it anew.
+    return {"gradient_as_bucket_view": True, "static_graph": train.accumulate == 1 and train.compile == "off"}
+
+
+def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
+    """The model with its gradients averaged over ranks; the model itself in one process."""
+    if ranks.world_size == 1:
+        return model
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **ddp_options(train))
+
+
+def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
+    """The model, its batch normalisations over all ranks' images where `config.sync_bn` says so; names stay.
+
+    Raises UserError where that is asked of CPUs, for which PyTorch has none.
+    """
+    if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
+        return model
+    if ranks.device.type != "cuda":
+        if config.sync_bn == "on":
+            raise UserError("--model.sync-bn on needs GPUs: on CPUs take auto, or --model.norm group.")
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the running statistics of rank 0, so that all of them evaluate the model that it keeps, in place.
+
+    Ranks that do not share batch statistics gather their own, and DistributedDataParallel evens out those of the model that
+    it wraps, at its next forward pass.
+    """
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)
+
+
+def compress_gradients(wrapped: nn.Module) -> None:
+    """Let ranks exchange gradients in bf16, where there are ranks to exchange with."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+
+
+def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Add a tensor over ranks, in place."""
+    if ranks.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def min_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The smallest value over ranks, in place."""
+    if ranks.world_size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return tensor
+
+
+def from_main(value: object, ranks: Ranks) -> object:
+    """What rank 0 holds, on every rank."""
+    if ranks.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    if ranks.world_size > 1:
+        dist.barrier()
+
+
+def raise_first_problem(problem: str | None, ranks: Ranks) -> None:
+    """Raise UserError with the first rank's problem, on every rank: what one of them found, none of them waits behind."""
+    problems = [problem] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), None):
+        raise UserError(found)

@@ -1,0 +1,253 @@
+"""Training and evaluation in plain PyTorch: knows nothing of who launched it, and writes no file.
+
+`fit` is the story of a run; what happens with an epoch's results (checkpoints, trackers, Ray) is the caller's, in
+`on_epoch_end`.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from heartseg.config.experiment import Experiment
+from heartseg.config.training import TrainConfig
+from heartseg.metrics.segmentation import ScoreSums, predicted_labels
+from heartseg.models.precision import forward, wants_bf16
+from heartseg.shards.loader import Batches, Intensity, check_shares, epoch_seed, share, steps_per_epoch
+from heartseg.training.augmentation import augment
+from heartseg.training.distributed import (
+    Ranks,
+    compress_gradients,
+    min_over_ranks,
+    share_batch_statistics,
+    share_buffers,
+    sum_over_ranks,
+)
+from heartseg.training.losses import segmentation_loss, training_loss
+from heartseg.training.lr_schedules import lr_multiplier
+from heartseg.training.optimizers import AveragedWeights, build_optimizer, set_lr
+
+# Steps between two looks at the device: each look waits for it.
+STEPS_PER_CHECK = 20
+
+
+class NonFiniteLoss(Exception):
+    """The loss was NaN or infinite at a step, or what its update left was; `rows` are the training rows of its global batch."""
+
+    def __init__(self, epoch: int, step: int, rows: list[int]):
+        super().__init__(f"the loss of epoch {epoch}, step {step} is not finite")
+        self.epoch, self.step, self.rows = epoch, step, rows
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes: the model, what optimizes it, and how far it is."""
+
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedWeights | None
+    epoch: int = 0
+    val_dice: list[float] = field(default_factory=list)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is scored and kept: the averaged one where there is one."""
+        return self.average.model if self.average else self.model
+
+    def state_dict(self) -> dict:
+        """The states that a resumed run needs; random generators start anew each epoch from (seed, epoch, rank)."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.model.state_dict() if self.average else None,
+            "average_updates": self.average.updates if self.average else 0,
+            "epoch": self.epoch,
+            "val_dice": self.val_dice,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+            self.average.updates = state["average_updates"]
+        self.epoch, self.val_dice = state["epoch"], list(state["val_dice"])
+
+
+def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable[[nn.Module], nn.Module]) -> TrainState:
+    """Put the model on the device in its fastest layout, wrap it, and build what trains it."""
+    set_arithmetic(experiment.train)
+    model = model.to(ranks.device, memory_format=torch.channels_last)
+    model = share_batch_statistics(model, experiment.model, ranks)
+    optimizer = build_optimizer(experiment.optim, model)
+    decay = experiment.optim.ema_decay
+    average = AveragedWeights(model, decay) if decay else None
+    wrapped = wrap(model)
+    if experiment.train.compress_gradients:
+        compress_gradients(wrapped)
+    if experiment.train.compile != "off":
+        # Around the wrapped model, so that gradients are still exchanged in buckets; `model` stays as it is, and with it
+        # evaluation and the names in checkpoints.
+        mode = None if experiment.train.compile == "default" else experiment.train.compile
+        wrapped = torch.compile(wrapped, mode=mode)
+    return TrainState(model, wrapped, optimizer, average)
+
+
+def set_arithmetic(train: TrainConfig) -> None:
+    """Choose between speed and equal bits, for this process; before its first matrix product on a GPU."""
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.backends.cudnn.benchmark = not train.deterministic
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+
+
+def fit(
+    experiment: Experiment,
+    state: TrainState,
+    loaders: dict[str, Batches],
+    intensity: Intensity,
+    ranks: Ranks,
+    on_epoch_end: Callable[[TrainState, dict[str, float]], None],
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+) -> None:
+    """Train from `state.epoch` to the last epoch.
+
+    `loaders` holds `train` and the groups to evaluate. After each epoch, `on_epoch_end(state, metrics)` is called on every
+    rank with `epoch`, `lr`, `images_per_s`, `seconds` and `{group}/{score}`; after each step, `on_step(epoch, step, steps)`,
+    both counted from 1, when the device may still be computing it. Raises NonFiniteLoss.
+    """
+    check_shares(experiment.train.batch_size, ranks.world_size, experiment.train.accumulate)
+    others = {group: loader for group, loader in loaders.items() if group != "train"}
+    while state.epoch < experiment.train.epochs:
+        metrics = train_one_epoch(experiment, state, loaders["train"], intensity, ranks, on_step)
+        share_buffers(state.evaluated, ranks)
+        for group, loader in others.items():
+            scores = evaluate(experiment, state.evaluated, loader, intensity, ranks)
+            metrics |= {f"{group}/{name}": value for name, value in scores.items()}
+        _raise_if_ruined(state, metrics, loaders, experiment.train, ranks)
+        if "val/dice" in metrics:
+            state.val_dice.append(metrics["val/dice"])
+        on_epoch_end(state, metrics)
+
+
+def train_one_epoch(
+    experiment: Experiment,
+    state: TrainState,
+    loader: Batches,
+    intensity: Intensity,
+    ranks: Ranks,
+    on_step: Callable[[int, int, int], None],
+) -> dict[str, float]:
+    """One pass over the training group; counts the epoch in `state` and returns its metrics."""
+    train, epoch, started = experiment.train, state.epoch, time.perf_counter()
+    steps = steps_per_epoch(len(loader), train.batch_size)
+    mine = share(train.batch_size, ranks.rank, ranks.world_size)
+    sums = ScoreSums(ranks.device)
+    first_bad_step = torch.full((), steps, device=ranks.device)
+    torch.manual_seed(epoch_seed(train.seed, epoch, 1_003, ranks.rank))
+    state.wrapped.train()
+    for step, (images, masks) in enumerate(loader.training_batches(train.batch_size, train.seed, epoch)):
+        lr = experiment.optim.lr * lr_multiplier(
+            experiment.schedule, epoch * steps + step, train.epochs * steps, steps, state.val_dice
+        )
+        set_lr(state.optimizer, lr)
+        draw_seed = epoch_seed(train.seed, epoch, 100_003, step)
+        images, masks = augment(experiment.augment, images, masks, train.batch_size, mine.start, draw_seed)
+        loss, prediction = train_step(experiment, state, intensity.apply(images), masks, ranks)
+        sums.add(loss, prediction, masks)
+        first_bad_step = torch.where(loss.isfinite(), first_bad_step, first_bad_step.clamp(max=step))
+        if (step + 1) % STEPS_PER_CHECK == 0 or step + 1 == steps:
+            _raise_if_not_finite(first_bad_step, steps, loader, train, epoch, ranks)
+        on_step(epoch + 1, step + 1, steps)
+    state.epoch = epoch + 1
+    sum_over_ranks(sums.sums, ranks)
+    seconds = time.perf_counter() - started
+    metrics = {"epoch": state.epoch, "lr": lr, "seconds": seconds, "images_per_s": steps * train.batch_size / seconds}
+    metrics["workers"] = ranks.world_size
+    return metrics | {f"train/{name}": value for name, value in sums.means().items()}
+
+
+def train_step(
+    experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update from this rank's share; returns its mean loss and its predicted labels [b,H,W], on the device.
+
+    The share is computed in `train.accumulate` parts whose gradients add up.
+    """
+    train, num_images = experiment.train, len(images)
+    losses, predictions = [], []
+    state.optimizer.zero_grad(set_to_none=True)
+    for part in range(train.accumulate):
+        rows = share(num_images, part, train.accumulate)
+        is_last = part + 1 == train.accumulate
+        # Gradients travel once an update, with the last part.
+        with contextlib.nullcontext() if is_last or ranks.world_size == 1 else state.wrapped.no_sync():
+            loss, prediction = _add_gradients(experiment, state, images[rows], masks[rows], ranks)
+        losses.append(loss * ((rows.stop - rows.start) / num_images))
+        predictions.append(prediction)
+    if experiment.optim.clip_norm:
+        nn.utils.clip_grad_norm_(state.model.parameters(), experiment.optim.clip_norm)
+    state.optimizer.step()
+    if state.average:
+        state.average.update()
+    return torch.stack(losses).sum(), torch.cat(predictions)
+
+
+def _add_gradients(
+    experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward pass of some images; returns their mean loss and predicted labels."""
+    train = experiment.train
+    if train.compile == "reduce-overhead":
+        torch.compiler.cudagraph_mark_step_begin()
+    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=wants_bf16(train, ranks.device)):
+        outputs = state.wrapped(images.contiguous(memory_format=torch.channels_last))
+    loss = training_loss(experiment.loss, outputs, masks)
+    # DDP takes the mean over ranks: with this weight it becomes the mean over the images of the global batch.
+    (loss * (len(images) * ranks.world_size / train.batch_size)).backward()
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return loss.detach(), predicted_labels(logits.detach())
+
+
+def _raise_if_not_finite(
+    first_bad_step: torch.Tensor, steps: int, loader: Batches, train: TrainConfig, epoch: int, ranks: Ranks
+) -> None:
+    step = int(min_over_ranks(first_bad_step.clone(), ranks))
+    if step < steps:
+        raise NonFiniteLoss(epoch + 1, step + 1, loader.batch_rows(train.batch_size, train.seed, epoch, step))
+
+
+def _raise_if_ruined(
+    state: TrainState, metrics: dict[str, float], loaders: dict[str, Batches], train: TrainConfig, ranks: Ranks
+) -> None:
+    """Raise NonFiniteLoss where an epoch's last update, which no step's loss has seen, leaves nothing to go on from.
+
+    Weights that are finite and yet too large to compute with show in the losses of the evaluated groups alone.
+    """
+    modules = [state.model, *([state.average.model] if state.average else [])]
+    tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    fine = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    fine &= all(math.isfinite(metrics[f"{group}/loss"]) for group, loader in loaders.items() if len(loader))
+    steps = steps_per_epoch(len(loaders["train"]), train.batch_size)
+    _raise_if_not_finite(steps - 1 + fine.int(), steps, loaders["train"], train, state.epoch - 1, ranks)
+
+
+@torch.inference_mode()
+def evaluate(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity, ranks: Ranks) -> dict[str, float]:
+    """Loss and scores of a group on the stored grid; every image counts once, whatever the number of ranks."""
+    model.eval()
+    sums = ScoreSums(ranks.device)
+    for images, masks in loader.evaluation_batches(experiment.train.eval_batch_size):
+        logits = forward(experiment.train, model, intensity.apply(images))
+        sums.add(segmentation_loss(experiment.loss, logits, masks), predicted_labels(logits), masks)
+    sum_over_ranks(sums.sums, ranks)
+    return sums.means()

@@ -1,0 +1,51 @@
+"""Another run's weights as the first ones of a run: where they are, whether they fit, and whom they have seen."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from heartseg.config.experiment import Experiment
+from heartseg.errors import UserError
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.reader import Shards
+from heartseg.training import run_directory
+
+
+def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
+    """What a run remembers of the weights it begins with: `checkpoint`, `weights_sha256` and `train_patients`.
+
+    Taken is the best checkpoint of the run at `path`, the last where there is no validation group. Raises UserError where
+    its tensors are not the experiment's, or where it was trained on patients whom this run is scored on.
+    """
+    found, base = checkpoint.find(path, "best"), run_directory.find_run(path).description
+    with torch.device("meta"):
+        model = build_model(replace(experiment.model, pretrained=False))
+    check_tensors(found.weights(), model, found.path)
+    # Names are only one dataset's: patient0001 of another one is another patient.
+    seen = set(base["train_patients"]) if base["dataset"] == shards.manifest["dataset"] else set()
+    for group in shards.groups.keys() - {"train"}:
+        both = seen.intersection(shards.groups[group])
+        if both:
+            raise UserError(f"--init-from {path} was trained on {len(both)} patients of this {group} group: take its split.")
+    return {"checkpoint": found.path, "weights_sha256": found.card["weights_sha256"], "train_patients": sorted(seen)}
+
+
+def load_initial(model: nn.Module, initial: dict) -> None:
+    """Put the weights into a new model; raises UserError where they are no longer those that the run began with."""
+    found = checkpoint.open_checkpoint(initial["checkpoint"])
+    if found.card["weights_sha256"] != initial["weights_sha256"]:
+        raise UserError(f"{found.path} is no longer what this run began with: give --fresh.")
+    weights = found.weights()
+    check_tensors(weights, model, found.path)
+    model.load_state_dict(weights)
+
+
+def check_tensors(weights: dict[str, torch.Tensor], model: nn.Module, origin: str) -> None:
+    """Raise UserError that names the first tensor in which some weights and a model differ."""
+    wanted = model.state_dict()
+    for name in [*wanted, *(name for name in weights if name not in wanted)]:
+        there, asked = (tuple(t[name].shape) if name in t else "missing" for t in (weights, wanted))
+        if there != asked:
+            raise UserError(f"The weights {origin} do not fit: {name} is {there} there, {asked} here. Take its --model.")

@@ -1,0 +1,169 @@
+"""A run's directory: who it is, its record epoch by epoch, and what the same command finds there when it comes again.
+
+`experiment.json` says what was asked and from what; `metrics.jsonl`, one line an epoch, is the record.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas
+
+from heartseg.config.experiment import Experiment, canonical, first_difference, identity, to_json
+from heartseg.errors import UserError
+from heartseg.models import checkpoint
+from heartseg.shards.reader import Shards
+from heartseg.storage import filesystem
+
+DESCRIPTION, RECORD, RECORD_CSV = "experiment.json", "metrics.jsonl", "metrics.csv"
+MODEL_CARD = "MODEL_CARD.md"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory and what its `experiment.json` says."""
+
+    path: str
+    description: dict
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return filesystem.last_part(self.path)
+
+
+def run_name(experiment: Experiment, shards: Shards, initial: dict | None = None) -> str:
+    """The recipe and eight hex digits of its configuration, data and first weights: the same command finds the same run."""
+    weights = [initial["weights_sha256"]] if initial else []
+    digest = filesystem.sha256(canonical([identity(experiment), shards.fingerprint, *weights]))
+    return f"{experiment.name}-{digest[:8]}"
+
+
+def generation_name(runs: str, name: str, fresh: bool) -> str:
+    """The newest of `name`, `name-2`, `name-3` …; with `fresh` the next one, so that nothing is ever overwritten."""
+    pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+    found = [pattern.fullmatch(entry) for entry in filesystem.list_names(runs)]
+    newest = max((int(match[1] or 1) for match in found if match), default=0)
+    wanted = newest + 1 if fresh else max(newest, 1)
+    return name if wanted == 1 else f"{name}-{wanted}"
+
+
+def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
+    """Begin a run, or find the one that the same command began; `initial` is what finetune.find_initial found.
+
+    Raises UserError where the directory holds a run of another configuration, other data or other first weights, naming
+    the first difference.
+    """
+    name = generation_name(experiment.runs, name or run_name(experiment, shards, initial), fresh)
+    path = filesystem.join(experiment.runs, name)
+    asked = json.loads(canonical({"identity": identity(experiment), "data_fingerprint": shards.fingerprint}))
+    asked["initial_weights_sha256"] = initial["weights_sha256"] if initial else None
+    described = filesystem.join(path, DESCRIPTION)
+    if filesystem.exists(described):
+        there = filesystem.read_json(described)
+        difference = first_difference({key: there.get(key) for key in asked}, asked)
+        if difference:
+            raise UserError(f"{path} holds another run ({difference.removeprefix('identity.')}): give --fresh or --run-name.")
+        return Run(path, there)
+    description = asked | {
+        "experiment": to_json(experiment),
+        "dataset": shards.manifest["dataset"],
+        "split": filesystem.read_json(filesystem.join(shards.path, "splits.json"))["config"],
+        "groups": {g: {"patients": len(p), "images": shards.num_rows(g)} for g, p in shards.groups.items()},
+        "initial": initial,
+        # So that nobody is ever scored on hearts that the run has trained on, however the shards are divided later.
+        "val_patients": shards.groups.get("val", []),
+        "train_patients": sorted({*shards.groups["train"], *(initial["train_patients"] if initial else ())}),
+        "source_sha256": shards.manifest["source_sha256"],
+        "code": code_revision(),
+        "wandb_id": uuid.uuid4().hex[:12],
+    }
+    filesystem.publish_json(described, description)
+    return Run(path, description)
+
+
+def begun_ingest(run: Run) -> str | None:
+    """How a run that has begun reads its shards, `memory` or `stream`; None where it has not."""
+    # Before there was a choice, all read from memory.
+    return run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
+
+
+def keep_ingest(run: Run, ingest: str, is_main: bool) -> Run:
+    """The run with how it reads its shards, which the first rank writes down: it goes on so, on whatever machine."""
+    kept = Run(run.path, run.description | {"ingest": ingest})
+    if is_main and kept != run:
+        filesystem.publish_json(filesystem.join(run.path, DESCRIPTION), kept.description)
+    return kept
+
+
+def find_run(path: str) -> Run:
+    """The run in a directory, or the one that a checkpoint's directory belongs to; raises UserError."""
+    inner = re.sub(rf"/{checkpoint.FOLDER}/epoch_\d+/?$", "", filesystem.absolute(path))
+    if not filesystem.exists(filesystem.join(inner, DESCRIPTION)):
+        raise UserError(f"{path} is no run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
+    return Run(inner, filesystem.read_json(filesystem.join(inner, DESCRIPTION)))
+
+
+def read_record(run: str) -> list[dict]:
+    """The epochs of a run so far, a dict of metrics each."""
+    path = filesystem.join(run, RECORD)
+    if not filesystem.exists(path):
+        return []
+    return [json.loads(line) for line in filesystem.read_bytes(path).decode().splitlines() if line]
+
+
+def write_record(run: str, record: list[dict]) -> None:
+    """Write the record, one JSON line an epoch and a CSV beside it, each whole or not at all."""
+    lines = "".join(json.dumps(epoch) + "\n" for epoch in record)
+    filesystem.publish(filesystem.join(run, RECORD), lines.encode())
+    filesystem.publish(filesystem.join(run, RECORD_CSV), pandas.DataFrame(record).to_csv(index=False).encode())
+
+
+@functools.cache
+def code_revision() -> str:
+    """The git revision of the code; without git (a submitted job) a SHA-256 over heartseg/ and jobs/."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+        try:
+            return "git " + subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    files = sorted(path for folder in ("heartseg", "jobs") for path in (root / folder).rglob("*.py"))
+    return "sha256 " + filesystem.sha256(b"".join(os.fsencode(f.relative_to(root)) + f.read_bytes() for f in files))
+
+
+TERMS = {
+    "CAMUS": "CAMUS (Leclerc et al., IEEE TMI 38(9), 2198-2210, 2019, doi:10.1109/TMI.2019.2900516), CC BY-NC-SA 4.0: "
+    "non-commercial scientific research only. A model trained on it carries these terms.",
+    "phantom": "synthetic hearts made by heartseg.phantom: scores on them say nothing about patients.",
+    "other": "a dataset of the user's own: its terms are known to its owner.",
+}
+
+
+def model_card(run: Run, metrics: dict[str, float]) -> str:
+    """The model card of a finished run as Markdown."""
+    said = run.description
+    groups = "".join(f"- {g}: {n['patients']} patients, {n['images']} images\n" for g, n in said["groups"].items())
+    shown = [name for name in metrics if "/dice" in name or name.endswith(("/iou", "/accuracy"))]
+    scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
+    model = said["identity"]["model"]
+    initial = said.get("initial")
+    ingest = said.get("ingest") or "memory"
+    began = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
+    return (
+        f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
+        f"DeepLabv3 ({model['backbone']}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
+        f"2- and 4-chamber echocardiograms.\n\n"
+        f"## Data\n\n{TERMS.get(said['dataset'], TERMS['other'])}\n\nSplit by patient ({said['split']['kind']}):\n\n{groups}\n"
+        f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
+        f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
+        f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"
+        f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']} (from {ingest}), "
+        f"source {said['source_sha256']}{began}\n"
+    )

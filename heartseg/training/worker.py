@@ -1,0 +1,193 @@
+"""One rank of a training run, from shards to finished checkpoints; the same under Ray, under torchrun and alone.
+
+The engine trains; here its epochs become checkpoints, the run's record, pictures and tracked metrics.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+
+from heartseg.config.experiment import Experiment
+from heartseg.errors import OutOfMemory, StorageError, UserError, refusals_told
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
+from heartseg.shards.reader import Frames, Shards, hold_out, open_shards
+from heartseg.storage import filesystem
+from heartseg.training import callbacks, data_loading, engine, run_directory
+from heartseg.training.distributed import Ranks, from_main, raise_first_problem
+from heartseg.training.finetune import load_initial
+from heartseg.training.profiling import trace_steps
+from heartseg.training.run_directory import Run
+from heartseg.training.wandb_logger import build_tracker
+
+
+def check_plan(experiment: Experiment, shards: Shards) -> None:
+    """Raise UserError for what would fail later: a grid that is not the recipe's, too small shares, too few images."""
+    if shards.image != experiment.image:
+        there, asked = shards.image, experiment.image
+        raise UserError(
+            f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
+            f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}."
+        )
+    check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
+    steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
+    if experiment.schedule.kind == "plateau" and "val" not in shards.groups:
+        raise UserError("schedule.kind plateau needs a validation group: give --train.holdout 0.1, or shards that have one.")
+
+
+def open_data(experiment: Experiment) -> Shards:
+    """The shards that a run trains on, in its groups: those of the split, or `train.holdout` taken from the training group."""
+    return hold_out(open_shards(experiment.data), experiment.train.holdout)
+
+
+def intensity_of(experiment: Experiment, shards: Shards) -> Intensity:
+    """The normalisation of a run: none beyond / 255, or the training group's mean and deviation."""
+    return Intensity(*shards.intensity) if experiment.train.intensity == "standard" else Intensity()
+
+
+def train_rank(
+    experiment: Experiment,
+    run: Run,
+    ranks: Ranks,
+    wrap: Callable[[nn.Module], nn.Module],
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    profile: bool = False,
+) -> None:
+    """Train this rank's share of a run, from its last checkpoint where there is one.
+
+    `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
+    is being written. Raises UserError on every rank at once, but OutOfMemory on the rank that it happens to. With `profile`,
+    rank 0 traces a few steps.
+    """
+    try:
+        _train(experiment, run, ranks, wrap, report, profile)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(_say_out_of_memory(experiment, ranks)) from error
+
+
+def _train(
+    experiment: Experiment, run: Run, ranks: Ranks, wrap: Callable[..., nn.Module], report: Callable[..., None], profile: bool
+) -> None:
+    shards = open_data(experiment)
+    run, source, shown = open_source(experiment, run, shards, ranks)
+    intensity = intensity_of(experiment, shards)
+    torch.manual_seed(experiment.train.seed)
+    model = build_model(experiment.model)
+    if run.description.get("initial") and checkpoint.last(run.path) is None:  # its own weights need the first no more
+        load_initial(model, run.description["initial"])
+    state = engine.start(experiment, model, ranks, wrap)
+    record = resume(state, run)
+    is_finished = state.epoch >= experiment.train.epochs and filesystem.exists(
+        filesystem.join(run.path, run_directory.MODEL_CARD)
+    )
+    if from_main(is_finished, ranks):  # or one rank would leave by a card that another has just written
+        return
+    tracker = build_tracker(experiment, run, ranks.is_main, record)
+    keep = callbacks.Keeper(experiment, run, intensity, shown, tracker, record)
+
+    def after_epoch(state: engine.TrainState, metrics: dict[str, float]) -> None:
+        _do_on_main(lambda: keep.keep_epoch(state, metrics), ranks)
+        report(metrics)
+
+    exit_code = 1
+    try:
+        with trace_steps(run.path) if profile and ranks.is_main else nullcontext(lambda: None) as traced:
+
+            def after_step(*at: int) -> None:
+                traced()
+                if ranks.is_main:
+                    keep.print_progress(*at)
+
+            engine.fit(experiment, state, source.loaders, intensity, ranks, after_epoch, after_step)
+        _do_on_main(lambda: keep.finish(state), ranks)
+        if ranks.is_main:
+            keep.hand_on(shards)
+        exit_code = 0
+    except engine.NonFiniteLoss as error:
+        raise UserError(_say_non_finite(error, source)) from error
+    finally:
+        keep.close()
+        tracker.finish(exit_code)
+
+
+def open_source(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, data_loading.Source, Frames]:
+    """The groups from memory or from a stream, as the run has it from here on, and the images that the keeper shows.
+
+    Raises UserError on every rank at once.
+    """
+    chosen = data_loading.choose(experiment, shards, run_directory.begun_ingest(run), ranks)
+    shown_group = "val" if "val" in shards.groups else "test"
+    opened: list[tuple[Run, data_loading.Source, Frames]] = []
+
+    def open_here() -> None:
+        kept = run_directory.keep_ingest(run, chosen, ranks.is_main)
+        source = data_loading.open_groups(shards, chosen, ranks)
+        opened.append((kept, source, source.rows(shown_group, callbacks.sample_rows(shards.num_rows(shown_group)))))
+
+    raise_first_problem(_problem_of(open_here), ranks)
+    return opened[0]
+
+
+def _problem_of(work: Callable[[], None]) -> str | None:
+    """The sentence of the UserError that some work raises, or of a disk that refuses; None where it raises none.
+
+    A StorageError passes through: that store may answer at the next try.
+    """
+    try:
+        with refusals_told():
+            work()
+    except StorageError:
+        raise
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _do_on_main(work: Callable[[], None], ranks: Ranks) -> None:
+    """Do some work on the first rank; raises UserError on all of them where it fails, or the others would wait for it."""
+    raise_first_problem(_problem_of(work) if ranks.is_main else None, ranks)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the several kinds of error that say that memory is short, on a GPU or a CPU."""
+    said = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(said, str(error)) is not None
+
+
+def _say_out_of_memory(experiment: Experiment, ranks: Ranks) -> str:
+    train, image = experiment.train, experiment.image
+    mine = share(train.batch_size, ranks.rank, ranks.world_size)
+    held = f"{mine.stop - mine.start} of a batch's {train.batch_size} images of {image.height} x {image.width}"
+    return (
+        f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {held}: raise --train.accumulate, use more "
+        "--workers, or a smaller --train.batch-size or --model.backbone; what was complete is kept."
+    )
+
+
+def resume(state: engine.TrainState, run: Run) -> list[dict]:
+    """Go on from the run's last checkpoint, if there is one; returns the record up to it."""
+    found = checkpoint.last(run.path)
+    if found is None:
+        return []
+    state.load_state_dict(found.training_state())
+    record = [epoch for epoch in run_directory.read_record(run.path) if epoch["epoch"] <= state.epoch]
+    if not record or record[-1]["epoch"] < state.epoch:
+        # A kill between the checkpoint and the record's line: the checkpoint's card has the same metrics.
+        record.append({name: np.nan if value is None else value for name, value in found.card["metrics"].items()})
+    return record
+
+
+def _say_non_finite(error: engine.NonFiniteLoss, source: data_loading.Source) -> str:
+    names = sorted(set(source.rows("train", error.rows).table["patient"].to_pylist()))
+    kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
+    return (
+        f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower --optim.lr "
+        f"or set --optim.clip-norm 1; {kept}."
+    )

@@ -1,0 +1,165 @@
+"""What a sweep varies, as a typed value: axes of choices and of ranges, and the experiments that lie on them."""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from heartseg.config.experiment import Experiment, from_json, to_json
+from heartseg.errors import UserError, require
+
+Schedule = Literal["constant", "step", "multistep", "exponential", "polynomial", "cosine", "restarts", "one_cycle", "plateau"]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is varied; an empty list leaves the recipe's value."""
+
+    schedules: tuple[Schedule, ...] = ("constant", "polynomial", "cosine", "one_cycle")
+    """Shapes of the learning rate over the run."""
+    lr_factors: tuple[float, float] = (0.3, 3.0)
+    """Lowest and highest base rate, as multiples of the recipe's; drawn evenly in the logarithm."""
+    lr_points: int = 3
+    """Base rates of a grid, from the lowest to the highest in equal ratios."""
+    warmup_epochs: tuple[float, ...] = ()
+    """Lengths of the warm-up."""
+    momentum: tuple[float, ...] = ()
+    """Momenta (of AdamW: first betas)."""
+    weight_decay: tuple[float, ...] = ()
+    """Weight decays."""
+    batch_size: tuple[int, ...] = ()
+    """Images in a batch."""
+    losses: tuple[Literal["cross_entropy", "dice_cross_entropy"], ...] = ()
+    """Losses."""
+    changes: tuple[str, ...] = ()
+    """For `--search changes`, a trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
+    All trials have the recipe's train.epochs."""
+
+    def __post_init__(self):
+        low, high = self.lr_factors
+        require(0 < low <= high, "--space.lr-factors must be two numbers above 0, the lower one first.")
+        require(self.lr_points >= 1, "--space.lr-points must be at least 1.")
+        require(len(self.schedules) > 0, "--space.schedules is empty: name at least one schedule.")
+
+
+@dataclass(frozen=True)
+class LogRange:
+    """A value drawn evenly in its logarithm."""
+
+    low: float
+    high: float
+
+    def points(self, count: int) -> list[float]:
+        """`count` values in equal ratios, both ends among them; the geometric middle for one."""
+        if count == 1 or self.low == self.high:
+            return [math.sqrt(self.low * self.high)]
+        return [float(f"{value:.6g}") for value in np.geomspace(self.low, self.high, count)]
+
+
+Axes = dict[str, list | LogRange]
+
+
+def make_axes(space: SearchSpace, base: Experiment) -> Axes:
+    """The axes by the experiment's dotted field, the schedule's kind first."""
+    low, high = (base.optim.lr * factor for factor in space.lr_factors)
+    axes: Axes = {"schedule.kind": list(space.schedules), "optim.lr": LogRange(low, high)}
+    listed = {
+        "schedule.warmup_epochs": space.warmup_epochs,
+        "optim.momentum": space.momentum,
+        "optim.weight_decay": space.weight_decay,
+        "train.batch_size": space.batch_size,
+        "loss.kind": space.losses,
+    }
+    return axes | {name: list(values) for name, values in listed.items() if values}
+
+
+def apply(base: Experiment, values: dict[str, object]) -> Experiment:
+    """The experiment with dotted fields set; raises UserError where a value is none of that field's."""
+    changed = to_json(base)
+    for name, value in values.items():
+        part, field = name.split(".")
+        changed[part][field] = value
+    return from_json(changed, origin="the search space")
+
+
+def parse_change(text: str) -> dict[str, object]:
+    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError where it is not of that form."""
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\.\w+=)", text)]
+    if not all(
+        re.fullmatch(r"\w+\.\w+", name.strip()) and value.strip(" ,") == value.strip() != "" for name, _, value in pairs
+    ):
+        raise UserError(f"--space.changes {text!r} is no change: write part.field=value, several with commas.")
+    values = {}
+    for name, _, value in pairs:
+        try:
+            values[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name.strip()] = value.strip()
+    return values
+
+
+def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
+    """The recipe and each change of it, as points that all name the same fields; the schedule's kind is always one."""
+    parsed = [parse_change(text) for text in changes]
+    require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
+    # Trials are compared epoch by epoch up to the recipe's last.
+    fixed = not any("train.epochs" in values for values in parsed)
+    require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep are as long as the recipe.")
+    own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
+    points = [own, *(own | values for values in parsed)]
+    for place, point in enumerate(points):
+        if point in points[:place]:
+            raise UserError(f"--space.changes {changes[place - 1]!r} is the recipe itself, or is listed twice.")
+    return points
+
+
+def describe(own: dict, values: dict) -> str:
+    """What a point changes of the recipe, as it is asked for; `-` for the recipe itself."""
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    changed = [f"{name}={told[name]}" for name, value in values.items() if value != own.get(name)]
+    return ",".join(changed) or "-"
+
+
+def grid(axes: Axes, lr_points: int, seed: int) -> list[dict]:
+    """Every combination in a seeded order in which the schedules take turns, so that its beginning tries them all."""
+    lists = [axis.points(lr_points) if isinstance(axis, LogRange) else axis for axis in axes.values()]
+    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*lists)]
+    order = np.random.default_rng(seed).permutation(len(points))
+    hands = {kind: [points[i] for i in order if points[i]["schedule.kind"] == kind] for kind in axes["schedule.kind"]}
+    return [point for turn in zip(*hands.values(), strict=True) for point in turn]
+
+
+def draw(axes: Axes, number: int, seed: int) -> dict:
+    """The `number`-th random point, the same whenever it is asked for; the schedules take turns, all else is drawn."""
+    generator = np.random.default_rng([seed, number])
+    point = {}
+    for name, axis in axes.items():
+        if isinstance(axis, LogRange):
+            point[name] = float(f"{math.exp(generator.uniform(math.log(axis.low), math.log(axis.high))):.6g}")
+        else:
+            point[name] = axis[int(generator.integers(len(axis)))]
+    return point | {"schedule.kind": axes["schedule.kind"][number % len(axes["schedule.kind"])]}
+
+
+def check_points(base: Experiment, axes: Axes, check: Callable[[Experiment], None] = lambda experiment: None) -> None:
+    """Raise UserError, before anything starts, for a value of an axis that makes no experiment or that `check` refuses."""
+    for name, axis in axes.items():
+        for value in [axis.low, axis.high] if isinstance(axis, LogRange) else axis:
+            check(apply(base, {name: value}))
+        if isinstance(axis, list) and len(set(axis)) < len(axis):
+            raise UserError(f"The search space names a value of {name} twice.")
+
+
+def values_of(base: Experiment, axes: Iterable[str]) -> dict:
+    """The recipe's own values on the axes; raises UserError for a field that no experiment has."""
+    told = to_json(base)
+    for name in axes:
+        part, _, field = name.partition(".")
+        if not isinstance(told.get(part), dict) or field not in told[part]:
+            raise UserError(f"The search space names {name}, which no experiment has: see train.py --help.")
+    return {name: told[name.split(".")[0]][name.split(".")[1]] for name in axes}

@@ -1,0 +1,178 @@
+"""What every job shares: its command line, one-line errors, exit codes and SIGTERM."""
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from heartseg.config.experiment import Experiment, from_json
+from heartseg.config.recipes import RECIPES
+from heartseg.errors import StorageError, UserError, refusals_told
+from heartseg.storage import filesystem
+
+log = logging.getLogger("heartseg.jobs")
+ROOT = Path(__file__).resolve().parents[2]
+# Marks a part of a dataclass whose fields are flags without the part's name before them.
+FLAT = tyro.conf.arg(name="")
+# Every submitted job has it: the configuration that Ray gives to its driver.
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Names of environment variables whose values nobody else should see.
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
+MISTAKE = 2
+# EX_TEMPFAIL of sysexits.h, a submitted job's word to whoever follows it: a store was away, and another try may help.
+STORE_AWAY = 75
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: what is under way becomes complete on the way out. A wait of Ray's ends for no other kind."""
+
+
+def main(job: Callable[[Sequence[str]], None]) -> None:
+    """Run a job; a user's mistake or a disk that refuses becomes one sentence and exit code 2.
+
+    A submitted job whose object store was away ends with 75 instead.
+    """
+    if job.__module__ == "__main__":
+        # What Ray sends to workers must be importable there: of a script's own classes it would send all they hold.
+        job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
+    show_log()
+    heed_sigterm()
+    warn_of_secrets()
+    try:
+        with refusals_told():
+            job(sys.argv[1:])
+    except UserError as error:
+        is_worth_a_try = isinstance(error, StorageError) and JOB_CONFIG in os.environ
+        leave(str(error), STORE_AWAY if is_worth_a_try else MISTAKE)
+    except KeyboardInterrupt:
+        # Ray raises one of its own in the place of ours; after SIGTERM, ours has set the signal aside.
+        terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        leave("stopped; the same command goes on from here.", 143 if terminated else 130)
+
+
+def leave(sentence: str, code: int) -> None:
+    """End the process with a sentence."""
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def heed_sigterm() -> None:
+    """Make SIGTERM an exception in the main thread, so that a job ends in order."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second one must not disturb the end
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def warn_of_secrets() -> None:
+    """Say which secrets stand in a submitted job's runtime_env: Ray shows it to whoever sees the dashboard."""
+    given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
+    for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
+        log.warning(
+            "%s stands in this job's runtime_env, which Ray's dashboard shows: set it where the cluster starts instead "
+            "(cluster/README.md, Secrets), and change it if others could see it.",
+            name,
+        )
+
+
+def show_log() -> None:
+    """Print heartseg's log lines, here and in Ray's workers."""
+    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("heartseg").setLevel(logging.INFO)
+
+
+def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
+    """A recipe (`seed` where none is named) or `--config FILE`, then changes to it: the experiment and the job's options.
+
+    `options` is an instance of the job's own dataclass. Raises UserError for whatever is wrong on the line.
+    """
+    experiment, rest = _pick_recipe(_spell_out_elastic(list(argv)))
+
+    fields = [("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
+    kind = make_dataclass("Command", fields, frozen=True)
+    shown = f"python jobs/{prog} [{'|'.join(RECIPES)}|--config FILE]"
+    command = parse_line(kind, rest, shown, description, default=kind(experiment, options))
+    return with_environment(command.experiment), command.options
+
+
+def _spell_out_elastic(argv: list[str]) -> list[str]:
+    """`--workers 1:4` as `--workers 4 --min-workers 1`."""
+    for place, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag != "--workers":
+            continue
+        taken = 1 if equals else 2
+        fewest, colon, most = (value if equals else "".join(argv[place + 1 : place + 2])).partition(":")
+        if colon:
+            return [*argv[:place], "--workers", most, "--min-workers", fewest, *argv[place + taken :]]
+    return argv
+
+
+def _pick_recipe(argv: list[str]) -> tuple[Experiment, list[str]]:
+    if argv and argv[0] == "--config":
+        if len(argv) < 2:
+            raise UserError("--config needs the file of a complete experiment.")
+        value = filesystem.read_json(argv[1])
+        if not isinstance(value, dict):
+            raise UserError(f"--config {argv[1]} is no experiment: give a JSON object, as a run's experiment.json is.")
+        # A run's experiment.json and a checkpoint's card hold the experiment under this key.
+        return from_json(value.get("experiment", value), origin=argv[1]), argv[2:]
+    if not argv or argv[0].startswith("-"):
+        return RECIPES["seed"](), argv
+    if argv[0] not in RECIPES:
+        raise UserError(f"There is no recipe {argv[0]!r}: take one of {', '.join(RECIPES)}, or --config FILE.")
+    return RECIPES[argv[0]](), argv[1:]
+
+
+def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, default: Any = None) -> Any:
+    """tyro's command line for a dataclass, its boxed errors made one sentence."""
+    errors = io.StringIO()
+    arguments = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **arguments)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        lines = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
+        sentence = " ".join(lines).split(" ───")[0].strip("─ ") or "the command line cannot be read"
+        raise UserError(f"{sentence.rstrip('.')}; --help lists what there is.") from None
+
+
+def with_environment(experiment: Experiment) -> Experiment:
+    """Paths that were not given taken from the environment, and all made absolute."""
+    defaults = {"source": "HEARTSEG_SOURCE", "data": "HEARTSEG_DATA", "runs": "HEARTSEG_RUNS"}
+    paths = {name: getattr(experiment, name) or os.environ.get(variable, "") for name, variable in defaults.items()}
+    if JOB_CONFIG not in os.environ:  # whose folder is a copy
+        paths["runs"] = paths["runs"] or "runs"
+    paths["out"] = experiment.out
+    return replace(experiment, **{name: absolute(path, name) for name, path in paths.items() if path})
+
+
+def absolute(path: str, name: str) -> str:
+    """A path made absolute; inside a Ray job, whose folder is an uploaded copy, a relative one is refused."""
+    if JOB_CONFIG in os.environ and not (filesystem.is_uri(path) or os.path.isabs(path)):
+        raise UserError(f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give it in full.")
+    return filesystem.absolute(path)
+
+
+def require(value: str, flag: str, meaning: str) -> str:
+    """A path that a job cannot do without; raises UserError where it is missing."""
+    if not value:
+        raise UserError(f"{flag} is missing: give {meaning}.")
+    return value
