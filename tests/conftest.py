@@ -3,17 +3,13 @@
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import s3_server
 
-from heartseg.config.experiment import Experiment, ImageConfig, SplitConfig, TrackingConfig
-from heartseg.config.recipes import quick
-from heartseg.config.training import AugmentConfig, OptimConfig
 from heartseg.datasets.phantom import write_phantom
+from helpers import s3_server
+from helpers.experiments import tiny_experiment
 
-ROOT = Path(__file__).resolve().parents[1]
 RAY_KEPT_S = 30
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray looks every 2 s else, and each report waits for it
 os.environ.pop("WANDB_API_KEY", None)
@@ -35,24 +31,6 @@ def shards(phantom, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("shards"))
     preprocess.run(replace(tiny_experiment(), source=phantom, out=folder), preprocess.Options(launcher="plain"))
     return folder
-
-
-def tiny_experiment(**changes) -> Experiment:
-    """MobileNetV3 on 64 x 64 without batch statistics, dropout or augmentation, in fp32: what equalities are tested on."""
-    recipe = quick()
-    base = replace(
-        recipe,
-        name="tiny",
-        image=ImageConfig(height=64, width=64),
-        split=SplitConfig(kind="ratio", test_share=0.25),
-        model=replace(recipe.model, norm="group", dropout=0.0),
-        augment=AugmentConfig(),
-        # SGD, since AdamW's first steps turn rounding into whole steps.
-        optim=OptimConfig(kind="sgd", lr=0.02, clip_norm=1.0, ema_decay=0.9),
-        train=replace(recipe.train, epochs=2, batch_size=7, precision="fp32", deterministic=True),
-        tracking=TrackingConfig(wandb="off"),
-    )
-    return replace(base, **changes)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,51 @@
+"""The seed recipe at its real size, read from shards: batches in, four maps out."""
+
+import pytest
+import torch
+
+from heartseg.config.recipes import seed
+from heartseg.models import deeplabv3, precision
+from heartseg.shards.loader import Intensity, Loader
+from heartseg.shards.reader import load_groups, open_shards
+from heartseg.training.losses import one_hot
+from helpers.experiments import tiny_experiment
+from jobs import preprocess
+
+
+@pytest.fixture(scope="module")
+def batch(phantom, tmp_path_factory):
+    """The first training batch of the seed recipe."""
+    recipe = seed()
+    out = str(tmp_path_factory.mktemp("seed"))
+    preprocess.run(tiny_experiment(source=phantom, out=out, image=recipe.image), preprocess.Options(launcher="plain"))
+    frames = load_groups(open_shards(out), ["train"])["train"]
+    loader = Loader.of(frames, rank=0, world_size=1, device=torch.device("cpu"))
+    return next(loader.training_batches(recipe.train.batch_size, recipe.train.seed, epoch=0))
+
+
+def test_the_seeds_network_takes_its_batch_and_gives_four_maps(batch):
+    images, masks = batch
+    assert images.shape == (12, 1, 256, 256) and images.min() >= 0 and images.max() <= 1
+    assert one_hot(masks).shape == (12, 4, 256, 256)
+    recipe = seed()
+    network = deeplabv3.build_model(recipe.model).to(memory_format=torch.channels_last).eval()
+    with torch.inference_mode():
+        logits = precision.forward(recipe.train, network, Intensity().apply(images))
+    assert logits.shape == (12, 4, 256, 256) and logits.isfinite().all()
+    # ResNet-101 has 33 bottlenecks of three convolutions, a stem and four shortcuts.
+    backbone = network.network.backbone
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in backbone.modules()) == 33 * 3 + 1 + 4
+
+
+def test_the_seeds_optimizer_is_sgd_at_a_thousandth_with_a_falling_schedule():
+    from heartseg.training.lr_schedules import lr_multiplier
+    from heartseg.training.optimizers import build_optimizer
+
+    recipe = seed()
+    optimizer = build_optimizer(recipe.optim, torch.nn.Linear(2, 2))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.001}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+    total = 170 * 133
+    rates = [lr_multiplier(recipe.schedule, step, total, 133) for step in range(0, total, 133)]
+    assert rates[0] == 1.0 and all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))

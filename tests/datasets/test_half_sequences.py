@@ -1,0 +1,188 @@
+"""Every frame of a half sequence becomes a row, from ED to ES, and what follows copes with frames without a phase."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from heartseg.datasets import camus, nifti
+from heartseg.datasets.camus import HALF_SEQUENCE, recording_path
+from heartseg.datasets.nifti import DamagedRecording
+from heartseg.datasets.phantom import write_phantom
+from heartseg.errors import UserError
+from heartseg.labels import ENDO, Phase, View
+from heartseg.shards.reader import load_groups, open_shards
+from heartseg.storage import filesystem
+from helpers.experiments import tiny_experiment
+from jobs import evaluate, preprocess, train
+
+SEQUENCE = preprocess.Options(frames="sequence", launcher="plain")
+VIEW = View.FOUR_CHAMBER
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> str:
+    """Four patients with sequences; some of them run from ES to ED."""
+    folder = str(tmp_path_factory.mktemp("beats"))
+    write_phantom(folder, patients=4, seed=1, sequences=True, scale=0.1)
+    return folder
+
+
+@pytest.fixture
+def copied(tree, tmp_path) -> str:
+    """The same tree, to change."""
+    return shutil.copytree(tree, str(tmp_path / "tree"))
+
+
+@pytest.fixture(scope="module")
+def written(tree, tmp_path_factory) -> str:
+    """Shards of every frame: three patients to train, one to test."""
+    folder = str(tmp_path_factory.mktemp("frames"))
+    preprocess.run(tiny_experiment(source=tree, out=folder), SEQUENCE)
+    return folder
+
+
+def backwards(tree: str) -> str:
+    """A patient whose files run from ES to ED."""
+    return next(p for p in camus.find_patients(tree) if camus.read_info(tree, p, VIEW).ed > 1)
+
+
+def forwards(tree: str) -> str:
+    """A patient whose files run from ED to ES."""
+    return next(p for p in camus.find_patients(tree) if camus.read_info(tree, p, VIEW).ed == 1)
+
+
+def read(tree: str, patient: str) -> list[camus.Recording]:
+    return camus.read_half_sequence(tree, patient, VIEW)
+
+
+def phases(frames: list[camus.Recording]) -> dict[int, Phase]:
+    return {frame.frame: frame.phase for frame in frames if frame.phase}
+
+
+def test_every_frame_comes_once_from_ed_to_es_whichever_way_the_file_runs(tree):
+    for patient in (forwards(tree), backwards(tree)):
+        frames, info = read(tree, patient), camus.read_info(tree, patient, VIEW)
+        assert [frame.frame for frame in frames] == list(range(1, info.num_frames + 1))
+        assert phases(frames) == {1: Phase.ED, info.num_frames: Phase.ES}
+        for frame in (frames[0], frames[-1]):
+            still = camus.read_still(tree, patient, VIEW, frame.phase)
+            np.testing.assert_array_equal(frame.image, still.image)
+            np.testing.assert_array_equal(frame.mask, still.mask)
+            assert (frame.spacing_mm, frame.info) == (still.spacing_mm, info)
+        areas = [(frame.mask == ENDO).sum() for frame in frames]
+        assert areas[0] > areas[-1] and max(np.diff(areas)) <= 2
+
+
+@pytest.mark.parametrize("text", [None, "Sex: F\n", "ED: 1\nES: 999\n", "ED: 1\nES: 1\n", "ED: 0\nES: 5\n"])
+def test_without_a_cfg_that_names_the_frames_the_larger_cavity_is_ed(text, copied):
+    for patient in (forwards(copied), backwards(copied)):
+        before, cfg = read(copied, patient), os.path.join(copied, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg")
+        os.remove(cfg)
+        if text:
+            filesystem.publish(cfg, text.encode())
+        after = read(copied, patient)
+        assert phases(after) == phases(before)
+        for one, other in zip(before, after, strict=True):
+            np.testing.assert_array_equal(one.mask, other.mask)
+
+
+def test_phases_inside_the_file_are_the_cfgs_in_either_direction(copied):
+    for patient, ed, es in ((forwards(copied), 3, 7), (backwards(copied), 7, 3)):
+        last = camus.read_info(copied, patient, VIEW).num_frames
+        camus.write_info(copied, patient, VIEW, camus.Info(ed=ed, es=es))
+        shift = 0 if ed < es else last - 9  # turned round, frame 7 of the file is the one that 7 - 1 others follow
+        assert phases(read(copied, patient)) == {3 + shift: Phase.ED, 7 + shift: Phase.ES}
+
+
+def test_frames_whose_ends_are_equally_large_have_no_phase(copied):
+    patient = forwards(copied)
+    os.remove(os.path.join(copied, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg"))
+    path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, "_gt")
+    masks, spacing_mm = nifti.read_nifti(path)
+    nifti.write_nifti(path, np.zeros_like(masks), spacing_mm)
+    assert phases(read(copied, patient)) == {}
+
+
+def test_a_sequence_of_one_frame_or_with_a_fourth_axis_is_read(copied):
+    patient = forwards(copied)
+    frames = read(copied, patient)
+    for suffix in ("", "_gt"):
+        path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, suffix)
+        values, spacing_mm = nifti.read_nifti(path)
+        nifti.write_nifti(path, values[:, :, None], spacing_mm)  # [lateral, depth, 1, time], as some writers have it
+    for one, other in zip(frames, read(copied, patient), strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+    for suffix in ("", "_gt"):
+        path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, suffix)
+        values, spacing_mm = nifti.read_nifti(path)
+        nifti.write_nifti(path, values[..., :1], spacing_mm)
+    (single,) = read(copied, patient)
+    np.testing.assert_array_equal(single.image, frames[0].image)
+
+
+DAMAGE = {
+    "another number of masks": (lambda mask: mask[..., 1:], "is not the image's"),
+    "a bad label in one frame": (lambda mask: np.where(np.arange(mask.shape[-1]) == 4, 7, mask), "has label 7"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_sequence_goes_to_quarantine_whole(name, copied, tmp_path):
+    change, reason = DAMAGE[name]
+    patient = forwards(copied)
+    path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, "_gt")
+    masks, spacing_mm = nifti.read_nifti(path)
+    nifti.write_nifti(path, change(masks).astype(np.uint8), spacing_mm)
+    with pytest.raises(DamagedRecording, match=reason):
+        read(copied, patient)
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match="1 of 8 recordings are damaged"):
+        preprocess.run(tiny_experiment(source=copied, out=out), SEQUENCE)
+    preprocess.run(tiny_experiment(source=copied, out=out), replace(SEQUENCE, max_quarantined=0.2))
+    (entry,) = open_shards(out).manifest["quarantined"]
+    assert (entry["patient"], entry["view"], entry["phase"]) == (patient, "4CH", None) and entry["file"] in path
+    rows = [row for f in load_groups(open_shards(out), ["train", "test"]).values() for row in f.table.to_pylist()]
+    assert {(row["patient"], row["view"]) for row in rows if row["patient"] == patient} == {(patient, "2CH")}
+
+
+def test_a_row_is_a_frame_and_the_manifest_says_so(tree, written):
+    opened = open_shards(written)
+    assert opened.manifest["frames"] == "sequence"
+    frames = load_groups(opened, ["train", "test"])
+    rows = [(row, group.native_mask(i)) for group in frames.values() for i, row in enumerate(group.table.to_pylist())]
+    expected = {p: [camus.read_half_sequence(tree, p, view) for view in View] for p in camus.find_patients(tree)}
+    assert len(rows) == opened.manifest["rows"] == sum(len(beat) for beats in expected.values() for beat in beats)
+    for row, mask in rows:
+        frame = expected[row["patient"]][list(View).index(row["view"])][row["frame"] - 1]
+        assert row["phase"] == frame.phase
+        np.testing.assert_array_equal(mask, frame.mask)
+
+
+def test_other_frames_in_the_same_folder_are_refused_by_name(tree, written, phantom, tmp_path):
+    with pytest.raises(UserError, match="frames: sequence there, stills asked"):
+        preprocess.run(tiny_experiment(source=tree, out=written), preprocess.Options(launcher="plain"))
+    os.makedirs(tmp_path / "half")
+    shutil.copy(os.path.join(written, "part-00000.parquet"), tmp_path / "half")
+    with pytest.raises(UserError, match=r"part-00000\.parquet was made from something else \(frames: sequence there"):
+        preprocess.run(tiny_experiment(source=tree, out=str(tmp_path / "half")), preprocess.Options(launcher="plain"))
+    with pytest.raises(UserError, match=r"holds no \*_half_sequence\.nii\.gz: take --frames stills"):
+        preprocess.run(tiny_experiment(source=phantom, out=str(tmp_path / "none")), SEQUENCE)
+
+
+def test_a_model_trains_on_all_frames_and_every_frame_is_scored(written, tmp_path):
+    recipe = tiny_experiment(data=written, runs=str(tmp_path))
+    path = train.run(replace(recipe, train=replace(recipe.train, epochs=1)), train.Options(launcher="plain"))
+    out = evaluate.run(evaluate.Options(checkpoint=path, launcher="plain"))
+    summary = filesystem.read_json(os.path.join(out, "summary.json"))
+    opened = open_shards(written)
+    assert summary["images"] == opened.num_rows("test") and summary["by"]["phase"].keys() == {"ED", "ES"}
+    assert summary["by"]["phase"]["ED"]["images"] == 2
+    images = filesystem.read_table(filesystem.read_bytes(os.path.join(out, "images.parquet"))).to_pandas()
+    assert set(images["phase"].dropna()) == {"ED", "ES"} and images["phase"].isna().any() and images["frame"].min() == 1
+    samples = np.load(os.path.join(path, "samples", "last.npz"))
+    assert not any("None" in name for name in samples["names"]) and any("frame" in name for name in samples["names"])
+    with open(os.path.join(out, "report.html")) as stream:
+        assert "None" not in stream.read()

@@ -1,0 +1,178 @@
+"""Anybody's images and masks in a plain folder become shards, are divided as they say, trained on and scored."""
+
+import os
+
+import nibabel
+import numpy as np
+import pytest
+
+from heartseg.datasets import image_folder, nifti
+from heartseg.datasets.source import find_patients
+from heartseg.errors import UserError
+from heartseg.shards.reader import load_groups, open_shards
+from heartseg.storage import filesystem
+from helpers.experiments import tiny_experiment
+from jobs import evaluate, preprocess, train
+
+PLAIN = preprocess.Options(launcher="plain")
+NAMES = (
+    "anna_2CH_ED",
+    "anna_2CH_ES",
+    "anna_4ch_ed",
+    "bert_visit1",
+    "bert_visit2",
+    "cleo",
+    "dora_4CH_x",
+    "emil_1",
+    "finn_1",
+    "gwen_1",
+)
+
+
+def picture(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its labels, [H,W] of a size of its own, different for each name."""
+    rng = np.random.default_rng(list(name.encode()))
+    height, width = rng.integers(40, 90, 2)
+    mask = np.zeros((height, width), np.uint8)
+    for label in (1, 2, 3):
+        mask[10 * label : 10 * label + 8, 5 : 5 + 10 * label] = label
+    return (mask * 60 + rng.integers(0, 70, mask.shape)).astype(np.uint8), mask
+
+
+def put(folder: str, name: str, ending: str = ".nii.gz") -> None:
+    for kind, array in zip(("images", "masks"), picture(name), strict=True):
+        path = os.path.join(folder, kind, f"{name}.nii.gz")
+        nifti.write_nifti(path, array, (0.5, 0.25))
+        if ending == ".nii":
+            filesystem.publish(path.removesuffix(".gz"), nifti.inflate(filesystem.read_bytes(path)))
+            os.remove(path)
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    """Seven patients; one of Cleo's files is not compressed, and there is a note in the folder."""
+    source = str(tmp_path / "own")
+    for name in NAMES:
+        put(source, name, ".nii" if name == "cleo" else ".nii.gz")
+    for kind in ("images", "masks"):
+        filesystem.publish(os.path.join(source, kind, "notes.txt"), b"hello")
+        filesystem.publish(os.path.join(source, kind, "._anna_2CH_ED.nii.gz"), b"what a Mac leaves")
+    return source
+
+
+def write(folder: str, out, **split) -> str:
+    base = tiny_experiment()
+    experiment = tiny_experiment(source=folder, out=str(out), split=type(base.split)(**({"kind": "ratio"} | split)))
+    preprocess.run(experiment, PLAIN)
+    return str(out)
+
+
+def test_names_tell_patient_view_and_phase_and_the_pixels_are_theirs(folder, tmp_path):
+    opened = open_shards(write(folder, tmp_path / "out", test_share=0.3))
+    assert opened.manifest["dataset"] == "other" and opened.manifest["quarantined"] == []
+    assert list(opened.manifest["patients"]) == sorted({name.split("_")[0] for name in NAMES})
+    found = []
+    for frames in load_groups(opened, opened.groups).values():
+        for index, row in enumerate(frames.table.to_pylist()):
+            found.append((row["patient"], row["view"], row["phase"]))
+            assert row["native_spacing_mm"] == [0.5, 0.25] and row["frame"] is None and row["ef"] is None
+            fits = [name for name in NAMES if name.split("_")[0] == row["patient"]]
+            assert any(np.array_equal(frames.native_mask(index), picture(name)[1]) for name in fits)
+    assert sorted(found, key=str) == sorted(
+        [("anna", "2CH", "ED"), ("anna", "2CH", "ES"), ("anna", "4CH", "ED"), ("dora", "4CH", None)]
+        + [(name.split("_")[0], None, None) for name in NAMES if name[:4] not in ("anna", "dora")],
+        key=str,
+    )
+
+
+def test_a_groups_file_is_the_official_split(folder, tmp_path):
+    filesystem.publish(os.path.join(folder, "groups.csv"), b"patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n")
+    opened = open_shards(write(folder, tmp_path / "out", kind="official"))
+    assert opened.groups == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("anna,train\n", "must begin with the line `patient,group`"),
+        ("patient,group\nanna,training\n", "group 'training': take one of train, val, test"),
+        ("patient,group\nanna,train\nzoe,test\n", "names 'zoe', of whom there is no file"),
+        ("patient,group\nanna,train\nanna,test\n", "anna is in both"),
+    ],
+)
+def test_a_wrong_groups_file_is_refused_in_a_sentence(text, said, folder, tmp_path):
+    filesystem.publish(os.path.join(folder, "groups.csv"), text.encode())
+    with pytest.raises(UserError, match=said):
+        write(folder, tmp_path / "out", kind="official")
+
+
+def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_path):
+    os.remove(os.path.join(folder, "masks", "emil_1.nii.gz"))
+    os.remove(os.path.join(folder, "images", "finn_1.nii.gz"))
+    nifti.write_nifti(os.path.join(folder, "images", "gwen_1.nii.gz"), np.zeros((9, 9, 3), np.uint8), (1, 1))
+    options = preprocess.Options(launcher="plain", max_quarantined=0.5)
+    preprocess.run(tiny_experiment(source=folder, out=str(tmp_path / "out")), options)
+    found = {e["patient"]: e for e in open_shards(str(tmp_path / "out")).manifest["quarantined"]}
+    assert {name: entry["file"] for name, entry in found.items()} == {
+        "emil": "masks/emil_1.nii.gz", "finn": "images/finn_1.nii.gz", "gwen": "images/gwen_1.nii.gz",
+    }  # fmt: skip
+    assert "No such file" in found["emil"]["reason"] and "2 axes" in found["gwen"]["reason"]
+
+
+def test_a_name_that_is_no_utf_8_is_refused_in_a_sentence(folder, tmp_path):
+    with open(os.fsencode(folder) + b"/images/d\xf6ra_1.nii.gz", "wb"):
+        pass
+    with pytest.raises(UserError, match=r"holds 'd\\udcf6ra_1\.nii\.gz', a name that is no UTF-8: rename it"):
+        write(folder, tmp_path / "out")
+
+
+def test_a_picture_whose_affine_swaps_the_axes_goes_to_quarantine(folder, tmp_path):
+    for name, affine in (("emil_1", [[0, 1, 0], [1, 0, 0], [0, 0, 1]]), ("finn_1", np.diag([-1, -1, 1]))):
+        path = os.path.join(folder, "images", f"{name}.nii.gz")
+        stored = np.eye(4)
+        stored[:3, :3] = affine
+        nibabel.Nifti1Image(np.asanyarray(nibabel.load(path).dataobj), stored).to_filename(path)
+    options = preprocess.Options(launcher="plain", max_quarantined=0.5)
+    preprocess.run(tiny_experiment(source=folder, out=str(tmp_path / "out")), options)
+    (entry,) = open_shards(str(tmp_path / "out")).manifest["quarantined"]
+    assert entry["file"] == "images/emil_1.nii.gz" and "first axis is depth and its second lateral" in entry["reason"]
+
+
+def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):
+    for kind in ("images", "masks"):
+        nifti.write_nifti(os.path.join(folder, kind, "gwen_1.nii.gz"), np.ones((50, 40, 3), np.uint8), (1, 1))
+    options = preprocess.Options(launcher="plain", frames="sequence")
+    preprocess.run(tiny_experiment(source=folder, out=str(tmp_path / "out")), options)
+    opened = open_shards(str(tmp_path / "out"))
+    rows = [row for frames in load_groups(opened, opened.groups).values() for row in frames.table.to_pylist()]
+    assert [row["frame"] for row in rows if row["patient"] == "gwen"] == [1, 2, 3]
+    assert {row["phase"] for row in rows} == {None}
+
+
+def test_a_folder_of_neither_layout_names_both(tmp_path):
+    os.makedirs(tmp_path / "images")
+    with pytest.raises(UserError, match=r"holds no database_nifti/.*images/PATIENT_ANYTHING"):
+        find_patients(str(tmp_path))
+    os.makedirs(tmp_path / "masks")
+    with pytest.raises(UserError, match="holds no NIfTI file"):
+        find_patients(str(tmp_path))
+    assert image_folder.is_plain_folder(str(tmp_path))
+
+
+def test_a_changed_folder_is_seen(folder, tmp_path):
+    write(folder, tmp_path / "out")
+    put(folder, "hugo_1")
+    with pytest.raises(UserError, match=r"other shards \(hugo is new\)"):
+        write(folder, tmp_path / "out")
+
+
+def test_a_model_is_trained_and_scored_on_pictures_of_unknown_view(folder, tmp_path):
+    data = write(folder, tmp_path / "out", test_share=0.6, seed=1)
+    experiment = tiny_experiment(data=data, runs=str(tmp_path / "runs"))
+    experiment = type(experiment)(**(vars(experiment) | {"train": type(experiment.train)(epochs=1, batch_size=2)}))
+    out = evaluate.run(evaluate.Options(checkpoint=train.run(experiment, train.Options(launcher="plain")), launcher="plain"))
+    images = filesystem.read_table(filesystem.read_bytes(os.path.join(out, "images.parquet"))).to_pandas()
+    opened = open_shards(data)
+    assert len(images) == opened.num_rows("test") and images["view"].isna().any()
+    with open(os.path.join(out, "report.html")) as stream:
+        assert "None" not in stream.read()

@@ -1,0 +1,278 @@
+"""Whatever a file is, its frames come out upright and grey, and its masks go back onto its own grid."""
+
+import gzip
+import io
+import itertools
+import struct
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from heartseg.datasets import nifti, readers
+from heartseg.datasets.nifti import DamagedRecording
+from heartseg.errors import UserError
+from helpers.echo_files import LOOP, dicom, movie
+
+DEPTH, LATERAL, TIME = 7, 5, 3
+UPRIGHT = np.random.default_rng(0).integers(2, 250, (TIME, DEPTH, LATERAL)).astype(np.uint8)
+SPACING_MM = (10.0, 12.5)  # 70 mm deep
+# An array's axes by name; `1` has one element.
+AXES = ("LD", "DL", "LD1", "DL1", "LD11", "1LD", "LDT", "DLT", "LDT1", "LD1T", "DL1T", "L1DT")
+DTYPES = ("u1", "i2", ">i2", "f4", ">f4", "f8")
+SIGNS = ((1, 1), (-1, -1), (-1, 1), (1, -1))
+
+
+def geometries() -> list[tuple]:
+    """Axes, number type, signs of the affine, with or without a slope, suffix: 96 of them, each kind many times."""
+    slopes, suffixes = itertools.cycle([None, (0.5, 10.0)]), itertools.cycle([".nii.gz", ".nii", ".nii"])
+    pairs = [(axes, dtype) for axes in AXES for dtype in DTYPES] + [(axes, "u1") for axes in AXES] * 2
+    signs = itertools.cycle([*SIGNS, SIGNS[0]])
+    return [(axes, dtype, next(signs), next(slopes), next(suffixes)) for axes, dtype in pairs]
+
+
+def upright_of(axes: str) -> np.ndarray:
+    return UPRIGHT if "T" in axes else UPRIGHT[:1]
+
+
+def on_disk(values: np.ndarray, axes: str) -> np.ndarray:
+    """[T,H,W] in a file's order of axes."""
+    order = [{"T": 0, "D": 1, "L": 2}[name] for name in axes if name != "1"]
+    kept = [axis for axis in order] + [axis for axis in range(3) if axis not in order]
+    return values.transpose(kept).reshape([1 if a == "1" else values.shape[{"T": 0, "D": 1, "L": 2}[a]] for a in axes])
+
+
+def affine_of(axes: str, signs: tuple[int, int]) -> np.ndarray:
+    """Lateral along the world's x, depth along its y, whichever array axes they are."""
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    spare = iter([2])
+    for axis, name in enumerate(axes[:3].ljust(3, "1")):
+        world = {"L": 0, "D": 1}.get(name)
+        size = {"L": SPACING_MM[1] * signs[0], "D": SPACING_MM[0] * signs[1]}.get(name, 1.0)
+        affine[world if world is not None else next(spare), axis] = size
+    affine[:3, 3] = (-3, 4, 5)
+    return affine
+
+
+def write(path, axes: str, dtype: str, signs: tuple[int, int], slope: tuple[float, float] | None) -> None:
+    values = upright_of(axes).astype(float)
+    stored = values if slope is None else np.rint((values - slope[1]) / slope[0])
+    if dtype == "u1" and slope is not None:
+        slope, stored = (1.0, 2.0), values - 2
+    array = on_disk(stored, axes).astype(dtype)
+    header = nibabel.Nifti1Header(endianness=">" if dtype.startswith(">") else "<")
+    header.set_data_dtype(np.dtype(dtype))
+    picture = nibabel.Nifti1Image(array, affine_of(axes, signs), header)
+    picture.header["descrip"] = b"kept"
+    picture.header["cal_max"] = 255
+    raw = picture.to_bytes()
+    if slope:  # as a scanner's exporter writes them: the stored numbers are not the intensities
+        order = ">" if dtype.startswith(">") else "<"
+        raw = raw[:112] + struct.pack(f"{order}2f", *slope) + raw[120:]
+    path.write_bytes(nifti.compress(raw) if path.name.endswith("gz") else raw)
+
+
+@pytest.mark.parametrize(("axes", "dtype", "signs", "slope", "suffix"), geometries())
+def test_frames_are_upright_and_masks_return_to_the_very_grid(axes, dtype, signs, slope, suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    write(path, axes, dtype, signs, slope)
+    found = readers.read(str(path), "nifti")
+    np.testing.assert_array_equal(found.pixels, upright_of(axes))
+    assert found.pixels.dtype == np.uint8 and found.spacing_mm == pytest.approx(SPACING_MM)
+    masks = found.pixels % 4
+    nifti.write_frames(str(tmp_path / "mask.nii.gz"), masks, found.place)
+    image, mask = nibabel.load(path), nibabel.load(tmp_path / "mask.nii.gz")
+    assert mask.shape == image.shape and mask.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asanyarray(mask.dataobj), np.rint(np.asanyarray(image.dataobj)).astype(np.uint8) % 4)
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    assert mask.header.get_zooms() == image.header.get_zooms()
+    assert mask.header["descrip"] == b"kept" and mask.header.endianness == image.header.endianness
+    assert (mask.dataobj.slope, mask.dataobj.inter) == (1, 0) and mask.header["cal_max"] == 0
+    again = readers.read_nifti((tmp_path / "mask.nii.gz").read_bytes())
+    np.testing.assert_array_equal(again.pixels, masks)
+
+
+def test_nifti_2_and_a_header_without_any_transform_are_read_and_kept(tmp_path):
+    array = np.ascontiguousarray(UPRIGHT[0].T)
+    picture = nibabel.Nifti2Image(array, None)
+    picture.header.set_zooms((12.5, 10.0))
+    raw = picture.to_bytes()
+    found = readers.read_nifti(raw)
+    nifti.write_frames(str(tmp_path / "mask.nii.gz"), found.pixels % 4, found.place)
+    mask = nibabel.load(tmp_path / "mask.nii.gz")
+    assert type(mask) is nibabel.Nifti2Image and int(mask.header["sform_code"]) == int(mask.header["qform_code"]) == 0
+    assert found.spacing_mm == SPACING_MM and (np.asarray(mask.dataobj) == array % 4).all()
+
+
+def test_a_dicom_header_that_a_converter_kept_does_not_reach_the_mask(tmp_path):
+    picture = nibabel.Nifti1Image(np.ascontiguousarray(UPRIGHT[0].T), np.eye(4))
+    picture.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"DOE^JANE"))
+    raw = picture.to_bytes()
+    assert b"DOE^JANE" in raw
+    found = readers.read_nifti(raw)
+    nifti.write_frames(str(tmp_path / "mask.nii.gz"), found.pixels % 4, found.place)
+    written = gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
+    assert b"DOE^JANE" not in written
+    np.testing.assert_array_equal(nibabel.load(tmp_path / "mask.nii.gz").dataobj, UPRIGHT[0].T % 4)
+
+
+@pytest.mark.parametrize(("flip", "axes"), [((1,), 1), ((2,), 2), ((1, 2), (1, 2))])
+def test_a_flip_turns_the_frames_and_not_the_file(flip, axes, tmp_path):
+    write(tmp_path / "a.nii", "LDT", "u1", (1, 1), None)
+    found = readers.read(str(tmp_path / "a.nii"), "nifti", flips=flip)
+    np.testing.assert_array_equal(found.pixels, np.flip(UPRIGHT, axes))
+    assert found.flips == flip
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 7, 255]), [0, 7, 255]),
+        (np.array([0.4, 7.6, 200.0]), [0, 8, 200]),
+        (np.array([0.0, 0.5, 1.0]), [0, 128, 255]),
+        (np.array([0, 1, 1]), [0, 1, 1]),
+        (np.array([-1000, 0, 1000], np.int16), [0, 128, 255]),
+        (np.array([0, 4095, 2048], np.uint16), [0, 255, 128]),
+    ],
+)
+def test_intensities_of_any_kind_become_grey(values, expected):
+    grey, notes = readers.as_grey(values)
+    assert grey.tolist() == expected and grey.dtype == np.uint8
+    assert bool(notes) == (grey.tolist() != np.rint(values).tolist())
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.full((5, 5), np.nan), "not finite"),
+        (np.full((5, 5), 7.0), "one value"),
+        (np.zeros((4, 4, 3, 3)), "neither an image nor a sequence"),
+        (np.arange(6.0), "neither an image nor a sequence"),
+    ],
+)
+def test_a_damaged_nifti_says_why(values, reason, tmp_path):
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(DamagedRecording, match=reason):
+        readers.read(str(tmp_path / "a.nii"), "nifti")
+
+
+def test_a_spacing_that_no_scanner_has_is_not_used_and_the_one_asked_for_is(tmp_path):
+    picture = nibabel.Nifti1Image(np.arange(600 * 500, dtype=np.float32).reshape(500, 600), np.eye(4))  # 1 mm: 600 mm deep
+    nibabel.save(picture, tmp_path / "a.nii")
+    found = readers.read(str(tmp_path / "a.nii"), "nifti")
+    assert found.spacing_mm is None and "600 mm deep" in found.notes[-1]
+    assert readers.read(str(tmp_path / "a.nii"), "nifti", (0.3, 0.4)).spacing_mm == (0.3, 0.4)
+
+
+# --- pictures and video
+
+
+def test_a_png_of_any_mode_is_grey_and_upright(tmp_path):
+    for mode in ("L", "RGB", "RGBA", "P", "I;16"):
+        grey = Image.fromarray(UPRIGHT[0])
+        picture = Image.fromarray(UPRIGHT[0].astype(np.uint16) * 256) if mode == "I;16" else grey.convert(mode)
+        picture.save(tmp_path / "a.png")
+        found = readers.read(str(tmp_path / "a.png"), "picture")
+        assert found.pixels.shape == (1, DEPTH, LATERAL) and found.spacing_mm is None
+        if mode != "I;16":  # whose range is stretched
+            np.testing.assert_allclose(found.pixels[0], UPRIGHT[0], atol=1)
+        assert np.corrcoef(found.pixels.ravel(), UPRIGHT[0].ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".avi", "mjpeg"), (".mp4", "mpeg4")])
+def test_a_video_gives_every_frame_in_grey(suffix, codec, tmp_path):
+    rows, columns = np.mgrid[:48, :64]
+    frames = np.stack([(rows * 3 + columns + 20 * t).clip(0, 255) for t in range(6)]).astype(np.uint8)
+    (tmp_path / f"a{suffix}").write_bytes(movie(suffix, codec, frames))
+    found = readers.read(str(tmp_path / f"a{suffix}"), "video")
+    assert found.pixels.shape == frames.shape and found.spacing_mm is None
+    assert np.abs(found.pixels.astype(int) - frames).mean() < 4
+
+
+def test_a_dicom_loop_is_cut_to_its_region_and_has_its_spacing():
+    corners = {"RegionLocationMinX0": 10, "RegionLocationMinY0": 20, "RegionLocationMaxX1": 69, "RegionLocationMaxY1": 94}
+    found = readers.read_dicom(dicom(LOOP, region=corners))
+    np.testing.assert_array_equal(found.pixels, LOOP[:, 20:95, 10:70])
+    assert found.spacing_mm == pytest.approx((0.4, 0.5)) and found.box == (20, 10, 100, 80)
+
+
+@pytest.mark.parametrize(
+    ("region", "spacing_mm", "is_cut"),
+    [
+        ({"PhysicalUnitsXDirection": 4}, None, True),
+        ({"PhysicalDeltaX": 0}, None, True),
+        ({"RegionSpatialFormat": 3}, None, False),
+    ],
+)
+def test_a_region_in_other_units_or_of_a_doppler_curve_gives_no_spacing(region, spacing_mm, is_cut):
+    found = readers.read_dicom(dicom(LOOP, region=region))
+    assert found.spacing_mm is None and (found.box is not None) == is_cut
+
+
+def test_colours_of_every_kind_are_the_grey_they_show():
+    from pydicom.pixels import convert_color_space
+
+    colours = np.repeat(LOOP[..., None], 3, axis=3)
+    np.testing.assert_array_equal(readers.read_dicom(dicom(colours, "RGB")).pixels, LOOP)
+    yellow = convert_color_space(colours, "RGB", "YBR_FULL")
+    assert np.abs(readers.read_dicom(dicom(yellow, "YBR_FULL")).pixels.astype(int) - LOOP).max() <= 2
+    np.testing.assert_array_equal(readers.read_dicom(dicom(255 - LOOP, "MONOCHROME1")).pixels, LOOP)
+    red = np.zeros((1, 4, 4, 3), np.uint8)
+    red[..., 0] = np.arange(16).reshape(4, 4) * 10
+    np.testing.assert_allclose(readers.read_dicom(dicom(red, "RGB")).pixels[0], red[0, ..., 0] * 0.299, atol=0.51)
+
+
+def test_a_jpeg_dicom_is_read():
+    import pydicom
+    from pydicom.encaps import encapsulate
+
+    rows, columns = np.mgrid[:64, :64]
+    smooth = (rows * 2 + columns).astype(np.uint8)[None]
+    packed = io.BytesIO()
+    Image.fromarray(smooth[0]).save(packed, "JPEG", quality=95)
+    dataset = pydicom.dcmread(io.BytesIO(dicom(smooth)))
+    dataset.PixelData = encapsulate([packed.getvalue()])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    found = readers.read_dicom(buffer.getvalue())
+    assert np.abs(found.pixels.astype(int) - smooth).max() < 8
+
+
+def test_dicom_is_known_by_what_is_in_it_where_the_name_does_not_say(tmp_path):
+    (tmp_path / "IM_0001").write_bytes(dicom(LOOP))
+    (tmp_path / "1.2.840.113619").write_bytes(dicom(LOOP))
+    (tmp_path / "README").write_text("hello")
+    kinds = {name: readers.kind_of(str(tmp_path / name)) for name in ("IM_0001", "1.2.840.113619", "README")}
+    assert kinds == {"IM_0001": "dicom", "1.2.840.113619": "dicom", "README": None}
+    assert readers.kind_of("a.txt") is None and readers.kind_of("a.NII.GZ") == "nifti"
+
+
+@pytest.mark.parametrize("kind", ["nifti", "dicom", "video", "picture"])
+def test_damaged_bytes_of_any_kind_are_a_reason_that_quotes_no_tag(kind, tmp_path, capfd):
+    named = dicom(LOOP, PatientName="DOE^JANE", PatientID="JANE " * 20, StudyDate="JANE")
+    for raw in (b"", b"hello", named[:600], named[:3000], named.replace(b"MONOCHROME2", b"MONOJANE   ")):
+        (tmp_path / "a").write_bytes(raw)
+        with pytest.raises(DamagedRecording) as caught:
+            readers.read(str(tmp_path / "a"), kind)
+        assert "is no readable" in caught.value.reason and "JANE" not in caught.value.reason
+    said = capfd.readouterr()
+    assert "JANE" not in said.out + said.err
+
+
+@pytest.mark.parametrize(("kind", "package"), [("dicom", "pydicom"), ("video", "av")])
+def test_a_package_that_is_not_installed_is_a_sentence_with_the_command(kind, package, monkeypatch):
+    real = readers.importlib.import_module
+
+    def missing(name, *rest):
+        if name == package:
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(readers.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"pip install 'heartseg\[formats\]'"):
+        readers.require(kind)
+    readers.require("nifti")

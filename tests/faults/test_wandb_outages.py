@@ -1,0 +1,136 @@
+"""Servers that never answer, fall silent, fail or come back: tracking slows nothing, loses nothing and stops no training."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import wandb
+
+from heartseg.config.experiment import TrackingConfig
+from heartseg.shards.reader import open_shards
+from heartseg.training import run_directory, wandb_logger
+from helpers.experiments import tiny_experiment
+from helpers.tracked_runs import EPOCHS, FAST, TRACKS, assert_same, finish, kept_rows, start, sync, the_run, track, without_key
+from helpers.wandb_server import KEY, Server, serving
+
+
+def assert_kept_offline(run: Path, said: str) -> None:
+    """All is in one offline fragment, and one sentence said so."""
+    assert said.count("kept offline") == 1
+    fragments = list(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(fragments) == 1, said
+    assert_same(kept_rows(fragments[0]), run_directory.read_record(str(run)))
+    assert KEY not in said and without_key(run)
+
+
+def assert_sent_later(server: Server, run: Path, said: str) -> None:
+    """All is on disk, one sentence named a command, and the command gives a healthy server what it lacks."""
+    record, (sent,) = run_directory.read_record(str(run)), server.runs.values()
+    assert 1 <= len(sent.rows()) < len(record)
+    command = f"wandb sync --include-online {run}/wandb"
+    assert said.count(command) == 1
+    (fragment,) = run.glob("wandb/run-*/*.wandb")
+    assert_same(kept_rows(fragment), record)
+    server.failure = None
+    sync(server, *command.split()[2:])
+    # Rows that had arrived come again under the step that they had.
+    by_step = {row["_step"]: row for row in sent.rows()}
+    assert_same([by_step[step] for step in sorted(by_step)], record)
+    assert all(row == by_step[row["_step"]] for row in sent.rows())
+    assert KEY not in said and without_key(run)
+
+
+def test_a_server_that_never_answers_at_the_start_is_given_up_and_the_run_kept_offline(shards, tmp_path):
+    with serving(failure="silent") as server:
+        # 2 s instead of the 10 that the slow test waits.
+        environment = server.environment() | {"WANDB_INIT_TIMEOUT": "2"}
+        run, _, said = track(shards, tmp_path, 3, 0, **environment)
+        assert server.failed_requests
+    assert_kept_offline(run, said)
+
+
+@pytest.fixture
+def parents_service():
+    """A service of wandb's that this process started, which wandb offers to every child through the environment."""
+    wandb.setup().ensure_service()
+    assert "WANDB_SERVICE" in os.environ
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("parents_service")
+def test_a_silent_server_costs_no_row_where_a_parent_process_also_uses_wandb(shards, tmp_path):
+    with serving(failure="silent") as server:
+        run, _, said = track(shards, tmp_path, 3, 0, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"})
+    assert_kept_offline(run, said)
+
+
+@pytest.mark.parametrize("failure", ["silent", "error"])
+def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure, fault_table):
+    with serving(fail_after_rows=1, fail_with=failure) as server:
+        environment = server.environment() | {"WANDB_FINISH_TIMEOUT": "2"}
+        run, took, said = track(shards, tmp_path, 12, 0.3, **environment)
+        assert server.failed_requests, said
+        # A call hands over to a process of wandb's own: 5 ms where the machine is idle. The end waits as long as it is told.
+        fault_table(f"wandb's server: {failure} in mid run, longest wait of an epoch", None, took["slowest_log_s"])
+        assert took["slowest_log_s"] < 1 and 2 <= took["finish_s"] < 6
+        assert_sent_later(server, run, said)
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_path):
+    with serving(fail_after_rows=1, fail_with="error") as server:
+        threading.Thread(target=recover, args=[server], daemon=True).start()
+        run, _, said = track(shards, tmp_path, 8, 0.3, **server.environment())
+        (sent,) = server.runs.values()
+        assert server.failed_requests and "wandb sync" not in said
+        assert_same(sent.rows(), run_directory.read_record(str(run)))
+
+
+def recover(server: Server) -> None:
+    """Serve again after three failed requests."""
+    while server.failed_requests < 3 and not server.closing.is_set():
+        time.sleep(0.02)
+    server.failure = None
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_fragment_that_an_early_kill_left_empty_does_not_stop_the_command(shards, tmp_path, mode):
+    """The header of a `.wandb` file and no record is what a kill in the first second leaves."""
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path), tracking=TrackingConfig())
+    run = run_directory.open_run(experiment, open_shards(shards))
+    run_directory.write_record(run.path, [{"epoch": 1, "test/dice": 0.5}])
+    name = run.description["wandb_id"]
+    broken = Path(run.path, "wandb", f"offline-run-20260101_000000-{name}", f"run-{name}.wandb")
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b":W&B\xef\xbe\x00")
+    with serving() as server:
+        environment = server.environment() | {"WANDB_MODE": mode}
+        command = [sys.executable, "-c", TRACKS.replace("range(1,", "range(2,"), run.path, "2", "0"]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | FAST | environment, timeout=100)
+        if mode == "offline":
+            sync(server, *map(str, sorted(Path(run.path).glob("wandb/offline-run-*"))))
+        assert [row["epoch"] for row in server.runs[name].rows()] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_training_outlives_a_server_that_never_answers(shards, tmp_path):
+    assert wandb_logger.SETTINGS["init_timeout"] == 10
+    folder = tmp_path / "runs"
+    with serving(failure="silent") as server:
+        said = finish(start(shards, folder, 2, **server.environment()), folder)
+    assert "2 epochs done" in said
+    assert_kept_offline(the_run(folder), said)
+
+
+@pytest.mark.slow
+def test_a_training_outlives_a_server_that_falls_silent_in_mid_run(shards, tmp_path):
+    folder = tmp_path / "runs"
+    with serving(fail_after_rows=1, fail_with="silent") as server:
+        said = finish(start(shards, folder, WANDB_FINISH_TIMEOUT="2", **server.environment()), folder)
+        assert f"{EPOCHS} epochs done" in said and (the_run(folder) / "MODEL_CARD.md").exists()
+        assert_sent_later(server, the_run(folder), said)

@@ -1,0 +1,1 @@
+"""What tests share: servers, clusters and processes to talk to, files to read, the tiny experiment."""

@@ -1,0 +1,66 @@
+"""Echocardiograms as hospitals write them: DICOM files and movies made by their own libraries."""
+
+import io
+
+import numpy as np
+
+
+def movie(suffix: str, codec: str, frames: np.ndarray) -> bytes:
+    """A video of grey frames [T,H,W]."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format={".avi": "avi", ".mp4": "mp4"}[suffix]) as container:
+        stream = container.add_stream(codec, rate=25, options={"qscale": "1"})
+        stream.width, stream.height, stream.pix_fmt = (
+            frames.shape[2],
+            frames.shape[1],
+            "yuvj420p" if codec == "mjpeg" else "yuv420p",
+        )
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="gray")):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+# --- DICOM
+
+
+def dicom(pixels: np.ndarray, photometric: str = "MONOCHROME2", region: dict | None = None, syntax: str = "", **tags) -> bytes:
+    """A DICOM file of pixels [T,H,W] or [T,H,W,3]; `region` holds what differs from a tissue region over all of it."""
+    import pydicom
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.sequence import Sequence
+
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4.5"
+    dataset.NumberOfFrames, dataset.Rows, dataset.Columns = pixels.shape[:3]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 3 if pixels.ndim == 4 else 1, photometric
+    if pixels.ndim == 4:
+        dataset.PlanarConfiguration = 0
+    dataset.BitsAllocated = dataset.BitsStored = pixels.dtype.itemsize * 8
+    dataset.HighBit, dataset.PixelRepresentation = dataset.BitsStored - 1, 0
+    dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
+    if region is not None:
+        item = Dataset()
+        defaults = {
+            "RegionSpatialFormat": 1, "RegionDataType": 1, "RegionFlags": 0, "RegionLocationMinX0": 0, "RegionLocationMinY0": 0,
+            "RegionLocationMaxX1": pixels.shape[2] - 1, "RegionLocationMaxY1": pixels.shape[1] - 1,
+            "PhysicalUnitsXDirection": 3, "PhysicalUnitsYDirection": 3, "PhysicalDeltaX": 0.05, "PhysicalDeltaY": 0.04,
+        }  # fmt: skip
+        for name, value in (defaults | region).items():
+            setattr(item, name, value)
+        dataset.SequenceOfUltrasoundRegions = Sequence([item])
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+LOOP = np.random.default_rng(1).integers(0, 256, (3, 100, 80)).astype(np.uint8)

@@ -1,0 +1,30 @@
+"""The repository, the real data, and the tiny experiment that equalities are tested on."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from heartseg.config.experiment import Experiment, ImageConfig, SplitConfig, TrackingConfig
+from heartseg.config.recipes import quick
+from heartseg.config.training import AugmentConfig, OptimConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CAMUS = os.environ.get("HEARTSEG_CAMUS", str(ROOT.parent / "shared" / "camus"))
+
+
+def tiny_experiment(**changes) -> Experiment:
+    """MobileNetV3 on 64 x 64 without batch statistics, dropout or augmentation, in fp32: what equalities are tested on."""
+    recipe = quick()
+    base = replace(
+        recipe,
+        name="tiny",
+        image=ImageConfig(height=64, width=64),
+        split=SplitConfig(kind="ratio", test_share=0.25),
+        model=replace(recipe.model, norm="group", dropout=0.0),
+        augment=AugmentConfig(),
+        # SGD, since AdamW's first steps turn rounding into whole steps.
+        optim=OptimConfig(kind="sgd", lr=0.02, clip_norm=1.0, ema_decay=0.9),
+        train=replace(recipe.train, epochs=2, batch_size=7, precision="fp32", deterministic=True),
+        tracking=TrackingConfig(wandb="off"),
+    )
+    return replace(base, **changes)

@@ -1,0 +1,120 @@
+"""Trainings and bare trackers that talk to a wandb server, started, killed and waited for: what tests of tracking share."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from heartseg.config.experiment import TrackingConfig
+from heartseg.shards.reader import open_shards
+from heartseg.training import run_directory
+from helpers.experiments import ROOT, tiny_experiment
+from helpers.wandb_server import KEY, Server
+
+EPOCHS = 10
+# A process that tracks as a training does, without the training: what each call costs, it prints.
+TRACKS = """
+import json, logging, sys, time
+from heartseg.config.experiment import from_json
+from heartseg.training import run_directory, wandb_logger
+logging.basicConfig(level=logging.INFO)
+run, epochs, pause_s = run_directory.find_run(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, run_directory.read_record(run.path))
+record, slowest_s = [], 0.0
+for epoch in range(1, epochs + 1):
+    record.append({"epoch": epoch, "test/dice": epoch / epochs})
+    run_directory.write_record(run.path, record)
+    began = time.monotonic()
+    tracker.log(record[-1])
+    slowest_s = max(slowest_s, time.monotonic() - began)
+    time.sleep(pause_s)
+began = time.monotonic()
+tracker.finish()
+print(json.dumps({"slowest_log_s": slowest_s, "finish_s": time.monotonic() - began}))
+"""
+WANDB = str(Path(sys.executable).with_name("wandb"))
+# What tests cannot wait for: wandb sends every 15 s, and tries again after 2 s. It takes whole seconds.
+FAST = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_X_FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "1"}
+
+
+def start(shards: str, folder: Path, epochs: int = EPOCHS, **environment: str) -> subprocess.Popen:
+    """A plain training process on tiny shards; what it says goes to `folder`.log."""
+    sizes = ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8", "--train.epochs", str(epochs)]
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "quick", *sizes, "--launcher", "plain"]
+    with open(folder.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(
+            [*command, "--data", shards, "--runs", str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | FAST | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def track(shards: str, folder: Path, epochs: int, pause_s: float, **environment: str) -> tuple[Path, dict, str]:
+    """Track a run in a process of its own: the run, the seconds that calls took, and what was said."""
+    experiment = tiny_experiment(data=shards, runs=str(folder), tracking=TrackingConfig())
+    run = run_directory.open_run(experiment, open_shards(shards))
+    command = [sys.executable, "-c", TRACKS, run.path, str(epochs), str(pause_s)]
+    said = subprocess.run(command, capture_output=True, text=True, env=os.environ | FAST | environment, timeout=200)
+    assert said.returncode == 0, said.stderr
+    return Path(run.path), json.loads(said.stdout.splitlines()[-1]), said.stdout + said.stderr
+
+
+def finish(process: subprocess.Popen, folder: Path) -> str:
+    """Wait for a training process to end well; returns what it and those before it said."""
+    assert process.wait(timeout=200) == 0, folder.with_suffix(".log").read_text()
+    return folder.with_suffix(".log").read_text()
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until a condition holds; fails where the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the training ended first"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def kill_after(condition, process: subprocess.Popen) -> None:
+    """SIGKILL as soon as a condition holds: no handler runs, nothing is finished."""
+    wait_for(condition, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def the_run(folder: Path) -> Path:
+    """The only run in a folder of runs."""
+    (path,) = [entry for entry in folder.iterdir() if entry.is_dir()]
+    return path
+
+
+def sync(server: Server, *arguments: str) -> str:
+    """The command that our sentences and the README name."""
+    environment = os.environ | server.environment()
+    done = subprocess.run([WANDB, "sync", *arguments], capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def kept_rows(fragment: Path) -> list[dict]:
+    """The history rows of a `.wandb` file, by wandb's own reader."""
+    asked = [WANDB, "leet", "inspect", "--json", str(fragment)]
+    lines = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [record["history"]["item"] for record in map(json.loads, lines) if record["type"] == "history"]
+
+
+def assert_same(rows: list[dict], record: list[dict]) -> None:
+    """Tracked rows hold the record's metrics, epoch by epoch."""
+    assert [row["epoch"] for row in rows] == [epoch["epoch"] for epoch in record]
+    for row, epoch in zip(rows, record, strict=True):
+        assert {name: row[name] for name in epoch} == pytest.approx(epoch)
+
+
+def without_key(run: Path) -> bool:
+    """Whether no file of a run holds the key."""
+    return not any(KEY.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())

@@ -1,0 +1,188 @@
+"""Two hosts on one machine: network namespaces joined by a veth pair, each with its own /tmp and /dev/shm, and Ray on both.
+
+They share the program's files and nothing else; data and runs lie on an S3 server of the first host. The tests look on
+through a link of their own, which Ray does not use. Needs root, iproute2 and util-linux.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from helpers import s3_server
+
+RAY = str(Path(sys.executable).with_name("ray"))
+PORT, S3_PORT = 6379, 5005
+OWN_FILES = "mount --make-rprivate / && mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && exec sleep infinity"
+S3 = """
+import sys, threading
+from moto.server import ThreadedMotoServer
+
+ThreadedMotoServer("0.0.0.0", int(sys.argv[1])).start()
+threading.Event().wait()
+"""
+
+NODE_ID = """
+import ray, sys
+
+ray.init(log_to_driver=False)
+print(*(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == sys.argv[1]))
+"""
+
+
+def ip(*words: str) -> str:
+    """iproute2's command; raises where it fails."""
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def missing() -> str:
+    """Why this machine cannot make two hosts; empty where it can."""
+    probe = f"hs-probe-{os.getpid()}"
+    try:
+        ip("netns", "add", probe)
+        ip("netns", "del", probe)
+        subprocess.run(["unshare", "-m", "true"], check=True, capture_output=True)
+        subprocess.run(["nsenter", "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"no namespaces here ({getattr(error, 'stderr', '') or error})"
+    return ""
+
+
+@dataclass
+class Host:
+    """A network namespace with an address on the link between the hosts, its own mounts, and its own processes."""
+
+    name: str
+    address: str
+    link: str
+    environment: dict[str, str]
+    keeper: subprocess.Popen | None = None
+    init: int = 0
+    begun: list[subprocess.Popen] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Give it files and processes of its own."""
+        command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", OWN_FILES]
+        self.keeper = subprocess.Popen(["ip", "netns", "exec", self.name, *command])
+        children = Path(f"/proc/{self.keeper.pid}/task/{self.keeper.pid}/children")
+        end = time.monotonic() + 10
+        while True:
+            if found := children.read_text().split():
+                self.init = int(found[0])
+                if Path(f"/proc/{self.init}/comm").read_text().strip() == "sleep":
+                    return
+            assert time.monotonic() < end, "no files of its own"
+            time.sleep(0.05)
+
+    def start(self, *command: str, output: int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
+        """Run a command on this host; its output is read by whoever has it, or the command stands still."""
+        inside = ["nsenter", "--target", str(self.init), "--mount", "--net", "--pid", "--", *command]
+        told = self.environment | {"GLOO_SOCKET_IFNAME": self.link} | environment
+        process = subprocess.Popen(inside, env=told, stdout=output, stderr=subprocess.STDOUT, text=True)
+        self.begun.append(process)
+        return process
+
+    def run(self, *command: str, timeout: float = 250, **environment: str) -> tuple[int, str]:
+        """Run a command to its end: exit code and output."""
+        process = self.start(*command, **environment)
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(process.communicate()[0]) from None
+        return process.returncode, said
+
+    def stop(self, process: subprocess.Popen) -> str:
+        """Ask a command of this host to end (SIGTERM), and return what it had said."""
+        # nsenter hands no signal on to the command that it waits for.
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGTERM)
+        return process.communicate(timeout=100)[0]
+
+    def kill(self) -> None:
+        """The power cord: with its first process all others of the host die at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.init, signal.SIGKILL)
+        for process in (self.keeper, *self.begun):
+            process.wait()
+        self.begun.clear()
+
+    def join(self, head: "Host") -> None:
+        """Start Ray on this host, as the head or as a node of it; one CPU, so that each takes one worker."""
+        where = ["--head", "--port", str(PORT)] if head is self else ["--address", f"{head.address}:{PORT}"]
+        command = [RAY, "start", *where, "--node-ip-address", self.address, "--num-cpus", "1", "--disable-usage-stats"]
+        code, said = self.run(*command, timeout=100)
+        assert code == 0, said
+
+    def announce_end(self, head: "Host", seconds: int) -> None:
+        """Tell the cluster, as a cloud that takes a machine back does, that this host has some seconds left."""
+        code, said = head.run(sys.executable, "-c", NODE_ID, self.address, RAY_ADDRESS=f"{head.address}:{PORT}")
+        assert code == 0, said
+        drain = [RAY, "drain-node", "--address", f"{head.address}:{PORT}", "--node-id", said.split()[-1]]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
+        code, said = head.run(*drain, "--deadline-remaining-seconds", str(seconds))
+        assert code == 0, said
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[tuple[Host, Host]]:
+    """Two hosts with Ray on both and an S3 server on the first, whose bucket this process sees as well."""
+    tag = f"hs{os.getpid() % 10000}"
+    kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "two-hosts-0123456789abcdef0123456789", "HOME": "/tmp"}
+    environment |= s3_server.KEYS | {"AWS_ENDPOINT_URL": f"http://10.77.0.1:{S3_PORT}", "OMP_NUM_THREADS": "1"}
+    # A link that is down is noticed in seconds and not in half a minute.
+    environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
+    environment |= {
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    first = Host(f"{tag}a", "10.77.0.1", f"{tag}x", environment)
+    second = Host(f"{tag}b", "10.77.0.2", f"{tag}y", environment)
+    with contextlib.ExitStack() as stack:
+        for host in (first, second):
+            ip("netns", "add", host.name)
+            stack.callback(ip, "netns", "del", host.name)
+            host.begin()
+            stack.callback(host.kill)
+            ip("-n", host.name, "link", "set", "lo", "up")
+        ip("link", "add", first.link, "netns", first.name, "type", "veth", "peer", "name", second.link, "netns", second.name)
+        look, seen = f"{tag}u", f"{tag}v"
+        ip("link", "add", look, "type", "veth", "peer", "name", seen, "netns", first.name)
+        stack.callback(ip, "link", "del", look)
+        ip("addr", "add", "10.78.0.2/24", "dev", look)
+        ip("link", "set", look, "up")
+        ip("-n", first.name, "addr", "add", "10.78.0.1/24", "dev", seen)
+        ip("-n", first.name, "link", "set", seen, "up")
+        for host in (first, second):
+            ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.link)
+            ip("-n", host.name, "link", "set", host.link, "up")
+        first.start(sys.executable, "-c", S3, str(S3_PORT), output=subprocess.DEVNULL)
+        wait_for_port("10.78.0.1", S3_PORT)
+        s3_server.make_bucket(f"http://10.78.0.1:{S3_PORT}", "bucket")
+        stack.enter_context(s3_server.environment(**s3_server.KEYS, AWS_ENDPOINT_URL=f"http://10.78.0.1:{S3_PORT}"))
+        first.join(first)
+        second.join(first)
+        yield first, second
+
+
+def wait_for_port(host: str, port: int, seconds: float = 30) -> None:
+    """Until somebody listens there."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            urllib.request.urlopen(f"http://{host}:{port}/", timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < end, f"nobody listens on {host}:{port}"
+            time.sleep(0.2)

@@ -1,0 +1,269 @@
+"""Strays and holes are mended and nothing else; experts' masks pass the anatomical checks and twelve kinds of defect do not."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from heartseg.config.experiment import PredictConfig
+from heartseg.datasets import camus, phantom
+from heartseg.datasets.nifti import as_labels, read_nifti
+from heartseg.errors import UserError
+from heartseg.inference.postprocessing import clean, fill_holes, largest_components
+from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS
+from heartseg.metrics.anatomy_checks import contact_mm, implausibilities
+from helpers.experiments import ROOT
+
+CAMUS = os.environ.get("HEARTSEG_CAMUS", str(ROOT.parent / "shared" / "camus"))
+STRUCTURES = (ENDO, MYO, LA)
+BOTH = PredictConfig(largest_component=True, fill_holes=True)
+
+
+def hearts(patients: int) -> list[tuple[np.ndarray, tuple[float, float]]]:
+    """Masks of phantoms with their spacing: both views, both phases."""
+    scanners = [phantom.Scanner(number, 0, view, 0.3) for number in range(1, patients + 1) for view in VIEWS]
+    return [(scanner.mask(moment), scanner.spacing_mm) for scanner in scanners for moment in (0.0, 1.0)]
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> list[tuple[np.ndarray, tuple[float, float]]]:
+    return hearts(6)
+
+
+@pytest.fixture(scope="module")
+def experts() -> list[tuple[np.ndarray, tuple[float, float]]]:
+    """Every expert mask of CAMUS; where it must be there (HEARTSEG_NO_SKIPS), its absence is a failure."""
+    if not os.path.isdir(CAMUS):
+        (pytest.fail if os.environ.get("HEARTSEG_NO_SKIPS") else pytest.skip)(f"no CAMUS at {CAMUS}: set HEARTSEG_CAMUS")
+    found = []
+    for patient in camus.find_patients(CAMUS):
+        for view, phase in camus.stills_of():
+            path = camus.recording_path(CAMUS, patient, view, phase, "_gt")
+            mask, spacing_mm = read_nifti(path)
+            found.append((as_labels(mask, path), spacing_mm))
+    return found
+
+
+def millimetres(mask, spacing_mm) -> tuple[np.ndarray, np.ndarray]:
+    """Depth and lateral position of every pixel."""
+    rows, columns = np.indices(mask.shape)
+    return rows * spacing_mm[0], columns * spacing_mm[1]
+
+
+def near(mask, spacing_mm, point, radius_mm) -> np.ndarray:
+    depth, lateral = millimetres(mask, spacing_mm)
+    return np.hypot(depth - point[0] * spacing_mm[0], lateral - point[1] * spacing_mm[1]) <= radius_mm
+
+
+def lose(mask, label) -> np.ndarray:
+    return np.where(mask == label, BACKGROUND, mask).astype(np.uint8)
+
+
+def pick(rng, region) -> np.ndarray:
+    """A pixel of a region."""
+    return rng.choice(np.argwhere(region))
+
+
+def rim(mask, spacing_mm) -> np.ndarray:
+    """Pixels of the cavity beside the wall and far from the atrium."""
+    far = ndimage.distance_transform_edt(mask != LA, sampling=spacing_mm) > 12
+    return (mask == ENDO) & ndimage.binary_dilation(mask == MYO) & far
+
+
+def second_island(rng, mask, spacing_mm):
+    apart = ndimage.distance_transform_edt(mask == BACKGROUND, sampling=spacing_mm) > 8
+    changed = mask.copy()
+    changed[near(mask, spacing_mm, pick(rng, apart), rng.uniform(2, 6))] = ENDO
+    return changed
+
+
+def hole(rng, mask, spacing_mm):
+    inside = ndimage.distance_transform_edt(mask == ENDO, sampling=spacing_mm)
+    changed = mask.copy()
+    spot = pick(rng, inside > 0.6 * inside.max())
+    changed[near(mask, spacing_mm, spot, rng.uniform(0.2, 0.5) * inside.max())] = BACKGROUND
+    return changed
+
+
+def gap_in_wall(rng, mask, spacing_mm):
+    """The wall is cut through, 8 to 20 mm wide, on a straight way from a point of the cavity's rim to the outside."""
+    start, centre = pick(rng, rim(mask, spacing_mm)) * spacing_mm, np.argwhere(mask == ENDO).mean(axis=0) * spacing_mm
+    depth, lateral = millimetres(mask, spacing_mm)
+    out = (start - centre) / np.linalg.norm(start - centre)
+    along = (depth - start[0]) * out[0] + (lateral - start[1]) * out[1]
+    across = (lateral - start[1]) * out[0] - (depth - start[0]) * out[1]
+    changed = mask.copy()
+    changed[(mask == MYO) & (along > -15) & (np.abs(across) < rng.uniform(4, 10))] = BACKGROUND
+    return changed
+
+
+def detached_atrium(rng, mask, spacing_mm):
+    away = ndimage.distance_transform_edt(mask != ENDO, sampling=spacing_mm)
+    return np.where((mask == LA) & (away < rng.uniform(3, 10)), BACKGROUND, mask).astype(np.uint8)
+
+
+def cut_by_border(rng, mask, spacing_mm):
+    """The image ends within the cavity: at its left, its right or its top."""
+    rows, columns = np.nonzero(mask == ENDO)
+    share = rng.uniform(0.1, 0.4)
+    side = rng.integers(3)
+    if side == 0:
+        return mask[:, int(columns.min() + share * np.ptp(columns)) :]
+    if side == 1:
+        return mask[:, : int(columns.max() - share * np.ptp(columns))]
+    return mask[int(rows.min() + share * np.ptp(rows)) :]
+
+
+def spill(rng, mask, spacing_mm):
+    """A bulge of the cavity that goes through the wall and beyond."""
+    start = pick(rng, rim(mask, spacing_mm))
+    outside = mask == BACKGROUND
+    thickness = np.hypot(*((np.argwhere(outside) - start) * spacing_mm).T).min()
+    changed = mask.copy()
+    changed[near(mask, spacing_mm, start, thickness + rng.uniform(5, 15)) & (mask != LA)] = ENDO
+    return changed
+
+
+def tiny_ventricle(rng, mask, spacing_mm):
+    """The cavity has shrunk to 2 to 10 % of its area on its base, and wall has taken its place."""
+    share, cavity = rng.uniform(0.02, 0.10), mask == ENDO
+    from_base = ndimage.distance_transform_edt(mask != LA, sampling=spacing_mm)
+    changed = np.where(cavity, MYO, mask).astype(np.uint8)
+    changed[cavity & (from_base <= np.quantile(from_base[cavity], share))] = ENDO
+    return changed
+
+
+# The twelve kinds: each takes a generator, a mask and its spacing.
+DEFECTS = {
+    "missing cavity": lambda rng, mask, mm: lose(mask, ENDO),
+    "missing wall": lambda rng, mask, mm: lose(mask, MYO),
+    "missing atrium": lambda rng, mask, mm: lose(mask, LA),
+    "second island of cavity": second_island,
+    "hole in the cavity": hole,
+    "gap in the wall": gap_in_wall,
+    "atrium detached": detached_atrium,
+    "cavity cut by the border": cut_by_border,
+    "cavity and atrium swapped": lambda rng, mask, mm: np.array([BACKGROUND, LA, MYO, ENDO], np.uint8)[mask],
+    "upside down": lambda rng, mask, mm: np.ascontiguousarray(mask[::-1]),
+    "cavity spills through the wall": spill,
+    "tiny ventricle": tiny_ventricle,
+}
+
+
+def flagged(masks) -> float:
+    """Share of masks that the checks find fault with."""
+    return float(np.mean([bool(implausibilities(mask, spacing_mm)) for mask, spacing_mm in masks]))
+
+
+def caught(masks) -> dict[str, float]:
+    """Share of injected defects that are found, by kind; the masks themselves must be sound."""
+    sound = [(mask, spacing_mm) for mask, spacing_mm in masks if not implausibilities(mask, spacing_mm)]
+    rng = np.random.default_rng(0)
+    return {name: flagged([(spoil(rng, mask, mm), mm) for mask, mm in sound]) for name, spoil in DEFECTS.items()}
+
+
+def test_sound_phantoms_pass_and_every_kind_of_defect_is_caught(phantoms):
+    assert len(DEFECTS) == 12 and flagged(phantoms) == 0
+    found = caught(phantoms)
+    assert sum(share >= 0.9 for share in found.values()) == 12, found
+
+
+@pytest.mark.real_data
+def test_at_most_2_percent_of_expert_masks_are_flagged_and_11_of_12_kinds_of_defect_caught(experts):
+    share = flagged(experts)
+    found = caught(experts[::13])
+    print(f"\n{share:.2%} of {len(experts)} expert masks flagged; caught: {found}")
+    assert len(experts) == 1800 and share <= 0.02
+    assert sum(value >= 0.9 for value in found.values()) >= 11
+
+
+@pytest.mark.real_data
+def test_cleaning_leaves_expert_masks_as_they_are(experts):
+    changed = [np.count_nonzero(clean(mask, BOTH) != mask) / np.count_nonzero(mask) for mask, _ in experts[::7]]
+    assert max(changed) == 0
+
+
+def test_reasons_are_sentences_that_name_the_structure(phantoms):
+    mask, spacing_mm = phantoms[0]
+    assert implausibilities(lose(mask, LA), spacing_mm) == ["the atrium is missing"]
+    assert implausibilities(np.zeros_like(mask), spacing_mm) == [
+        f"the {name} is missing" for name in ("cavity", "wall", "atrium")
+    ]
+    assert "the atrium lies above the cavity" in implausibilities(mask[::-1], spacing_mm)
+    small = [mm / 10 for mm in spacing_mm]
+    assert any(reason.startswith("the cavity has 0.") for reason in implausibilities(mask, small))
+
+
+@pytest.mark.parametrize("spacing_mm", [(0, 1), (1, -1), (float("nan"), 1)])
+def test_a_spacing_that_is_none_is_refused(phantoms, spacing_mm):
+    with pytest.raises(UserError, match="spacing"):
+        implausibilities(phantoms[0][0], spacing_mm)
+
+
+def test_contact_lengths_are_those_of_a_rectangle_in_mm():
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:11, 3:7] = ENDO
+    mask[11:13, 3:7] = LA
+    contact = contact_mm(mask, (0.5, 2.0))
+    assert contact[ENDO, LA] == contact[LA, ENDO] == 4 * 2.0
+    assert contact[ENDO, BACKGROUND] == 4 * 2.0 + 2 * 6 * 0.5
+
+
+def test_strays_go_and_the_holes_they_leave_are_closed(phantoms):
+    mask = fill_holes(phantoms[0][0])
+    dirty = mask.copy()
+    inside = ndimage.distance_transform_edt(mask == ENDO).argmax()
+    dirty.flat[inside] = MYO  # wall within the cavity
+    deep = ndimage.distance_transform_edt(mask == MYO).argmax()
+    dirty.flat[deep] = ENDO  # cavity within the wall
+    dirty[2:4, 2:4] = LA
+    assert np.array_equal(clean(dirty, BOTH), mask)
+    assert dirty[2, 2] == LA and np.array_equal(clean(dirty, PredictConfig()), dirty)
+    assert largest_components(dirty)[2, 2] == BACKGROUND and fill_holes(dirty)[2, 2] == LA
+
+
+def test_a_hole_between_cavity_and_wall_goes_to_the_nearer_of_the_two(phantoms):
+    mask, spacing_mm = fill_holes(phantoms[0][0]), phantoms[0][1]
+    row, column = np.argwhere(rim(mask, spacing_mm))[0]
+    gap = np.zeros(mask.shape, bool)
+    gap[row - 1 : row + 2, column - 1 : column + 2] = True
+    gap &= (mask == ENDO) | (mask == MYO)
+    assert set(mask[gap]) == {ENDO, MYO}
+    filled = fill_holes(np.where(gap, BACKGROUND, mask).astype(np.uint8))
+    assert set(filled[gap]) == {ENDO, MYO} and np.array_equal(filled[~gap], mask[~gap])
+
+
+def test_what_is_no_hole_or_too_large_for_one_stays():
+    ring = np.zeros((60, 60), np.uint8)
+    ring[10:50, 10:50] = MYO
+    ring[15:18, 12:14] = BACKGROUND
+    missed = ring.copy()
+    missed[25:45, 15:45] = BACKGROUND  # where a cavity was missed
+    assert (fill_holes(ring)[10:50, 10:50] == MYO).all()
+    filled = fill_holes(missed)
+    assert (filled[15:18, 12:14] == MYO).all() and (filled[25:45, 15:45] == BACKGROUND).all()
+    at_edge = np.zeros((30, 30), np.uint8)
+    at_edge[:, 10:20] = ENDO
+    at_edge[0, 14] = BACKGROUND
+    assert np.array_equal(fill_holes(at_edge), at_edge)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.9))
+def test_cleaned_masks_have_one_piece_each_and_cleaning_again_changes_nothing(seed, share):
+    rng = np.random.default_rng(seed)
+    mask = ndimage.zoom(rng.integers(0, 4, (6, 5)), 5, order=0).astype(np.uint8)
+    mask[rng.random(mask.shape) > share] = BACKGROUND
+    before, once = mask.copy(), largest_components(mask)
+    assert np.array_equal(mask, before) and once.dtype == np.uint8
+    for label in STRUCTURES:
+        pieces = ndimage.label(once == label, np.ones((3, 3)))[1]
+        assert pieces == int((mask == label).any())
+    assert set(np.unique(mask[once != mask])) <= set(STRUCTURES)
+    assert np.array_equal(largest_components(once), once)
+    filled = fill_holes(once)
+    # Closing holes takes nothing away, and only the cavity and the atrium take over what they enclose.
+    assert (filled[once != BACKGROUND] != BACKGROUND).all() and (filled[filled != once] != BACKGROUND).all()

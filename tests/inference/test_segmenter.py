@@ -1,0 +1,186 @@
+"""From images to masks: batches, shifted copies and ensembles give what their definitions say, with a confidence that ranks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from heartseg.config.experiment import ImageConfig, PredictConfig, to_json
+from heartseg.errors import UserError
+from heartseg.inference.postprocessing import clean
+from heartseg.inference.segmenter import (
+    TTA_SHIFT,
+    Ensemble,
+    Segmenter,
+    load,
+    load_ensemble,
+    quality,
+    segment,
+    segment_images,
+    shifted_logits,
+    to_native,
+)
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.loader import Intensity
+from heartseg.shards.reader import load_groups, open_shards
+from heartseg.shards.writer import resize_image
+from helpers.experiments import tiny_experiment
+from jobs import benchmark
+from jobs.benchmarks import postprocess
+
+ALL = PredictConfig(tta=True, largest_component=True, fill_holes=True)
+
+
+def save_run(folder: str, seed: int, experiment=None) -> str:
+    """A run's folder with one checkpoint of random weights, loud enough to label everything."""
+    experiment = experiment or tiny_experiment()
+    torch.manual_seed(seed)
+    model = build_model(experiment.model)
+    model.network.classifier[-1].weight.data *= 40
+    card = {"epoch": 1, "experiment": to_json(experiment), "intensity": [0.2, 0.2], "metrics": {}, "run": "tiny-1"}
+    checkpoint.save(folder, model.state_dict(), {}, card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> list[str]:
+    return [save_run(str(tmp_path_factory.mktemp("run")), seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def segmenter(paths) -> Segmenter:
+    return load(paths[0], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images(shards) -> torch.Tensor:
+    return load_groups(open_shards(shards), ["test"])["test"].images[:5]
+
+
+class Fixed:
+    """A segmenter whose logits are a function of each pixel alone: 0 to 255 grey makes the four classes."""
+
+    experiment, device = tiny_experiment(), torch.device("cpu")
+
+    def logits(self, images):
+        centres = torch.tensor([30.0, 95.0, 160.0, 225.0]).view(1, 4, 1, 1)
+        return -((images.float() - centres) / 40).square()
+
+
+def test_segment_labels_each_image_on_its_own_grid_as_logits_resampled_do(segmenter, images):
+    shapes = [(64, 64), (100, 70), (37, 150), (64, 65), (200, 200)]
+    found = segment(segmenter, images, shapes)
+    assert [one.mask.shape for one in found] == shapes and {one.mask.dtype for one in found} == {np.dtype(np.uint8)}
+    for one, scores, shape in zip(found, segmenter.logits(images), shapes, strict=True):
+        assert np.array_equal(one.mask, to_native(scores, shape))
+    assert len(np.unique(np.concatenate([one.mask.ravel() for one in found]))) > 1
+
+
+def test_predict_is_the_same_alone_and_in_a_batch_of_other_sizes(segmenter, phantom):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 70), (64, 64), (120, 200))]
+    for options in (PredictConfig(), ALL):
+        together = segment_images(segmenter, pictures, options)
+        for picture, one in zip(pictures, together, strict=True):
+            alone = segmenter.predict(picture, options)
+            assert alone.shape == picture.shape and (alone != one.mask).mean() < 1e-3
+    small = torch.from_numpy(resize_image(pictures[0], 64, 64))[None, None]
+    expected = to_native(segmenter.logits(small)[0], pictures[0].shape)
+    assert np.array_equal(segmenter.predict(pictures[0]), expected)
+
+
+def test_options_clean_the_mask_that_would_be_given_without_them(segmenter, images):
+    shapes = [(80, 60)] * len(images)
+    plain = segment(segmenter, images, shapes)
+    options = PredictConfig(largest_component=True, fill_holes=True)
+    cleaned = segment(segmenter, images, shapes, options)
+    assert all(np.array_equal(clean(a.mask, options), b.mask) for a, b in zip(plain, cleaned, strict=True))
+    assert any((a.mask != b.mask).any() for a, b in zip(plain, cleaned, strict=True))
+    assert [one.quality for one in plain] == [one.quality for one in cleaned]
+
+
+def test_shifted_copies_come_back_to_their_place():
+    # A model without context sees the same pixel in each copy: the average must be its own answer, at the edges too.
+    images = torch.randint(0, 256, (3, 1, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    alone = Fixed().logits(images).softmax(dim=1)
+    assert torch.allclose(shifted_logits(Fixed(), images).softmax(dim=1), alone, atol=1e-6)
+
+
+def test_shifted_copies_are_the_mean_of_five_answers(segmenter, images):
+    seen = []
+
+    class Spy(Fixed):
+        def logits(self, images):
+            seen.append(images)
+            return segmenter.logits(images)
+
+    found = shifted_logits(Spy(), images[:2]).exp()
+    assert len(seen) == 5 and torch.equal(seen[0], images[:2])
+    shift = round(TTA_SHIFT * 64)
+    # The second copy's row r is the image's row r - shift.
+    assert torch.equal(seen[1][:, :, shift:], images[:2, :, :-shift])
+    answers = [segmenter.logits(copy).softmax(dim=1) for copy in seen]
+    inner = slice(2 * shift, -2 * shift)
+    moves = ((0, 0), (-shift, 0), (shift, 0), (0, -shift), (0, shift))
+    back = [answer.roll(move, (2, 3)) for answer, move in zip(answers, moves, strict=True)]
+    assert torch.allclose(found[:, :, inner, inner], (sum(back) / 5)[:, :, inner, inner], atol=1e-5)
+    assert torch.allclose(found.sum(dim=1), torch.ones(2, 64, 64), atol=1e-5)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_probabilities(paths, images):
+    ensemble = load_ensemble(paths, device="cpu")
+    members = [load(path, device="cpu").logits(images).softmax(dim=1) for path in paths]
+    assert not torch.allclose(members[0], members[1], atol=0.01)
+    assert torch.allclose(ensemble.logits(images).softmax(dim=1), (members[0] + members[1]) / 2, atol=1e-5)
+    (one, *_) = segment(ensemble, images, [(50, 60)] * 5, ALL)
+    assert one.mask.shape == (50, 60) and 0 <= one.quality <= 1
+    alone = load_ensemble(paths[:1], device="cpu")
+    picture = images[0, 0].numpy()
+    assert np.array_equal(alone.predict(picture), load(paths[0], device="cpu").predict(picture))
+
+
+def test_members_of_an_ensemble_keep_their_own_normalisation(paths, images):
+    first = load(paths[0], device="cpu")
+    other = replace(first, intensity=Intensity(0.5, 0.1))
+    expected = (first.logits(images).softmax(dim=1) + other.logits(images).softmax(dim=1)) / 2
+    assert torch.allclose(Ensemble((first, other)).logits(images).exp(), expected, atol=1e-5)
+
+
+def test_an_ensemble_of_nothing_or_of_two_grids_is_refused(paths, tmp_path):
+    with pytest.raises(UserError, match="at least one checkpoint"):
+        load_ensemble([])
+    wide = save_run(str(tmp_path / "wide"), 1, tiny_experiment(image=ImageConfig(64, 96)))
+    with pytest.raises(UserError, match="sees 64 x 96 images"):
+        load_ensemble([paths[0], wide])
+
+
+def test_confidence_is_the_expected_dice():
+    labels = torch.zeros(1, 8, 8, dtype=torch.long)
+    labels[:, :2], labels[:, 2:4], labels[:, 4:6] = 1, 2, 3
+    certain = torch.nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
+    unsure = 0.6 * certain + 0.1
+    # Of 16 pixels with p = 0.7 and 48 with p = 0.1: 2 * 11.2 / (11.2 + 4.8 + 16).
+    expected = torch.tensor([1.0, 2 * 11.2 / 32])
+    assert torch.allclose(quality(torch.cat([certain, unsure])), expected)
+    none = torch.zeros(1, 4, 8, 8)
+    none[:, 0] = 1
+    assert quality(none).item() == 0
+
+
+def test_the_benchmarks_auc_is_the_share_of_pairs_in_order():
+    score, good = np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])
+    assert postprocess.auc(score, good) == (1 + 1 + 0.5 + 1) / 4
+    assert np.isnan(postprocess.auc(score, good | True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_prints_every_variant_and_what_the_confidence_tells(paths, shards, capsys):
+    arguments = ["postprocess", "--checkpoint", paths[0], "--data", shards, "--group", "test"]
+    benchmark.job(arguments)
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in postprocess.VARIANTS)
+    assert printed.count("Spearman") == 6 and "8 images of 2 patients (test)" in printed
+    with pytest.raises(UserError, match="no group val"):
+        benchmark.job([*arguments[:-1], "val"])

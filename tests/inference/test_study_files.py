@@ -1,0 +1,296 @@
+"""Files are found and named so that nothing is taken twice or overwritten, and a patient's indices come from the right ones."""
+
+import csv
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from heartseg.datasets import nifti, readers
+from heartseg.datasets.camus import recording_path
+from heartseg.datasets.phantom import patient_info, write_phantom
+from heartseg.datasets.readers import Frames
+from heartseg.errors import UserError
+from heartseg.inference import study_files, study_results
+from heartseg.inference.study_files import Clip, find_clips
+from heartseg.labels import CLASS_COLOURS, PHASES, VIEWS, Phase, View
+from heartseg.metrics import ed_es_detection
+from heartseg.reporting import overlays
+from heartseg.reporting.contours import contours, thicken
+from helpers.echo_files import LOOP, dicom
+from helpers.studies import finished, put, truth_of
+
+TWO, FOUR = VIEWS
+
+
+@pytest.fixture(scope="module")
+def hearts(tmp_path_factory) -> str:
+    """Two patients with stills and half sequences; the truth stands beside each."""
+    folder = str(tmp_path_factory.mktemp("hearts"))
+    write_phantom(folder, patients=2, scale=0.3, sequences=True)
+    return folder
+
+
+def named(clips: list[Clip]) -> list[tuple]:
+    return [(clip.patient, clip.stem, clip.view, clip.phase) for clip in clips]
+
+
+# --- finding and naming
+
+
+def test_a_camus_tree_gives_each_still_and_sequence_once_and_no_mask(hearts):
+    clips = find_clips(hearts)
+    assert len(clips) == 2 * 6
+    assert named(clips[:3]) == [
+        ("patient0001", "patient0001_2CH_ED", TWO, Phase.ED),
+        ("patient0001", "patient0001_2CH_ES", TWO, Phase.ES),
+        ("patient0001", "patient0001_2CH_half_sequence", TWO, None),
+    ]
+    folder = f"{hearts}/database_nifti/patient0002"
+    assert named(find_clips(folder)) == named(clips[6:])
+    assert named(find_clips(f"{folder}/patient0002_4CH_ES.nii.gz")) == [named(clips)[10]]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ann_A4C_ED.nii.gz", ("ann", FOUR, Phase.ED)),
+        ("ann-ap2-es.nii", ("ann", TWO, Phase.ES)),
+        ("ann_apical2CH.nii.gz", ("ann", TWO, None)),
+        ("4ch.nii.gz", ("in", FOUR, None)),
+        ("heart.v2.nii.gz", ("heart.v2", None, None)),
+        ("EDDY_14CHANNELS.nii.gz", ("EDDY_14CHANNELS", None, None)),
+    ],
+)
+def test_patient_view_and_phase_are_read_off_a_name(name, expected, tmp_path):
+    put(tmp_path / "in", name)
+    (clip,) = find_clips(str(tmp_path))
+    assert (clip.patient, clip.view, clip.phase) == expected and name.startswith(clip.stem)
+
+
+def test_links_to_folders_are_followed_and_a_circle_of_them_ends(tmp_path):
+    put(tmp_path / "elsewhere", "a_2CH.nii.gz")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ann").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    assert [clip.stem for clip in find_clips(str(tmp_path / "in"))] == ["a_2CH"]
+
+
+def test_view_and_phase_asked_for_serve_only_where_a_name_is_silent(tmp_path):
+    put(tmp_path, "a.nii.gz", "b_2CH_ES.nii.gz")
+    first, second = find_clips(str(tmp_path), FOUR, Phase.ED)
+    assert (first.view, first.phase, second.view, second.phase) == (FOUR, Phase.ED, TWO, Phase.ES)
+
+
+def test_masks_pictures_of_masks_and_hidden_files_are_no_inputs(tmp_path):
+    put(tmp_path, "a_gt.nii.gz", "a_pred.nii.gz", ".a.nii.gz", "a.nii.gz")
+    (tmp_path / "a_overlay.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("")
+    assert [clip.stem for clip in find_clips(str(tmp_path))] == ["a"]
+
+
+def test_the_same_name_in_two_folders_is_told_apart_by_the_folder(tmp_path):
+    put(tmp_path / "ann", "rest_2CH.nii.gz", "rest_4CH.nii.gz")
+    put(tmp_path / "bob", "rest_2CH.nii.gz")
+    assert [(c.patient, c.stem) for c in find_clips(str(tmp_path))] == [
+        ("ann", "ann_rest_2CH"),
+        ("ann", "ann_rest_4CH"),
+        ("bob", "bob_rest_2CH"),
+    ]
+
+
+def test_two_inputs_that_would_write_one_file_are_refused_by_name(tmp_path):
+    put(tmp_path, "a.nii.gz", "a.nii")
+    with pytest.raises(UserError, match=r"a\.nii and a\.nii\.gz would both be written as a"):
+        find_clips(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("out", "refused"), [("tree", True), ("tree/out", True), (".", True), ("out", False), ("tree2", False)]
+)
+def test_an_output_among_the_inputs_is_refused(out, refused, tmp_path):
+    put(tmp_path / "tree", "tree_2CH.nii.gz")  # "." would put the patient's results into tree/
+    clips = find_clips(str(tmp_path / "tree"))
+    if out in ("tree", "tree/out", "."):
+        with pytest.raises(UserError, match="outside it"):
+            study_files.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
+    else:
+        study_files.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
+
+
+def test_dicoms_are_named_by_study_and_number_whatever_their_paths_say(tmp_path):
+    for path, study in (("DOE_JANE/1_A4C", "1.2"), ("DOE_JANE/2_A2C.dcm", "1.2"), ("DOE_JANE/3.dcm", "1.3"), ("ROE/1", "1.2")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(dicom(LOOP, StudyInstanceUID=study, PatientID=path[:3]))
+    clips = find_clips(str(tmp_path), FOUR)
+    assert [clip.stem for clip in clips] == [
+        "study0001_2CH_clip02",
+        "study0001_4CH_clip01",
+        "study0002_4CH_clip01",
+        "study0003_4CH_clip01",
+    ]
+    assert all(clip.shown == clip.stem for clip in clips)
+
+
+def test_a_cut_and_turned_picture_has_its_mask_where_the_file_has_the_heart(tmp_path):
+    masks = np.zeros((1, 4, 3), np.uint8)
+    masks[0, 0, 0] = 1  # upper left of what was turned round: lower right of the region in the file
+    frames = Frames(masks * 9, (0.5, 0.25), box=(2, 1, 10, 8), flips=(1, 2))
+    study_files.write_masks(str(tmp_path / "a.nii.gz"), masks, frames)
+    found, spacing_mm = nifti.read_nifti(str(tmp_path / "a.nii.gz"))
+    assert found.shape == (10, 8) and np.argwhere(found).tolist() == [[5, 3]] and spacing_mm == (0.5, 0.25)
+
+
+# --- ED and ES
+
+
+def beat(frames: int, ed: int = 0) -> np.ndarray:
+    """A whole cycle in ml, end-diastole at `ed`, end-systole half a cycle later."""
+    return 90 + 40 * np.cos(2 * np.pi * (np.arange(frames) - ed) / frames)
+
+
+@pytest.mark.parametrize("ed", [0, 3, 10, 19])
+def test_ed_and_es_are_the_largest_and_the_smallest(ed):
+    assert ed_es_detection.find_ed_es(beat(20, ed)) == (ed, (ed + 10) % 20)
+
+
+@pytest.mark.parametrize("spoilt", itertools.combinations(range(0, 20, 4), 2))
+@pytest.mark.parametrize("value", [0.0, np.nan, 30.0, 400.0])
+def test_frames_whose_outline_failed_are_neither(spoilt, value):
+    volumes = beat(20, ed=2)
+    volumes[list(spoilt)] = value
+    found = ed_es_detection.find_ed_es(volumes)
+    assert found is not None and abs(found[0] - 2) <= 1 and abs(found[1] - 12) <= 1
+    assert set(np.flatnonzero(ed_es_detection.implausible(volumes))) == set(spoilt)
+
+
+def test_noise_of_a_few_percent_moves_ed_and_es_by_few_frames():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ed, es = ed_es_detection.find_ed_es(beat(40, ed=10) * rng.normal(1, 0.03, 40))
+        assert abs(ed - 10) <= 5 and abs(es - 30) <= 5
+
+
+@pytest.mark.parametrize("volumes", [[], [80.0], [np.nan] * 5, [0.0] * 5])
+def test_a_sequence_without_two_plausible_frames_has_none(volumes):
+    assert ed_es_detection.find_ed_es(np.array(volumes)) is None
+
+
+@pytest.mark.parametrize("kind", ["stills", "sequences"])
+def test_ef_of_the_truth_is_the_closed_forms_from_stills_and_from_sequences(kind, hearts, tmp_path):
+    found = finished(hearts, str(tmp_path), lambda clip: ("sequence" in clip.stem) == (kind == "sequences"))
+    for number, (patient, outcomes) in enumerate(found.items(), start=1):
+        row = study_results.study_row(patient, outcomes)
+        assert row["ef_ase"] == pytest.approx(patient_info(number).ef, abs=2)
+        assert row["from_4CH"] == ("stills" if kind == "stills" else f"{patient}_4CH_half_sequence")
+        assert row["edv_ml_ase"] > row["esv_ml_ase"] > 10 and not row["reason"]
+
+
+def test_the_ends_of_a_half_sequence_are_found_whichever_way_it_runs(hearts, tmp_path):
+    found = finished(hearts, str(tmp_path), lambda clip: "sequence" in clip.stem)
+    for number, outcomes in enumerate(found.values(), start=1):
+        info = patient_info(number)
+        for one in outcomes:
+            assert {p: at + 1 for p, (at, _) in one.phases.items()} == {Phase.ED: info.ed, Phase.ES: info.es}
+            assert one.ef_single_plane == pytest.approx(info.ef, abs=12)
+
+
+def test_one_view_alone_gives_its_single_plane_ef_and_says_what_is_missing(hearts, tmp_path):
+    (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.view == View.FOUR_CHAMBER).values()
+    row = study_results.study_row("patient0001", outcomes)
+    assert np.isfinite(row["ef_4ch_ase"]) and np.isnan(row["ef_ase"]) and "no 2CH ED mask" in row["reason"]
+    assert "4CH alone" in study_results.headline(row)
+
+
+def test_without_spacing_there_is_an_ef_and_no_volume(hearts, tmp_path):
+    path = recording_path(hearts, "patient0001", FOUR, Phase.ED)
+    frames = readers.read(path, "nifti")
+    outcomes = []
+    for view, phase in itertools.product(VIEWS, PHASES):
+        clip = Clip(recording_path(hearts, "patient0001", view, phase), "nifti", "p", f"p_{view}_{phase}", view, phase, "p")
+        frames = readers.read(clip.path, "nifti")
+        unknown = Frames(frames.pixels, None, frames.place)
+        outcomes.append(study_results.finish(str(tmp_path), clip, unknown, truth_of(clip), [1.0] * 99))
+    row = study_results.study_row("p", outcomes)
+    assert row["ef_ase"] == pytest.approx(patient_info(1).ef, abs=3) and np.isnan(row["edv_ml_ase"])
+    assert "EF" in study_results.headline(row) and "ml" not in study_results.headline(row)
+
+
+def test_views_that_disagree_are_a_doubt_and_names_without_a_phase_say_what_to_do(hearts, tmp_path):
+    (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.phase is not None).values()
+    row = study_results.study_row("patient0001", outcomes)
+    assert row["doubts"] == "" and row["confidence"] == 1 and "disagree" not in study_results.headline(row)
+    # The four-chamber view's end-systole in the place of its end-diastole: a ventricle that does not move.
+    still = [o for o in outcomes if (o.clip.view, o.clip.phase) == (View.FOUR_CHAMBER, Phase.ES)][0]
+    frozen = [o for o in outcomes if (o.clip.view, o.clip.phase) != (View.FOUR_CHAMBER, Phase.ED)]
+    frozen.append(study_results.Outcome(**{**vars(still), "phases": {Phase.ED: still.phases[Phase.ES]}}))
+    row = study_results.study_row("patient0001", frozen)
+    assert "the views disagree by" in row["doubts"] and "the views disagree by" in study_results.headline(row)
+    unnamed = study_results.Outcome(**{**vars(still), "clip": Clip(**{**vars(still.clip), "phase": None}), "phases": {}})
+    assert "--phase says it" in study_results.study_row("patient0001", [unnamed])["reason"]
+
+
+def test_a_sequence_of_an_unknown_view_is_measured_and_its_row_says_what_to_do(hearts, tmp_path):
+    (outcomes, _) = finished(hearts, str(tmp_path), lambda clip: clip.stem.endswith("2CH_half_sequence")).values()
+    unknown = Clip(**{**vars(outcomes[0].clip), "view": None})
+    nameless = study_results.Outcome(**{**vars(outcomes[0]), "clip": unknown})
+    assert "--view" in study_results.study_row("patient0001", [nameless])["reason"]
+    assert study_results.clip_record(nameless)["ef_single_plane"] > 0
+
+
+def test_the_tables_hold_every_patient_and_say_what_they_are_not_for(hearts, tmp_path):
+    rows = [study_results.study_row(patient, found) for patient, found in finished(hearts, str(tmp_path)).items()]
+    study_results.write_tables(str(tmp_path), rows, [], [{"input": "x", "reason": "is empty"}], {"epoch": 1})
+    with open(tmp_path / "ef.csv") as stream:
+        table = list(csv.DictReader(stream))
+    assert [line["patient"] for line in table] == ["patient0001", "patient0002"]
+    assert all("not a medical device" in line["intended_use"] and 5 < float(line["ef_ase"]) < 90 for line in table)
+    whole = json.loads((tmp_path / "studies.json").read_text())
+    assert whole["patients"][0]["ef_ase"] == pytest.approx(rows[0]["ef_ase"]) and whole["damaged"][0]["input"] == "x"
+
+
+# --- pictures
+
+
+def test_an_overlay_has_square_pixels_smooth_rims_in_the_classes_colours_and_names_them():
+    from PIL import Image
+
+    rows, columns = np.mgrid[:100, :50]
+    mask = (np.hypot(rows - 50, 2 * (columns - 25)) < 30).astype(np.uint8)  # a circle on pixels twice as wide as high
+    picture = overlays.outlined(np.full((100, 50), 90, np.uint8), mask, (0.5, 1.0), "4CH ED")
+    assert picture.shape == (overlays.ROWS + overlays.STRIP_ROWS, overlays.ROWS)
+    rim = np.argwhere(picture[: overlays.ROWS] == overlays.GREYS + 1)
+    radius = np.hypot(*(rim - overlays.ROWS / 2).T) / overlays.ROWS * 100
+    assert radius.min() > 27.3 and radius.max() < 32
+    with Image.open(io.BytesIO(overlays.encode_png(picture))) as back:
+        colours = {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in back.convert("RGB").getcolors(1 << 20)}
+    assert set(CLASS_COLOURS[1:]) <= colours  # the legend names all three
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (20, 12), (26, 18)])
+def test_rims_looked_for_around_the_structures_are_those_of_the_whole_mask(corner):
+    mask = np.zeros((40, 30), np.uint8)
+    mask[corner[0] : corner[0] + 14, corner[1] : corner[1] + 12] = 2
+    mask[corner[0] + 3 : corner[0] + 9, corner[1] + 3 : corner[1] + 8] = 1
+    np.testing.assert_array_equal(overlays.rims_of(mask), thicken(contours(mask)))
+    assert not overlays.rims_of(np.zeros((4, 4), np.uint8)).any()
+
+
+def test_a_sequence_becomes_an_endless_gif_with_every_frame_and_few_of_a_long_one(hearts, tmp_path):
+    from PIL import Image
+
+    clip = next(clip for clip in find_clips(hearts) if clip.stem.endswith("2CH_half_sequence"))
+    frames, masks = readers.read(clip.path, "nifti"), truth_of(clip)
+    overlays.write_overlays(str(tmp_path), clip, frames, masks, {0: "ED"})
+    with Image.open(tmp_path / "patient0001" / "patient0001_2CH_half_sequence_overlay.gif") as gif:
+        assert gif.n_frames == len(masks) and gif.info["loop"] == 0
+    shown = overlays.shown_frames(500, always=[7])
+    assert len(shown) <= overlays.MAX_GIF_FRAMES + 1 and 7 in shown and shown[0] == 0
+
+
+def test_an_object_stores_tree_is_found_as_a_folder_is(hearts):
+    found = find_clips(f"file://{hearts}")
+    assert named(found) == named(find_clips(hearts)) and found[0].path.startswith("file://")
+    assert readers.read(found[0].path, "nifti").pixels.any()

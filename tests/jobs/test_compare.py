@@ -1,0 +1,313 @@
+"""A comparison's promises: exactly what differs, tests on the same patients only, seeds pooled, and a page on its own."""
+
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+
+from heartseg.errors import UserError
+from heartseg.evaluation import run_comparison
+from heartseg.evaluation.run_comparison import Scored
+from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.reporting import comparison_page, plots
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from helpers.experiments import tiny_experiment
+from helpers.pages import Reader, look_at
+from jobs import compare, evaluate, preprocess, train
+
+PLAIN = {"launcher": "plain", "group": "train"}  # the six patients to train on: two are too few for a test
+
+
+def train_tiny(shards: str, folder: str, seed: int = 0, lr: float = 0.02, **changes) -> str:
+    base = tiny_experiment(data=shards, runs=folder, **changes)
+    changed = replace(base, train=replace(base.train, seed=seed), optim=replace(base.optim, lr=lr))
+    return train.run(changed, train.Options(launcher="plain"))
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> dict[str, str]:
+    """Three runs of two epochs: two seeds of one configuration, and one with another learning rate."""
+    folder = str(tmp_path_factory.mktemp("runs"))
+    made = {"seed0": train_tiny(shards, folder), "seed1": train_tiny(shards, folder, seed=1)}
+    return made | {"faster": train_tiny(shards, folder, lr=0.1)}
+
+
+@pytest.fixture(scope="module")
+def compared(trained, tmp_path_factory) -> str:
+    """The page of all three."""
+    return compare.run(compare.Options(tuple(trained.values()), out=str(tmp_path_factory.mktemp("out")), **PLAIN))
+
+
+@pytest.fixture(scope="module")
+def scored(trained, compared) -> dict[str, Scored]:
+    """The three runs as `compared` saw them."""
+    options, out = compare.Options(**PLAIN), os.path.dirname(compared)
+    return {n: compare.assess(run_directory.find_run(path), Path(path).name, options, out)[0] for n, path in trained.items()}
+
+
+@pytest.fixture()
+def copied(trained, tmp_path) -> dict[str, Path]:
+    """The runs in a folder of the test's own."""
+    return {name: Path(shutil.copytree(path, tmp_path / "runs" / Path(path).name)) for name, path in trained.items()}
+
+
+def entries_of(*found: Scored) -> list[run_comparison.Entry]:
+    return run_comparison.enter(found)
+
+
+def test_exactly_the_settings_that_differ_are_named(scored):
+    entries = entries_of(scored["seed0"], scored["faster"])
+    assert run_comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1")]
+    entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
+    assert run_comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1"), ("train.seed", "0, 1", "0")]
+
+
+def test_a_setting_that_an_older_program_did_not_know_is_no_difference(scored):
+    old = scored["seed0"]
+    description = {**old.run.description, "experiment": {**old.run.description["experiment"]}}
+    description["experiment"]["train"] = {k: v for k, v in description["experiment"]["train"].items() if k != "accumulate"}
+    older = replace(old, run=replace(old.run, description=description))
+    assert run_comparison.settings(older.run) == run_comparison.settings(old.run)
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_entry_and_a_seed_again_is_another(scored):
+    entries = entries_of(scored["seed1"], scored["faster"], scored["seed0"])
+    assert [[one.label for one in e.runs] for e in entries] == [
+        [scored["seed0"].label, scored["seed1"].label],
+        [scored["faster"].label],
+    ]
+    again = entries_of(scored["seed0"], scored["seed1"], scored["seed0"])
+    assert [len(entry.runs) for entry in again] == [2, 1] and [entry.letter for entry in again] == ["A", "B"]
+
+
+def test_seeds_are_averaged_image_by_image_and_their_means_stand_beside(scored):
+    (entry,) = entries_of(scored["seed0"], scored["seed1"])
+    tables = [scored[name].images.set_index(["patient", "view", "phase"])["dice"] for name in ("seed0", "seed1")]
+    told = run_comparison.means(entry)["dice"]
+    assert told["seeds"] == pytest.approx([table.mean() for table in tables])
+    assert told["mean"] == pytest.approx(np.mean(told["seeds"])) and told["seeds"][0] != told["seeds"][1]
+    both = (tables[0] + tables[1]) / 2
+    assert (told["low"], told["high"]) == pytest.approx(
+        bootstrap_interval(both.to_numpy(), both.index.get_level_values(0).to_numpy())
+    )
+
+
+def test_a_difference_is_of_the_same_images_and_its_interval_is_over_patients(scored):
+    first, second = entries_of(
+        scored["seed0"], replace(scored["faster"], images=scored["faster"].images.sample(frac=1, random_state=0))
+    )
+    keys = ["patient", "view", "phase"]
+    joined = scored["seed0"].images.merge(scored["faster"].images, on=keys, suffixes=("_a", "_b"))
+    assert len(joined) == 24
+    for name in ("dice", "dice_la", "masd_endo_mm"):
+        found = run_comparison.differences(second, first)[name]
+        by_hand = joined[f"{name}_b"] - joined[f"{name}_a"]
+        # The bootstrap, in a loop: whole patients are drawn.
+        patients = [part.to_numpy() for _, part in by_hand.groupby(joined["patient"])]
+        drawn = np.random.default_rng(0).integers(6, size=(2000, 6))
+        means = [np.concatenate([patients[i] for i in draw]).mean() for draw in drawn]
+        assert found["difference"] == pytest.approx(by_hand.mean())
+        assert (found["low"], found["high"]) == pytest.approx(np.quantile(means, [0.025, 0.975]))
+        assert found["patients"] == 6 and 0 < found["p"] <= 1
+    error = run_comparison.differences(second, first)["ef_ase_error"]
+    wrong = [abs(s.patients["ef_ase_prediction"] - s.patients["ef_ase_truth"]) for s in (scored["faster"], scored["seed0"])]
+    assert error["n"] == int((wrong[0] - wrong[1]).notna().sum())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "difference", "said"),
+    [(-0.1, 0.2, 0.1, "no difference seen"), (0.0, 0.2, 0.1, "no difference seen"), (0.01, 0.2, 0.1, "higher"),
+     (-0.2, -0.1, -0.15, "lower"), (None, None, None, "too few patients")],
+)  # fmt: skip
+def test_a_difference_is_one_where_interval_and_p_agree(low, high, difference, said):
+    assert run_comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.01}) == said
+    if difference is not None:
+        assert run_comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.06}) == "no difference seen"
+
+
+def test_a_run_beside_itself_shows_no_difference(scored):
+    found = run_comparison.differences(*entries_of(scored["seed0"], scored["seed0"]))
+    assert {found[name]["reading"] for name in ("dice", "hd_la_mm")} == {"no difference seen"}
+    assert run_comparison.disagreements(entries_of(scored["seed0"], scored["seed0"]), 5) == []
+
+
+def without(one: Scored, patient: str) -> Scored:
+    kept = {name: getattr(one, name) for name in ("images", "patients")}
+    return replace(one, **{name: table[table["patient"] != patient] for name, table in kept.items()})
+
+
+def test_other_patients_are_never_paired_and_a_sentence_says_so(scored):
+    fewer = without(scored["faster"], scored["faster"].patients["patient"][0])
+    entries = entries_of(scored["seed0"], fewer)
+    assert run_comparison.differences(entries[1], entries[0]) == {} and run_comparison.disagreements(entries, 5) == []
+    (note,) = run_comparison.notes(entries, entries[0])
+    assert "Not the same hearts (5 names in common)" in note and "are not paired" in note
+    assert run_comparison.means(entries[1])["dice"]["mean"] == pytest.approx(fewer.images["dice"].mean())
+
+
+def test_a_seed_that_was_scored_on_other_patients_is_not_pooled(scored):
+    fewer = without(scored["seed1"], scored["seed1"].patients["patient"][0])
+    (entry,) = entries_of(scored["seed0"], fewer)
+    assert run_comparison.means(entry)["dice"]["seeds"] == [scored["seed0"].images["dice"].mean()]
+    assert any("is not pooled" in note for note in run_comparison.notes([entry], entry))
+
+
+def test_other_hearts_of_the_same_names_are_never_paired(scored):
+    # The phantom's patients and CAMUS's have the same names; so do two phantoms'.
+    one, other = scored["seed0"], scored["faster"]
+    assert run_comparison.same_hearts(other, one)
+    assert not run_comparison.same_hearts(replace(other, summary=other.summary | {"dataset": "CAMUS"}), one)
+    area = "wall_area_cm2_2CH_ED_truth"
+    drawn_again = replace(other, patients=other.patients.assign(**{area: other.patients[area] * 1.01}))
+    assert not run_comparison.same_hearts(drawn_again, one)
+    assert run_comparison.differences(*entries_of(drawn_again, one)) == {}
+
+
+def test_images_come_widest_apart_first(scored):
+    entries = entries_of(scored["seed0"], scored["faster"])
+    found = run_comparison.disagreements(entries, 24)
+    assert [item["spread"] for item in found] == sorted((item["spread"] for item in found), reverse=True)
+    joined = scored["seed0"].images.merge(scored["faster"].images, on=["patient", "view", "phase"])
+    assert found[0]["spread"] == pytest.approx((joined["dice_x"] - joined["dice_y"]).abs().max())
+    assert set(found[0]["dice"]) == {"A", "B"}
+
+
+def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(compared):
+    text = Path(compared).read_text()
+    tags = Reader(text).tags
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "embed", "base")]
+    links = {a.get(key) for _, a in tags for key in ("src", "href", "xlink:href", "srcset") if a.get(key)}
+    assert {link for link in links if not link.startswith(("#", "data:image/png;base64,"))} == set()
+    assert not re.search(r"url\((?!['\"]?#)|@import|https?://(?!www\.w3\.org)", text)
+    names = [a["id"] for _, a in tags if "id" in a]
+    assert len(names) == len(set(names))
+    assert {a["href"][1:] for _, a in tags if a.get("href", "").startswith("#")} <= set(names)
+    assert all(a.get("alt") for tag, a in tags if tag == "img")
+    # Six images on which two entries disagree, each with both entries' outlines.
+    assert sum(tag == "img" for tag, _ in tags) == 12
+
+
+def test_the_page_and_the_terminal_tell_the_same_and_name_no_winner(compared, scored, capsys):
+    words = Reader(Path(compared).read_text()).words
+    entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
+    again = run_comparison.compare(entries, entries[0])
+    shown = comparison_page.text(again)
+    mean, found = (f"{again.means[letter]['dice']['mean']:.3f}" for letter in "AB"), again.differences["B"]["dice"]
+    assert all(value in shown and value in words for value in mean)
+    assert comparison_page.show_signed(found["difference"], 4) in words and found["reading"] in words
+    assert "optim.lr" in words and "optim.lr" in shown and "Synthetic hearts." in words
+    assert "Research use only, not a medical device." in words
+    assert not re.search(r"\b(best|winner is|wins)\b", shown)
+
+
+def test_curves_are_as_long_as_each_run_and_a_run_under_way_is_named(scored):
+    short = replace(scored["faster"], record=scored["faster"].record[:1])
+    entries = entries_of(scored["seed0"], short)
+    lines, styles = comparison_page.lines_of(entries)
+    assert styles[short.label] != styles[scored["seed0"].label]
+    dice, *_ = comparison_page.curve_figures(lines, styles)
+    assert f"{short.label} {short.record[0]['test/dice']:.4g}" in dice["alt"]
+    assert "has 1 of its 2 epochs" in " ".join(run_comparison.notes(entries, entries[0]))
+    colours = {plots.run_style(place) for place in range(24)}
+    assert len(colours) == 24
+
+
+def test_a_run_without_evaluation_and_data_has_curves_and_settings_only(copied, tmp_path, capsys):
+    for path in copied.values():
+        text = (path / "experiment.json").read_text()
+        (path / "experiment.json").write_text(re.sub(r'"data": "[^"]*"', '"data": "/no/such/shards"', text))
+        for card in path.glob("checkpoints/*/checkpoint.json"):
+            card.write_text(re.sub(r'"data": "[^"]*"', '"data": "/no/such/shards"', card.read_text()))
+    page = compare.run(compare.Options((str(tmp_path / "runs"),), **PLAIN))
+    assert page == str(tmp_path / "runs" / "comparison" / "compare.html")
+    words = Reader(Path(page).read_text()).words
+    assert "No entry has scores." in words and "/no/such/shards" in words and "Training, epoch by epoch" in words
+    assert "optim.lr" in words
+    assert "has no scores here: /no/such/shards" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied, trained, tmp_path, capsys):
+    path = str(copied["seed0"])
+    evaluate.run(evaluate.Options(checkpoint=path, **PLAIN))
+    rows = filesystem.read_table(filesystem.read_bytes(f"{path}/evaluation-train/images.parquet")).to_pandas()
+    one, options = run_directory.find_run(path), compare.Options(**PLAIN)
+    capsys.readouterr()
+    seen, plan = compare.assess(one, "a", options, str(tmp_path / "out"))
+    assert "scoring" not in capsys.readouterr().out and not (tmp_path / "out").exists() and plan
+    pandas.testing.assert_frame_equal(seen.images, rows)
+    # Without data it is still known by its weights and by the run's own data.
+    assert compare.find_old_evaluation(one, options) == f"{path}/evaluation-train"
+    assert not compare.find_old_evaluation(one, replace(options, group="test"))
+    summary = filesystem.read_json(f"{path}/evaluation-train/summary.json")
+    filesystem.publish_json(f"{path}/evaluation-train/summary.json", summary | {"weights_sha256": ["other"]})
+    assert not compare.find_old_evaluation(one, options)
+    assert not compare.find_evaluation(compare.evaluations_of(one), plan.described)
+
+
+def test_a_sweeps_folder_stands_for_its_trials_and_two_of_one_name_are_told_apart(copied, trained, tmp_path):
+    (tmp_path / "runs").rename(tmp_path / "trials")
+    found = compare.find_runs([str(tmp_path), trained["seed0"]])
+    assert len(found) == 4
+    name = Path(trained["seed0"]).name
+    assert {label.rpartition("/")[2] for label in compare.labelled(found)} == {Path(path).name for path in trained.values()}
+    assert f"trials/{name}" in compare.labelled(found) and name not in compare.labelled(found)
+
+
+def test_trials_are_compared_on_the_patients_held_out_and_the_test_group_is_left_alone(trained, shards, tmp_path, capsys):
+    base = tiny_experiment(data=shards, runs=str(tmp_path / "trials"))
+    base = replace(base, train=replace(base.train, holdout=0.34, epochs=1))
+    first = train.run(base, train.Options(launcher="plain"))
+    shutil.copytree(first, tmp_path / "trials" / "again")
+    page = compare.run(compare.Options((str(tmp_path),), launcher="plain"))
+    held = run_directory.find_run(first).description["val_patients"]
+    assert f"scoring again: {len(held)} patients (holdout)" in capsys.readouterr().out and len(held) == 2
+    scores = filesystem.read_bytes(os.path.join(os.path.dirname(page), "evaluations", "again", "images.parquet"))
+    assert set(filesystem.read_table(scores)["patient"].to_pylist()) == set(held)
+    assert not set(held) & set(run_directory.find_run(first).description["train_patients"])
+    with pytest.raises(UserError, match="no patients in a group holdout"):
+        evaluate.run(evaluate.Options(checkpoint=trained["seed0"], group="holdout", launcher="plain"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "0 runs are nothing to compare"),
+        (("{seed0}",), "1 run is nothing to compare"),
+        (("{seed0}", "{seed0}"), "1 run is nothing to compare"),
+        (("{seed0}", "{empty}"), "is no run and holds none"),
+        (("{seed0}", "{empty}/none"), "/none is no run"),
+        (("{seed0}", "{faster}", "--reference", "bogus"), "--reference bogus is none of the runs"),
+        (("{seed0}", "{faster}", "--data", "{empty}/none"), "/none holds no finished shards"),
+        (("{seed0}", "{faster}", "--truth", "{empty}/none"), "/none does not exist"),
+        (("{seed0}", "{faster}", "--group", "bogus"), "bogus"),
+    ],
+)
+def test_mistakes_are_sentences_and_nothing_is_written(trained, tmp_path, given, said):
+    filled = [word.format(**trained, empty=tmp_path) for word in given]
+    with pytest.raises(UserError, match=said):
+        compare.job([*filled, "--out", str(tmp_path / "out"), "--launcher", "plain"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_that_a_run_was_trained_on_leaves_that_run_without_scores(trained, shards, phantom, tmp_path):
+    divided = str(tmp_path / "shards")
+    shutil.copytree(shards, divided)
+    base = tiny_experiment(source=phantom, out=divided)
+    other = replace(base, split=replace(base.split, seed=1))
+    preprocess.run(other, preprocess.Options(launcher="plain", resplit=True))
+    options = compare.Options(data=divided, launcher="plain", group="test")
+    seen, plan = compare.assess(run_directory.find_run(trained["seed0"]), "a", options, str(tmp_path / "out"))
+    assert plan is None and seen.images is None and "was trained on" in seen.problem
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look with")
+@pytest.mark.parametrize("width", [420, 1280])
+def test_a_browser_shows_the_page_in_light_and_in_dark(compared, tmp_path, width):
+    look_at(compared, tmp_path, width)

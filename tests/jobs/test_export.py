@@ -1,0 +1,156 @@
+"""The exported files answer as the checkpoint does, alone and in batches, and their note says how to use them."""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from heartseg.config.experiment import to_json
+from heartseg.errors import UserError
+from heartseg.inference.segmenter import Segmenter, load
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.reader import load_groups, open_shards
+from helpers.experiments import ROOT, tiny_experiment
+from jobs import export
+
+
+@pytest.fixture(scope="module")
+def path(shards, tmp_path_factory) -> str:
+    """A checkpoint of random weights with batch statistics of their own, in no run's folder."""
+    folder = str(tmp_path_factory.mktemp("run"))
+    experiment = tiny_experiment(data=shards)
+    experiment = replace(experiment, model=replace(experiment.model, norm="batch", bn_momentum=1.0))
+    torch.manual_seed(0)
+    model = build_model(experiment.model)
+    pixels = load_groups(open_shards(shards), ["test"])["test"].images.float().div(255).sub(0.2).div(0.25)
+    with torch.no_grad():
+        model(pixels)  # its batch statistics are the model's from here on
+        logits, head = model.eval()(pixels), model.network.classifier[-1]
+        # Each class at a mean of 0 and a deviation of 1, so that every label comes up.
+        spread = logits.std(dim=(0, 2, 3))
+        head.bias.copy_((head.bias - logits.mean(dim=(0, 2, 3))) / spread)
+        head.weight.div_(spread.view(-1, 1, 1, 1))
+    card = {"epoch": 1, "experiment": to_json(experiment), "intensity": [0.2, 0.25], "metrics": {}, "run": "tiny-1"}
+    checkpoint.save(folder, model.state_dict(), {}, card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(path) -> Segmenter:
+    return load(path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def out(path, tmp_path_factory) -> str:
+    return export.run(export.Options(checkpoint=path, out=str(tmp_path_factory.mktemp("out"))))
+
+
+@pytest.fixture(scope="module")
+def images(shards) -> torch.Tensor:
+    return load_groups(open_shards(shards), ["test"])["test"].images
+
+
+def note_of(out: str) -> dict:
+    with open(os.path.join(out, export.NOTE)) as stream:
+        return json.load(stream)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3), slice(0, 7)])
+def test_both_files_answer_as_the_checkpoint_in_batches_of_any_size(out, segmenter, images, rows):
+    import onnxruntime
+
+    said = note_of(out)
+    pixels = images[rows].float()
+    expected = segmenter.logits(images[rows])
+    # The answers say something, and hang on the image: a twentieth less light changes them more than is allowed for.
+    assert len(expected.argmax(dim=1).unique()) > 1
+    assert (segmenter.logits((pixels * 0.95).to(torch.uint8)) - expected).abs().max() > 0.05
+    session = onnxruntime.InferenceSession(os.path.join(out, "model.onnx"), providers=["CPUExecutionProvider"])
+    (answer,) = session.run([said["output"]["name"]], {said["input"]["name"]: pixels.numpy()})
+    assert np.abs(answer - expected.numpy()).max() < 1e-3 and answer.shape == (len(pixels), 4, 64, 64)
+    reloaded = torch.export.load(os.path.join(out, "model.pt2")).module()
+    assert (reloaded(pixels) - expected).abs().max() < 1e-3
+
+
+def test_the_note_describes_what_is_there_and_what_it_is_for(out, path, images):
+    import onnxruntime
+
+    said = note_of(out)
+    assert said["use"] == "Research use only, not a medical device."
+    assert said["labels"] == {"0": "background", "1": "endo", "2": "myo", "3": "la"}
+    assert said["weights_sha256"] == checkpoint.find(path).card["weights_sha256"]
+    session = onnxruntime.InferenceSession(os.path.join(out, "model.onnx"), providers=["CPUExecutionProvider"])
+    for told, seen in ((said["input"], session.get_inputs()[0]), (said["output"], session.get_outputs()[0])):
+        assert (told["name"], told["shape"]) == (seen.name, seen.shape) and seen.type == f"tensor({told['dtype'][:5]})"
+    for entry in said["files"].values():
+        with open(os.path.join(out, entry["file"]), "rb") as stream:
+            assert hashlib.sha256(stream.read()).hexdigest() == entry["sha256"]
+    assert said["checked"]["images"] == "synthetic images" and said["checked"]["number"] == export.CHECKED_IMAGES
+    assert said["checked"]["onnx"]["largest_logit_difference"] < 1e-3
+    assert said["checked"]["onnx"]["labels_that_differ"] <= export.MOST_DIFFERENT
+
+
+def test_the_files_name_no_folder_of_this_machine(out):
+    for name in export.FILES.values():
+        with open(os.path.join(out, name), "rb") as stream:
+            data = stream.read()
+        assert str(ROOT).encode() not in data and b"site-packages" not in data
+
+
+def test_without_shards_the_files_are_checked_on_synthetic_images(segmenter):
+    lost = replace(segmenter, experiment=replace(segmenter.experiment, data="/nowhere"))
+    images, kind = export.check_images(lost, "")
+    assert kind == "synthetic images" and images.shape == (16, 1, 64, 64) and images.dtype == torch.uint8
+    assert images.float().std() > 10
+    with pytest.raises(UserError, match="/nowhere holds no finished shards"):
+        export.check_images(segmenter, "/nowhere")
+
+
+def test_a_file_that_labels_otherwise_is_told_apart(segmenter, images):
+    same = export.compare(segmenter, lambda pixels: segmenter.logits(pixels.to(torch.uint8)), images)
+    assert same["labels_that_differ"] == 0 and same["largest_logit_difference"] < 1e-3
+    other = export.compare(segmenter, lambda pixels: segmenter.logits(pixels.to(torch.uint8)).flip(1), images)
+    assert other["labels_that_differ"] > export.MOST_DIFFERENT
+
+
+def test_what_answers_otherwise_is_not_written(path, tmp_path, monkeypatch):
+    convert = lambda segmenter: ({"onnx": b"x"}, {"onnx": lambda images: -segmenter.logits(images.to(torch.uint8))})  # noqa: E731
+    monkeypatch.setattr(export, "convert", convert)
+    with pytest.raises(UserError, match="nothing was written"):
+        export.run(export.Options(checkpoint=path, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_what_brings_it(path, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package} is not installed: `pip install heartseg\[export\]`"):
+        export.job(["--checkpoint", path, "--out", "/nowhere/out"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--checkpoint is missing"),
+        (["--checkpoint", "/nowhere"], "--out is missing"),
+        (["--checkpoint", "/nowhere", "--out", "/nowhere/out"], "/nowhere does not exist"),
+        (["--bogus"], "--bogus"),
+    ],
+)
+def test_a_mistake_names_the_thing(arguments, said):
+    with pytest.raises(UserError) as caught:
+        export.job(arguments)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_help_tells_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        export.job(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(flag in shown for flag in ("--checkpoint", "--out", "--which", "--data"))

@@ -1,0 +1,246 @@
+"""The jobs with source, shards and runs on an object store: the bytes and the numbers of a folder, also after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from heartseg.config.experiment import PredictConfig, TrackingConfig
+from heartseg.errors import StorageError, UserError
+from heartseg.models import checkpoint
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from helpers.experiments import ROOT, tiny_experiment
+from helpers.s3_server import KEYS, Proxy, environment
+from jobs import evaluate, preprocess, train
+from jobs.support import evaluation_plan
+
+PLAIN = train.Options(launcher="plain")
+LOSSES = ("train/loss", "test/loss", "test/dice")
+
+
+def new_folder() -> str:
+    return f"s3://bucket/{uuid.uuid4().hex[:8]}"
+
+
+def losses(path: str) -> list[float]:
+    return [epoch[name] for epoch in run_directory.read_record(path) for name in LOSSES]
+
+
+@pytest.fixture(scope="module")
+def source(s3, phantom) -> str:
+    """The phantom on the object store."""
+    folder = new_folder()
+    for path in sorted(Path(phantom).rglob("*")):
+        if path.is_file():
+            filesystem.publish(filesystem.join(folder, *path.relative_to(phantom).parts), path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(source) -> str:
+    """Its shards, on the object store as well."""
+    out = new_folder()
+    preprocess.run(tiny_experiment(source=source, out=out), preprocess.Options(launcher="plain"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def local_run(shards, tmp_path_factory) -> str:
+    """The reference: the same training with everything in folders."""
+    return train.run(tiny_experiment(data=shards, runs=str(tmp_path_factory.mktemp("local"))), PLAIN)
+
+
+@pytest.fixture(scope="module")
+def run(data) -> str:
+    """A finished training on the object store, tracked by wandb offline."""
+    tracked = TrackingConfig(wandb="offline")
+    return train.run(tiny_experiment(data=data, runs=new_folder(), tracking=tracked), PLAIN)
+
+
+def same_files(ours: str, theirs: str) -> bool:
+    names = [name for name in filesystem.list_names(theirs) if not name.startswith(".")]
+    hashes = [[filesystem.sha256(filesystem.read_bytes(filesystem.join(f, n))) for n in names] for f in (ours, theirs)]
+    return len(names) >= 3 and hashes[0] == hashes[1]
+
+
+def test_shards_on_the_store_are_byte_for_byte_those_of_a_folder(data, shards, source):
+    assert same_files(data, shards)
+    assert {name for name in filesystem.list_names(data) if name.startswith(".")} <= {".heartseg.lock"}
+    preprocess.run(tiny_experiment(source=source, out=data), preprocess.Options(launcher="plain"))  # complete: no change
+    assert same_files(data, shards)
+
+
+@pytest.mark.slow
+def test_training_on_the_store_has_the_numbers_of_a_folder(run, local_run):
+    assert losses(run) == losses(local_run)
+    assert checkpoint.last(run).card["weights_sha256"] == checkpoint.last(local_run).card["weights_sha256"]
+    assert not [name for name in filesystem.list_names(run) if name.endswith(".part")]
+
+
+@pytest.mark.slow
+def test_scores_and_report_on_the_store_are_those_of_a_folder(run, local_run):
+    found = [evaluate.run(evaluate.Options(checkpoint=path, launcher="plain")) for path in (run, local_run)]
+    ours, theirs = (filesystem.read_json(filesystem.join(path, "summary.json")) for path in found)
+    assert ours["scores"] == theirs["scores"] and ours["images"] == 8
+    assert b"</html>" in filesystem.read_bytes(filesystem.join(found[0], "report.html"))
+
+
+@pytest.mark.slow
+def test_wandbs_files_are_copied_to_the_run_and_leave_the_machine(run):
+    (offline,) = [name for name in filesystem.list_names(run + "/wandb") if name.startswith("offline-run-")]
+    (file,) = [name for name in filesystem.list_names(f"{run}/wandb/{offline}") if name.endswith(".wandb")]
+    assert filesystem.size_or_none(f"{run}/wandb/{offline}/{file}") > 1000
+    assert filesystem.list_names(f"{run}/wandb/{offline}/files/media/images")
+    assert not os.path.exists(os.path.dirname(os.environ["WANDB_CACHE_DIR"]))
+
+
+def command(job: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "jobs" / job), *arguments]
+
+
+def tiny_arguments(data: str, folder: str) -> list[str]:
+    """A quick recipe made tiny, as flags; three epochs, deterministic."""
+    flags = ["--image.height", "64", "--image.width", "64", "--train.epochs", "3", "--train.batch-size", "6"]
+    flags += ["--train.deterministic", "--tracking.wandb", "off", "--launcher", "plain"]
+    return ["quick", *flags, "--data", data, "--runs", folder]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("denied", "is refused by its store"),
+        pytest.param("unreachable", "cannot be reached", marks=pytest.mark.slow),
+        pytest.param("no bucket", "does not exist", marks=pytest.mark.slow),
+    ],
+)
+def test_a_store_that_refuses_ends_a_job_with_one_sentence_and_exit_code_2(case, said, s3, strict_server):
+    url = {"unreachable": "http://127.0.0.1:9", "denied": strict_server, "no bucket": s3}[case]
+    bucket = "nosuchbucket" if case == "no bucket" else "bucket"
+    with environment(**KEYS, AWS_ENDPOINT_URL=url):
+        line = command("preprocess.py", "seed", "--source", f"s3://{bucket}/x", "--out", f"s3://{bucket}/y")
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and said in done.stderr and f"s3://{bucket}/" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def strict_server(tmp_path_factory):
+    """A second server, which knows no key and refuses whoever has one."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    strict = os.environ | {"INITIAL_NO_AUTH_ACTION_COUNT": "0"}
+    process = subprocess.Popen(server, env=strict, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        time.sleep(0.1)
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            continue
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_store_lost_in_preprocessing_quarantines_nobody_and_the_same_command_ends_with_the_same_bytes(source, s3, shards):
+    out = new_folder()
+    experiment = tiny_experiment(source=source, out=out)
+    reads = 0
+
+    def answer(head: bytes) -> bytes | None:
+        nonlocal reads
+        reads += head.startswith(b"GET ") and b".nii.gz" in head
+        return b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" if reads > 5 else None
+
+    with (
+        Proxy(s3, answer=answer) as proxy,
+        environment(**KEYS, AWS_ENDPOINT_URL=proxy.url),
+        pytest.raises(StorageError, match=r"\.nii\.gz"),
+    ):
+        preprocess.run(experiment, preprocess.Options(launcher="plain"))
+    with pytest.raises(UserError, match="holds no finished shards"):
+        open_shards(out)
+    for claim in filesystem.list_names(out + "/.heartseg.lock"):  # the store was gone when it was to be given back
+        filesystem.remove(f"{out}/.heartseg.lock/{claim}")
+    preprocess.run(experiment, preprocess.Options(launcher="plain"))
+    assert same_files(out, shards)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_training_killed_in_an_upload_resumes_a_minute_later_to_the_same_weights(data, s3):
+    undisturbed, disturbed = new_folder(), new_folder()
+    subprocess.run(command("train.py", *tiny_arguments(data, undisturbed)), check=True, timeout=200)
+    with Proxy(s3, cut_at=55, hold=True) as proxy:  # in the second epoch's checkpoint
+        with environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
+            job = subprocess.Popen(command("train.py", *tiny_arguments(data, disturbed)))
+        assert proxy.was_cut.wait(120)
+        os.kill(job.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        job.wait()
+    (name,) = filesystem.list_names(undisturbed)
+    ours, theirs = f"{disturbed}/{name}", f"{undisturbed}/{name}"
+    assert checkpoint.last(ours).epoch == 1
+    refused = subprocess.run(command("train.py", *tiny_arguments(data, disturbed)), capture_output=True, text=True)
+    assert refused.returncode == 2 and "Another job is writing" in refused.stderr
+    time.sleep(max(0, killed + 61 - time.monotonic()))
+    done = subprocess.run(command("train.py", *tiny_arguments(data, disturbed)), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.last(ours).card["weights_sha256"] == checkpoint.last(theirs).card["weights_sha256"]
+    assert [epoch["epoch"] for epoch in run_directory.read_record(ours)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_session")
+def test_every_job_under_ray_gives_the_results_of_a_folder(source, shards, local_run):
+    out = new_folder()
+    preprocess.run(tiny_experiment(source=source, out=out + "/shards", workers=2), preprocess.Options())
+    assert same_files(out + "/shards", shards)
+    path = train.run(tiny_experiment(data=out + "/shards", runs=out + "/runs", workers=2), train.Options())
+    assert losses(path) == pytest.approx(losses(local_run), rel=2e-3)
+    scored = evaluate.run(evaluate.Options(checkpoint=path, workers=2))
+    alone = evaluate.run(evaluate.Options(checkpoint=local_run, launcher="plain"))
+    ours, theirs = (filesystem.read_json(filesystem.join(f, "summary.json"))["scores"]["dice"]["mean"] for f in (scored, alone))
+    assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_store_lost_in_a_training_with_two_workers_ends_in_one_sentence_and_hangs_nobody(data, s3):
+    folder = new_folder()
+    arguments = [a for a in tiny_arguments(data, folder) if a not in ("--launcher", "plain")] + ["--workers", "2"]
+    with Proxy(s3, cut_at=90) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
+        done = subprocess.run(command("train.py", *arguments), capture_output=True, text=True, timeout=280)
+    assert proxy.was_cut.is_set()
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]  # among what Ray says
+    assert done.returncode == 2 and len(said) == 1 and "cannot be reached" in said[0], done.stderr
+    (name,) = filesystem.list_names(folder)
+    assert checkpoint.last(f"{folder}/{name}") is not None
+
+
+def test_a_store_that_is_away_for_a_worker_is_still_told_from_a_mistake(phantom, ray_session):
+    task = (phantom, "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image, "stills")
+    with pytest.raises(StorageError, match="bucket that does not exist") as found:
+        list(preprocess.map_with_ray([task], 1))
+    assert "Traceback" not in str(found.value)
+
+    class Away:
+        def cases(self, patients):
+            raise StorageError("s3://bucket does not answer.")
+
+    plan = evaluation_plan.Plan(Away(), ("run",), ["patient0001"], "out", None, PredictConfig(), {})
+    with pytest.raises(StorageError, match="^s3://bucket does not answer.$"):
+        list(evaluate.score_on_ray(plan, [["patient0001"]], 1))

@@ -1,0 +1,267 @@
+"""The pipeline as a graph of stages: what runs, what is skipped, what is done again, and the story that it keeps."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from heartseg.config.experiment import SplitConfig, to_json
+from heartseg.errors import UserError
+from heartseg.storage import filesystem
+from heartseg.tuning.sweep import Plan
+from helpers.experiments import ROOT, tiny_experiment
+from helpers.local_cluster import begin_until
+from jobs import pipeline
+from jobs.support.pipeline_stages import Work, build_graph, plan_arguments
+from jobs.support.pipeline_state import Story, new_attempt
+from jobs.tune import Options as TuneOptions
+
+
+def tiny(source: str, out: str | Path, **train):
+    experiment = tiny_experiment(source=source, out=str(out))
+    return replace(experiment, train=replace(experiment.train, epochs=1, **train))
+
+
+def attempts(out: str | Path) -> dict[str, int]:
+    """How often each stage was tried."""
+    return {name: len(record["attempts"]) for name, record in Story.open(str(out)).stages.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(phantom, ray_session, tmp_path_factory) -> Path:
+    """A pipeline that has come to its end."""
+    out = tmp_path_factory.mktemp("pipeline") / "out"
+    pipeline.run(tiny(phantom, out), pipeline.Options())
+    return out
+
+
+@pytest.fixture()
+def copy(finished, tmp_path, monkeypatch) -> Path:
+    """The same under the same path, to be spoilt; it is put back afterwards."""
+    shutil.copytree(finished, tmp_path / "kept")
+    yield finished
+    shutil.rmtree(finished)
+    shutil.copytree(tmp_path / "kept", finished)
+
+
+def test_what_is_done_is_skipped_and_the_story_tells_it(finished, phantom, capsys):
+    report = pipeline.run(tiny(phantom, finished), pipeline.Options())
+    assert os.path.getsize(report) > 50_000
+    assert attempts(finished) == {"preprocess": 1, "train": 1, "evaluate": 1}
+    assert capsys.readouterr().out.count("done, nothing has changed") == 3
+    story = filesystem.read_json(str(finished / "pipeline.json"))
+    assert story["experiment"]["name"] == "tiny" and all(stage["state"] == "done" for stage in story["stages"].values())
+    assert all(stage["attempts"][0]["ended"] >= stage["attempts"][0]["started"] for stage in story["stages"].values())
+    assert report.startswith(story["stages"]["evaluate"]["result"]["path"])
+
+
+@pytest.mark.slow
+def test_a_changed_setting_runs_only_what_depends_on_it_and_a_dry_run_says_so_first(copy, phantom, capsys):
+    before = (copy / "pipeline.json").read_bytes()
+    longer = tiny(phantom, copy, seed=3)
+    pipeline.run(longer, pipeline.Options(dry_run=True))
+    said = capsys.readouterr().out
+    assert (
+        "1/3 preprocess: done" in said and "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 asked)" in said
+    )
+    assert "3/3 evaluate: would run, after train" in said and (copy / "pipeline.json").read_bytes() == before
+    pipeline.run(longer, pipeline.Options())
+    assert attempts(copy) == {"preprocess": 1, "train": 1, "evaluate": 1}
+    assert len(list((copy / "runs").iterdir())) == 2
+
+
+def test_a_result_that_has_gone_is_made_again(copy, phantom):
+    evaluated = Story.open(str(copy)).stages["evaluate"]["result"]["path"]
+    os.remove(os.path.join(evaluated, "summary.json"))
+    pipeline.run(tiny(phantom, copy), pipeline.Options())
+    assert os.path.exists(os.path.join(evaluated, "summary.json"))
+
+
+def test_a_changed_split_divides_the_shards_anew_and_a_lost_part_is_written_again(copy, phantom):
+    other = tiny(phantom, copy)
+    pipeline.run(replace(other, split=SplitConfig("ratio", test_share=0.5)), pipeline.Options(until="preprocess"))
+    (shards,) = copy.glob("shards-*")
+    assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 4
+    (shards / "part-00000.parquet").unlink()
+    pipeline.run(other, pipeline.Options(until="preprocess"))
+    assert (shards / "part-00000.parquet").exists()
+    assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 2
+
+
+def test_a_mistake_can_be_mended_by_the_flag_that_its_sentence_names(phantom, ray_session, tmp_path):
+    with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
+        pipeline.run(tiny(damaged(phantom, tmp_path), tmp_path / "out"), pipeline.Options(until="preprocess"))
+    assert attempts(tmp_path / "out") == {"preprocess": 1}  # a mistake is not tried again
+    allowed = pipeline.Options(until="preprocess", work=Work(max_quarantined=0.5))
+    pipeline.run(replace(tiny(str(tmp_path / "damaged"), tmp_path / "out"), workers=2), allowed)
+    story = Story.open(str(tmp_path / "out")).stages["preprocess"]
+    (config,) = [path for path in (tmp_path / "out" / "stages").iterdir() if filesystem.read_json(str(path))["workers"] == 2]
+    assert story["state"] == "done" and config  # as asked now, and not as it was asked when it failed
+
+
+def test_a_mend_is_named_by_the_pipelines_own_flag_and_not_by_a_stages(phantom, ray_session, tmp_path):
+    experiment, options = tiny(phantom, tmp_path), pipeline.Options(until="preprocess")
+    stray = tmp_path / "shards-64x64-ratio" / "part-00099.parquet"
+    stray.parent.mkdir()
+    stray.write_bytes(b"of other shards")
+    with pytest.raises(UserError, match="give --force preprocess or another --out"):
+        pipeline.run(experiment, options)
+    pipeline.run(experiment, replace(options, force=("preprocess",)))
+    assert attempts(tmp_path) == {"preprocess": 1} and not stray.exists()  # forced, it begins anew
+
+
+def damaged(phantom: str, folder: Path) -> str:
+    """A copy of the phantom with a file that is none."""
+    shutil.copytree(phantom, folder / "damaged")
+    (folder / "damaged" / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
+    return str(folder / "damaged")
+
+
+def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
+    for options, says in [
+        (lambda: pipeline.Options(work=Work(predict=str(tmp_path / "nowhere"))), "nowhere"),
+        (lambda: pipeline.Options(force=("train",), until="preprocess"), "--force train lies outside"),
+        (lambda: pipeline.Options(work=Work(plan=Plan(search="grid"))), "give --tune TRIALS"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            pipeline.run(tiny(phantom, tmp_path / "out"), options())
+    (tmp_path / "studies").symlink_to(os.path.join(phantom, "database_nifti"))
+    inside = os.path.join(phantom, "database_nifti", "out")  # the next run would outline this one's masks
+    with pytest.raises(UserError, match="would put files inside"):
+        pipeline.run(tiny(phantom, inside), pipeline.Options(work=Work(predict=str(tmp_path / "studies"))))
+    with pytest.raises(UserError, match="batch of 7 over 4 workers"):
+        pipeline.run(replace(tiny(phantom, tmp_path / "out"), workers=4), pipeline.Options())
+    assert not (tmp_path / "out").exists() and not os.path.exists(inside)
+
+
+def test_a_stage_whose_job_may_still_run_is_not_begun_here(copy, phantom):
+    story = Story.open(str(copy))
+    story.stages["train"] |= {"state": "running", "attempts": [new_attempt("train-0123abcd")]}
+    story.save()
+    with pytest.raises(UserError, match="may still run as job train-0123abcd: give --submit"):
+        pipeline.run(tiny(phantom, copy), pipeline.Options())
+
+
+def test_a_damaged_story_says_what_to_do(tmp_path):
+    (tmp_path / "pipeline.json").write_text('{"stages": ')
+    with pytest.raises(UserError, match="remove it, and what is complete is found again"):
+        Story.open(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_force_trains_a_new_run_and_until_stops_there(copy, phantom):
+    path = pipeline.run(tiny(phantom, copy), pipeline.Options(force=("train",), until="train"))
+    assert path.endswith("-2") and Story.open(str(copy)).stages["train"]["result"]["path"] == path
+
+
+def test_from_takes_what_was_before_as_it_is(finished, phantom, tmp_path):
+    elsewhere = replace(tiny(phantom, finished), source=str(tmp_path))  # the files themselves have gone
+    assert pipeline.run(elsewhere, pipeline.Options(begin="train")).endswith("report.html")
+    other = replace(elsewhere, split=SplitConfig("ratio", test_share=0.5))  # the shards are taken as they are
+    assert pipeline.run(other, pipeline.Options(begin="train")).endswith("report.html")
+    with pytest.raises(UserError, match="stage preprocess is not done"):
+        pipeline.run(tiny(phantom, tmp_path / "new"), pipeline.Options(begin="train"))
+    with pytest.raises(UserError, match="no such stage, only preprocess, train, evaluate"):
+        pipeline.run(tiny(phantom, finished), pipeline.Options(until="tune"))
+    with pytest.raises(UserError, match="comes after --until"):
+        pipeline.run(tiny(phantom, finished), pipeline.Options(begin="evaluate", until="train"))
+
+
+def test_status_tells_each_stage_and_refuses_a_folder_without_any(finished, tmp_path, capsys):
+    pipeline.job(["status", "--out", str(finished)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["preprocess", "done"], ["train", "done"], ["evaluate", "done"]]
+    with pytest.raises(UserError, match="holds no pipeline"):
+        pipeline.job(["status", "--out", str(tmp_path)])
+
+
+def test_a_failure_is_told_and_the_same_command_goes_on_from_there(phantom, ray_session, tmp_path, monkeypatch):
+    tries = []
+
+    def broken(*arguments):
+        tries.append(1)
+        if len(tries) < 3:
+            raise RuntimeError("the weather")
+        return real(*arguments)
+
+    real = pipeline.importlib.import_module
+    monkeypatch.setattr(pipeline.importlib, "import_module", broken)
+    monkeypatch.setattr(pipeline, "shut_down_ray", lambda: None)  # the session's Ray stays
+    with pytest.raises(RuntimeError, match="the weather"):
+        pipeline.run(tiny(phantom, tmp_path), pipeline.Options(until="preprocess"))
+    record = Story.open(str(tmp_path)).stages["preprocess"]
+    assert (record["state"], record["problem"], attempts(tmp_path)["preprocess"]) == ("failed", "the weather", 2)
+    pipeline.run(tiny(phantom, tmp_path), pipeline.Options(until="preprocess"))
+    assert attempts(tmp_path)["preprocess"] == 3 and Story.open(str(tmp_path)).stages["preprocess"]["state"] == "done"
+
+
+@pytest.mark.slow
+def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phantom, ray_session, tmp_path):
+    work = Work(folds=2, predict=os.path.join(phantom, "database_nifti", "patient0001"))
+    report = pipeline.run(tiny(phantom, tmp_path), pipeline.Options(work=work))
+    summary = filesystem.read_json(os.path.join(os.path.dirname(report), "summary.json"))
+    assert (summary["patients"], summary["images"], summary["group"]) == (8, 32, "out-of-fold")
+    parts = [filesystem.read_json(os.path.join(path, "summary.json")) for path in summary["evaluations"]]
+    means = [part["scores"]["dice"]["mean"] for part in parts]
+    assert summary["scores"]["dice"]["mean"] == pytest.approx(sum(means) / 2)  # as many images in each
+    (predictions,) = tmp_path.glob("predictions-patient0001-*")
+    assert (predictions / "ef.csv").exists()
+    told = json.loads((predictions / "studies.json").read_text())
+    assert len(told["made_with"]["checkpoints"]) == 2
+
+
+def test_a_sweeps_plan_comes_through_its_flags_unchanged():
+    plan = Plan(search="changes", stop_early=False, reduction=4.0)
+    plan = replace(plan, space=replace(plan.space, schedules=("cosine", "step"), changes=("optim.lr=0.1",)))
+    import tyro
+
+    from jobs.support import command_line
+
+    assert command_line.parse_line(TuneOptions, plan_arguments(plan), "x", "x").plan == plan
+    assert plan_arguments(Plan()) == [] and tyro
+
+
+def test_the_graph_has_each_stage_after_what_it_needs():
+    graph = build_graph(tiny("/somewhere", "/out"), "/out", Work(folds=3, tune=4, predict="/new"))
+    seen: set[str] = set()
+    for stage in graph:
+        assert set(stage.needs) <= seen
+        seen.add(stage.name)
+    assert len(graph) == 3 * 4 + 2 and graph[-2].name == "pool" and len(graph[-1].needs) == 3
+
+
+@pytest.mark.slow
+def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
+    experiment = replace(tiny(phantom, tmp_path), split=SplitConfig("ratio", test_share=0.25))
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(to_json(experiment)))
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--tune", "2", "--until", "train"]
+    done = subprocess.run([*command, "--search", "grid"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = Story.open(str(tmp_path)).stages
+    best = filesystem.read_json(os.path.join(stages["tune"]["result"]["path"], "best.json"))
+    trained = filesystem.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
+    assert trained["optim"] == best["optim"] and trained["schedule"] == best["schedule"]
+    assert best["train"]["holdout"] > 0 and trained["train"]["holdout"] == 0
+
+
+@pytest.mark.slow
+def test_an_interrupted_stage_is_stopped_and_taken_up(phantom, tmp_path):
+    config = tmp_path / "tiny.json"
+    experiment = tiny(phantom, tmp_path)
+    config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=200)))))
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--until", "train"]
+    begun = begin_until(command, os.environ, "epoch 2/200")
+    begun.send_signal(signal.SIGINT)
+    rest = begun.stdout.read()
+    assert begun.wait(timeout=60) == 130 and "stopped; the same command goes on" in rest, rest
+    record = Story.open(str(tmp_path)).stages["train"]
+    assert record["state"] == "stopped" and record["attempts"][0]["ended"]
+    assert "train" in (said := subprocess.run([*command, "--dry-run"], capture_output=True, text=True).stdout), said
+    assert "would run (stopped)" in said

@@ -1,0 +1,240 @@
+"""`jobs/predict.py` as a user runs it: files in, masks and tables out, and nothing that identifies a patient."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+import heartseg
+from heartseg.config.experiment import to_json
+from heartseg.datasets import readers
+from heartseg.errors import UserError
+from heartseg.inference import study_files
+from heartseg.inference.batch_inference import outline, to_masks
+from heartseg.inference.segmenter import NETWORKS_OWN
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from helpers.echo_files import LOOP, dicom, movie
+from helpers.experiments import ROOT, tiny_experiment
+from jobs import predict
+from jobs.benchmarks import predict as benchmark
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+    """A checkpoint whose network has learned nothing, but answers with all four classes."""
+    run, experiment = str(tmp_path_factory.mktemp("run")), tiny_experiment()
+    torch.manual_seed(1)
+    model = build_model(experiment.model).eval()
+    last = model.network.classifier[-1]
+    with torch.no_grad():
+        seen = model(torch.rand(4, 1, 64, 64))
+        last.bias -= seen.mean(dim=(0, 2, 3))
+        last.weight /= seen.std(dim=(0, 2, 3))[:, None, None, None]
+        last.bias /= seen.std(dim=(0, 2, 3))
+    card = {"epoch": 1, "experiment": to_json(experiment), "metrics": {}, "intensity": [0.0, 1.0]}
+    checkpoint.save(run, model.state_dict(), {}, card)
+    return run
+
+
+@pytest.fixture
+def tree(phantom, tmp_path) -> str:
+    """Two patients of the phantom."""
+    for patient in ("patient0001", "patient0002"):
+        shutil.copytree(f"{phantom}/database_nifti/{patient}", tmp_path / "in" / patient)
+    return str(tmp_path / "in")
+
+
+def run(trained: str, source, out, **changes) -> str:
+    return predict.run(predict.Options(checkpoint=trained, input=str(source), out=str(out), **changes))
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {
+        os.path.relpath(os.path.join(at, name), folder): open(os.path.join(at, name), "rb").read()
+        for at, _, names in os.walk(folder)
+        for name in names
+    }
+
+
+def test_each_still_has_the_mask_that_the_model_predicts_on_the_still_s_own_grid(trained, tree, tmp_path):
+    run(trained, tree, tmp_path / "out")
+    model, seen = heartseg.load(trained), set()
+    for clip in study_files.find_clips(tree):
+        image = nibabel.load(clip.path)
+        mask = nibabel.load(tmp_path / "out" / clip.patient / f"{clip.stem}_pred.nii.gz")
+        expected = model.predict(readers.read(clip.path, "nifti").pixels[0])
+        # In a batch sums are made in another order, which decides a pixel between two equal scores.
+        different = expected != np.asarray(mask.dataobj).T
+        assert different.mean() < 1e-3
+        assert mask.shape == image.shape and (mask.affine == image.affine).all()
+        assert (tmp_path / "out" / clip.patient / f"{clip.stem}_overlay.png").stat().st_size > 1000
+        seen |= set(np.unique(expected))
+    assert seen == {0, 1, 2, 3}
+
+
+def test_the_same_command_writes_the_same_bytes_and_the_same_masks_in_other_batches(trained, tree, tmp_path):
+    first = files_of(run(trained, tree, tmp_path / "a"))
+    assert files_of(run(trained, tree, tmp_path / "a")) == first
+    other = files_of(run(trained, tree, tmp_path / "b", batch_size=3))
+    masks = [name for name in first if name.endswith("_pred.nii.gz")]
+    assert len(masks) == 8 and first.keys() == other.keys()
+    for name in masks:
+        one, two = (np.asarray(nibabel.load(tmp_path / folder / name).dataobj) for folder in "ab")
+        assert (one != two).mean() < 1e-3
+    assert not [name for name in first if ".part" in name]
+
+
+def test_a_batch_reaches_over_clips_and_a_long_clip_over_batches(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    lengths = [1, 9, 1, 1, 5, 2]
+    clips = [readers.Frames(rng.integers(0, 255, (length, 40, 30)).astype(np.uint8), None) for length in lengths]
+    segmenter = heartseg.load(trained)
+    found = list(outline(segmenter, clips, lambda clip: clip, lambda clip, frames, masks, sure: masks, batch_size=4))
+    assert [clip for clip, _ in found] == clips
+    for clip, masks in found:
+        expected = np.stack([segmenter.predict(frame) for frame in clip.pixels])
+        assert masks.shape == clip.pixels.shape and (masks != expected).mean() < 1e-3
+
+
+def test_an_error_in_a_thread_is_not_swallowed(trained):
+    def fail(*_):
+        raise OSError("disk full")
+
+    clip = readers.Frames(np.zeros((1, 40, 30), np.uint8), None)
+    with pytest.raises(OSError, match="disk full"):
+        list(outline(heartseg.load(trained), [clip] * 20, lambda clip: clip, fail))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (397, 250), (20, 30), (32, 400), (1, 1)])
+@pytest.mark.parametrize("background", [0.0, 1.5, 9.0, -9.0])
+def test_masks_are_those_of_to_native(shape, background):
+    logits = torch.nn.functional.avg_pool2d(torch.randn(3, 4, 36, 36, generator=torch.Generator().manual_seed(0)), 5, 1)
+    logits = logits / logits.std()
+    logits[:, 0] += background
+    resampled = torch.nn.functional.interpolate(logits, shape, mode="bilinear")
+    expected = resampled.argmax(dim=1).numpy()
+    # Sums in another order decide a pixel between two equal scores.
+    assert (to_masks(logits, shape, NETWORKS_OWN) != expected).sum() <= 1e-4 * expected.size
+
+
+def test_damaged_files_are_listed_and_the_others_done(trained, tree, tmp_path, capsys):
+    with open(f"{tree}/patient0001/patient0001_2CH_ED.nii.gz", "r+b") as stream:
+        stream.truncate(500)
+    run(trained, tree, tmp_path / "out", overlays="off")
+    said = capsys.readouterr().out
+    assert "left out: patient0001/patient0001_2CH_ED.nii.gz is no readable nifti" in said and "7 files" in said
+    whole = json.loads((tmp_path / "out" / "studies.json").read_text())
+    assert [entry["input"] for entry in whole["damaged"]] == ["patient0001/patient0001_2CH_ED.nii.gz"]
+    assert len(whole["clips"]) == 7 and not list((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--checkpoint is missing"),
+        (["--checkpoint", "/nowhere", "--input", "{tree}", "--out", "{out}"], "/nowhere does not exist"),
+        (["--checkpoint", "{run}", "--input", "/nowhere", "--out", "{out}"], "--input /nowhere does not exist"),
+        (["--checkpoint", "{run}", "--input", "{empty}", "--out", "{out}"], "holds no NIfTI"),
+        (["--checkpoint", "{run}", "--input", "{tree}"], "--out is missing"),
+        (["--checkpoint", "{run}", "--input", "{tree}", "--out", "{tree}/out"], "outside it"),
+        (["--checkpoint", "{run}", "--input", "{tree}", "--out", "{out}", "--view", "3CH"], "3CH"),
+        (["--checkpoint", "{run}", "--input", "{tree}", "--out", "{out}", "--spacing-mm", "0", "1"], "--spacing-mm"),
+        pytest.param(
+            ["--checkpoint", "{run}", "--input", "{tree}", "--out", "{out}", "--device", "cuda"],
+            "finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+        (["--checkpoint", "{run}", "--input", "{damaged}", "--out", "{out}"], "None of 1 files could be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, said, trained, tree, tmp_path):
+    places = {"run": trained, "tree": tree, "out": tmp_path / "out", "empty": tmp_path / "empty"}
+    places["empty"].mkdir()
+    places["damaged"] = tmp_path / "damaged.nii"
+    places["damaged"].write_bytes(b"no heart")
+    with pytest.raises(UserError) as caught:
+        predict.job([argument.format(**places) for argument in arguments])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_help_tells_a_stranger_what_goes_in_and_what_comes_out(capsys):
+    with pytest.raises(SystemExit) as stop:
+        predict.job(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in said for word in ("--input", "--view", "--spacing-mm", "_pred.nii.gz", "ef.csv", "(default:"))
+
+
+def test_a_mistake_ends_the_job_with_code_2_and_no_traceback():
+    command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--input", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=200)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_no_identifier_of_a_dicom_reaches_a_name_a_file_or_the_terminal(trained, tmp_path):
+    secrets = {
+        "PatientName": "DOE^JANE", "PatientID": "MRN778899", "PatientBirthDate": "19510203", "InstitutionName": "Stmarys",
+        "StudyInstanceUID": "1.2.826.7.7.1", "SeriesInstanceUID": "1.2.826.7.7.2", "ReferringPhysicianName": "HOUSE^GREG",
+        "StudyDate": "20200304", "AccessionNumber": "ACC4711", "StationName": "ROOMNINE", "PatientAddress": "Elmstreet",
+        "PatientComments": "MRN778899 " * 3, "PatientSex": "JANE?", "SpecificCharacterSet": "JANE_8859",
+    }  # fmt: skip
+    folder = tmp_path / "DOE_JANE" / "1.2.826.7.7"
+    folder.mkdir(parents=True)
+    corners = {"RegionLocationMinX0": 5, "RegionLocationMinY0": 10}
+    (folder / "1.2.826.7.7.3.dcm").write_bytes(dicom(LOOP, region=corners, **secrets))
+    (folder / "DOE_A4C").write_bytes(dicom(LOOP[:1], **secrets))  # no region: no picture of what may be burned in
+    (folder / "broken.dcm").write_bytes(dicom(LOOP, **secrets)[:4000])
+    out = tmp_path / "out"
+    command = [sys.executable, "-W", "always", str(ROOT / "jobs" / "predict.py"), "--checkpoint", trained, "--out", str(out)]
+    done = subprocess.run([*command, "--input", str(tmp_path / "DOE_JANE")], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (out / "study0001").iterdir() if "curve" not in path.name)
+    assert names == [
+        "study0001_4CH_clip02_pred.nii.gz",
+        "study0001_clip01_overlay.gif",
+        "study0001_clip01_pred.nii.gz",
+    ]
+    said = {"terminal": (done.stdout + done.stderr).replace(str(tmp_path), "").encode()}
+    for name, data in (said | files_of(out)).items():
+        plain = nibabel.load(out / name).to_bytes() if name.endswith(".nii.gz") else data
+        for secret in [part for value in secrets.values() for part in value.strip("?").split("^")] + ["1.2.826", "DOE", "JANE"]:
+            assert secret.encode() not in plain and secret not in name, (name, secret)
+    assert "study0001_clip03" in done.stdout  # the broken one
+    assert nibabel.load(out / "study0001" / "study0001_clip01_pred.nii.gz").shape == (80, 100, 3)
+
+
+def test_the_key_of_the_names_is_written_only_where_asked(trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "jane.dcm").write_bytes(dicom(LOOP[:1], region={}))
+    run(trained, tmp_path / "in", tmp_path / "out", key=str(tmp_path / "key.csv"))
+    assert (tmp_path / "key.csv").read_text().splitlines()[1] == f"study0001_clip01,{tmp_path}/in/jane.dcm"
+    assert not any(b"jane" in data or "jane" in name for name, data in files_of(tmp_path / "out").items())
+
+
+def test_video_and_png_become_nifti_masks_and_overlays(trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ann_4CH.avi").write_bytes(movie(".avi", "mjpeg", LOOP[:, :96, :80]))
+    from PIL import Image
+
+    Image.fromarray(LOOP[0]).save(tmp_path / "in" / "bob.png")
+    run(trained, tmp_path / "in", tmp_path / "out", spacing_mm=(0.9, 0.8))
+    mask = nibabel.load(tmp_path / "out" / "ann" / "ann_4CH_pred.nii.gz")
+    assert mask.shape == (80, 96, 3) and mask.header.get_zooms()[:2] == pytest.approx((0.8, 0.9))
+    assert (tmp_path / "out" / "ann" / "ann_4CH_overlay.gif").exists() and (
+        tmp_path / "out" / "bob" / "bob_overlay.png"
+    ).exists()
+    whole = json.loads((tmp_path / "out" / "studies.json").read_text())
+    assert whole["clips"][0]["spacing_mm"] == [0.9, 0.8]
+
+
+def test_the_benchmark_measures_all_three_ways(phantom, capsys):
+    benchmark.job(["--source", phantom, "--images", "2", "--side", "64", "--repeats", "1"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("forwards alone", "files to masks  ", "files to masks and overlays"))

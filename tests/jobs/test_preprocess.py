@@ -1,0 +1,163 @@
+"""A preprocess that is killed at any moment goes on with the same command and ends in the bytes of an undisturbed one."""
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from heartseg.config.experiment import ImageConfig
+from heartseg.datasets import camus
+from heartseg.shards import reuse, writer
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem, locks
+from helpers.experiments import ROOT, tiny_experiment
+from jobs import preprocess
+
+NUM_PATIENTS = 56  # four parts
+
+
+@pytest.fixture(scope="module")
+def many(phantom, tmp_path_factory) -> str:
+    """The phantom's eight patients, each under seven names."""
+    source = str(tmp_path_factory.mktemp("many"))
+    for number in range(1, NUM_PATIENTS + 1):
+        old, new = f"patient{(number - 1) % 8 + 1:04d}", f"patient{number:04d}"
+        folder = os.path.join(source, camus.IMAGES_FOLDER, new)
+        os.makedirs(folder)
+        for name in os.listdir(os.path.join(phantom, camus.IMAGES_FOLDER, old)):
+            shutil.copy(os.path.join(phantom, camus.IMAGES_FOLDER, old, name), os.path.join(folder, name.replace(old, new)))
+    return source
+
+
+@pytest.fixture(scope="module")
+def undisturbed(many, tmp_path_factory) -> dict[str, str]:
+    """SHA-256 of every file of a preprocess that nothing disturbed."""
+    out = str(tmp_path_factory.mktemp("undisturbed"))
+    preprocess.run(tiny_experiment(source=many, out=out), preprocess.Options(launcher="plain"))
+    return hashes(out)
+
+
+def hashes(out: str) -> dict[str, str]:
+    """SHA-256 of every file below a folder, hidden ones too; the lock's empty file is nobody's output."""
+    found = {}
+    for path in filesystem.walk(out):
+        if os.path.basename(path) != locks.LOCK_NAME:
+            with open(path, "rb") as stream:
+                found[os.path.relpath(path, out)] = hashlib.sha256(stream.read()).hexdigest()
+    return found
+
+
+def start(many: str, out: str, launcher: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The job as a user starts it, with two workers under Ray."""
+    command = [*prefix, sys.executable, str(ROOT / "jobs" / "preprocess.py"), "quick", "--source", many, "--out", out]
+    command += ["--image.height", "64", "--image.width", "64", "--split.kind", "ratio", "--split.test-share", "0.25"]
+    command += ["--launcher", launcher, "--workers", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+
+
+def kill_when(job: subprocess.Popen, out: str, moment) -> bool:
+    """SIGKILL as soon as `moment` is true of the names in `out`; False where the job was done before."""
+    names: list[str] = []
+    while job.poll() is None and not moment(names):
+        names = os.listdir(out) if os.path.isdir(out) else []
+        time.sleep(0.0005)
+    alive = job.poll() is None
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    return alive
+
+
+def parts(names: list[str]) -> int:
+    return sum(bool(reuse.PART_NAME.fullmatch(name)) for name in names)
+
+
+# A part half written, one and three parts done, and the manifest there but not the split.
+MOMENTS = {
+    "in a part": lambda names: any(name.endswith(".part") for name in names),
+    "after one part": lambda names: parts(names) >= 1,
+    "after three parts": lambda names: parts(names) >= 3,
+    "after the manifest": lambda names: writer.MANIFEST in names,
+}
+
+
+def test_a_killed_preprocess_ends_in_the_bytes_of_an_undisturbed_one(many, undisturbed, tmp_path):
+    check_kill(many, undisturbed, str(tmp_path / "out"), "plain", ["in a part"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["plain", "ray"])
+def test_killed_again_and_again_it_ends_in_the_same_bytes(launcher, many, undisturbed, tmp_path):
+    check_kill(many, undisturbed, str(tmp_path / "out"), launcher, list(MOMENTS))
+
+
+def check_kill(many: str, undisturbed: dict, out: str, launcher: str, moments: list[str]) -> None:
+    """Kill at each moment, run to the end, compare every file."""
+    for when in moments:
+        # The manifest is there for a moment only before the job is done: then there was nothing left to kill.
+        assert kill_when(start(many, out, launcher), out, MOMENTS[when]) or when == "after the manifest"
+    done = start(many, out, launcher)
+    said, _ = done.communicate(timeout=200)
+    assert done.returncode == 0, said
+    assert hashes(out) == undisturbed
+
+
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
+    left = [".part-00003.parquet.0a1b2c3d.part", ".manifest.json.00000000.part"]
+    kept = ["part-00000.parquet", ".part-3.parquet.0a1b2c3d.part", "mine.part", ".mine.0a1b2c3d.part"]
+    for name in left + kept:
+        (tmp_path / name).write_bytes(b"x")
+    writer.remove_leftovers(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+def test_the_progress_line_tells_patients_a_second_and_the_time_left(many, tmp_path, capsys):
+    preprocess.run(tiny_experiment(source=many, out=str(tmp_path)), preprocess.Options(launcher="plain"))
+    said = capsys.readouterr().out
+    assert f"{NUM_PATIENTS}/{NUM_PATIENTS}" in said and re.search(r"\d+:\d+<\d+:\d+, +[\d.]+ patients/s", said)
+
+
+def test_any_number_of_patients_makes_the_parts_of_that_many(many, undisturbed):
+    assert sum(name.startswith("part-") for name in undisturbed) == 4
+    names = camus.find_patients(many)
+    chunks = [chunk for _, chunk in writer.part_names(names)]
+    assert sum(chunks, []) == names and max(map(len, chunks)) == 16
+    assert max(len(chunk) for _, chunk in writer.part_names(names, "sequence")) == 4
+
+
+def test_a_changed_grid_or_source_is_refused_and_named(many, tmp_path):
+    from heartseg.errors import UserError
+
+    out = str(tmp_path / "out")
+    source = str(tmp_path / "source")
+    first = camus.find_patients(many)[:8]
+    for patient in first:
+        folder = os.path.join(camus.IMAGES_FOLDER, patient)
+        shutil.copytree(os.path.join(many, folder), os.path.join(source, folder))
+    options = preprocess.Options(launcher="plain")
+    preprocess.run(tiny_experiment(source=source, out=out), options)
+    with pytest.raises(UserError, match="image.height: 64 there, 80 asked"):
+        preprocess.run(tiny_experiment(source=source, out=out, image=ImageConfig(80, 64)), options)
+    gone = camus.recording_path(source, first[0], camus.VIEWS[0], camus.PHASES[0])
+    os.remove(gone)
+    with pytest.raises(UserError, match=rf"{os.path.basename(gone)} of {first[0]} is gone"):
+        preprocess.run(tiny_experiment(source=source, out=out), options)
+    assert open_shards(out).manifest["rows"] == 32
+
+
+@pytest.mark.parametrize("launcher", ["plain", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_full_disk_is_a_sentence_whoever_writes_the_parts(launcher, many, tmp_path):
+    # A small file system in a mount namespace of its own, which the first part does not fit on.
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f'mount -t tmpfs -o size=100k tmpfs {disk} || exit 99; "$@"'
+    job = start(many, str(disk), launcher, ("unshare", "-rm", "sh", "-c", script, "sh"))
+    said, _ = job.communicate(timeout=200)
+    assert job.returncode == 2, said
+    assert "No space left on device" in said and "then the same command goes on" in said and "Traceback" not in said

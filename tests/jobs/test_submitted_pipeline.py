@@ -1,0 +1,241 @@
+"""`ray job submit` for real, on loopback and with token authentication: the README's lines, and what they upload."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from heartseg.config.experiment import TrackingConfig, to_json
+from heartseg.config.recipes import seed
+from heartseg.datasets.phantom import write_phantom
+from heartseg.models import checkpoint
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.reader import open_shards
+from heartseg.training import engine, run_directory
+from heartseg.training.distributed import Ranks
+from helpers import local_cluster
+from helpers.experiments import ROOT, tiny_experiment
+from helpers.local_cluster import begin_until, free_port
+from jobs import preprocess
+from jobs.support.pipeline_state import Story
+
+# Looks like a key of Weights & Biases, and is found in what a run leaves if it is anywhere there.
+SECRET = "5ec7e7" + "0123456789abcdef" * 2 + "17"
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@pytest.fixture(scope="module")
+def seed_run(tmp_path_factory) -> dict[str, str]:
+    """Shards for the seed recipe, and its run as it stands after 169 of 170 epochs."""
+    folder = tmp_path_factory.mktemp("seed")
+    environment = {"HEARTSEG_DATA": str(folder / "shards"), "HEARTSEG_RUNS": str(folder / "runs")}
+    write_phantom(str(folder / "phantom"), patients=4, scale=0.3)
+    experiment = replace(seed(), source=str(folder / "phantom"), out=environment["HEARTSEG_DATA"])
+    preprocess.run(experiment, preprocess.Options(launcher="plain"))
+    experiment = replace(experiment, data=environment["HEARTSEG_DATA"], runs=environment["HEARTSEG_RUNS"])
+    run = run_directory.open_run(experiment, open_shards(experiment.data))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    state = engine.start(experiment, build_model(experiment.model), alone, lambda model: model)
+    state.epoch = 169
+    card = {"epoch": 169, "experiment": to_json(experiment), "intensity": [0.0, 1.0], "metrics": {"epoch": 169}}
+    checkpoint.save(run.path, state.model.state_dict(), state.state_dict(), card)
+    run_directory.write_record(run.path, [{"epoch": 169, "seconds": 1.0}])
+    return environment | {"run": run.path}
+
+
+@pytest.fixture(scope="module")
+def cluster(seed_run, tmp_path_factory):
+    """A cluster of this machine with design's environment; yields what a client needs."""
+    # Where the key belongs; its server refuses the connection, so that runs are tracked offline.
+    folder = tmp_path_factory.mktemp("cluster")
+    secrets = {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "HOME": str(folder)}
+    with local_cluster.started(folder, **seed_run, **secrets) as environment:
+        yield environment
+
+
+def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess:
+    """`ray job submit --working-dir . -- …`, typed in the repository."""
+    line = [RAY, "job", "submit", "--working-dir", ".", "--", *command]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_the_literal_line_trains_the_seed_and_its_logs_show_the_progress(cluster):
+    done = submit(cluster, "python", "jobs/train.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch 170/170" in done.stdout and "170 epochs done" in done.stdout
+    assert checkpoint.last(cluster["run"]).epoch == 170
+
+
+@pytest.mark.slow
+def test_the_same_line_with_arguments_takes_them(cluster, shards, tmp_path):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(to_json(tiny_experiment())))
+    arguments = ["--config", str(config), "--data", shards, "--runs", str(tmp_path / "runs"), "--workers", "2"]
+    done = submit(cluster, "python", "jobs/train.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch 2/2" in done.stdout and "2 epochs done" in done.stdout
+
+
+def test_a_failing_job_exits_non_zero_and_only_the_code_was_uploaded(cluster):
+    code = "import os; print('UPLOADED', sorted(os.listdir('.'))); raise SystemExit(3)"
+    done = submit(cluster, "python", "-c", code)
+    assert done.returncode != 0
+    line = next(line for line in done.stdout.splitlines() if line.startswith("UPLOADED"))
+    assert "jobs" in line and "heartseg" in line
+    assert not any(name in line for name in ("'.venv'", "'demo'", "'runs'", "'results'", "'.git'"))
+
+
+def test_a_relative_path_in_a_job_is_refused_in_one_sentence(cluster):
+    done = submit(cluster, "python", "jobs/train.py", "quick", "--data", "shards")
+    assert done.returncode != 0 and "--data shards is relative" in done.stdout and "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_anything_that_a_run_leaves(cluster, shards, tmp_path):
+    config = tmp_path / "tiny.json"
+    tracked = tiny_experiment(tracking=TrackingConfig())
+    config.write_text(json.dumps(to_json(replace(tracked, train=replace(tracked.train, epochs=1)))))
+    runs_folder = tmp_path / "runs"
+    done = submit(cluster, "python", "jobs/train.py", "--config", str(config), "--data", shards, "--runs", str(runs_folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = subprocess.run(
+        [RAY, "job", "list", "--log-color", "false"], env=cluster, capture_output=True, text=True, timeout=60
+    )
+    assert "jobs/train.py" in shown.stdout
+    assert SECRET not in done.stdout + done.stderr + shown.stdout
+    home = Path(cluster["HEARTSEG_CLUSTER_DIR"])
+    ray_files = Path((home / "temp_dir").read_text().strip())
+    found = {root: list(files_of(root)) for root in (runs_folder, home, ray_files)}
+    # The tracked run is there, and so are Ray's own logs: what is searched is not nothing.
+    assert any(path.suffix == ".wandb" for path in found[runs_folder])
+    assert any(path.name.startswith("job-driver-") for path in found[ray_files])
+    assert [str(path) for paths in found.values() for path in paths if SECRET.encode() in path.read_bytes()] == []
+
+
+def files_of(root: Path):
+    """Every readable plain file below a folder."""
+    return (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(cluster):
+    given = json.dumps({"env_vars": {"MY_API_KEY": "1", "HEARTSEG_RUNS": "/mine"}})
+    line = [str(ROOT / "cluster" / "local.sh"), "submit", "--runtime-env-json", given, "--", "bash", "-c"]
+    code = "python jobs/compare.py; echo SEEN $HEARTSEG_DATA $HEARTSEG_RUNS"
+    elsewhere = cluster | {"HEARTSEG_DATA": "/elsewhere"}  # than where the cluster started
+    done = subprocess.run([*line, code], cwd=ROOT, env=elsewhere, capture_output=True, text=True, timeout=120)
+    assert "MY_API_KEY: the dashboard shows" in done.stderr
+    assert "MY_API_KEY stands in this job's runtime_env" in done.stdout
+    assert "SEEN /elsewhere /mine" in done.stdout  # both what the script hands on and what is given
+
+
+def test_every_port_of_the_cluster_is_on_loopback_and_on_no_other_address(cluster):
+    others = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    for name in ("PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT"):
+        port = int(cluster[f"HEARTSEG_CLUSTER_{name}"])
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+        for address in others:
+            with pytest.raises(OSError):
+                socket.create_connection((address, port), timeout=10)
+
+
+def pipeline_command(tmp_path: Path, phantom: str, epochs: int) -> list[str]:
+    """A submitted pipeline of the tiny experiment."""
+    config, experiment = tmp_path / "tiny.json", tiny_experiment(source=phantom, out=str(tmp_path / "out"))
+    config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=epochs)))))
+    return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--submit"]
+
+
+@pytest.mark.slow
+def test_a_submitted_pipeline_whose_command_was_killed_is_found_again(cluster, phantom, tmp_path):
+    command = pipeline_command(tmp_path, phantom, epochs=10)
+    begun = begin_until(command, cluster, "epoch 2/10")
+    begun.kill()
+    begun.wait()
+    done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1/3 preprocess: done" in done.stdout and "found train-" in done.stdout
+    stages = Story.open(str(tmp_path / "out")).stages
+    jobs = {name: [attempt["job"] for attempt in record["attempts"]] for name, record in stages.items()}
+    assert all(len(found) == 1 and found[0].startswith(name) for name, found in jobs.items()), jobs  # no stage twice
+    assert os.path.exists(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_an_interrupted_pipeline_stops_its_job_and_goes_on_later(cluster, phantom, tmp_path):
+    command = pipeline_command(tmp_path, phantom, epochs=400)
+    begun = begin_until(command, cluster, "epoch 2/400")
+    begun.send_signal(signal.SIGINT)
+    rest = begun.stdout.read()
+    assert begun.wait(timeout=100) == 130, rest
+    record = Story.open(str(tmp_path / "out")).stages["train"]
+    job = record["attempts"][-1]["job"]
+    assert record["state"] == "stopped"
+    status = subprocess.run([RAY, "job", "status", job], env=cluster, capture_output=True, text=True, timeout=60)
+    assert "was stopped" in status.stdout + status.stderr
+    assert checkpoint.last(record["path"]).epoch >= 1
+    said = subprocess.run([*command, "--dry-run"], env=cluster, capture_output=True, text=True, timeout=60).stdout
+    assert "2/3 train: would run (stopped)" in said
+
+
+@pytest.mark.slow
+def test_a_job_that_makes_something_else_is_stopped_before_the_stage_begins_anew(cluster, phantom, tmp_path):
+    begun = begin_until(pipeline_command(tmp_path, phantom, epochs=400), cluster, "epoch 2/400")
+    begun.kill()
+    begun.wait()
+    (first,) = (attempt["job"] for attempt in Story.open(str(tmp_path / "out")).stages["train"]["attempts"])
+    command = pipeline_command(tmp_path, phantom, epochs=1)
+    done = subprocess.run([*command, "--until", "train"], env=cluster, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and f"stopping {first}" in done.stdout, done.stdout + done.stderr
+    status = subprocess.run([RAY, "job", "status", first], env=cluster, capture_output=True, text=True, timeout=60)
+    assert "was stopped" in status.stdout + status.stderr
+
+
+@pytest.mark.slow
+def test_the_pipeline_itself_can_be_submitted(cluster, phantom, tmp_path):
+    line = pipeline_command(tmp_path, phantom, epochs=1)[2:]
+    elsewhere = {name: value for name, value in cluster.items() if name not in ("HEARTSEG_RUNS", "HEARTSEG_DATA")}
+    done = submit(elsewhere, "python", "jobs/pipeline.py", *line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = Story.open(str(tmp_path / "out")).stages
+    assert all(record["state"] == "done" and record["attempts"][0]["job"] for record in stages.values())
+
+
+def test_a_submitted_stage_is_one_job_and_a_mistake_in_it_is_not_tried_again(cluster, phantom, tmp_path):
+    shutil.copytree(phantom, tmp_path / "damaged")
+    (tmp_path / "damaged" / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
+    command = [*pipeline_command(tmp_path, str(tmp_path / "damaged"), epochs=1), "--until", "preprocess"]
+    done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert "1 of 32 recordings are damaged, more than --max-quarantined" in done.stderr
+    record = Story.open(str(tmp_path / "out")).stages["preprocess"]
+    assert record["state"] == "failed" and len(record["attempts"]) == 1
+    done = subprocess.run([*command, "--max-quarantined", "0.1"], env=cluster, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = Story.open(str(tmp_path / "out")).stages["preprocess"]
+    assert record["state"] == "done" and [attempt["state"] for attempt in record["attempts"]] == ["failed", "done"]
+    assert len({attempt["job"] for attempt in record["attempts"]}) == 2
+
+
+def test_without_a_cluster_a_submitted_pipeline_says_how_to_get_one(cluster, phantom, tmp_path):
+    nowhere = cluster | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    done = subprocess.run(pipeline_command(tmp_path, phantom, 1), env=nowhere, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "--submit finds no cluster" in done.stderr and "local.sh start" in done.stderr
+
+
+def test_without_the_token_nothing_is_submitted(cluster):
+    body = io.BytesIO(json.dumps({"entrypoint": "true"}).encode())
+    request = urllib.request.Request(cluster["RAY_API_SERVER_ADDRESS"] + "/api/jobs/", data=body.read(), method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.code == 401

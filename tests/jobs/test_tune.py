@@ -1,0 +1,202 @@
+"""Sweeps on a real Ray: parallel trials, early stopping, a failed trial, kills and resumes, and what wandb has of it all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from heartseg.config.experiment import TrackingConfig, from_json
+from heartseg.datasets.phantom import write_phantom
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from heartseg.tuning.search_space import SearchSpace
+from heartseg.tuning.sweep import (
+    DESCRIPTION,
+    FAILED,
+    FINISHED,
+    METRIC,
+    STOPPED,
+    Plan,
+    Sweep,
+    Trial,
+    epochs_saved,
+    find_sweep,
+    read_trials,
+    tabulate,
+)
+from helpers.experiments import ROOT, tiny_experiment
+from helpers.job_process import MARK, Job, wait_for
+from jobs import preprocess, train, tune
+
+WANDB = str(Path(sys.executable).with_name("wandb"))
+
+
+def tracked(folder: Path) -> list[dict]:
+    """All records of the offline fragments of a run or a sweep, by wandb's own reader."""
+    records = []
+    for fragment in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        shown = subprocess.run([WANDB, "leet", "inspect", "--json", str(fragment)], capture_output=True, text=True, check=True)
+        records += [json.loads(line) for line in shown.stdout.splitlines()]
+    return records
+
+
+def said_of_run(records: list[dict]) -> dict:
+    """The first run record: group, job type, tags, configuration."""
+    return next(record["run"] for record in records if record["type"] == "run")
+
+
+@pytest.fixture(scope="module")
+def small_sweep(ray_session, shards, tmp_path_factory) -> Sweep:
+    """Two trials of two epochs, of which the second's base rate is ten million times the first's."""
+    folder = str(tmp_path_factory.mktemp("sweep"))
+    experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
+    unclipped = replace(experiment.optim, clip_norm=0.0)
+    experiment = replace(experiment, train=replace(experiment.train, holdout=0.3), optim=unclipped)
+    space = SearchSpace(schedules=("cosine",), lr_factors=(1.0, 1e7), lr_points=2)
+    options = tune.Options(plan=Plan(space, search="grid", stop_early=False), trials=2)
+    sweep = tune.run(experiment, options)
+    assert tune.run(experiment, options).path == sweep.path  # again: nothing is left to do
+    return sweep
+
+
+def by_state(sweep: Sweep) -> dict[str, list[Trial]]:
+    """Trials by how they ended."""
+    found = read_trials(sweep)
+    return {state: [trial for trial in found if trial.state == state] for state in {trial.state for trial in found}}
+
+
+def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(small_sweep):
+    states = by_state(small_sweep)
+    (failed,), (finished,) = states[FAILED], states[FINISHED]
+    assert "is not finite" in failed.reason and "patient" in failed.reason
+    assert [row["epoch"] for row in finished.record] == [1, 2]
+
+
+def test_best_json_trains_the_winner_again(small_sweep, tmp_path):
+    best = from_json(filesystem.read_json(filesystem.join(small_sweep.path, "best.json")))
+    again = train.run(replace(best, runs=str(tmp_path), tracking=TrackingConfig(wandb="off")), train.Options(launcher="plain"))
+    table = tabulate(small_sweep)
+    scores = [row[METRIC] for row in run_directory.read_record(again)]
+    assert max(scores) == pytest.approx(table.loc[0, f"best {METRIC}"], abs=0.005)
+
+
+def test_each_trial_is_a_run_of_the_dashboard_grouped_without_a_click(small_sweep):
+    for trial in by_state(small_sweep)[FINISHED]:
+        records = tracked(Path(trial.run.path))
+        said = said_of_run(records)
+        assert said["run_group"] == small_sweep.name and said["job_type"] == "trial"
+        assert trial.values["schedule.kind"] in said["tags"]
+        assert "schedule.kind" in json.dumps(said["config"])
+        rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+        assert [row["epoch"] for row in rows] == [1, 2] and METRIC in rows[0]
+
+
+def test_the_sweeps_own_run_has_the_table_and_the_page(small_sweep):
+    records = tracked(Path(small_sweep.path))
+    said = said_of_run(records)
+    assert said["run_group"] == small_sweep.name and said["job_type"] == "sweep"
+    item = next(record["history"]["item"] for record in records if record["type"] == "history")
+    assert "trials" in json.dumps(item) and "page" in json.dumps(item)
+    assert list(Path(small_sweep.path).glob("wandb/offline-run-*/files/media/html/*.html"))
+
+
+class SweepJob(Job):
+    """`jobs/tune.py` as a process of its own: 8 trials of up to 9 epochs, 4 schedules."""
+
+    trials, epochs = 8, 9
+
+    def __init__(self, shards: str, folder: Path):
+        self.runs, self.mark = folder, uuid.uuid4().hex
+        command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "quick", "--data", shards, "--runs", str(folder)]
+        command += ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8", "--train.holdout", "0.25"]
+        command += ["--train.epochs", str(self.epochs), "--trials", str(self.trials), "--optim.ema-decay", "0"]
+        # Without batch statistics so few images learn steadily, and what is behind at a rung is behind at the end.
+        command += ["--model.norm", "group", "--optim.lr", "0.001", "--space.lr-factors", "0.003", "0.3"]
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=600)
+        assert self.process.returncode == 0, output[-3000:]
+        return output
+
+    def sweep(self) -> Sweep:
+        """The sweep, once it is there."""
+        path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / DESCRIPTION).exists()), None))
+        return find_sweep(str(path))
+
+    def num_epochs(self) -> int:
+        return sum(self.records().values())
+
+    def num_ended(self) -> int:
+        """Trials that came to an end of any kind."""
+        return sum(bool(trial.state) for trial in read_trials(self.sweep()))
+
+    def records(self) -> dict[str, int]:
+        """Epochs recorded, by trial."""
+        return {trial.run.name: len(trial.record) for trial in read_trials(self.sweep())}
+
+
+@pytest.fixture(scope="module")
+def more_shards(tmp_path_factory) -> str:
+    """30 patients, so that a trial's score means something."""
+    folder = tmp_path_factory.mktemp("more")
+    write_phantom(str(folder / "tree"), patients=30, scale=0.25, workers=2)
+    experiment = tiny_experiment(source=str(folder / "tree"), out=str(folder / "shards"))
+    preprocess.run(experiment, preprocess.Options(launcher="plain"))
+    return str(folder / "shards")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_winner(more_shards, tmp_path, fault_table):
+    whole = SweepJob(more_shards, tmp_path / "whole")
+    began = time.monotonic()
+    said = whole.finish()
+    assert time.monotonic() - began < 600
+    undisturbed = tabulate(whole.sweep())
+    print(said[said.index("rank") :])
+    trained, planned = epochs_saved(whole.sweep(), undisturbed)
+    assert trained <= 0.6 * planned and len(undisturbed) == 8
+    assert undisturbed["schedule.kind"].nunique() == 4
+
+    first = SweepJob(more_shards, tmp_path / "killed")
+    half = trained // 2
+    wait_for(lambda: first.num_epochs() >= half, first.process, seconds=300)
+    first.process.kill()
+    first.process.wait()
+    time.sleep(3)  # its workers end within two seconds
+    ended = {trial.run.path: trial.record for trial in read_trials(first.sweep()) if trial.state}
+    before, started = first.num_epochs(), time.monotonic()
+    second = SweepJob(more_shards, tmp_path / "killed")
+    wait_for(lambda: second.num_epochs() > before, second.process, seconds=300)
+    fault_table("a sweep's driver killed, command given again", None, time.monotonic() - started)
+    kill_one_worker(second)
+    second.finish()
+    resumed = tabulate(second.sweep())
+    assert len(resumed) == 8 and set(resumed["state"]) <= {FINISHED, STOPPED}
+    for trial in read_trials(second.sweep()):
+        assert [row["epoch"] for row in trial.record] == list(range(1, len(trial.record) + 1))
+        assert ended.get(trial.run.path, trial.record) == trial.record  # what had ended was not run again
+        assert tracked(Path(trial.run.path))
+    score = f"best {METRIC}"
+    assert resumed.loc[0, score] >= undisturbed.loc[0, score] - 0.01
+
+
+def kill_one_worker(job: SweepJob) -> None:
+    """Kill a worker of one trial, wait for the next one in its place, and assert that no other trial's has gone for it."""
+    before = wait_for(lambda: job.pids("RayTrainWorker"), job.process, seconds=200)
+    ended = job.num_ended()
+    os.kill(min(before), signal.SIGKILL)
+    wait_for(lambda: job.pids("RayTrainWorker") - before, job.process, seconds=200)
+    others = before - {min(before)}
+    assert others <= job.pids("RayTrainWorker") or job.num_ended() > ended  # a trial that comes to its end may

@@ -1,0 +1,312 @@
+"""The report's promises: one file without network, honest about synthetic hearts, and whole with whatever is there."""
+
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas
+import pyarrow
+import pytest
+
+from heartseg.config import recipes
+from heartseg.config.experiment import identity, to_json
+from heartseg.errors import UserError
+from heartseg.evaluation import scoring
+from heartseg.labels import CLASS_COLOURS, ENDO, LA, MYO
+from heartseg.metrics.cardiac_indices import INDICES
+from heartseg.metrics.segmentation import DISTANCES, SCORES
+from heartseg.reporting import contours, plots, published_results, report
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from helpers.pages import Reader, look_at
+
+SIDE = 48
+
+
+def fake_mask(shift: int = 0) -> np.ndarray:
+    """A ventricle in its wall above an atrium, uint8 [SIDE,SIDE]."""
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[6:28, 12 + shift : 34 + shift] = MYO
+    mask[10:28, 16 + shift : 30 + shift] = ENDO
+    mask[28:42, 16 + shift : 32 + shift] = LA
+    return mask
+
+
+def write_samples(run: str, name: str, epoch: int, shift: int) -> None:
+    """Two samples as training keeps them."""
+    image = np.random.default_rng(0).integers(0, 255, (2, SIDE, SIDE), dtype=np.uint8)
+    masks, predictions = np.stack([fake_mask()] * 2), np.stack([fake_mask(shift)] * 2)
+    buffer = io.BytesIO()
+    names = np.array(["patient0001 2CH ED", "patient0002 4CH ES"])
+    np.savez(buffer, images=image, masks=masks, predictions=predictions, names=names, epoch=np.array(epoch))
+    filesystem.publish(filesystem.join(run, "samples", f"{name}.npz"), buffer.getvalue())
+
+
+def write_run(run: str, recipe: str = "quick", dataset: str = "CAMUS", epochs: int = 3, samples: bool = True) -> None:
+    """A run's folder with groups train and val."""
+    experiment = recipes.RECIPES[recipe]()
+    description = {
+        "identity": identity(experiment), "data_fingerprint": "f" * 64, "experiment": to_json(experiment),
+        "dataset": dataset, "split": {"kind": "official"},
+        "groups": {"train": {"patients": 8, "images": 32}, "val": {"patients": 5, "images": 20}},
+        "source_sha256": "a" * 64, "code": "git 0123abcd", "wandb_id": "wandb0123456",
+    }  # fmt: skip
+    filesystem.publish_json(filesystem.join(run, run_directory.DESCRIPTION), description)
+    record = []
+    for epoch in range(1, epochs + 1):
+        scores = {f"{g}/{s}": 1 - 0.5 / epoch for g in ("train", "val") for s in ("loss", *SCORES)}
+        record.append({"epoch": epoch, "lr": 0.01 / epoch, "seconds": 1.0, "images_per_s": 9.0, **scores})
+    run_directory.write_record(run, record)
+    if samples:
+        write_samples(run, "first", 1, 4)
+        write_samples(run, "last", epochs, 1)
+
+
+def write_evaluation(
+    evaluation: str, group: str = "val", patient: str = "patient{:04d}", quality: bool = True, with_ef: int = 4
+) -> None:
+    """An evaluation of 20 images of 5 patients; one score has no value, one image has no atrium, `with_ef` patients an EF."""
+    rng = np.random.default_rng(0)
+    rows = pandas.DataFrame({score: rng.uniform(0.7, 0.95, 20).round(4) for score in SCORES})
+    rows = rows.assign(**{distance: rng.uniform(1, 9, 20).round(4) for distance in DISTANCES})
+    rows["patient"] = [patient.format(1 + i // 4) for i in range(20)]
+    rows["confidence"], rows["implausible"] = rng.uniform(0.7, 0.95, 20), ["the cavity is missing"] + [""] * 19
+    rows["view"], rows["phase"] = ["2CH", "2CH", "4CH", "4CH"] * 5, ["ED", "ES"] * 10
+    rows["quality"] = ["Good", "Good", "Poor", None] * 5 if quality else None
+    rows.loc[7, "dice"], rows.loc[7, "dice_la"], rows["iou_la"] = 0.1234, np.nan, np.nan
+    images = rows.assign(confusion=[np.eye(4, dtype=int).ravel().tolist()] * 20)
+    reason = [""] * with_ef + ["no 2CH ES mask"] * (5 - with_ef)
+    indices = {f"{n}_{k}": rng.uniform(30, 70, 5).round(3) for n in INDICES for k in ("prediction", "truth")}
+    patients = pandas.DataFrame({"patient": rows["patient"].unique(), "ef_reference": None, "ef_convention": None, **indices})
+    patients = patients.assign(reason_prediction=reason, reason_truth="")
+    patients.loc[with_ef:, [f"{name}_prediction" for name in INDICES]] = np.nan
+    for name, table in ((scoring.IMAGES, rows), (scoring.PATIENTS, patients)):
+        filesystem.write_table(filesystem.join(evaluation, name), pyarrow.Table.from_pandas(table, preserve_index=False))
+    missing = {"patient": "patient0009", "view": "2CH", "phase": "ED", "file": "f", "reason": "the gzip is cut off"}
+    summary = scoring.summarise(images, patients, [missing])
+    summary |= {"group": group, "checkpoint": "checkpoints/epoch_0003", "epoch": 3, "which": "last", "seconds": 1.5}
+    filesystem.publish_json(filesystem.join(evaluation, scoring.SUMMARY), summary)
+
+
+def make_page(folder: str, evaluation_options: dict | None = None, **options) -> str:
+    """Writes inputs and returns the report's text; `options` are those of `write_run`."""
+    run, evaluation = filesystem.join(folder, "run"), filesystem.join(folder, "run", "evaluation-val")
+    write_run(run, **options)
+    write_evaluation(evaluation, **(evaluation_options or {}))
+    path = report.write_report(evaluation, run)
+    assert path == filesystem.join(evaluation, "report.html")
+    return filesystem.read_bytes(path).decode()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """`make_page`, once for the same options: most tests read the same page."""
+    made = {}
+
+    def make(**options) -> str:
+        key = json.dumps(options, sort_keys=True)
+        if key not in made:
+            made[key] = make_page(str(tmp_path_factory.mktemp("report")), **options)
+        return made[key]
+
+    return make
+
+
+def test_report_is_one_file_without_network(page):
+    text = page()
+    tags = Reader(text).tags
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "embed", "base")]
+    links = {a.get(key) for _, a in tags for key in ("src", "href", "xlink:href", "srcset") if a.get(key)}
+    outside = {link for link in links if not link.startswith(("#", "data:image/png;base64,"))}
+    assert outside == {"https://doi.org/10.1109/TMI.2019.2900516"}  # the citation, a plain link
+    assert not re.search(r"url\((?!['\"]?#)|@import", text)
+
+
+def test_identifiers_on_the_page_are_unique_and_references_lead_somewhere(page):
+    text = page()
+    tags = Reader(text).tags
+    names = [a["id"] for _, a in tags if "id" in a]
+    assert len(names) == len(set(names))
+    wanted = set(re.findall(r"url\(#([^)]+)\)", text)) | {a["href"][1:] for _, a in tags if a.get("href", "").startswith("#")}
+    assert wanted <= set(names)
+
+
+def test_screen_readers_get_text_for_every_picture_and_scope_for_every_header(page):
+    tags = Reader(page()).tags
+    assert all(a.get("alt") for tag, a in tags if tag == "img")
+    assert all(a.get("scope") in ("row", "col") for tag, a in tags if tag == "th")
+    assert sum(a.get("role") == "img" and bool(a.get("aria-label")) for _, a in tags) == sum(t == "svg" for t, _ in tags) == 9
+    assert {"header", "nav", "main", "footer"} <= {tag for tag, _ in tags}
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_research_use_is_always_stated(page):
+    assert "Research use only, not a medical device." in Reader(page(dataset="other")).words
+
+
+def test_phantom_scores_are_never_presented_as_accuracy(page):
+    words = Reader(page(dataset="phantom")).words
+    assert "they say nothing about accuracy on patients" in words
+    assert words.index("nothing about accuracy on patients") < words.index("Mean Dice of cavity")
+    assert "Overlap with the synthetic truth" in words
+    assert "10.1109/TMI.2019.2900516" not in words
+    assert words.startswith("Synthetic hearts: ")  # the tab's title, which is what a bookmark keeps
+
+
+def test_camus_is_cited_with_its_terms_and_patients_are_not_called_synthetic(page):
+    words = Reader(page()).words
+    assert "38(9), 2198–2210, 2019" in words
+    assert "CC BY-NC-SA 4.0" in words
+    assert "ynthetic" not in words
+
+
+def test_scores_are_shown_as_they_were_summarised(page, tmp_path):
+    words = Reader(page()).words
+    write_evaluation(str(tmp_path))
+    summary = filesystem.read_json(str(tmp_path / scoring.SUMMARY))
+    for name, score in summary["scores"].items():
+        if name in SCORES and score["mean"] is not None:
+            row = f"{report.SCORE_TITLES[name]}{score['mean']:.3f}{score['low']:.3f} to {score['high']:.3f}"
+            assert row + f"{summary['pooled'][name]:.3f}" in words
+    assert "IoU, left atrium––1.000" in words
+    assert all(f"By {title}" in words for title in ("phase", "view", "image quality"))
+
+
+def test_images_of_lowest_dice_come_lowest_first_and_ten_at_most(page):
+    text = page()
+    rows = re.findall(r'<tr><th scope="row">(patient\d+)</th>(.*?)</tr>', text, flags=re.DOTALL)
+    assert len(rows) == 10
+    values = [float(re.findall(r"<td>(0\.\d{3})</td>", cells)[0]) for _, cells in rows]
+    assert values == sorted(values)
+    assert rows[0][0] == "patient0002" and values[0] == 0.123
+
+
+def test_every_score_title_names_a_score():
+    assert set(report.SCORE_TITLES) == set(SCORES)
+
+
+def test_configuration_and_lineage_are_complete(page):
+    words = Reader(page()).words
+    for fact in ("train.epochs", "optim.kind", "git 0123abcd", "f" * 64, "a" * 64, "kind official", "wandb0123456"):
+        assert fact in words
+    assert "8 patients, 32 images" in words
+
+
+def test_only_the_seed_recipe_lists_our_choices(page):
+    assert "Our choices" not in page(recipe="camus")
+    assert all(choice in Reader(page(recipe="seed")).words for choice in recipes.SEED_CHOICES)
+
+
+def test_missing_samples_rows_and_epochs_leave_their_sections_out(tmp_path):
+    run, evaluation = str(tmp_path / "run"), str(tmp_path / "evaluation")
+    write_run(run, epochs=1, samples=False)
+    filesystem.remove(filesystem.join(run, run_directory.RECORD))
+    write_evaluation(evaluation, quality=False)
+    filesystem.remove(filesystem.join(evaluation, scoring.IMAGES))
+    text = filesystem.read_bytes(report.write_report(evaluation, run)).decode()
+    assert not any(f'id="{section}"' in text for section in ("pictures", "curves", "lowest"))
+    assert "By image quality" not in text
+
+
+def test_one_epoch_shows_one_prediction_and_a_curve_of_points(page):
+    text = page(epochs=1)
+    assert Reader(text).words.count("Image Truth Prediction after epoch 1 ") == 2
+    assert "Loss by epoch, to epoch 1: training 0.5, validation 0.5." in text
+    lines = [plots.curve(range(n), {"train": [0.5] * n}, "Loss").axes[0].lines[0] for n in (1, 9)]
+    assert [line.get_marker() for line in lines] == ["o", "None"]  # one value has no line to show it
+
+
+def test_pictures_show_image_truth_and_both_predictions(page):
+    words = Reader(page()).words
+    assert words.count("Image Truth Prediction after epoch 1 Prediction after epoch 3") == 2
+    assert words.count("four one-class channels") == 2
+
+
+def test_missing_summary_is_named(tmp_path):
+    write_run(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"summary\.json"):
+        report.write_report(str(tmp_path / "evaluation"), str(tmp_path / "run"))
+
+
+def test_names_from_the_data_cannot_become_markup(page):
+    text = page(evaluation_options={"patient": "<script>alert({})</script>"})
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(2)" in text
+
+
+def test_same_inputs_make_the_same_bytes(page, tmp_path):
+    # The run's path is a fact of its lineage.
+    fresh = make_page(str(tmp_path))
+    assert re.sub(r"/[^<]*/run<", "<", fresh) == re.sub(r"/[^<]*/run<", "<", page())
+
+
+def test_overlay_draws_each_rim_in_its_colour_and_leaves_the_rest_alone():
+    image = np.full((SIDE, SIDE), 77, np.uint8)
+    mask = fake_mask()
+    drawn = contours.overlay(image, mask)
+    assert drawn.shape == (SIDE, SIDE, 3) and drawn.dtype == np.uint8
+    for label, (row, col) in {ENDO: (10, 20), MYO: (6, 20), LA: (41, 20)}.items():
+        colour = tuple(int(CLASS_COLOURS[label][i : i + 2], 16) for i in (1, 3, 5))
+        assert tuple(drawn[row, col]) == colour
+    assert (drawn[18, 23] == 77).all() and (drawn[0, 0] == 77).all() and (drawn[5, 20] == 77).all()
+
+
+def test_border_of_two_structures_is_drawn_once_and_thick_contours_keep_its_colour():
+    mask = np.repeat(np.array([0, 0, MYO, MYO, MYO, MYO, ENDO, ENDO, ENDO, ENDO], np.uint8)[None], 3, axis=0)
+    assert contours.contours(mask)[1].tolist() == [0, 0, MYO, 0, 0, 0, ENDO, 0, 0, 0]
+    assert contours.thicken(contours.contours(mask))[1].tolist() == [0, MYO, MYO, MYO, 0, ENDO, ENDO, ENDO, 0, 0]
+
+
+def test_channels_show_each_pixel_in_exactly_one_class():
+    lit = [np.any(picture != contours.CHANNEL_OFF, axis=2) for picture in contours.channels(fake_mask())]
+    assert (np.sum(lit, axis=0) == 1).all()
+
+
+def test_figures_save_as_png():
+    figure = plots.curve([1], {"train": [0.5]}, "Loss")
+    assert plots.save_png(figure).startswith(b"\x89PNG")
+
+
+def test_what_was_not_scored_is_listed_with_its_reason(page):
+    assert "patient0009 2CH EDthe gzip is cut off" in Reader(page()).words
+
+
+def test_camus_stands_beside_the_published_rows_and_other_data_do_not(page):
+    words = Reader(page()).words
+    assert "This model, val group" in words
+    for row in (*published_results.CHALLENGE, *published_results.OFFICIAL_SPLIT, *published_results.CLINICAL):
+        assert row["name"].replace("'", "'") in words
+    assert "0.936 / 0.912" in words and "0.845, 0.1, 7.3" in words
+    assert not any('id="published"' in page(dataset=other) for other in ("phantom", "other"))
+
+
+def test_clinical_agreement_is_shown_with_its_convention_and_what_could_not_be_had(page, tmp_path):
+    words = Reader(page()).words
+    write_evaluation(str(tmp_path))
+    ef = filesystem.read_json(str(tmp_path / scoring.SUMMARY))["clinical"]["agreement"]["ef_camus"]
+    assert f"EF, one disk height (camus), %4{ef['r']:.3f}{ef['bias']:.1f}" in words
+    assert "patient0005: no 2CH ES mask" in words
+
+
+def test_too_few_patients_for_agreement_still_say_why_they_have_no_ejection_fraction(page):
+    few = Reader(page(evaluation_options={"with_ef": 2}))
+    assert "patient0003: no 2CH ES mask" in few.words and "Fewer than three patients" in few.words
+    assert "limits of agreement" not in few.words and "EF, mean absolute error" not in few.words
+
+
+def test_warnings_are_told_with_how_much_they_are_worth(page):
+    words = Reader(page()).words
+    assert "1 of 20 masks cannot be a whole left heart" in words
+    assert "a Spearman correlation of" in words and "with an AUC of" in words
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look with")
+@pytest.mark.parametrize("width", [420, 1280])
+def test_a_browser_shows_the_page_in_light_and_in_dark(page, tmp_path, width):
+    (tmp_path / "report.html").write_text(page())
+    look_at(tmp_path / "report.html", tmp_path, width)

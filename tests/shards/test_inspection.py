@@ -1,0 +1,270 @@
+"""Inspection tells what shards hold, exactly, and names every file that is not what was written."""
+
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heartseg.config.experiment import ImageConfig, SplitConfig
+from heartseg.datasets import camus
+from heartseg.errors import UserError
+from heartseg.shards import inspection, reader, reuse, writer
+from heartseg.storage import filesystem
+from helpers.experiments import ROOT
+from jobs import inspect_shards
+
+GRID = ImageConfig(height=48, width=40)
+PARTS = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+FILES = [*PARTS, writer.MANIFEST, writer.SPLITS]
+
+
+@pytest.fixture(scope="module")
+def written(phantom, tmp_path_factory) -> str:
+    """Shards of six phantom patients in three parts; one of them has a still in quarantine."""
+    out = str(tmp_path_factory.mktemp("inspected"))
+    source = shutil.copytree(phantom, str(tmp_path_factory.mktemp("source") / "tree"))
+    patients = camus.find_patients(source)[:6]
+    os.remove(camus.recording_path(source, patients[0], "2CH", "ES"))
+    chunks = [patients[start : start + 2] for start in (0, 2, 4)]
+    parts = [writer.write_part(source, out, name, chunk, GRID) for name, chunk in zip(PARTS, chunks, strict=True)]
+    manifest = writer.write_manifest(out, "phantom", GRID, parts)
+    writer.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
+    return out
+
+
+@pytest.fixture
+def copied(written, tmp_path) -> str:
+    return shutil.copytree(written, str(tmp_path / "shards"))
+
+
+def look(path: str) -> tuple[reader.Shards, inspection.Survey]:
+    opened = reader.open_shards(path)
+    return opened, inspection.look(opened)[0]
+
+
+def damaged(path: str) -> list[str]:
+    return sorted(damage.file for damage in inspection.find_damage(path))
+
+
+def test_numbers_equal_a_direct_computation(phantom, written):
+    opened, found = look(written)
+    frames = reader.load_groups(opened, opened.groups).values()
+    images = np.concatenate([group.images.numpy() for group in frames]) + 0.0
+    masks = np.concatenate([group.masks.numpy() for group in frames])
+    assert found.rows == len(images) == 23
+    assert found.intensity == pytest.approx(
+        {"min": images.min(), "max": images.max(), "mean": images.mean(), "std": images.std()}, rel=1e-12
+    )
+    np.testing.assert_allclose(found.class_shares, [(masks == label).mean() for label in range(4)])
+    assert found.stills == {"2CH ED": 6, "2CH ES": 5, "4CH ED": 6, "4CH ES": 6}
+    infos = {patient: camus.read_info(phantom, patient, "2CH") for patient in opened.manifest["patients"]}
+    assert found.ef == {patient: info.ef for patient, info in infos.items()}
+    quality = [camus.read_info(phantom, row["patient"], row["view"]).quality for row in rows_of(opened)]
+    assert found.quality == {kind: quality.count(kind) for kind in set(quality)}
+
+
+def rows_of(opened: reader.Shards) -> list[dict]:
+    return [row for part in opened.manifest["parts"] for row in reader.read_part(opened, part).to_pylist()]
+
+
+def test_ejection_fractions_fall_into_their_bins_and_every_patient_into_one():
+    found = inspection.Survey(ef={"a": 29.9, "b": 30.0, "c": 55.5, "d": None, "e": 70.0, "f": 99.0})
+    assert found.ef_counts == {
+        "below 30": 1, "30 to 40": 1, "40 to 50": 0, "50 to 60": 1, "60 to 70": 0, "70 and above": 2, "not known": 1,
+    }  # fmt: skip
+
+
+def test_groups_and_patients_in_none_are_counted(copied):
+    split = filesystem.read_json(os.path.join(copied, writer.SPLITS))
+    left = split["groups"]["test"].pop()
+    filesystem.publish_json(os.path.join(copied, writer.SPLITS), split)
+    opened, found = look(copied)
+    _, heading, rows = inspect_shards.survey_tables(opened, found)[0]
+    rows_left = opened.manifest["patients"][left]["rows"]
+    assert heading == ("group", "patients", "images") and ("in no group", "1", str(rows_left)) in rows
+    assert sum(int(row[2]) for row in rows) == 23 and sum(int(row[1]) for row in rows) == 6
+
+
+def test_one_part_is_in_memory_at_a_time(written, monkeypatch):
+    opened, alive, most = reader.open_shards(written), [], []
+    real = reader.as_frames
+
+    def watched(table, image):
+        frames = real(table, image)
+        alive.append(weakref.ref(frames.images))
+        most.append(sum(reference() is not None for reference in alive))
+        return frames
+
+    monkeypatch.setattr(reader, "as_frames", watched)
+    _, kept = inspection.look(opened, range(23))
+    assert len(most) == 3 and max(most) <= 2 and len(kept) == 23  # the last part goes when the next one has come
+
+
+def test_whole_shards_have_no_damage(written):
+    assert damaged(written) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(file=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_one_changed_byte_in_any_file_is_found_and_named(file, where, flip, written, tmp_path_factory):
+    folder = shutil.copytree(written, str(tmp_path_factory.mktemp("flip") / "s"))
+    with open(os.path.join(folder, file), "r+b") as stream:
+        raw = bytearray(stream.read())
+        raw[int(where * len(raw))] ^= flip
+        stream.seek(0)
+        stream.write(raw)
+    found = damaged(folder)
+    assert file in found
+    # A changed manifest may blame a part for what it says of it; nothing else is blamed for what it is not.
+    assert found == [file] or file == writer.MANIFEST
+
+
+def test_every_byte_of_the_manifest_and_the_split_counts(written, tmp_path):
+    for name in (writer.MANIFEST, writer.SPLITS):
+        with open(os.path.join(written, name), "rb") as stream:
+            raw = stream.read()
+        for position in range(0, len(raw), 7):
+            changed = raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :]
+            (tmp_path / name).write_bytes(changed)
+            assert inspection.seal_damage(str(tmp_path / name)), (name, position)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"), [(writer.SPLITS, b'"seed": 0', b'"seed": 1'), (writer.MANIFEST, b"{\n", b"{ ")]
+)
+def test_a_change_that_reads_as_well_is_named_all_the_same(file, old, new, copied):
+    path = os.path.join(copied, file)
+    raw = filesystem.read_bytes(path)
+    assert old in raw
+    filesystem.publish(path, raw.replace(old, new, 1))
+    assert reader.open_shards(copied) and damaged(copied) == [file]
+
+
+def test_every_damaged_part_is_named_and_not_only_the_first(copied):
+    os.truncate(os.path.join(copied, PARTS[0]), 100)
+    os.remove(os.path.join(copied, PARTS[1]))
+    shutil.copy(os.path.join(copied, PARTS[2]), os.path.join(copied, "part-00009.parquet"))
+    os.remove(os.path.join(copied, writer.SPLITS))
+    assert damaged(copied) == [PARTS[0], PARTS[1], "part-00009.parquet", writer.SPLITS]
+
+
+def rewrite(folder: str, change) -> None:
+    """Change the first part's table, and seal the manifest anew with its hash: what only a look at the rows shows."""
+    path, manifest_path = os.path.join(folder, PARTS[0]), os.path.join(folder, writer.MANIFEST)
+    num_bytes, digest = filesystem.write_table(path, change(filesystem.read_table(filesystem.read_bytes(path))))
+    manifest = filesystem.read_json(manifest_path)
+    manifest["parts"][0] |= {"bytes": num_bytes, "sha256": digest}
+    filesystem.publish_json(manifest_path, reuse.sealed(manifest))
+
+
+def with_column(table: pa.Table, name: str, change) -> pa.Table:
+    values = table[name].to_pylist()
+    values[1] = change(values[1])
+    return table.set_column(
+        table.column_names.index(name), table.schema.field(name), pa.array(values, table.schema.field(name).type)
+    )
+
+
+ROW_DAMAGE = {
+    "label 7": (lambda t: with_column(t, "mask", lambda raw: b"\7" + raw[1:]), "row 1 has labels above 3"),
+    "native mask cut off": (lambda t: with_column(t, "native_mask", lambda raw: raw[:9]), "rows that the manifest tells of"),
+    "native shape": (lambda t: with_column(t, "native_shape", lambda _: [3, 3]), "rows that the manifest tells of"),
+    "spacing": (lambda t: with_column(t, "spacing_mm", lambda _: [0.0, 1.0]), "row 1 has a spacing"),
+    "no mask": (lambda t: t.drop_columns(["mask"]), "the columns are others"),
+    "a row less": (lambda t: t.slice(1), "6 rows in place of 7"),
+    "a stranger": (lambda t: with_column(t, "patient", lambda _: "patient9999"), "patient9999 is not in the manifest"),
+}
+
+
+@pytest.mark.parametrize("kind", ROW_DAMAGE)
+def test_rows_that_are_no_rows_are_found_although_the_hash_is_right(kind, copied):
+    change, reason = ROW_DAMAGE[kind]
+    rewrite(copied, lambda table: table)
+    assert damaged(copied) == []
+    rewrite(copied, change)
+    (found,) = inspection.find_damage(copied)
+    assert found.file == PARTS[0] and reason in found.reason
+
+
+def test_a_split_that_contradicts_the_manifest_is_named(copied):
+    path = os.path.join(copied, writer.SPLITS)
+    split = filesystem.read_json(path)
+    split["groups"]["test"].append("patient9999")
+    filesystem.publish_json(path, reuse.sealed(split))
+    (found,) = inspection.find_damage(copied)
+    assert found.file == writer.SPLITS and "patient9999" in found.reason
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "jobs" / "inspect_shards.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+
+
+def test_the_job_exits_with_2_and_names_what_is_damaged(copied):
+    for part in PARTS[1:]:
+        os.truncate(os.path.join(copied, part), 100)
+    done = run_job("--data", copied, "--verify")
+    assert done.returncode == 2 and f"2 damaged files: {PARTS[1]}, {PARTS[2]}" in done.stderr
+    assert "Traceback" not in done.stderr and f"damaged  {PARTS[1]}: " in done.stdout
+
+
+def test_the_page_and_the_sheet_show_the_drawn_images_and_the_seed_draws_them_again(written, tmp_path, capsys):
+    outs = [str(tmp_path / name) for name in "abc"]
+    for out, seed in zip(outs, (0, 0, 1), strict=True):
+        inspect_shards.run(inspect_shards.Options(written, out, verify=True, images=5, seed=seed))
+    sheets = [filesystem.read_bytes(os.path.join(out, inspect_shards.SHEET)) for out in outs]
+    assert sheets[0][:8] == b"\x89PNG\r\n\x1a\n" and sheets[0] == sheets[1] != sheets[2]
+    page = filesystem.read_bytes(os.path.join(outs[0], inspect_shards.PAGE)).decode()
+    assert "http" not in page.replace("http-equiv", "") and page.count("<img") == 1 and "5 images drawn" in page
+    assert "_2CH_ES.nii.gz" in page  # what is in quarantine
+    said = capsys.readouterr().out
+    assert "23 images of 6 patients" in said and "is whole" in said and "Left atrium" in said
+
+
+def test_nothing_is_written_where_no_folder_is_given(written):
+    before = sorted(os.listdir(written))
+    assert inspect_shards.run(inspect_shards.Options(written)) is None
+    assert sorted(os.listdir(written)) == before
+
+
+def test_drawn_rows_are_the_rows_at_their_positions(written):
+    opened = reader.open_shards(written)
+    picked = inspection.pick(23, 6, seed=3)
+    assert len(set(picked)) == 6 and inspection.pick(23, 99, seed=3) == list(range(23))
+    _, kept = inspection.look(opened, picked)
+    for place, row in zip(picked, kept, strict=True):
+        expected = rows_of(opened)[place]
+        assert (row["patient"], row["view"], row["phase"]) == (expected["patient"], expected["view"], expected["phase"])
+        assert row["image"].flags.owndata and row["mask"].flags.owndata  # a view would keep its part in memory
+        assert row["image"].tobytes() == expected["image"] and row["mask"].tobytes() == expected["mask"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--data is missing"),
+        (["--data", "/nowhere"], "holds no finished shards"),
+        (["--data", "/nowhere", "--verify"], "holds no finished shards"),
+        (["--data", "/nowhere", "--images", "0"], "--images must be"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_it(arguments, said, monkeypatch):
+    monkeypatch.delenv("HEARTSEG_DATA", raising=False)
+    with pytest.raises(UserError, match=said):
+        inspect_shards.job(arguments)
+
+
+def test_help_tells_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        inspect_shards.job(["--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(
+        f"--{name.replace('_', '-')}" in said for name in inspect_shards.Options.__annotations__
+    )

@@ -1,0 +1,87 @@
+"""Tracking against a server on loopback that wandb's own client talks to: every epoch is one row, live, offline and killed."""
+
+import pytest
+
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from helpers.tracked_runs import EPOCHS, assert_same, finish, kept_rows, kill_after, start, sync, the_run, without_key
+from helpers.wandb_server import KEY, serving
+
+
+@pytest.fixture(scope="module")
+def online(shards, tmp_path_factory):
+    """A training that is killed when the server has its first row, and resumed: the server, the run, what was said."""
+    folder = tmp_path_factory.mktemp("online") / "runs"
+    with serving() as server:
+        process = start(shards, folder, **server.environment())
+        kill_after(lambda: any(run.rows() for run in server.runs.values()), process)
+        epochs_when_killed = len(run_directory.read_record(str(the_run(folder))))
+        said = finish(start(shards, folder, **server.environment()), folder)
+        yield server, the_run(folder), said, epochs_when_killed
+
+
+def test_rows_arrive_while_a_run_trains(online):
+    server, _, _, epochs_when_killed = online
+    # The fixture saw a row while the process lived, and killed it before its last epoch.
+    assert 1 <= epochs_when_killed < EPOCHS
+    (sent,) = server.runs.values()
+    assert max(sent.arrivals.values()) - sent.arrivals[0] > 1
+
+
+def test_an_online_run_has_its_id_its_configuration_and_every_epoch_once_also_when_killed_and_resumed(online):
+    server, run, _, _ = online
+    ((name, sent),) = server.runs.items()
+    assert name == filesystem.read_json(str(run / "experiment.json"))["wandb_id"]
+    assert sent.config["train.epochs"] == EPOCHS and sent.config["optim.lr"] > 0 and "data_fingerprint" in sent.config
+    assert {"test/dice", "train/loss", "lr", "overlays"} <= set(sent.rows()[0])
+    assert_same(sent.rows(), run_directory.read_record(str(run)))
+    assert sent.exit_code == 0 and any(name.startswith("media/images/") for name in sent.uploads)
+
+
+def test_the_best_checkpoint_is_sent_as_one_artifact_with_its_lineage(online):
+    server, run, _, _ = online
+    ((name, artifact),) = server.artifacts.items()
+    assert name == filesystem.read_json(str(run / "experiment.json"))["wandb_id"] + "-model"
+    assert artifact["metadata"]["data_fingerprint"] == filesystem.read_json(str(run / "experiment.json"))["data_fingerprint"]
+    assert artifact["files"] == {"checkpoint.json", "model.safetensors"} and artifact["is_committed"]
+
+
+def test_a_key_is_in_no_file_of_a_run_and_in_no_log(online):
+    _, run, said, _ = online
+    assert KEY not in said and without_key(run)
+
+
+def test_nothing_but_the_run_is_sent(online):
+    # wandb's reports on itself also hold a process for 10 s at its exit where the server is silent.
+    assert {path.split("/")[1] for path in online[0].paths} == {"graphql", "files", "upload", "artifact"}
+
+
+@pytest.fixture(scope="module")
+def offline(shards, tmp_path_factory):
+    """A training that is killed offline in mid-run, and resumed: the run and what was said."""
+    folder = tmp_path_factory.mktemp("offline") / "runs"
+    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
+    process = start(shards, folder, 4, **environment)
+    kill_after(lambda: folder.exists() and len(run_directory.read_record(str(the_run(folder)))) >= 2, process)
+    said = finish(start(shards, folder, 4, **environment), folder)
+    return the_run(folder), said
+
+
+def test_offline_fragments_of_a_killed_run_hold_every_epoch_once(offline):
+    run, said = offline
+    first, second = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    # Rows reach the disk each second: the kill has cost some of the first fragment, and the second makes them good.
+    assert_same(kept_rows(first) + kept_rows(second), run_directory.read_record(str(run)))
+    assert KEY not in said and without_key(run)
+
+
+def test_the_command_of_the_readme_sends_the_fragments_as_one_run_without_gap_or_double(offline):
+    run, _ = offline
+    with serving() as server:
+        for _ in range(2):  # the second time changes nothing
+            sync(server, *map(str, sorted(run.glob("wandb/offline-run-*"))))
+        (name,) = server.runs
+        assert name == filesystem.read_json(str(run / "experiment.json"))["wandb_id"]
+        assert_same(server.runs[name].rows(), run_directory.read_record(str(run)))
+        assert [row["_step"] for row in server.runs[name].rows()] == list(range(4))
+        assert server.artifacts[f"{name}-model"]["is_committed"]
