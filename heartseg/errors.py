@@ -5,40 +5,40 @@ import errno
 import os
 from collections.abc import Iterator
 
-# A full disk, a used-up quota, a read-only or forbidden folder: the user's to mend, and no fault of ours.
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+# A full disk, a used-up quota, a read-only or forbidden folder: the user can fix these; they are no bug of ours.
+USER_FIXABLE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message is one sentence that names the thing and says how."""
+    """Something that the user can fix; the message is one line: what is wrong, with its value, and what to do."""
 
 
 class StorageError(UserError):
-    """An object store that cannot be reached or that refuses; unlike a mistake, it may work at the next try."""
+    """An object store that cannot be reached or that refuses; unlike a user's mistake, the next attempt may succeed."""
 
 
 class OutOfMemory(UserError):
     """Memory ran out on one rank; the other ranks do not know."""
 
 
-def say_refused(error: OSError, path: str) -> str:
-    """The sentence for a disk that is full or a storage that refuses a write."""
+def format_write_error(error: OSError, path: str) -> str:
+    """The one-line message for a full disk or a storage that refuses a write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return f"{path} cannot be written ({reason}): make room or give another folder, then the same command goes on."
 
 
 @contextlib.contextmanager
-def refusals_told(path: str = "A file") -> Iterator[None]:
-    """Make an OSError that is one of REFUSALS a UserError that names its file, or `path` where it has none; others pass."""
+def io_errors_as_user_errors(path: str = "A file") -> Iterator[None]:
+    """Turn an OSError of USER_FIXABLE_ERRNOS into a UserError that names its file, or `path` if it has none."""
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in USER_FIXABLE_ERRNOS:
             raise
-        raise UserError(say_refused(error, error.filename or path)) from error
+        raise UserError(format_write_error(error, error.filename or path)) from error
 
 
-def require(condition: bool, sentence: str) -> None:
-    """Raise UserError with a sentence where a condition does not hold."""
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with a message unless a condition holds."""
     if not condition:
-        raise UserError(sentence)
+        raise UserError(message)

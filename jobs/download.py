@@ -57,7 +57,7 @@ class Options:
 
 def run(options: Options) -> str:
     """Fetch what is not there yet; returns the folder. Raises UserError that names the patients that did not arrive."""
-    out = command_line.absolute(command_line.require(options.out, "--out", "a local folder"), "out")
+    out = command_line.absolute(command_line.require_flag(options.out, "--out", "a local folder"), "out")
     if filesystem.is_uri(out):
         raise UserError(f"--out {out} is no local folder: download to one, preprocess.py writes shards anywhere.")
     if options.tries < 1 or options.wait_s < 0 or options.timeout_s <= 0:

@@ -37,7 +37,7 @@ def run(options: Options) -> str:
     if options.pool:
         others = (options.checkpoint, options.data, options.truth, options.predictions, options.ensemble)
         require(not any(others), "--pool takes finished evaluations and --out, and nothing else.")
-        out = command_line.absolute(command_line.require(options.out, "--out", "a folder for the pooled scores"), "out")
+        out = command_line.absolute(command_line.require_flag(options.out, "--out", "a folder for the pooled scores"), "out")
         summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
         write_report(out)
         print(f"{told(summary)}\n{scoring.table_text(summary)}")
@@ -142,7 +142,7 @@ class PredictTasks(Predict):
     def __init__(self, plan: Plan, tasks: list[list[str]], cores: int):
         import torch
 
-        command_line.show_log()
+        command_line.configure_logging()
         torch.set_num_threads(cores)
         super().__init__(plan)
         self.tasks = tasks

@@ -70,8 +70,10 @@ class Portable(nn.Module):
 
 def run(options: Options) -> str:
     """Write a checkpoint's two files and their note; returns the folder. Nothing is written that does not do as it does."""
-    path = command_line.absolute(command_line.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
-    out = command_line.absolute(command_line.require(options.out, "--out", "the folder to write"), "out")
+    path = command_line.absolute(
+        command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint"
+    )
+    out = command_line.absolute(command_line.require_flag(options.out, "--out", "the folder to write"), "out")
     check_packages()
     segmenter = load(path, options.which, device="cpu")
     # A bf16 answer would tell the arithmetic's difference and not the export's.

@@ -40,7 +40,7 @@ class Options:
 
 def run(options: Options) -> str | None:
     """Print what the shards hold; returns the path of the page, None where none was asked for."""
-    data = command_line.require(options.data or os.environ.get("HEARTSEG_DATA", ""), "--data", "the folder of the shards")
+    data = command_line.require_flag(options.data or os.environ.get("HEARTSEG_DATA", ""), "--data", "the folder of the shards")
     path = command_line.absolute(data, "data")
     if options.images < 1 or options.seed < 0:
         raise UserError("--images must be at least 1 and --seed not negative.")

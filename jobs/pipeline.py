@@ -69,7 +69,7 @@ class StatusOptions:
 def run(experiment: Experiment, options: Options) -> str:
     """Bring every stage asked for to its end; returns the path of the report, or of what the last stage left."""
     check_installation()
-    command_line.require(
+    command_line.require_flag(
         experiment.source, "--source", "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)"
     )
     out = experiment.out or command_line.absolute("results", "out")
@@ -93,7 +93,7 @@ def run(experiment: Experiment, options: Options) -> str:
         try:
             results = carry_out(story, stages, chosen, options, cluster)
         except job_submission.JobFailed as error:
-            command_line.leave(f"{error}; the same command goes on from there.", 1)
+            command_line.exit_with_message(f"{error}; the same command goes on from there.", 1)
     last = [stage for stage in stages if stage.name in results]
     reports = [stage for stage in last if stage.job == "evaluate"]
     return filesystem.join(results[reports[-1].name].path, "report.html") if reports else results[last[-1].name].path

@@ -73,9 +73,11 @@ class Options:
 
 def run(options: Options) -> str:
     """Outline every input; returns the folder of the results. Raises UserError where nothing could be read."""
-    path = command_line.absolute(command_line.require(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint")
-    source = command_line.absolute(command_line.require(options.input, "--input", "a file or a folder"), "input")
-    out = command_line.absolute(command_line.require(options.out, "--out", "a folder for the results"), "out")
+    path = command_line.absolute(
+        command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint"
+    )
+    source = command_line.absolute(command_line.require_flag(options.input, "--input", "a file or a folder"), "input")
+    out = command_line.absolute(command_line.require_flag(options.out, "--out", "a folder for the results"), "out")
     if options.spacing_mm and not all(0 < value < 100 for value in options.spacing_mm):
         raise UserError("--spacing-mm must be two sizes of a pixel in mm, above 0: depth, then lateral.")
     if options.batch_size < 1:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from heartseg.config.experiment import Experiment, SplitConfig, first_difference, from_json, to_json
 from heartseg.datasets import image_folder, splits
 from heartseg.datasets.source import check_frames, dataset_name, find_patients, is_there, list_files, read_groups
-from heartseg.errors import UserError, refusals_told, require
+from heartseg.errors import UserError, io_errors_as_user_errors, require
 from heartseg.shards import reader, reuse, writer
 from heartseg.storage import filesystem, locks
 from jobs.support import command_line, ray_runtime
@@ -47,7 +47,7 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> None:
     """Write the shards of `experiment.source` to `experiment.out`; what an interrupted call finished is kept."""
-    out = command_line.require(experiment.out, "--out", "the folder for the shards")
+    out = command_line.require_flag(experiment.out, "--out", "the folder for the shards")
     share = options.max_quarantined
     require(0 <= share <= 1, f"--max-quarantined {share:g} is no share: give one from 0 to 1, as 0.05 for 5 %.")
     complete = filesystem.exists(filesystem.join(out, writer.MANIFEST)) and not options.overwrite
@@ -63,7 +63,7 @@ def run(experiment: Experiment, options: Options) -> None:
 def run_from_source(experiment: Experiment, options: Options, out: str) -> dict[str, list[str]]:
     """Write what is missing of the shards and their split; returns the groups."""
     meaning = f"the folder of the CAMUS release, or one that holds {image_folder.LAYOUT}"
-    source = command_line.require(experiment.source, "--source", meaning)
+    source = command_line.require_flag(experiment.source, "--source", meaning)
     patients = find_patients(source)
     official = read_groups(source)
     check_frames(source, patients, options.frames)
@@ -141,7 +141,7 @@ def _write_part(*task) -> dict:
     """
     source, out = task[:2]
     try:
-        with refusals_told(out):
+        with io_errors_as_user_errors(out):
             # Elsewhere than on the first machine, a source that is not there would be patients without files.
             node = socket.gethostname()
             require(is_there(source), f"The source {source} is not there on {node}: every node must see --source.")

@@ -61,8 +61,8 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> str:
     """Train, or go on training; returns the run's directory, and an empty string on all ranks of torchrun but the first."""
-    data = command_line.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.require(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    data = command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
     check_installation()
@@ -202,7 +202,7 @@ def worker(config: dict) -> dict:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    command_line.show_log()
+    command_line.configure_logging()
     logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
     torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
     experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())

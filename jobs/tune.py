@@ -80,8 +80,8 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> Sweep:
     """Begin a sweep or go on with it, until its trials have ended; returns it. Raises UserError where no trial finished."""
-    command_line.require(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.require(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from heartseg.config.experiment import Experiment, to_json
-from heartseg.errors import UserError, say_refused
+from heartseg.errors import UserError, format_write_error
 from heartseg.labels import frame_name
 from heartseg.metrics.segmentation import predicted_labels
 from heartseg.models import checkpoint, precision
@@ -99,7 +99,7 @@ class Keeper:
             run_directory.write_record(self.run.path, self.record)
             checkpoint.keep_last_and_best(self.run.path)
         except OSError as error:
-            raise UserError(say_refused(error, self.run.path)) from error
+            raise UserError(format_write_error(error, self.run.path)) from error
         self.tracker.log(metrics)
         self.print_epoch(metrics)
 

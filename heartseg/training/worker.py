@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from heartseg.config.experiment import Experiment
-from heartseg.errors import OutOfMemory, StorageError, UserError, refusals_told
+from heartseg.errors import OutOfMemory, StorageError, UserError, io_errors_as_user_errors
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
@@ -141,7 +141,7 @@ def _problem_of(work: Callable[[], None]) -> str | None:
     A StorageError passes through: that store may answer at the next try.
     """
     try:
-        with refusals_told():
+        with io_errors_as_user_errors():
             work()
     except StorageError:
         raise

@@ -61,7 +61,7 @@ def run(options: Options) -> list[str]:
     if unknown:
         raise UserError(f"There is no section {unknown[0]!r}: take some of {', '.join(SECTIONS)}.")
     if set(options.sections) != {"loader"}:
-        command_line.require(options.source, "--source", "the folder of the CAMUS release")
+        command_line.require_flag(options.source, "--source", "the folder of the CAMUS release")
     lines = []
     for name in options.sections:
         found = ["", *SECTIONS[name](options)]

@@ -58,7 +58,7 @@ class Compared:
 def run(options: Options) -> list[Compared]:
     """Measure every patient with a reference, print the table, and draw those that differ."""
     source = command_line.absolute(
-        command_line.require(options.source, "--source", "the folder of the CAMUS release"), "source"
+        command_line.require_flag(options.source, "--source", "the folder of the CAMUS release"), "source"
     )
     require(options.limit >= 0 and options.points >= 0, "--limit and --points must be at least 0.")
     reference = references(source)

@@ -126,7 +126,7 @@ def job(argv: Sequence[str]) -> None:
     """The command line."""
     shown = "python jobs/benchmark.py postprocess"
     options = command_line.parse_line(Options, argv, shown, "Measure what is done to a prediction beyond the network's labels.")
-    command_line.require(options.checkpoint, "--checkpoint", "the folder of a run")
+    command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
     paths = [command_line.absolute(path, "checkpoint") for path in options.checkpoint.split(",")]
     segmenter = load_all(paths)
     shards = open_shards(command_line.absolute(options.data or segmenter.experiment.data, "data"))

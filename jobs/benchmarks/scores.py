@@ -64,7 +64,7 @@ class Row:
 def run(options: Options) -> list[Row]:
     """Measure every row and print the table."""
     source = command_line.absolute(
-        command_line.require(options.source, "--source", "the folder of the CAMUS release"), "source"
+        command_line.require_flag(options.source, "--source", "the folder of the CAMUS release"), "source"
     )
     for flag, value in (("images", options.images), ("repeats", options.repeats)):
         if value < 1:

@@ -19,7 +19,7 @@ import tyro
 
 from heartseg.config.experiment import Experiment, from_json
 from heartseg.config.recipes import RECIPES
-from heartseg.errors import StorageError, UserError, refusals_told
+from heartseg.errors import StorageError, UserError, io_errors_as_user_errors
 from heartseg.storage import filesystem
 
 log = logging.getLogger("heartseg.jobs")
@@ -30,9 +30,9 @@ FLAT = tyro.conf.arg(name="")
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Names of environment variables whose values nobody else should see.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-MISTAKE = 2
+EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h, a submitted job's word to whoever follows it: a store was away, and another try may help.
-STORE_AWAY = 75
+EXIT_STORAGE_ERROR = 75
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,28 +47,28 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     if job.__module__ == "__main__":
         # What Ray sends to workers must be importable there: of a script's own classes it would send all they hold.
         job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
-    show_log()
-    heed_sigterm()
-    warn_of_secrets()
+    configure_logging()
+    install_sigterm_handler()
+    warn_about_secrets()
     try:
-        with refusals_told():
+        with io_errors_as_user_errors():
             job(sys.argv[1:])
     except UserError as error:
         is_worth_a_try = isinstance(error, StorageError) and JOB_CONFIG in os.environ
-        leave(str(error), STORE_AWAY if is_worth_a_try else MISTAKE)
+        exit_with_message(str(error), EXIT_STORAGE_ERROR if is_worth_a_try else EXIT_USER_ERROR)
     except KeyboardInterrupt:
         # Ray raises one of its own in the place of ours; after SIGTERM, ours has set the signal aside.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        leave("stopped; the same command goes on from here.", 143 if terminated else 130)
+        exit_with_message("stopped; the same command goes on from here.", 143 if terminated else 130)
 
 
-def leave(sentence: str, code: int) -> None:
+def exit_with_message(sentence: str, code: int) -> None:
     """End the process with a sentence."""
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 
-def heed_sigterm() -> None:
+def install_sigterm_handler() -> None:
     """Make SIGTERM an exception in the main thread, so that a job ends in order."""
 
     def stop(number: int, frame: object) -> None:
@@ -79,7 +79,7 @@ def heed_sigterm() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
-def warn_of_secrets() -> None:
+def warn_about_secrets() -> None:
     """Say which secrets stand in a submitted job's runtime_env: Ray shows it to whoever sees the dashboard."""
     given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
     for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
@@ -90,7 +90,7 @@ def warn_of_secrets() -> None:
         )
 
 
-def show_log() -> None:
+def configure_logging() -> None:
     """Print heartseg's log lines, here and in Ray's workers."""
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s")
     logging.getLogger("heartseg").setLevel(logging.INFO)
@@ -171,7 +171,7 @@ def absolute(path: str, name: str) -> str:
     return filesystem.absolute(path)
 
 
-def require(value: str, flag: str, meaning: str) -> str:
+def require_flag(value: str, flag: str, meaning: str) -> str:
     """A path that a job cannot do without; raises UserError where it is missing."""
     if not value:
         raise UserError(f"{flag} is missing: give {meaning}.")

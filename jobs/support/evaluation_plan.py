@@ -131,7 +131,7 @@ def choose_checkpoint(asked: str, group: str, source: Source, owners: Sequence[r
 
 def plan_checkpoint(options: Options) -> Plan:
     """The plan for a checkpoint, or several asked together."""
-    first = command_line.require(options.checkpoint, "--checkpoint", "the folder of a run")
+    first = command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
     paths = [command_line.absolute(path, "checkpoint") for path in (first, *options.ensemble)]
     source = open_source(options, find(paths[0]).card["experiment"]["data"])
     owners = [run_directory.find_run(path) for path in paths]
@@ -160,7 +160,7 @@ def plan_files(options: Options) -> Plan:
         raise UserError("--predictions are scored against --truth: leave --checkpoint, --ensemble and --data out.")
     if options.post.tta:
         raise UserError("--tta asks a network again, and --predictions are finished masks: leave one of them out.")
-    command_line.require(options.truth, "--truth", "the folder of the CAMUS tree")
+    command_line.require_flag(options.truth, "--truth", "the folder of the CAMUS tree")
     source = open_source(options, "")
     masks = FilePredictions.open(command_line.absolute(options.predictions, "predictions"), options.pattern)
     group = "all" if options.group == "auto" else choose_group(options.group, source)

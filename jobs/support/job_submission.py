@@ -64,7 +64,7 @@ class Cluster:
         if str(details.status.value) == "SUCCEEDED":
             return
         said = self.last_words(job, job_id)
-        if details.driver_exit_code == command_line.MISTAKE:
+        if details.driver_exit_code == command_line.EXIT_USER_ERROR:
             raise UserError(f"{job_id}: {said}")
         raise JobFailed(f"{job_id} ended {details.status.value} (exit code {details.driver_exit_code}): {said}")
 

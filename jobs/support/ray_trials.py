@@ -50,7 +50,7 @@ def train_trial(config: dict) -> None:
     """
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    command_line.show_log()
+    command_line.configure_logging()
     run, experiment = run_directory.find_run(config["run"]), from_json(config["experiment"])
     try:
         train.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])

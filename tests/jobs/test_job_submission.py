@@ -92,10 +92,10 @@ def test_a_log_that_cannot_be_followed_does_not_end_the_following(dashboard):
 
 def test_a_store_that_was_away_is_worth_another_try_and_a_mistake_is_not(dashboard):
     cluster, answers = dashboard
-    answers.append(details("FAILED", command_line.STORE_AWAY))
+    answers.append(details("FAILED", command_line.EXIT_STORAGE_ERROR))
     with pytest.raises(job_submission.JobFailed, match="The store does not answer"):
         cluster.run("train", [], JOB)
-    answers[:] = [details("FAILED", command_line.MISTAKE)]
+    answers[:] = [details("FAILED", command_line.EXIT_USER_ERROR)]
     with pytest.raises(UserError, match="The store does not answer"):
         cluster.run("train", [], JOB)
 
@@ -115,7 +115,7 @@ def test_only_a_submitted_job_tells_a_store_that_was_away_from_a_mistake(submitt
     monkeypatch.delenv(command_line.JOB_CONFIG, raising=False)
     if submitted:
         monkeypatch.setenv(command_line.JOB_CONFIG, "{}")
-    monkeypatch.setattr(command_line, "heed_sigterm", lambda: None)  # the test's own process keeps its signals
+    monkeypatch.setattr(command_line, "install_sigterm_handler", lambda: None)  # the test's own process keeps its signals
     with pytest.raises(SystemExit) as left:
         command_line.main(job)
     assert left.value.code == code and capsys.readouterr().err == "train.py: s3://bucket does not answer.\n"
