@@ -180,9 +180,9 @@ def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
     return None
 
 
-def flatten(value: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as rows of a dotted name and a text."""
-    rows = []
+def flatten(value: dict, prefix: str = "") -> dict[str, object]:
+    """Nested values by their dotted names, as `train.epochs`."""
+    flat = {}
     for key, inner in value.items():
-        rows += flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else [(f"{prefix}{key}", str(inner))]
-    return rows
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat

@@ -109,7 +109,7 @@ def settings(run: Run) -> dict[str, str]:
     except UserError:
         decided = run.description["identity"]
     weights = run.description.get("initial_weights_sha256")
-    return dict(flatten(decided)) | {
+    return {name: str(value) for name, value in flatten(decided).items()} | {
         "data": run.description["data_fingerprint"][:12],
         "first weights": weights[:12] if weights else "the recipe's",
         CODE: run.description.get("code", "–")[:20],

@@ -90,7 +90,7 @@ def write_report(evaluation: str, run: str | None = None) -> str:
             curves=curve_figures(run_directory.read_record(run), summary) if run else [],
             **pictures(read_samples(run) if run else []),
             legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
-            configuration=flatten(description.get("identity", {})),
+            configuration=list(flatten(description.get("identity", {})).items()),
             lineage=lineage(run, description, summary) if run else file_lineage(summary),
             choices=recipes.SEED_CHOICES if run and description["experiment"]["name"] == "seed" else (),
         )
@@ -239,7 +239,7 @@ def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]
     """What the scores were made from, as rows of a name and a text."""
     groups = description.get("groups", {})
     sizes = [(f"Group {g}", f"{n['patients']} patients, {n['images']} images") for g, n in groups.items()]
-    split = ", ".join(f"{key} {value}" for key, value in flatten(description.get("split") or {}))
+    split = ", ".join(f"{key} {value}" for key, value in flatten(description.get("split") or {}).items())
     return [
         ("Run", run),
         ("Recipe", description["experiment"]["name"]),

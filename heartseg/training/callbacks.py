@@ -79,7 +79,7 @@ class Keeper:
             "epoch": state.epoch,
             "experiment": to_json(self.experiment),
             "intensity": [self.intensity.mean, self.intensity.std],
-            "metrics": {name: value if np.isfinite(value) else None for name, value in metrics.items()},
+            "metrics": {name: filesystem.none_if_nan(value) for name, value in metrics.items()},
             "run": self.run.name,
             "data_fingerprint": self.run.description["data_fingerprint"],
             "code": run_directory.code_revision(),

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 
-from heartseg.config.experiment import Experiment, from_json
+from heartseg.config.experiment import Experiment, flatten, from_json
 from heartseg.errors import StorageError
 from heartseg.labels import CLASSES
 from heartseg.storage import filesystem
@@ -109,7 +109,7 @@ class WandbTracker(Tracker):
             "resume": "allow",
             "job_type": experiment.tracking.job_type,
             "tags": [experiment.name, run.description["dataset"], experiment.schedule.kind],
-            "config": _flat(run.description["identity"])
+            "config": flatten(run.description["identity"])
             | {name: run.description.get(name) for name in ("data_fingerprint", "ingest")},
             "settings": self.wandb.Settings(**settings),
         }
@@ -286,11 +286,3 @@ def _fetch(source: str, target: str) -> None:
             if ".wandb" in inner:
                 os.makedirs(os.path.join(target, name), exist_ok=True)
                 Path(target, name, inner).write_bytes(filesystem.read_bytes(filesystem.join(source, name, inner)))
-
-
-def _flat(value: dict, prefix: str = "") -> dict:
-    """Nested configuration as `train.epochs`, so that the dashboard can filter on it."""
-    flat = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat
