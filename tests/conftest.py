@@ -1,18 +1,23 @@
-"""What many tests share: a small phantom tree, its shards, a tiny experiment, and the one Ray of a session (of a process)."""
+"""What many tests share: a small phantom tree, its shards, one S3 server and one Ray per process, and the closing tables."""
 
 import os
 import time
 from dataclasses import replace
 
 import pytest
+from hypothesis import settings
 
 from heartseg.datasets.phantom import write_phantom
 from helpers import s3_server
-from helpers.experiments import tiny_experiment
+from helpers.experiments import CAMUS, skip_or_fail, tiny_experiment
 
-RAY_KEPT_S = 30
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray looks every 2 s else, and each report waits for it
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # 2 s by default, and each report waits for the next check
 os.environ.pop("WANDB_API_KEY", None)
+
+# A property test that sets its own max_examples says why.
+settings.register_profile("quick", max_examples=20, deadline=None)
+settings.register_profile("full", max_examples=100, deadline=None)
+settings.load_profile(os.environ.get("HEARTSEG_HYPOTHESIS", "quick"))
 
 
 @pytest.fixture(scope="session")
@@ -34,77 +39,72 @@ def shards(phantom, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def camus() -> str:
+    """The folder of the real patients."""
+    if not os.path.isdir(CAMUS):
+        skip_or_fail(f"no CAMUS at {CAMUS}: set HEARTSEG_CAMUS")
+    return CAMUS
+
+
+@pytest.fixture(scope="session")
 def s3():
-    """An S3 server on loopback, which every `s3://` path of this process and its children means; returns its URL."""
+    """The URL of an S3 server on loopback, which serves every `s3://` path of this process and its children."""
     url = s3_server.start_server()
     with s3_server.environment(**s3_server.KEYS, AWS_ENDPOINT_URL=url):
         yield url
 
 
+LONGEST_IDLE_S = 30
 RAY_LAST_USED: list[float] = []
 
 
 @pytest.fixture(scope="module")
 def ray_session(s3):
-    """One Ray on loopback for every test that needs one; its workers know the S3 server, as its environment does.
+    """One Ray on loopback for every test that needs one; its workers inherit the S3 server's address.
 
-    After half a minute in which other files were tested it begins anew: a driver that had not used its Ray for a quarter of an
-    hour of them was never told that its next actor was there (Ray 2.60), and waited for ever.
+    It restarts after half a minute without use: a driver that had not used its Ray for a quarter of an hour was never
+    notified that its next actor had started, and waited for ever (Ray 2.60).
     """
     import ray
 
     from jobs.support import ray_runtime
 
     os.environ.pop("RAY_ADDRESS", None)
-    if RAY_LAST_USED and time.monotonic() - RAY_LAST_USED[-1] > RAY_KEPT_S:
+    if RAY_LAST_USED and time.monotonic() - RAY_LAST_USED[-1] > LONGEST_IDLE_S:
         ray.shutdown()
     ray_runtime.start_ray(2)
     yield
     RAY_LAST_USED.append(time.monotonic())
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish():
     if RAY_LAST_USED:
         import ray
 
         ray.shutdown()
-    if hasattr(session.config, "workeroutput"):  # one of xdist's processes
-        session.config.workeroutput |= {"faults": FAULTS, "told": TOLD}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    """What one of xdist's processes has for the tables at the end; one that died has nothing."""
-    output = getattr(node, "workeroutput", {})
-    FAULTS.extend(output.get("faults", ()))
-    TOLD.extend(output.get("told", ()))
-
-
-FAULTS: list[tuple[str, int | None, float | None]] = []
 
 
 @pytest.fixture()
-def fault_table():
-    """Adds a row to the table of faults that the session ends with: the fault, recorded epochs trained again, seconds."""
-    return lambda fault, again, seconds: FAULTS.append((fault, again, seconds))
+def measurement(record_property):
+    """Adds a line to the measurements that the session prints at its end."""
+    return lambda line: record_property("measurement", line)
 
 
-TOLD: list[str] = []
-
-
-@pytest.fixture(scope="session")
-def told():
-    """Adds a line to what the session ends with: what stood for what is not here, the moments that a seed drew, numbers."""
-    return TOLD.append
+@pytest.fixture()
+def fault_table(record_property):
+    """Adds a row to the closing table of faults: the fault, recorded epochs trained again, seconds."""
+    return lambda fault, again, seconds: record_property("fault", (fault, again, seconds))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if TOLD:
-        terminalreporter.section("told by tests")
-        for line in TOLD:
-            terminalreporter.write_line(line)
-    if FAULTS:
+    """Print what tests recorded; xdist brings the properties of its processes' reports here."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    recorded = [entry for report in reports if report.when == "call" for entry in report.user_properties]
+    if lines := [line for name, line in recorded if name == "measurement"]:
+        terminalreporter.section("measurements")
+        terminalreporter.write("".join(f"{line}\n" for line in lines))
+    if rows := [row for name, row in recorded if name == "fault"]:
         terminalreporter.section("faults: recorded epochs trained again, seconds to the next recorded epoch")
-        for fault, again, seconds in FAULTS:
+        for fault, again, seconds in rows:
             numbers = f"{'-' if again is None else again:>3} {'-' if seconds is None else f'{seconds:.1f} s':>9}"
             terminalreporter.write_line(f"{fault:<60} {numbers}")

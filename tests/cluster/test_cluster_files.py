@@ -1,7 +1,7 @@
-"""What `ray up` makes of its two files, asked of Ray's own code: which nodes come, who may reach them, and where secrets are.
+"""The cluster files keep their promises: which nodes `ray up` starts, who may reach them, no secrets, clean shell scripts.
 
-AWS's side is moto's, in this process. Of Google's there is none offline: gcp.yaml is read by Ray's schema and its autoscaler.
-The shell scripts and the README, which names all ways to a cluster, come last.
+Ray's own code answers for `ray up`, with moto as AWS in this process. Google has no offline stand-in: Ray's schema and its
+autoscaler read gcp.yaml.
 """
 
 import copy
@@ -15,8 +15,17 @@ import pytest
 import yaml
 
 from helpers.experiments import ROOT
-from helpers.secrets import SECRET_VALUE, secrets_in
 
+SECRET_NAME = r"(?:[\w-]*[_-])?(?:secret|password|passwd|token|api_?key|access_?key(?:_id)?|private_?key)"
+SECRET = re.compile(
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"  # AWS
+    r"|\b(?:gh[opsu]_|github_pat_|hf_|xox[abp]-)\w{20,}"  # GitHub, Hugging Face, Slack
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|(?<![\w./-])[0-9a-fA-F]{40,}(?![\w./-])"  # a Ray token or W&B key: long, hexadecimal, not part of a path
+    # A value that follows such a name, and is not a path or a variable.
+    rf"|(?im:(?:(?<![\w/-]){SECRET_NAME}=|^[\s{{-]*{SECRET_NAME}[\"']?:\s+)[\"']?[^\s\"'$/~{{])"
+    rf"|(?im:^(?:ARG|ENV)\s+{SECRET_NAME}\b)"
+)
 CLOUDS = {"aws": "ray_cluster.yaml", "gcp": "cluster/gcp.yaml"}
 
 
@@ -71,36 +80,35 @@ def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -
     return {request.instance_type: request.count for request in reply.to_launch}
 
 
-@pytest.mark.parametrize("path", CLOUDS.values())
-def test_ray_accepts_the_file_and_would_refuse_a_slip(path):
-    config = prepared(path)
-    assert config["available_node_types"]["gpu_spot"]["resources"]["GPU"] == 1
+@pytest.fixture(params=CLOUDS.values())
+def path(request) -> str:
+    """The file of AWS and that of Google Cloud."""
+    return request.param
+
+
+def test_ray_accepts_the_file_and_refuses_a_misspelt_key(path):
     from ray.autoscaler._private.util import validate_config
 
-    slipped = copy.deepcopy(config)
-    slipped["available_node_types"]["gpu_spot"]["max_wrkers"] = 4
+    config = copy.deepcopy(prepared(path))
+    config["available_node_types"]["gpu_spot"]["max_wrkers"] = 4
     with pytest.raises(Exception, match="max_wrkers"):
-        validate_config(slipped)
+        validate_config(config)
 
 
-@pytest.mark.parametrize("path", CLOUDS.values())
-def test_gpu_workers_come_for_a_job_as_spot_nodes(path):
-    assert launched(path, gpu_workers=0) == {}
-    assert launched(path, gpu_workers=4) == {"gpu_spot": 4}
+@pytest.mark.parametrize(
+    ("gpu_workers", "failed_lately", "nodes"),
+    [
+        (0, (), {}),
+        (4, (), {"gpu_spot": 4}),
+        (2, ("gpu_spot",), {"gpu_on_demand": 2}),
+        (50, (), {"gpu_spot": 4}),  # max_workers
+    ],
+)
+def test_a_job_starts_spot_nodes_up_to_the_limit_or_on_demand_ones_in_their_place(path, gpu_workers, failed_lately, nodes):
+    assert launched(path, gpu_workers, failed_lately) == nodes
 
 
-@pytest.mark.parametrize("path", CLOUDS.values())
-def test_where_spot_nodes_are_not_to_be_had_on_demand_ones_come(path):
-    assert launched(path, gpu_workers=2, failed_lately=("gpu_spot",)) == {"gpu_on_demand": 2}
-
-
-@pytest.mark.parametrize("path", CLOUDS.values())
-def test_no_more_nodes_than_allowed_whatever_is_asked_for(path):
-    assert sum(launched(path, gpu_workers=50).values()) == prepared(path)["max_workers"] == 4
-
-
-@pytest.mark.parametrize("path", CLOUDS.values())
-def test_every_node_asks_for_the_token_and_the_dashboard_keeps_to_loopback(path):
+def test_every_node_requires_the_token_and_the_dashboard_listens_on_loopback(path):
     config = prepared(path)
     starts = [
         line for key in ("head_start_ray_commands", "worker_start_ray_commands") for line in config[key] if "ray start" in line
@@ -110,17 +118,13 @@ def test_every_node_asks_for_the_token_and_the_dashboard_keeps_to_loopback(path)
     assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
 
 
-@pytest.mark.parametrize("path", CLOUDS.values())
-def test_nothing_secret_stands_in_the_file_and_nodes_get_their_rights_from_a_role(path):
-    text = (ROOT / path).read_text()
-    assert secrets_in(yaml.safe_load(text)) == [] and not SECRET_VALUE.search(text)
+def test_nodes_get_their_rights_from_a_role_and_carry_the_labels_of_their_owner(path):
     for kind in prepared(path)["available_node_types"].values():
         node = kind["node_config"]
         assert node.get("IamInstanceProfile") or node.get("serviceAccounts")
         assert node.get("labels") or {tag["Key"] for tag in node["TagSpecifications"][0]["Tags"]} >= {"project", "owner"}
 
 
-@pytest.mark.parametrize("path", CLOUDS.values())
 def test_shards_and_results_are_on_an_object_store(path):
     options = prepared(path)["docker"]["run_options"]
     places = dict(option.removeprefix("-e ").split("=", 1) for option in options if option.startswith("-e HEARTSEG_"))
@@ -130,7 +134,7 @@ def test_shards_and_results_are_on_an_object_store(path):
 
 @pytest.fixture()
 def aws(tmp_path, monkeypatch):
-    """AWS as moto plays it, a home directory for the key pair that `ray up` makes, and no one's credentials."""
+    """moto in AWS's place, a home directory for the key pair that `ray up` creates, and no credentials; returns the home."""
     moto = pytest.importorskip("moto")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -144,57 +148,64 @@ def aws(tmp_path, monkeypatch):
     utils.client_cache.cache_clear()
 
 
-def test_on_aws_the_nodes_open_nothing_but_ssh_and_themselves(aws):
+def test_on_aws_nodes_open_only_ssh_and_ray_grants_no_rights_and_keeps_its_key_at_home(aws):
     import boto3
     from ray.autoscaler._private.aws.config import bootstrap_aws
 
     config = bootstrap_aws(prepared(CLOUDS["aws"]))
-    groups = {group for kind in config["available_node_types"].values() for group in kind["node_config"]["SecurityGroupIds"]}
-    assert len(groups) == 1
-    rules = boto3.resource("ec2", region_name=config["provider"]["region"]).SecurityGroup(groups.pop()).ip_permissions
-    open_to_others = [(rule["FromPort"], rule["ToPort"]) for rule in rules if rule["IpRanges"] or rule["Ipv6Ranges"]]
-    assert open_to_others == [(22, 22)]
-
-
-def test_on_aws_ray_adds_no_right_to_the_roles_and_the_key_stays_at_home(aws):
-    import boto3
-    from ray.autoscaler._private.aws.config import bootstrap_aws
-
-    config = bootstrap_aws(prepared(CLOUDS["aws"]))
-    types = config["available_node_types"]
-    assert types["head"]["node_config"]["IamInstanceProfile"] == {"Name": "heartseg-head"}
-    assert types["gpu_spot"]["node_config"]["IamInstanceProfile"] == {"Name": "heartseg-worker"}
+    nodes = {name: kind["node_config"] for name, kind in config["available_node_types"].items()}
+    (group,) = {group for node in nodes.values() for group in node["SecurityGroupIds"]}
+    rules = boto3.resource("ec2", region_name=config["provider"]["region"]).SecurityGroup(group).ip_permissions
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in rules if rule["IpRanges"] or rule["Ipv6Ranges"]] == [(22, 22)]
+    assert nodes["head"]["IamInstanceProfile"] == {"Name": "heartseg-head"}
+    assert nodes["gpu_spot"]["IamInstanceProfile"] == {"Name": "heartseg-worker"}
     assert boto3.client("iam", region_name="us-east-1").list_roles()["Roles"] == []
     key = config["auth"]["ssh_private_key"]
     assert key.startswith(str(aws)) and os.stat(key).st_mode & 0o077 == 0
 
 
-def test_on_aws_spot_is_asked_of_the_spot_market_and_the_other_is_not(aws):
+def test_on_aws_only_the_market_differs_between_spot_and_on_demand():
     config = prepared(CLOUDS["aws"])
     spot, fallback = (config["available_node_types"][name]["node_config"] for name in ("gpu_spot", "gpu_on_demand"))
     assert spot.pop("InstanceMarketOptions") == {"MarketType": "spot"}
     assert spot == fallback
 
 
-def shell_scripts() -> list[str]:
-    """The tracked files that a shell runs."""
+def tracked_files() -> list[str]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    files = [name for name in listed if (ROOT / name).is_file()]
-    return [name for name in files if re.match(rb"#!.*\b(ba)?sh\b", (ROOT / name).read_bytes()[:64])]
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "  ssh_private_key: mine",
+        "- aws_access_key_id: x",
+        "- -e WANDB_API_KEY=abc",
+        "- RAY_AUTH_TOKEN=abc ray start --head",
+        "login " + "AKIA" + "A" * 16,
+        "wandb login " + "0123456789" * 4,
+        "ARG WANDB_API_KEY",
+    ],
+)
+def test_no_cluster_file_holds_a_secret_and_the_search_would_find_one(secret):
+    names = [name for name in tracked_files() if re.fullmatch(r"Dockerfile|ray_cluster\.yaml|cluster/.*(?<!\.md)", name)]
+    assert len(names) > 10 and SECRET.search(f"image: x\n{secret}\n")
+    assert [match for name in names if (match := SECRET.search((ROOT / name).read_text()))] == []
 
 
 def test_every_shell_script_passes_shellcheck():
-    found = shell_scripts()
-    assert {"cluster/local.sh", "cluster/slurm.sbatch"} <= set(found)
+    scripts = [name for name in tracked_files() if re.match(rb"#!.*\b(ba)?sh\b", (ROOT / name).read_bytes()[:64])]
+    assert {"cluster/local.sh", "cluster/slurm.sbatch"} <= set(scripts)
     checker = str(Path(sys.executable).with_name("shellcheck"))
-    done = subprocess.run([checker, *found], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([checker, *scripts], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_readme_tells_of_every_way_to_a_cluster_and_names_only_files_that_are_there():
+def test_the_readme_names_every_way_to_a_cluster_and_only_files_that_exist():
     text = (ROOT / "cluster" / "README.md").read_text()
-    files = ("ray_cluster.yaml", "cluster/gcp.yaml", "cluster/slurm.sbatch", "cluster/local.sh")
-    ways = (*files, "cluster/kubernetes/overlays/gpu", "cluster/kubernetes/overlays/gpu/kustomization.yaml")
-    assert [way for way in ways if way not in text] == []
+    ways = ("ray_cluster.yaml", "cluster/gcp.yaml", "cluster/slurm.sbatch", "cluster/local.sh")
+    overlays = ("cluster/kubernetes/overlays/gpu", "cluster/kubernetes/overlays/gpu/kustomization.yaml")
+    assert [way for way in ways + overlays if way not in text] == []
     named = set(re.findall(r"(?<![\w/])(?:cluster|jobs)/[\w./-]*\w", text))
     assert [name for name in named if not (ROOT / name).exists()] == []

@@ -48,7 +48,8 @@ SCRIPT = """
             samples.mkdir()
             samples.rmdir()
             samples.symlink_to(sys.argv[4])
-        fill({"ingest": opened.path, "samples": sys.argv[4]}.get(when, "/nowhere"))
+        if when in ("ingest", "samples"):
+            fill({"ingest": opened.path, "samples": sys.argv[4]}[when])
         try:
             report = fill_after_last if when == "finish" else (lambda metrics: None)
             worker.train_rank(replace(base, optim=optim), opened, Ranks(0, 1, torch.device("cpu")), lambda m: m, report)

@@ -1,5 +1,5 @@
-"""As much of kustomize as cluster/kubernetes uses, for machines without it: resources, JSON patches by kind and name, and
-one field of a resource put into another. What it does not know it refuses.
+"""The part of kustomize that cluster/kubernetes uses, for machines without kubectl: resources, JSON patches by kind and name,
+and the copy of a field from one resource to another. It refuses everything else.
 """
 
 import copy
@@ -13,39 +13,31 @@ KNOWN = {"apiVersion", "kind", "resources", "patches", "replacements"}
 
 
 def render(folder: Path) -> list[dict]:
-    """The resources of a folder with a kustomization.yaml, patched."""
+    """The patched resources of a folder with a kustomization.yaml; raises ValueError for a patch without a target."""
     plan = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    if plan.keys() - KNOWN:
-        raise ValueError(f"{folder} uses {sorted(plan.keys() - KNOWN)}, which this renderer does not know")
-    found: list[dict] = []
+    if unknown := plan.keys() - KNOWN:
+        raise ValueError(f"{folder} uses {sorted(unknown)}, which this renderer does not support")
+    resources: list[dict] = []
     for name in plan["resources"]:
         path = folder / name
-        # Through JSON, since YAML's aliases are one object, which a patch would change in both places.
-        found += render(path) if path.is_dir() else json.loads(json.dumps(list(yaml.safe_load_all(path.read_text()))))
+        # Through JSON: a YAML alias is one object, and a patch would change it in both places.
+        resources += render(path) if path.is_dir() else json.loads(json.dumps(list(yaml.safe_load_all(path.read_text()))))
     for patch in plan.get("patches", []):
-        targets = [place for place, resource in enumerate(found) if _is(resource, patch["target"])]
+        targets = [place for place, resource in enumerate(resources) if _matches(resource, patch["target"])]
         if not targets:
-            raise ValueError(f"{folder}: nothing is {patch['target']}")
+            raise ValueError(f"{folder}: no resource matches {patch['target']}")
         for place in targets:
-            found[place] = jsonpatch.apply_patch(found[place], yaml.safe_load(patch["patch"]))
+            resources[place] = jsonpatch.apply_patch(resources[place], yaml.safe_load(patch["patch"]))
     for replacement in plan.get("replacements", []):
-        source = next(resource for resource in found if _is(resource, replacement["source"]))
-        value = copy.deepcopy(_field(source, replacement["source"]["fieldPath"]))
+        source = next(resource for resource in resources if _matches(resource, replacement["source"]))
+        value = source[replacement["source"]["fieldPath"]]
         for target in replacement["targets"]:
-            for path in target["fieldPaths"]:
-                parent, _, last = path.rpartition(".")
-                for resource in found:
-                    if _is(resource, target["select"]):
-                        _field(resource, parent)[last] = value
-    return found
+            for parent, field in (path.split(".") for path in target["fieldPaths"]):
+                for resource in resources:
+                    if _matches(resource, target["select"]):
+                        resource[parent][field] = copy.deepcopy(value)
+    return resources
 
 
-def _is(resource: dict, wanted: dict) -> bool:
+def _matches(resource: dict, wanted: dict) -> bool:
     return resource["kind"] == wanted["kind"] and wanted.get("name") in (None, resource["metadata"]["name"])
-
-
-def _field(resource: dict, path: str):
-    value = resource
-    for name in path.split("."):
-        value = value[name]
-    return value
