@@ -229,7 +229,7 @@ def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_
     undisturbed.replay([])
     for trial in known:
         undisturbed.on_trial_add(None, live(trial.run.name))
-    with mock.patch.object(sweeps, "end_trial"), mock.patch.object(run_directory, "read_record", return_value=[]):
+    with mock.patch.object(ray_trials, "end_trial"), mock.patch.object(run_directory, "read_record", return_value=[]):
         for epoch in range(1, epochs):
             for trial in known:
                 for row in trial.record[epoch - 1 : epoch]:
