@@ -1,4 +1,4 @@
-"""What some shards hold, in numbers and pictures, and whether they are whole: `python jobs/inspect_shards.py --data SHARDS`."""
+"""What shards hold, in numbers and pictures, and whether they are intact: `python jobs/inspect_shards.py --data SHARDS`."""
 
 import base64
 import os
@@ -24,12 +24,12 @@ SHEET, PAGE = "contact_sheet.png", "shards.html"
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at, and how."""
+    """What to inspect, and how."""
 
     data: str = ""
-    """Folder or URI of the shards; HEARTSEG_DATA's where not given."""
+    """Folder or URI of the shards; by default HEARTSEG_DATA's."""
     out: str = ""
-    """Folder for contact_sheet.png and shards.html; none are written where not given."""
+    """Folder for contact_sheet.png and shards.html; without it, neither is written."""
     verify: bool = False
     """Check every file against the manifest and every row; damaged files are listed, and the exit code is 2."""
     images: int = 16
@@ -39,7 +39,7 @@ class Options:
 
 
 def run(options: Options) -> str | None:
-    """Print what the shards hold; returns the path of the page, None where none was asked for."""
+    """Print what the shards hold; returns the path of the page, None without --out."""
     data = command_line.require_flag(options.data or os.environ.get("HEARTSEG_DATA", ""), "--data", "the folder of the shards")
     path = command_line.absolute(data, "data")
     if options.images < 1 or options.seed < 0:
@@ -47,8 +47,8 @@ def run(options: Options) -> str | None:
     if options.verify:
         verify(path)
     opened = open_shards(path)
-    picked = inspection.pick(opened.manifest["rows"], options.images, options.seed) if options.out else []
-    found, rows = inspection.look(opened, picked)
+    positions = inspection.draw_rows(opened.manifest["rows"], options.images, options.seed) if options.out else []
+    found, rows = inspection.survey(opened, positions)
     facts = headline(opened)
     tables = survey_tables(opened, found)
     print("\n\n".join([facts, *map(table_text, tables)]))
@@ -63,7 +63,7 @@ def verify(path: str) -> None:
         damaged.append(damage.file)
     if damaged:
         raise UserError(f"{path} has {len(damaged)} damaged files: {', '.join(damaged)}; preprocess again with --overwrite.")
-    print(f"{path} is whole: every file is as it was written, every row decodes.\n")
+    print(f"{path} is intact: every part is as it was written, every row decodes.\n")
 
 
 def headline(opened: Shards) -> str:

@@ -2,12 +2,13 @@
 
 import os
 import time
-from dataclasses import replace
 
 import pytest
 from hypothesis import settings
 
 from heartseg.datasets.phantom import write_phantom
+from heartseg.datasets.source import open_source
+from heartseg.shards.preprocessing import write_shards
 from helpers import s3_server
 from helpers.experiments import CAMUS, skip_or_fail, tiny_experiment
 
@@ -31,11 +32,8 @@ def phantom(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def shards(phantom, tmp_path_factory) -> str:
     """Shards of the phantom on a 64 x 64 grid: 6 patients to train, 2 to test."""
-    from jobs import preprocess
-
-    folder = str(tmp_path_factory.mktemp("shards"))
-    preprocess.run(replace(tiny_experiment(), source=phantom, out=folder), preprocess.Options(launcher="plain"))
-    return folder
+    folder, experiment = str(tmp_path_factory.mktemp("shards")), tiny_experiment()
+    return write_shards(open_source(phantom), folder, experiment.image, experiment.split).path
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""Reads and writes the official CAMUS folder tree; hands on upright `Recording`s."""
+"""Reads and writes the official CAMUS folder tree; returns upright `Recording`s."""
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,14 +23,14 @@ SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt
 MAX_STILL_PIXELS = 2**25
 MAX_FRAMES = 2**10  # half a beat of the release has up to 42
 PATIENT_PATTERN = re.compile(r"patient\d+")
-UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a name that are no UTF-8
+UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a name that are not UTF-8
 
 
 @dataclass(frozen=True)
 class Info:
-    """What an `Info_*.cfg` says of one view; a field is None where the file does not say it.
+    """What an `Info_*.cfg` holds about one view; a field is None if the file lacks it.
 
-    `ed` and `es` count frames from 1; `ef` is in percent, by the `camus` convention unless `ef_convention` says other.
+    `ed` and `es` count frames from 1; `ef` is in percent, by the `camus` convention unless `ef_convention` is another.
     """
 
     ed: int | None = None
@@ -47,9 +48,9 @@ class Info:
 class Recording:
     """One annotated frame, upright.
 
-    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None where nobody has drawn one), `spacing_mm` is
-    (depth, lateral) for one pixel. `frame` counts from 1 and is None where nothing tells it. Where nothing tells them,
-    `view` and `phase` are None too: a frame between ED and ES has no phase.
+    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is
+    (depth, lateral) for one pixel. `frame` counts from 1. `frame`, `view` and `phase` are None if unknown: a frame between
+    ED and ES has no phase.
     """
 
     patient: str
@@ -62,8 +63,58 @@ class Recording:
     info: Info | None = None
 
 
-# Image, mask and spacing of a Recording whose files are still to be read.
-NOTHING_YET = (np.empty((0, 0), np.uint8), None, (1.0, 1.0))
+# A view, a phase, and a function that reads the frames of that recording; it raises DamagedRecording.
+Readable = tuple[View | None, Phase | None, Callable[[], list[Recording]]]
+# Image uint8 [H,W], mask uint8 [H,W] and (depth, lateral) spacing of one frame.
+Pixels = tuple[np.ndarray, np.ndarray, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class CamusTree:
+    """The official folder tree as a source of shards; `image_folder.ImageFolder` has the same methods."""
+
+    path: str
+
+    def is_there(self) -> bool:
+        """True if this machine sees the tree; a disk that is not mounted is an empty folder."""
+        return filesystem.exists(filesystem.join(self.path, IMAGES_FOLDER))
+
+    def patients(self) -> list[str]:
+        """Names of the patients, sorted; raises UserError if there are none."""
+        return find_patients(self.path)
+
+    def groups(self) -> dict[str, list[str]]:
+        """The split that the source comes with, group to patients; empty if it comes with none."""
+        return read_groups(self.path)
+
+    def dataset_name(self, patients: list[str]) -> str:
+        """`phantom`, `CAMUS` or `other`."""
+        return dataset_name(self.path, patients)
+
+    def list_files(self, patients: list[str]) -> dict[str, list[list]]:
+        """Name, size and modification time (ns) of each file of some patients: a changed source shows without reading it."""
+        return {patient: list_files(self.path, patient) for patient in patients}
+
+    def check_frames(self, patients: list[str], frames: str) -> None:
+        """Raise UserError if sequences are asked for and no patient has one."""
+        names = (file[0] for patient in patients for file in list_files(self.path, patient))
+        if frames == "sequence" and not any(HALF_SEQUENCE in name for name in names):
+            raise UserError(f"{self.path} holds no *_{HALF_SEQUENCE}.nii.gz: use --frames stills.")
+
+    def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
+        """Each still, or each sequence, that a patient should have, whatever its `files` are.
+
+        Reading puts the SHA-256 of each file into `hashes`, by path.
+        """
+        if frames == "sequence":
+            for view in VIEWS:
+                yield view, None, partial(read_half_sequence, self.path, patient, view, hashes)
+        else:
+            for view, phase in stills_of():
+                yield view, phase, partial(self._read_still, patient, view, phase, hashes)
+
+    def _read_still(self, *still) -> list[Recording]:
+        return [read_still(self.path, *still)]
 
 
 def find_patients(source: str) -> list[str]:
@@ -79,9 +130,9 @@ def find_patients(source: str) -> list[str]:
 
 
 def read_groups(source: str) -> dict[str, list[str]]:
-    """The release's own split: group (`train`, `val`, `test`) to patients; empty where there are no split files.
+    """The release's own split: group (`train`, `val`, `test`) to patients; empty if there are no split files.
 
-    Raises UserError for a split file that is no text.
+    Raises UserError for a split file that is not text.
     """
     groups = {}
     for group, name in SPLIT_FILES.items():
@@ -105,119 +156,103 @@ def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict
     The SHA-256 of each file read goes into `hashes`, by path.
     """
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
-    still = read_pair(*paths, Recording(patient, view, phase, None, *NOTHING_YET), hashes)
+    ((image, mask, spacing_mm),) = read_pair(*paths, "stills", hashes)
     info = read_info(source, patient, view, hashes)
-    return replace(still, frame=getattr(info, phase.lower()) if info else None, info=info)
+    frame = getattr(info, phase.lower()) if info else None
+    return Recording(patient, view, phase, frame, image, mask, spacing_mm, info)
 
 
-def read_pair(image_path: str, mask_path: str, about: Recording, hashes: dict[str, str] | None = None) -> Recording:
-    """`about` with the pixels and the spacing of two-dimensional files; raises DamagedRecording."""
-    image, spacing_mm = read_nifti(image_path, hashes)
-    mask, _ = read_nifti(mask_path, hashes)
-    if image.ndim != 2:
-        raise DamagedRecording(f"a still has 2 axes, this has shape {image.shape}", image_path)
-    check_shapes(image, mask, image_path, mask_path)
-    return replace(about, image=as_intensity(image, image_path), mask=as_labels(mask, mask_path), spacing_mm=spacing_mm)
+def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[Pixels]:
+    """The frames of an image file and its mask file, in the files' order; raises DamagedRecording.
 
-
-def check_shapes(image: np.ndarray, mask: np.ndarray, image_path: str, mask_path: str) -> None:
-    """Raise DamagedRecording where a picture or sequence is too large, or its mask is not of its shape."""
-    if math.prod(image.shape[:2]) > MAX_STILL_PIXELS or math.prod(image.shape[2:]) > MAX_FRAMES:
-        raise DamagedRecording(f"no picture has shape {image.shape}", image_path)
-    if mask.shape != image.shape:
-        raise DamagedRecording(f"the mask's shape {mask.shape} is not the image's {image.shape}", mask_path)
-
-
-def read_frames(image_path: str, mask_path: str, about: Recording, hashes: dict[str, str] | None = None) -> list[Recording]:
-    """`about` for each frame of a three-dimensional pair, in the file's order, `frame` from 1; raises DamagedRecording."""
+    `frames` is `stills` (two axes, one frame) or `sequence` (the third axis is time).
+    """
     images, spacing_mm = read_nifti(image_path, hashes)
     masks, _ = read_nifti(mask_path, hashes)
+    if frames == "stills" and images.ndim != 2:
+        raise DamagedRecording(f"a still has 2 axes, this has shape {images.shape}", image_path)
     if images.ndim not in (2, 3):
         raise DamagedRecording(f"a sequence has 3 axes, this has shape {images.shape}", image_path)
-    check_shapes(images, masks, image_path, mask_path)
+    if math.prod(images.shape[:2]) > MAX_STILL_PIXELS or math.prod(images.shape[2:]) > MAX_FRAMES:
+        raise DamagedRecording(f"shape {images.shape} is too large for a recording", image_path)
+    if masks.shape != images.shape:
+        raise DamagedRecording(f"the mask's shape {masks.shape} is not the image's {images.shape}", mask_path)
     images, masks = np.atleast_3d(images), np.atleast_3d(masks)  # a sequence of one frame comes without its last axis
     return [
-        replace(
-            about,
-            frame=number + 1,
-            image=as_intensity(images[..., number], image_path),
-            mask=as_labels(masks[..., number], mask_path),
-            spacing_mm=spacing_mm,
-        )
-        for number in range(images.shape[-1])
+        (as_intensity(images[..., index], image_path), as_labels(masks[..., index], mask_path), spacing_mm)
+        for index in range(images.shape[-1])
     ]
 
 
 def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
     """All frames of half a beat, from end-diastole to end-systole; raises DamagedRecording with the reason and the file.
 
-    A file that runs from ES to ED is turned round, so that `frame`, from 1, always counts towards end-systole. The phase
-    stands where the cfg says that a frame is ED or ES, and is None in between. Without a cfg, or with one that names frames
-    that are not there, the ends of the file are ED and ES, ED the one with the larger cavity; where both are equally
-    large, nothing tells them apart and no frame has a phase.
+    A file that runs from ES to ED is reversed, so that `frame`, from 1, always counts towards end-systole. A frame has a
+    phase if the cfg names it as ED or ES. Without a cfg, or with one that names frames that do not exist, the ends of the
+    file are ED and ES, ED the one with the larger cavity; if both are equally large, no frame has a phase.
     """
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
-    frames = read_frames(*paths, Recording(patient, view, None, None, *NOTHING_YET), hashes)
+    frames = read_pair(*paths, "sequence", hashes)
     info = read_info(source, patient, view, hashes)
-    ed, es = phase_frames(frames, info)
+    ed, es = phase_frames([mask for _, mask, _ in frames], info)
     if ed is not None and ed > es:
         ed, es = len(frames) + 1 - ed, len(frames) + 1 - es
         frames.reverse()
     phases = {ed: Phase.ED, es: Phase.ES}
-    return [replace(frame, frame=i, phase=phases.get(i), info=info) for i, frame in enumerate(frames, start=1)]
+    return [Recording(patient, view, phases.get(number), number, *frame, info) for number, frame in enumerate(frames, start=1)]
 
 
-def phase_frames(frames: list[Recording], info: Info | None) -> tuple[int | None, int | None]:
-    """Which frames of a file, from 1, are ED and ES; (None, None) where nothing tells it."""
-    last = len(frames)
-    said = (info.ed, info.es) if info else (None, None)
-    if None not in said and said[0] != said[1] and all(1 <= frame <= last for frame in said):
-        return said
-    areas = [int((frame.mask == ENDO).sum()) for frame in (frames[0], frames[-1])]
-    if areas[0] == areas[1]:
+def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
+    """Which frames of a file, from 1, are ED and ES; (None, None) if that is unknown."""
+    last = len(masks)
+    named = (info.ed, info.es) if info else (None, None)
+    if None not in named and named[0] != named[1] and all(1 <= frame <= last for frame in named):
+        return named
+    first_area, last_area = (int((mask == ENDO).sum()) for mask in (masks[0], masks[-1]))
+    if first_area == last_area:
         return None, None
-    return (1, last) if areas[0] > areas[1] else (last, 1)
+    return (1, last) if first_area > last_area else (last, 1)
 
 
 def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> Info | None:
-    """Read `Info_2CH.cfg` or `Info_4CH.cfg`; None where there is none. Unknown lines are passed over."""
+    """Read `Info_2CH.cfg` or `Info_4CH.cfg`; None if the file does not exist. Unknown lines are ignored."""
     path = filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg")
     if not filesystem.exists(path):
         return None
     raw = read_source(path)
     if hashes is not None:
         hashes[path] = filesystem.sha256(raw)
-    said = dict(line.split(":", 1) for line in raw.decode(errors="replace").splitlines() if ":" in line)
-    said = {key.strip(): value.strip() for key, value in said.items()}
+    pairs = (line.split(":", 1) for line in raw.decode(errors="replace").splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in pairs}
 
     def number(key: str, kind: type):
         try:
-            value = float(said[key])
+            value = float(fields[key])
         except (KeyError, ValueError):
             return None
-        # What no frame, age or percentage can be is a slip of the pen, and no column holds it.
+        # A larger number is a typing error for a frame, age or percentage, and no column holds it.
         return kind(value) if abs(value) < 2**31 else None
 
     return Info(
         ed=number("ED", int),
         es=number("ES", int),
         num_frames=number("NbFrame", int),
-        sex=said.get("Sex"),
+        sex=fields.get("Sex"),
         age=number("Age", int),
-        quality=said.get("ImageQuality"),
+        quality=fields.get("ImageQuality"),
         ef=number("EF", float),
         frame_rate=number("FrameRate", float),
-        ef_convention=said.get("EFConvention", "camus"),
+        ef_convention=fields.get("EFConvention", "camus"),
     )
 
 
-def stills_of(patient_views=VIEWS) -> Iterator[tuple[View, Phase]]:
+def stills_of() -> Iterator[tuple[View, Phase]]:
     """The four stills that a patient has, in the order in which shards hold them."""
-    return ((view, phase) for view in patient_views for phase in PHASES)
+    return ((view, phase) for view in VIEWS for phase in PHASES)
 
 
 def write_info(source: str, patient: str, view: View, info: Info) -> None:
-    """Write a cfg as the release does, with one more line where the EF is not by its convention."""
+    """Write a cfg as the release does, with one more line if the EF is by another convention."""
     lines = {
         "ED": info.ed, "ES": info.es, "NbFrame": info.num_frames, "Sex": info.sex, "Age": info.age,
         "ImageQuality": info.quality, "EF": info.ef, "FrameRate": info.frame_rate,
@@ -236,7 +271,7 @@ def write_groups(source: str, groups: dict[str, list[str]]) -> None:
 
 
 def dataset_name(source: str, patients: list[str]) -> str:
-    """`phantom` where the tree says so, `CAMUS` for the release's own patient names, `other` for anybody else's."""
+    """`phantom` if the tree's note names it so, `CAMUS` for the release's own patient names, otherwise `other`."""
     if filesystem.exists(filesystem.join(source, PHANTOM_NOTE)):
         return "phantom"
     is_camus = all(re.fullmatch(r"patient0\d{3}", name) and name <= "patient0500" for name in patients)
@@ -244,13 +279,18 @@ def dataset_name(source: str, patients: list[str]) -> str:
 
 
 def list_files(source: str, patient: str) -> list[list]:
-    """Names and sizes of a patient's files: what tells a changed source without reading it."""
+    """Name, size and modification time (ns) of each of a patient's files."""
     return list_folder(filesystem.join(source, IMAGES_FOLDER, patient))
 
 
 def list_folder(path: str) -> list[list]:
-    """Names of a folder's entries and sizes of those that are files; raises UserError for a name that is no UTF-8."""
+    """Name, size and modification time of a folder's entries; raises UserError for a name that is not UTF-8."""
     found = filesystem.list_files(path)
-    for name, _ in found:
-        require(not UNREADABLE.search(name), f"{path} holds {ascii(name)}, a name that is no UTF-8: rename it.")
+    for name, *_ in found:
+        require(not UNREADABLE.search(name), f"{path} holds {ascii(name)}, a name that is not UTF-8: rename it.")
     return [list(entry) for entry in found]
+
+
+def names_and_sizes(listing: dict[str, list[list]]) -> dict[str, list[list]]:
+    """A listing of patients' files without the times, which a copy of the source need not keep."""
+    return {patient: [[name, size] for name, size, _ in files] for patient, files in listing.items()}

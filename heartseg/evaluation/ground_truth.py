@@ -18,7 +18,7 @@ from heartseg.datasets.nifti import DamagedRecording
 from heartseg.errors import UserError
 from heartseg.inference.segmenter import Segmented
 from heartseg.labels import Phase, View
-from heartseg.shards.reader import Frames, Shards, load_groups, open_shards
+from heartseg.shards.reader import FrameRows, Shards, load_groups, open_shards
 from heartseg.storage import filesystem
 
 NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?")
@@ -61,7 +61,7 @@ class ShardTruth:
     group: str
 
     @functools.cached_property
-    def frames(self) -> Frames:
+    def frames(self) -> FrameRows:
         """The group's rows, read once in each process."""
         return load_groups(self.shards, [self.group])[self.group]
 

@@ -1,9 +1,5 @@
-"""What a folder of shards holds, and whether it is what was written; one part is in memory at a time.
+"""What a folder of shards holds, and whether it is what was written; one part is in memory at a time."""
 
-Hands on numbers and tables (a title, a heading, rows of text), which inspect_shards.py prints and lays out.
-"""
-
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.labels import NUM_CLASSES
-from heartseg.shards import reader, reuse, writer
-from heartseg.shards.reader import Frames, Shards
+from heartseg.shards import reader, writer
+from heartseg.shards.reader import FrameRows, Shards
 from heartseg.storage import filesystem
 
 EF_EDGES = (30, 40, 50, 60, 70)  # percent; below 40 is reduced, 50 and above preserved (ESC 2021)
@@ -23,76 +19,60 @@ EF_EDGES = (30, 40, 50, 60, 70)  # percent; below 40 is reduced, 50 and above pr
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what was written, and how that shows."""
+    """A file that is not what was written, and why."""
 
     file: str
     reason: str
 
 
 def find_damage(path: str) -> Iterator[Damage]:
-    """Every file of a folder of shards that is damaged, missing or too many; goes on after each one.
+    """Every file of a folder of shards that is damaged, missing or not in the manifest; continues after each one.
 
-    Raises UserError where there is no manifest at all, for then nothing is known of the parts.
+    Raises UserError if there is no manifest at all, since then nothing is known about the parts.
     """
-    manifest_path = filesystem.join(path, writer.MANIFEST)
-    if not filesystem.exists(manifest_path):
+    if not filesystem.exists(filesystem.join(path, writer.MANIFEST)):
         raise UserError(f"{path} holds no finished shards (no {writer.MANIFEST}): run jobs/preprocess.py first.")
-    changed = False
-    for name in (writer.MANIFEST, writer.SPLITS):
-        if reason := seal_damage(filesystem.join(path, name)):
-            changed = True
-            yield Damage(name, reason)
     try:
-        manifest = filesystem.read_json(manifest_path)
-        parts = [dict(part, file=str(part["file"])) for part in manifest["parts"]]
-        opened = Shards(path, manifest, {})
-    except (UserError, ValueError, KeyError, TypeError):
-        return  # the manifest is named already, and without its list of parts there is nothing to compare
-    for part in parts:
-        if reason := part_damage(opened, part):
-            yield Damage(part["file"], reason)
-    listed = {part["file"] for part in parts}
+        opened = Shards(path, reader.read_manifest(path), {})
+        parts = {str(part["file"]): part for part in opened.manifest["parts"]}
+        for name, part in parts.items():
+            if reason := part_damage(opened, part):
+                yield Damage(name, reason)
+    except StorageError:
+        raise
+    except (UserError, AttributeError, LookupError, TypeError, ValueError) as error:
+        yield Damage(writer.MANIFEST, f"is not a manifest of ours ({error})")
+        return
     for name in filesystem.list_names(path):
-        if reuse.PART_NAME.fullmatch(name) and name not in listed:
-            yield Damage(name, "is in no manifest")
-    if not changed:
-        try:
-            reader.open_shards(path)
-        except UserError as error:
-            yield Damage(writer.SPLITS, str(error))
-
-
-def seal_damage(path: str) -> str | None:
-    """How a manifest or split differs from what was written; None where it does not."""
+        if writer.PART_NAME.fullmatch(name) and name not in parts:
+            yield Damage(name, "is not in the manifest")
     try:
-        data = filesystem.read_bytes(path)
-        value = json.loads(data)
-        if data == filesystem.json_bytes(reuse.sealed(value)):
-            return None
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
-    except (ValueError, AttributeError, RecursionError):
-        return "is no valid JSON of ours"
-    return "was changed after it was written (its seal is another)"
+        reader.open_shards(path)
+    except StorageError:
+        raise
+    except UserError as error:
+        yield Damage(writer.SPLITS, str(error))
 
 
 def part_damage(opened: Shards, part: dict) -> str | None:
-    """How a part differs from what the manifest says, or why its rows are no rows; None where all is well."""
+    """How a part differs from what the manifest records, or why its rows are not valid; None if all is well."""
     try:
         check_rows(reader.read_part(opened, part), opened, part)
+    except StorageError:
+        raise  # a store that cannot be reached says nothing about the part
     except UserError as error:
         return str(error)
     except (pa.ArrowException, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"does not hold the rows that the manifest tells of ({error or type(error).__name__})"
+        return f"does not hold the rows that the manifest describes ({error or type(error).__name__})"
     return None
 
 
 def check_rows(table: pa.Table, opened: Shards, part: dict) -> None:
-    """Raise ValueError where rows have other columns, labels, shapes or patients than they may."""
-    if not table.schema.equals(writer.schema(opened.image, {})):
-        raise ValueError("the columns are others")
+    """Raise ValueError if rows have other columns, labels, shapes or patients than they may."""
+    if not table.schema.equals(writer.schema(opened.image)):
+        raise ValueError("the columns differ")
     if table.num_rows != part["rows"]:
-        raise ValueError(f"{table.num_rows} rows in place of {part['rows']}")
+        raise ValueError(f"{table.num_rows} rows instead of {part['rows']}")
     strangers = set(table["patient"].to_pylist()) - opened.manifest["patients"].keys()
     if strangers:
         raise ValueError(f"{min(strangers)} is not in the manifest")
@@ -117,7 +97,7 @@ class Survey:
     ef: dict[str, float | None] = field(default_factory=dict)
     conventions: set[str] = field(default_factory=set)
 
-    def add(self, frames: Frames) -> None:
+    def add(self, frames: FrameRows) -> None:
         """Count the rows of one part."""
         self.grey += np.bincount(frames.images.numpy().ravel(), minlength=256)
         self.labels += np.bincount(frames.masks.numpy().ravel(), minlength=NUM_CLASSES)[:NUM_CLASSES]
@@ -148,7 +128,7 @@ class Survey:
 
     @property
     def ef_counts(self) -> dict[str, int]:
-        """Patients by their ejection fraction in percent; the last entry counts those of whom it is not known."""
+        """Patients by their ejection fraction in percent; the last entry counts those whose is not known."""
         known = [ef for ef in self.ef.values() if ef is not None]
         counts = np.bincount(np.digitize(known, EF_EDGES), minlength=len(EF_EDGES) + 1).tolist()
         pairs = zip(EF_EDGES[:-1], EF_EDGES[1:], strict=True)
@@ -156,22 +136,22 @@ class Survey:
         return dict(zip(names, counts, strict=True)) | {"not known": len(self.ef) - len(known)}
 
 
-def look(opened: Shards, picked: Iterable[int] = ()) -> tuple[Survey, list[dict]]:
-    """Count every row, and keep the rows at the positions `picked`: the table's columns, `image` [H,W] and `mask` [H,W].
+def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[dict]]:
+    """Count every row, and keep the rows at some positions: the table's columns, `image` [H,W] and `mask` [H,W].
 
     Raises UserError for the first part that is damaged.
     """
-    survey, kept, picked = Survey(), [], sorted(picked)
+    counts, kept, positions = Survey(), [], sorted(positions)
     for part in opened.manifest["parts"]:
         frames = reader.as_frames(reader.read_part(opened, part), opened.image)
-        for index in (place - survey.rows for place in picked if 0 <= place - survey.rows < len(frames)):
+        for index in (position - counts.rows for position in positions if 0 <= position - counts.rows < len(frames)):
             row = frames.table.slice(index, 1).to_pylist()[0]
             # Copies: a view would keep the whole part in memory.
             kept.append(row | {"image": frames.images[index, 0].numpy().copy(), "mask": frames.masks[index].numpy().copy()})
-        survey.add(frames)
-    return survey, kept
+        counts.add(frames)
+    return counts, kept
 
 
-def pick(num_rows: int, num_images: int, seed: int) -> list[int]:
+def draw_rows(num_rows: int, num_images: int, seed: int) -> list[int]:
     """Positions of some rows, drawn without repetition; the same seed draws the same ones."""
     return sorted(np.random.default_rng(seed).choice(num_rows, min(num_images, num_rows), replace=False).tolist())

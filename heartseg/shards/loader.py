@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from heartseg.errors import UserError
-from heartseg.shards.reader import Frames
+from heartseg.shards.reader import FrameRows
 
 # Images [b,1,H,W] and labels [b,H,W].
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -94,7 +94,7 @@ class Loader:
     world_size: int
 
     @classmethod
-    def of(cls, frames: Frames, rank: int, world_size: int, device: torch.device) -> "Loader":
+    def of(cls, frames: FrameRows, rank: int, world_size: int, device: torch.device) -> "Loader":
         """Put a group's uint8 pixels on the device once: 2,000 images of 256 x 256 are 262 MB."""
         return cls(to_device(frames.images, device), to_device(frames.masks, device), rank, world_size)
 

@@ -1,8 +1,8 @@
-"""Folders of shards: reads their manifest, their groups of patients, and their rows as tensors; hands on what writes them.
+"""Folders of shards: their manifest, their groups of patients, and their rows as tensors.
 
-A folder of shards holds `part-00000.parquet …`, `splits.json` (patients by group) and, written last, `manifest.json`: a
-folder with a manifest is complete. A row is one frame. Nothing that reads trusts what is there: sizes and hashes are
-checked, and a damaged part is named.
+A folder of shards holds `part-00000.parquet …`, a record of what each was made from, `splits.json` (patients by group) and,
+written last, `manifest.json`: a folder with a manifest is complete. A row is one frame. Sizes and hashes are checked on
+reading, and a damaged part is named.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,52 +15,10 @@ import torch
 from heartseg.config.experiment import ImageConfig, SplitConfig, canonical
 from heartseg.datasets import splits
 from heartseg.errors import UserError
-from heartseg.shards.reuse import PART_NAME, sealed
-from heartseg.shards.writer import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    part_names,
-    resize_image,
-    resize_mask,
-    schema,
-    source_listing,
-    unpack_mask,
-    write_manifest,
-    write_part,
-    write_splits,
-)
+from heartseg.shards.writer import FORMAT, MANIFEST, PART_NAME, SPLITS, schema, unpack_mask
 from heartseg.storage import filesystem
 
-# Writing has a file of its own; whoever works with shards finds both here.
-__all__ = [
-    "FORMAT",
-    "MANIFEST",
-    "PART_NAME",
-    "SPLITS",
-    "Frames",
-    "PartRows",
-    "Shards",
-    "as_frames",
-    "check_sizes",
-    "index_groups",
-    "load_groups",
-    "open_shards",
-    "part_names",
-    "read_manifest",
-    "read_part",
-    "read_part_rows",
-    "read_rows",
-    "resize_image",
-    "resize_mask",
-    "schema",
-    "sealed",
-    "source_listing",
-    "unpack_mask",
-    "write_manifest",
-    "write_part",
-    "write_splits",
-]
+MANIFEST_KEYS = {"dataset", "image", "parts", "rows", "patients", "quarantined"}
 
 
 @dataclass(frozen=True)
@@ -101,30 +59,38 @@ def read_manifest(path: str) -> dict:
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
     manifest = filesystem.read_json(manifest_path)
     if not isinstance(manifest, dict):
-        raise UserError(f"{manifest_path} is no manifest: preprocess anew.")
+        raise UserError(f"{manifest_path} is not a manifest: preprocess again with --overwrite.")
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has shard format {manifest.get('format')}, this version reads {FORMAT}: preprocess anew.")
+        found = manifest.get("format")
+        raise UserError(f"{path} has shard format {found}, this version reads {FORMAT}: preprocess again with --overwrite.")
+    if missing := MANIFEST_KEYS - manifest.keys():
+        raise UserError(f"{manifest_path} has no {min(missing)}: preprocess again with --overwrite.")
     return manifest
+
+
+def read_split(path: str) -> dict:
+    """The split of a folder of shards: `groups`, and the `config` that made them; raises UserError for anything else."""
+    split = filesystem.read_json(filesystem.join(path, SPLITS))
+    groups = split.get("groups") if isinstance(split, dict) else None
+    if not isinstance(groups, dict) or "train" not in groups or not all(isinstance(names, list) for names in groups.values()):
+        raise UserError(f"{path}/{SPLITS} names no training group: preprocess again with --resplit.")
+    splits.assert_disjoint(groups)
+    return split
 
 
 def open_shards(path: str) -> Shards:
     """Open a complete folder of shards; raises UserError for anything else."""
-    manifest = read_manifest(path)
-    split = filesystem.read_json(filesystem.join(path, SPLITS))
-    groups = split.get("groups") if isinstance(split, dict) else None
-    if not isinstance(groups, dict) or "train" not in groups:
-        raise UserError(f"{path}/{SPLITS} names no training group: preprocess again to write it anew.")
-    splits.assert_disjoint(groups)
-    unknown = {p for names in groups.values() for p in names} - manifest["patients"].keys()
+    manifest, groups = read_manifest(path), read_split(path)["groups"]
+    unknown = {patient for names in groups.values() for patient in names} - manifest["patients"].keys()
     if unknown:
-        raise UserError(f"{path}/{SPLITS} names {min(unknown)}, of whom there are no shards: preprocess anew.")
+        raise UserError(f"{path}/{SPLITS} names {min(unknown)}, who has no shards: preprocess again with --resplit.")
     return Shards(path, manifest, groups)
 
 
 def hold_out(shards: Shards, share: float) -> Shards:
-    """The training group alone, a seeded and stratified `share` of its patients made a validation group; all as it is for 0.
+    """The training group alone, with a seeded and stratified `share` of its patients as validation group; unchanged for 0.
 
-    Choices made on that group leave the reported ones untouched. Raises UserError where a group would be empty.
+    Choices made on that group leave the reported ones untouched. Raises UserError if a group would be empty.
     """
     if not share:
         return shards
@@ -134,7 +100,7 @@ def hold_out(shards: Shards, share: float) -> Shards:
 
 
 @dataclass(frozen=True, eq=False)
-class Frames:
+class FrameRows:
     """Rows in memory: `images` uint8 [N,1,H,W], `masks` uint8 [N,H,W], `table` all other columns."""
 
     images: torch.Tensor
@@ -151,20 +117,21 @@ class Frames:
 
 
 def read_part(shards: Shards, part: dict, columns: list[str] | None = None) -> pa.Table:
-    """The rows of one part, all columns or some; raises UserError that names it where it is not what the manifest says."""
+    """The rows of one part, all columns or some; raises UserError that names it if it is not what the manifest records."""
     if not PART_NAME.fullmatch(part["file"]):
-        raise UserError(f"The manifest of {shards.path} names a part {part['file']!r} that is none.")
+        raise UserError(f"The manifest of {shards.path} names a part {part['file']!r}, which is not one.")
     path = filesystem.join(shards.path, part["file"])
     try:
         data = filesystem.read_bytes(path)
     except OSError as error:
-        raise UserError(f"The shard {path} cannot be read: preprocess again with --overwrite.") from error
+        reason = error.strerror or error
+        raise UserError(f"The shard {path} cannot be read ({reason}): preprocess again with --overwrite.") from error
     if len(data) != part["bytes"] or filesystem.sha256(data) != part["sha256"]:
-        raise UserError(f"The shard {path} is damaged (not the bytes that were written): preprocess with --overwrite.")
+        raise UserError(f"The shard {path} is damaged (not the bytes that were written): preprocess again with --overwrite.")
     return filesystem.read_table(data, columns)
 
 
-def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, Frames]:
+def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, FrameRows]:
     """Read the rows of some groups into memory, each part once."""
     wanted = {patient: group for group in groups for patient in shards.groups[group]}
     kept: dict[str, list[pa.Table]] = {group: [] for group in groups}
@@ -186,7 +153,7 @@ class PartRows:
 
 
 def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
-    """Which parts hold the rows of each group, in the order in which `load_groups` has them; no part is read for it."""
+    """Which parts hold the rows of each group, in the order in which `load_groups` has them; reads no part."""
     group_of = splits.group_of(shards.groups)
     index: dict[str, list[PartRows]] = {group: [] for group in shards.groups}
     for part in shards.manifest["parts"]:
@@ -200,12 +167,13 @@ def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
 
 
 def check_sizes(shards: Shards) -> None:
-    """Raise UserError for the first part that is missing or has not its size: one listing, before anything is read."""
-    there = filesystem.sizes(shards.path)
+    """Raise UserError for the first part that is missing or has another size: one listing, before anything is read."""
+    sizes = filesystem.sizes(shards.path)
     for part in shards.manifest["parts"]:
-        if there.get(part["file"]) != part["bytes"]:
-            said = "missing" if part["file"] not in there else "damaged (not the size that was written)"
-            raise UserError(f"The shard {filesystem.join(shards.path, part['file'])} is {said}: preprocess with --overwrite.")
+        if sizes.get(part["file"]) != part["bytes"]:
+            path = filesystem.join(shards.path, part["file"])
+            problem = "damaged (not the size that was written)" if part["file"] in sizes else "missing"
+            raise UserError(f"The shard {path} is {problem}: preprocess again with --overwrite.")
 
 
 def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns: list[str] | None = None) -> pa.Table:
@@ -214,30 +182,30 @@ def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns:
     (places,) = np.nonzero(np.isin(np.array(table["patient"].to_pylist(), dtype=str), held.patients))
     if len(places) != held.rows:
         path = filesystem.join(shards.path, held.part["file"])
-        raise UserError(f"The shard {path} has not the rows that its manifest names: preprocess with --overwrite.")
+        raise UserError(f"The shard {path} lacks rows that its manifest names: preprocess again with --overwrite.")
     return table.take(pa.array(places[np.asarray(rows, dtype=np.int64)]))
 
 
-def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> Frames:
+def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> FrameRows:
     """Some rows of a group, counted as in its `load_groups`; reads the parts that hold them and no other."""
     starts = np.cumsum([0, *(held.rows for held in index)])
     wanted = np.asarray(rows, dtype=np.int64)
     owners = np.searchsorted(starts, wanted, side="right") - 1
-    tables, places = [schema(shards.image, {}).empty_table()], []
+    tables, places = [schema(shards.image).empty_table()], []
     for owner in np.unique(owners):
         (mine,) = np.nonzero(owners == owner)
         table = read_part_rows(shards, index[owner], wanted[mine] - starts[owner])
         tables.append(table.replace_schema_metadata(tables[0].schema.metadata))
         places += mine.tolist()
-    # Read part by part, handed on as asked.
+    # Read part by part, returned in the order asked for.
     return as_frames(pa.concat_tables(tables).take(pa.array(np.argsort(places), pa.int64())), shards.image)
 
 
-def as_frames(table: pa.Table, image: ImageConfig) -> Frames:
+def as_frames(table: pa.Table, image: ImageConfig) -> FrameRows:
     """A table of rows as tensors; the pixel columns leave the table."""
     images = column_tensor(table["image"], (1, image.height, image.width))
     masks = column_tensor(table["mask"], (image.height, image.width))
-    return Frames(images, masks, table.drop_columns(["image", "mask"]))
+    return FrameRows(images, masks, table.drop_columns(["image", "mask"]))
 
 
 def column_tensor(column: pa.ChunkedArray, shape: tuple[int, ...]) -> torch.Tensor:

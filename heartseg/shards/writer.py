@@ -1,11 +1,11 @@
-"""Recordings to Parquet shards, a part at a time, with a manifest and a split.
+"""Recordings to Parquet shards, a part at a time; then a split and, last, a manifest: a folder that has one is complete.
 
-A part is whole or not there, and equal sources make equal bytes, so that an interrupted call goes on where it stood. The
-manifest is written last: a folder that has one is complete.
+Beside `part-00000.parquet`, `part-00000.json` records what the part was made from, so that an interrupted job keeps it.
 """
 
 import json
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -14,23 +14,25 @@ from torch.nn.functional import interpolate
 
 from heartseg.config.experiment import ImageConfig, SplitConfig, canonical, to_json
 from heartseg.datasets import splits
-from heartseg.datasets.camus import Recording
+from heartseg.datasets.camus import CamusTree, Recording, names_and_sizes
+from heartseg.datasets.image_folder import ImageFolder
 from heartseg.datasets.nifti import DamagedRecording
-from heartseg.datasets.source import list_files
-from heartseg.datasets.source import recordings as read_recordings
 from heartseg.labels import CLASSES
-from heartseg.shards import reuse
-from heartseg.shards.reuse import NOTE, PARQUET, PART_NAME, listing_hash, sealed
 from heartseg.storage import filesystem
 
 FORMAT = 3
 MANIFEST, SPLITS = "manifest.json", "splits.json"
+PART_NAME = re.compile(r"part-\d{5}\.parquet")
+OURS = re.compile(rf"{PART_NAME.pattern}|part-\d{{5}}\.json|{re.escape(MANIFEST)}|{re.escape(SPLITS)}")
+# What a killed job may leave: a file that did not get its name yet.
+LEFTOVER = re.compile(rf"\.({OURS.pattern})\.[0-9a-f]{{8}}\.part")
+# Measured: fixed-size binary columns read back 5 to 9 times faster than Arrow's tensor type, and neither a dictionary nor
+# statistics pay for pixels.
+PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
 # Native masks are packed one by one; zstd takes a seventh of zlib's time for a third of the bytes.
 PACKING = "zstd"
 # A worker holds one part in memory: 64 stills, or 8 sequences of 10 to 40 frames.
 PATIENTS_PER_PART = {"stills": 16, "sequence": 4}
-# What a killed call may leave: a file that was not yet given its name.
-LEFTOVER = re.compile(rf"\.({PART_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(SPLITS)})\.[0-9a-f]{{8}}\.part")
 INFO_COLUMNS = {
     "quality": pa.string(), "ef": pa.float64(), "ef_convention": pa.string(),
     "sex": pa.string(), "age": pa.int32(), "frame_rate": pa.float64(),
@@ -38,12 +40,12 @@ INFO_COLUMNS = {
 
 
 def pair_of(kind: pa.DataType) -> pa.DataType:
-    """Two values of a kind, under the name that Parquet gives them: what was read is written again with the same bytes."""
+    """Two values of a kind, under the name that Parquet gives them: a part has the schema that was written."""
     return pa.list_(pa.field("element", kind), 2)
 
 
-def schema(image: ImageConfig, note: dict) -> pa.Schema:
-    """Columns of a part; dtype and shape of the pixel columns and the part's `note` stand in the metadata."""
+def schema(image: ImageConfig) -> pa.Schema:
+    """Columns of a part; dtype and shape of the pixel columns stand in the metadata."""
     pixels = image.height * image.width
     columns = {
         "patient": pa.string(), "view": pa.string(), "phase": pa.string(), "frame": pa.int32(),
@@ -56,17 +58,16 @@ def schema(image: ImageConfig, note: dict) -> pa.Schema:
         "mask": {"dtype": "uint8", "shape": [image.height, image.width]},
         "native_mask": {"dtype": "uint8", "shape": "native_shape", "compression": PACKING},
     }
-    metadata = {"heartseg.tensors": json.dumps(tensors), NOTE.decode(): canonical(note).decode()}
-    return pa.schema(list(columns.items()), metadata=metadata)
+    return pa.schema(list(columns.items()), metadata={"heartseg.tensors": json.dumps(tensors)})
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """An upright uint8 image on another grid, bilinear and antialiased."""
     pixels = torch.from_numpy(image)[None, None].float()
-    # Where nothing shrinks the antialiasing filter is the plain one, at two thirds of the time.
+    # Without shrinking, the antialiasing filter is the ordinary one, which takes two thirds of the time.
     shrinks = height < image.shape[0] or width < image.shape[1]
     resized = interpolate(pixels, (height, width), mode="bilinear", antialias=shrinks, align_corners=False)
-    return np.rint(resized[0, 0].numpy()).astype(np.uint8)  # averages leave 0 to 255 nowhere
+    return np.rint(resized[0, 0].numpy()).astype(np.uint8)  # averages stay within 0 to 255
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -106,14 +107,8 @@ def make_row(recording: Recording, image: ImageConfig) -> dict:
     }
 
 
-def part_names(patients: list[str], frames: str = "stills") -> list[tuple[str, list[str]]]:
-    """The parts that a source's patients fall into: file name and patients, in order."""
-    size = PATIENTS_PER_PART[frames]
-    return [(f"part-{i:05d}.parquet", patients[s : s + size]) for i, s in enumerate(range(0, len(patients), size))]
-
-
 def write_part(
-    source: str,
+    source: CamusTree | ImageFolder,
     out: str,
     name: str,
     patients: list[str],
@@ -121,56 +116,82 @@ def write_part(
     frames: str = "stills",
     listing: dict[str, list] | None = None,
 ) -> dict:
-    """Write one part, or take it as it is where an earlier, interrupted call has finished it; returns its record.
+    """Write one part and its sidecar, or keep what an interrupted job has finished; returns the part's record.
 
-    `frames` is one of sources.FRAMES, `listing` the patients' `source.list_files` where the caller has it. A part that
-    lacks recordings is written anew, since they may be mended. Raises UserError where the part there is damaged or was made
-    from another configuration or source.
+    `frames` is `stills` or `sequence`, `listing` the patients' `list_files` if the caller has it. A part that lacks
+    recordings is always written again: their files may have been repaired, or made readable.
     """
     path = filesystem.join(out, name)
-    listing = listing or list_files(source, patients)
-    asked = json.loads(canonical({"format": FORMAT, "image": to_json(image), "frames": frames, "listing": listing}))
-    taken = reuse.take_part(path, source, asked) if filesystem.exists(path) else None
-    if taken:
-        return {"file": name, **taken}
-    rows, note = [], asked | {"patients": {}, "quarantined": [], "source_files": {}}
+    listing = listing or source.list_files(patients)
+    made_from = {"format": FORMAT, "image": to_json(image), "frames": frames, "listing": listing}
+    sidecar = read_sidecar(path)
+    if sidecar and sidecar["made_from"] == made_from and is_reusable(path, sidecar["record"]):
+        return sidecar["record"]
+    rows, records, quarantined = [], {}, []
     for patient in patients:
-        files = [file for file, _ in listing[patient]]
-        patient_rows, record, damaged, hashes = read_patient(source, patient, files, image, frames)
+        files = [file for file, *_ in listing[patient]]
+        patient_rows, records[patient], damaged = read_patient(source, patient, files, image, frames)
         rows += patient_rows
-        note["patients"][patient] = record
-        note["quarantined"] += damaged
-        note["source_files"] |= hashes
-    note["rows"] = len(rows)
-    table = pa.Table.from_pylist(rows, schema(image, sealed(note)))
-    num_bytes, digest = filesystem.write_table(path, table, **PARQUET)
-    return {"file": name, "bytes": num_bytes, "sha256": digest, **note}
+        quarantined += damaged
+    num_bytes, digest = filesystem.write_table(path, pa.Table.from_pylist(rows, schema(image)), **PARQUET)
+    record = {
+        "file": name, "rows": len(rows), "bytes": num_bytes, "sha256": digest, "patients": records,
+        "quarantined": quarantined,
+    }  # fmt: skip
+    filesystem.publish(sidecar_path(path), canonical({"made_from": made_from, "record": record}))
+    return record
+
+
+def sidecar_path(part_path: str) -> str:
+    """Path of the record beside a part."""
+    return part_path.removesuffix(".parquet") + ".json"
+
+
+def read_sidecar(part_path: str) -> dict | None:
+    """What a part was `made_from`, and its `record`; None for a part that has no readable sidecar, as in older shards."""
+    try:
+        sidecar = json.loads(filesystem.read_bytes(sidecar_path(part_path)))
+    except (FileNotFoundError, ValueError):
+        return None
+    return sidecar if isinstance(sidecar, dict) and {"made_from", "record"} <= sidecar.keys() else None
+
+
+def is_reusable(path: str, record: dict) -> bool:
+    """True for a part that lacks no recording and has the bytes of its record."""
+    try:
+        return not record["quarantined"] and filesystem.sha256(filesystem.read_bytes(path)) == record["sha256"]
+    except FileNotFoundError:
+        return False
 
 
 def read_patient(
-    source: str, patient: str, files: list[str], image: ImageConfig, frames: str
-) -> tuple[list[dict], dict, list[dict], dict[str, str]]:
-    """A patient's shard rows, what the manifest keeps of them, the damaged recordings, and the SHA-256 of each file read."""
-    rows, damaged, by_path, recordings = [], [], {}, 0
-    for view, phase, read in read_recordings(source, patient, files, frames, by_path):
+    source: CamusTree | ImageFolder, patient: str, files: list[str], image: ImageConfig, frames: str
+) -> tuple[list[dict], dict, list[dict]]:
+    """A patient's shard rows, what the manifest keeps about the patient, and the damaged recordings."""
+    rows, damaged, hashes, recordings = [], [], {}, 0
+    for view, phase, read in source.recordings(patient, files, frames, hashes):
         recordings += 1
         try:
             rows += [make_row(recording, image) for recording in read()]
         except DamagedRecording as error:
-            file = below(source, error.file)
+            file = path_below(source.path, error.file)
             damaged.append({"patient": patient, "view": view, "phase": phase, "file": file, "reason": error.reason})
-    hashes = {below(source, path): digest for path, digest in by_path.items()}
-    record = {"rows": len(rows), "recordings": recordings, "sha256": filesystem.sha256(canonical(hashes))}
-    # What groups of patients are balanced by, kept here so that a split needs no look at the rows.
-    record["ef"] = next((row["ef"] for row in rows if row["ef"] is not None), None)
-    record["quality"] = {row["view"]: row["quality"] for row in rows if row["quality"]}
-    record["intensity_sums"] = [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)]
-    return rows, record, damaged, hashes
+    by_file = {path_below(source.path, path): digest for path, digest in hashes.items()}
+    record = {
+        "rows": len(rows),
+        "recordings": recordings,
+        "sha256": filesystem.sha256(canonical(by_file)),
+        # What groups of patients are balanced by, so that a split needs no rows.
+        "ef": next((row["ef"] for row in rows if row["ef"] is not None), None),
+        "quality": {row["view"]: row["quality"] for row in rows if row["quality"]},
+        "intensity_sums": [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)],
+    }
+    return rows, record, damaged
 
 
-def below(source: str, path: str) -> str:
+def path_below(folder: str, path: str) -> str:
     """A path without the folder of the source, so that a moved source is the same one."""
-    return path.removeprefix(source).lstrip("/")
+    return path.removeprefix(folder).lstrip("/")
 
 
 def intensity_sums(row: dict) -> tuple[int, int, int]:
@@ -181,20 +202,26 @@ def intensity_sums(row: dict) -> tuple[int, int, int]:
 
 
 def write_manifest(
-    out: str, source_name: str, image: ImageConfig, parts: list[dict], frames: str = "stills", official: dict | None = None
+    out: str,
+    dataset: str,
+    image: ImageConfig,
+    parts: list[dict],
+    listing: dict[str, list],
+    frames: str = "stills",
+    official: dict | None = None,
 ) -> dict:
     """Write the manifest of finished parts (records of `write_part`, in order): the folder is complete with it.
 
-    `official` is the split that the source comes with, kept so that shards can be divided anew without their source.
+    `official` is the split that the source comes with, kept so that shards can be split again without their source.
     """
     patients = {patient: record for part in parts for patient, record in part["patients"].items()}
     manifest = {
         "format": FORMAT,
-        "dataset": source_name,
+        "dataset": dataset,
         "frames": frames,
         "image": to_json(image),
         "classes": list(CLASSES),
-        # The patients say which parts hold a group's rows, before any part is read.
+        # The patients show which parts hold a group's rows, before any part is read.
         "parts": [
             {key: part[key] for key in ("file", "rows", "bytes", "sha256")} | {"patients": sorted(part["patients"])}
             for part in parts
@@ -203,29 +230,30 @@ def write_manifest(
         "patients": patients,
         "official_groups": official or {},
         "quarantined": [entry for part in parts for entry in part["quarantined"]],
-        "source_listing": listing_hash([part["listing"] for part in parts]),
+        "source_listing": listing_hash([part["patients"] for part in parts], listing),
         "source_sha256": filesystem.sha256(canonical({name: record["sha256"] for name, record in patients.items()})),
     }
-    filesystem.publish_json(filesystem.join(out, MANIFEST), sealed(manifest))
+    filesystem.publish_json(filesystem.join(out, MANIFEST), manifest)
     return manifest
 
 
-def keep_groups(out: str, manifest: dict, official: dict[str, list[str]]) -> None:
-    """Write into a finished folder's manifest how its source divides itself by now; nothing else in it changes."""
-    if manifest["official_groups"] != official:
-        filesystem.publish_json(filesystem.join(out, MANIFEST), sealed(manifest | {"official_groups": official}))
+def listing_hash(patients_of_parts: Iterable[Iterable[str]], listing: dict[str, list]) -> str:
+    """One hash of a source's file names and sizes, for the patients of each part; times would tie it to one copy."""
+    found = names_and_sizes(listing)
+    chunks = [{patient: found.get(patient, []) for patient in patients} for patients in patients_of_parts]
+    return filesystem.sha256(canonical(chunks))
 
 
-def source_listing(source: str, patients: list[str], frames: str = "stills") -> str:
-    """The hash that `write_manifest` keeps of a source's file names and sizes, computed without reading the files."""
-    listing = list_files(source, patients)
-    return listing_hash([{p: listing[p] for p in chunk} for _, chunk in part_names(patients, frames)])
+def part_names(patients: list[str], frames: str = "stills") -> list[tuple[str, list[str]]]:
+    """The parts that a source's patients fall into: file name and patients, in order."""
+    size = PATIENTS_PER_PART[frames]
+    return [(f"part-{i:05d}.parquet", patients[s : s + size]) for i, s in enumerate(range(0, len(patients), size))]
 
 
 def write_splits(out: str, config: SplitConfig, manifest_patients: dict, official: dict[str, list[str]]) -> dict:
     """Write `splits.json` for the patients that have rows; returns the groups."""
     groups = make_groups(config, manifest_patients, official)
-    filesystem.publish_json(filesystem.join(out, SPLITS), sealed({"config": to_json(config), "groups": groups}))
+    filesystem.publish_json(filesystem.join(out, SPLITS), {"config": to_json(config), "groups": groups})
     return groups
 
 
@@ -236,7 +264,7 @@ def make_groups(config: SplitConfig, manifest_patients: dict, official: dict[str
 
 
 def remove_leftovers(out: str) -> None:
-    """Delete what a killed call left half written; only the holder of the folder's lock may."""
+    """Delete what a killed job left half written; only the holder of the folder's lock may."""
     for name in filesystem.list_names(out):
         if LEFTOVER.fullmatch(name):
             filesystem.remove(filesystem.join(out, name))
@@ -244,8 +272,6 @@ def remove_leftovers(out: str) -> None:
 
 def remove_shards(out: str) -> None:
     """Delete shards and nothing else; the manifest goes first, so that nothing damaged looks complete."""
-    for name in (MANIFEST, SPLITS):
+    names = [name for name in filesystem.list_names(out) if OURS.fullmatch(name)]
+    for name in sorted(names, key=lambda name: name != MANIFEST):
         filesystem.remove(filesystem.join(out, name))
-    for name in filesystem.list_names(out):
-        if PART_NAME.fullmatch(name):
-            filesystem.remove(filesystem.join(out, name))

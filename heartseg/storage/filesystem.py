@@ -138,11 +138,16 @@ def list_names(path: str) -> list[str]:
     return sorted(entry.base_name for entry in _entries(path))
 
 
-def list_files(path: str) -> list[tuple[str, int | None]]:
-    """Sorted names of the entries of a folder with their bytes, None for what is no file; of a store by one request."""
+def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
+    """Sorted names of a folder's entries with size and modification time (ns), None for what is not a file.
+
+    An object store needs one request.
+    """
     if is_uri(path):
-        return sorted((entry.base_name, entry.size) for entry in _entries(path))
-    return [(name, size_or_none(join(path, name))) for name in list_names(path)]
+        return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in _entries(path))
+    paths = {name: join(path, name) for name in list_names(path)}
+    stats = {name: os.stat(file) if os.path.isfile(file) else None for name, file in paths.items()}
+    return [(name, stat and stat.st_size, stat and stat.st_mtime_ns) for name, stat in stats.items()]
 
 
 def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
@@ -279,25 +284,13 @@ def sha256(data: bytes) -> str:
 
 def write_table(path: str, table: pa.Table, **options) -> tuple[int, str]:
     """Publish an Arrow table as Parquet; returns its bytes and SHA-256. `options` go to pyarrow's writer."""
-    data = table_bytes(table, **options)
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink, **options)
+    data = sink.getvalue().to_pybytes()
     publish(path, data)
     return len(data), sha256(data)
 
 
-def table_bytes(table: pa.Table, **options) -> bytes:
-    """The bytes that `write_table` publishes for a table."""
-    sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, **options)
-    return sink.getvalue().to_pybytes()
-
-
-def read_table(data: bytes, columns: list[str] | None = None, verify: bool = False) -> pa.Table:
-    """The table in a Parquet file's bytes; ArrowInvalid or OSError for a damaged one, which `verify` tells by its checksums."""
-    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=verify)
-
-
-def read_table_metadata(path: str) -> dict[bytes, bytes]:
-    """The schema's key-value metadata of a Parquet file; raises pa.ArrowInvalid or OSError for a damaged one."""
-    # A store's refusal and a damaged footer are both OSError here: the bytes come first, so that each keeps its name.
-    source = pa.BufferReader(read_bytes(path)) if is_uri(path) else path
-    return pyarrow.parquet.read_schema(source).metadata or {}
+def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The table in a Parquet file's bytes; raises ArrowInvalid or OSError for a damaged one."""
+    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=columns)

@@ -21,7 +21,7 @@ from heartseg.labels import frame_name
 from heartseg.metrics.segmentation import predicted_labels
 from heartseg.models import checkpoint, precision
 from heartseg.shards.loader import Intensity
-from heartseg.shards.reader import Frames, Shards
+from heartseg.shards.reader import FrameRows, Shards
 from heartseg.storage import filesystem
 from heartseg.training import engine, run_directory
 from heartseg.training.run_directory import Run
@@ -63,7 +63,7 @@ class Keeper:
     experiment: Experiment
     run: Run
     intensity: Intensity
-    shown: Frames
+    shown: FrameRows
     tracker: Tracker
     record: list[dict]
     background: Background = field(default_factory=Background)

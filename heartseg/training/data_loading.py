@@ -15,7 +15,7 @@ import torch
 
 from heartseg.config.experiment import Experiment
 from heartseg.shards.loader import Batches, Loader
-from heartseg.shards.reader import Frames, Shards, check_sizes, index_groups, load_groups, read_rows
+from heartseg.shards.reader import FrameRows, Shards, check_sizes, index_groups, load_groups, read_rows
 from heartseg.shards.streaming_loader import Stream
 from heartseg.training.distributed import Ranks, from_main, min_over_ranks
 
@@ -30,7 +30,7 @@ class Source:
     """Groups that are open: `loaders` feed the engine; `rows(group, numbers)` gives some images and their columns."""
 
     loaders: dict[str, Batches]
-    rows: Callable[[str, Sequence[int]], Frames]
+    rows: Callable[[str, Sequence[int]], FrameRows]
 
 
 def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> Source:
@@ -45,10 +45,10 @@ def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> Source:
     return Source(loaders, lambda group, rows: read_rows(shards, index[group], rows))
 
 
-def _some(frames: Frames, rows: Sequence[int]) -> Frames:
+def _some(frames: FrameRows, rows: Sequence[int]) -> FrameRows:
     numbers = np.asarray(rows, dtype=np.int64)
     chosen = torch.from_numpy(numbers)
-    return Frames(frames.images[chosen], frames.masks[chosen], frames.table.take(pa.array(numbers)))
+    return FrameRows(frames.images[chosen], frames.masks[chosen], frames.table.take(pa.array(numbers)))
 
 
 def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:

@@ -16,7 +16,7 @@ from heartseg.errors import OutOfMemory, StorageError, UserError, io_errors_as_u
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
-from heartseg.shards.reader import Frames, Shards, hold_out, open_shards
+from heartseg.shards.reader import FrameRows, Shards, hold_out, open_shards
 from heartseg.storage import filesystem
 from heartseg.training import callbacks, data_loading, engine, run_directory
 from heartseg.training.distributed import Ranks, from_main, raise_first_problem
@@ -117,14 +117,14 @@ def _train(
         tracker.finish(exit_code)
 
 
-def open_source(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, data_loading.Source, Frames]:
+def open_source(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, data_loading.Source, FrameRows]:
     """The groups from memory or from a stream, as the run has it from here on, and the images that the keeper shows.
 
     Raises UserError on every rank at once.
     """
     chosen = data_loading.choose(experiment, shards, run_directory.begun_ingest(run), ranks)
     shown_group = "val" if "val" in shards.groups else "test"
-    opened: list[tuple[Run, data_loading.Source, Frames]] = []
+    opened: list[tuple[Run, data_loading.Source, FrameRows]] = []
 
     def open_here() -> None:
         kept = run_directory.keep_ingest(run, chosen, ranks.is_main)

@@ -21,9 +21,8 @@ from heartseg.datasets import camus, nifti, phantom
 from heartseg.errors import UserError
 from heartseg.shards import writer
 from heartseg.storage import filesystem
-from jobs import preprocess
 from jobs.benchmarks.data_loader import loader_lines
-from jobs.support import command_line, ray_runtime
+from jobs.support import command_line, ray_preprocessing, ray_runtime
 
 GRID = ImageConfig(256, 256)
 # Patients of the phantom whose stills are float32, as the release's are: 389 x 549 pixels and more.
@@ -163,7 +162,7 @@ def plain_way(source: str, patients: list[str], out: str) -> None:
 
 def our_way(source: str, patients: list[str], out: str) -> None:
     """A shard with native masks, checked labels and hashes."""
-    writer.write_part(source, out, "part-00000.parquet", patients, GRID)
+    writer.write_part(camus.CamusTree(source), out, "part-00000.parquet", patients, GRID)
 
 
 def zlib_alone(source: str, patients: list[str], out: str) -> None:
@@ -212,9 +211,9 @@ def timed_run(source: str, folder: str, name: str, workers: int, frames: int) ->
     tasks = []
     for number in range(times):
         out = os.path.join(folder, name, str(number))
-        tasks += [(source, out, part, chunk, GRID) for part, chunk in writer.part_names(patients)]
+        tasks += [(camus.CamusTree(source), out, part, chunk, GRID) for part, chunk in writer.part_names(patients)]
     rows, finished = [], []
-    for record in preprocess.map_with_ray(tasks, workers):
+    for record in ray_preprocessing.write_parts_with_ray(tasks, workers):
         rows.append(record["rows"])
         finished.append(time.perf_counter())
     return sum(rows[workers:]), finished[-1] - finished[workers - 1]
@@ -245,7 +244,7 @@ def peak_of(source: str, patients: list[str]) -> tuple[float, float]:
     before = peak_mib()
     with tempfile.TemporaryDirectory() as out:
         for name, chunk in writer.part_names(patients):
-            writer.write_part(source, out, name, chunk, GRID)
+            writer.write_part(camus.CamusTree(source), out, name, chunk, GRID)
     return before, peak_mib()
 
 

@@ -20,8 +20,9 @@ import torch
 from heartseg.config.experiment import ImageConfig
 from heartseg.config.recipes import quick
 from heartseg.datasets import phantom
+from heartseg.datasets.camus import CamusTree
 from heartseg.models.deeplabv3 import build_model
-from heartseg.shards import reader, reuse, writer
+from heartseg.shards import reader, writer
 from heartseg.shards.loader import Batch
 from heartseg.storage import filesystem
 from heartseg.training import data_loading
@@ -85,7 +86,7 @@ def write_base(folder: str, patients: int) -> dict:
     patients = min(patients, writer.PATIENTS_PER_PART["stills"])
     phantom.write_phantom(source, patients)
     names = sorted(os.listdir(os.path.join(source, "database_nifti")))
-    return writer.write_part(source, out, "part-00000.parquet", names, GRID) | {"path": out}
+    return writer.write_part(CamusTree(source), out, "part-00000.parquet", names, GRID) | {"path": out}
 
 
 def grow(base: dict, out: str, images: int) -> str:
@@ -95,10 +96,10 @@ def grow(base: dict, out: str, images: int) -> str:
     for number in range(-(-images // base["rows"])):
         names = pa.array([f"{name}-{number}" for name in table["patient"].to_pylist()])
         part, file = table.set_column(0, "patient", names), f"part-{number:05d}.parquet"
-        num_bytes, digest = filesystem.write_table(filesystem.join(out, file), part, **reuse.PARQUET)
+        num_bytes, digest = filesystem.write_table(filesystem.join(out, file), part, **writer.PARQUET)
         patients = {f"{name}-{number}": record for name, record in base["patients"].items()}
         records.append(base | {"file": file, "bytes": num_bytes, "sha256": digest, "patients": patients})
-    manifest = writer.write_manifest(out, "phantom", GRID, records)
+    manifest = writer.write_manifest(out, "phantom", GRID, records, {})
     groups = {"train": sorted(manifest["patients"]), "test": []}
     filesystem.publish(filesystem.join(out, writer.SPLITS), json.dumps({"config": {}, "groups": groups}).encode())
     return out

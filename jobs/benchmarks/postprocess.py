@@ -18,7 +18,7 @@ from heartseg.inference.segmenter import Ensemble, Segmenter, load_all, segment
 from heartseg.metrics.agreement import bootstrap_interval
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.segmentation import confusion, image_scores
-from heartseg.shards.reader import Frames, load_groups, open_shards
+from heartseg.shards.reader import FrameRows, load_groups, open_shards
 from jobs.support import command_line
 
 OWN = "the network's own"
@@ -48,7 +48,7 @@ class Options:
     """Group of patients; choices are made on val, never on test."""
 
 
-def measure(segmenter: Segmenter | Ensemble, frames: Frames, options: PredictConfig) -> dict[str, np.ndarray]:
+def measure(segmenter: Segmenter | Ensemble, frames: FrameRows, options: PredictConfig) -> dict[str, np.ndarray]:
     """Per image on the native grid: COLUMNS, `quality` and `implausible`; and the `seconds` of all, without scoring."""
     shapes = [tuple(shape) for shape in frames.table["native_shape"].to_pylist()]
     spacings_mm = frames.table["native_spacing_mm"].to_pylist()

@@ -15,9 +15,11 @@ from torch import nn
 from heartseg.config.experiment import Experiment, ImageConfig, TrackingConfig
 from heartseg.config.recipes import seed
 from heartseg.datasets import camus
+from heartseg.datasets.source import open_source
 from heartseg.metrics.segmentation import ScoreSums
 from heartseg.shards.loader import Loader
-from heartseg.shards.reader import Frames, load_groups, open_shards
+from heartseg.shards.preprocessing import write_shards
+from heartseg.shards.reader import FrameRows, load_groups, open_shards
 from heartseg.training import engine
 from heartseg.training.distributed import Ranks
 
@@ -101,16 +103,13 @@ class Bench:
 
     def shards(self, experiment: Experiment, source: str = "") -> str:
         """Shards of the source on an experiment's grid."""
-        from jobs import preprocess
-
         source = source or self.source
         out = os.path.join(self.folder, f"shards-{os.path.basename(source)}-{experiment.image.height}")
         if not os.path.exists(out):
-            with contextlib.redirect_stdout(None):
-                preprocess.run(replace(experiment, source=source, out=out), preprocess.Options(launcher="plain"))
+            write_shards(open_source(source), out, experiment.image, experiment.split)
         return out
 
-    def frames(self, experiment: Experiment) -> Frames:
+    def frames(self, experiment: Experiment) -> FrameRows:
         """The training group on an experiment's grid."""
         return load_groups(open_shards(self.shards(experiment)), ["train"])["train"]
 
@@ -133,7 +132,9 @@ class Bench:
         return images, torch.randint(4, (size, *grid), device=self.device, dtype=torch.uint8)
 
 
-def loader_batches(experiment: Experiment, frames: Frames, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def loader_batches(
+    experiment: Experiment, frames: FrameRows, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of one epoch after the other, as training has them."""
     loader = Loader.of(frames, 0, 1, device)
     for epoch in count():

@@ -20,7 +20,7 @@ from heartseg.config.experiment import Experiment
 from heartseg.datasets import camus
 from heartseg.labels import STRUCTURES
 from heartseg.shards.loader import epoch_order
-from heartseg.shards.reader import Frames
+from heartseg.shards.reader import FrameRows
 from jobs.benchmarks.train_bench import Bench, loader_batches, our_steps, peak_memory_gb, reset_peak_memory, row
 from jobs.benchmarks.train_steps import new_model
 
@@ -28,7 +28,7 @@ from jobs.benchmarks.train_steps import new_model
 class Stills(Dataset):
     """The images of a group, in the order of its shards' rows, read anew from their NIfTI files."""
 
-    def __init__(self, source: str, frames: Frames, size: int):
+    def __init__(self, source: str, frames: FrameRows, size: int):
         stills = frames.table.select(["patient", "view", "phase"]).to_pylist()
         self.paths = [
             [camus.recording_path(source, still["patient"], still["view"], still["phase"], suffix) for suffix in ("", "_gt")]

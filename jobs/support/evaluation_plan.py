@@ -80,7 +80,8 @@ class Source:
         """What tells these images from others; for a tree, the names and sizes of its files."""
         if self.shards:
             return self.shards.fingerprint
-        return filesystem.sha256(canonical({name: camus.list_files(self.path, name) for name in self.groups["all"]}))
+        listing = {name: camus.list_files(self.path, name) for name in self.groups["all"]}
+        return filesystem.sha256(canonical(camus.names_and_sizes(listing)))
 
     def truth(self, group: str) -> ShardTruth | TreeTruth:
         """The group's cases; those held out of the training group are among its rows."""

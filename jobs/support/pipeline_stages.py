@@ -9,18 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from heartseg.config.experiment import Experiment, from_json, identity, to_json
-from heartseg.datasets.source import find_patients, read_groups
-from heartseg.errors import UserError, require
+from heartseg.datasets.source import open_source
+from heartseg.errors import StorageError, UserError, require
 from heartseg.inference import study_files
 from heartseg.models import checkpoint
-from heartseg.shards import writer
+from heartseg.shards.preprocessing import check_same, check_split
 from heartseg.shards.reader import check_sizes, open_shards
-from heartseg.shards.writer import MANIFEST, SPLITS
+from heartseg.shards.writer import MANIFEST, SPLITS, listing_hash, part_names
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.worker import open_data
 from heartseg.tuning.sweep import Plan, find_sweep, read_trials
-from jobs import preprocess
 from jobs.support import command_line, evaluation_plan
 
 KINDS = ("preprocess", "tune", "train", "evaluate", "pool", "predict")
@@ -141,14 +140,15 @@ def complete(path: str, *names: str) -> str | None:
 
 def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
     """NIfTI to shards; those of another source or split that lie in their place are written or divided anew."""
-    frames, asked = work.frames, preprocess.Options(frames=work.frames)
+    frames = work.frames
     written = replace(experiment, out=experiment.data, data="")
 
     def inputs(results: Results) -> dict:
-        patients = find_patients(experiment.source)
+        source = open_source(experiment.source)
+        listing = source.list_files(source.patients())
         return {
-            "source files": writer.source_listing(experiment.source, patients, frames),
-            "groups": read_groups(experiment.source),
+            "source files": listing_hash([patients for _, patients in part_names(list(listing), frames)], listing),
+            "groups": source.groups(),
             "image": to_json(experiment.image),
             "split": to_json(experiment.split),
             "frames": frames,
@@ -158,12 +158,15 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
         if not filesystem.exists(filesystem.join(experiment.data, MANIFEST)):
             return []
         try:
-            manifest = preprocess.check_same(written, asked, find_patients(experiment.source))
-            check_sizes(open_shards(experiment.data))
+            source = open_source(experiment.source)
+            manifest = check_same(source, experiment.data, experiment.image, frames)
+            open_shards(experiment.data)
+        except StorageError:
+            raise  # a store that cannot be reached says nothing about the shards
         except UserError:
             return ["--overwrite"]
         try:
-            preprocess.check_split(written, asked, manifest, read_groups(experiment.source))
+            check_split(experiment.data, experiment.split, manifest, source.groups())
         except UserError:
             return ["--resplit"]
         return []

@@ -1,4 +1,4 @@
-"""Anybody's images and masks in a plain folder become shards, are divided as they say, trained on and scored."""
+"""Anyone's images and masks in a plain folder become shards, are split by their own file, trained on and scored."""
 
 import os
 
@@ -6,9 +6,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from heartseg.datasets import image_folder, nifti
-from heartseg.datasets.source import find_patients
+from heartseg.datasets import nifti
+from heartseg.datasets.source import open_source
 from heartseg.errors import UserError
+from heartseg.shards import writer
 from heartseg.shards.reader import load_groups, open_shards
 from heartseg.storage import filesystem
 from helpers.experiments import tiny_experiment
@@ -95,12 +96,12 @@ def test_a_groups_file_is_the_official_split(folder, tmp_path):
     ("text", "said"),
     [
         ("anna,train\n", "must begin with the line `patient,group`"),
-        ("patient,group\nanna,training\n", "group 'training': take one of train, val, test"),
-        ("patient,group\nanna,train\nzoe,test\n", "names 'zoe', of whom there is no file"),
+        ("patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
+        ("patient,group\nanna,train\nzoe,test\n", "names 'zoe', who has no file"),
         ("patient,group\nanna,train\nanna,test\n", "anna is in both"),
     ],
 )
-def test_a_wrong_groups_file_is_refused_in_a_sentence(text, said, folder, tmp_path):
+def test_a_wrong_groups_file_is_refused_by_what_is_wrong(text, said, folder, tmp_path):
     filesystem.publish(os.path.join(folder, "groups.csv"), text.encode())
     with pytest.raises(UserError, match=said):
         write(folder, tmp_path / "out", kind="official")
@@ -119,10 +120,10 @@ def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_pa
     assert "No such file" in found["emil"]["reason"] and "2 axes" in found["gwen"]["reason"]
 
 
-def test_a_name_that_is_no_utf_8_is_refused_in_a_sentence(folder, tmp_path):
+def test_a_name_that_is_not_utf_8_is_refused(folder, tmp_path):
     with open(os.fsencode(folder) + b"/images/d\xf6ra_1.nii.gz", "wb"):
         pass
-    with pytest.raises(UserError, match=r"holds 'd\\udcf6ra_1\.nii\.gz', a name that is no UTF-8: rename it"):
+    with pytest.raises(UserError, match=r"holds 'd\\udcf6ra_1\.nii\.gz', a name that is not UTF-8: rename it"):
         write(folder, tmp_path / "out")
 
 
@@ -152,18 +153,24 @@ def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):
 def test_a_folder_of_neither_layout_names_both(tmp_path):
     os.makedirs(tmp_path / "images")
     with pytest.raises(UserError, match=r"holds no database_nifti/.*images/PATIENT_ANYTHING"):
-        find_patients(str(tmp_path))
+        open_source(str(tmp_path))
     os.makedirs(tmp_path / "masks")
     with pytest.raises(UserError, match="holds no NIfTI file"):
-        find_patients(str(tmp_path))
-    assert image_folder.is_plain_folder(str(tmp_path))
+        open_source(str(tmp_path)).patients()
 
 
-def test_a_changed_folder_is_seen(folder, tmp_path):
-    write(folder, tmp_path / "out")
+def test_a_folder_is_listed_as_often_however_many_parts_it_makes(folder, tmp_path, monkeypatch):
+    calls, list_files = [], filesystem.list_files
+    monkeypatch.setattr(filesystem, "list_files", lambda path: calls.append(path) or list_files(path))
+    counts = []
+    for patients in (16, 1):
+        monkeypatch.setitem(writer.PATIENTS_PER_PART, "stills", patients)
+        write(folder, tmp_path / str(patients))
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0]
     put(folder, "hugo_1")
     with pytest.raises(UserError, match=r"other shards \(hugo is new\)"):
-        write(folder, tmp_path / "out")
+        write(folder, tmp_path / "1")
 
 
 def test_a_model_is_trained_and_scored_on_pictures_of_unknown_view(folder, tmp_path):

@@ -64,7 +64,7 @@ def test_a_mistake_is_a_sentence(arguments, said, phantom):
 
 def test_grown_shards_are_the_same_images_of_other_patients(phantom, tmp_path):
     names = camus.find_patients(phantom)[:2]
-    base = writer.write_part(phantom, str(tmp_path / "base"), "part-00000.parquet", names, data_loader.GRID)
+    base = writer.write_part(camus.CamusTree(phantom), str(tmp_path / "base"), "part-00000.parquet", names, data_loader.GRID)
     opened = reader.open_shards(data_loader.grow(base | {"path": str(tmp_path / "base")}, str(tmp_path / "grown"), 20))
     assert opened.num_rows("train") == 24 and len(opened.groups["train"]) == 6
     streamed = data_loading.open_groups(opened, "stream", data_loader.ALONE).loaders["train"]

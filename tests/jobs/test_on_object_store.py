@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 
 from heartseg.config.experiment import PredictConfig, TrackingConfig
+from heartseg.datasets.camus import CamusTree
 from heartseg.errors import StorageError, UserError
 from heartseg.models import checkpoint
 from heartseg.shards.reader import open_shards
+from heartseg.shards.writer import MANIFEST, SPLITS
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.s3_server import KEYS, Proxy, environment
 from jobs import evaluate, preprocess, train
 from jobs.support import evaluation_plan
+from jobs.support.ray_preprocessing import write_parts_with_ray
 
 PLAIN = train.Options(launcher="plain")
 LOSSES = ("train/loss", "test/loss", "test/dice")
@@ -65,7 +68,7 @@ def run(data) -> str:
 
 
 def same_files(ours: str, theirs: str) -> bool:
-    names = [name for name in filesystem.list_names(theirs) if not name.startswith(".")]
+    names = [name for name in filesystem.list_names(theirs) if name.endswith((".parquet", MANIFEST, SPLITS))]
     hashes = [[filesystem.sha256(filesystem.read_bytes(filesystem.join(f, n))) for n in names] for f in (ours, theirs)]
     return len(names) >= 3 and hashes[0] == hashes[1]
 
@@ -232,9 +235,16 @@ def test_a_store_lost_in_a_training_with_two_workers_ends_in_one_sentence_and_ha
 
 
 def test_a_store_that_is_away_for_a_worker_is_still_told_from_a_mistake(phantom, ray_session):
-    task = (phantom, "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image, "stills")
+    task = (
+        CamusTree(phantom),
+        "s3://no-such-bucket/shards",
+        "part-00000.parquet",
+        ["patient0001"],
+        tiny_experiment().image,
+        "stills",
+    )
     with pytest.raises(StorageError, match="bucket that does not exist") as found:
-        list(preprocess.map_with_ray([task], 1))
+        list(write_parts_with_ray([task], 1))
     assert "Traceback" not in str(found.value)
 
     class Away:

@@ -15,6 +15,7 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from helpers.experiments import ROOT, tiny_experiment
 from jobs import evaluate, preprocess, train
+from jobs.support import ray_preprocessing
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 LOSSES = ("train/loss", "test/loss")
@@ -152,7 +153,7 @@ def test_a_preprocess_that_waits_for_cpus_says_so_and_goes_on_when_they_are_free
 
     holder = Holder.remote()
     ray.get(holder.hold.remote())
-    monkeypatch.setattr(preprocess, "SECONDS_OF_SILENCE", 1)
+    monkeypatch.setattr(ray_preprocessing, "SECONDS_OF_SILENCE", 1)
     freed = threading.Timer(4, lambda: ray.kill(holder))
     freed.start()
     with caplog.at_level("INFO", logger="heartseg.jobs"):

@@ -1,0 +1,150 @@
+"""A source to a complete folder of shards: what is finished stays, and what was made from something else is refused by name."""
+
+import itertools
+from collections.abc import Callable, Iterable
+
+from heartseg.config.experiment import ImageConfig, SplitConfig, first_difference, from_json, to_json
+from heartseg.datasets import splits
+from heartseg.datasets.camus import CamusTree
+from heartseg.datasets.image_folder import ImageFolder
+from heartseg.errors import UserError
+from heartseg.shards import reader, writer
+from heartseg.shards.reader import Shards
+from heartseg.storage import filesystem, locks
+
+
+def write_parts_here(tasks: list[tuple]) -> Iterable[dict]:
+    """The records of all parts, written by this process one after the other."""
+    return itertools.starmap(writer.write_part, tasks)
+
+
+def write_shards(
+    source: CamusTree | ImageFolder,
+    out: str,
+    image: ImageConfig,
+    split: SplitConfig,
+    frames: str = "stills",
+    max_quarantined: float = 0.01,
+    overwrite: bool = False,
+    resplit: bool = False,
+    map_parts: Callable[[list[tuple]], Iterable[dict]] = write_parts_here,
+) -> Shards:
+    """Write what is missing of a source's shards, and their split.
+
+    `map_parts` calls `writer.write_part` with each of some arguments and returns the records in any order. Raises UserError
+    if a complete folder was made from something else, if it is split differently and `resplit` is False, or if a larger
+    share than `max_quarantined` of the recordings is damaged.
+    """
+    patients, official = source.patients(), source.groups()
+    source.check_frames(patients, frames)
+    splits.make_groups(split, patients, official)
+    with locks.lock(out):
+        writer.remove_leftovers(out)
+        if overwrite:
+            writer.remove_shards(out)
+        if filesystem.exists(filesystem.join(out, writer.MANIFEST)):
+            manifest = check_same(source, out, image, frames)
+            if not resplit:
+                check_split(out, split, manifest, official)
+            if manifest["official_groups"] != official:
+                manifest |= {"official_groups": official}
+                filesystem.publish_json(filesystem.join(out, writer.MANIFEST), manifest)
+        else:
+            listing = source.list_files(patients)
+            parts = write_parts(source, listing, out, image, frames, map_parts)
+            check_quarantine(parts, max_quarantined)
+            manifest = writer.write_manifest(out, source.dataset_name(patients), image, parts, listing, frames, official)
+        return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
+
+
+def write_parts(
+    source: CamusTree | ImageFolder,
+    listing: dict[str, list],
+    out: str,
+    image: ImageConfig,
+    frames: str,
+    map_parts: Callable[[list[tuple]], Iterable[dict]],
+) -> list[dict]:
+    """Write the parts of all patients of a listing; returns their records, in order."""
+    parts = dict(writer.part_names(list(listing), frames))
+    for name in filesystem.list_names(out):
+        if writer.PART_NAME.fullmatch(name) and name not in parts:
+            path = filesystem.join(out, name)
+            raise UserError(f"{path} is a part of other shards: remove it, or give --overwrite or another --out.")
+    tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk}) for name, chunk in parts.items()]
+    records = {record["file"]: record for record in map_parts(tasks)}
+    sizes = filesystem.sizes(out)
+    for name, record in records.items():
+        if sizes.get(name) != record["bytes"]:
+            path = filesystem.join(out, name)
+            raise UserError(f"{path} is not there as it was written: every node must see --out, so give a folder they share.")
+    return [records[name] for name in parts]
+
+
+def check_quarantine(parts: list[dict], max_quarantined: float) -> None:
+    """Raise UserError if more than the allowed share of the recordings is damaged."""
+    damaged = sum(len(part["quarantined"]) for part in parts)
+    total = sum(record["recordings"] for part in parts for record in part["patients"].values())
+    if damaged > max_quarantined * total:
+        raise UserError(
+            f"{damaged} of {total} recordings are damaged, more than --max-quarantined {max_quarantined:g}: "
+            "repair them and rerun the same command, or allow more with --max-quarantined."
+        )
+
+
+def check_same(source: CamusTree | ImageFolder, out: str, image: ImageConfig, frames: str) -> dict:
+    """The manifest of a complete folder; raises UserError if it has other settings, or its source or a part has changed."""
+    manifest = reader.read_manifest(out)
+    there = {"image": manifest["image"], "frames": manifest.get("frames")}
+    difference = first_difference(there, {"image": to_json(image), "frames": frames})
+    if difference := difference or changed_file(out, manifest, source.list_files(source.patients())):
+        raise UserError(f"{out} holds other shards ({difference}): give --overwrite, or another --out.")
+    reader.check_sizes(Shards(out, manifest, {}))
+    return manifest
+
+
+def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | None:
+    """The first file of the source that is new, gone or changed since the shards were made; None if there is none."""
+    sidecars = [writer.read_sidecar(filesystem.join(out, part["file"])) for part in manifest["parts"]]
+    if not all(sidecars):  # written by a version that kept one hash of all names and sizes
+        now = writer.listing_hash([part["patients"] for part in manifest["parts"]], listing)
+        same = now == manifest["source_listing"] and listing.keys() == manifest["patients"].keys()
+        return None if same else "files of the source are new, gone or have another size"
+    recorded = {name: files for sidecar in sidecars for name, files in sidecar["made_from"]["listing"].items()}
+    for patient in sorted(recorded.keys() | listing.keys()):
+        if patient not in recorded or patient not in listing:
+            return f"{patient} is {'new' if patient in listing else 'gone'}"
+        old, new = ({name: rest for name, *rest in files[patient]} for files in (recorded, listing))
+        for name in sorted(old.keys() | new.keys()):
+            if name not in old or name not in new:
+                return f"{name} of {patient} is {'new' if name in new else 'gone'}"
+            if old[name] != new[name]:
+                return f"{name} of {patient} has changed"
+    return None
+
+
+def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str, list[str]]) -> None:
+    """Raise UserError if a complete folder is split in another way than asked.
+
+    `official` is the source's own split: its files may have been edited since.
+    """
+    path = filesystem.join(out, writer.SPLITS)
+    if not filesystem.exists(path):
+        return
+    written = reader.read_split(out)
+    difference = first_difference(to_json(from_json(written.get("config", {}), SplitConfig, path)), to_json(split), "split.")
+    if not difference:
+        there = splits.group_of(written["groups"])
+        by_source = splits.group_of(writer.make_groups(split, manifest["patients"], official))
+        if moved := sorted(there.items() ^ by_source.items()):
+            name = moved[0][0]
+            difference = f"{name}: {there.get(name)} there, {by_source.get(name)} by the source"
+    if difference:
+        raise UserError(f"{out} is split differently ({difference}): give --resplit, or another --out.")
+
+
+def split_again(out: str, split: SplitConfig) -> Shards:
+    """Divide the patients of a complete folder in another way, without its source."""
+    with locks.lock(out):
+        manifest = reader.read_manifest(out)
+        return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], manifest["official_groups"]))

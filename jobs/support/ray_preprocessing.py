@@ -1,0 +1,46 @@
+"""Writes the parts of shards as Ray tasks."""
+
+import socket
+from collections.abc import Iterator
+
+from heartseg.errors import UserError, io_errors_as_user_errors, require
+from heartseg.shards import writer
+from jobs.support import ray_runtime
+from jobs.support.command_line import log
+
+# A part takes seconds; after so long without one, the log says why.
+SECONDS_OF_SILENCE = 60
+
+
+def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
+    """The records of all parts as they are finished; each worker writes at most one part at a time."""
+    import ray
+
+    ray_runtime.start_ray(workers)
+    write_part = ray.remote(num_cpus=1, max_retries=ray_runtime.MAX_TRIES)(_write_part)
+    waiting, running = list(reversed(tasks)), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.append(write_part.remote(*waiting.pop()))
+        done, running = ray.wait(running, timeout=SECONDS_OF_SILENCE)
+        if not done:
+            free, total = (resources.get("CPU", 0) for resources in (ray.available_resources(), ray.cluster_resources()))
+            log.info(
+                "No part was finished for a while: %d of the cluster's %d CPUs are free; others may hold them.", free, total
+            )
+        for record in ray.get(done):
+            if "error" in record:
+                raise record["error"]
+            yield record
+
+
+def _write_part(source, out: str, *rest) -> dict:
+    """A part's record, or a UserError under `error`: Ray would wrap it in a traceback if it were raised."""
+    try:
+        with io_errors_as_user_errors(out):
+            # On another machine, a source that is not mounted would look like patients without files.
+            node = socket.gethostname()
+            require(source.is_there(), f"The source {source.path} is not there on {node}: every node must see --source.")
+            return writer.write_part(source, out, *rest)
+    except UserError as error:
+        return {"error": error}
