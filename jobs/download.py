@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +12,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from heartseg.datasets import camus, girder_client, nifti
-from heartseg.datasets.girder_client import FailedDownload
+from heartseg.datasets.girder_client import DamagedDownload, FailedDownload
 from heartseg.errors import UserError
 from heartseg.storage import filesystem, locks
 from jobs.support import command_line
 
-# Looks at an unfinished tree and a folder's name; raises FailedDownload, or returns what is worth a note.
-Check = Callable[[str, str], list[str]]
 SERVER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1"
 IMAGES_ID, SPLIT_ID = "63fde55f73e9f004868fb7ac", "66e27d12961576b1bad4e4e1"
-# What is under way lies here, beside the finished patients and on their disk, and is never taken for one of them.
+# Folders are unpacked and checked here, on the disk of the finished patients, and are never taken for one of them.
 UNFINISHED = ".download"
-# So many patients that fail one after the other are the server's or the network's doing: it is left in peace.
+# When this many folders fail one after the other, the server or the network is down.
 MAX_FAILED_IN_A_ROW = 5
 TERMS = """CAMUS (Cardiac Acquisitions for Multi-structure Ultrasound Segmentation), Creatis, Lyon. Its terms:
   - CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): non-commercial scientific research only;
@@ -48,28 +46,27 @@ class Options:
     server: str = SERVER
     """Address of the Girder interface: the authors', or a mirror with the same folders."""
     tries: int = 5
-    """How often a download is tried before its patient is passed over."""
+    """Number of times that a download is tried before its patient is skipped."""
     wait_s: float = 2.0
-    """Seconds before the second try; twice as many before each one after it."""
+    """Seconds between two tries; while the server is busy or cannot be reached, doubled after each try."""
     timeout_s: float = 60.0
     """Seconds of silence after which a connection is given up."""
 
 
 def run(options: Options) -> str:
-    """Fetch what is not there yet; returns the folder. Raises UserError that names the patients that did not arrive."""
+    """Fetch what is missing; returns the folder. Raises UserError that names the patients that did not arrive."""
     out = command_line.absolute(command_line.require_flag(options.out, "--out", "a local folder"), "out")
     if filesystem.is_uri(out):
-        raise UserError(f"--out {out} is no local folder: download to one, preprocess.py writes shards anywhere.")
+        raise UserError(f"--out {out} is not a local folder: download to one; preprocess.py writes shards to any store.")
     if options.tries < 1 or options.wait_s < 0 or options.timeout_s <= 0:
         raise UserError("--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
     numbers = parse_numbers(options.patients)
     server = girder_client.Server(options.server, options.tries, options.wait_s, options.timeout_s)
     print(TERMS)
     if not options.accept_licence:
-        raise UserError("The terms above are to be accepted first: give --accept-licence.")
+        raise UserError("The terms above must be accepted first: add --accept-licence.")
     try:
         with locks.lock(out):
-            filesystem.remove(filesystem.join(out, UNFINISHED))
             try:
                 ids = select(list_patients(server), numbers)
                 failed = fetch_all(server, out, ids)
@@ -78,7 +75,7 @@ def run(options: Options) -> str:
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): make room or give another --out; what is complete "
-            "stays, and the same command goes on from there."
+            "stays, and the same command resumes from there."
         ) from error
     if failed:
         raise UserError(
@@ -97,7 +94,7 @@ def parse_numbers(text: str) -> set[int] | None:
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise UserError(f"--patients {text} is no list of numbers: give one such as 1-10,42.")
+            raise UserError(f"--patients {text} is not a list of numbers: give one such as 1-10,42.")
         numbers |= set(range(first, last + 1))
     return numbers
 
@@ -125,57 +122,54 @@ def select(ids: dict[str, str], numbers: set[int] | None) -> dict[str, str]:
 
 
 def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> list[str]:
-    """Fetch the split and the patients that are not there; returns the names of the folders that did not arrive."""
-    jobs = [(camus.SPLIT_FOLDER, SPLIT_ID, check_split)]
-    jobs += [(os.path.join(camus.IMAGES_FOLDER, patient), identity, check_patient) for patient, identity in ids.items()]
+    """Fetch the split and the patients that are missing; returns the names of the folders that did not arrive."""
+    folders = {camus.SPLIT_FOLDER: SPLIT_ID}
+    folders |= {filesystem.join(camus.IMAGES_FOLDER, patient): identity for patient, identity in ids.items()}
     failed, in_a_row = [], 0
-    with tqdm(total=len(jobs), unit=" folders", desc="download", file=sys.stdout, mininterval=1) as bar:
-        for place, identity, check in jobs:
+    with tqdm(folders.items(), unit=" folders", desc="download", file=sys.stdout, mininterval=1) as bar:
+        for place, identity in bar:
             name = os.path.basename(place)
             try:
-                for note in fetch_folder(server, out, place, identity, check):
+                for note in fetch_folder(server, out, place, identity):
                     bar.write(f"{name} {note}", file=sys.stdout)
                 in_a_row = 0
             except FailedDownload as error:
                 bar.write(f"failed  {name}: {error}", file=sys.stdout)
                 failed.append(name)
                 in_a_row += 1
-            bar.update()
             if in_a_row == MAX_FAILED_IN_A_ROW:
                 raise UserError(f"{in_a_row} folders failed one after the other, last {name}: try the same command later.")
     return failed
 
 
-def fetch_folder(server: girder_client.Server, out: str, place: str, identity: str, check: Check) -> list[str]:
+def fetch_folder(server: girder_client.Server, out: str, place: str, identity: str) -> list[str]:
     """Fetch one folder to `out/place`, whole and checked or not at all; returns what is worth a note.
 
-    A folder that is there is left as it is; raises FailedDownload, for one that is not whole too.
+    A folder that is there is left as it is; raises FailedDownload, also for one that is there and not whole.
     """
     finished, name = os.path.join(out, place), os.path.basename(place)
     if os.path.lexists(finished):
         # Never overwritten: it came whole, so somebody has worked in it since, or it is not ours.
         if missing := missing_files(out, name):
-            raise FailedDownload(f"{finished} is there and lacks {missing[0]}: move it away", passing=False)
+            raise FailedDownload(f"{finished} is there and lacks {missing[0]}: move it away")
         return []
     source = os.path.join(out, UNFINISHED)
 
-    def attempt() -> list[str]:
+    def unpack_and_check(packed: bytes) -> list[str]:
         filesystem.remove(source)
-        os.makedirs(source)
-        packed = os.path.join(source, "folder.zip")
-        with open(packed, "wb") as stream:
-            server.fetch(f"folder/{identity}/download", stream)
-        girder_client.unpack(packed, os.path.join(source, place), name)
-        notes = check(source, name)
+        girder_client.unpack(packed, os.path.dirname(os.path.join(source, place)))
+        if missing := missing_files(source, name):
+            raise DamagedDownload(f"arrives without {missing[0]}")
+        notes = check_split(source) if name == camus.SPLIT_FOLDER else check_patient(source, name)
         os.makedirs(os.path.dirname(finished), exist_ok=True)
         os.rename(os.path.join(source, place), finished)
         return notes
 
-    return server.patiently(attempt)
+    return server.fetch(f"folder/{identity}/download", unpack_and_check)
 
 
 def missing_files(source: str, name: str) -> list[str]:
-    """What a patient's folder, or the split's, cannot do without and lacks."""
+    """The files that a patient's folder, or the split's, must have and lacks."""
     if name == camus.SPLIT_FOLDER:
         wanted = [filesystem.join(source, name, file) for file in camus.SPLIT_FILES.values()]
     else:
@@ -184,24 +178,20 @@ def missing_files(source: str, name: str) -> list[str]:
     return [os.path.basename(path) for path in wanted if not filesystem.size_or_none(path)]
 
 
-def check_split(source: str, name: str) -> list[str]:
-    """Raise FailedDownload where a split file is missing or lists anything but patients."""
-    if missing := missing_files(source, name):
-        raise FailedDownload(f"arrives without {missing[0]}")
+def check_split(source: str) -> list[str]:
+    """Raise DamagedDownload if a split file lists anything but patients; there is nothing to note."""
     try:
         groups = camus.read_groups(source)
     except UserError as error:
-        raise FailedDownload("arrives with split files that are no text") from error
+        raise DamagedDownload("arrives with split files that are not text") from error
     strangers = [entry for names in groups.values() for entry in names if not camus.PATIENT_PATTERN.fullmatch(entry)]
     if strangers:
-        raise FailedDownload(f"arrives with {strangers[0][:40]!r} in place of a patient")
+        raise DamagedDownload(f"arrives with {strangers[0][:40]!r} in place of a patient")
     return []
 
 
 def check_patient(source: str, patient: str) -> list[str]:
-    """Raise FailedDownload where a still is missing or a NIfTI is not readable; returns what else the release has."""
-    if missing := missing_files(source, patient):
-        raise FailedDownload(f"arrives without {missing[0]}")
+    """Raise DamagedDownload if a NIfTI is not readable; returns which of the release's other files are missing."""
     folder = os.path.join(source, camus.IMAGES_FOLDER, patient)
     names = filesystem.list_names(folder)
     for name in names:
@@ -209,7 +199,7 @@ def check_patient(source: str, patient: str) -> list[str]:
             try:
                 nifti.read_nifti(os.path.join(folder, name))
             except nifti.DamagedRecording as error:
-                raise FailedDownload(f"arrives with {name}, which {error.reason}") from error
+                raise DamagedDownload(f"arrives with {name}, which {error.reason}") from error
     extras = [f"Info_{view}.cfg" for view in camus.VIEWS]
     extras += [f"{patient}_{view}_half_sequence{suffix}.nii.gz" for view in camus.VIEWS for suffix in ("", "_gt")]
     return [f"has no {name} on the server" for name in extras if name not in names]

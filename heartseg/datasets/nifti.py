@@ -1,6 +1,6 @@
 """NIfTI files to upright arrays and back; whatever is wrong with a file becomes a reason.
 
-The only file that knows nibabel. On disk, axis 0 of an array is lateral and axis 1 is depth; here rows are depth and
+The only file that imports nibabel. On disk, axis 0 of an array is lateral and axis 1 is depth; here rows are depth and
 columns are lateral, and the NIfTI order comes back only on writing.
 """
 
@@ -12,21 +12,20 @@ from dataclasses import dataclass
 
 import nibabel
 import numpy as np
-from isal import isal_zlib
+from isal import igzip
+from nibabel.volumeutils import apply_read_scaling
 
 from heartseg.labels import NUM_CLASSES
 from heartseg.storage import filesystem
 
-# A sequence of the release has under 80 million values; a header that claims more than this is damaged, not a picture.
+# A sequence of the release has under 80 million values; a header that claims more than this is damaged.
 MAX_VALUES = 2**27
 MAX_FILE_BYTES = 2**30
+MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
+MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
-HEAD_BYTES = 2**12  # of a packed file, in which its header lies: ISA-L takes in more than it is asked to hand out
-MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
-INFLATE_STEP, PACKED_STEP = 2**18, 2**16
-# Members cost time, however little they hold; bgzip, say, makes one of every 64 KiB, and one without anything at the end.
-MAX_SMALL_MEMBERS, SMALL_MEMBER_BYTES = 1000, 2**10
+PACKED_HEADER_BYTES = 2**12  # of a gzip file: its header lies in the first few of them
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
 
@@ -41,33 +40,23 @@ class DamagedRecording(Exception):
 def read_nifti(path: str, hashes: dict[str, str] | None = None) -> tuple[np.ndarray, tuple[float, float]]:
     """Read a NIfTI file; returns the upright array ([H,W] or [H,W,T]) and (depth, lateral) spacing in mm.
 
-    Where there is no `NAME.nii.gz`, `NAME.nii` beside it is read. `scl_slope` and `scl_inter` are applied. The SHA-256 of
-    what was read goes into `hashes`, by path. Raises DamagedRecording for whatever cannot be read.
+    If there is no `NAME.nii.gz`, `NAME.nii` beside it is read. `scl_slope` and `scl_inter` are applied. The SHA-256 of
+    the file goes into `hashes`, by path. Raises DamagedRecording for whatever cannot be read.
     """
-    path, raw = read_either(path)
+    beside = path.removesuffix(".gz")
+    if path.endswith(".nii.gz") and not filesystem.exists(path) and filesystem.exists(beside):
+        path = beside
+    raw = read_source(path)
     if hashes is not None:
         hashes[path] = filesystem.sha256(raw)
     try:
         return decode_nifti(raw)
-    except DamagedRecording:
-        raise
     except Exception as error:  # nibabel raises a dozen kinds for a damaged header
         raise DamagedRecording(f"is no readable NIfTI: {str(error) or type(error).__name__}", path) from error
 
 
-def read_either(path: str) -> tuple[str, bytes]:
-    """Path and bytes of a file, or of its uncompressed sibling where `NAME.nii.gz` is not there; raises DamagedRecording."""
-    try:
-        return path, read_source(path)
-    except DamagedRecording:
-        beside = path.removesuffix(".gz")
-        if not path.endswith(".nii.gz") or filesystem.exists(path) or not filesystem.exists(beside):
-            raise
-    return beside, read_source(beside)
-
-
 def read_source(path: str) -> bytes:
-    """The bytes of a file of the source; raises DamagedRecording for what is no file, or larger than any may be."""
+    """The bytes of a file of the source; raises DamagedRecording for what is not a file, or larger than any may be."""
     # A pipe in a file's place would keep the reader waiting for ever.
     if not filesystem.is_uri(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise DamagedRecording("cannot be read: not a file", path)
@@ -82,7 +71,7 @@ def read_source(path: str) -> bytes:
 def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
     """Decode the bytes of a `.nii` or `.nii.gz`: the upright array and (depth, lateral) spacing in mm.
 
-    Axes of one element behind the first two are left out. Raises ValueError and whatever nibabel does.
+    Axes of one element after the first two are left out. Raises ValueError and whatever nibabel does.
     """
     header, values = open_nifti(raw)
     lateral_mm, depth_mm = read_spacing(header, (0, 1))
@@ -99,55 +88,35 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     end = claimed_end(header)
     content = inflate(raw, end + MAX_EXTRA_BYTES) if raw[:2] == GZIP else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
-        there = "many more" if len(content) > end else len(content)
-        raise ValueError(f"the header claims {end} bytes, and {there} are there")
+        found = "many more" if len(content) > end else len(content)
+        raise ValueError(f"the header claims {end} bytes, and {found} are there")
+    # An image of nibabel's would do the same, copy the pixels, and keep extensions, which may be a patient's DICOM text.
     shape = header.get_data_shape()
-    # nibabel's images do the same with twenty times as many checks, which took a fifth of a small picture's time.
     values = np.frombuffer(content, header.get_data_dtype(), math.prod(shape), header.get_data_offset())
-    slope, inter = header.get_slope_inter()
-    if slope is not None and (slope, inter) != (1, 0):
-        values = values * slope + inter
-    return header, values.reshape(shape, order="F")
+    return header, apply_read_scaling(values.reshape(shape, order="F"), *header.get_slope_inter())
 
 
 def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
-    """The first `at_most` bytes in a gzip file, of several members too; raises ValueError where it is cut off or damaged.
+    """The first `at_most` bytes in a gzip file, of several members too; raises EOFError if it is cut off, and zlib's errors.
 
     ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a picture of the release.
     """
-    stream, pieces, left, members = io.BytesIO(packed), [], at_most, 0
-    block = stream.read(PACKED_STEP)
-    while block and left > 0:
-        members += 1
-        if members > MAX_SMALL_MEMBERS + (at_most - left) // SMALL_MEMBER_BYTES:
-            raise ValueError(f"the gzip stream has more than {members - 1} members with hardly anything in them")
-        inflater = isal_zlib.decompressobj(wbits=31)
-        while left > 0 and not inflater.eof:
-            # In steps out, since one large buffer would be copied as it grows, and in: so would be what is left over.
-            try:
-                pieces.append(inflater.decompress(block, min(INFLATE_STEP, left)))
-            except isal_zlib.error as error:
-                raise ValueError(f"the gzip stream is damaged ({error})") from error
-            left -= len(pieces[-1])
-            if not (block or pieces[-1] or inflater.eof):
-                raise ValueError("the gzip stream is cut off")
-            if not inflater.eof:
-                block = inflater.unconsumed_tail or stream.read(PACKED_STEP)
-        block = inflater.unused_data or stream.read(PACKED_STEP)
-        while block and not (block := block.lstrip(b"\0")):  # some writers pad the end with zeros
-            block = stream.read(PACKED_STEP)
-    return b"".join(pieces)
+    with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
+        return stream.read(min(at_most, MAX_DEFLATE_RATIO * len(packed)))  # it allocates what it is asked for
 
 
 def read_header(raw: bytes) -> nibabel.Nifti1Header:
-    """The header in a file's first HEAD_BYTES, NIfTI-1 or -2, of either byte order; raises ValueError and what nibabel does."""
-    block = inflate(raw[:HEAD_BYTES], HEADER_BYTES) if raw[:2] == GZIP else raw[:HEADER_BYTES]
+    """The header of a `.nii` or `.nii.gz`, or of its first PACKED_HEADER_BYTES; raises ValueError and what nibabel does.
+
+    NIfTI-1 or -2, of either byte order.
+    """
+    block = inflate(raw[:PACKED_HEADER_BYTES], HEADER_BYTES) if raw[:2] == GZIP else raw[:HEADER_BYTES]
     is_second = 540 in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize
     if len(block) < size:
         raise ValueError(f"{len(block)} bytes are no header")
-    header = kind(block[:size], check=False)
+    header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing by 1 mm
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
         raise ValueError("it does not begin as one")
     if not header["pixdim"][1:3].all():
@@ -156,7 +125,7 @@ def read_header(raw: bytes) -> nibabel.Nifti1Header:
 
 
 def claimed_end(header: nibabel.Nifti1Header) -> int:
-    """Where the pixels end by the header; raises ValueError for what no picture claims."""
+    """The byte after the pixels by the header's claim; raises ValueError for a claim that no echocardiogram makes."""
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if dtype.kind not in "iuf":
         raise ValueError(f"the pixels are {dtype}, not plain numbers")
@@ -182,71 +151,64 @@ def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[f
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """How a file's array holds upright frames, so that masks go back onto the very grid they came from.
+    """How a file's array holds upright frames, so that masks go back onto the same grid.
 
-    `order` is the array's axes as (time where there is one, depth, lateral, axes of one element).
+    `order` is the array's axes as (time if there is one, depth, lateral, axes of one element).
     """
 
     header: nibabel.Nifti1Header
-    affine: np.ndarray
-    shape: tuple[int, ...]
     order: tuple[int, ...]
 
 
 def read_frames(raw: bytes) -> tuple[np.ndarray, tuple[float, float], Place]:
     """Decode any 2-D image or sequence: values [T,H,W] upright, (depth, lateral) spacing in mm, and their place.
 
-    Axes of one element are passed over; of the others the first is lateral, the second depth, the third time, as CAMUS
-    has it. Where the affine says that the second runs along the world's x and the first does not, the two change places.
-    The signs of an affine say nothing: writers differ in which way the world's axes point. Raises ValueError and whatever
+    Axes of one element are passed over; of the others the first is lateral, the second depth, the third time, as in
+    CAMUS. If the affine shows that the second runs along the world's x and the first does not, the two change places.
+    The signs of an affine mean nothing: writers differ in which way the world's axes point. Raises ValueError and whatever
     nibabel does.
     """
     header, values = open_nifti(raw)
-    header.check_fix()  # nibabel's own checks: the affine and what is written need them, mere values do not
-    affine = header.get_best_affine()
     wide = [axis for axis, size in enumerate(values.shape) if size > 1]
     if len(wide) not in (2, 3):
         raise ValueError(f"shape {values.shape} is neither an image nor a sequence of images")
     lateral, depth = wide[:2]
-    if are_swapped(affine, lateral, depth):
+    if are_swapped(header, lateral, depth):
         lateral, depth = depth, lateral
     used = (*wide[2:], depth, lateral)
     order = used + tuple(axis for axis in range(values.ndim) if axis not in used)
     upright = values.transpose(order)
     upright = upright.reshape(-1, *upright.shape[len(wide) - 2 : len(wide)])
-    # The header alone goes on: some converters keep a whole DICOM header behind it, the patient's name included.
-    return upright, read_spacing(header, (depth, lateral)), Place(header, affine, values.shape, order)
+    return upright, read_spacing(header, (depth, lateral)), Place(header, order)
 
 
-def are_swapped(affine: np.ndarray, lateral: int, depth: int) -> bool:
-    """True where an affine says that the axis taken for depth runs along the world's x and the other one does not."""
-    along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
+def are_swapped(header: nibabel.Nifti1Header, lateral: int, depth: int) -> bool:
+    """True if the affine shows that the axis taken for depth runs along the world's x and the other one does not.
+
+    `header` is repaired as nibabel does it: the affine and what is written need that, mere values do not.
+    """
+    header.check_fix()
+    along = np.abs(header.get_best_affine()[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
     return depth < 3 and along[depth] == 0 and along[lateral] != 0
 
 
 def check_axes(path: str) -> None:
-    """Raise DamagedRecording where a file, known to be readable, has an affine by which its first axis is depth."""
+    """Raise DamagedRecording if a file, known to be readable, has an affine by which its first axis is depth."""
     path = path if filesystem.exists(path) else path.removesuffix(".gz")
-    header = read_header(filesystem.read_bytes(path, HEAD_BYTES))
-    header.check_fix()
-    if are_swapped(header.get_best_affine(), 0, 1):
+    if are_swapped(read_header(filesystem.read_bytes(path, PACKED_HEADER_BYTES)), 0, 1):
         raise DamagedRecording("has an affine by which its first axis is depth and its second lateral: swap the axes", path)
 
 
 def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
     """Write masks uint8 [T,H,W] where their images were: the same shape, affine and header; gzipped, whole or not at all."""
-    disk = masks.reshape([place.shape[axis] for axis in place.order])
-    disk = np.ascontiguousarray(disk.transpose(np.argsort(place.order)))
-    # The header alone: an image of nibabel's around it takes four times as long and writes the same bytes.
-    header = place.header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(disk.shape)
-    header.set_slope_inter(1, 0)
-    header["vox_offset"] = header.single_vox_offset
-    # The display range was the picture's: a viewer would show labels 0-3 as black.
-    header["cal_min"], header["cal_max"] = 0, 0
-    no_extension = bytes(header.single_vox_offset - header.template_dtype.itemsize)
-    filesystem.publish(path, compress(header.binaryblock + no_extension + disk.tobytes(order="F"), level=1))  # small anyway
+    shape = place.header.get_data_shape()
+    disk = masks.reshape([shape[axis] for axis in place.order]).transpose(np.argsort(place.order))
+    kind = nibabel.Nifti2Image if isinstance(place.header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    image = kind(disk, None, place.header, dtype=np.uint8)
+    image.header.set_slope_inter(1, 0)
+    image.header["vox_offset"] = 0  # right behind the header, for no extension stands between
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the picture's display range would show labels 0-3 as black
+    filesystem.publish(path, compress(image.to_bytes(), level=1))  # small anyway
 
 
 def as_intensity(image: np.ndarray, path: str) -> np.ndarray:
@@ -273,24 +235,17 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
     return labels
 
 
-def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | None, like=None) -> None:
+def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | None) -> None:
     """Write an upright array ([H,W] or [H,W,T]) in CAMUS's axis order, gzipped, whole or not at all.
 
-    Where `spacing_mm` is None the header says that the unit is unknown, and a pixel counts as one of it. `like` is a
-    nibabel image whose affine and header are kept (the input that a mask belongs to).
+    If `spacing_mm` is None the header says that the unit is unknown, and a pixel counts as one of it.
     """
-    disk = np.ascontiguousarray(array.swapaxes(0, 1))
-    if like is None:
-        depth, lateral = spacing_mm or (1.0, 1.0)
-        picture = nibabel.Nifti1Image(disk, np.diag([lateral, depth, 1.0, 1.0]))
-        picture.header.set_zooms((lateral, depth) + (1.0,) * (disk.ndim - 2))
-        picture.header.set_xyzt_units("mm" if spacing_mm else "unknown")
-        picture.header["descrip"] = b"" if spacing_mm else b"pixel spacing unknown"
-    else:
-        picture = nibabel.Nifti1Image(disk.reshape(like.shape), like.affine, like.header)
-        picture.set_data_dtype(disk.dtype)
-        picture.header.set_slope_inter(1, 0)
-    filesystem.publish(path, compress(picture.to_bytes()))
+    depth, lateral = spacing_mm or (1.0, 1.0)
+    image = nibabel.Nifti1Image(np.ascontiguousarray(array.swapaxes(0, 1)), np.diag([lateral, depth, 1.0, 1.0]))
+    image.header.set_zooms((lateral, depth) + (1.0,) * (array.ndim - 2))
+    image.header.set_xyzt_units("mm" if spacing_mm else "unknown")
+    image.header["descrip"] = b"" if spacing_mm else b"pixel spacing unknown"
+    filesystem.publish(path, compress(image.to_bytes()))
 
 
 def compress(raw: bytes, level: int = 6) -> bytes:

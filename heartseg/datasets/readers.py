@@ -1,7 +1,7 @@
 """Files that hold echocardiograms to upright grey frames: NIfTI, and with `pip install heartseg[formats]` DICOM and video.
 
-The only file that knows pydicom and PyAV. Nothing that a DICOM says of its patient leaves it: frames, spacing and an
-opaque key of the study are all that is handed on, and no message quotes a value.
+The only file that imports pydicom and PyAV. Nothing that a DICOM file holds about its patient leaves it: frames, spacing
+and an opaque key of the study are all that it returns, and no message quotes a value.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ KINDS = {
 PACKAGES = {"dicom": "pydicom", "video": "av"}
 # Grey pixels of one file: two minutes of a large video. More is a whole examination, or a damaged header.
 MAX_PIXELS = 2**31
-# The depth that a scanner shows; a spacing that says other is nobody's measurement (1 mm is what headers say unasked).
+# The depth that a scanner shows; a spacing that gives another was not measured (1 mm is what headers hold by default).
 PLAUSIBLE_DEPTH_MM = (30, 400)
 CENTIMETRES, TWO_DIMENSIONAL, TISSUE = 3, 1, 1  # DICOM PS3.3 C.8.5.5.1: units, spatial format and type of a region
 
@@ -37,8 +37,8 @@ class Frames:
     """What a file holds: uint8 [T,H,W], upright (row = depth), and (depth, lateral) `spacing_mm` or None.
 
     `place` is where a NIfTI file has them. `box` is (top, left, height, width): where in the file's whole pictures, of
-    that height and width, the frames were cut out; None where they are whole. `flips` are the axes of [T,H,W] that were
-    turned round to bring them upright. `notes` say what a reader should know. `may_show_text`: a name may be burned in.
+    that height and width, the frames were cut out; None if they are whole. `flips` are the axes of [T,H,W] that were
+    reversed to bring them upright. `notes` are remarks for the user. `may_show_text`: a name may be burned in.
     """
 
     pixels: np.ndarray
@@ -51,28 +51,25 @@ class Frames:
 
 
 def kind_of(path: str) -> str | None:
-    """`nifti`, `dicom`, `video` or `picture`; None for what is no input. DICOM files may have any name."""
+    """`nifti`, `dicom`, `video` or `picture`; None for what is not an input. DICOM files may have any name.
+
+    A file without a telling suffix is DICOM if it has DICOM's mark, or may not be read, so that it is reported.
+    """
     name = filesystem.last_part(path).lower()
     for suffix, kind in KINDS.items():
         if name.endswith(suffix):
             return kind
-    if re.fullmatch(r"\.?\d*", os.path.splitext(name)[1]) and name != "dicomdir":  # im_0001, 1.2.840.113619.2
-        return "dicom" if _begins_as_dicom(path) else None
-    return None
-
-
-def _begins_as_dicom(path: str) -> bool:
-    """True for a file with DICOM's mark, and for one that may not be read, so that it is told of; a dead link is no file."""
-    if filesystem.size_or_none(path) is None:
-        return False
+    has_free_name = re.fullmatch(r"\.?\d*", os.path.splitext(name)[1]) and name != "dicomdir"  # im_0001, 1.2.840.113619.2
+    if not has_free_name or filesystem.size_or_none(path) is None:  # a dead link is not a file
+        return None
     try:
-        return filesystem.read_bytes(path, 132)[128:] == b"DICM"
+        return "dicom" if filesystem.read_bytes(path, 132)[128:] == b"DICM" else None
     except PermissionError:
-        return True
+        return "dicom"
 
 
-def require(kind: str) -> None:
-    """Raise UserError where the package that reads this kind of file is not installed."""
+def check_package_installed(kind: str) -> None:
+    """Raise UserError if the package that reads this kind of file is not installed."""
     if kind in PACKAGES:
         _package(PACKAGES[kind])
 
@@ -86,14 +83,14 @@ def _package(name: str):
         # Its warnings quote the values that they complain of, a patient's name among them.
         package.config.settings.reading_validation_mode = package.config.IGNORE
         logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
-        warnings.filterwarnings("ignore", module=r"pydicom|heartseg\.formats")
+        warnings.filterwarnings("ignore", module=r"pydicom|heartseg\.datasets\.readers")
     return package
 
 
 def read(path: str, kind: str, spacing_mm: tuple[float, float] | None = None, flips: tuple[int, ...] = ()) -> Frames:
-    """Read one file; `spacing_mm` serves where the file says none, `flips` are the axes to turn (1 depth, 2 lateral).
+    """Read one file; `spacing_mm` is used if the file has none, `flips` are the axes to reverse (1 depth, 2 lateral).
 
-    Raises DamagedRecording with the reason, and UserError where a package is missing.
+    Raises DamagedRecording with the reason, and UserError if a package is missing.
     """
     try:
         raw = filesystem.read_bytes(path)
@@ -104,34 +101,29 @@ def read(path: str, kind: str, spacing_mm: tuple[float, float] | None = None, fl
     except UserError:
         raise
     except Exception as error:  # the readers raise dozens of kinds for damaged bytes
-        # Only our own sentences and nibabel's are let through for DICOM: others may quote what a tag holds.
-        said = str(error) if kind != "dicom" or type(error) is Unreadable else ""
-        raise DamagedRecording(f"is no readable {kind}: {said or type(error).__name__}", path) from error
+        # For DICOM only our own messages are passed on: others may quote what a tag holds.
+        message = str(error) if kind != "dicom" or type(error) is Unreadable else ""
+        raise DamagedRecording(f"is no readable {kind}: {message or type(error).__name__}", path) from error
     if found.pixels.size and found.pixels.min() == found.pixels.max():
         raise DamagedRecording("is empty: all its pixels have one value", path)
-    turned = replace(found, pixels=np.require(np.flip(found.pixels, flips), requirements="CW"), flips=flips)
-    return _check_spacing(turned, spacing_mm)
+    if found.spacing_mm is not None:
+        depth_mm = found.spacing_mm[0] * found.pixels.shape[1]
+        if not PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
+            note = f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is not used"
+            found = replace(found, spacing_mm=None, notes=(*found.notes, note))
+    upright = np.require(np.flip(found.pixels, flips), requirements="CW")
+    return replace(found, pixels=upright, flips=flips, spacing_mm=found.spacing_mm or spacing_mm)
 
 
 class Unreadable(ValueError):
     """A reason in our own words, which quotes nothing."""
 
 
-def _check_spacing(found: Frames, asked_mm: tuple[float, float] | None) -> Frames:
-    spacing_mm = found.spacing_mm
-    if spacing_mm is not None:
-        depth_mm = spacing_mm[0] * found.pixels.shape[1]
-        if not PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
-            note = f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is not used"
-            found, spacing_mm = replace(found, notes=(*found.notes, note)), None
-    return replace(found, spacing_mm=spacing_mm or asked_mm)
-
-
 def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Values of any number type as uint8 of the same shape, and a note where they had to be scaled.
+    """Values of any number type as uint8 of the same shape, and a note if they had to be scaled.
 
     Whole numbers of 0 to 255 stay; fractions of 0 to 1 are multiplied by 255; anything else is stretched from its
-    smallest to its largest value. Raises ValueError where values are not finite.
+    smallest to its largest value. Raises ValueError if values are not finite.
     """
     if values.dtype == np.uint8:
         return values, ()
@@ -179,22 +171,22 @@ def read_video(raw: bytes) -> Frames:
 
 
 def study_key(path: str) -> str:
-    """What tells one DICOM study from another: a digest of its identifiers, or of its folder where it has none."""
+    """A key that differs between DICOM studies: a digest of the identifiers, or of the file's folder if it has none."""
     pydicom = _package("pydicom")
     try:
         dataset = pydicom.dcmread(io.BytesIO(filesystem.read_bytes(path)), stop_before_pixels=True)
-        said = [str(dataset.get(tag, "")) for tag in ("PatientID", "StudyInstanceUID")]
-    except Exception:  # what is damaged is said when its pixels are read
-        said = []
-    own = "|".join(said) if any(said) else os.path.dirname(path)
-    return hashlib.sha256(own.encode()).hexdigest()
+        identifiers = [str(dataset.get(tag, "")) for tag in ("PatientID", "StudyInstanceUID")]
+    except Exception:  # damage is reported when the pixels are read
+        identifiers = []
+    key = "|".join(identifiers) if any(identifiers) else os.path.dirname(path)
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def read_dicom(raw: bytes) -> Frames:
-    """A DICOM image or loop in grey, cut to its 2-D tissue region where the file names one.
+    """A DICOM image or loop in grey, cut to its 2-D tissue region if the file names one.
 
-    The spacing is that of the region (0018,6011: PhysicalDeltaX and PhysicalDeltaY, in cm where the unit's code is 3),
-    else PixelSpacing, else None.
+    The spacing is that of the region (0018,6011: PhysicalDeltaX and PhysicalDeltaY, in cm if the unit's code is 3),
+    otherwise PixelSpacing, otherwise None.
     """
     pydicom = _package("pydicom")
     dataset = pydicom.dcmread(io.BytesIO(raw))
@@ -203,14 +195,19 @@ def read_dicom(raw: bytes) -> Frames:
         pixels = 255 - pixels
     region, box, spacing_mm = _tissue_region(dataset), None, None
     if region is not None:
-        box, pixels = _cut(pixels, region)
+        height, width = pixels.shape[1:]
+        left, top, right, bottom = _corners(region)
+        left, top, right, bottom = max(0, left), max(0, top), min(width, right + 1), min(height, bottom + 1)
+        if right - left < 2 or bottom - top < 2:
+            raise Unreadable("its ultrasound region lies outside its picture")
+        box, pixels = (top, left, height, width), pixels[:, top:bottom, left:right]
         if region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == CENTIMETRES:
             spacing_mm = tuple(abs(float(region.get(tag, 0))) * 10 for tag in ("PhysicalDeltaY", "PhysicalDeltaX"))
     elif "PixelSpacing" in dataset:
         spacing_mm = tuple(float(value) for value in dataset.PixelSpacing)
     if spacing_mm is not None and not (len(spacing_mm) == 2 and all(np.isfinite(spacing_mm)) and min(spacing_mm) > 0):
         spacing_mm = None
-    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself says so.
+    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it.
     is_whole = box is None or pixels.shape[1:] == box[2:]
     may_show_text = is_whole or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
     return Frames(pixels, spacing_mm, box=box, notes=notes, may_show_text=may_show_text)
@@ -243,30 +240,20 @@ def _luminance(colours: np.ndarray) -> np.ndarray:
 
 
 def _tissue_region(dataset):
-    """The largest 2-D tissue region that the file names; None where it names none."""
+    """The largest 2-D tissue region that the file names; None if it names none."""
+
+    def area(region) -> int:
+        left, top, right, bottom = _corners(region)
+        return (right - left) * (bottom - top)
+
     regions = [
         region
         for region in dataset.get("SequenceOfUltrasoundRegions") or []
         if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE
     ]
-    return max(regions, key=_area, default=None)
+    return max(regions, key=area, default=None)
 
 
 def _corners(region) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a region, in pixels."""
+    """Left, top, right, bottom of a region, in pixels; the last two belong to it."""
     return tuple(int(region.get(f"RegionLocation{end}", 0)) for end in ("MinX0", "MinY0", "MaxX1", "MaxY1"))
-
-
-def _area(region) -> int:
-    left, top, right, bottom = _corners(region)
-    return (right - left) * (bottom - top)
-
-
-def _cut(pixels: np.ndarray, region) -> tuple[tuple[int, int, int, int], np.ndarray]:
-    """The region of each frame, and its box; corners belong to the region."""
-    height, width = pixels.shape[1:]
-    left, top, right, bottom = _corners(region)
-    left, top, right, bottom = max(0, left), max(0, top), min(width, right + 1), min(height, bottom + 1)
-    if right - left < 2 or bottom - top < 2:
-        raise Unreadable("its ultrasound region lies outside its picture")
-    return (top, left, height, width), pixels[:, top:bottom, left:right]

@@ -6,7 +6,6 @@ from heartseg.config.experiment import SplitConfig
 from heartseg.errors import UserError
 from heartseg.labels import EF_CLASSES, ef_class
 
-GROUPS = ("train", "val", "test")
 QUALITIES = ("Good", "Medium", "Poor")
 
 
@@ -18,17 +17,16 @@ def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
 def make_groups(
     config: SplitConfig, patients: list[str], official: dict[str, list[str]], known: dict[str, dict] | None = None
 ) -> dict[str, list[str]]:
-    """Group names to sorted patients; `official` is what the source's own split files say.
+    """Group names to sorted patients; `official` is the split that the source's own files give.
 
-    `known` says of a patient the `ef` in percent and the `quality` by view, as a manifest keeps them; patients of whom
-    nothing is known are one stratum. Raises UserError where an official split is asked for and not there, or where no
-    patient is left to train on.
+    `known` holds a patient's `ef` in percent and `quality` by view, as a manifest keeps them; patients of whom nothing is
+    known are one stratum. Raises UserError if an official split is asked for and missing, or if no patient is left to
+    train on.
     """
     if config.kind == "official":
         groups = official_groups(patients, official)
     else:
-        strata = draw_strata(config, patients, known or {})
-        groups = (ratio_groups if config.kind == "ratio" else fold_groups)(config, strata)
+        groups = draw_groups(config, draw_strata(config, patients, known or {}))
     if len(groups) < 2 or "train" not in groups:
         raise UserError(f"{len(patients)} patients give no training group and another one: give more, or another split.")
     assert_disjoint(groups)
@@ -44,15 +42,15 @@ def official_groups(patients: list[str], official: dict[str, list[str]]) -> dict
     return {group: names for group, names in groups.items() if names}
 
 
-def stratum(said: dict) -> str:
-    """What a patient is alike in: class of ejection fraction, and the worst image quality of the views."""
-    ef, qualities = said.get("ef"), set((said.get("quality") or {}).values())
+def stratum(known: dict) -> str:
+    """What patients of a stratum share: the class of the ejection fraction, and the worst image quality of the views."""
+    ef, qualities = known.get("ef"), set((known.get("quality") or {}).values())
     worst = max(qualities, key=lambda quality: (quality in QUALITIES and QUALITIES.index(quality), quality), default="")
     return f"{'' if ef is None else EF_CLASSES[int(ef_class(ef))]}/{worst}"
 
 
 def draw_strata(config: SplitConfig, patients: list[str], known: dict[str, dict]) -> list[list[str]]:
-    """The patients in the seed's order, in one list for each stratum; in one list where nothing is to be told apart."""
+    """The patients in the seed's order, in one list for each stratum; in one list without `stratify`."""
     drawn = sorted(patients)
     random.Random(config.seed).shuffle(drawn)
     strata: dict[str, list[str]] = {}
@@ -61,23 +59,25 @@ def draw_strata(config: SplitConfig, patients: list[str], known: dict[str, dict]
     return [strata[name] for name in sorted(strata)]
 
 
-def ratio_groups(config: SplitConfig, strata: list[list[str]]) -> dict[str, list[str]]:
-    """A seeded draw: shares are rounded to whole patients, and what remains trains."""
-    everybody = sum(map(len, strata))
-    test, rest = take(strata, round(config.test_share * everybody), config.seed)
-    val, train = take(rest, round(config.val_share * everybody), config.seed)
-    return named(train, val, test)
+def draw_groups(config: SplitConfig, strata: list[list[str]]) -> dict[str, list[str]]:
+    """The groups that have patients, sorted: shares are rounded to whole patients, and what remains trains.
 
-
-def fold_groups(config: SplitConfig, strata: list[list[str]]) -> dict[str, list[str]]:
-    """Patients dealt out like cards, stratum after stratum: folds differ by one patient at most, in each stratum too."""
+    Folds are dealt like cards, stratum after stratum: they differ by one patient at most, in each stratum too. The share of
+    the validation group is one of all patients, with folds one of those that are not in the test fold.
+    """
     dealt = [patient for patients in strata for patient in patients]
-    if len(dealt) < config.folds:
-        raise UserError(f"{len(dealt)} patients cannot fill {config.folds} folds: lower --split.folds.")
-    test = set(dealt[config.fold :: config.folds])
-    rest = [[patient for patient in patients if patient not in test] for patients in strata]
-    val, train = take(rest, round(config.val_share * sum(map(len, rest))), config.seed)
-    return named(train, val, sorted(test))
+    if config.kind == "ratio":
+        test, rest = take(strata, round(config.test_share * len(dealt)), config.seed)
+        num_val = round(config.val_share * len(dealt))
+    else:
+        if len(dealt) < config.folds:
+            raise UserError(f"{len(dealt)} patients cannot fill {config.folds} folds: lower --split.folds.")
+        test = dealt[config.fold :: config.folds]
+        rest = [[patient for patient in patients if patient not in test] for patients in strata]
+        num_val = round(config.val_share * (len(dealt) - len(test)))
+    val, rest = take(rest, num_val, config.seed)
+    groups = {"train": [patient for patients in rest for patient in patients], "val": val, "test": test}
+    return {group: sorted(patients) for group, patients in groups.items() if patients}
 
 
 def take(strata: list[list[str]], count: int, seed: int) -> tuple[list[str], list[list[str]]]:
@@ -97,14 +97,8 @@ def take(strata: list[list[str]], count: int, seed: int) -> tuple[list[str], lis
     return taken, rest
 
 
-def named(train: list[list[str]], val: list[str], test: list[str]) -> dict[str, list[str]]:
-    """The groups that have patients, sorted."""
-    cut = {"train": [patient for patients in train for patient in patients], "val": val, "test": test}
-    return {group: sorted(cut[group]) for group in GROUPS if cut[group]}
-
-
 def assert_disjoint(groups: dict[str, list[str]]) -> None:
-    """Raise UserError where a patient stands in two groups."""
+    """Raise UserError if a patient is in two groups."""
     seen: dict[str, str] = {}
     for group, patients in groups.items():
         for patient in patients:

@@ -57,7 +57,7 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
     if not found:
         raise UserError(f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
     for kind in {clip.kind for clip in found}:
-        readers.require(kind)
+        readers.check_package_installed(kind)
     found = [replace(clip, view=clip.view or view, phase=clip.phase or phase) for clip in found]
     check_outputs_differ(found)
     return sorted(found, key=lambda clip: (clip.patient, clip.stem))
@@ -128,7 +128,7 @@ def short_names(folders: Iterable[str]) -> dict[str, str]:
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
     """DICOM clips by study in the order of their paths: study0001_4CH_clip01; nothing of a path but view and phase is kept."""
     if paths:
-        readers.require("dicom")
+        readers.check_package_installed("dicom")
     numbers, clips = {}, Counter()
     found = []
     for path in paths:

@@ -129,7 +129,7 @@ def values(array: np.ndarray):
 
 
 IMAGE_DAMAGE = {
-    "truncated gzip": (truncated, "gzip stream is cut off"),
+    "truncated gzip": (truncated, "file ended before the end-of-stream marker"),
     "empty file": (lambda path: put(path, b""), "no readable NIfTI"),
     "text": (lambda path: put(path, b"hello" * 200), "no readable NIfTI"),
     "wrong magic": (header_with(344, "4s", b"abc\0"), "no readable NIfTI"),
@@ -161,7 +161,7 @@ IMAGE_DAMAGE = {
     "gzip of nothing": (lambda path: put(path, compress(b"")), "no readable NIfTI"),
     "gzip bomb": (gzip_bomb, "many more are there"),
     "gzip of very many members": (many_members, "no readable NIfTI"),
-    "wrong gzip checksum": (lambda path: put(path, compress(bytes(header_bytes(path)))[:-8] + bytes(8)), "no readable NIfTI"),
+    "wrong gzip checksum": (lambda path: put(path, compress(bytes(header_bytes(path)))[:-8] + bytes(8)), "CRC check failed"),
     "link to itself": (link_loop, "cannot be read: Too many levels of symbolic links"),
     "pipe in its place": (pipe_instead, "cannot be read: not a file"),
 }
