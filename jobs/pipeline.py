@@ -170,7 +170,8 @@ class Runner:
         """Run a stage once; the state records how it ended."""
         from_scratch = is_forced or self.state.is_still_forced(stage, inputs)
         command = stage.command(results, from_scratch)
-        is_resumed = not is_forced and self.state.is_unfinished(stage, inputs, command)
+        unfinished = None if is_forced else self.state.unfinished(stage, inputs)
+        is_resumed = unfinished is not None and unfinished["path"] == command.path
         job_id = self.choose_job(stage, is_resumed, is_forced)
         arguments = command_line.as_flags(command.flags)
         if command.experiment:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from jobs.support import command_line
 
 log = logging.getLogger("heartseg.jobs")
@@ -69,19 +69,17 @@ class Cluster:
 
     def submit(self, job: str, arguments: list[str], job_id: str) -> None:
         """Submit a job, unless the cluster knows its id: from an earlier command, or from a reply that was lost."""
-        if self.status(job_id):
-            log.info("found %s", job_id)
-            return
         entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
 
-        def submit_once() -> None:
-            if not self.status(job_id):
-                # Settings and secrets belong to the cluster's own environment, not into a runtime_env.
-                environment = {"working_dir": str(command_line.ROOT)}
-                self.client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment)
+        def submit_once() -> str:
+            if self.status(job_id):
+                return "found"
+            # Settings and secrets belong to the cluster's own environment, not into a runtime_env.
+            environment = {"working_dir": str(command_line.ROOT)}
+            self.client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment)
+            return "submitted"
 
-        self.ask(submit_once)
-        log.info("submitted %s", job_id)
+        log.info("%s %s", self.ask(submit_once), job_id)
 
     def details(self, job_id: str) -> Any:
         """Ray's JobDetails; None for a job that this cluster does not know."""
@@ -115,13 +113,11 @@ class Cluster:
         """Stop a job and wait until it has ended; warn with the command to type if that fails."""
         log.info("stopping %s …", job_id)
         try:
-            end = time.monotonic() + STOP_TIMEOUT_S
             if self.status(job_id) in ALIVE:
                 self.ask(self.client.stop_job, job_id)
+            end = time.monotonic() + STOP_TIMEOUT_S
             while self.status(job_id) in ALIVE:
-                if time.monotonic() > end:
-                    log.warning("%s has not stopped yet: check with ray job status %s", job_id, job_id)
-                    return
+                require(time.monotonic() < end, f"it has not stopped after {STOP_TIMEOUT_S:g} s")
                 time.sleep(POLL_INTERVAL_S)
         except (UserError, KeyboardInterrupt) as error:
             log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)

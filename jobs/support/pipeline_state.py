@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from heartseg.config.experiment import first_difference
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
-from jobs.support.pipeline_stages import Command, Result, Stage
+from jobs.support.pipeline_stages import Result, Stage
 
 NAME = "pipeline.json"
 RUNNING, DONE, FAILED, STOPPED, KILLED = "running", "done", "failed", "stopped", "killed"
@@ -72,17 +72,17 @@ class PipelineState:
             return "interrupted" if record["state"] == RUNNING else record["state"]
         return "" if self.result(stage) else "its result is missing or was changed"
 
-    def is_unfinished(self, stage: Stage, inputs: dict, command: Command) -> bool:
-        """True if the stage was begun with these inputs and this path, and has not ended successfully."""
-        record = self.stages.get(stage.name, {})
-        return record.get("inputs") == inputs and record["path"] == command.path and record["state"] != DONE
+    def unfinished(self, stage: Stage, inputs: dict) -> dict | None:
+        """The record of a stage that was begun with these inputs and has not ended successfully."""
+        record = self.stages.get(stage.name)
+        return record if record and record["inputs"] == inputs and record["state"] != DONE else None
 
     def is_still_forced(self, stage: Stage, inputs: dict) -> bool:
         """True if a forced stage was interrupted before it replaced the old result, or before it created its new folder."""
-        record = self.stages.get(stage.name, {})
-        if not record.get("forced") or record["state"] == DONE or record["inputs"] != inputs:
+        record = self.unfinished(stage, inputs)
+        if not record or not record.get("forced"):
             return False
-        if record["replaces"] is None:
+        if record.get("replaces") is None:
             return not filesystem.exists(record["path"])
         return stage.fingerprint(record["path"]) == record["replaces"]
 

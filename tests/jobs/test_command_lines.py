@@ -79,13 +79,6 @@ def test_no_arguments_mean_the_seed_and_the_environments_paths(monkeypatch):
     assert (experiment.name, experiment.data, experiment.runs) == ("seed", "s3://bucket/shards", "/somewhere/runs")
 
 
-def test_a_relative_path_inside_a_ray_job_is_refused(monkeypatch):
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    monkeypatch.setenv("HEARTSEG_RUNS", "/somewhere/runs")
-    with pytest.raises(UserError, match="is relative"):
-        command_line.parse(train.Options(), ["quick", "--data", "shards"], "train.py", "Train.")
-
-
 def test_an_experiment_of_a_run_is_a_configuration(tmp_path):
     file = tmp_path / "experiment.json"
     file.write_text(json.dumps({"experiment": to_json(camus())}))
