@@ -24,7 +24,7 @@ class OutOfMemory(UserError):
 def format_write_error(error: OSError, path: str) -> str:
     """The one-line message for a full disk or a storage that refuses a write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{path} cannot be written ({reason}): make room or give another folder, then the same command goes on."
+    return f"{path} cannot be written ({reason}): make room or give another folder, then rerun the same command to resume."
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         # Ray raises one of its own in the place of ours; after SIGTERM, ours has set the signal aside.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        exit_with_message("stopped; the same command goes on from here.", 143 if terminated else 130)
+        exit_with_message("stopped; rerun the same command to resume.", 143 if terminated else 130)
 
 
 def exit_with_message(sentence: str, code: int) -> None:
@@ -152,6 +152,20 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, def
         lines = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
         sentence = " ".join(lines).split(" ───")[0].strip("─ ") or "the command line cannot be read"
         raise UserError(f"{sentence.rstrip('.')}; --help lists what there is.") from None
+
+
+def as_flags(values: dict, prefix: str = "--") -> list[str]:
+    """Values by field as a command line: `{"trials": 2, "space": {"lr_points": 3}}` as `--trials 2 --space.lr-points 3`."""
+    words = []
+    for name, value in values.items():
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            words += as_flags(value, f"{flag}.")
+        elif isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def with_environment(experiment: Experiment) -> Experiment:

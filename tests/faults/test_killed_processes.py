@@ -74,7 +74,7 @@ def test_sigterm_ends_in_order_and_the_same_command_resumes(shards, tmp_path, la
     job.process.terminate()
     output, _ = job.process.communicate(timeout=60)
     assert job.process.returncode == 143, output[-3000:]
-    assert "the same command goes on from here" in output and "Traceback" not in output
+    assert "rerun the same command to resume" in output and "Traceback" not in output
     kept = checkpoint.last(job.run()).epoch
     assert kept >= recorded  # what was being written became complete
     again, started = Job(shards, tmp_path, launcher=launcher), time.monotonic()

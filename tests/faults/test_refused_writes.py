@@ -69,7 +69,7 @@ def test_a_full_disk_is_a_sentence_at_a_runs_beginning_at_its_pictures_and_at_it
     said = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert list(said) == ["ingest", "finish", "samples"]
     for sentence in said.values():
-        assert "No space left on device" in sentence and "the same command goes on" in sentence
+        assert "No space left on device" in sentence and "rerun the same command to resume" in sentence
 
 
 def test_another_error_than_a_refusal_is_no_sentence():

@@ -123,7 +123,7 @@ def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_bac
     second.kill()
     taken_s = until(lambda: record("elastic")[-1]["workers"] == 1, "it has not gone on without the host that was taken")
     said = first.stop(training)
-    assert "stopped; the same command goes on" in said
+    assert "stopped; rerun the same command to resume" in said
     fault_table("a host's power cut, --workers 1:2", trained_again(said), lost_s)
     fault_table("the host back, --workers 1:2", None, back_s)
     fault_table(f"the host taken back with {NOTICE_S} s of notice, --workers 1:2", trained_again(said), taken_s)

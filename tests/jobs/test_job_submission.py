@@ -1,7 +1,6 @@
-"""A submitted job's follower against a dashboard that errs as real ones do: refusals, silence and failures of its own.
+"""Following a submitted job on a dashboard that fails as real ones do: refusals, silence and errors of its own.
 
-The dashboard is a plain HTTP server that answers a job's questions with what a test tells it to; tests/test_submit.py asks a
-real one.
+The dashboard is a plain HTTP server that replies with what a test tells it to; test_submitted_pipeline.py asks a real one.
 """
 
 import json
@@ -13,25 +12,31 @@ import ray
 from ray.train import WorkerGroupError
 
 from heartseg.errors import StorageError, UserError
+from helpers.local_cluster import free_port
 from jobs import train
 from jobs.support import command_line, job_submission
 
 JOB = "train-0404abcd"
 
 
+def details(status: str, code: int | None = None) -> tuple[int, dict]:
+    """A dashboard's answer about a job."""
+    told = {"type": "SUBMISSION", "job_id": None, "submission_id": JOB, "driver_info": None, "status": status}
+    return 200, told | {"entrypoint": "python jobs/train.py", "driver_exit_code": code}
+
+
 @pytest.fixture()
 def dashboard(monkeypatch):
     """The client of a dashboard, and what it answers next: pairs of code and status; the last one stays."""
     answers: list[tuple[int, dict | str]] = []
+    logs: list[int | dict | str] = [200, {"logs": "epoch 1\ntrain.py: The store does not answer.\n"}]
 
     class Dashboard(BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/api/version":
                 code, said = 200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""}
             elif self.path.endswith("/logs"):
-                code, said = 200, {"logs": "train.py: The store does not answer.\n"}
-            elif self.path.endswith("/tail"):
-                code, said = 502, "no way through"
+                code, said = logs
             else:
                 code, said = answers.pop(0) if len(answers) > 1 else answers[0]
             self.send_response(code)
@@ -41,60 +46,58 @@ def dashboard(monkeypatch):
         def log_message(self, *_):
             pass
 
-    monkeypatch.setattr(job_submission, "SECONDS_BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr(job_submission, "SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(job_submission, "POLL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(job_submission, "DASHBOARD_TIMEOUT_S", 0.5)
     with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{server.server_address[1]}")
-        yield job_submission.Cluster(), answers
+        yield job_submission.Cluster(), answers, logs
         server.shutdown()
 
 
-def details(status: str, code: int | None = None) -> tuple[int, dict]:
-    """A dashboard's answer about a job."""
-    told = {"type": "SUBMISSION", "job_id": None, "submission_id": JOB, "driver_info": None, "status": status}
-    return 200, told | {"entrypoint": "python jobs/train.py", "driver_exit_code": code}
+def test_without_a_cluster_a_submission_says_how_to_get_one(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="--submit finds no cluster .*local.sh start"):
+        job_submission.Cluster()
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    with pytest.raises(UserError, match="--submit needs RAY_API_SERVER_ADDRESS"):
+        job_submission.Cluster()
 
 
-@pytest.mark.parametrize("code", [401, 403])
-def test_a_token_that_is_refused_is_a_sentence(dashboard, code):
-    cluster, answers = dashboard
-    answers.append((code, "Unauthorized: Missing authentication token"))
-    with pytest.raises(UserError, match="is the token its own"):
-        cluster.status(JOB)
-    with pytest.raises(UserError, match="is the token its own"):
-        cluster.follow(JOB)
+@pytest.mark.parametrize(
+    ("replies", "expected"),
+    [
+        ([(500, "traceback"), (503, "starting"), details("RUNNING")], "RUNNING"),  # a dashboard that fails for a while
+        ([(404, f"Job {JOB} does not exist")], None),
+        ([(401, "Unauthorized: Missing authentication token")], "check its token"),
+        ([(403, "Forbidden")], "check its token"),
+        ([(400, f"bad request for {JOB}")], "refuses access"),  # the 0404 in the job's name is not a status code
+        ([(500, "traceback")], "does not answer .*500.*rerun the same command"),
+    ],
+)
+def test_a_dashboards_reply_is_a_status_or_a_one_line_error(dashboard, replies, expected):
+    cluster, answers, _ = dashboard
+    answers += replies
+    if expected in (None, "RUNNING"):
+        assert cluster.status(JOB) == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            cluster.status(JOB)
 
 
-def test_a_dashboard_that_fails_for_a_while_is_asked_again_and_one_that_always_does_is_a_sentence(dashboard):
-    cluster, answers = dashboard
-    answers += [(500, "traceback"), (503, "starting"), details("RUNNING")]
-    assert cluster.status(JOB) == "RUNNING"
-    answers[:] = [(500, "traceback")]
-    with pytest.raises(UserError, match="does not answer .*500"):
-        cluster.status(JOB)
-
-
-def test_a_job_that_is_not_known_is_none_and_its_name_is_no_code(dashboard):
-    cluster, answers = dashboard
-    answers.append((404, f"Job {JOB} does not exist"))
-    assert cluster.status(JOB) is None
-    answers[:] = [(400, f"bad request for {JOB}")]
-    with pytest.raises(UserError, match="refuses"):
-        cluster.status(JOB)
-
-
-def test_a_log_that_cannot_be_followed_does_not_end_the_following(dashboard):
-    cluster, answers = dashboard
+def test_a_log_that_cannot_be_read_does_not_end_the_following(dashboard):
+    cluster, answers, logs = dashboard
+    logs[:] = [502, "no way through"]
     answers += [details("RUNNING"), details("RUNNING"), details("SUCCEEDED", 0)]
     cluster.run("train", [], JOB)
 
 
-def test_a_store_that_was_away_is_worth_another_try_and_a_mistake_is_not(dashboard):
-    cluster, answers = dashboard
-    answers.append(details("FAILED", command_line.EXIT_STORAGE_ERROR))
+def test_a_store_that_was_away_is_worth_another_attempt_and_a_mistake_is_not(dashboard, capsys):
+    cluster, answers, _ = dashboard
+    answers += [details("RUNNING"), details("RUNNING"), details("FAILED", command_line.EXIT_STORAGE_ERROR)]
     with pytest.raises(job_submission.JobFailed, match="The store does not answer"):
         cluster.run("train", [], JOB)
+    assert capsys.readouterr().out.count("epoch 1") == 1  # what was printed is not printed again
     answers[:] = [details("FAILED", command_line.EXIT_USER_ERROR)]
     with pytest.raises(UserError, match="The store does not answer"):
         cluster.run("train", [], JOB)

@@ -1,4 +1,4 @@
-"""The pipeline as a graph of stages: what runs, what is skipped, what is done again, and the story that it keeps."""
+"""The pipeline as a graph of stages: what runs, what is skipped, what runs again, and what it records."""
 
 import json
 import os
@@ -14,12 +14,14 @@ import pytest
 from heartseg.config.experiment import SplitConfig, to_json
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
+from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import Plan
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.local_cluster import begin_until
 from jobs import pipeline
-from jobs.support.pipeline_stages import Work, build_graph, plan_arguments
-from jobs.support.pipeline_state import Story, new_attempt
+from jobs.support import command_line
+from jobs.support.pipeline_stages import Work, build_graph
+from jobs.support.pipeline_state import PipelineState
 from jobs.tune import Options as TuneOptions
 
 
@@ -30,104 +32,103 @@ def tiny(source: str, out: str | Path, **train):
 
 def attempts(out: str | Path) -> dict[str, int]:
     """How often each stage was tried."""
-    return {name: len(record["attempts"]) for name, record in Story.open(str(out)).stages.items()}
+    return {name: len(record["attempts"]) for name, record in PipelineState.open(str(out)).stages.items()}
+
+
+def records(out: str | Path) -> dict[str, dict]:
+    """What is recorded of each stage."""
+    return PipelineState.open(str(out)).stages
 
 
 @pytest.fixture(scope="module")
 def finished(phantom, ray_session, tmp_path_factory) -> Path:
-    """A pipeline that has come to its end."""
+    """A pipeline that has finished."""
     out = tmp_path_factory.mktemp("pipeline") / "out"
     pipeline.run(tiny(phantom, out), pipeline.Options())
     return out
 
 
 @pytest.fixture()
-def copy(finished, tmp_path, monkeypatch) -> Path:
-    """The same under the same path, to be spoilt; it is put back afterwards."""
+def copy(finished, tmp_path) -> Path:
+    """The same at the same path, to be changed; it is restored afterwards."""
     shutil.copytree(finished, tmp_path / "kept")
     yield finished
     shutil.rmtree(finished)
     shutil.copytree(tmp_path / "kept", finished)
 
 
-def test_what_is_done_is_skipped_and_the_story_tells_it(finished, phantom, capsys):
+def test_what_is_done_is_skipped_and_status_shows_it(finished, phantom, tmp_path, capsys):
     report = pipeline.run(tiny(phantom, finished), pipeline.Options())
-    assert os.path.getsize(report) > 50_000
-    assert attempts(finished) == {"preprocess": 1, "train": 1, "evaluate": 1}
+    assert os.path.getsize(report) > 50_000 and report.startswith(records(finished)["evaluate"]["result"]["path"])
     assert capsys.readouterr().out.count("done, nothing has changed") == 3
-    story = filesystem.read_json(str(finished / "pipeline.json"))
-    assert story["experiment"]["name"] == "tiny" and all(stage["state"] == "done" for stage in story["stages"].values())
-    assert all(stage["attempts"][0]["ended"] >= stage["attempts"][0]["started"] for stage in story["stages"].values())
-    assert report.startswith(story["stages"]["evaluate"]["result"]["path"])
+    assert attempts(finished) == {"preprocess": 1, "train": 1, "evaluate": 1}
+    pipeline.job(["status", "--out", str(finished)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["preprocess", "done"], ["train", "done"], ["evaluate", "done"]]
+    with pytest.raises(UserError, match="holds no pipeline"):
+        pipeline.job(["status", "--out", str(tmp_path)])
 
 
 @pytest.mark.slow
-def test_a_changed_setting_runs_only_what_depends_on_it_and_a_dry_run_says_so_first(copy, phantom, capsys):
+def test_a_changed_setting_runs_only_what_depends_on_it_and_a_dry_run_shows_it_first(copy, phantom, capsys):
     before = (copy / "pipeline.json").read_bytes()
-    longer = tiny(phantom, copy, seed=3)
-    pipeline.run(longer, pipeline.Options(dry_run=True))
-    said = capsys.readouterr().out
-    assert (
-        "1/3 preprocess: done" in said and "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 asked)" in said
-    )
-    assert "3/3 evaluate: would run, after train" in said and (copy / "pipeline.json").read_bytes() == before
-    pipeline.run(longer, pipeline.Options())
+    other = tiny(phantom, copy, seed=3)
+    pipeline.run(other, pipeline.Options(dry_run=True))
+    shown = capsys.readouterr().out
+    assert "1/3 preprocess: done" in shown
+    assert "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 asked)" in shown
+    assert "3/3 evaluate: would run, after train" in shown and (copy / "pipeline.json").read_bytes() == before
+    pipeline.run(other, pipeline.Options())
     assert attempts(copy) == {"preprocess": 1, "train": 1, "evaluate": 1}
     assert len(list((copy / "runs").iterdir())) == 2
 
 
-def test_a_result_that_has_gone_is_made_again(copy, phantom):
-    evaluated = Story.open(str(copy)).stages["evaluate"]["result"]["path"]
-    os.remove(os.path.join(evaluated, "summary.json"))
-    pipeline.run(tiny(phantom, copy), pipeline.Options())
-    assert os.path.exists(os.path.join(evaluated, "summary.json"))
-
-
-def test_a_changed_split_divides_the_shards_anew_and_a_lost_part_is_written_again(copy, phantom):
-    other = tiny(phantom, copy)
-    pipeline.run(replace(other, split=SplitConfig("ratio", test_share=0.5)), pipeline.Options(until="preprocess"))
-    (shards,) = copy.glob("shards-*")
+def test_a_missing_result_is_made_again_and_a_changed_split_divides_the_shards_again(copy, phantom):
+    experiment, (shards,), until = tiny(phantom, copy), copy.glob("shards-*"), pipeline.Options(until="preprocess")
+    evaluated = Path(records(copy)["evaluate"]["result"]["path"])
+    (evaluated / "summary.json").unlink()
+    pipeline.run(experiment, pipeline.Options())
+    assert (evaluated / "summary.json").exists()
+    pipeline.run(replace(experiment, split=SplitConfig("ratio", test_share=0.5)), until)
     assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 4
     (shards / "part-00000.parquet").unlink()
-    pipeline.run(other, pipeline.Options(until="preprocess"))
+    pipeline.run(experiment, until)
     assert (shards / "part-00000.parquet").exists()
     assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 2
 
 
-def test_a_mistake_can_be_mended_by_the_flag_that_its_sentence_names(phantom, ray_session, tmp_path):
-    with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
-        pipeline.run(tiny(damaged(phantom, tmp_path), tmp_path / "out"), pipeline.Options(until="preprocess"))
-    assert attempts(tmp_path / "out") == {"preprocess": 1}  # a mistake is not tried again
-    allowed = pipeline.Options(until="preprocess", work=Work(max_quarantined=0.5))
-    pipeline.run(replace(tiny(str(tmp_path / "damaged"), tmp_path / "out"), workers=2), allowed)
-    story = Story.open(str(tmp_path / "out")).stages["preprocess"]
-    (config,) = [path for path in (tmp_path / "out" / "stages").iterdir() if filesystem.read_json(str(path))["workers"] == 2]
-    assert story["state"] == "done" and config  # as asked now, and not as it was asked when it failed
-
-
-def test_a_mend_is_named_by_the_pipelines_own_flag_and_not_by_a_stages(phantom, ray_session, tmp_path):
-    experiment, options = tiny(phantom, tmp_path), pipeline.Options(until="preprocess")
-    stray = tmp_path / "shards-64x64-ratio" / "part-00099.parquet"
-    stray.parent.mkdir()
-    stray.write_bytes(b"of other shards")
-    with pytest.raises(UserError, match="give --force preprocess or another --out"):
-        pipeline.run(experiment, options)
-    pipeline.run(experiment, replace(options, force=("preprocess",)))
-    assert attempts(tmp_path) == {"preprocess": 1} and not stray.exists()  # forced, it begins anew
-
-
 def damaged(phantom: str, folder: Path) -> str:
-    """A copy of the phantom with a file that is none."""
+    """A copy of the phantom in which one file is not gzip."""
     shutil.copytree(phantom, folder / "damaged")
     (folder / "damaged" / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
     return str(folder / "damaged")
+
+
+def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(phantom, ray_session, tmp_path, caplog):
+    experiment, until = tiny(damaged(phantom, tmp_path), tmp_path / "out"), pipeline.Options(until="preprocess")
+    with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
+        pipeline.run(experiment, until)
+    assert attempts(tmp_path / "out") == {"preprocess": 1}
+    pipeline.run(replace(experiment, workers=2), replace(until, work=Work(max_quarantined=0.5)))
+    configs = [filesystem.read_json(str(path))["workers"] for path in (tmp_path / "out" / "stages").iterdir()]
+    assert sorted(configs) == [1, 2]  # it ran as asked now, and not as asked when it failed
+    assert records(tmp_path / "out")["preprocess"]["state"] == "done"
+
+    stray = tmp_path / "new" / "shards-64x64-ratio" / "part-00099.parquet"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"of other shards")
+    with pytest.raises(UserError, match="give --overwrite or another --out"):
+        pipeline.run(tiny(phantom, tmp_path / "new"), until)
+    assert "In a pipeline, --force preprocess does what --overwrite does." in caplog.messages
+    pipeline.run(tiny(phantom, tmp_path / "new"), replace(until, force=("preprocess",)))
+    assert attempts(tmp_path / "new") == {"preprocess": 1} and not stray.exists()  # forced, it starts over
 
 
 def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
     for options, says in [
         (lambda: pipeline.Options(work=Work(predict=str(tmp_path / "nowhere"))), "nowhere"),
         (lambda: pipeline.Options(force=("train",), until="preprocess"), "--force train lies outside"),
-        (lambda: pipeline.Options(work=Work(plan=Plan(search="grid"))), "give --tune TRIALS"),
+        (lambda: pipeline.Options(work=Work(plan=Plan(search="grid"))), "add --tune TRIALS"),
     ]:
         with pytest.raises(UserError, match=says):
             pipeline.run(tiny(phantom, tmp_path / "out"), options())
@@ -140,30 +141,16 @@ def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path
     assert not (tmp_path / "out").exists() and not os.path.exists(inside)
 
 
-def test_a_stage_whose_job_may_still_run_is_not_begun_here(copy, phantom):
-    story = Story.open(str(copy))
-    story.stages["train"] |= {"state": "running", "attempts": [new_attempt("train-0123abcd")]}
-    story.save()
-    with pytest.raises(UserError, match="may still run as job train-0123abcd: give --submit"):
-        pipeline.run(tiny(phantom, copy), pipeline.Options())
-
-
-def test_a_damaged_story_says_what_to_do(tmp_path):
-    (tmp_path / "pipeline.json").write_text('{"stages": ')
-    with pytest.raises(UserError, match="remove it, and what is complete is found again"):
-        Story.open(str(tmp_path))
-
-
 @pytest.mark.slow
 def test_force_trains_a_new_run_and_until_stops_there(copy, phantom):
     path = pipeline.run(tiny(phantom, copy), pipeline.Options(force=("train",), until="train"))
-    assert path.endswith("-2") and Story.open(str(copy)).stages["train"]["result"]["path"] == path
+    assert path.endswith("-2") and records(copy)["train"]["result"]["path"] == path
 
 
-def test_from_takes_what_was_before_as_it_is(finished, phantom, tmp_path):
+def test_from_uses_earlier_results_as_they_are(finished, phantom, tmp_path):
     elsewhere = replace(tiny(phantom, finished), source=str(tmp_path))  # the files themselves have gone
     assert pipeline.run(elsewhere, pipeline.Options(begin="train")).endswith("report.html")
-    other = replace(elsewhere, split=SplitConfig("ratio", test_share=0.5))  # the shards are taken as they are
+    other = replace(elsewhere, split=SplitConfig("ratio", test_share=0.5))
     assert pipeline.run(other, pipeline.Options(begin="train")).endswith("report.html")
     with pytest.raises(UserError, match="stage preprocess is not done"):
         pipeline.run(tiny(phantom, tmp_path / "new"), pipeline.Options(begin="train"))
@@ -173,15 +160,7 @@ def test_from_takes_what_was_before_as_it_is(finished, phantom, tmp_path):
         pipeline.run(tiny(phantom, finished), pipeline.Options(begin="evaluate", until="train"))
 
 
-def test_status_tells_each_stage_and_refuses_a_folder_without_any(finished, tmp_path, capsys):
-    pipeline.job(["status", "--out", str(finished)])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [["preprocess", "done"], ["train", "done"], ["evaluate", "done"]]
-    with pytest.raises(UserError, match="holds no pipeline"):
-        pipeline.job(["status", "--out", str(tmp_path)])
-
-
-def test_a_failure_is_told_and_the_same_command_goes_on_from_there(phantom, ray_session, tmp_path, monkeypatch):
+def test_a_failure_is_retried_and_recorded_and_a_rerun_resumes(phantom, ray_session, tmp_path, monkeypatch):
     tries = []
 
     def broken(*arguments):
@@ -195,10 +174,10 @@ def test_a_failure_is_told_and_the_same_command_goes_on_from_there(phantom, ray_
     monkeypatch.setattr(pipeline, "shut_down_ray", lambda: None)  # the session's Ray stays
     with pytest.raises(RuntimeError, match="the weather"):
         pipeline.run(tiny(phantom, tmp_path), pipeline.Options(until="preprocess"))
-    record = Story.open(str(tmp_path)).stages["preprocess"]
-    assert (record["state"], record["problem"], attempts(tmp_path)["preprocess"]) == ("failed", "the weather", 2)
+    record = records(tmp_path)["preprocess"]
+    assert (record["state"], record["problem"], len(record["attempts"])) == ("failed", "the weather", 2)
     pipeline.run(tiny(phantom, tmp_path), pipeline.Options(until="preprocess"))
-    assert attempts(tmp_path)["preprocess"] == 3 and Story.open(str(tmp_path)).stages["preprocess"]["state"] == "done"
+    assert attempts(tmp_path)["preprocess"] == 3 and records(tmp_path)["preprocess"]["state"] == "done"
 
 
 @pytest.mark.slow
@@ -212,19 +191,20 @@ def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phanto
     assert summary["scores"]["dice"]["mean"] == pytest.approx(sum(means) / 2)  # as many images in each
     (predictions,) = tmp_path.glob("predictions-patient0001-*")
     assert (predictions / "ef.csv").exists()
-    told = json.loads((predictions / "studies.json").read_text())
-    assert len(told["made_with"]["checkpoints"]) == 2
+    studies = json.loads((predictions / "studies.json").read_text())
+    assert len(studies["made_with"]["checkpoints"]) == 2
 
 
-def test_a_sweeps_plan_comes_through_its_flags_unchanged():
-    plan = Plan(search="changes", stop_early=False, reduction=4.0)
-    plan = replace(plan, space=replace(plan.space, schedules=("cosine", "step"), changes=("optim.lr=0.1",)))
-    import tyro
-
-    from jobs.support import command_line
-
-    assert command_line.parse_line(TuneOptions, plan_arguments(plan), "x", "x").plan == plan
-    assert plan_arguments(Plan()) == [] and tyro
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(),
+        Plan(SearchSpace(("cosine", "step"), changes=("optim.lr=0.1",)), "changes", stop_early=False, reduction=4.0),
+    ],
+)
+def test_a_sweeps_plan_survives_its_flags(plan):
+    flags = command_line.as_flags(to_json(plan))
+    assert command_line.parse_line(TuneOptions, flags, "tune.py", "Sweep.").plan == plan
 
 
 def test_the_graph_has_each_stage_after_what_it_needs():
@@ -244,7 +224,7 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--tune", "2", "--until", "train"]
     done = subprocess.run([*command, "--search", "grid"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    stages = Story.open(str(tmp_path)).stages
+    stages = records(tmp_path)
     best = filesystem.read_json(os.path.join(stages["tune"]["result"]["path"], "best.json"))
     trained = filesystem.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
     assert trained["optim"] == best["optim"] and trained["schedule"] == best["schedule"]
@@ -252,7 +232,7 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_stage_is_stopped_and_taken_up(phantom, tmp_path):
+def test_an_interrupted_stage_is_stopped_and_says_how_to_resume(phantom, tmp_path):
     config = tmp_path / "tiny.json"
     experiment = tiny(phantom, tmp_path)
     config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=200)))))
@@ -260,8 +240,8 @@ def test_an_interrupted_stage_is_stopped_and_taken_up(phantom, tmp_path):
     begun = begin_until(command, os.environ, "epoch 2/200")
     begun.send_signal(signal.SIGINT)
     rest = begun.stdout.read()
-    assert begun.wait(timeout=60) == 130 and "stopped; the same command goes on" in rest, rest
-    record = Story.open(str(tmp_path)).stages["train"]
+    assert begun.wait(timeout=60) == 130 and "stopped; rerun the same command to resume" in rest, rest
+    record = records(tmp_path)["train"]
     assert record["state"] == "stopped" and record["attempts"][0]["ended"]
-    assert "train" in (said := subprocess.run([*command, "--dry-run"], capture_output=True, text=True).stdout), said
-    assert "would run (stopped)" in said
+    shown = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=60).stdout
+    assert "2/3 train: would run (stopped)" in shown

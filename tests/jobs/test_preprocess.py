@@ -138,4 +138,4 @@ def test_a_full_disk_is_a_one_line_error_whoever_writes_the_parts(launcher, many
     job = start(many, str(disk), launcher, ("unshare", "-rm", "sh", "-c", script, "sh"))
     said, _ = job.communicate(timeout=200)
     assert job.returncode == 2, said
-    assert "No space left on device" in said and "then the same command goes on" in said and "Traceback" not in said
+    assert "No space left on device" in said and "then rerun the same command to resume" in said and "Traceback" not in said
