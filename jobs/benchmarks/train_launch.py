@@ -87,8 +87,10 @@ def ray_worker(config: dict) -> None:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    for name in ("heartseg", ray.train.v2._internal.execution.context.__file__):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    from jobs.support import ray_runtime
+
+    logging.getLogger("heartseg").setLevel(logging.WARNING)
+    ray_runtime.silence_reports()
     torch.set_num_threads(config["threads"])
     experiment = from_json(config["experiment"])
     turns = Turns(config["folder"], "ray", experiment.train.epochs)

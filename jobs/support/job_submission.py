@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from heartseg.errors import UserError
-from jobs.support import command_line
+from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -20,7 +20,7 @@ SECONDS_OF_SILENCE = 120.0
 SECONDS_TO_STOP = 60.0
 ALIVE = ("PENDING", "RUNNING")
 # Ray's loggers that tell of every file that is not uploaded, and of every connection that ends.
-TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+TALKATIVE = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", ray_runtime.UPLOAD_LOGGER)
 
 
 class JobFailed(RuntimeError):

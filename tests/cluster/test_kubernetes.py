@@ -14,6 +14,7 @@ from helpers import kustomize
 from helpers.experiments import ROOT
 from helpers.kuberay_schema import SCHEMAS
 from helpers.secrets import SECRET_VALUE, secrets_in
+from jobs.support import ray_runtime
 
 FOLDER = ROOT / "cluster" / "kubernetes"
 RENDERED = {name: kustomize.render(FOLDER / name) for name in ("base", "overlays/local", "overlays/gpu")}
@@ -134,10 +135,10 @@ def test_ray_nodes_have_probes_and_shared_memory(name):
 
 
 def test_rays_health_needs_no_token():
-    from ray._private import ray_constants
     from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
-    assert "/api/healthz" in PUBLIC_EXACT_PATHS and ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT == 52365
+    port = ray_runtime.ray_private("ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT")
+    assert "/api/healthz" in PUBLIC_EXACT_PATHS and port == 52365
 
 
 def test_every_cluster_asks_for_the_token_and_only_its_own_pods_reach_it(name):
