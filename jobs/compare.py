@@ -5,7 +5,7 @@ Uses the evaluations that the runs have, if they fit; scores whatever is missing
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.run_directory import Run
 from jobs.support import command_line, evaluation_plan, evaluation_run
-from jobs.support.evaluation_plan import HOLDOUT, EvaluationPlan
+from jobs.support.evaluation_plan import HOLDOUT, EvaluationPlan, ScoringOptions
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
 # Pictures on a page: many entries get fewer images, and of very many only the first are drawn.
@@ -38,28 +38,18 @@ ABOUT = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to compare, on whom, and where the page goes."""
+class Options(ScoringOptions):
+    """What to compare, on which patients, and where the page goes."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders of runs; a folder of runs, or of a sweep, stands for all its runs."""
     reference: str = ""
     """Folder or name of the run that the others are tested against; the first one if not given."""
-    data: str = ""
-    """Folder or URI of the shards to score on; each run's own if neither this nor --truth is given."""
-    truth: str = ""
-    """Folder of a CAMUS tree to score on, instead of shards."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
     """Group of patients; `auto` is test if there is one, otherwise val. If all runs were validated on patients held out of
     the training group (--train.holdout, as in a sweep), it is these: runs to choose from must not see the test group."""
-    which: Literal["auto", "last", "best"] = "auto"
-    """`best` is chosen on val; `auto` takes it only to report on test, and otherwise the last one."""
     out: str = ""
     """Folder of the results; by default `comparison` in the folder of runs, or `comparison-HASH` beside the first run."""
-    workers: int = 1
-    """Processes that predict, if something is left to score."""
-    launcher: Literal["ray", "plain"] = "ray"
-    """`plain` needs no Ray and uses one process; Ray starts only if something is left to score."""
 
     def __post_init__(self):
         require(self.workers >= 1, "--workers must be at least 1.")
@@ -72,7 +62,7 @@ def run(options: Options) -> str:
     found = find_runs(options.runs)
     out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found)
     if options.data or options.truth:  # a wrong one is refused here, and not reported as a problem of each run
-        images = evaluation_plan.open_images(evaluation_options(options))
+        images = evaluation_plan.open_images(options)
         if options.group != HOLDOUT:
             evaluation_plan.choose_group(options.group, images)
     if options.group == "auto" and all(evaluation_plan.held_out(one) for one in found):
@@ -137,18 +127,12 @@ def labelled(found: Sequence[Run]) -> dict[str, Run]:
     return labels
 
 
-def evaluation_options(options: Options, run: str = "", out: str = "") -> evaluation_plan.Options:
-    """The options of an evaluation of a run."""
-    return evaluation_plan.Options(
-        checkpoint=run, data=options.data, truth=options.truth, group=options.group, which=options.which,
-        workers=options.workers, launcher=options.launcher, out=out,
-    )  # fmt: skip
-
-
 def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
     """A run's record and scores, and the plan of its evaluation, None if its images or weights cannot be read."""
     record, plan, problem = run_directory.read_record(one.path), None, ""
-    asked = evaluation_options(options, one.path, filesystem.join(out, "evaluations", label.replace("/", "-")))
+    shared = {each.name: getattr(options, each.name) for each in fields(ScoringOptions)}
+    out = filesystem.join(out, "evaluations", label.replace("/", "-"))
+    asked = evaluation_plan.Options(**shared, checkpoint=one.path, out=out)
     try:
         plan = evaluation_plan.plan_checkpoint(asked)
         folder = find_evaluation([*evaluations_of(one), plan.out], plan.described)

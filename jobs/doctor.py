@@ -96,7 +96,9 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
         raise UserError("Workers on several nodes need storage that all of them see: give --runs, or set HEARTSEG_RUNS.")
     folder = filesystem.join(runs or tempfile.gettempdir(), f".doctor-{uuid.uuid4().hex[:8]}")
     try:
-        report = exchange(number, options.seconds, folder)
+        resources = ray_runtime.worker_resources(number)
+        trainer = ray_runtime.build_trainer(all_reduce, {"seconds": options.seconds}, number, resources, folder, tries=0)
+        report = trainer.fit().return_value
     except Exception as error:
         fix = (
             "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
@@ -138,28 +140,6 @@ def check_node() -> tuple[str, list[Finding]]:
     """The name of the machine that this runs on, and what it has."""
     found = [one for name, check in system_checks.NODE_CHECKS.items() for one in system_checks.run_check(name, check)]
     return socket.gethostname(), found
-
-
-def exchange(number: int, seconds: float, folder: str) -> dict:
-    """Let workers sum a tensor again and again; what rank 0 measured. Raises what Ray Train raises.
-
-    `folder` is for Ray Train, and every node must see it.
-    """
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    resources = ray_runtime.worker_resources(number)
-    trainer = TorchTrainer(
-        all_reduce,
-        train_loop_config={"seconds": seconds},
-        scaling_config=ScalingConfig(num_workers=number, use_gpu="GPU" in resources, resources_per_worker=resources),
-        run_config=RunConfig(
-            storage_path=folder,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    return trainer.fit().return_value
 
 
 def all_reduce(config: dict) -> dict:

@@ -18,24 +18,35 @@ HOLDOUT = "holdout"  # the group of patients that --train.holdout took from the 
 
 
 @dataclass(frozen=True)
-class Options:
+class ScoringOptions:
+    """Which images to score, and where: what an evaluation and a comparison of runs have in common."""
+
+    data: str = ""
+    """Folder or URI of the shards; each run's own if neither this nor --truth is given."""
+    truth: str = ""
+    """Folder of a CAMUS tree to score on, instead of shards."""
+    group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
+    """Group of patients; `auto` is test if there is one, otherwise val. `holdout`: the patients that --train.holdout took from
+    the training group."""
+    which: Literal["auto", "last", "best"] = "auto"
+    """`best` is chosen on val; `auto` takes it only to report on test, and otherwise the last one."""
+    workers: int = 1
+    """Processes that predict."""
+    launcher: Literal["ray", "plain"] = "ray"
+    """`plain` needs no Ray and uses one process."""
+
+
+@dataclass(frozen=True)
+class Options(ScoringOptions):
     """What to evaluate, and where."""
 
     checkpoint: str = ""
     """Folder of a run, or of one of its checkpoints."""
-    data: str = ""
-    """Folder or URI of the shards; the run's own if neither this nor --truth is given."""
-    truth: str = ""
-    """Folder of a CAMUS tree to score on, instead of shards."""
     predictions: str = ""
-    """Folder of NIfTI masks to score against --truth, instead of a checkpoint's; nnU-Net's do as well."""
+    """Folder of NIfTI masks to score against --truth, instead of a checkpoint's; nnU-Net's do as well. With --group auto,
+    everyone who has a mask is scored."""
     pattern: str = ""
     """File of a mask below --predictions, as {patient}/{patient}_{view}_{phase}.nii.gz; found by its name if not given."""
-    group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
-    """Group of patients; `auto` is test if there is one, otherwise val; with --predictions, everyone who has a mask.
-    `holdout`: the patients that --train.holdout took from the training group."""
-    which: Literal["auto", "last", "best"] = "auto"
-    """`best` is chosen on val; `auto` takes it only to report on test, and otherwise the last one."""
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
@@ -45,10 +56,6 @@ class Options:
     """Score again although the same evaluation is complete."""
     out: str = ""
     """Folder of the results; by default in the run's, or `evaluation-NAME` here for --predictions NAME."""
-    workers: int = 1
-    """Processes that predict."""
-    launcher: Literal["ray", "plain"] = "ray"
-    """`plain` needs no Ray and uses one process."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class ScoredImages:
         return ShardTruth(self.shards, group) if self.shards else TreeTruth(self.path)
 
 
-def open_images(options: Options, trained_on: str = "") -> ScoredImages:
+def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
     """The tree of --truth, or the shards of --data, or those that the run was trained on."""
     if not options.truth:
         shards = open_shards(command_line.absolute(options.data or trained_on, "data"))

@@ -6,7 +6,8 @@ import pkgutil
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from heartseg.errors import UserError
@@ -15,6 +16,8 @@ from jobs.support.command_line import JOB_CONFIG, ROOT, log
 
 # Ray restarts a worker group that cannot start or that dies this often, and not for ever.
 MAX_TRIES = 3
+# Seconds between two checks for nodes that an elastic run could grow onto.
+SECONDS_TO_GROW = 30
 PLACEMENT = "placement_group"
 UPLOAD_LOGGER = "ray._private.runtime_env.packaging"
 # What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
@@ -126,6 +129,44 @@ def _on_each_node(kind: str) -> list[float]:
 def _after_autoscaling(kind: str) -> float:
     """What the cluster may have of a resource once its autoscaler has added all it may; 0 without an autoscaler."""
     return (ray_private("ray._private.state.state").get_max_resources_from_cluster_config() or {}).get(kind, 0)
+
+
+def build_trainer(
+    loop: Callable[[dict], Any],
+    config: dict,
+    workers: int | tuple[int, int],
+    resources: dict[str, float],
+    folder: str,
+    tries: int = MAX_TRIES,
+    callbacks: Sequence[object] = (),
+) -> Any:
+    """Ray Train's trainer of a function that every worker runs with `config`, for one fit.
+
+    With two numbers of `workers` it is elastic: it shrinks at once when nodes are lost, and grows onto new ones.
+    """
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
+    trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
+    return trainer(
+        loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=SECONDS_TO_GROW,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            # A new name each time: the run directory decides what to resume, not Ray's snapshot.
+            name=uuid.uuid4().hex[:8],
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
+        ),
+    )
 
 
 def note_placement(path: str) -> None:

@@ -7,7 +7,6 @@ import functools
 import logging
 import socket
 import time
-import uuid
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -23,8 +22,6 @@ from heartseg.training.worker import train_rank
 from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
-# Seconds between two checks for nodes that an elastic run could grow onto.
-SECONDS_TO_GROW = 30
 # How long a trial waits for its epoch to be on disk; a disk that refuses is reported with the next epoch.
 SECONDS_TO_KEEP = 60
 
@@ -48,11 +45,14 @@ def train_with_ray(
 
     ray_runtime.start_ray(experiment.workers)
     resources = resources or ray_runtime.worker_resources(experiment.workers)
-    result = None
+    workers = (experiment.min_workers, experiment.workers) if experiment.min_workers else experiment.workers
+    config = {"experiment": to_json(experiment), "run": run.path, "cores": resources["CPU"], "profile": profile}
+    config["is_trial"] = bool(callbacks)
+    folder, result = filesystem.join(run.path, "ray"), None
     while result is None:
         epochs = len(run_directory.read_record(run.path))
         try:
-            result = build_trainer(experiment, run, profile, resources, callbacks).fit()
+            result = ray_runtime.build_trainer(worker, config, workers, resources, folder, callbacks=callbacks).fit()
         except TrainingFailedError as error:
             # Ray counts the restarts of a whole run. On nodes that come and go, a long run needs many and still advances.
             has_advanced = len(run_directory.read_record(run.path)) > epochs
@@ -62,42 +62,6 @@ def train_with_ray(
     # A worker returns a user's mistake as a value: if it raised it, Ray would restart the worker.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])
-
-
-def build_trainer(
-    experiment: Experiment, run: Run, profile: bool, resources: dict[str, float], callbacks: Sequence[object]
-) -> object:
-    """Ray Train's trainer of a run, for one fit."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
-    trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
-    return trainer(
-        worker,
-        train_loop_config={
-            "experiment": to_json(experiment),
-            "run": run.path,
-            "cores": resources["CPU"],
-            "profile": profile,
-            "is_trial": bool(callbacks),
-        },
-        scaling_config=ScalingConfig(
-            # Elastic: the run shrinks at once when nodes are lost and grows onto new ones; the global batch stays the same.
-            num_workers=(experiment.min_workers, experiment.workers) if experiment.min_workers else experiment.workers,
-            elastic_resize_monitor_interval_s=SECONDS_TO_GROW,
-            use_gpu="GPU" in resources,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            # A new name each time: the run directory decides what to resume, not Ray's snapshot.
-            name=uuid.uuid4().hex[:8],
-            storage_path=filesystem.join(run.path, "ray"),
-            failure_config=FailureConfig(max_failures=ray_runtime.MAX_TRIES, controller_failure_limit=ray_runtime.MAX_TRIES),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=list(callbacks),
-        ),
-    )
 
 
 def dead_workers(error: Exception) -> list[int]:

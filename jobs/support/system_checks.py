@@ -181,29 +181,26 @@ def wandb() -> Iterator[Finding]:
     if os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled") or not key:
         yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
         return
-    problem = _ask_wandb(server, key)
-    fix = "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline to save the wait."
-    wrong = (f"{server} cannot be reached: {problem}.", fix) if problem else ()
-    if problem in ("HTTP 401", "HTTP 403"):
-        wrong = (f"{server} refuses the key.", "Set a valid WANDB_API_KEY where the cluster starts.")
-    yield Finding("wandb", f"{server} {'fails' if problem else 'answers, and accepts the key'}", *wrong)
-
-
-def _ask_wandb(server: str, key: str) -> str:
-    """Empty if the server knows the key's owner, otherwise what went wrong."""
-    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
+    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    is_accepted, problem = False, ""
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{server}/graphql", question, headers), timeout=WANDB_TIMEOUT_S
-        ) as answer:
-            return "" if (json.load(answer).get("data") or {}).get("viewer") else "HTTP 401"
+        request = urllib.request.Request(f"{server}/graphql", question, headers)
+        with urllib.request.urlopen(request, timeout=WANDB_TIMEOUT_S) as answer:
+            is_accepted = bool((json.load(answer).get("data") or {}).get("viewer"))
     except urllib.error.HTTPError as error:
-        return f"HTTP {error.code}"
+        problem = "" if error.code in (401, 403) else f"HTTP {error.code}"
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return f"no answer within {WANDB_TIMEOUT_S:g} s" if isinstance(reason, TimeoutError) else str(reason)
+        problem = f"no answer within {WANDB_TIMEOUT_S:g} s" if isinstance(reason, TimeoutError) else str(reason)
+    if problem:
+        fix = "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline to save the wait."
+        yield Finding("wandb", server, f"{server} cannot be reached: {problem}.", fix)
+    elif is_accepted:
+        yield Finding("wandb", f"{server} answers, and accepts the key")
+    else:
+        yield Finding("wandb", server, f"{server} refuses the key.", "Set a valid WANDB_API_KEY where the cluster starts.")
 
 
 # What every node of a cluster is asked.
