@@ -49,20 +49,15 @@ def test_the_doctor_checks_everything_keeps_nothing_and_exits_with_1_only_if_som
 
 
 WITHOUT_TORCH = """
-import importlib.metadata, runpy, sys
+import importlib.metadata as metadata, runpy, sys
 
 class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
 
-def version(name, real=importlib.metadata.version):
-    if name == "torch":
-        raise importlib.metadata.PackageNotFoundError(name)
-    return real(name)
-
-sys.meta_path.insert(0, Missing())
-importlib.metadata.version = version
+sys.meta_path.insert(0, Missing)
+metadata.version = lambda name, real=metadata.version: real("no-such-package" if name == "torch" else name)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
