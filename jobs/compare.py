@@ -1,11 +1,11 @@
 """Runs side by side on one page, without any account: `python jobs/compare.py RUN RUN …`, or a folder of runs, or a sweep's.
 
-What an evaluation of a run has left is used where it fits; whatever is missing is scored here, as evaluate does.
+Uses the evaluations that the runs have, if they fit; scores whatever is missing, as jobs/evaluate.py does.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,12 +25,11 @@ from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.run_directory import Run
-from jobs import evaluate
-from jobs.support import command_line
-from jobs.support.evaluation_plan import HOLDOUT, Plan, choose_group, held_out, open_source, plan_checkpoint
+from jobs.support import command_line, evaluation_plan, evaluation_run
+from jobs.support.evaluation_plan import HOLDOUT, EvaluationPlan, ScoringOptions
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
-# Pictures on a page: of many entries there are fewer images, and of very many only the first entries are drawn.
+# Pictures on a page: many entries get fewer images, and of very many only the first are drawn.
 MOST_IMAGES, MOST_PICTURES, MOST_DRAWN = 6, 36, 9
 ABOUT = (
     "Show training runs side by side: which settings differ, scores with intervals and paired tests on the same patients, "
@@ -39,51 +38,40 @@ ABOUT = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to compare, on whom, and where the page goes."""
+class Options(ScoringOptions):
+    """What to compare, on which patients, and where the page goes."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
-    """Folders of runs; a folder that holds runs, or a sweep's, stands for all its runs."""
+    """Folders of runs; a folder of runs, or of a sweep, stands for all its runs."""
     reference: str = ""
-    """Folder or name of the run that the others are tested against; the first one where not given."""
-    data: str = ""
-    """Folder or URI of the shards to score on; each run's own where neither this nor --truth is given."""
-    truth: str = ""
-    """Folder of a CAMUS tree to score on, instead of shards."""
+    """Folder or name of the run that the others are tested against; the first one if not given."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
-    """Group of patients; `auto` is test where there is one, else val. Where all runs were validated on patients held out of
-    the training group (--train.holdout, as in a sweep), it is these: what is chosen among must not see the test group."""
-    which: Literal["auto", "last", "best"] = "auto"
-    """`best` is chosen on val; `auto` takes it only to report on test, and the last one else."""
+    """Group of patients; `auto` is test if there is one, otherwise val. If all runs were validated on patients held out of
+    the training group (--train.holdout, as in a sweep), it is these: runs to choose from must not see the test group."""
     out: str = ""
     """Folder of the results; by default `comparison` in the folder of runs, or `comparison-HASH` beside the first run."""
-    workers: int = 1
-    """Processes that predict, where something is left to score."""
-    launcher: Literal["ray", "plain"] = "ray"
-    """`plain` needs no Ray and uses one process; Ray starts only where something is left to score."""
 
     def __post_init__(self):
         require(self.workers >= 1, "--workers must be at least 1.")
         require(self.workers == 1 or self.launcher == "ray", "--launcher plain is one process: leave --workers out.")
-        require(not (self.data and self.truth), "--data and --truth are two sources to score on: give one of them.")
+        require(not (self.data and self.truth), "--data and --truth are two sets of images to score on: give one of them.")
 
 
 def run(options: Options) -> str:
     """Compare; returns the path of the page. Raises UserError for fewer than two runs."""
     found = find_runs(options.runs)
     out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found)
-    if options.data or options.truth:  # one that is wrong is no run's fault
-        source = open_source(as_evaluation(options), "")
+    if options.data or options.truth:  # a wrong one is refused here, and not reported as a problem of each run
+        images = evaluation_plan.open_images(options)
         if options.group != HOLDOUT:
-            choose_group(options.group, source)
-    if options.group == "auto" and all(held_out(one) for one in found):
+            evaluation_plan.choose_group(options.group, images)
+    if options.group == "auto" and all(evaluation_plan.held_out(one) for one in found):
         options = replace(options, group=HOLDOUT)
     reference = find_reference(options.reference, found)
     scored, plans = [], {}
     for label, one in labelled(found).items():
-        seen, plan = assess(one, label, options, out)
+        seen, plans[label] = assess(one, label, options, out)
         scored.append(seen)
-        plans[label] = plan
     entries = run_comparison.enter(scored)
     chosen = next(entry for entry in entries if any(one.run is reference for one in entry.runs))
     compared = run_comparison.compare(entries, chosen, images_to_draw(len(entries)))
@@ -100,68 +88,57 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
         inside = runs_in(path)
         if not inside:
             raise UserError(
-                f"{path} is no run and holds none (no {run_directory.DESCRIPTION}): give folders that jobs/train.py wrote."
+                f"{path} is not a run and holds none (no {run_directory.DESCRIPTION}): give folders of jobs/train.py."
             )
         found |= {one.path: one for one in inside}
     if len(found) < 2:
-        counted = "1 run is" if found else "0 runs are"
-        raise UserError(f"{counted} nothing to compare: give two runs at least, or a folder that holds them.")
+        raise UserError(f"A comparison needs at least two runs, not {len(found)}: give another one, or a folder of runs.")
     return list(found.values())
 
 
 def runs_in(path: str) -> list[Run]:
-    """The run that a folder is; else those in it, and in its `trials`, by name."""
-    if filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION)):
-        return [run_directory.find_run(path)]
-    below = [
-        filesystem.join(folder, name)
-        for folder in (path, filesystem.join(path, TRIALS))
-        for name in filesystem.list_names(folder)
-    ]
-    return [
-        run_directory.find_run(inner) for inner in below if filesystem.exists(filesystem.join(inner, run_directory.DESCRIPTION))
-    ]
+    """The run that a folder is, or the runs in it and in its `trials`, by name."""
+    below = [filesystem.join(f, name) for f in (path, filesystem.join(path, TRIALS)) for name in filesystem.list_names(f)]
+    return [run_directory.find_run(folder) for folder in ([path] if is_run(path) else below) if is_run(folder)]
+
+
+def is_run(folder: str) -> bool:
+    """True for the folder of a run."""
+    return filesystem.exists(filesystem.join(folder, run_directory.DESCRIPTION))
 
 
 def default_out(paths: Sequence[str], found: Sequence[Run]) -> str:
-    """`comparison` in a folder of runs; of runs that were named, one beside the first that only these runs share."""
-    only = command_line.absolute(paths[0], "runs").rstrip("/")
+    """`comparison` in a folder of runs; for runs that were named, a folder beside the first that only these runs share."""
     if len(paths) == 1:
-        return filesystem.join(only, "comparison")
+        return filesystem.join(command_line.absolute(paths[0], "runs"), "comparison")
     digest = filesystem.sha256(canonical(sorted(one.path for one in found)))[:8]
-    return filesystem.join(found[0].path.rstrip("/").rpartition("/")[0], f"comparison-{digest}")
+    return filesystem.join(found[0].path.rpartition("/")[0], f"comparison-{digest}")
 
 
 def labelled(found: Sequence[Run]) -> dict[str, Run]:
-    """Runs by their name, with the folder before it, and more of it, where two have the same."""
+    """Runs by their name, with as much of the path before it as distinguishes them."""
+    paths = [one.path.split("/") for one in found]
     labels = {}
-    for one in found:
-        parts = one.path.rstrip("/").split("/")
+    for one, parts in zip(found, paths, strict=True):
         depth = 1
-        while sum(other.path.rstrip("/").split("/")[-depth:] == parts[-depth:] for other in found) > 1:
+        while sum(other[-depth:] == parts[-depth:] for other in paths) > 1:
             depth += 1
         labels["/".join(parts[-depth:])] = one
     return labels
 
 
-def as_evaluation(options: Options, run: str = "", out: str = "") -> evaluate.Options:
-    """What evaluate is asked for a run."""
-    return evaluate.Options(
-        checkpoint=run, data=options.data, truth=options.truth, group=options.group, which=options.which,
-        workers=options.workers, launcher=options.launcher, out=out,
-    )  # fmt: skip
-
-
-def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Plan | None]:
-    """A run's record and scores, and the plan that they come from, None where its images or weights cannot be had."""
+def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
+    """A run's record and scores, and the plan of its evaluation, None if its images or weights cannot be read."""
     record, plan, problem = run_directory.read_record(one.path), None, ""
-    asked = as_evaluation(options, one.path, filesystem.join(out, "evaluations", label.replace("/", "-")))
+    shared = {each.name: getattr(options, each.name) for each in fields(ScoringOptions)}
+    out = filesystem.join(out, "evaluations", label.replace("/", "-"))
+    asked = evaluation_plan.Options(**shared, checkpoint=one.path, out=out)
     try:
-        plan = plan_checkpoint(asked)
+        plan = evaluation_plan.plan_checkpoint(asked)
         folder = find_evaluation([*evaluations_of(one), plan.out], plan.described)
         if not folder:
             print(f"scoring {label}: {len(plan.patients)} patients ({plan.described['group']})", flush=True)
-            evaluate.score(plan, asked)
+            evaluation_run.score(plan, asked)
             folder = plan.out
     except UserError as error:
         problem = str(error)
@@ -169,10 +146,9 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Pl
     if not folder:
         return Scored(one, label, record, problem=problem), None
     images, patients = (
-        filesystem.read_table(filesystem.read_bytes(filesystem.join(folder, name))) for name in (IMAGES, PATIENTS)
+        filesystem.read_table(filesystem.read_bytes(filesystem.join(folder, name))).to_pandas() for name in (IMAGES, PATIENTS)
     )
-    summary = filesystem.read_json(filesystem.join(folder, SUMMARY))
-    return Scored(one, label, record, images.to_pandas(), patients.to_pandas(), summary), plan
+    return Scored(one, label, record, images, patients, filesystem.read_json(filesystem.join(folder, SUMMARY))), plan
 
 
 def evaluations_of(one: Run) -> list[str]:
@@ -181,84 +157,76 @@ def evaluations_of(one: Run) -> list[str]:
 
 
 def find_evaluation(folders: Sequence[str], described: dict) -> str:
-    """The first whole evaluation that is what `described` says, wherever its checkpoint lay then; empty where there is none."""
-    # The same weights are the same checkpoint, whether they were called last or best.
-    said = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
+    """The first complete evaluation that fits `described`, wherever its checkpoint was then; empty if there is none."""
+    # The same weights are the same checkpoint, whether it was called last or best.
+    asked = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
     for folder in folders:
         if all(filesystem.exists(filesystem.join(folder, name)) for name in (SUMMARY, IMAGES, PATIENTS)):
             summary = filesystem.read_json(filesystem.join(folder, SUMMARY))
-            # An older program's evaluation lacks scores.
-            known = "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys()
-            if known and said == {name: summary.get(name) for name in said}:
+            # An evaluation by an older version lacks scores.
+            is_whole = "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys()
+            if is_whole and asked == {name: summary.get(name) for name in asked}:
                 return folder
     return ""
 
 
 def find_old_evaluation(one: Run, options: Options) -> str:
-    """An evaluation of the run's own data where they can be read no more; empty where none fits."""
+    """An evaluation on the run's own data, for when they can no longer be read; empty if none fits."""
     if options.data or options.truth:
         return ""
-    groups = ("test", "val", "all") if options.group == "auto" else (options.group,)
-    for group in groups:
+    for group in ("test", "val", "all") if options.group == "auto" else (options.group,):
         which = options.which if options.which != "auto" else "best" if group == "test" else "last"
         try:
             weights = checkpoint.find(one.path, which).card["weights_sha256"]
         except UserError:
             return ""
-        said = {"weights_sha256": [weights], "group": group, "post": to_json(PredictConfig())}
-        said["data_fingerprint"] = one.description["data_fingerprint"]
-        if folder := find_evaluation(evaluations_of(one), said):
+        described = {"weights_sha256": [weights], "group": group, "post": to_json(PredictConfig())}
+        described["data_fingerprint"] = one.description["data_fingerprint"]
+        if folder := find_evaluation(evaluations_of(one), described):
             return folder
     return ""
 
 
 def find_reference(asked: str, found: Sequence[Run]) -> Run:
-    """The run asked for by name or folder, the first where none is; raises UserError where it is none, or could be two."""
-    path = filesystem.absolute(asked).rstrip("/")
-    named = [one for one in found if not asked or path == one.path.rstrip("/")]
+    """The run of a name or a folder, the first run if empty; raises UserError if none is meant, or several may be."""
+    if not asked:
+        return found[0]
+    named = [one for one in found if one.path == filesystem.absolute(asked).rstrip("/")]
     named = named or [one for label, one in labelled(found).items() if asked in (label, one.name)]
-    if not named or (asked and len(named) > 1):
+    if len(named) != 1:
         raise UserError(f"--reference {asked} is {len(named) or 'none'} of the runs: give the folder of one that is compared.")
     return named[0]
 
 
 def images_to_draw(entries: int) -> int:
-    """How many images are drawn, each once an entry."""
+    """How many images are drawn, each once for each entry."""
     return max(2, min(MOST_IMAGES, MOST_PICTURES // min(entries, MOST_DRAWN)))
 
 
-def picture_items(compared: Comparison, plans: dict[str, Plan | None]) -> list[dict]:
-    """What comparison_page draws of the images that entries disagree on; of several seeds the first one's masks."""
+def picture_items(compared: Comparison, plans: dict[str, EvaluationPlan | None]) -> list[dict]:
+    """The images that entries disagree on, as comparison_page draws them; of several seeds, with the first one's masks."""
     wanted = compared.disagreements
     patients = list(dict.fromkeys(item["patient"] for item in wanted))
     drawn = [e for e in compared.entries if wanted and e.letter in wanted[0]["dice"] and plans[e.scored[0].label]]
     if not drawn:
         return []
     items = {item["image"]: item | {"masks": {}, "scores": {}, "names": {}} for item in wanted}
-    first = plans[drawn[0].scored[0].label]
-    cases, _ = first.truth.cases(patients)
-    for name, case in zip(names_of(cases), cases, strict=True):
+    truth = plans[drawn[0].scored[0].label].truth
+    cases, _ = truth.cases(patients)
+    for name, case in zip(run_comparison.image_names(map(vars, cases)), cases, strict=True):
         if name in items:
-            pixels = resize_image(first.truth.picture(case), *case.truth.shape)
+            pixels = resize_image(truth.picture(case), *case.truth.shape)
             items[name] |= {"pixels": pixels, "truth": case.truth, "spacing_mm": case.spacing_mm}
     for entry in drawn[:MOST_DRAWN]:
         one = entry.scored[0]
         dice = run_comparison.score_table(one)["dice"]
-        cases, masks, _ = evaluate.Predict(plans[one.label])(patients)
-        for name, found in zip(names_of(cases), masks, strict=True):
+        cases, masks, _ = evaluation_run.Predictor(plans[one.label]).predict(patients)
+        for name, found in zip(run_comparison.image_names(map(vars, cases)), masks, strict=True):
             if name in items:
                 items[name]["masks"][entry.letter] = found.mask
                 items[name]["scores"][entry.letter] = float(dice[name])
                 items[name]["names"][entry.letter] = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
     return [item for item in items.values() if "pixels" in item]
-
-
-def names_of(cases: Sequence) -> list[str]:
-    """`run_comparison.image_names` of cases, a patient's in their order."""
-    return run_comparison.image_names(
-        {"patient": c.patient, "view": c.view and str(c.view), "phase": c.phase and str(c.phase), "frame": c.frame}
-        for c in cases
-    )
 
 
 def job(argv: Sequence[str]) -> None:

@@ -1,14 +1,15 @@
 """A trained model for other programs, as torch.export and ONNX: `python jobs/export.py --checkpoint RUN --out FOLDER`.
 
-Hands on `model.pt2`, `model.onnx` and, written last, `export.json`, which says what goes in, what comes out and how far both
-are from the checkpoint.
+Writes `model.pt2`, `model.onnx` and, last, `export.json`, which describes their input and output and how far both are from the
+checkpoint.
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from heartseg.errors import UserError
 from heartseg.inference.segmenter import Segmenter, load
 from heartseg.labels import CLASSES, VIEWS
 from heartseg.shards.loader import Intensity
-from heartseg.shards.reader import Shards, as_frames, open_shards, read_part
+from heartseg.shards.reader import as_frames, open_shards, read_part
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
@@ -34,8 +35,8 @@ FILES = {"torch.export": "model.pt2", "onnx": "model.onnx"}
 NOTE = "export.json"
 INPUT, OUTPUT = "images", "logits"
 # Images that the files are checked on, and the share of their pixels that may get another label: rounding decides only
-# between labels that are as good as equal.
-CHECKED_IMAGES, MOST_DIFFERENT = 16, 1e-3
+# between labels whose scores are practically equal.
+CHECKED_IMAGES, MAX_DIFFERENT = 16, 1e-3
 PREPROCESSING = (
     "Resize an upright greyscale image (row = depth, column = lateral) to the input's height and width, bilinear and "
     "antialiased, rounded to whole numbers from 0 to 255, and pass it as float32; the normalisation is inside the model. "
@@ -54,7 +55,7 @@ class Options:
     which: Literal["last", "best"] = "last"
     """The checkpoint of a run; `best` is chosen on val."""
     data: str = ""
-    """Shards whose images the files are checked on; the run's own where not given, synthetic ones where there are none."""
+    """Shards whose images the files are checked on; the run's own if not given, synthetic images if they are gone."""
 
 
 class Portable(nn.Module):
@@ -69,92 +70,87 @@ class Portable(nn.Module):
 
 
 def run(options: Options) -> str:
-    """Write a checkpoint's two files and their note; returns the folder. Nothing is written that does not do as it does."""
-    path = command_line.absolute(
-        command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint"
-    )
+    """Write a checkpoint's two files and their note, if both label images as the checkpoint does; returns the folder."""
+    path = command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
+    path = command_line.absolute(path, "checkpoint")
     out = command_line.absolute(command_line.require_flag(options.out, "--out", "the folder to write"), "out")
     check_packages()
     segmenter = load(path, options.which, device="cpu")
-    # A bf16 answer would tell the arithmetic's difference and not the export's.
+    # With bf16 the differences would be the arithmetic's and not the export's.
     experiment = replace(segmenter.experiment, train=replace(segmenter.experiment.train, precision="fp32"))
     segmenter = replace(segmenter, experiment=experiment)
     images, origin = check_images(segmenter, options.data and command_line.absolute(options.data, "data"))
     written, calls = convert(segmenter)
-    differences = {kind: compare(segmenter, call, images) for kind, call in calls.items()}
-    for kind, found in differences.items():
-        if not found["labels_that_differ"] <= MOST_DIFFERENT:
+    checked: dict = {"images": origin, "number": len(images)}
+    for kind, call in calls.items():
+        checked[kind] = difference(segmenter, call, images)
+        if not checked[kind]["labels_that_differ"] <= MAX_DIFFERENT:
             raise UserError(
-                f"The {kind} file labels {found['labels_that_differ']:.2%} of the pixels otherwise than {path}: nothing was "
-                "written; take the versions of torch, onnx and onnxruntime that pyproject.toml names."
+                f"The {kind} file labels {checked[kind]['labels_that_differ']:.2%} of the pixels differently from {path}: "
+                "nothing was written. Install the versions of torch, onnx and onnxruntime that pyproject.toml names."
             )
-    checked = {"images": origin, "number": len(images)}
     with locks.lock(out):
         # An older export's note would describe these files wrongly.
         filesystem.remove(filesystem.join(out, NOTE))
         for kind, data in written.items():
             filesystem.publish(filesystem.join(out, FILES[kind]), data)
-        filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked | differences))
-    for kind, found in differences.items():
+        filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked))
+    for kind, data in written.items():
         print(
-            f"{filesystem.join(out, FILES[kind])}: {len(written[kind]) / 1e6:.1f} MB; on {len(images)} {origin} logits differ "
-            f"from the checkpoint's by at most {found['largest_logit_difference']:.1e}, "
-            f"and {found['labels_that_differ']:.4%} of the labels do."
+            f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin} logits differ "
+            f"from the checkpoint's by at most {checked[kind]['largest_logit_difference']:.1e}, "
+            f"and {checked[kind]['labels_that_differ']:.4%} of the labels do."
         )
     return out
 
 
 def check_packages() -> None:
-    """Raise UserError where what writes and runs ONNX is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: `pip install heartseg[export]` brings what it takes.") from error
+    """Raise UserError if what writes and runs ONNX is not installed."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"{package} is not installed: `pip install heartseg[export]` brings what it takes.") from error
 
 
 def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
-    """Images uint8 [N,1,H,W] on the stored grid to compare on, and what they are: `real images`, or `synthetic` ones."""
-    grid = segmenter.experiment.image
-    shards = open_shards(data) if data else own_shards(segmenter)
-    if shards:
-        if shards.image != grid:
-            raise UserError(
-                f"{shards.path} has {shards.image.height} x {shards.image.width} images, the model sees others: give its own."
-            )
-        frames = as_frames(read_part(shards, shards.manifest["parts"][0]), grid)
-        kind = "synthetic" if shards.manifest["dataset"] == "phantom" else "real"
-        return frames.images[:CHECKED_IMAGES], f"{kind} images"
-    scanners = [phantom.Scanner(number, 0, view, 0.25) for number in range(1, 1 + CHECKED_IMAGES // 2) for view in VIEWS]
-    pictures = [resize_image(scanner.picture(0.0), grid.height, grid.width) for scanner in scanners]
-    return torch.from_numpy(np.stack(pictures))[:, None], "synthetic images"
+    """Images uint8 [N,1,H,W] on the stored grid to compare on, and what they are: `real images` or `synthetic images`.
 
-
-def own_shards(segmenter: Segmenter) -> Shards | None:
-    """The shards that the run was trained on; None where they are gone, or written by another version."""
-    try:
-        return open_shards(segmenter.experiment.data) if segmenter.experiment.data else None
-    except UserError:
-        return None
+    They come from the shards of `data`, or from those that the run was trained on, or from the phantom if these are gone.
+    """
+    grid, shards = segmenter.experiment.image, None
+    with contextlib.nullcontext() if data else contextlib.suppress(UserError):
+        shards = open_shards(data or segmenter.experiment.data)
+    if shards is None:
+        scanners = [phantom.Scanner(number, 0, view, 0.25) for number in range(1, 1 + CHECKED_IMAGES // 2) for view in VIEWS]
+        pictures = [resize_image(scanner.picture(0.0), grid.height, grid.width) for scanner in scanners]
+        return torch.from_numpy(np.stack(pictures))[:, None], "synthetic images"
+    if shards.image != grid:
+        stored = shards.image
+        raise UserError(
+            f"{shards.path} has {stored.height} x {stored.width} images, and the model sees {grid.height} x {grid.width}: "
+            "give shards of its own grid as --data."
+        )
+    frames = as_frames(read_part(shards, shards.manifest["parts"][0]), grid)
+    kind = "synthetic" if shards.manifest["dataset"] == "phantom" else "real"
+    return frames.images[:CHECKED_IMAGES], f"{kind} images"
 
 
 def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]]:
-    """The files' bytes by kind, and for each a function from float32 images [B,1,H,W] to logits, made of those bytes."""
+    """The files' bytes by kind, and for each a function from float32 images [B,1,H,W] to logits, loaded from those bytes."""
     import onnxruntime
 
     grid = segmenter.experiment.image
     portable = Portable(segmenter.model, segmenter.intensity).to(memory_format=torch.contiguous_format).eval()
-    # Two images, since a batch of one would be taken for a constant.
+    # Two images: a batch of one would become a constant.
     example = torch.zeros(2, 1, grid.height, grid.width)
-    with torch.no_grad():  # with gradients, some convolutions take a form that is for training
+    with torch.no_grad():  # with gradients, some convolutions take their form for training
         exported = torch.export.export(portable, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in exported.graph.nodes:
-        # It names this machine's folders, line by line.
-        node.meta.pop("stack_trace", None)
+        node.meta.pop("stack_trace", None)  # it names this machine's folders
     buffer = io.BytesIO()
     torch.export.save(exported, buffer)
-    with quiet():
+    with quiet_exporter():
         program = torch.onnx.export(
             exported, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},), input_names=[INPUT], output_names=[OUTPUT]
         )
@@ -168,7 +164,7 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet_exporter() -> Iterator[None]:
     """Without the exporter's own remarks, which are for its developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -181,8 +177,8 @@ def quiet():
 
 
 @torch.inference_mode()
-def compare(segmenter: Segmenter, call: Callable, images: torch.Tensor) -> dict[str, float]:
-    """How far a file's answers to uint8 images are from the checkpoint's, in a batch of one and in one of the others."""
+def difference(segmenter: Segmenter, call: Callable, images: torch.Tensor) -> dict[str, float]:
+    """How far a file's logits of uint8 images are from the checkpoint's, in a batch of one and in one of the others."""
     expected = segmenter.logits(images)
     answers = torch.cat([call(images[:1].float()), call(images[1:].float())])
     return {
@@ -192,7 +188,7 @@ def compare(segmenter: Segmenter, call: Callable, images: torch.Tensor) -> dict[
 
 
 def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
-    """What `export.json` says."""
+    """The contents of `export.json`."""
     grid = segmenter.experiment.image
     try:
         terms = run_directory.TERMS.get(run_directory.find_run(path).description["dataset"], run_directory.TERMS["other"])
@@ -218,8 +214,8 @@ def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    shown = "python jobs/export.py"
-    out = run(command_line.parse_line(Options, argv, shown, "Write a trained model for other programs, checked against it."))
+    about = "Write a trained model for other programs, checked against it."
+    out = run(command_line.parse_line(Options, argv, "python jobs/export.py", about))
     print(filesystem.join(out, NOTE))
 
 

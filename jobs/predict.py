@@ -25,7 +25,7 @@ from heartseg.datasets.readers import Frames
 from heartseg.errors import UserError
 from heartseg.inference import study_files, study_results
 from heartseg.inference.batch_inference import outline
-from heartseg.inference.segmenter import Segmenter, load_all
+from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
 from heartseg.inference.study_files import Clip
 from heartseg.labels import Phase, View
 from heartseg.reporting import plots
@@ -48,11 +48,11 @@ class Options:
     out: str = ""
     """Folder for PATIENT/NAME_pred.nii.gz (1 cavity, 2 wall, 3 atrium), overlays, volume curves, ef.csv and studies.json."""
     view: Literal["2CH", "4CH"] | None = None
-    """Apical view of the files whose names do not say it (2CH, A2C, AP2 …)."""
+    """Apical view of the files whose names do not show it (2CH, A2C, AP2 …)."""
     phase: Literal["ED", "ES"] | None = None
-    """Phase of the stills whose names do not say it."""
+    """Phase of the stills whose names do not show it."""
     spacing_mm: tuple[float, float] | None = None
-    """Millimetres of a pixel, DEPTH LATERAL, for files that do not say; without any, EF is given and volumes are not."""
+    """Millimetres of a pixel, DEPTH LATERAL, for files that do not hold them; without any, there is an EF but no volume."""
     flip: Literal["none", "depth", "lateral", "both"] = "none"
     """For pictures that are stored upside down (the probe belongs at the top) or mirrored."""
     ensemble: tuple[str, ...] = ()
@@ -60,22 +60,21 @@ class Options:
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
     """PNG of a still, GIF of a sequence. `auto`: none of a DICOM whose frames may show a name: without an ultrasound region
-    to cut them to, or said to have text burned in."""
+    to cut them to, or marked as having text burned in."""
     which: Literal["last", "best"] = "last"
-    """The checkpoint of a run; `best` is chosen on val (where there is a val group)."""
+    """The checkpoint of a run; `best` is chosen on val (if there is a val group)."""
     key: str = ""
-    """CSV that says which file became which name, written only if asked: DICOM paths may name patients."""
+    """CSV of which file got which name, written only if asked: DICOM paths may name patients."""
     batch_size: int = 8
     """Frames that the model sees at once; results do not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU where there is one."""
+    """`auto` takes the GPU if there is one."""
 
 
 def run(options: Options) -> str:
-    """Outline every input; returns the folder of the results. Raises UserError where nothing could be read."""
-    path = command_line.absolute(
-        command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run"), "checkpoint"
-    )
+    """Outline every input; returns the folder of the results. Raises UserError if no file could be read."""
+    path = command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
+    paths = [command_line.absolute(path, "checkpoint"), *(command_line.absolute(p, "ensemble") for p in options.ensemble)]
     source = command_line.absolute(command_line.require_flag(options.input, "--input", "a file or a folder"), "input")
     out = command_line.absolute(command_line.require_flag(options.out, "--out", "a folder for the results"), "out")
     if options.spacing_mm and not all(0 < value < 100 for value in options.spacing_mm):
@@ -83,18 +82,17 @@ def run(options: Options) -> str:
     if options.batch_size < 1:
         raise UserError("--batch-size must be at least 1.")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here, so give cpu or auto.")
+        raise UserError("--device cuda: torch finds no GPU here; use cpu or auto.")
     clips = study_files.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
     study_files.check_out(out, source, clips)
-    paths = [path, *(command_line.absolute(other, "ensemble") for other in options.ensemble)]
-    device = None if options.device == "auto" else options.device
-    segmenter = load_all(paths, options.which, device)
+    segmenter = load_all(paths, options.which, None if options.device == "auto" else options.device)
     with locks.lock(out):
-        return outline_all(options, segmenter, clips, source, out)
+        outline_all(options, segmenter, clips, out)
+    return out
 
 
-def outline_all(options: Options, segmenter: Segmenter, clips: list[Clip], source: str, out: str) -> str:
-    """Masks and pictures of each clip, then the tables of all."""
+def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[Clip], out: str) -> None:
+    """Write masks and pictures of each clip, then the tables of all."""
     done, damaged = [], []
     read = partial(read_clip, spacing_mm=options.spacing_mm, flips=FLIPS[options.flip])
     results = outline(segmenter, clips, read, partial(finish_clip, out, options.overlays), options.batch_size, options.post)
@@ -114,8 +112,7 @@ def outline_all(options: Options, segmenter: Segmenter, clips: list[Clip], sourc
     weights = [{"epoch": card["epoch"], "weights_sha256": card["weights_sha256"]} for card in segmenter.cards]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
     study_results.write_tables(out, rows, [study_results.clip_record(found) for found in done], damaged, made_with)
-    say(rows, done, damaged)
-    return out
+    print_results(rows, done, damaged)
 
 
 def read_clip(clip: Clip, spacing_mm: tuple[float, float] | None, flips: tuple[int, ...]) -> Frames:
@@ -124,7 +121,7 @@ def read_clip(clip: Clip, spacing_mm: tuple[float, float] | None, flips: tuple[i
 
 
 def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]) -> study_results.Outcome:
-    """The files of a clip whose masks are known."""
+    """Write the files of a clip whose masks are known."""
     outcome = study_results.finish(out, clip, frames, masks, confidences)
     if overlays == "on" or (overlays == "auto" and not frames.may_show_text):
         marked = {at: str(phase) for phase, (at, _) in outcome.phases.items()}
@@ -133,7 +130,7 @@ def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, conf
 
 
 def write_curve(out: str, found: study_results.Outcome) -> None:
-    """The plot of a sequence's volume over its frames, without those whose outline failed."""
+    """Plot a sequence's volume over its frames, without those whose outline failed."""
     ed, es = (found.phases[phase][0] for phase in (Phase.ED, Phase.ES))
     curve, unit = study_results.shown_curve(found)
     figure = plots.volume_curve(range(1, found.frames + 1), curve, ed, es, unit)
@@ -141,15 +138,14 @@ def write_curve(out: str, found: study_results.Outcome) -> None:
 
 
 def write_key(path: str, clips: list[Clip]) -> None:
-    """Which file became which name."""
+    """Write which file got which name."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
     filesystem.publish(path, text.getvalue().encode())
 
 
-def say(rows: list[dict], done: list[study_results.Outcome], damaged: list[dict]) -> None:
-    """What a user wants to know at once; everything is in the tables."""
-    shown = 20
+def print_results(rows: list[dict], done: list[study_results.Outcome], damaged: list[dict], shown: int = 20) -> None:
+    """The first patients' ejection fractions, and the files to check; everything is in the tables."""
     print("\n".join(map(study_results.headline, rows[:shown])))
     if len(rows) > shown:
         print(f"… and {len(rows) - shown} more in ef.csv")

@@ -1,7 +1,7 @@
 """A sweep of the learning-rate schedule: `python jobs/tune.py camus --data /data/shards --trials 12`.
 
 Many runs of one recipe, in parallel on a cluster, bad ones stopped early; the winner is chosen on patients held out of the
-training group and written down as `best.json`, which `jobs/train.py --config` takes. The same command goes on with a sweep.
+training group and written as `best.json`, which `jobs/train.py --config` takes. The same command resumes a sweep.
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ from heartseg.tuning.sweep import (
 from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
-# Share of the training group that the winner is chosen on where the recipe names none; as many as a CAMUS validation group.
+# Share of the training group that the winner is chosen on if the recipe names none; as many as a CAMUS validation group.
 HOLDOUT = 0.125
 
 
@@ -55,17 +55,17 @@ class Options:
 
     plan: Annotated[Plan, command_line.FLAT] = field(default_factory=Plan)
     trials: int = 0
-    """Trials in all; with more than before, the same sweep goes on. 0: twelve, or all that --space.changes lists."""
+    """Trials in all; with more than before, the same sweep resumes. 0: twelve, or all that --space.changes lists."""
     max_concurrent: int = 0
-    """Trials at a time; as many as the cluster has room for where 0."""
+    """Trials at a time; 0: as many as fit on the cluster."""
     time_budget: float = 0.0
-    """Minutes after which no more is trained; 0 sets no end."""
+    """Minutes after which training stops; 0 sets no limit."""
     sweep_name: str = ""
-    """Name of the sweep's folder; the recipe and a hash of the configuration where not given."""
+    """Name of the sweep's folder; the recipe and a hash of the configuration if not given."""
     fresh: bool = False
-    """Begin a new sweep where the same command would go on with one."""
+    """Start a new sweep, although the same command would resume one."""
     retry_failed: bool = False
-    """Train failed trials on, from their last checkpoint: after a full disk, say."""
+    """Resume failed trials from their last checkpoint: after a full disk, say."""
 
     def __post_init__(self):
         least = min(self.trials, self.max_concurrent, self.time_budget)
@@ -74,12 +74,11 @@ class Options:
     @property
     def num_trials(self) -> int:
         """How many trials there are to be."""
-        listed = len(self.plan.space.changes) + 1 if self.plan.search == "changes" else 12
-        return self.trials or listed
+        return self.trials or (len(self.plan.space.changes) + 1 if self.plan.search == "changes" else 12)
 
 
 def run(experiment: Experiment, options: Options) -> Sweep:
-    """Begin a sweep or go on with it, until its trials have ended; returns it. Raises UserError where no trial finished."""
+    """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if all its trials failed."""
     command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
     command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
@@ -100,14 +99,14 @@ def run(experiment: Experiment, options: Options) -> Sweep:
         try:
             search(sweep, shards, options)
         except KeyboardInterrupt:
-            publish(sweep)  # what there is, without the time that a dashboard takes
+            publish(sweep)  # the results so far, without waiting for a dashboard
             raise
         conclude(sweep, options)
     return sweep
 
 
 def check_space(experiment: Experiment, plan: Plan, shards: Shards) -> None:
-    """Raise UserError for a trial that could not be trained."""
+    """Raise UserError for a space with a trial that could not be trained."""
     if plan.search == "changes":
         for point in search_space.listed(experiment, plan.space.changes):
             check_plan(search_space.apply(experiment, point), shards)
@@ -117,7 +116,7 @@ def check_space(experiment: Experiment, plan: Plan, shards: Shards) -> None:
 
 
 def choose_ingest(experiment: Experiment, shards: Shards) -> str:
-    """How all trials read shards: as asked, else by what is free here for one of as many trials as there are cores."""
+    """How all trials read shards: as asked, or by the memory that is free here for one of a trial per core."""
     if experiment.ingest != "auto":
         return experiment.ingest
     free = MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
@@ -125,7 +124,7 @@ def choose_ingest(experiment: Experiment, shards: Shards) -> str:
 
 
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
-    """Train what is to be trained. Raises KeyboardInterrupt where it was interrupted: Tune just returns."""
+    """Train the trials that have not ended. Raises KeyboardInterrupt if it was interrupted: Tune just returns."""
     known = read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
@@ -137,7 +136,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
 
     from jobs.support import ray_trials
 
-    # More trials than there is room for would wait for it, be given up, and count as failed.
+    # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
     resources = ray_runtime.worker_resources(workers * concurrent)
     scheduler = ray_trials.build_scheduler(options.plan, sweep.base, known)
@@ -169,16 +168,16 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
 
 
 def publish(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None, str]:
-    """Write the tables, the winner so far and the page: a sweep can be looked at while it runs."""
+    """Write the tables, the winner so far and the page, which can be read while the sweep runs."""
     table, best = write_results(sweep)
     return table, best, write_page(sweep, table)
 
 
 def conclude(sweep: Sweep, options: Options) -> None:
-    """Table, winner and page; what early stopping saved; and in the dashboard, an end for each trial and one run for all."""
+    """Publish and print the results; in the dashboard, end each trial's run and add one for the sweep."""
     table, best, page = publish(sweep)
-    found = read_trials(sweep)
-    for trial in found:
+    trials = read_trials(sweep)
+    for trial in trials:
         if trial.state == STOPPED:
             close_trial(trial.run, trial.record, trial.reason)  # its own process had no time to
     if len(table):
@@ -187,23 +186,22 @@ def conclude(sweep: Sweep, options: Options) -> None:
     trained, asked = epochs_saved(sweep, table)
     if asked and options.plan.stop_early:
         print(f"{trained} epochs trained; without early stopping {asked}: {1 - trained / asked:.0%} saved")
-    failed = [trial for trial in found if trial.state == FAILED]
+    failed = [trial for trial in trials if trial.state == FAILED]
     if failed:
-        print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed trains them on")
+        print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed resumes them")
     print(f"page {page}")
     if best:
-        score = table.iloc[0][f"best {METRIC}"]
-        best_path = filesystem.join(sweep.path, "best.json")
-        print(f"best {table.iloc[0]['trial']}  {METRIC} {score:.4f}  {best_path}")
-    elif failed and len(failed) == len(found):
-        raise UserError(f"All trials of {sweep.path} failed: mend what the first says, then give --retry-failed.")
+        winner = table.iloc[0]
+        print(f"best {winner['trial']}  {METRIC} {winner[f'best {METRIC}']:.4f}  {filesystem.join(sweep.path, 'best.json')}")
+    elif failed and len(failed) == len(trials):
+        raise UserError(f"All trials of {sweep.path} failed: fix what the first one reports, then add --retry-failed.")
     else:
-        print("no trial has finished: the same command goes on, with a longer --time-budget")
+        print("no trial has finished: rerun the same command to resume, with a longer --time-budget")
 
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    run(*command_line.parse(Options(), argv, "tune.py", "Sweep the learning-rate schedule; the same command goes on."))
+    run(*command_line.parse(Options(), argv, "tune.py", "Sweep the learning-rate schedule; the same command resumes."))
 
 
 if __name__ == "__main__":

@@ -68,17 +68,13 @@ def plain_side(experiment: dict, run: str, folder: str, threads: int) -> None:
 def ray_side(experiment: dict, run: str, folder: str, threads: int) -> None:
     """Train as one worker of Ray Train."""
     import ray
-    from ray.train import LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from jobs.support import ray_runtime
 
     ray_runtime.start_ray(1)
     config = {"experiment": experiment, "run": run, "folder": folder, "threads": threads}
-    placed = ScalingConfig(num_workers=1, resources_per_worker=ray_runtime.worker_resources(1))
-    quiet = LoggingConfig(log_level="WARNING")
-    kept = RunConfig(storage_path=os.path.join(folder, "store"), logging_config=quiet)
-    TorchTrainer(ray_worker, train_loop_config=config, scaling_config=placed, run_config=kept).fit()
+    resources = ray_runtime.worker_resources(1)
+    ray_runtime.build_trainer(ray_worker, config, 1, resources, os.path.join(folder, "store"), tries=0).fit()
     ray.shutdown()
 
 
@@ -87,8 +83,10 @@ def ray_worker(config: dict) -> None:
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    for name in ("heartseg", ray.train.v2._internal.execution.context.__file__):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    from jobs.support import ray_runtime
+
+    logging.getLogger("heartseg").setLevel(logging.WARNING)
+    ray_runtime.silence_reports()
     torch.set_num_threads(config["threads"])
     experiment = from_json(config["experiment"])
     turns = Turns(config["folder"], "ray", experiment.train.epochs)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from heartseg.errors import UserError, require
-from jobs.support import command_line
+from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
 POLL_INTERVAL_S = 1.0
@@ -20,7 +20,7 @@ DASHBOARD_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 ALIVE = ("PENDING", "RUNNING")
 # Ray's loggers that report every file that is not uploaded and every connection that ends.
-VERBOSE_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+VERBOSE_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", ray_runtime.UPLOAD_LOGGER)
 
 
 class JobFailed(RuntimeError):

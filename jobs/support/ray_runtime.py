@@ -1,29 +1,60 @@
-"""Ray for the jobs: starts or joins a cluster, counts what it has room for, frees what a dead run reserved."""
+"""Ray for the jobs: starts or joins a cluster, counts what fits on it, and frees what a dead run reserved."""
 
 import logging
 import os
+import pkgutil
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
 from jobs.support.command_line import JOB_CONFIG, ROOT, log
 
-# A worker group that cannot start, or that dies, is tried this often and not for ever.
+# Ray restarts a worker group that cannot start or that dies this often, and not for ever.
 MAX_TRIES = 3
+# Seconds between two checks for nodes that an elastic run could grow onto.
+SECONDS_TO_GROW = 30
 PLACEMENT = "placement_group"
+UPLOAD_LOGGER = "ray._private.runtime_env.packaging"
+# What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
+RAY_PRIVATE = {
+    "ray._private.state.state": "An autoscaler's maximum: find get_max_resources_from_cluster_config, or do without.",
+    "ray._raylet.PlacementGroupID": "Frees a trial's workers: see the type of ray.util.get_current_placement_group().id.",
+    "ray.train.v2._internal.execution.context.__file__": "A logger to silence: find what logs `Reporting training result`.",
+    UPLOAD_LOGGER: "A logger to silence: find what logs `Ignoring upload to cluster`.",
+    "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
+    "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
+    "ray.core.generated.autoscaler_pb2": "Tests describe nodes to Ray's autoscaler: find the new protobuf module.",
+    "ray.core.generated.instance_manager_pb2": "Tests describe nodes to Ray's autoscaler: find the new protobuf module.",
+    "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT": "Kubernetes' probes: see `ray start --help`.",
+}
+
+
+def ray_private(name: str) -> Any:
+    """An object of RAY_PRIVATE; raises ImportError with its line if this Ray does not have it."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"This version of Ray has no {name}. {RAY_PRIVATE[name]}") from error
+
+
+def silence_reports() -> None:
+    """Drop the line that Ray Train logs in a worker for each report."""
+    logging.getLogger(ray_private("ray.train.v2._internal.execution.context.__file__")).setLevel(logging.WARNING)
 
 
 def start_ray(workers: int) -> None:
     """Join the cluster of RAY_ADDRESS (every submitted job has one), or start a Ray of this process's own."""
     import ray
 
-    # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits: up to 2 s else.
+    # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits, by default up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Ray's watch for nodes that are to be taken back is one more process at each start of the workers, and an error in the log.
-    # Without it a run trains up to the node's last second, and goes on from its last epoch as after any loss of a node.
+    # Ray's watch for nodes that are about to be preempted is one more process at each start of the workers, and an error in the
+    # log. Without it a run trains up to the node's last second, and resumes from its last epoch as after any loss of a node.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if ray.is_initialized():
         return
@@ -35,12 +66,12 @@ def start_ray(workers: int) -> None:
     cores = os.cpu_count() or 1
     if address == "local" and workers > cores:
         raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
-    # Ray asks its own dashboard for the state of a training run; without it, the log fills with failed questions.
     handler = signal.getsignal(signal.SIGTERM)
     own, asked = {}, os.environ.get("RAY_API_SERVER_ADDRESS")
     if address == "local":
+        # Ray asks its own dashboard for the state of a training run; without one, the log fills with failed requests.
         own = {"include_dashboard": True, "dashboard_port": free_port()}
-        # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves.
+        # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{own['dashboard_port']}"
     elif JOB_CONFIG not in os.environ:
         own = {"runtime_env": {"working_dir": str(ROOT)}}  # as a submitted job has it: every node runs this code
@@ -50,7 +81,7 @@ def start_ray(workers: int) -> None:
         if asked:
             os.environ["RAY_API_SERVER_ADDRESS"] = asked
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # ray.init takes the signal for itself
+        signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler
     resources = ray.cluster_resources()
     slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
     if workers > slots:
@@ -58,31 +89,34 @@ def start_ray(workers: int) -> None:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on at the moment."""
+    """A port of loopback that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def worker_resources(workers: int) -> dict[str, float]:
-    """What one of `workers` asks of the cluster: a GPU where there are any or may come, else its share of the cores."""
-    import ray
-
-    total = ray.cluster_resources()
+    """What one of `workers` asks of the cluster: a GPU if there are any or may be, otherwise its share of the cores."""
     # An autoscaled cluster has no GPU until one is asked for.
-    to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    if max(total.get("GPU", 0), to_come.get("GPU", 0)) >= 1:
+    if max(sum(_on_each_node("GPU")), _after_autoscaling("GPU")) >= 1:
         return {"GPU": 1, "CPU": 1}
     return {"CPU": share_of_cores(_on_each_node("CPU"), workers)}
 
 
 def share_of_cores(nodes: Sequence[float], workers: int) -> int:
-    """Cores for each of `workers` on nodes of so many: as many as leave all of them room, and at least 1.
+    """Cores for each of `workers` on nodes of so many: the most with which all of them fit, and at least 1.
 
-    A worker lives on one node, so that what is over on two of them is nobody's.
+    A worker lives on one node, so the cores left over on two nodes do not make another one.
     """
     even = min(int(max(nodes, default=1)), int(sum(nodes) // workers))
     return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
+
+
+def room_for(workers: int) -> int:
+    """How many runs of `workers` each fit on the cluster or its autoscaled maximum: by GPUs if there are any, or by cores."""
+    # A worker's GPU and its core are whole ones of one node.
+    gpus, cores = (max(sum(map(int, _on_each_node(kind))), int(_after_autoscaling(kind))) for kind in ("GPU", "CPU"))
+    return max(1, (gpus or cores) // workers)
 
 
 def _on_each_node(kind: str) -> list[float]:
@@ -92,33 +126,65 @@ def _on_each_node(kind: str) -> list[float]:
     return [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
 
 
-def room_for(workers: int) -> int:
-    """How many runs of `workers` each the cluster has room for, or may grow to: by GPUs where there are any, else by cores."""
-    import ray
+def _after_autoscaling(kind: str) -> float:
+    """What the cluster may have of a resource once its autoscaler has added all it may; 0 without an autoscaler."""
+    return (ray_private("ray._private.state.state").get_max_resources_from_cluster_config() or {}).get(kind, 0)
 
-    to_come = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    # A worker's GPU and its core are whole ones of one node.
-    gpus, cores = (max(sum(map(int, _on_each_node(kind))), int(to_come.get(kind, 0))) for kind in ("GPU", "CPU"))
-    return max(1, (gpus or cores) // workers)
+
+def build_trainer(
+    loop: Callable[[dict], Any],
+    config: dict,
+    workers: int | tuple[int, int],
+    resources: dict[str, float],
+    folder: str,
+    tries: int = MAX_TRIES,
+    callbacks: Sequence[object] = (),
+) -> Any:
+    """Ray Train's trainer of a function that every worker runs with `config`, for one fit.
+
+    With two numbers of `workers` it is elastic: it shrinks at once when nodes are lost, and grows onto new ones.
+    """
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
+    trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
+    return trainer(
+        loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=SECONDS_TO_GROW,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            # A new name each time: the run directory decides what to resume, not Ray's snapshot.
+            name=uuid.uuid4().hex[:8],
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
+        ),
+    )
 
 
 def note_placement(path: str) -> None:
-    """Write down in a run's folder which reservation of the cluster this worker lives in."""
+    """Write into a run's folder which reservation of the cluster this worker lives in."""
     import ray
 
     filesystem.publish(filesystem.join(path, PLACEMENT), ray.util.get_current_placement_group().id.hex().encode())
 
 
 def free_placement(path: str) -> None:
-    """Give back what the last workers of a run had reserved, which Ray Train may not where it was ended from outside.
+    """Release what the last workers of a run had reserved, which Ray Train may not do for a run that was ended from outside.
 
-    It leaves that to an actor that dies of one failed question to the cluster, which then stays full for ever.
+    It leaves that to an actor that dies of one failed request to the cluster, which then stays full for ever.
     """
-    from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     noted = filesystem.join(path, PLACEMENT)
     if filesystem.exists(noted):
-        group = PlacementGroup(PlacementGroupID(bytes.fromhex(filesystem.read_bytes(noted).decode())))
-        remove_placement_group(group)
+        number = ray_private("ray._raylet.PlacementGroupID")(bytes.fromhex(filesystem.read_bytes(noted).decode()))
+        remove_placement_group(PlacementGroup(number))
         filesystem.remove(noted)

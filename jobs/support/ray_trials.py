@@ -1,6 +1,6 @@
 """What Ray Tune calls during a sweep: which trial comes next, how one is trained, and which are stopped early.
 
-Each trial is a Ray Train run of its own, begun and resumed like any other; Tune supervises them and keeps nothing itself.
+Each trial is a Ray Train run of its own, started and resumed like any other; Tune supervises them and stores nothing itself.
 """
 
 import logging
@@ -33,44 +33,42 @@ from heartseg.tuning.sweep import (
     first_rung,
     read_trials,
 )
-from jobs import train
-from jobs.support import command_line, ray_runtime
+from jobs.support import command_line, ray_runtime, ray_training
 
 log = logging.getLogger("heartseg.jobs")
-# Until then Ray Train's controller is gone with the trial's actor; before, it would start other workers for lost ones.
+# Within this time after a trial, Ray Train's controller ends with the trial's actor; until then it would replace lost workers.
 SECONDS_TO_LEAVE = 10.0
-# Points drawn in vain, one after the other, after which a space counts as used up.
+# After so many known points in a row, a space counts as used up.
 MOST_DRAWS = 1000
 
 
 def train_trial(config: dict) -> None:
-    """Train one trial to its end, in an actor of Tune's; how it ended is written down, since Tune's own word is not kept.
+    """Train one trial to its end, in an actor of Tune's, and write how it ended: Tune's own result is not stored.
 
-    No lock: the sweep's own covers its trials, and one that Tune ends would leave a claim behind.
+    No lock: the sweep's own covers its trials, and a trial that Tune ends would leave its lock behind.
     """
     from ray.tune.integration.ray_train import TuneReportCallback
 
     command_line.configure_logging()
     run, experiment = run_directory.find_run(config["run"]), from_json(config["experiment"])
     try:
-        train.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])
+        ray_training.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])
     except Exception as error:
-        if isinstance(error, UserError) and not isinstance(error, train.WorkersDied):
+        if isinstance(error, UserError) and not isinstance(error, ray_training.WorkersDied):
             end_trial(run.path, FAILED, str(error))
             return  # trying again would not help
-        # No end yet: Tune tries once more, and all of this may be the end of the sweep's own process.
+        # Not an end yet: Tune tries once more, and the reason may be that the sweep's own process is ending.
         filesystem.publish(filesystem.join(run.path, ERROR), (str(error).partition("\n")[0] or type(error).__name__).encode())
         raise
     end_trial(run.path, FINISHED)
 
 
 class Suggestions(Searcher):
-    """Trials to be trained: first those that an earlier command left unfinished, then new ones, the recipe itself first."""
+    """Trials to train: first those that an earlier command left unfinished, then new ones, starting with the recipe itself."""
 
     def __init__(self, sweep: Sweep, shards: Shards, plan: Plan, num_trials: int, resources: dict):
         super().__init__(metric=METRIC, mode="max")
-        self.sweep, self.shards, self.plan, self.resources = sweep, shards, plan, resources
-        self.num_trials = num_trials
+        self.sweep, self.shards, self.plan, self.num_trials, self.resources = sweep, shards, plan, num_trials, resources
         known = read_trials(sweep)
         self.waiting = [trial for trial in known if not trial.state]
         self.count, self.next_number = len(known), 1 + max((trial.number for trial in known), default=-1)
@@ -82,7 +80,7 @@ class Suggestions(Searcher):
             own, *self.points = search_space.listed(sweep.base, plan.space.changes)
             self.axes = dict.fromkeys(own)
         self.model = build_model_search(self.axes, plan, known) if plan.search == "optuna" else None
-        # What the model knows a trial by: it answers an id that it has answered before with the same point.
+        # The model's id of a trial: for an id that it has seen before, it suggests the same point again.
         self.of_model: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict | str:
@@ -93,7 +91,7 @@ class Suggestions(Searcher):
         return {"run": trial.run.path, "experiment": experiment, "resources": self.resources}
 
     def new_trial(self, trial_id: str) -> Trial | None:
-        """The next point that is not yet a trial; None where there are enough, or the space holds no more."""
+        """The next point that is not yet a trial; None if there are enough, or if the space holds no more."""
         for attempt in range(MOST_DRAWS):
             values = self.next_values(trial_id, attempt) if self.count < self.num_trials else None
             if values is None:
@@ -104,14 +102,14 @@ class Suggestions(Searcher):
                 self.seen.add(asked)
                 self.count += 1
                 return add_trial(self.sweep, self.shards, number, values)
-            self.on_trial_complete(trial_id, error=True)  # nothing is learnt of a point that is not trained
+            self.on_trial_complete(trial_id, error=True)  # a point that is not trained has no score
         if self.count < self.num_trials:
             log.info("The search space holds no more than %d trials.", self.count)
             self.num_trials = self.count
         return None
 
     def next_values(self, trial_id: str, attempt: int) -> dict | None:
-        """What the next trial varies: the recipe's own values for the first."""
+        """The values of the next trial: the recipe's own for the first, None if the space holds no more."""
         number = self.next_number
         if number == 0:
             return search_space.values_of(self.sweep.base, self.axes)
@@ -128,13 +126,13 @@ class Suggestions(Searcher):
             self.model.on_trial_complete(known_as, result, error or METRIC not in (result or {}))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the sweep's directory has it all."""
+        """Nothing to store: the sweep's directory has everything."""
 
     restore = save
 
 
 def build_model_search(axes: search_space.Axes, plan: Plan, known: list[Trial]) -> Searcher:
-    """Optuna's tree of Parzen estimators, told what the trials of an earlier command reached."""
+    """Optuna's tree of Parzen estimators, with the scores of the trials of an earlier command."""
     from ray.tune.search.optuna import OptunaSearch
 
     space = {
@@ -151,13 +149,13 @@ def build_model_search(axes: search_space.Axes, plan: Plan, known: list[Trial]) 
 
 
 class Rungs(ASHAScheduler):
-    """Asynchronous successive halving that writes down whom it stops, and knows what trials of an earlier command reached.
+    """Asynchronous successive halving that writes which trials it stops, and counts those of an earlier command.
 
-    Tune does not keep its rungs over a restart, and gives a trial that goes on a new id: here trials go by their run's name.
+    Tune does not store its rungs, and gives a resumed trial a new id: here a trial's id is its run's name.
     """
 
     def __init__(self, plan: Plan, grace: int, epochs: int):
-        # No rung at the last epoch: whoever comes there has finished.
+        # There is no rung at the last epoch: a trial that reaches it has finished.
         super().__init__(
             time_attr="epoch", max_t=epochs - 1, grace_period=grace, reduction_factor=plan.reduction, stop_last_trials=False
         )
@@ -167,65 +165,65 @@ class Rungs(ASHAScheduler):
     def replay(self, known: list[Trial]) -> None:
         """Fill the rungs with the records of `known`.
 
-        Only an unfinished trial's last epoch is judged: its earlier ones were, when there was less to compare with.
+        Only an unfinished trial's last epoch is judged: its earlier ones were, when there were fewer trials to compare with.
         """
-        records = {trial.run.name: [row for row in trial.record if row["epoch"] < self.epochs] for trial in known}
-        under_way = [trial for trial in known if not trial.state and 0 < len(trial.record) < self.epochs]
-        last = {trial.run.name: records[trial.run.name].pop() for trial in under_way}
-        for trial in known:
-            super().on_trial_add(None, _named(trial.run.name))
-        rows = [(row, name) for name, record in records.items() for row in record]
-        for row, name in sorted(rows, key=lambda pair: pair[0]["epoch"]):
-            super().on_trial_result(None, _named(name), row)
-        for trial in under_way:
-            if super().on_trial_result(None, _named(trial.run.name), last[trial.run.name]) == TrialScheduler.STOP:
-                end_trial(trial.run.path, STOPPED, self.reason(last[trial.run.name]))
+        records = {trial.run.path: [row for row in trial.record if row["epoch"] < self.epochs] for trial in known}
+        under_way = [trial.run.path for trial in known if not trial.state and 0 < len(trial.record) < self.epochs]
+        last = {path: records[path].pop() for path in under_way}
+        for path in records:
+            super().on_trial_add(None, _as_trial(path))
+        rows = [(row, path) for path, record in records.items() for row in record]
+        for row, path in sorted(rows, key=lambda pair: pair[0]["epoch"]):
+            super().on_trial_result(None, _as_trial(path), row)
+        for path, row in last.items():
+            if super().on_trial_result(None, _as_trial(path), row) == TrialScheduler.STOP:
+                end_trial(path, STOPPED, self.reason(row))
 
     def reason(self, row: dict) -> str:
         """Why a trial is stopped at an epoch."""
         reached = f"{METRIC} {row[METRIC]:.4f} at epoch {row['epoch']}"
-        return f"{reached}, not among the best 1 in {self._reduction_factor:g} of those that came there before"
+        return f"{reached}, not among the best 1 in {self._reduction_factor:g} of the trials that reached it before"
 
     def on_trial_add(self, tune_controller, trial) -> None:
-        super().on_trial_add(tune_controller, _named(filesystem.last_part(trial.config["run"])))
+        super().on_trial_add(tune_controller, _as_trial(trial.config["run"]))
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         path = trial.config["run"]
-        action = super().on_trial_result(tune_controller, _named(filesystem.last_part(path)), result)
+        action = super().on_trial_result(tune_controller, _as_trial(path), result)
         if action == TrialScheduler.STOP:
             if len(run_directory.read_record(path)) >= self.epochs:
-                return TrialScheduler.CONTINUE  # it was faster than Tune, and has come to its end
+                return TrialScheduler.CONTINUE  # it was faster than Tune, and has finished
             end_trial(path, STOPPED, self.reason(result))
         return action
 
     def on_trial_complete(self, tune_controller, trial, result: dict) -> None:
-        super().on_trial_complete(tune_controller, _named(filesystem.last_part(trial.config["run"])), result)
+        super().on_trial_complete(tune_controller, _as_trial(trial.config["run"]), result)
 
     def on_trial_remove(self, tune_controller, trial) -> None:
-        self._trial_info.pop(filesystem.last_part(trial.config["run"]), None)
+        self._trial_info.pop(_as_trial(trial.config["run"]).trial_id, None)
 
     on_trial_error = on_trial_remove
 
 
-def _named(name: str) -> types.SimpleNamespace:
-    """What the rungs know a trial by."""
-    return types.SimpleNamespace(trial_id=name)
+def _as_trial(path: str) -> types.SimpleNamespace:
+    """What the rungs see of the trial of a run's folder."""
+    return types.SimpleNamespace(trial_id=filesystem.last_part(path))
 
 
 def build_scheduler(plan: Plan, base: Experiment, known: list[Trial]) -> TrialScheduler:
-    """Early stopping where it is asked for and there is an epoch to save."""
+    """Early stopping, if it is asked for and there is an epoch to save."""
     grace, epochs = first_rung(plan, base), base.train.epochs
-    if not plan.stop_early or epochs - 1 < grace:
-        if plan.stop_early:
-            log.info("No trial is stopped early: the first comparison would be at epoch %d of %d.", grace, epochs)
-        return FIFOScheduler()
-    scheduler = Rungs(plan, grace, epochs)
-    scheduler.replay(known)
-    return scheduler
+    if plan.stop_early and grace < epochs:
+        scheduler = Rungs(plan, grace, epochs)
+        scheduler.replay(known)
+        return scheduler
+    if plan.stop_early:
+        log.info("No trial is stopped early: the first comparison would be at epoch %d of %d.", grace, epochs)
+    return FIFOScheduler()
 
 
 class Progress(tune.Callback):
-    """A line for each epoch of each trial, a reason for every trial that Tune gives up, and room where one has ended.
+    """Logs a line for each epoch of each trial, ends the trials that Tune gives up, and frees what ended trials reserved.
 
     `on_end` is called whenever a trial has ended.
     """
@@ -250,9 +248,8 @@ class Progress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
         path = trial.config["run"]
-        self.leaving.append((time.monotonic() + SECONDS_TO_LEAVE, path))
-        said = filesystem.join(path, ERROR)
-        reason = filesystem.read_bytes(said).decode() if filesystem.exists(said) else "its process died twice"
+        noted = filesystem.join(path, ERROR)
+        reason = filesystem.read_bytes(noted).decode() if filesystem.exists(noted) else "its process died twice"
         end_trial(path, FAILED, reason)
         log.warning("%s failed: %s", filesystem.last_part(path), reason)
-        self.on_end()
+        self.on_trial_complete(iteration, trials, trial)

@@ -1,267 +1,213 @@
-"""What one machine is and has, one check at a time; each hands on findings, and what is wrong comes with its mend.
+"""What one machine is and has: each check yields findings, and a finding of something wrong says how to fix it.
 
-Nothing here starts a cluster, keeps a file or tells a secret. What needs torch is imported where it is used: that torch is
-missing is one of the findings.
+Nothing here starts a cluster, keeps a file or shows a secret. What needs torch is imported where it is used: a missing torch is
+one of the findings.
 """
 
 import base64
-import errno
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heartseg.errors import UserError
+from heartseg.errors import UserError, io_errors_as_user_errors
 from heartseg.storage import filesystem
 
-PACKAGES = ("torch", "torchvision", "ray", "wandb", "pyarrow")
 GIB = 1 << 30
 # Below these a training is likely to fail: a worker's memory, checkpoints of a run, Ray's object store.
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 2 * GIB, 5 * GIB, 1 * GIB
-WANDB_S = 5.0
+WANDB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the table: what was found and, where something is `wrong`, a sentence for it and one for its `mend`."""
+    """A row of the table: what was found and, if something is `wrong`, a sentence about it and one on how to `fix` it."""
 
     name: str
     found: str
     wrong: str = ""
-    mend: str = ""
+    fix: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def versions() -> list[Finding]:
-    """Python and the packages that decide; a package that is not there, or torch and torchvision that do not fit."""
-    found = [Finding("python", platform.python_version())]
+def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """A check's findings; a check that fails adds one."""
+    found: list[Finding] = []
     try:
-        from heartseg.training import run_directory
-
-        found.append(Finding("heartseg", run_directory.code_revision()))
-    except ImportError as error:
-        found.append(Finding("heartseg", "–", f"heartseg does not load: {error}.", "Install the project: pip install -e ."))
-    for package in PACKAGES:
-        try:
-            found.append(Finding(package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(package, "–", f"{package} is not installed.", "Install the project: pip install -e ."))
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError) as error:
-        wrong = f"torchvision does not load beside this torch ({str(error).splitlines()[0]})."
-        found.append(Finding("torchvision loads", "no", wrong, "Install both together, from one index."))
+        with io_errors_as_user_errors():
+            found.extend(check())
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        wrong = reason if isinstance(error, UserError) else f"This check failed ({type(error).__name__}: {reason})."
+        found.append(Finding(name, "–", wrong, "Fix this, then run the doctor again."))
     return found
 
 
-def processors(group: str = "/sys/fs/cgroup") -> Finding:
+def versions() -> Iterator[Finding]:
+    """Python and the packages that matter: whether one is missing, and whether torch and torchvision fit together."""
+    yield Finding("python", platform.python_version())
+    for package in ("torch", "torchvision", "ray", "wandb", "pyarrow"):
+        try:
+            yield Finding(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(package, "–", f"{package} is not installed.", "Install the project: pip install -e .")
+    with contextlib.suppress(ModuleNotFoundError):  # reported above
+        from heartseg.models.deeplabv3 import check_installation
+        from heartseg.training import run_directory
+
+        yield Finding("heartseg", run_directory.code_revision())
+        check_installation()
+
+
+def processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
     """CPUs of the machine, and how many of them this process may use."""
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    found, wrong, fix = f"{cores}" + (f", {usable} for this process" if usable < cores else ""), "", ""
     quota = _cpu_quota(group)
-    found = f"{cores}" + (f", {usable} for this process" if usable < cores else "")
     if quota and quota < usable:
-        wrong = f"The container may use {quota:g} of {usable} CPUs, and programs start a thread for each that they see."
-        mend = f"Set OMP_NUM_THREADS={max(1, int(quota))}, and --num-cpus {max(1, int(quota))} where Ray starts."
-        told = os.environ.get("OMP_NUM_THREADS")
-        return Finding("CPUs", f"{found}, {quota:g} by the container's limit", "" if told else wrong, "" if told else mend)
-    return Finding("CPUs", found, numbers={"cpus": usable})
+        found += f", {quota:g} by the container's limit"
+        if not os.environ.get("OMP_NUM_THREADS"):
+            wrong = f"The container may use {quota:g} of {usable} CPUs, but programs start a thread for each CPU that they see."
+            fix = f"Set OMP_NUM_THREADS={max(1, int(quota))}, and --num-cpus {max(1, int(quota))} when you start Ray."
+    yield Finding("CPUs", found, wrong, fix)
 
 
 def _cpu_quota(group: str) -> float | None:
-    words = _read(f"{group}/cpu.max").split()
-    if not words:
-        words = [_read(f"{group}/cpu/cpu.cfs_quota_us").strip(), _read(f"{group}/cpu/cpu.cfs_period_us").strip()]
-    return int(words[0]) / int(words[1]) if len(words) == 2 and words[0].isdigit() and words[1].isdigit() else None
+    """CPUs that a control group grants, version 2 or 1; None without a limit."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # it is not there, or `max`
+            quota, period = map(int, " ".join(Path(group, file).read_text() for file in files).split())
+            return quota / period if quota > 0 else None
+    return None
 
 
-def memory(root: str = "/") -> Finding:
-    """Memory that is free, within the container's limit where there is one, as training itself counts it."""
+def _room(name: str, found: str, free: float, least: int, fix: str) -> Finding:
+    """A finding of free bytes, with something wrong if they are fewer than `least`."""
+    wrong = f"{found}: at least {least / GIB:g} GiB should be."
+    return Finding(name, found, *((wrong, fix) if free < least else ()), numbers={"free_bytes": free})
+
+
+def memory(root: str = "/") -> Iterator[Finding]:
+    """Free memory, within the container's limit if there is one, as training itself counts it."""
     from heartseg.training.data_loading import free_on_machine
 
-    lines = dict(line.split(":", 1) for line in _read(f"{root}/proc/meminfo").splitlines() if ":" in line)
-    if not lines:
-        return Finding("memory", "unknown on this system")
-    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     free = free_on_machine(root)
-    limited = " within the container's limit" if free < 0.9 * available else ""
-    found = f"{total / GIB:.1f} GiB, {free / GIB:.1f} free{limited}"
-    if free < LEAST_MEMORY:
-        wrong = f"Only {free / GIB:.1f} GiB of memory are free; a worker with the seed's network needs more."
-        return Finding("memory", found, wrong, "End what else runs here, raise the container's limit, or take fewer --workers.")
-    return Finding("memory", found, numbers={"free_bytes": free})
+    fix = "Stop other programs, raise the container's limit, or use fewer --workers."
+    yield _room("memory", f"{free / GIB:.1f} GiB of memory are free", free, LEAST_MEMORY, fix)
 
 
-def gpus() -> list[Finding]:
-    """The GPUs that torch sees, with CUDA and NCCL; a GPU that the driver sees and torch does not."""
+def shared_memory(path: str = "/dev/shm") -> Iterator[Finding]:
+    """Room for Ray's object store, through which workers exchange data; without it, the store is on the disk and slow."""
+    free = shutil.disk_usage(path).free if os.path.exists(path) else 0
+    fix = "Ray's object store goes to the disk, slowly. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory on it."
+    yield _room("shared memory", f"{free / GIB:.1f} GiB of {path} are free", free, LEAST_SHARED, fix)
+
+
+def disk(name: str, folder: str) -> Iterator[Finding]:
+    """Free room where a local folder is, or will be."""
+    there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    fix = "Make room, or give another folder (TMPDIR for temporary files, --runs for runs)."
+    yield _room(name, f"{free / GIB:.1f} GiB of the disk of {folder} are free", free, LEAST_DISK, fix)
+
+
+def gpus() -> Iterator[Finding]:
+    """The GPUs that torch sees, with CUDA and NCCL; a GPU that only the driver sees."""
     import torch
 
+    cuda = torch.version.cuda
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        kinds = [torch.cuda.get_device_properties(number) for number in range(count)]
-        found = [Finding(f"GPU {n}", f"{kind.name}, {kind.total_memory / GIB:.0f} GiB") for n, kind in enumerate(kinds)]
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
-        missing = "" if nccl else "This torch has no NCCL, which workers on GPUs need."
-        mend = "" if nccl else "Install torch's CUDA build for Linux."
-        return [*found, Finding("CUDA", str(torch.version.cuda)), Finding("NCCL", nccl or "–", missing, mend)]
-    if not (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")):
-        return [Finding("GPUs", "none", numbers={"gpus": 0})]
-    if not torch.version.cuda:
-        wrong, mend = "There is an NVIDIA driver, and this torch was built without CUDA.", "Install torch's CUDA build."
+        for number in range(torch.cuda.device_count()):
+            kind = torch.cuda.get_device_properties(number)
+            yield Finding(f"GPU {number}", f"{kind.name}, {kind.total_memory / GIB:.0f} GiB")
+        has_nccl = torch.distributed.is_nccl_available()
+        found = f"{cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version())) if has_nccl else '–'}"
+        wrong = ("This torch has no NCCL, which workers on GPUs need.", "Install torch's CUDA build for Linux.")
+        yield Finding("CUDA", found, *(() if has_nccl else wrong))
+    elif shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"):
+        built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
+        fix = "Install torch's CUDA build for nvidia-smi's CUDA version; see CUDA_VISIBLE_DEVICES; containers need --gpus all."
+        yield Finding("GPUs", "none", f"There is an NVIDIA driver, but torch, {built}, cannot use a GPU.", fix)
     else:
-        wrong = f"There is an NVIDIA driver, and torch, built for CUDA {torch.version.cuda}, cannot use a GPU."
-        mend = "Compare with nvidia-smi's CUDA version and CUDA_VISIBLE_DEVICES; a container needs --gpus all."
-    return [Finding("GPUs", "none that torch can use", wrong, mend)]
+        yield Finding("GPUs", "none")
 
 
-def shared_memory(path: str = "/dev/shm") -> Finding:
-    """Room for Ray's object store, through which workers hand each other data."""
-    try:
-        room = shutil.disk_usage(path)
-    except OSError:
-        return Finding("shared memory", "none", f"There is no {path}.", "Ray will use the disk instead, slowly: mount one.")
-    found = f"{room.total / GIB:.1f} GiB, {room.free / GIB:.1f} free"
-    if room.free < LEAST_SHARED:
-        wrong = f"{path} has {room.free / GIB:.2f} GiB free: Ray's object store goes to the disk, slowly."
-        return Finding("shared memory", found, wrong, "Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory on it.")
-    return Finding("shared memory", found, numbers={"free_bytes": room.free})
-
-
-def temporary_disk() -> Finding:
-    """Room for Ray's and Python's temporary files."""
-    return disk("temporary files", tempfile.gettempdir())
-
-
-def disk(name: str, folder: str) -> Finding:
-    """Free room where a local folder is, or will be."""
-    place = Path(folder)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    found = f"{folder}, {free / GIB:.1f} GiB free"
-    if free < LEAST_DISK:
-        wrong = f"The disk of {folder} has {free / GIB:.2f} GiB free."
-        return Finding(name, found, wrong, "Make room, or give another folder (TMPDIR for temporary files, --runs for runs).")
-    return Finding(name, found, numbers={"free_bytes": free})
-
-
-def round_trip(path: str, megabytes: int) -> list[Finding]:
-    """Write, read and remove a file where runs go: the storage's word, and its bandwidth in MB/s."""
-    found = [] if filesystem.is_uri(path) else [disk("runs", path)]
+def round_trip(path: str, megabytes: int) -> Iterator[Finding]:
+    """Write, read and remove a file where runs go; the storage's speed in MB/s."""
     data = os.urandom(megabytes * 1_000_000)
     probe = filesystem.join(path, f".doctor-{uuid.uuid4().hex[:8]}")
-    made = [] if filesystem.is_uri(path) else [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
     try:
-        written, write_s = _timed(lambda: filesystem.publish(probe, data))
-        read, read_s = _timed(lambda: filesystem.read_bytes(probe))
-        if read != data:
-            wrong = f"{path} gave back other bytes than were written."
-            return [*found, Finding("runs storage", path, wrong, "Use another storage: this one loses data.")]
-    except (UserError, OSError) as error:
-        return [*found, _refused("runs storage", path, error)]
+        started = time.perf_counter()
+        filesystem.publish(probe, data)
+        written = time.perf_counter()
+        is_same = filesystem.read_bytes(probe) == data
+        speeds = {"write_mb_per_s": megabytes / (written - started)}
+        speeds["read_mb_per_s"] = megabytes / (time.perf_counter() - written)
     finally:
-        _forget(probe, made)
-    speeds = {"write_mb_per_s": megabytes / write_s, "read_mb_per_s": megabytes / read_s}
-    text = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
-    return [*found, Finding("runs storage", text, numbers=speeds)]
+        with contextlib.suppress(UserError, OSError):  # a storage that refuses is reported already
+            filesystem.remove(probe)
+    found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
+    wrong = (f"{path} returned other bytes than were written.", "Use another storage: this one loses data.")
+    yield Finding("runs storage", found, *(() if is_same else wrong), numbers=speeds)
 
 
-def _forget(probe: str, made: list[Path]) -> None:
-    """Remove the file, and the folders that were not there before it, the innermost first."""
-    try:
-        filesystem.remove(probe)
-        for folder in made:
-            folder.rmdir()
-    except (UserError, OSError):
-        pass  # that it refuses has been said
-
-
-def readable(path: str) -> Finding:
-    """The shards: complete, and the bandwidth of their first part in MB/s. Nothing is written."""
+def readable(path: str) -> Iterator[Finding]:
+    """The shards: complete, and the speed of their first part in MB/s. Nothing is written."""
     from heartseg.shards.reader import open_shards
 
-    try:
-        opened = open_shards(path)
-        part = opened.manifest["parts"][0]["file"]
-        data, seconds = _timed(lambda: filesystem.read_bytes(filesystem.join(path, part)))
-    except (UserError, OSError) as error:
-        return _refused("data", path, error)
-    speed = len(data) / 1e6 / seconds
-    return Finding(
-        "data", f"{path}, {opened.manifest['rows']} images, reads {speed:.0f} MB/s", numbers={"read_mb_per_s": speed}
-    )
-
-
-def _refused(name: str, path: str, error: Exception) -> Finding:
-    """The storage's refusal as a finding: a UserError holds its own mend."""
-    if isinstance(error, UserError):
-        return Finding(name, path, str(error), "As said; then run this again.")
-    reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
-    mends = {errno.ENOSPC: "Make room there, or give another folder.", errno.EDQUOT: "Your quota is used up: make room."}
-    mend = mends.get(getattr(error, "errno", 0), "Give a folder that you may write to, or ask for the right to.")
-    return Finding(name, path, f"{path} cannot be used ({reason}).", mend)
-
-
-def _timed(act: Callable[[], Any]) -> tuple[Any, float]:
+    manifest = open_shards(path).manifest
     started = time.perf_counter()
-    value = act()
-    return value, max(time.perf_counter() - started, 1e-9)
+    data = filesystem.read_bytes(filesystem.join(path, manifest["parts"][0]["file"]))
+    speed = len(data) / 1e6 / (time.perf_counter() - started)
+    yield Finding("data", f"{path}, {manifest['rows']} images, reads {speed:.0f} MB/s", numbers={"read_mb_per_s": speed})
 
 
-def wandb() -> Finding:
-    """Whether W&B's server answers within 5 s and takes the key, which is never shown."""
+def wandb() -> Iterator[Finding]:
+    """Whether W&B's server answers within 5 s and accepts the key, which is never shown."""
     key, server = os.environ.get("WANDB_API_KEY", ""), os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("offline", "dryrun", "disabled"):
-        return Finding("wandb", f"WANDB_MODE={mode}: nothing is sent")
-    if not key:
-        return Finding("wandb", "no WANDB_API_KEY here: runs are kept offline, `wandb sync` sends them later")
-    answers: list[str] = []
-    asking = threading.Thread(target=lambda: answers.append(_ask_wandb(server, key)), daemon=True)
-    asking.start()
-    asking.join(WANDB_S)
-    problem = answers[0] if answers else f"no answer within {WANDB_S:g} s"
-    if not problem:
-        return Finding("wandb", f"{server} answers, and takes the key")
-    if problem == "refused":
-        return Finding("wandb", server, f"{server} refuses the key.", "Set WANDB_API_KEY anew, where the cluster starts.")
-    mend = "Trainings go on and are kept offline; open the way to it, or set WANDB_MODE=offline to save the wait."
-    return Finding("wandb", server, f"{server} cannot be reached: {problem}.", mend)
-
-
-def _ask_wandb(server: str, key: str) -> str:
-    """Empty where the server knows who the key's owner is; `refused`, or what went wrong."""
-    request = urllib.request.Request(
-        f"{server}/graphql",
-        data=json.dumps({"operationName": "Viewer", "query": "query Viewer { viewer { id } }", "variables": {}}).encode(),
-        headers={
-            "Content-Type": "application/json",
-            "Authorization": "Basic " + base64.b64encode(f"api:{key}".encode()).decode(),
-        },
-    )
+    if os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled") or not key:
+        yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
+        return
+    login = base64.b64encode(f"api:{key}".encode()).decode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
+    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    is_accepted, problem = False, ""
     try:
-        with urllib.request.urlopen(request, timeout=WANDB_S) as answer:
-            viewer = (json.loads(answer.read(1 << 20)).get("data") or {}).get("viewer")
-            return "" if viewer else "refused"
+        request = urllib.request.Request(f"{server}/graphql", question, headers)
+        with urllib.request.urlopen(request, timeout=WANDB_TIMEOUT_S) as answer:
+            is_accepted = bool((json.load(answer).get("data") or {}).get("viewer"))
     except urllib.error.HTTPError as error:
-        return "refused" if error.code in (401, 403) else f"HTTP {error.code}"
+        problem = "" if error.code in (401, 403) else f"HTTP {error.code}"
     except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+        reason = getattr(error, "reason", error)
+        problem = f"no answer within {WANDB_TIMEOUT_S:g} s" if isinstance(reason, TimeoutError) else str(reason)
+    if problem:
+        fix = "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline to save the wait."
+        yield Finding("wandb", server, f"{server} cannot be reached: {problem}.", fix)
+    elif is_accepted:
+        yield Finding("wandb", f"{server} answers, and accepts the key")
+    else:
+        yield Finding("wandb", server, f"{server} refuses the key.", "Set a valid WANDB_API_KEY where the cluster starts.")
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+# What every node of a cluster is asked.
+NODE_CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "CPUs": processors,
+    "memory": memory,
+    "shared memory": shared_memory,
+    "temporary files": partial(disk, "temporary files", tempfile.gettempdir()),
+    "GPUs": gpus,
+}

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from helpers.experiments import ROOT
+from jobs.support import ray_runtime
 
 SECRET_NAME = r"(?:[\w-]*[_-])?(?:secret|password|passwd|token|api_?key|access_?key(?:_id)?|private_?key)"
 SECRET = re.compile(
@@ -44,8 +45,9 @@ def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.schema import AutoscalerInstance
     from ray.autoscaler.v2.utils import ResourceRequestUtil
-    from ray.core.generated import autoscaler_pb2, instance_manager_pb2
 
+    autoscaler_pb2 = ray_runtime.ray_private("ray.core.generated.autoscaler_pb2")
+    instance_manager_pb2 = ray_runtime.ray_private("ray.core.generated.instance_manager_pb2")
     config = AutoscalingConfig(yaml.safe_load((ROOT / path).read_text()), skip_content_hash=True)
     node_types, head_type = config.get_node_type_configs(), config.get_head_node_type()
     head_resources = dict(node_types[head_type].resources)

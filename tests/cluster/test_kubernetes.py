@@ -10,6 +10,7 @@ import yaml
 
 from helpers import kustomize
 from helpers.experiments import ROOT
+from jobs.support import ray_runtime
 
 FOLDER = ROOT / "cluster" / "kubernetes"
 KUBERNETES_VERSION = "1.31"
@@ -83,14 +84,15 @@ def test_every_container_is_locked_down(resources):
 
 
 def test_ray_nodes_have_shared_memory_and_probes_that_need_no_token(resources):
-    from ray._private import ray_constants
     from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
     for template in node_templates(resources):
         container = template["spec"]["containers"][0]
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = container[name]["httpGet"]
-            assert probe["path"] in PUBLIC_EXACT_PATHS and probe["port"] == ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+            assert probe["path"] in PUBLIC_EXACT_PATHS and probe["port"] == ray_runtime.ray_private(
+                "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT"
+            )
         shared = next(volume for volume in template["spec"]["volumes"] if volume["name"] == "dshm")["emptyDir"]
         assert shared["medium"] == "Memory"
         assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]

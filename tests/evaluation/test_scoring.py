@@ -130,13 +130,13 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
 
 
 def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
-    source = evaluation_plan.Source(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
-    assert evaluation_plan.choose_group("auto", source) == "val"
+    images = evaluation_plan.ScoredImages(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
+    assert evaluation_plan.choose_group("auto", images) == "val"
     with pytest.raises(UserError, match="no patients in a group test: take one of val, train"):
-        evaluation_plan.choose_group("test", source)
+        evaluation_plan.choose_group("test", images)
     run = run_directory.Run("r", {"train_patients": ["patient0001"], "val_patients": ["patient0003"], "dataset": "CAMUS"})
-    evaluation_plan.refuse_trained(run, "val", source)  # CAMUS's patient0001 is another one
-    tested = replace(source, groups={"test": ["patient0003"]})
+    evaluation_plan.refuse_trained(run, "val", images)  # CAMUS's patient0001 is another one
+    tested = replace(images, groups={"test": ["patient0003"]})
     assert evaluation_plan.choose_checkpoint("auto", "test", tested, [run]) == "last"
     assert evaluation_plan.choose_checkpoint("auto", "test", replace(tested, groups={"test": ["patient0004"]}), [run]) == "best"
 
@@ -153,7 +153,7 @@ def test_masks_of_files_are_cleaned_where_asked_and_not_looked_at_anew(phantom, 
     ]
     before, after = (table(out, "images")["dice"].mean() for out in found)
     assert before < 1 and after == 1
-    with pytest.raises(UserError, match="--tta asks a network again"):
+    with pytest.raises(UserError, match="--tta runs a network"):
         score_files(masks, phantom, str(tmp_path / "c"), post=PredictConfig(tta=True))
 
 

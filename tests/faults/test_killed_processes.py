@@ -47,7 +47,7 @@ def test_a_run_that_gets_on_outlives_more_deaths_than_ray_grants_a_run(shards, t
     for _ in range(ray_runtime.MAX_TRIES + 2):
         job.wait_for_epoch(recorded + 1)
         recorded = job.kill("RayTrainWorker")
-    assert "got on in between" in job.finish()
+    assert "advanced in between" in job.finish()
     assert_no_gap_and_no_double(job.run())
 
 

@@ -18,6 +18,7 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from helpers.experiments import tiny_experiment
 from jobs import train
+from jobs.support import ray_runtime
 
 EPOCHS = 60
 
@@ -30,7 +31,7 @@ def main(shards: str, folder: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     os.environ["RAY_ADDRESS"] = cluster.address
-    train.SECONDS_TO_GROW = 5
+    ray_runtime.SECONDS_TO_GROW = 5
     base = tiny_experiment(data=shards, runs=folder, workers=2, min_workers=1)
     experiment = replace(base, train=replace(base.train, epochs=EPOCHS))
     # A node can be added from the main thread only.

@@ -60,9 +60,9 @@ class Job:
         except OSError:
             return False
 
-    def finish(self) -> str:
+    def finish(self, seconds: float = 200) -> str:
         """Wait for the end; returns what was printed and asserts success."""
-        output, _ = self.process.communicate(timeout=200)
+        output, _ = self.process.communicate(timeout=seconds)
         assert self.process.returncode == 0, output[-3000:]
         return output
 

@@ -101,11 +101,15 @@ def sync(server: Server, *arguments: str) -> str:
     return done.stderr
 
 
-def kept_rows(fragment: Path) -> list[dict]:
-    """The history rows of a `.wandb` file, by wandb's own reader."""
+def kept_records(fragment: Path) -> list[dict]:
+    """All records of a `.wandb` file, by wandb's own reader."""
     asked = [WANDB, "leet", "inspect", "--json", str(fragment)]
-    lines = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [record["history"]["item"] for record in map(json.loads, lines) if record["type"] == "history"]
+    return [json.loads(line) for line in subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()]
+
+
+def kept_rows(fragment: Path) -> list[dict]:
+    """The history rows of a `.wandb` file."""
+    return [record["history"]["item"] for record in kept_records(fragment) if record["type"] == "history"]
 
 
 def assert_same(rows: list[dict], record: list[dict]) -> None:

@@ -41,7 +41,7 @@ def trained(shards, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def compared(trained, tmp_path_factory) -> str:
     """The page of all three."""
-    return compare.run(compare.Options(tuple(trained.values()), out=str(tmp_path_factory.mktemp("out")), **PLAIN))
+    return compare.run(compare.Options(runs=tuple(trained.values()), out=str(tmp_path_factory.mktemp("out")), **PLAIN))
 
 
 @pytest.fixture(scope="module")
@@ -61,49 +61,39 @@ def entries_of(*found: Scored) -> list[run_comparison.Entry]:
     return run_comparison.enter(found)
 
 
-def test_exactly_the_settings_that_differ_are_named(scored):
-    entries = entries_of(scored["seed0"], scored["faster"])
-    assert run_comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1")]
+def test_exactly_the_settings_that_differ_are_named_and_one_that_an_older_version_did_not_know_does_not(scored):
     entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
     assert run_comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1"), ("train.seed", "0, 1", "0")]
-
-
-def test_a_setting_that_an_older_program_did_not_know_is_no_difference(scored):
     old = scored["seed0"]
-    description = {**old.run.description, "experiment": {**old.run.description["experiment"]}}
-    description["experiment"]["train"] = {k: v for k, v in description["experiment"]["train"].items() if k != "accumulate"}
-    older = replace(old, run=replace(old.run, description=description))
+    experiment = old.run.description["experiment"]
+    older = experiment | {"train": {name: value for name, value in experiment["train"].items() if name != "accumulate"}}
+    older = replace(old, run=replace(old.run, description=old.run.description | {"experiment": older}))
     assert run_comparison.settings(older.run) == run_comparison.settings(old.run)
 
 
-def test_runs_that_differ_in_their_seed_only_are_one_entry_and_a_seed_again_is_another(scored):
+def test_runs_that_differ_in_their_seed_only_are_one_entry_and_the_same_seed_again_is_another(scored):
     entries = entries_of(scored["seed1"], scored["faster"], scored["seed0"])
-    assert [[one.label for one in e.runs] for e in entries] == [
-        [scored["seed0"].label, scored["seed1"].label],
-        [scored["faster"].label],
-    ]
+    found = [[one.label for one in entry.runs] for entry in entries]
+    assert found == [[scored["seed0"].label, scored["seed1"].label], [scored["faster"].label]]
     again = entries_of(scored["seed0"], scored["seed1"], scored["seed0"])
     assert [len(entry.runs) for entry in again] == [2, 1] and [entry.letter for entry in again] == ["A", "B"]
 
 
-def test_seeds_are_averaged_image_by_image_and_their_means_stand_beside(scored):
+def test_seeds_are_averaged_image_by_image_and_their_means_are_reported(scored):
     (entry,) = entries_of(scored["seed0"], scored["seed1"])
     tables = [scored[name].images.set_index(["patient", "view", "phase"])["dice"] for name in ("seed0", "seed1")]
-    told = run_comparison.means(entry)["dice"]
-    assert told["seeds"] == pytest.approx([table.mean() for table in tables])
-    assert told["mean"] == pytest.approx(np.mean(told["seeds"])) and told["seeds"][0] != told["seeds"][1]
+    found = run_comparison.means(entry)["dice"]
+    assert found["seeds"] == pytest.approx([table.mean() for table in tables])
+    assert found["mean"] == pytest.approx(np.mean(found["seeds"])) and found["seeds"][0] != found["seeds"][1]
     both = (tables[0] + tables[1]) / 2
-    assert (told["low"], told["high"]) == pytest.approx(
-        bootstrap_interval(both.to_numpy(), both.index.get_level_values(0).to_numpy())
-    )
+    interval = bootstrap_interval(both.to_numpy(), both.index.get_level_values(0).to_numpy())
+    assert (found["low"], found["high"]) == pytest.approx(interval)
 
 
 def test_a_difference_is_of_the_same_images_and_its_interval_is_over_patients(scored):
-    first, second = entries_of(
-        scored["seed0"], replace(scored["faster"], images=scored["faster"].images.sample(frac=1, random_state=0))
-    )
-    keys = ["patient", "view", "phase"]
-    joined = scored["seed0"].images.merge(scored["faster"].images, on=keys, suffixes=("_a", "_b"))
+    shuffled = scored["faster"].images.sample(frac=1, random_state=0)
+    first, second = entries_of(scored["seed0"], replace(scored["faster"], images=shuffled))
+    joined = scored["seed0"].images.merge(shuffled, on=["patient", "view", "phase"], suffixes=("_a", "_b"))
     assert len(joined) == 24
     for name in ("dice", "dice_la", "masd_endo_mm"):
         found = run_comparison.differences(second, first)[name]
@@ -118,6 +108,18 @@ def test_a_difference_is_of_the_same_images_and_its_interval_is_over_patients(sc
     error = run_comparison.differences(second, first)["ef_ase_error"]
     wrong = [abs(s.patients["ef_ase_prediction"] - s.patients["ef_ase_truth"]) for s in (scored["faster"], scored["seed0"])]
     assert error["n"] == int((wrong[0] - wrong[1]).notna().sum())
+    # The images whose Dice differs most come first.
+    found = run_comparison.disagreements([first, second], 24)
+    assert [item["spread"] for item in found] == sorted((item["spread"] for item in found), reverse=True)
+    assert found[0]["spread"] == pytest.approx((joined["dice_a"] - joined["dice_b"]).abs().max())
+    assert set(found[0]["dice"]) == {"A", "B"}
+
+
+def test_a_run_beside_itself_shows_no_difference(scored):
+    entries = entries_of(scored["seed0"], scored["seed0"])
+    found = run_comparison.differences(*entries)
+    assert {found[name]["reading"] for name in ("dice", "hd_la_mm")} == {"no difference seen"}
+    assert run_comparison.disagreements(entries, 5) == []
 
 
 @pytest.mark.parametrize(
@@ -131,51 +133,30 @@ def test_a_difference_is_one_where_interval_and_p_agree(low, high, difference, s
         assert run_comparison.reading({"low": low, "high": high, "difference": difference, "p": 0.06}) == "no difference seen"
 
 
-def test_a_run_beside_itself_shows_no_difference(scored):
-    found = run_comparison.differences(*entries_of(scored["seed0"], scored["seed0"]))
-    assert {found[name]["reading"] for name in ("dice", "hd_la_mm")} == {"no difference seen"}
-    assert run_comparison.disagreements(entries_of(scored["seed0"], scored["seed0"]), 5) == []
-
-
 def without(one: Scored, patient: str) -> Scored:
+    """The scores of a run on all other patients."""
     kept = {name: getattr(one, name) for name in ("images", "patients")}
     return replace(one, **{name: table[table["patient"] != patient] for name, table in kept.items()})
 
 
-def test_other_patients_are_never_paired_and_a_sentence_says_so(scored):
-    fewer = without(scored["faster"], scored["faster"].patients["patient"][0])
-    entries = entries_of(scored["seed0"], fewer)
-    assert run_comparison.differences(entries[1], entries[0]) == {} and run_comparison.disagreements(entries, 5) == []
+def test_scores_of_other_hearts_are_neither_paired_nor_pooled_and_a_note_says_so(scored):
+    one, other = scored["seed0"], scored["faster"]
+    fewer = without(other, other.patients["patient"][0])
+    area = "wall_area_cm2_2CH_ED_truth"
+    # The phantom's patients and CAMUS's have the same names; so have two phantoms'.
+    camus = replace(other, summary=other.summary | {"dataset": "CAMUS"})
+    redrawn = replace(other, patients=other.patients.assign(**{area: other.patients[area] * 1.01}))
+    assert run_comparison.same_hearts(other, one)
+    for another in (fewer, camus, redrawn):
+        entries = entries_of(one, another)
+        assert run_comparison.differences(entries[1], entries[0]) == {} and run_comparison.disagreements(entries, 5) == []
+    entries = entries_of(one, fewer)
     (note,) = run_comparison.notes(entries, entries[0])
     assert "Not the same hearts (5 names in common)" in note and "are not paired" in note
     assert run_comparison.means(entries[1])["dice"]["mean"] == pytest.approx(fewer.images["dice"].mean())
-
-
-def test_a_seed_that_was_scored_on_other_patients_is_not_pooled(scored):
-    fewer = without(scored["seed1"], scored["seed1"].patients["patient"][0])
-    (entry,) = entries_of(scored["seed0"], fewer)
-    assert run_comparison.means(entry)["dice"]["seeds"] == [scored["seed0"].images["dice"].mean()]
+    (entry,) = entries_of(one, without(scored["seed1"], one.patients["patient"][0]))
+    assert run_comparison.means(entry)["dice"]["seeds"] == [one.images["dice"].mean()]
     assert any("is not pooled" in note for note in run_comparison.notes([entry], entry))
-
-
-def test_other_hearts_of_the_same_names_are_never_paired(scored):
-    # The phantom's patients and CAMUS's have the same names; so do two phantoms'.
-    one, other = scored["seed0"], scored["faster"]
-    assert run_comparison.same_hearts(other, one)
-    assert not run_comparison.same_hearts(replace(other, summary=other.summary | {"dataset": "CAMUS"}), one)
-    area = "wall_area_cm2_2CH_ED_truth"
-    drawn_again = replace(other, patients=other.patients.assign(**{area: other.patients[area] * 1.01}))
-    assert not run_comparison.same_hearts(drawn_again, one)
-    assert run_comparison.differences(*entries_of(drawn_again, one)) == {}
-
-
-def test_images_come_widest_apart_first(scored):
-    entries = entries_of(scored["seed0"], scored["faster"])
-    found = run_comparison.disagreements(entries, 24)
-    assert [item["spread"] for item in found] == sorted((item["spread"] for item in found), reverse=True)
-    joined = scored["seed0"].images.merge(scored["faster"].images, on=["patient", "view", "phase"])
-    assert found[0]["spread"] == pytest.approx((joined["dice_x"] - joined["dice_y"]).abs().max())
-    assert set(found[0]["dice"]) == {"A", "B"}
 
 
 def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(compared):
@@ -193,13 +174,13 @@ def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(comp
     assert sum(tag == "img" for tag, _ in tags) == 12
 
 
-def test_the_page_and_the_terminal_tell_the_same_and_name_no_winner(compared, scored, capsys):
+def test_the_page_and_the_terminal_show_the_same_and_name_no_winner(compared, scored):
     words = Reader(Path(compared).read_text()).words
     entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
     again = run_comparison.compare(entries, entries[0])
-    shown = comparison_page.text(again)
-    mean, found = (f"{again.means[letter]['dice']['mean']:.3f}" for letter in "AB"), again.differences["B"]["dice"]
-    assert all(value in shown and value in words for value in mean)
+    shown, found = comparison_page.text(again), again.differences["B"]["dice"]
+    for value in (f"{again.means[letter]['dice']['mean']:.3f}" for letter in "AB"):
+        assert value in shown and value in words
     assert comparison_page.show_signed(found["difference"], 4) in words and found["reading"] in words
     assert "optim.lr" in words and "optim.lr" in shown and "Synthetic hearts." in words
     assert "Research use only, not a medical device." in words
@@ -214,8 +195,7 @@ def test_curves_are_as_long_as_each_run_and_a_run_under_way_is_named(scored):
     dice, *_ = comparison_page.curve_figures(lines, styles)
     assert f"{short.label} {short.record[0]['test/dice']:.4g}" in dice["alt"]
     assert "has 1 of its 2 epochs" in " ".join(run_comparison.notes(entries, entries[0]))
-    colours = {plots.run_style(place) for place in range(24)}
-    assert len(colours) == 24
+    assert len({plots.run_style(place) for place in range(24)}) == 24
 
 
 def test_a_run_without_evaluation_and_data_has_curves_and_settings_only(copied, tmp_path, capsys):
@@ -224,7 +204,7 @@ def test_a_run_without_evaluation_and_data_has_curves_and_settings_only(copied, 
         (path / "experiment.json").write_text(re.sub(r'"data": "[^"]*"', '"data": "/no/such/shards"', text))
         for card in path.glob("checkpoints/*/checkpoint.json"):
             card.write_text(re.sub(r'"data": "[^"]*"', '"data": "/no/such/shards"', card.read_text()))
-    page = compare.run(compare.Options((str(tmp_path / "runs"),), **PLAIN))
+    page = compare.run(compare.Options(runs=(str(tmp_path / "runs"),), **PLAIN))
     assert page == str(tmp_path / "runs" / "comparison" / "compare.html")
     words = Reader(Path(page).read_text()).words
     assert "No entry has scores." in words and "/no/such/shards" in words and "Training, epoch by epoch" in words
@@ -250,13 +230,12 @@ def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied
     assert not compare.find_evaluation(compare.evaluations_of(one), plan.described)
 
 
-def test_a_sweeps_folder_stands_for_its_trials_and_two_of_one_name_are_told_apart(copied, trained, tmp_path):
+def test_a_sweeps_folder_stands_for_its_trials_and_two_of_one_name_get_different_labels(copied, trained, tmp_path):
     (tmp_path / "runs").rename(tmp_path / "trials")
-    found = compare.find_runs([str(tmp_path), trained["seed0"]])
-    assert len(found) == 4
-    name = Path(trained["seed0"]).name
-    assert {label.rpartition("/")[2] for label in compare.labelled(found)} == {Path(path).name for path in trained.values()}
-    assert f"trials/{name}" in compare.labelled(found) and name not in compare.labelled(found)
+    labels = set(compare.labelled(compare.find_runs([str(tmp_path), trained["seed0"]])))
+    names = {key: Path(path).name for key, path in trained.items()}
+    parent = Path(trained["seed0"]).parent.name
+    assert labels == {f"trials/{names['seed0']}", f"{parent}/{names['seed0']}", names["seed1"], names["faster"]}
 
 
 def test_trials_are_compared_on_the_patients_held_out_and_the_test_group_is_left_alone(trained, shards, tmp_path, capsys):
@@ -264,7 +243,7 @@ def test_trials_are_compared_on_the_patients_held_out_and_the_test_group_is_left
     base = replace(base, train=replace(base.train, holdout=0.34, epochs=1))
     first = train.run(base, train.Options(launcher="plain"))
     shutil.copytree(first, tmp_path / "trials" / "again")
-    page = compare.run(compare.Options((str(tmp_path),), launcher="plain"))
+    page = compare.run(compare.Options(runs=(str(tmp_path),), launcher="plain"))
     held = run_directory.find_run(first).description["val_patients"]
     assert f"scoring again: {len(held)} patients (holdout)" in capsys.readouterr().out and len(held) == 2
     scores = filesystem.read_bytes(os.path.join(os.path.dirname(page), "evaluations", "again", "images.parquet"))
@@ -275,33 +254,33 @@ def test_trials_are_compared_on_the_patients_held_out_and_the_test_group_is_left
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
-        ((), "0 runs are nothing to compare"),
-        (("{seed0}",), "1 run is nothing to compare"),
-        (("{seed0}", "{seed0}"), "1 run is nothing to compare"),
-        (("{seed0}", "{empty}"), "is no run and holds none"),
-        (("{seed0}", "{empty}/none"), "/none is no run"),
+        ((), "at least two runs, not 0"),
+        (("{seed0}", "{seed0}"), "at least two runs, not 1"),
+        (("{seed0}", "{empty}"), "is not a run and holds none"),
+        (("{seed0}", "{empty}/none"), "/none is not a run"),
         (("{seed0}", "{faster}", "--reference", "bogus"), "--reference bogus is none of the runs"),
         (("{seed0}", "{faster}", "--data", "{empty}/none"), "/none holds no finished shards"),
         (("{seed0}", "{faster}", "--truth", "{empty}/none"), "/none does not exist"),
         (("{seed0}", "{faster}", "--group", "bogus"), "bogus"),
     ],
 )
-def test_mistakes_are_sentences_and_nothing_is_written(trained, tmp_path, given, said):
+def test_a_mistake_is_a_user_error_and_nothing_is_written(trained, tmp_path, given, message):
     filled = [word.format(**trained, empty=tmp_path) for word in given]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compare.job([*filled, "--out", str(tmp_path / "out"), "--launcher", "plain"])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_group_that_a_run_was_trained_on_leaves_that_run_without_scores(trained, shards, phantom, tmp_path):
-    divided = str(tmp_path / "shards")
-    shutil.copytree(shards, divided)
-    base = tiny_experiment(source=phantom, out=divided)
+def test_a_group_with_patients_that_a_run_was_trained_on_is_never_scored(trained, shards, phantom, tmp_path):
+    resplit = str(shutil.copytree(shards, tmp_path / "shards"))
+    base = tiny_experiment(source=phantom, out=resplit)
     other = replace(base, split=replace(base.split, seed=1))
     preprocess.run(other, preprocess.Options(launcher="plain", resplit=True))
-    options = compare.Options(data=divided, launcher="plain", group="test")
+    with pytest.raises(UserError, match="was trained on . patients of this test group"):
+        evaluate.run(evaluate.Options(checkpoint=trained["seed0"], data=resplit, launcher="plain"))
+    options = compare.Options(data=resplit, launcher="plain", group="test")
     seen, plan = compare.assess(run_directory.find_run(trained["seed0"]), "a", options, str(tmp_path / "out"))
     assert plan is None and seen.images is None and "was trained on" in seen.problem
 

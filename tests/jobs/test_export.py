@@ -1,7 +1,5 @@
 """The exported files answer as the checkpoint does, alone and in batches, and their note says how to use them."""
 
-import hashlib
-import json
 import os
 import sys
 from dataclasses import replace
@@ -16,6 +14,7 @@ from heartseg.inference.segmenter import Segmenter, load
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.reader import load_groups, open_shards
+from heartseg.storage import filesystem
 from helpers.experiments import ROOT, tiny_experiment
 from jobs import export
 
@@ -52,55 +51,49 @@ def out(path, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
+def note(out) -> dict:
+    return filesystem.read_json(os.path.join(out, export.NOTE))
+
+
+@pytest.fixture(scope="module")
 def images(shards) -> torch.Tensor:
     return load_groups(open_shards(shards), ["test"])["test"].images
 
 
-def note_of(out: str) -> dict:
-    with open(os.path.join(out, export.NOTE)) as stream:
-        return json.load(stream)
+@pytest.fixture(scope="module")
+def session(out):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(os.path.join(out, "model.onnx"), providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3), slice(0, 7)])
-def test_both_files_answer_as_the_checkpoint_in_batches_of_any_size(out, segmenter, images, rows):
-    import onnxruntime
-
-    said = note_of(out)
+def test_both_files_answer_as_the_checkpoint_in_batches_of_any_size(out, note, session, segmenter, images, rows):
     pixels = images[rows].float()
     expected = segmenter.logits(images[rows])
-    # The answers say something, and hang on the image: a twentieth less light changes them more than is allowed for.
+    # The answers have several labels and depend on the image: 5 % less light changes them more than the tolerance.
     assert len(expected.argmax(dim=1).unique()) > 1
     assert (segmenter.logits((pixels * 0.95).to(torch.uint8)) - expected).abs().max() > 0.05
-    session = onnxruntime.InferenceSession(os.path.join(out, "model.onnx"), providers=["CPUExecutionProvider"])
-    (answer,) = session.run([said["output"]["name"]], {said["input"]["name"]: pixels.numpy()})
+    (answer,) = session.run([note["output"]["name"]], {note["input"]["name"]: pixels.numpy()})
     assert np.abs(answer - expected.numpy()).max() < 1e-3 and answer.shape == (len(pixels), 4, 64, 64)
     reloaded = torch.export.load(os.path.join(out, "model.pt2")).module()
     assert (reloaded(pixels) - expected).abs().max() < 1e-3
 
 
-def test_the_note_describes_what_is_there_and_what_it_is_for(out, path, images):
-    import onnxruntime
-
-    said = note_of(out)
-    assert said["use"] == "Research use only, not a medical device."
-    assert said["labels"] == {"0": "background", "1": "endo", "2": "myo", "3": "la"}
-    assert said["weights_sha256"] == checkpoint.find(path).card["weights_sha256"]
-    session = onnxruntime.InferenceSession(os.path.join(out, "model.onnx"), providers=["CPUExecutionProvider"])
-    for told, seen in ((said["input"], session.get_inputs()[0]), (said["output"], session.get_outputs()[0])):
-        assert (told["name"], told["shape"]) == (seen.name, seen.shape) and seen.type == f"tensor({told['dtype'][:5]})"
-    for entry in said["files"].values():
-        with open(os.path.join(out, entry["file"]), "rb") as stream:
-            assert hashlib.sha256(stream.read()).hexdigest() == entry["sha256"]
-    assert said["checked"]["images"] == "synthetic images" and said["checked"]["number"] == export.CHECKED_IMAGES
-    assert said["checked"]["onnx"]["largest_logit_difference"] < 1e-3
-    assert said["checked"]["onnx"]["labels_that_differ"] <= export.MOST_DIFFERENT
-
-
-def test_the_files_name_no_folder_of_this_machine(out):
-    for name in export.FILES.values():
-        with open(os.path.join(out, name), "rb") as stream:
-            data = stream.read()
+def test_the_note_describes_the_files_which_name_no_folder_of_this_machine(out, path, note, session):
+    assert note["use"] == "Research use only, not a medical device."
+    assert note["labels"] == {"0": "background", "1": "endo", "2": "myo", "3": "la"}
+    assert note["weights_sha256"] == checkpoint.find(path).card["weights_sha256"]
+    for described, seen in ((note["input"], session.get_inputs()[0]), (note["output"], session.get_outputs()[0])):
+        assert (described["name"], described["shape"]) == (seen.name, seen.shape)
+        assert seen.type == f"tensor({described['dtype'][:5]})"
+    for entry in note["files"].values():
+        data = filesystem.read_bytes(os.path.join(out, entry["file"]))
+        assert filesystem.sha256(data) == entry["sha256"]
         assert str(ROOT).encode() not in data and b"site-packages" not in data
+    checked = note["checked"]
+    assert checked["images"] == "synthetic images" and checked["number"] == 16
+    assert checked["onnx"]["largest_logit_difference"] < 1e-3 and checked["onnx"]["labels_that_differ"] <= 1e-3
 
 
 def test_without_shards_the_files_are_checked_on_synthetic_images(segmenter):
@@ -112,19 +105,18 @@ def test_without_shards_the_files_are_checked_on_synthetic_images(segmenter):
         export.check_images(segmenter, "/nowhere")
 
 
-def test_a_file_that_labels_otherwise_is_told_apart(segmenter, images):
-    same = export.compare(segmenter, lambda pixels: segmenter.logits(pixels.to(torch.uint8)), images)
-    assert same["labels_that_differ"] == 0 and same["largest_logit_difference"] < 1e-3
-    other = export.compare(segmenter, lambda pixels: segmenter.logits(pixels.to(torch.uint8)).flip(1), images)
-    assert other["labels_that_differ"] > export.MOST_DIFFERENT
-
-
-def test_what_answers_otherwise_is_not_written(path, tmp_path, monkeypatch):
-    convert = lambda segmenter: ({"onnx": b"x"}, {"onnx": lambda images: -segmenter.logits(images.to(torch.uint8))})  # noqa: E731
+@pytest.mark.parametrize("factor", [1, -1])
+def test_only_what_labels_as_the_checkpoint_does_is_written(factor, path, tmp_path, monkeypatch):
+    convert = lambda segmenter: ({"onnx": b"x"}, {"onnx": lambda images: factor * segmenter.logits(images.to(torch.uint8))})  # noqa: E731
     monkeypatch.setattr(export, "convert", convert)
-    with pytest.raises(UserError, match="nothing was written"):
-        export.run(export.Options(checkpoint=path, out=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
+    out, options = tmp_path / "out", export.Options(checkpoint=path, out=str(tmp_path / "out"))
+    if factor == 1:
+        export.run(options)
+        assert filesystem.read_json(str(out / export.NOTE))["checked"]["onnx"]["labels_that_differ"] == 0
+    else:
+        with pytest.raises(UserError, match="nothing was written"):
+            export.run(options)
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
@@ -135,7 +127,7 @@ def test_a_missing_package_is_named_with_what_brings_it(path, package, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "--checkpoint is missing"),
         (["--checkpoint", "/nowhere"], "--out is missing"),
@@ -143,13 +135,12 @@ def test_a_missing_package_is_named_with_what_brings_it(path, package, monkeypat
         (["--bogus"], "--bogus"),
     ],
 )
-def test_a_mistake_names_the_thing(arguments, said):
-    with pytest.raises(UserError) as caught:
+def test_a_mistake_names_the_flag_or_the_path(arguments, message):
+    with pytest.raises(UserError, match=message):
         export.job(arguments)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_help_tells_every_flag(capsys):
+def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
         export.job(["--help"])
     shown = capsys.readouterr().out

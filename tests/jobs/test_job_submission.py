@@ -13,8 +13,7 @@ from ray.train import WorkerGroupError
 
 from heartseg.errors import StorageError, UserError
 from helpers.local_cluster import free_port
-from jobs import train
-from jobs.support import command_line, job_submission
+from jobs.support import command_line, job_submission, ray_training
 
 JOB = "train-0404abcd"
 
@@ -106,7 +105,7 @@ def test_a_store_that_was_away_is_worth_another_attempt_and_a_mistake_is_not(das
 def test_a_store_that_was_away_for_one_worker_is_no_mistake_of_the_whole_training():
     failure = WorkerGroupError("one of them failed", {1: StorageError("s3://bucket does not answer.")})
     with pytest.raises(StorageError, match="s3://bucket does not answer"):
-        train.raise_sentence(failure, 2, {"CPU": 1})
+        ray_training.raise_user_error(failure, 2, {"CPU": 1})
 
 
 @pytest.mark.parametrize(("submitted", "code"), [(True, 75), (False, 2)])

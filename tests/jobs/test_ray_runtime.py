@@ -1,13 +1,23 @@
-"""What is asked of a cluster, and what a training says when it ends there; no Ray is started."""
+"""What is asked of a cluster, how a training reports the death of its workers, and what Ray must still have; no Ray starts."""
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from heartseg.errors import StorageError, UserError
-from jobs import train
-from jobs.support import ray_runtime
+from jobs.support import ray_runtime, ray_training
+from jobs.support.ray_training import WorkersDied
+
+
+@pytest.mark.parametrize("name", ray_runtime.RAY_PRIVATE)
+def test_this_version_of_ray_has_each_private_name_that_we_use(name):
+    assert ray_runtime.ray_private(name) is not None
+
+
+def test_a_private_name_that_ray_has_moved_is_reported_with_what_to_do(monkeypatch):
+    monkeypatch.setitem(ray_runtime.RAY_PRIVATE, "ray._private.gone.Thing", "Find it in ray.util.")
+    with pytest.raises(ImportError, match=r"no ray._private.gone.Thing. Find it in ray.util."):
+        ray_runtime.ray_private("ray._private.gone.Thing")
 
 
 @pytest.mark.parametrize(
@@ -25,28 +35,28 @@ from jobs.support import ray_runtime
         ([0.5, 4.0], 2, 2),
     ],
 )
-def test_cores_are_shared_out_so_that_every_worker_has_room_on_one_node(nodes, workers, cores):
+def test_cores_are_shared_out_so_that_every_worker_fits_on_one_node(nodes, workers, cores):
     assert ray_runtime.share_of_cores(nodes, workers) == cores
 
 
 def died(*ranks: int, **others: Exception) -> WorkerGroupError:
     """What Ray Train raises when the processes of some workers are gone, with what others raised over it."""
-    gone = {rank: WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError()) for rank in ranks}
+    unhealthy = ray_runtime.ray_private("ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError")
+    gone = {rank: unhealthy("A worker health check failed.", ActorDiedError()) for rank in ranks}
     return WorkerGroupError("...", gone | {int(rank.strip("_")): error for rank, error in others.items()})
 
 
 @pytest.mark.parametrize(
-    ("error", "who"),
-    [(died(1, _0=RuntimeError("Connection closed by peer")), "Worker 1 of 3 died"), (died(2, 0), "Workers 0, 2 of 3 died")],
+    ("error", "raised", "message"),
+    [
+        (died(1, _0=RuntimeError("closed by peer")), WorkersDied, "Worker 1 of 3 died, after 3 restarts: memory may be short"),
+        (died(2, 0), WorkersDied, "Workers 0, 2 of 3 died.*rerun the same command to resume"),
+        (died(1, _0=StorageError("no bucket")), StorageError, "no bucket"),  # a worker's own message comes first
+        (died(_0=KeyError("a bug")), WorkerGroupError, r"\.\.\."),
+    ],
 )
-def test_workers_that_die_time_and_again_are_a_sentence_that_names_them(error, who):
-    with pytest.raises(train.WorkersDied, match=rf"{who}, after 3 restarts: memory may be short.*same command goes on"):
-        train.raise_sentence(error, 3, {"CPU": 1})
-
-
-def test_what_a_worker_says_comes_before_the_death_of_others_and_a_fault_of_ours_stays_one():
-    with pytest.raises(UserError, match="no bucket") as caught:
-        train.raise_sentence(died(1, _0=StorageError("no bucket")), 2, {"CPU": 1})
-    assert not isinstance(caught.value, train.WorkersDied)
-    with pytest.raises(WorkerGroupError):
-        train.raise_sentence(died(_0=KeyError("a bug")), 2, {"CPU": 1})
+def test_dead_workers_are_named_and_a_workers_own_message_comes_before_the_death_of_others(error, raised, message):
+    with pytest.raises(raised, match=message) as caught:
+        ray_training.raise_user_error(error, 3, {"CPU": 1})
+    assert isinstance(caught.value, WorkersDied) == (raised is WorkersDied)
+    assert isinstance(caught.value, UserError) == (raised is not WorkerGroupError)

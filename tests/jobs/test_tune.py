@@ -25,7 +25,6 @@ from heartseg.tuning.sweep import (
     STOPPED,
     Plan,
     Sweep,
-    Trial,
     epochs_saved,
     find_sweep,
     read_trials,
@@ -33,23 +32,16 @@ from heartseg.tuning.sweep import (
 )
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import MARK, Job, wait_for
+from helpers.tracked_runs import kept_records
 from jobs import preprocess, train, tune
 
-WANDB = str(Path(sys.executable).with_name("wandb"))
 
-
-def tracked(folder: Path) -> list[dict]:
-    """All records of the offline fragments of a run or a sweep, by wandb's own reader."""
-    records = []
-    for fragment in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        shown = subprocess.run([WANDB, "leet", "inspect", "--json", str(fragment)], capture_output=True, text=True, check=True)
-        records += [json.loads(line) for line in shown.stdout.splitlines()]
-    return records
-
-
-def said_of_run(records: list[dict]) -> dict:
-    """The first run record: group, job type, tags, configuration."""
-    return next(record["run"] for record in records if record["type"] == "run")
+def tracked(folder: str) -> tuple[dict, list[dict]]:
+    """The run record (group, job type, tags, configuration) and the rows that a run or a sweep has kept for wandb."""
+    fragments = sorted(Path(folder).glob("wandb/offline-run-*/*.wandb"))
+    records = [record for fragment in fragments for record in kept_records(fragment)]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return next(record["run"] for record in records if record["type"] == "run"), rows
 
 
 @pytest.fixture(scope="module")
@@ -66,44 +58,28 @@ def small_sweep(ray_session, shards, tmp_path_factory) -> Sweep:
     return sweep
 
 
-def by_state(sweep: Sweep) -> dict[str, list[Trial]]:
-    """Trials by how they ended."""
-    found = read_trials(sweep)
-    return {state: [trial for trial in found if trial.state == state] for state in {trial.state for trial in found}}
-
-
-def test_a_trial_that_fails_says_why_and_the_sweep_goes_on(small_sweep):
-    states = by_state(small_sweep)
-    (failed,), (finished,) = states[FAILED], states[FINISHED]
-    assert "is not finite" in failed.reason and "patient" in failed.reason
-    assert [row["epoch"] for row in finished.record] == [1, 2]
+def test_a_trial_that_fails_reports_why_and_the_sweep_continues(small_sweep):
+    finished, failed = read_trials(small_sweep)
+    assert failed.state == FAILED and "is not finite" in failed.reason and "patient" in failed.reason
+    assert finished.state == FINISHED and [row["epoch"] for row in finished.record] == [1, 2]
 
 
 def test_best_json_trains_the_winner_again(small_sweep, tmp_path):
     best = from_json(filesystem.read_json(filesystem.join(small_sweep.path, "best.json")))
     again = train.run(replace(best, runs=str(tmp_path), tracking=TrackingConfig(wandb="off")), train.Options(launcher="plain"))
-    table = tabulate(small_sweep)
     scores = [row[METRIC] for row in run_directory.read_record(again)]
-    assert max(scores) == pytest.approx(table.loc[0, f"best {METRIC}"], abs=0.005)
+    assert max(scores) == pytest.approx(tabulate(small_sweep).loc[0, f"best {METRIC}"], abs=0.005)
 
 
-def test_each_trial_is_a_run_of_the_dashboard_grouped_without_a_click(small_sweep):
-    for trial in by_state(small_sweep)[FINISHED]:
-        records = tracked(Path(trial.run.path))
-        said = said_of_run(records)
-        assert said["run_group"] == small_sweep.name and said["job_type"] == "trial"
-        assert trial.values["schedule.kind"] in said["tags"]
-        assert "schedule.kind" in json.dumps(said["config"])
-        rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-        assert [row["epoch"] for row in rows] == [1, 2] and METRIC in rows[0]
-
-
-def test_the_sweeps_own_run_has_the_table_and_the_page(small_sweep):
-    records = tracked(Path(small_sweep.path))
-    said = said_of_run(records)
-    assert said["run_group"] == small_sweep.name and said["job_type"] == "sweep"
-    item = next(record["history"]["item"] for record in records if record["type"] == "history")
-    assert "trials" in json.dumps(item) and "page" in json.dumps(item)
+def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps_own_has_table_and_page(small_sweep):
+    trial = read_trials(small_sweep)[0]
+    run, rows = tracked(trial.run.path)
+    assert run["run_group"] == small_sweep.name and run["job_type"] == "trial"
+    assert trial.values["schedule.kind"] in run["tags"] and "schedule.kind" in json.dumps(run["config"])
+    assert [row["epoch"] for row in rows] == [1, 2] and METRIC in rows[0]
+    run, (row, *_) = tracked(small_sweep.path)
+    assert run["run_group"] == small_sweep.name and run["job_type"] == "sweep"
+    assert "trials" in json.dumps(row) and "page" in json.dumps(row)
     assert list(Path(small_sweep.path).glob("wandb/offline-run-*/files/media/html/*.html"))
 
 
@@ -124,26 +100,17 @@ class SweepJob(Job):
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
         )
 
-    def finish(self) -> str:
-        output, _ = self.process.communicate(timeout=600)
-        assert self.process.returncode == 0, output[-3000:]
-        return output
-
     def sweep(self) -> Sweep:
         """The sweep, once it is there."""
         path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / DESCRIPTION).exists()), None))
         return find_sweep(str(path))
 
     def num_epochs(self) -> int:
-        return sum(self.records().values())
+        return sum(len(trial.record) for trial in read_trials(self.sweep()))
 
     def num_ended(self) -> int:
         """Trials that came to an end of any kind."""
         return sum(bool(trial.state) for trial in read_trials(self.sweep()))
-
-    def records(self) -> dict[str, int]:
-        """Epochs recorded, by trial."""
-        return {trial.run.name: len(trial.record) for trial in read_trials(self.sweep())}
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +128,10 @@ def more_shards(tmp_path_factory) -> str:
 def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_winner(more_shards, tmp_path, fault_table):
     whole = SweepJob(more_shards, tmp_path / "whole")
     began = time.monotonic()
-    said = whole.finish()
+    output = whole.finish(seconds=600)
     assert time.monotonic() - began < 600
     undisturbed = tabulate(whole.sweep())
-    print(said[said.index("rank") :])
+    print(output[output.index("rank") :])
     trained, planned = epochs_saved(whole.sweep(), undisturbed)
     assert trained <= 0.6 * planned and len(undisturbed) == 8
     assert undisturbed["schedule.kind"].nunique() == 4
@@ -181,13 +148,13 @@ def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_w
     wait_for(lambda: second.num_epochs() > before, second.process, seconds=300)
     fault_table("a sweep's driver killed, command given again", None, time.monotonic() - started)
     kill_one_worker(second)
-    second.finish()
+    second.finish(seconds=600)
     resumed = tabulate(second.sweep())
     assert len(resumed) == 8 and set(resumed["state"]) <= {FINISHED, STOPPED}
     for trial in read_trials(second.sweep()):
         assert [row["epoch"] for row in trial.record] == list(range(1, len(trial.record) + 1))
         assert ended.get(trial.run.path, trial.record) == trial.record  # what had ended was not run again
-        assert tracked(Path(trial.run.path))
+        assert tracked(trial.run.path)
     score = f"best {METRIC}"
     assert resumed.loc[0, score] >= undisturbed.loc[0, score] - 0.01
 

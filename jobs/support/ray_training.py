@@ -1,0 +1,146 @@
+"""A training run under Ray Train: places the workers, restarts those that die, turns failures into one-line errors.
+
+Ray sends these functions to the workers by their name, so they stand in a module that every node can import.
+"""
+
+import functools
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from heartseg.config.experiment import Experiment, from_json, to_json
+from heartseg.errors import OutOfMemory, StorageError, UserError
+from heartseg.shards.reader import open_shards
+from heartseg.storage import filesystem
+from heartseg.training import distributed, run_directory
+from heartseg.training.run_directory import Run
+from heartseg.training.worker import train_rank
+from jobs.support import command_line, ray_runtime
+
+log = logging.getLogger("heartseg.jobs")
+# How long a trial waits for its epoch to be on disk; a disk that refuses is reported with the next epoch.
+SECONDS_TO_KEEP = 60
+
+
+class WorkersDied(UserError):
+    """Workers died again and again; unlike a mistake, another try may succeed."""
+
+
+def train_with_ray(
+    experiment: Experiment,
+    run: Run,
+    profile: bool = False,
+    resources: dict[str, float] | None = None,
+    callbacks: Sequence[object] = (),
+) -> None:
+    """Train as `experiment.workers` workers of a Ray Train run, each with `resources`: its share of the cluster if None.
+
+    With `callbacks` (Ray Train's), whoever reads its reports may end the run at any of them.
+    """
+    from ray.train import TrainingFailedError
+
+    ray_runtime.start_ray(experiment.workers)
+    resources = resources or ray_runtime.worker_resources(experiment.workers)
+    workers = (experiment.min_workers, experiment.workers) if experiment.min_workers else experiment.workers
+    config = {"experiment": to_json(experiment), "run": run.path, "cores": resources["CPU"], "profile": profile}
+    config["is_trial"] = bool(callbacks)
+    folder, result = filesystem.join(run.path, "ray"), None
+    while result is None:
+        epochs = len(run_directory.read_record(run.path))
+        try:
+            result = ray_runtime.build_trainer(worker, config, workers, resources, folder, callbacks=callbacks).fit()
+        except TrainingFailedError as error:
+            # Ray counts the restarts of a whole run. On nodes that come and go, a long run needs many and still advances.
+            has_advanced = len(run_directory.read_record(run.path)) > epochs
+            if not has_advanced or callbacks or not dead_workers(error):
+                raise_user_error(error, experiment.workers, resources)
+            log.info("Workers died %d times; the run continues, since it advanced in between.", ray_runtime.MAX_TRIES + 1)
+    # A worker returns a user's mistake as a value: if it raised it, Ray would restart the worker.
+    if result.return_value and "error" in result.return_value:
+        raise UserError(result.return_value["error"])
+
+
+def dead_workers(error: Exception) -> list[int]:
+    """The ranks of the workers whose processes died without raising."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
+
+    deaths = (RayActorError, OutOfMemoryError, NodeDiedError)
+    failures = getattr(error, "worker_failures", {}).items()
+    # Ray Train wraps the error of a health check.
+    return sorted(rank for rank, failure in failures if isinstance(getattr(failure, "health_check_failure", failure), deaths))
+
+
+def raise_user_error(error: Exception, workers: int, resources: dict[str, float]) -> NoReturn:
+    """Raise a UserError for a failure that the user can fix, and the failure itself for any other."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, (StorageError, OutOfMemory)):
+            raise (StorageError if isinstance(failure, StorageError) else UserError)(str(failure)) from error
+    if "worker group startup timed out" in str(error):
+        each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+        raise UserError(
+            f"The cluster had no room for {workers} workers of {each} ({ray_runtime.MAX_TRIES + 1} tries): "
+            "use fewer --workers, use `--workers 1:N` to start on what is free, or wait until the cluster is free."
+        ) from error
+    dead = dead_workers(error)
+    if dead:
+        who = f"Worker {dead[0]}" if len(dead) == 1 else f"Workers {', '.join(map(str, dead))}"
+        raise WorkersDied(
+            f"{who} of {workers} died, after {ray_runtime.MAX_TRIES} restarts: memory may be short there (use fewer workers a "
+            "machine, --train.accumulate or a smaller --train.batch-size), or nodes were lost. What was complete is kept: "
+            "rerun the same command to resume."
+        ) from error
+    raise error
+
+
+def worker(config: dict) -> dict:
+    """One rank under Ray: configuration in, the model prepared, every epoch reported."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    command_line.configure_logging()
+    ray_runtime.silence_reports()
+    torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
+    experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())
+    try:
+        run = open_on_every_rank(config["run"], experiment.data, ranks)
+        # The engine chooses device and memory layout; Ray adds the gradient averaging.
+        options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.ddp_options(experiment.train)}
+        wrap = functools.partial(prepare_model, **options)
+        report = ray.train.report
+        if config["is_trial"]:
+            report = functools.partial(report_when_saved, run.path)
+            logging.getLogger("heartseg").setLevel(logging.WARNING)  # the sweep prints a line for each epoch
+            if ranks.is_main:
+                ray_runtime.note_placement(run.path)
+        train_rank(experiment, run, ranks, wrap, report, config["profile"])
+    except (StorageError, OutOfMemory):
+        raise  # only this rank knows, and the others would wait for it: Ray ends them all and resumes from the checkpoint
+    except UserError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def report_when_saved(run: str, metrics: dict[str, float]) -> None:
+    """Report an epoch once its line of the record is on disk, its checkpoint before it: this report may end the run."""
+    import ray.train
+
+    deadline = time.monotonic() + SECONDS_TO_KEEP
+    while time.monotonic() < deadline and not any(row["epoch"] == metrics["epoch"] for row in run_directory.read_record(run)):
+        time.sleep(0.05)
+    ray.train.report(metrics)
+
+
+def open_on_every_rank(path: str, data: str, ranks: distributed.Ranks) -> Run:
+    """The run, once every rank has found it and the shards; raises UserError on every rank if one of them has not."""
+    run, problem = None, None
+    try:
+        run = run_directory.find_run(path)
+        open_shards(data)
+    except UserError as error:
+        problem = f"Worker {ranks.rank} on {socket.gethostname()}: {error} Every node must see --runs and --data."
+    distributed.raise_first_problem(problem, ranks)
+    return run
