@@ -57,7 +57,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2_and_starts_no_cluster(name, a
         (preprocess.job, ["quick", "--source", "{empty}", "--out", "/tmp/x"], "holds no database_nifti"),
         (evaluate.job, [], "--checkpoint is missing"),
         (evaluate.job, ["--checkpoint", "/nowhere"], "/nowhere does not exist"),
-        (evaluate.job, ["--checkpoint", "{empty}"], "is no checkpoint"),
+        (evaluate.job, ["--checkpoint", "{empty}"], "is not a checkpoint"),
         (evaluate.job, ["--group", "bogus"], "bogus"),
     ],
 )
