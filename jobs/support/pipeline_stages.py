@@ -19,7 +19,7 @@ from heartseg.shards.writer import MANIFEST, SPLITS
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.worker import open_data
-from heartseg.tuning.sweep import Plan, find_sweep, read_trials
+from heartseg.tuning.sweep import SweepPlan, find_sweep, read_trials
 from jobs import preprocess
 from jobs.support import command_line, evaluation_plan
 
@@ -36,7 +36,7 @@ class Work:
     """Train on each of so many folds, and pool the scores of every patient by the model that has not seen them; 0: no folds."""
     tune: int = 0
     """Trials of a sweep whose winner is trained; 0 trains the recipe itself."""
-    plan: Annotated[Plan, command_line.FLAT] = field(default_factory=Plan)
+    plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     retry_failed: bool = False
     """Train the sweep's failed trials on."""
     max_quarantined: float = 0.01
@@ -47,7 +47,7 @@ class Work:
     def __post_init__(self):
         require(self.folds == 0 or self.folds >= 2, "--folds must be at least 2, or 0 for none.")
         require(self.tune >= 0, "--tune must be at least 0.")
-        require(self.tune > 0 or self.plan == Plan(), "A sweep is described and there is none: give --tune TRIALS.")
+        require(self.tune > 0 or self.plan == SweepPlan(), "A sweep is described and there is none: give --tune TRIALS.")
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def tune_stage(name: str, data: str, experiment: Experiment, out: str, work: Wor
     return Stage(name, "tune", (data,), inputs, command, look)
 
 
-def plan_arguments(plan: Plan) -> list[str]:
+def plan_arguments(plan: SweepPlan) -> list[str]:
     """A sweep's plan as the flags of jobs/tune.py; what is as usual is left out."""
-    usual, told, words = to_json(Plan()), to_json(plan), []
+    usual, told, words = to_json(SweepPlan()), to_json(plan), []
     flat = {f"space.{name}": value for name, value in told.pop("space").items() if value != usual["space"][name]}
     flat |= {name: value for name, value in told.items() if name != "space" and value != usual[name]}
     for name, value in flat.items():

@@ -25,8 +25,8 @@ from heartseg.tuning.sweep import (
     FINISHED,
     METRIC,
     STOPPED,
-    Plan,
     Sweep,
+    SweepPlan,
     Trial,
     add_trial,
     end_trial,
@@ -67,7 +67,7 @@ def train_trial(config: dict) -> None:
 class Suggestions(Searcher):
     """Trials to be trained: first those that an earlier command left unfinished, then new ones, the recipe itself first."""
 
-    def __init__(self, sweep: Sweep, shards: Shards, plan: Plan, num_trials: int, resources: dict):
+    def __init__(self, sweep: Sweep, shards: Shards, plan: SweepPlan, num_trials: int, resources: dict):
         super().__init__(metric=METRIC, mode="max")
         self.sweep, self.shards, self.plan, self.resources = sweep, shards, plan, resources
         self.num_trials = num_trials
@@ -133,7 +133,7 @@ class Suggestions(Searcher):
     restore = save
 
 
-def build_model_search(axes: search_space.Axes, plan: Plan, known: list[Trial]) -> Searcher:
+def build_model_search(axes: search_space.Axes, plan: SweepPlan, known: list[Trial]) -> Searcher:
     """Optuna's tree of Parzen estimators, told what the trials of an earlier command reached."""
     from ray.tune.search.optuna import OptunaSearch
 
@@ -156,7 +156,7 @@ class Rungs(ASHAScheduler):
     Tune does not keep its rungs over a restart, and gives a trial that goes on a new id: here trials go by their run's name.
     """
 
-    def __init__(self, plan: Plan, grace: int, epochs: int):
+    def __init__(self, plan: SweepPlan, grace: int, epochs: int):
         # No rung at the last epoch: whoever comes there has finished.
         super().__init__(
             time_attr="epoch", max_t=epochs - 1, grace_period=grace, reduction_factor=plan.reduction, stop_last_trials=False
@@ -212,7 +212,7 @@ def _named(name: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(trial_id=name)
 
 
-def build_scheduler(plan: Plan, base: Experiment, known: list[Trial]) -> TrialScheduler:
+def build_scheduler(plan: SweepPlan, base: Experiment, known: list[Trial]) -> TrialScheduler:
     """Early stopping where it is asked for and there is an epoch to save."""
     grace, epochs = first_rung(plan, base), base.train.epochs
     if not plan.stop_early or epochs - 1 < grace:

@@ -14,7 +14,7 @@ import pytest
 from heartseg.config.experiment import SplitConfig, to_json
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
-from heartseg.tuning.sweep import Plan
+from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.local_cluster import begin_until
 from jobs import pipeline
@@ -127,7 +127,7 @@ def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path
     for options, says in [
         (lambda: pipeline.Options(work=Work(predict=str(tmp_path / "nowhere"))), "nowhere"),
         (lambda: pipeline.Options(force=("train",), until="preprocess"), "--force train lies outside"),
-        (lambda: pipeline.Options(work=Work(plan=Plan(search="grid"))), "give --tune TRIALS"),
+        (lambda: pipeline.Options(work=Work(plan=SweepPlan(search="grid"))), "give --tune TRIALS"),
     ]:
         with pytest.raises(UserError, match=says):
             pipeline.run(tiny(phantom, tmp_path / "out"), options())
@@ -217,14 +217,14 @@ def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phanto
 
 
 def test_a_sweeps_plan_comes_through_its_flags_unchanged():
-    plan = Plan(search="changes", stop_early=False, reduction=4.0)
+    plan = SweepPlan(search="changes", stop_early=False, reduction=4.0)
     plan = replace(plan, space=replace(plan.space, schedules=("cosine", "step"), changes=("optim.lr=0.1",)))
     import tyro
 
     from jobs.support import command_line
 
     assert command_line.parse_line(TuneOptions, plan_arguments(plan), "x", "x").plan == plan
-    assert plan_arguments(Plan()) == [] and tyro
+    assert plan_arguments(SweepPlan()) == [] and tyro
 
 
 def test_the_graph_has_each_stage_after_what_it_needs():
