@@ -33,13 +33,13 @@ from heartseg.tuning.sweep import (
     FAILED,
     METRIC,
     STOPPED,
-    Plan,
     Sweep,
+    SweepPlan,
     epochs_saved,
     forget_failures,
-    mend_trials,
     open_sweep,
     read_trials,
+    repair_incomplete_trials,
     write_results,
 )
 from jobs.support import command_line, ray_runtime
@@ -53,7 +53,7 @@ HOLDOUT = 0.125
 class Options:
     """What to try, and how much of it."""
 
-    plan: Annotated[Plan, command_line.FLAT] = field(default_factory=Plan)
+    plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     trials: int = 0
     """Trials in all; with more than before, the same sweep resumes. 0: twelve, or all that --space.changes lists."""
     max_concurrent: int = 0
@@ -93,7 +93,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     sweep = open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
         print(f"sweep {sweep.path}")
-        mend_trials(sweep, shards)
+        repair_incomplete_trials(sweep, shards)
         if options.retry_failed:
             forget_failures(sweep)
         try:
@@ -105,7 +105,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     return sweep
 
 
-def check_space(experiment: Experiment, plan: Plan, shards: Shards) -> None:
+def check_space(experiment: Experiment, plan: SweepPlan, shards: Shards) -> None:
     """Raise UserError for a space with a trial that could not be trained."""
     if plan.search == "changes":
         for point in search_space.listed(experiment, plan.space.changes):

@@ -67,7 +67,7 @@ class ModelConfig:
     norm: Literal["batch", "group"] = "batch"
     """`group` has no batch statistics: for very small shares of a batch per worker."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """Batch statistics over all workers' images (GPUs only): `auto` wherever several workers have GPUs."""
+    """Batch statistics over all workers' images (GPUs only): `auto`: if several workers have GPUs."""
     bn_momentum: float = 0.1
     """Momentum of the running statistics of batch normalisation."""
     dropout: float = 0.5
@@ -83,7 +83,7 @@ class TrackingConfig:
     """Weights & Biases."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """`auto`: online where WANDB_API_KEY is set, offline else."""
+    """`auto`: online if WANDB_API_KEY is set, otherwise offline."""
     project: str = "heartseg"
     """Project of the dashboard."""
     group: str = ""
@@ -122,13 +122,13 @@ class Experiment:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     source: str = ""
-    """Folder or URI of the CAMUS tree, or of a plain images/ and masks/ (HEARTSEG_SOURCE where not given)."""
+    """Folder or URI of the CAMUS tree, or of a plain images/ and masks/ (default: HEARTSEG_SOURCE)."""
     data: str = ""
-    """Folder or URI of the shards (HEARTSEG_DATA where not given)."""
+    """Folder or URI of the shards (default: HEARTSEG_DATA)."""
     out: str = ""
     """Where preprocess and pipeline write."""
     runs: str = ""
-    """Folder or URI of the training runs (HEARTSEG_RUNS where not given, else `runs`)."""
+    """Folder or URI of the training runs (default: HEARTSEG_RUNS, otherwise `runs`)."""
     workers: int = 1
     """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` sets --min-workers as well."""
     min_workers: int = 0
@@ -141,7 +141,7 @@ class Experiment:
         require(0 <= self.min_workers <= self.workers, "--min-workers must be at least 0 and no more than --workers.")
 
 
-# What decides a run's result; the rest is where it runs and who is told.
+# What decides a run's result; the rest is where it runs and what is reported.
 IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
 
 

@@ -8,7 +8,7 @@ from heartseg.errors import UserError
 def structure(value: object, kind: type, origin: str):
     """Build a dataclass `kind` from JSON values; raises UserError that names `origin` and the field that is wrong."""
     if not isinstance(value, dict):
-        raise UserError(f"Bad configuration: {origin} is no JSON object.")
+        raise UserError(f"Bad configuration: {origin} is not a JSON object.")
     try:
         return _converter.structure(value, kind)
     except UserError:
@@ -19,7 +19,7 @@ def structure(value: object, kind: type, origin: str):
 
 
 def _say(error: BaseException, kind: type | None) -> str:
-    """A problem in our own words where we raised it, else in the converter's."""
+    """A problem in our own words if we raised it, otherwise in the converter's."""
     if isinstance(error, UserError):
         return str(error).rstrip(".")
     return str(error) if isinstance(error, ValueError) else cattrs.v.format_exception(error, kind)
@@ -32,7 +32,7 @@ def _strict(kind: type):
             return value
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        raise ValueError(f"{value!r} is no {kind.__name__}")
+        raise ValueError(f"{value!r} is not of type {kind.__name__}")
 
     return check
 

@@ -10,15 +10,20 @@ from typing import Literal
 
 from heartseg.errors import require
 
+LossKind = Literal["cross_entropy", "dice_cross_entropy"]
+ScheduleKind = Literal[
+    "constant", "step", "multistep", "exponential", "polynomial", "cosine", "restarts", "one_cycle", "plateau"
+]
+
 
 @dataclass(frozen=True)
 class LossConfig:
     """What is minimised."""
 
-    kind: Literal["cross_entropy", "dice_cross_entropy"]
+    kind: LossKind
     """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures."""
     aux_weight: float = 0.4
-    """Weight of the auxiliary head's loss, where there is such a head."""
+    """Weight of the auxiliary head's loss, if there is such a head."""
 
     def __post_init__(self):
         require(0 <= self.aux_weight < math.inf, "loss.aux_weight must be at least 0, and finite.")
@@ -55,7 +60,7 @@ class OptimConfig:
 class ScheduleConfig:
     """The learning rate over the run, as a multiplier of the base rate."""
 
-    kind: Literal["constant", "step", "multistep", "exponential", "polynomial", "cosine", "restarts", "one_cycle", "plateau"]
+    kind: ScheduleKind
     """Shape after the warm-up; docs/sweeps.md draws them."""
     warmup_epochs: float = 0.0
     """Epochs of linear rise at the start."""
@@ -70,7 +75,7 @@ class ScheduleConfig:
     final: float = 0.01
     """Where `exponential` ends."""
     cycles: int = 3
-    """Falls of `restarts`, which is a cosine that begins anew."""
+    """Falls of `restarts`, a cosine that starts again."""
     cycle_growth: float = 1.0
     """How many times longer each cycle of `restarts` is than the one before."""
     rise: float = 0.3
@@ -141,18 +146,18 @@ class TrainConfig:
     intensity: Literal["unit", "standard"] = "unit"
     """`unit`: images / 255. `standard`: also minus the training group's mean, over its standard deviation."""
     holdout: float = 0.0
-    """Share of the training patients that this run validates on instead; the other groups are then not looked at."""
+    """Share of the training patients that this run validates on instead; the other groups are then not used."""
     seed: int = 0
     """Seed of weights, order, dropout and augmentation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes bf16 autocast where the hardware has it; GPUs compute fp32 in TF32."""
+    """`auto` uses bf16 autocast if the hardware has it; GPUs compute fp32 in TF32."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
     """torch.compile for training steps; `reduce-overhead` replays CUDA graphs, for batches too small to fill a GPU."""
     compress_gradients: bool = False
     """Workers exchange gradients in bf16: half the bytes, for slow networks."""
     deterministic: bool = False
-    """Two runs on one machine give the same bits: tested on CPUs. On GPUs, where it is slower, PyTorch is told to refuse what
-    has no deterministic kernel, and nobody has tried it."""
+    """Two runs on one machine give the same bits: tested on CPUs. On GPUs, where it is slower, PyTorch refuses what has
+    no deterministic kernel; this has not been tried."""
 
     def __post_init__(self):
         require(self.epochs >= 1, "train.epochs must be at least 1.")

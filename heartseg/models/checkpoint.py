@@ -1,6 +1,6 @@
-"""Checkpoints: weights and plain JSON that rebuild the model alone, and the states that training needs to go on.
+"""Checkpoints: weights and plain JSON that rebuild the model alone, and the states that training resumes from.
 
-A folder `epoch_0007` holds `model.safetensors` (the weights that are evaluated: the averaged ones where averaging is
+A folder `epoch_0007` holds `model.safetensors` (the weights that are evaluated: the averaged ones if averaging is
 on), `training.pt` (raw weights, optimizer, average) and, written last, `checkpoint.json`: with it, the folder is complete.
 """
 
@@ -22,7 +22,7 @@ NAME = re.compile(r"epoch_(\d{4,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: where it is and what its card says (`epoch`, `experiment`, `metrics`, `intensity`, lineage)."""
+    """A complete checkpoint: its folder and its card (`epoch`, `experiment`, `metrics`, `intensity`, lineage)."""
 
     path: str
     card: dict
@@ -33,7 +33,7 @@ class Checkpoint:
         return self.card["epoch"]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights to evaluate, on the CPU; raises UserError where the file is damaged."""
+        """The weights to evaluate, on the CPU; raises UserError if the file is damaged."""
         path = filesystem.join(self.path, WEIGHTS)
         try:
             data = filesystem.read_bytes(path)
@@ -44,7 +44,7 @@ class Checkpoint:
             raise UserError(f"The weights {path} are damaged: take another checkpoint.") from error
 
     def training_state(self) -> dict:
-        """What training goes on from; unpickles nothing but tensors and plain values."""
+        """The states that training resumes from; unpickles nothing but tensors and plain values."""
         path = filesystem.join(self.path, TRAINING)
         try:
             return torch.load(io.BytesIO(filesystem.read_bytes(path)), map_location="cpu", weights_only=True)
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def snapshot(value: object) -> object:
-    """A copy on the CPU of nested states, which training may go on changing; tensors that share memory share it still."""
+    """A copy on the CPU of nested states, which training may change later; tensors that share memory still share it."""
     copies: dict[int, torch.Tensor] = {}
 
     def copy(item: object) -> object:
@@ -86,10 +86,10 @@ def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card:
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint in a folder; raises UserError where there is none."""
+    """The checkpoint in a folder; raises UserError if it has none."""
     card_path = filesystem.join(path, CARD)
     if not filesystem.exists(card_path):
-        raise UserError(f"{path} is no checkpoint (no {CARD}): give a run's folder or one of its {FOLDER}/epoch_*.")
+        raise UserError(f"{path} is not a checkpoint (no {CARD}): give a run's folder or one of its {FOLDER}/epoch_*.")
     return Checkpoint(path, filesystem.read_json(card_path))
 
 
@@ -102,13 +102,13 @@ def complete(run: str) -> list[Checkpoint]:
 
 
 def last(run: str) -> Checkpoint | None:
-    """The newest complete checkpoint of a run; None where there is none."""
+    """The newest complete checkpoint of a run, or None."""
     found = complete(run)
     return found[-1] if found else None
 
 
 def best(run: str) -> Checkpoint | None:
-    """The checkpoint of the highest `val/dice` among those kept; None where there is no validation group."""
+    """The checkpoint of the highest `val/dice` among those kept; None without a validation group."""
     scored = [c for c in complete(run) if c.card["metrics"].get("val/dice") is not None]
     return max(scored, key=lambda c: c.card["metrics"]["val/dice"], default=None)
 

@@ -46,7 +46,7 @@ def faster(module: nn.Module) -> None:
 
 
 def _slow_in_bf16(images: torch.Tensor) -> bool:
-    """True where a depthwise convolution's gradients take oneDNN's slow ways: three to ten times as long as in float32."""
+    """True where a depthwise convolution's gradients use oneDNN's slow kernels: three to ten times as long as in float32."""
     if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
         return False
     return torch.get_autocast_dtype("cpu") == torch.bfloat16

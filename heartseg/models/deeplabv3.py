@@ -1,5 +1,6 @@
 """DeepLabv3 for one-channel echocardiograms: [B,1,H,W] in, [B,4,H,W] out; single-device, owns no optimizer."""
 
+import math
 import os
 from urllib.error import URLError
 
@@ -15,7 +16,7 @@ from heartseg.models import convolutions
 def _backbone(name: str) -> tuple:
     """torchvision's DeepLabv3 of a backbone, its ImageNet weights, and the name of its first convolution.
 
-    Imported here and not above, so that a broken installation becomes a sentence. Raises UserError for one.
+    Imported here and not above, so that a broken installation becomes a one-line UserError.
     """
     try:
         from torchvision import models
@@ -26,17 +27,12 @@ def _backbone(name: str) -> tuple:
             "torch and torchvision are of different builds (a CPU-only torch beside an ordinary torchvision): "
             "install both together with `pip install --force-reinstall torch torchvision`."
         ) from error
-    weights = {
-        "resnet101": models.ResNet101_Weights.IMAGENET1K_V2,
-        "resnet50": models.ResNet50_Weights.IMAGENET1K_V2,
-        "mobilenet_v3_large": models.MobileNet_V3_Large_Weights.IMAGENET1K_V2,
-    }
-    constructor = getattr(models.segmentation, f"deeplabv3_{name}")
-    return constructor, weights[name], "0.0" if name == "mobilenet_v3_large" else "conv1"
+    weights = models.get_model_weights(name).IMAGENET1K_V2
+    return models.get_model_builder(f"deeplabv3_{name}"), weights, "0.0" if name == "mobilenet_v3_large" else "conv1"
 
 
 def check_installation() -> None:
-    """Raise UserError where torch and torchvision do not fit together."""
+    """Raise UserError if torch and torchvision do not fit together."""
     _backbone("resnet101")
 
 
@@ -58,12 +54,12 @@ class DeepLab(nn.Module):
 
 
 def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
-    """Build the network of a configuration; raises UserError where pretrained weights cannot be had.
+    """Build the network of a configuration; raises UserError if pretrained weights cannot be downloaded.
 
     Without `own_convolutions` it computes the same on PyTorch's, to compare with.
     """
     constructor, weights, first_conv = _backbone(config.backbone)
-    # torchvision would download backbone weights unless told not to.
+    # torchvision downloads backbone weights by default.
     arguments = {"weights": None, "num_classes": NUM_CLASSES, "aux_loss": config.aux_head}
     try:
         network = constructor(weights_backbone=weights if config.pretrained else None, **arguments)
@@ -98,7 +94,6 @@ def _take_one_channel(backbone: nn.Module, name: str) -> None:
 def _replace_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            groups = next(g for g in (32, 16, 8, 4, 2, 1) if child.num_features % g == 0)
-            setattr(module, name, nn.GroupNorm(groups, child.num_features))
+            setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
         else:
             _replace_batch_norm(child)

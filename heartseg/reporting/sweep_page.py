@@ -6,7 +6,7 @@ from heartseg.config.experiment import from_json
 from heartseg.reporting import report, sweep_plots
 from heartseg.reporting.report_sections import inline
 from heartseg.storage import filesystem
-from heartseg.tuning.sweep import FINISHED, METRIC, Plan, Sweep, Trial, epochs_saved, first_rung, read_trials
+from heartseg.tuning.sweep import FINISHED, METRIC, Sweep, SweepPlan, Trial, epochs_saved, first_rung, read_trials
 
 PAGE = "sweep.html"
 SCORE = f"best {METRIC}"
@@ -91,7 +91,7 @@ def against_recipe(table: pandas.DataFrame) -> str:
 def facts(sweep: Sweep) -> list[tuple[str, str]]:
     """What a reader needs to judge the sweep by."""
     plan, groups = sweep.description["plan"], sweep.description["groups"]
-    rung = first_rung(from_json(plan, Plan), sweep.base)
+    rung = first_rung(from_json(plan, SweepPlan), sweep.base)
     rungs = [f"{rung * plan['reduction'] ** k:g}" for k in range(20) if rung * plan["reduction"] ** k < sweep.base.train.epochs]
     stops = (
         f"at epochs {', '.join(rungs)}, about 1 in {plan['reduction']:g} goes on" if plan["stop_early"] and rungs else "none"

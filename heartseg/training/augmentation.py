@@ -75,7 +75,7 @@ def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor
     lateral = (torch.arange(width_px, device=images.device) + 0.5) / width_px - 0.5
     # Lines from the apex have one tangent each, -1 to 1 over the sector.
     tangent = lateral / depth[:, None] / SECTOR_TANGENT
-    # A beam is no knife: the shadow's edge is a tenth of its half-width.
+    # A beam has no sharp border: the shadow's edge is a tenth of its half-width.
     inside = ((1 - (tangent - place).abs() / width.clamp(min=1e-6)) * 10).clamp(0, 1)
     return images * (1 - darkness * inside)[:, None]
 

@@ -1,6 +1,6 @@
-"""Where the batches of a run come from: from memory where the shards' pixels fit, from a stream where they do not.
+"""Where the batches of a run come from: from memory if the shards' pixels fit, otherwise from a stream.
 
-The order of the images differs between the two, and with it the weights: a run goes on as it began, on whatever machine.
+The order of the images differs between the two, and with it the weights: a run resumes as it began, on any machine.
 """
 
 import logging
@@ -26,23 +26,24 @@ MEMORY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Source:
-    """Groups that are open: `loaders` feed the engine; `rows(group, numbers)` gives some images and their columns."""
+class TrainingData:
+    """Opened groups: `loaders` feed the engine; `rows(group, numbers)` returns some images and their columns."""
 
     loaders: dict[str, Batches]
     rows: Callable[[str, Sequence[int]], FrameRows]
 
 
-def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> Source:
+def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
     """Open all groups of some shards, `ingest` being `memory` or `stream`; raises UserError for damaged ones."""
     at = (ranks.rank, ranks.world_size, ranks.device)
     if ingest == "memory":
         frames = load_groups(shards, shards.groups)
-        return Source({group: Loader.of(f, *at) for group, f in frames.items()}, lambda g, rows: _some(frames[g], rows))
+        loaders = {group: Loader.of(one, *at) for group, one in frames.items()}
+        return TrainingData(loaders, lambda group, rows: _some(frames[group], rows))
     check_sizes(shards)
     index = index_groups(shards)
     loaders = {group: Stream(shards, held, *at) for group, held in index.items()}
-    return Source(loaders, lambda group, rows: read_rows(shards, index[group], rows))
+    return TrainingData(loaders, lambda group, rows: read_rows(shards, index[group], rows))
 
 
 def _some(frames: FrameRows, rows: Sequence[int]) -> FrameRows:
@@ -52,23 +53,22 @@ def _some(frames: FrameRows, rows: Sequence[int]) -> FrameRows:
 
 
 def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:
-    """`memory` or `stream`, the same on every rank: as the run was `begun`, else as asked, else by size.
+    """`memory` or `stream`, the same on every rank: as the run was `begun`, otherwise as asked, otherwise by size.
 
-    Every rank calls it at once; the first one says where it streams, and why.
+    Every rank calls it at once; the first one logs why it streams.
     """
     # Machines may differ: all hold their data in memory, or none does.
     here = torch.tensor(MEMORY_SHARE * free_bytes(ranks), dtype=torch.float64, device=ranks.device)
     needed, room = pixel_bytes(shards), float(min_over_ranks(here, ranks))
-    fits = needed <= room
-    begun = from_main(begun, ranks)
-    chosen = begun or (experiment.ingest if experiment.ingest != "auto" else "memory" if fits else "stream")
+    chosen, why = from_main(begun, ranks), "as the run began"
+    if not chosen and experiment.ingest != "auto":
+        chosen, why = experiment.ingest, f"--ingest {experiment.ingest}"
+    elif not chosen:
+        chosen = "memory" if needed <= room else "stream"
+        why = f"{needed / 1e9:.1f} GB of pixels, and a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
     if ranks.is_main and chosen == "stream":
-        why = "as the run began" if begun else f"--ingest {experiment.ingest}"
-        if not begun and experiment.ingest == "auto":
-            why = f"{needed / 1e9:.1f} GB of pixels, and a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
         log.info("Batches stream from %s (%s).", shards.path, why)
-    elif ranks.is_main and not fits:
-        why = "as the run began" if begun else "--ingest memory"
+    elif ranks.is_main and needed > room:
         log.warning("%.1f GB of pixels go into memory (%s), where that is tight.", needed / 1e9, why)
     return chosen
 
@@ -80,14 +80,14 @@ def pixel_bytes(shards: Shards) -> int:
 
 def free_bytes(ranks: Ranks) -> float:
     """Memory that is free for this worker: its part of its machine's, and no more than its GPU's."""
-    # torchrun and Ray Train both tell; where nobody does, all workers may be on this machine.
+    # torchrun and Ray Train both set it; otherwise, all workers may be on this machine.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     on_gpu = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else float("inf")
     return min(free_on_machine() / here, on_gpu)
 
 
 def free_on_machine(root: str = "/") -> float:
-    """Bytes that this process may still take without swapping, its container's limit included; infinite where none tells."""
+    """Bytes that this process may still take without swapping, its container's limit included; infinite if unknown."""
     found = [_free_in_container(Path(root))]
     try:
         lines = Path(root, "proc/meminfo").read_text().splitlines()

@@ -28,7 +28,7 @@ class Ranks:
 
 
 def current(device: torch.device) -> Ranks:
-    """The ranks as torch.distributed has them; one process where it is not initialised."""
+    """The ranks as torch.distributed has them; one process if it is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size(), device)
     return Ranks(0, 1, device)
@@ -54,7 +54,7 @@ def stop_plain() -> None:
 def ddp_options(train: TrainConfig) -> dict[str, bool]:
     """DistributedDataParallel's arguments, for whoever wraps the model: `wrap_model` or Ray's `prepare_model`."""
     # Buckets that view the gradients save a copy of them. The graph is the same at every step, but a static graph dies
-    # of an internal assertion in the first backward pass without synchronisation, and torch.compile splits it anew.
+    # of an internal assertion in the first backward pass without synchronisation, and torch.compile splits it again.
     return {"gradient_as_bucket_view": True, "static_graph": train.accumulate == 1 and train.compile == "off"}
 
 
@@ -67,15 +67,15 @@ def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
 
 
 def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
-    """The model, its batch normalisations over all ranks' images where `config.sync_bn` says so; names stay.
+    """The model, its batch normalisations over all ranks' images if `config.sync_bn` asks for it; names stay.
 
-    Raises UserError where that is asked of CPUs, for which PyTorch has none.
+    Raises UserError on CPUs, for which PyTorch has none.
     """
     if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
         return model
     if ranks.device.type != "cuda":
         if config.sync_bn == "on":
-            raise UserError("--model.sync-bn on needs GPUs: on CPUs take auto, or --model.norm group.")
+            raise UserError("--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
         return model
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
@@ -94,7 +94,7 @@ def share_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 
 def compress_gradients(wrapped: nn.Module) -> None:
-    """Let ranks exchange gradients in bf16, where there are ranks to exchange with."""
+    """Let ranks exchange gradients in bf16, if there are several."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         wrapped.register_comm_hook(None, bf16_compress_hook)
 
@@ -129,7 +129,7 @@ def barrier(ranks: Ranks) -> None:
 
 
 def raise_first_problem(problem: str | None, ranks: Ranks) -> None:
-    """Raise UserError with the first rank's problem, on every rank: what one of them found, none of them waits behind."""
+    """Raise UserError with the first rank's problem, on every rank, so that none of them waits."""
     problems = [problem] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(problems, problem)

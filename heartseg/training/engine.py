@@ -32,7 +32,7 @@ from heartseg.training.losses import segmentation_loss, training_loss
 from heartseg.training.lr_schedules import lr_multiplier
 from heartseg.training.optimizers import AveragedWeights, build_optimizer, set_lr
 
-# Steps between two looks at the device: each look waits for it.
+# Steps between two checks of the device: each check waits for it.
 STEPS_PER_CHECK = 20
 
 
@@ -57,11 +57,11 @@ class TrainState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is scored and kept: the averaged one where there is one."""
+        """The model that is scored and kept: the averaged one if there is one."""
         return self.average.model if self.average else self.model
 
     def state_dict(self) -> dict:
-        """The states that a resumed run needs; random generators start anew each epoch from (seed, epoch, rank)."""
+        """The states that a resumed run needs; random generators start again each epoch from (seed, epoch, rank)."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -229,7 +229,7 @@ def _raise_if_not_finite(
 def _raise_if_ruined(
     state: TrainState, metrics: dict[str, float], loaders: dict[str, Batches], train: TrainConfig, ranks: Ranks
 ) -> None:
-    """Raise NonFiniteLoss where an epoch's last update, which no step's loss has seen, leaves nothing to go on from.
+    """Raise NonFiniteLoss if an epoch's last update, which no step's loss has seen, ruined the weights.
 
     Weights that are finite and yet too large to compute with show in the losses of the evaluated groups alone.
     """

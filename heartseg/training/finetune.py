@@ -1,4 +1,4 @@
-"""Another run's weights as the first ones of a run: where they are, whether they fit, and whom they have seen."""
+"""Another run's weights as the first ones of a run: where they are, whether they fit, which patients they have seen."""
 
 from dataclasses import replace
 
@@ -14,10 +14,10 @@ from heartseg.training import run_directory
 
 
 def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
-    """What a run remembers of the weights it begins with: `checkpoint`, `weights_sha256` and `train_patients`.
+    """What a run records of the weights it starts from: `checkpoint`, `weights_sha256` and `train_patients`.
 
-    Taken is the best checkpoint of the run at `path`, the last where there is no validation group. Raises UserError where
-    its tensors are not the experiment's, or where it was trained on patients whom this run is scored on.
+    The checkpoint is the best of the run at `path`, or its last without a validation group. Raises UserError if its
+    tensors are not the experiment's, or if it was trained on patients that this run is scored on.
     """
     found, base = checkpoint.find(path, "best"), run_directory.find_run(path).description
     with torch.device("meta"):
@@ -33,7 +33,7 @@ def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
 
 
 def load_initial(model: nn.Module, initial: dict) -> None:
-    """Put the weights into a new model; raises UserError where they are no longer those that the run began with."""
+    """Put the weights into a new model; raises UserError if they are no longer those that the run started from."""
     found = checkpoint.open_checkpoint(initial["checkpoint"])
     if found.card["weights_sha256"] != initial["weights_sha256"]:
         raise UserError(f"{found.path} is no longer what this run began with: give --fresh.")

@@ -18,7 +18,7 @@ def lr_multiplier(
 
     The warm-up rises linearly to where the shape begins (1; for `one_cycle`, which has a rise of its own, the foot of that);
     the shape runs over the steps that are left. `history` holds the validation Dice of the epochs before, which only
-    `plateau` looks at.
+    `plateau` uses.
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     risen = min(1.0, (step + 1) / (warmup_steps + 1))
@@ -79,7 +79,7 @@ def _num_plateaus(history: Sequence[float], patience: int) -> int:
     best, bad, plateaus = -math.inf, 0, 0
     for value in history:
         if best == -math.inf or value > best * (1 + PLATEAU_GAIN):
-            best, bad = (value if value == value else best), 0  # NaN is no best
+            best, bad = (value if value == value else best), 0  # NaN is never the best
         else:
             bad += 1
         if bad > patience:

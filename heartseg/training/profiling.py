@@ -22,8 +22,7 @@ def trace_steps(run: str) -> Iterator[Callable[[], None]]:
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "steps.json")
             trace.export_chrome_trace(file)
-            with open(file, "rb") as stream:
-                filesystem.publish(filesystem.join(run, "profile", "steps.json"), stream.read())
+            filesystem.publish(filesystem.join(run, "profile", "steps.json"), filesystem.read_bytes(file))
 
     activities = [profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

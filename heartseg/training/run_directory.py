@@ -1,6 +1,6 @@
-"""A run's directory: who it is, its record epoch by epoch, and what the same command finds there when it comes again.
+"""A run's directory: its description, its record epoch by epoch, and how the same command finds it again.
 
-`experiment.json` says what was asked and from what; `metrics.jsonl`, one line an epoch, is the record.
+`experiment.json` holds the configuration and lineage; `metrics.jsonl`, one line per epoch, is the record.
 """
 
 import functools
@@ -26,7 +26,7 @@ MODEL_CARD = "MODEL_CARD.md"
 
 @dataclass(frozen=True)
 class Run:
-    """A run's directory and what its `experiment.json` says."""
+    """A run's directory and the content of its `experiment.json`."""
 
     path: str
     description: dict
@@ -53,10 +53,22 @@ def generation_name(runs: str, name: str, fresh: bool) -> str:
     return name if wanted == 1 else f"{name}-{wanted}"
 
 
-def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
-    """Begin a run, or find the one that the same command began; `initial` is what finetune.find_initial found.
+def read_matching(path: str, asked: dict, kind: str) -> dict | None:
+    """The description of a run or a sweep in a file, or None; raises UserError naming the first difference to `asked`."""
+    if not filesystem.exists(path):
+        return None
+    there = filesystem.read_json(path)
+    difference = first_difference({key: there.get(key) for key in asked}, asked)
+    if difference:
+        folder, field = path.rpartition("/")[0], difference.removeprefix("identity.")
+        raise UserError(f"{folder} holds another {kind} ({field}): give --fresh or --{kind}-name.")
+    return there
 
-    Raises UserError where the directory holds a run of another configuration, other data or other first weights, naming
+
+def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
+    """Begin a run, or find the one that the same command began; `initial` is what finetune.find_initial returned.
+
+    Raises UserError if the directory holds a run of another configuration, other data or other first weights, naming
     the first difference.
     """
     name = generation_name(experiment.runs, name or run_name(experiment, shards, initial), fresh)
@@ -64,11 +76,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
     asked = json.loads(canonical({"identity": identity(experiment), "data_fingerprint": shards.fingerprint}))
     asked["initial_weights_sha256"] = initial["weights_sha256"] if initial else None
     described = filesystem.join(path, DESCRIPTION)
-    if filesystem.exists(described):
-        there = filesystem.read_json(described)
-        difference = first_difference({key: there.get(key) for key in asked}, asked)
-        if difference:
-            raise UserError(f"{path} holds another run ({difference.removeprefix('identity.')}): give --fresh or --run-name.")
+    if there := read_matching(described, asked, "run"):
         return Run(path, there)
     description = asked | {
         "experiment": to_json(experiment),
@@ -76,7 +84,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
         "split": filesystem.read_json(filesystem.join(shards.path, "splits.json"))["config"],
         "groups": {g: {"patients": len(p), "images": shards.num_rows(g)} for g, p in shards.groups.items()},
         "initial": initial,
-        # So that nobody is ever scored on hearts that the run has trained on, however the shards are divided later.
+        # So that no patient of the training is ever scored, however the shards are divided later.
         "val_patients": shards.groups.get("val", []),
         "train_patients": sorted({*shards.groups["train"], *(initial["train_patients"] if initial else ())}),
         "source_sha256": shards.manifest["source_sha256"],
@@ -87,14 +95,14 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
     return Run(path, description)
 
 
-def begun_ingest(run: Run) -> str | None:
-    """How a run that has begun reads its shards, `memory` or `stream`; None where it has not."""
+def recorded_ingest(run: Run) -> str | None:
+    """How a run that has begun reads its shards, `memory` or `stream`; None for a new run."""
     # Before there was a choice, all read from memory.
     return run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
 
 
-def keep_ingest(run: Run, ingest: str, is_main: bool) -> Run:
-    """The run with how it reads its shards, which the first rank writes down: it goes on so, on whatever machine."""
+def record_ingest(run: Run, ingest: str, is_main: bool) -> Run:
+    """The run with how it reads its shards, which the first rank records: it resumes the same way, on any machine."""
     kept = Run(run.path, run.description | {"ingest": ingest})
     if is_main and kept != run:
         filesystem.publish_json(filesystem.join(run.path, DESCRIPTION), kept.description)
@@ -105,7 +113,7 @@ def find_run(path: str) -> Run:
     """The run in a directory, or the one that a checkpoint's directory belongs to; raises UserError."""
     inner = re.sub(rf"/{checkpoint.FOLDER}/epoch_\d+/?$", "", filesystem.absolute(path))
     if not filesystem.exists(filesystem.join(inner, DESCRIPTION)):
-        raise UserError(f"{path} is no run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
+        raise UserError(f"{path} is not a run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
     return Run(inner, filesystem.read_json(filesystem.join(inner, DESCRIPTION)))
 
 

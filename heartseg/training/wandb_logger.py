@@ -1,19 +1,15 @@
-"""Metrics to Weights & Biases, or to nobody; the only file that knows wandb.
+"""Metrics to Weights & Biases; the only file that knows wandb.
 
-A tracked run is one wandb run with one row an epoch, whatever happened on the way: a kill, a resume, a server that is silent.
+A tracked run is one wandb run with one row per epoch, whatever happens: a kill, a resume, a server that does not answer.
 """
 
-import contextlib
-import json
+import functools
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -25,208 +21,178 @@ from heartseg.storage import filesystem
 from heartseg.training.run_directory import Run
 
 log = logging.getLogger(__name__)
-# Datasets whose images may leave the machine unasked: one is public, the other is nobody's heart.
+# Datasets whose images may be sent by default: one is public, the other is synthetic.
 SHAREABLE = ("CAMUS", "phantom")
-# Marks a run that was ended for a process that could not.
+# Marks a run of the dashboard that was ended on behalf of a process that could not do it.
 CLOSED = "wandb_closed"
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
 SETTINGS = {
     "silent": True,
     "console": "off",
-    # Seconds to wait for a server at the start, and for what is not sent yet at the end.
+    # Seconds to wait for a server at the start, and at the end for what has not been sent yet.
     "init_timeout": 10.0,
     "finish_timeout": 60.0,
     "finish_timeout_raises": True,
-    # Rows reach the disk each second, so that a kill costs one and not fifteen.
+    # Write rows to disk every second, so that a kill loses one second of them and not fifteen.
     "x_transaction_log_flush_interval": 1.0,
-    # wandb gives up sending for good after 40 minutes else: a server may be away for a night.
+    # By default wandb stops sending for good after 40 minutes: a server may be down for a night.
     "x_file_stream_retry_max": 100_000,
 }
 
 
-class Tracker:
-    """Tracks nothing: what every rank but the first has, and every run that asked for none."""
+def _harmless(method: Callable[..., None]) -> Callable[..., None]:
+    """Skip a method of a tracker without a run; report the first exception that wandb raises, and never stop a training."""
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Record an epoch's metrics; `metrics["epoch"]` is the step."""
-
-    def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
-        """Record images uint8 [k,H,W] with true and predicted labels [k,H,W]."""
-
-    def artifact(self, checkpoint_path: str, fingerprint: str) -> None:
-        """Record a checkpoint with its lineage to the data."""
-
-    def summarize(self, values: dict[str, object]) -> None:
-        """Record what is true of the whole run."""
-
-    def pages(self, table: pandas.DataFrame, html: str) -> None:
-        """Record a table and a page."""
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Send what is left."""
-
-
-class WandbTracker(Tracker):
-    """One wandb run per training run, one row an epoch; a resumed training goes on with the same run id.
-
-    `record` is what a resumed training did before. Of it, the rows that a kill left out are logged first.
-    """
-
-    def __init__(self, experiment: Experiment, run: Run, record: list[dict]):
-        # wandb writes to local files only; for a run on an object store they are copied there at the end.
-        self.run_path = run.path
-        self.folder = tempfile.mkdtemp(prefix="heartseg-wandb-") if filesystem.is_uri(run.path) else run.path
-        _prepare(os.path.join(self.folder, "wandb"))
-        import wandb
-
-        self.wandb, self.lost = wandb, False
-        self.send_images = _sends_images(experiment, run)
-        earlier = self._fragments() if record else []
-        self.run, is_online = self._start(experiment, run)
-        with self._harmless("resume"):
-            if is_online:
-                # The server counts what it has and gets what it lacks: of the earlier fragments nothing is left to send.
-                missing, spent = record[self.run.starting_step :], earlier
-            else:
-                last_epochs = {fragment: _last_epoch(fragment) for fragment in earlier}
-                missing = [row for row in record if row["epoch"] > max(last_epochs.values(), default=0)]
-                # A fragment without a whole record, which an early kill leaves, would stop `wandb sync` for all of them.
-                spent = [fragment for fragment, epoch in last_epochs.items() if not epoch]
-            for row in missing:
-                self.run.log(row)
-            for fragment in spent:
-                fragment.with_suffix(".wandb.synced").touch()
-
-    def _start(self, experiment: Experiment, run: Run):
-        """Begin or go on; offline where the server does not answer in time. Returns wandb's run, and whether it is online."""
-        settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
-        arguments = {
-            "project": experiment.tracking.project,
-            "group": experiment.tracking.group or None,
-            "name": run.name,
-            "id": run.description["wandb_id"],
-            "dir": self.folder,
-            "resume": "allow",
-            "job_type": experiment.tracking.job_type,
-            "tags": [experiment.name, run.description["dataset"], experiment.schedule.kind],
-            "config": flatten(run.description["identity"])
-            | {name: run.description.get(name) for name in ("data_fingerprint", "ingest")},
-            "settings": self.wandb.Settings(**settings),
-        }
-        mode = _mode(experiment)
+    @functools.wraps(method)
+    def call(self: "Tracker", *arguments) -> None:
+        if self.run is None:
+            return
         try:
-            started = self.wandb.init(mode=mode, **arguments)
-        except self.wandb.errors.Error as error:
-            reason = str(error).partition("\n")[0]
-            log.warning(
-                "wandb cannot be reached (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
-                reason,
-                self.run_path,
-            )
-            mode = "offline"
-            self.wandb.teardown()  # its service holds the run's id for the attempt that failed
-            started = self.wandb.init(mode=mode, **arguments)
-        started.define_metric("*", step_metric="epoch")
-        started.define_metric("val/dice", step_metric="epoch", summary="max")
-        return started, mode not in ("offline", "dryrun", "disabled")
-
-    def _fragments(self) -> list[Path]:
-        """The files of this run's earlier processes, oldest first."""
-        if self.folder != self.run_path:
-            _fetch(filesystem.join(self.run_path, "wandb"), os.path.join(self.folder, "wandb"))
-        return sorted(Path(self.folder).glob("wandb/*run-*/run-*.wandb"))
-
-    @contextlib.contextmanager
-    def _harmless(self, what: str) -> Iterator[None]:
-        """Whatever wandb raises after the start is said once and never stops a training."""
-        try:
-            yield
+            method(self, *arguments)
         except Exception as error:
-            if not self.lost:
-                reason = str(error).partition("\n")[0] or type(error).__name__
+            if not self.has_warned:
                 log.warning(
-                    "wandb did not take all of this run (%s: %s): the rest is kept, `wandb sync --include-online %s/wandb` "
+                    "wandb did not accept all of this run (%s: %s): the rest is kept, `wandb sync --include-online %s/wandb` "
                     "sends it later.",
-                    what,
-                    reason,
+                    method.__name__,
+                    _first_line(error),
                     self.run_path,
                 )
-            self.lost = True
+            self.has_warned = True
 
-    def log(self, metrics: dict[str, float]) -> None:
-        with self._harmless("log"):
-            self.run.log(metrics)
+    return call
 
-    def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
-        if not self.send_images:
+
+class Tracker:
+    """The wandb run of a training run, one row per epoch; without `run`, it tracks nothing."""
+
+    def __init__(self, experiment: Experiment | None = None, run: Run | None = None):
+        self.run, self.has_warned = None, False
+        self.run_path = self.folder = run.path if run else ""
+        if run is None:
             return
-        with self._harmless("overlays"):
-            labels = dict(enumerate(CLASSES))
-            pictures = [
-                self.wandb.Image(
-                    image,
-                    caption=name,
-                    masks={
-                        "prediction": {"mask_data": prediction, "class_labels": labels},
-                        "truth": {"mask_data": mask, "class_labels": labels},
-                    },
-                )
-                for image, mask, prediction, name in zip(images, masks, predictions, names, strict=True)
-            ]
-            # They wait for the epoch's metrics, so that an epoch is one row.
-            self.run.log({"epoch": epoch, "overlays": pictures}, commit=False)
+        if filesystem.is_uri(run.path):
+            # wandb writes local files only: `finish` copies them to the object store.
+            self.folder = tempfile.mkdtemp(prefix="heartseg-wandb-")
+        _keep_files_in(os.path.join(self.folder, "wandb"))
+        import wandb
 
+        self.wandb = wandb
+        images = experiment.tracking.images
+        self.sends_images = images == "on" or (images == "auto" and run.description["dataset"] in SHAREABLE)
+        self.run = self._start(experiment, run)
+
+    def _start(self, experiment: Experiment, run: Run):
+        """Start or resume the wandb run; offline if the server does not answer in time."""
+        settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
+        lineage = {name: run.description.get(name) for name in ("data_fingerprint", "ingest")}
+        init = functools.partial(
+            self.wandb.init,
+            project=experiment.tracking.project,
+            group=experiment.tracking.group or None,
+            name=run.name,
+            id=run.description["wandb_id"],
+            dir=self.folder,
+            resume="allow",
+            job_type=experiment.tracking.job_type,
+            tags=[experiment.name, run.description["dataset"], experiment.schedule.kind],
+            config=flatten(run.description["identity"]) | lineage,
+            settings=self.wandb.Settings(**settings),
+        )
+        try:
+            started = init(mode=_mode(experiment))
+        except self.wandb.errors.Error as error:
+            log.warning(
+                "wandb cannot be reached (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
+                _first_line(error),
+                self.run_path,
+            )
+            self.wandb.teardown()  # its service holds the run's id for the attempt that failed
+            started = init(mode="offline")
+        started.define_metric("*", step_metric="epoch")
+        started.define_metric("val/dice", step_metric="epoch", summary="max")
+        return started
+
+    @_harmless
+    def resume(self, record: list[dict]) -> None:
+        """Log the epochs of a resumed run that the server does not have (all of them if offline).
+
+        With them, this process's files hold the whole run, so those of earlier processes are marked as synced.
+        """
+        for row in record[self.run.starting_step :]:
+            self.run.log(row)
+        files, current = filesystem.join(self.run_path, "wandb"), os.path.basename(os.path.dirname(self.run.dir))
+        for name in filesystem.list_names(files):
+            if "run-" in name and name != current:
+                filesystem.publish(filesystem.join(files, name, f"run-{self.run.id}.wandb.synced"), b"")
+
+    @_harmless
+    def log(self, metrics: dict[str, float]) -> None:
+        """Record an epoch's metrics; `metrics["epoch"]` is the step."""
+        self.run.log(metrics)
+
+    @_harmless
+    def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
+        """Record images uint8 [k,H,W] with true and predicted labels [k,H,W]."""
+        if not self.sends_images:
+            return
+        labels = dict(enumerate(CLASSES))
+        pictures = []
+        for image, mask, prediction, name in zip(images, masks, predictions, names, strict=True):
+            layers = {"prediction": prediction, "truth": mask}
+            layers = {layer: {"mask_data": data, "class_labels": labels} for layer, data in layers.items()}
+            pictures.append(self.wandb.Image(image, caption=name, masks=layers))
+        # They wait for the epoch's metrics, so that an epoch is one row.
+        self.run.log({"epoch": epoch, "overlays": pictures}, commit=False)
+
+    @_harmless
     def summarize(self, values: dict[str, object]) -> None:
-        with self._harmless("summary"):
-            self.run.summary.update(values)
+        """Record what is true of the whole run."""
+        self.run.summary.update(values)
 
+    @_harmless
     def pages(self, table: pandas.DataFrame, html: str) -> None:
-        with self._harmless("pages"):
-            self.run.log({"trials": self.wandb.Table(dataframe=table), "page": self.wandb.Html(html, inject=False)})
+        """Record a table and a page."""
+        self.run.log({"trials": self.wandb.Table(dataframe=table), "page": self.wandb.Html(html, inject=False)})
 
+    @_harmless
     def artifact(self, checkpoint_path: str, fingerprint: str) -> None:
+        """Record a checkpoint with the fingerprint of its data; one on an object store is left out."""
         if filesystem.is_uri(checkpoint_path):
             return
-        with self._harmless("artifact"):
-            item = self.wandb.Artifact(f"{self.run.id}-model", type="model", metadata={"data_fingerprint": fingerprint})
-            for name in ("model.safetensors", "checkpoint.json"):
-                item.add_file(os.path.join(checkpoint_path, name))
-            self.run.log_artifact(item)
+        item = self.wandb.Artifact(f"{self.run.id}-model", type="model", metadata={"data_fingerprint": fingerprint})
+        for name in ("model.safetensors", "checkpoint.json"):
+            item.add_file(os.path.join(checkpoint_path, name))
+        self.run.log_artifact(item)
 
+    @_harmless
     def finish(self, exit_code: int = 0) -> None:
-        with self._harmless("finish"):
+        """Send the rest, within `finish_timeout`."""
+        try:
             self.run.finish(exit_code=exit_code)
-        if self.folder != self.run_path:
-            try:
-                _copy_to_store(self.folder, self.run_path)
-                shutil.rmtree(self.folder, ignore_errors=True)
-            except (OSError, StorageError) as error:
-                log.warning("wandb's files stay in %s: %s", self.folder, error)
-
-
-def _copy_to_store(folder: str, run_path: str) -> None:
-    for path, _, names in os.walk(os.path.join(folder, "wandb")):
-        for name in names:
-            local = os.path.join(path, name)
-            if os.path.isfile(local):  # and no link to a log that wandb has removed
-                with open(local, "rb") as stream:
-                    filesystem.publish(filesystem.join(run_path, os.path.relpath(local, folder)), stream.read())
+        finally:
+            if self.folder != self.run_path:
+                _move_to_store(self.folder, self.run_path)
 
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:
-    """The tracker of this rank; `record` is what the run did before, epoch by epoch."""
-    if not is_main or experiment.tracking.wandb == "off":
+    """The tracker of this rank; `record` holds the epochs that the run has already."""
+    if not is_main or _mode(experiment) in ("off", "disabled"):
         return Tracker()
     try:
-        return WandbTracker(experiment, run, record)
+        tracker = Tracker(experiment, run)
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        log.warning("wandb cannot be started (%s): this run is not tracked, metrics.jsonl and metrics.csv hold it all.", reason)
+        log.warning(
+            "wandb cannot be started (%s): this run is not tracked; metrics.jsonl and metrics.csv have all metrics.",
+            _first_line(error),
+        )
         return Tracker()
+    tracker.resume(record)
+    return tracker
 
 
 def close_trial(run: Run, record: list[dict], reason: str) -> None:
-    """End a run of the dashboard whose process was ended from outside; its summary says why, and what it lacked is sent."""
+    """End the wandb run of a trial that was stopped from outside: its summary has the reason, missing rows are sent."""
     experiment = from_json(run.description["experiment"])
     if experiment.tracking.wandb == "off" or filesystem.exists(filesystem.join(run.path, CLOSED)):
         return
@@ -237,29 +203,28 @@ def close_trial(run: Run, record: list[dict], reason: str) -> None:
 
 
 def track_sweep(experiment: Experiment, run: Run, table: pandas.DataFrame, page: str) -> None:
-    """A sweep's own run of the dashboard, beside its trials in their group: the table and the page."""
-    alone = replace(experiment, tracking=replace(experiment.tracking, job_type="sweep"))
-    tracker = build_tracker(alone, run, True, [])
+    """Record a sweep's table and page in a wandb run of its own, in the group of its trials."""
+    own = replace(experiment, tracking=replace(experiment.tracking, job_type="sweep"))
+    tracker = build_tracker(own, run, True, [])
     tracker.pages(table, filesystem.read_bytes(page).decode())
     tracker.finish()
 
 
 def _mode(experiment: Experiment) -> str:
-    """`online` or `offline`; WANDB_MODE, where it is set, decides for `auto`."""
+    """`online`, `offline` or `off`; for `auto`, WANDB_MODE decides if it is set."""
     if experiment.tracking.wandb != "auto":
         return experiment.tracking.wandb
     return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
 
-def _sends_images(experiment: Experiment, run: Run) -> bool:
-    choice = experiment.tracking.images
-    return choice == "on" or (choice == "auto" and run.description["dataset"] in SHAREABLE)
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _prepare(folder: str) -> None:
-    """Cache, artifact staging and settings stay with the run; wandb would use the home directory.
+def _keep_files_in(folder: str) -> None:
+    """Keep wandb's cache, artifact staging and settings with the run; it would use the home directory.
 
-    Its own error reports are off: they leave the machine unasked, and hold a process for 10 s where the server is silent.
+    Its own error reports are off: they leave the machine unasked, and delay the exit by 10 s if the server is silent.
     A parent process's service is not shared: it would end with the parent, and keep the id of an attempt that failed.
     """
     os.environ.pop("WANDB_SERVICE", None)
@@ -269,20 +234,13 @@ def _prepare(folder: str) -> None:
         os.makedirs(os.environ[variable], exist_ok=True)
 
 
-def _last_epoch(fragment: Path) -> int:
-    """The last epoch whose row is in a `.wandb` file; 0 where there is none, or where a kill left no whole record."""
-    asked = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(fragment)]
-    shown = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
-    rows = [json.loads(line)["history"]["item"] for line in shown.splitlines() if '"type":"history"' in line]
-    return max((int(row.get("epoch", 0)) for row in rows), default=0)
-
-
-def _fetch(source: str, target: str) -> None:
-    """Copy the `.wandb` files of earlier processes, which alone tell what was logged, from an object store."""
-    for name in filesystem.list_names(source):
-        if "run-" not in name:
-            continue
-        for inner in filesystem.list_names(filesystem.join(source, name)):
-            if ".wandb" in inner:
-                os.makedirs(os.path.join(target, name), exist_ok=True)
-                Path(target, name, inner).write_bytes(filesystem.read_bytes(filesystem.join(source, name, inner)))
+def _move_to_store(folder: str, run_path: str) -> None:
+    try:
+        for path, _, names in os.walk(os.path.join(folder, "wandb")):
+            for local in (os.path.join(path, name) for name in names):
+                if os.path.isfile(local):  # not a link to a log that wandb has removed
+                    target = filesystem.join(run_path, os.path.relpath(local, folder))
+                    filesystem.publish(target, filesystem.read_bytes(local))
+        shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, StorageError) as error:
+        log.warning("wandb's files stay in %s: %s", folder, error)

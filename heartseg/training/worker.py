@@ -1,11 +1,11 @@
 """One rank of a training run, from shards to finished checkpoints; the same under Ray, under torchrun and alone.
 
-The engine trains; here its epochs become checkpoints, the run's record, pictures and tracked metrics.
+The engine trains; here its epochs become checkpoints, the run's record, samples and tracked metrics.
 """
 
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epo
 from heartseg.shards.reader import FrameRows, Shards, hold_out, open_shards
 from heartseg.storage import filesystem
 from heartseg.training import callbacks, data_loading, engine, run_directory
+from heartseg.training.data_loading import TrainingData
 from heartseg.training.distributed import Ranks, from_main, raise_first_problem
 from heartseg.training.finetune import load_initial
 from heartseg.training.profiling import trace_steps
@@ -27,7 +28,7 @@ from heartseg.training.wandb_logger import build_tracker
 
 
 def check_plan(experiment: Experiment, shards: Shards) -> None:
-    """Raise UserError for what would fail later: a grid that is not the recipe's, too small shares, too few images."""
+    """Raise UserError for what would fail later: another grid than the recipe's, too small shares, too few images."""
     if shards.image != experiment.image:
         there, asked = shards.image, experiment.image
         raise UserError(
@@ -58,7 +59,7 @@ def train_rank(
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
     profile: bool = False,
 ) -> None:
-    """Train this rank's share of a run, from its last checkpoint where there is one.
+    """Train this rank's share of a run, from its last checkpoint if it has one.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
     is being written. Raises UserError on every rank at once, but OutOfMemory on the rank that it happens to. With `profile`,
@@ -69,110 +70,103 @@ def train_rank(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_say_out_of_memory(experiment, ranks)) from error
+        raise OutOfMemory(_out_of_memory_message(experiment, ranks)) from error
 
 
 def _train(
     experiment: Experiment, run: Run, ranks: Ranks, wrap: Callable[..., nn.Module], report: Callable[..., None], profile: bool
 ) -> None:
     shards = open_data(experiment)
-    run, source, shown = open_source(experiment, run, shards, ranks)
+    run, data, samples = _open_training_data(experiment, run, shards, ranks)
     intensity = intensity_of(experiment, shards)
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model)
-    if run.description.get("initial") and checkpoint.last(run.path) is None:  # its own weights need the first no more
+    if run.description.get("initial") and checkpoint.last(run.path) is None:  # its own checkpoint replaces them
         load_initial(model, run.description["initial"])
     state = engine.start(experiment, model, ranks, wrap)
     record = resume(state, run)
-    is_finished = state.epoch >= experiment.train.epochs and filesystem.exists(
-        filesystem.join(run.path, run_directory.MODEL_CARD)
-    )
-    if from_main(is_finished, ranks):  # or one rank would leave by a card that another has just written
+    card = filesystem.join(run.path, run_directory.MODEL_CARD)
+    is_finished = state.epoch >= experiment.train.epochs and filesystem.exists(card)
+    if from_main(is_finished, ranks):  # or one rank would leave because of a card that another has just written
         return
     tracker = build_tracker(experiment, run, ranks.is_main, record)
-    keep = callbacks.Keeper(experiment, run, intensity, shown, tracker, record)
+    on_main = callbacks.EpochCallbacks(experiment, run, intensity, samples, tracker, record)
 
     def after_epoch(state: engine.TrainState, metrics: dict[str, float]) -> None:
-        _do_on_main(lambda: keep.keep_epoch(state, metrics), ranks)
+        with _problems_on_every_rank(ranks):
+            if ranks.is_main:
+                on_main.end_epoch(state, metrics)
         report(metrics)
 
     exit_code = 1
     try:
-        with trace_steps(run.path) if profile and ranks.is_main else nullcontext(lambda: None) as traced:
+        with trace_steps(run.path) if profile and ranks.is_main else nullcontext(lambda: None) as step_traced:
 
             def after_step(*at: int) -> None:
-                traced()
+                step_traced()
                 if ranks.is_main:
-                    keep.print_progress(*at)
+                    on_main.print_progress(*at)
 
-            engine.fit(experiment, state, source.loaders, intensity, ranks, after_epoch, after_step)
-        _do_on_main(lambda: keep.finish(state), ranks)
+            engine.fit(experiment, state, data.loaders, intensity, ranks, after_epoch, after_step)
+        with _problems_on_every_rank(ranks):
+            if ranks.is_main:
+                on_main.finish(state)
         if ranks.is_main:
-            keep.hand_on(shards)
+            tracker.artifact(checkpoint.find(run.path, "best").path, shards.fingerprint)
         exit_code = 0
     except engine.NonFiniteLoss as error:
-        raise UserError(_say_non_finite(error, source)) from error
+        raise UserError(_non_finite_message(error, data)) from error
     finally:
-        keep.close()
+        on_main.close()
         tracker.finish(exit_code)
 
 
-def open_source(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, data_loading.Source, FrameRows]:
-    """The groups from memory or from a stream, as the run has it from here on, and the images that the keeper shows.
+def _open_training_data(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, TrainingData, FrameRows]:
+    """The run with how it reads its shards, the opened groups, and the images whose predictions are kept."""
+    ingest = data_loading.choose(experiment, shards, run_directory.recorded_ingest(run), ranks)
+    group = "val" if "val" in shards.groups else "test"
+    with _problems_on_every_rank(ranks):
+        run = run_directory.record_ingest(run, ingest, ranks.is_main)
+        data = data_loading.open_groups(shards, ingest, ranks)
+        samples = data.rows(group, callbacks.sample_rows(shards.num_rows(group)))
+    return run, data, samples
 
-    Raises UserError on every rank at once.
+
+@contextmanager
+def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
+    """Raise a rank's UserError, or its disk's refusal, on every rank, or the others would wait for it.
+
+    A StorageError passes through: the store may answer at the next try.
     """
-    chosen = data_loading.choose(experiment, shards, run_directory.begun_ingest(run), ranks)
-    shown_group = "val" if "val" in shards.groups else "test"
-    opened: list[tuple[Run, data_loading.Source, FrameRows]] = []
-
-    def open_here() -> None:
-        kept = run_directory.keep_ingest(run, chosen, ranks.is_main)
-        source = data_loading.open_groups(shards, chosen, ranks)
-        opened.append((kept, source, source.rows(shown_group, callbacks.sample_rows(shards.num_rows(shown_group)))))
-
-    raise_first_problem(_problem_of(open_here), ranks)
-    return opened[0]
-
-
-def _problem_of(work: Callable[[], None]) -> str | None:
-    """The sentence of the UserError that some work raises, or of a disk that refuses; None where it raises none.
-
-    A StorageError passes through: that store may answer at the next try.
-    """
+    problem = None
     try:
         with io_errors_as_user_errors():
-            work()
+            yield
     except StorageError:
         raise
     except UserError as error:
-        return str(error)
-    return None
-
-
-def _do_on_main(work: Callable[[], None], ranks: Ranks) -> None:
-    """Do some work on the first rank; raises UserError on all of them where it fails, or the others would wait for it."""
-    raise_first_problem(_problem_of(work) if ranks.is_main else None, ranks)
+        problem = str(error)
+    raise_first_problem(problem, ranks)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for the several kinds of error that say that memory is short, on a GPU or a CPU."""
-    said = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(said, str(error)) is not None
+    """True for the several kinds of error that report that memory is short, on a GPU or a CPU."""
+    message = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 
 
-def _say_out_of_memory(experiment: Experiment, ranks: Ranks) -> str:
+def _out_of_memory_message(experiment: Experiment, ranks: Ranks) -> str:
     train, image = experiment.train, experiment.image
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
     held = f"{mine.stop - mine.start} of a batch's {train.batch_size} images of {image.height} x {image.width}"
     return (
         f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {held}: raise --train.accumulate, use more "
-        "--workers, or a smaller --train.batch-size or --model.backbone; what was complete is kept."
+        "--workers, or a smaller --train.batch-size or --model.backbone; complete checkpoints are kept."
     )
 
 
 def resume(state: engine.TrainState, run: Run) -> list[dict]:
-    """Go on from the run's last checkpoint, if there is one; returns the record up to it."""
+    """Load the run's last checkpoint, if there is one; returns the record up to it."""
     found = checkpoint.last(run.path)
     if found is None:
         return []
@@ -184,8 +178,8 @@ def resume(state: engine.TrainState, run: Run) -> list[dict]:
     return record
 
 
-def _say_non_finite(error: engine.NonFiniteLoss, source: data_loading.Source) -> str:
-    names = sorted(set(source.rows("train", error.rows).table["patient"].to_pylist()))
+def _non_finite_message(error: engine.NonFiniteLoss, data: TrainingData) -> str:
+    names = sorted(set(data.rows("train", error.rows).table["patient"].to_pylist()))
     kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
     return (
         f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower --optim.lr "

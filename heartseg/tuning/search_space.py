@@ -6,21 +6,19 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from heartseg.config.experiment import Experiment, from_json, to_json
+from heartseg.config.experiment import Experiment, flatten, from_json, to_json
+from heartseg.config.training import LossKind, ScheduleKind
 from heartseg.errors import UserError, require
-
-Schedule = Literal["constant", "step", "multistep", "exponential", "polynomial", "cosine", "restarts", "one_cycle", "plateau"]
 
 
 @dataclass(frozen=True)
 class SearchSpace:
     """What is varied; an empty list leaves the recipe's value."""
 
-    schedules: tuple[Schedule, ...] = ("constant", "polynomial", "cosine", "one_cycle")
+    schedules: tuple[ScheduleKind, ...] = ("constant", "polynomial", "cosine", "one_cycle")
     """Shapes of the learning rate over the run."""
     lr_factors: tuple[float, float] = (0.3, 3.0)
     """Lowest and highest base rate, as multiples of the recipe's; drawn evenly in the logarithm."""
@@ -34,7 +32,7 @@ class SearchSpace:
     """Weight decays."""
     batch_size: tuple[int, ...] = ()
     """Images in a batch."""
-    losses: tuple[Literal["cross_entropy", "dice_cross_entropy"], ...] = ()
+    losses: tuple[LossKind, ...] = ()
     """Losses."""
     changes: tuple[str, ...] = ()
     """For `--search changes`, a trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
@@ -79,7 +77,7 @@ def make_axes(space: SearchSpace, base: Experiment) -> Axes:
 
 
 def apply(base: Experiment, values: dict[str, object]) -> Experiment:
-    """The experiment with dotted fields set; raises UserError where a value is none of that field's."""
+    """The experiment with dotted fields set; raises UserError for a value that the field cannot have."""
     changed = to_json(base)
     for name, value in values.items():
         part, field = name.split(".")
@@ -88,12 +86,12 @@ def apply(base: Experiment, values: dict[str, object]) -> Experiment:
 
 
 def parse_change(text: str) -> dict[str, object]:
-    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError where it is not of that form."""
+    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError for any other form."""
     pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\.\w+=)", text)]
     if not all(
         re.fullmatch(r"\w+\.\w+", name.strip()) and value.strip(" ,") == value.strip() != "" for name, _, value in pairs
     ):
-        raise UserError(f"--space.changes {text!r} is no change: write part.field=value, several with commas.")
+        raise UserError(f"--space.changes {text!r} is not a change: write part.field=value, several with commas.")
     values = {}
     for name, _, value in pairs:
         try:
@@ -119,10 +117,10 @@ def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
 
 
 def describe(own: dict, values: dict) -> str:
-    """What a point changes of the recipe, as it is asked for; `-` for the recipe itself."""
-    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-    changed = [f"{name}={told[name]}" for name, value in values.items() if value != own.get(name)]
-    return ",".join(changed) or "-"
+    """What a point changes of the recipe, in the words of --space.changes; `-` for the recipe itself."""
+    changed = {name: value for name, value in values.items() if value != own.get(name)}
+    texts = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items())
+    return ",".join(texts) or "-"
 
 
 def grid(axes: Axes, lr_points: int, seed: int) -> list[dict]:
@@ -157,9 +155,7 @@ def check_points(base: Experiment, axes: Axes, check: Callable[[Experiment], Non
 
 def values_of(base: Experiment, axes: Iterable[str]) -> dict:
     """The recipe's own values on the axes; raises UserError for a field that no experiment has."""
-    told = to_json(base)
+    known = flatten(to_json(base))
     for name in axes:
-        part, _, field = name.partition(".")
-        if not isinstance(told.get(part), dict) or field not in told[part]:
-            raise UserError(f"The search space names {name}, which no experiment has: see train.py --help.")
-    return {name: told[name.split(".")[0]][name.split(".")[1]] for name in axes}
+        require(name in known, f"The search space names {name}, which no experiment has: see train.py --help.")
+    return {name: known[name] for name in axes}

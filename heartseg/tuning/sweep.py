@@ -1,6 +1,6 @@
 """A sweep's directory: its trials as runs in `trials/`, how each of them ended, the table of them all and the winner.
 
-Whatever a sweep knows is read from here, so that the same command goes on where a killed one was.
+A sweep has no other state, so the same command resumes one that was killed.
 """
 
 import math
@@ -13,8 +13,8 @@ import numpy as np
 import pandas
 import pyarrow as pa
 
-from heartseg.config.experiment import Experiment, canonical, first_difference, from_json, identity, to_json
-from heartseg.errors import UserError, require
+from heartseg.config.experiment import Experiment, canonical, from_json, identity, to_json
+from heartseg.errors import require
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -22,16 +22,16 @@ from heartseg.training.run_directory import Run
 from heartseg.tuning.search_space import SearchSpace, apply, describe
 
 DESCRIPTION, SUGGESTION, OUTCOME, TRIALS = "sweep.json", "trial.json", "outcome.json", "trials"
-# What a trial's process last said before it gave up.
+# The error that ended a trial's process.
 ERROR = "error.txt"
-# How a trial can have ended; one without an outcome is to be trained (on).
+# How a trial can have ended; one without an outcome is trained, or resumed.
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 METRIC = "val/dice"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides which trials there are and which of them go on."""
+class SweepPlan:
+    """What decides which trials there are and which of them are stopped early."""
 
     space: SearchSpace = field(default_factory=SearchSpace)
     search: Literal["random", "grid", "optuna", "changes"] = "random"
@@ -42,9 +42,9 @@ class Plan:
     stop_early: bool = True
     """Stop trials early that do worse than others did at the same epoch (ASHA, arXiv 1810.05934)."""
     grace_epochs: int = 0
-    """Epochs that no trial is stopped before; 0 takes two, or the warm-up and one more: before, ranks tell of the warm-up."""
+    """Epochs that no trial is stopped before; 0 takes two, or the warm-up and one more: earlier, ranks reflect the warm-up."""
     reduction: float = 3.0
-    """Of the trials that come to a rung, about one in so many goes on; each rung is so many times later than the last."""
+    """Of the trials that come to a rung, about one in so many continues; each rung is so many times later than the last."""
 
     def __post_init__(self):
         require(self.search_seed >= 0, "--search-seed must be at least 0.")
@@ -52,7 +52,7 @@ class Plan:
         require(self.reduction > 1, "--reduction must be above 1.")
 
 
-def first_rung(plan: Plan, base: Experiment) -> int:
+def first_rung(plan: SweepPlan, base: Experiment) -> int:
     """The epoch at which trials are first compared."""
     warmup = max([base.schedule.warmup_epochs, *plan.space.warmup_epochs])
     return plan.grace_epochs or max(2, math.ceil(warmup) + 1)
@@ -89,29 +89,23 @@ class Trial:
 
 
 def open_sweep(
-    base: Experiment, shards: Shards, plan: Plan, name: str = "", fresh: bool = False, ingest: str = "auto"
+    base: Experiment, shards: Shards, plan: SweepPlan, name: str = "", fresh: bool = False, ingest: str = "auto"
 ) -> Sweep:
     """Begin a sweep, or find the one that the same command began; more trials or other workers are the same sweep.
 
-    All trials read shards the same way: as the sweep began, else by `ingest`. Raises UserError where the directory holds
-    another sweep or a run, and for a name that is none.
+    All trials read shards the same way: as the sweep began, otherwise by `ingest`. Raises UserError if the directory holds
+    another sweep or a run, and for a name that cannot be a folder's.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
-    require(not name or re.fullmatch(r"\w[\w.-]*", name) is not None, f"--sweep-name {name!r} is no name for a folder.")
+    require(not name or re.fullmatch(r"\w[\w.-]*", name) is not None, f"--sweep-name {name!r} cannot be the name of a folder.")
     digest = filesystem.sha256(canonical(asked))[:8]
     name = name if name and not fresh else run_directory.generation_name(base.runs, name or f"tune-{base.name}-{digest}", fresh)
     path = filesystem.join(base.runs, name)
     described = filesystem.join(path, DESCRIPTION)
-    if filesystem.exists(described):
-        there = filesystem.read_json(described)
-        difference = first_difference({key: there.get(key) for key in asked}, asked)
-        if difference:
-            raise UserError(f"{path} holds another sweep ({difference}): give --fresh or --sweep-name.")
-    else:
-        require(
-            not filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION)),
-            f"{path} is a run's: give another --sweep-name.",
-        )
+    there = run_directory.read_matching(described, asked, "sweep")
+    if there is None:
+        is_free = not filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION))
+        require(is_free, f"{path} is a run's folder: give another --sweep-name.")
         there = asked | {"dataset": shards.manifest["dataset"], "wandb_id": uuid.uuid4().hex[:12], "ingest": ingest}
         there |= {"groups": {group: len(patients) for group, patients in shards.groups.items()}}
         there |= {"experiment": to_json(base)}  # as it was begun
@@ -123,21 +117,21 @@ def open_sweep(
 
 
 def find_sweep(path: str) -> Sweep:
-    """The sweep in a folder, as it was begun; raises UserError where there is none."""
+    """The sweep in a folder, as it was begun; raises UserError if the folder has none."""
     there = filesystem.read_json(filesystem.join(path, DESCRIPTION))
     return Sweep(path, replace(from_json(there["experiment"]), runs=filesystem.join(path, TRIALS)), there)
 
 
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
-    """Write down that a trial is to be trained; its folder is called by its number and its schedule."""
+    """Record a trial that is to be trained; its folder is named by its number and its schedule."""
     experiment = apply(sweep.base, values)
     name = f"{number:03d}-{experiment.schedule.kind}"
     filesystem.publish_json(filesystem.join(sweep.base.runs, name, SUGGESTION), {"number": number, "values": values})
     return Trial(run_directory.open_run(experiment, shards, name=name), number, values)
 
 
-def mend_trials(sweep: Sweep, shards: Shards) -> None:
-    """Complete what a kill between a suggestion and its run has left."""
+def repair_incomplete_trials(sweep: Sweep, shards: Shards) -> None:
+    """Complete the trials of which a kill left the suggestion without its run."""
     for name in filesystem.list_names(sweep.base.runs):
         path = filesystem.join(sweep.base.runs, name)
         if filesystem.exists(filesystem.join(path, SUGGESTION)) and not filesystem.exists(
@@ -152,25 +146,24 @@ def read_trials(sweep: Sweep) -> list[Trial]:
     for name in filesystem.list_names(sweep.base.runs):
         path = filesystem.join(sweep.base.runs, name)
         if filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION)):
-            said = filesystem.read_json(filesystem.join(path, SUGGESTION))
-            outcome = filesystem.join(path, OUTCOME)
+            suggestion, outcome = filesystem.join(path, SUGGESTION), filesystem.join(path, OUTCOME)
             ended = filesystem.read_json(outcome) if filesystem.exists(outcome) else {}
-            trials.append(Trial(run_directory.find_run(path), **said, **ended))
+            trials.append(Trial(run_directory.find_run(path), **filesystem.read_json(suggestion), **ended))
     return sorted(trials, key=lambda trial: trial.number)
 
 
 def end_trial(path: str, state: str, reason: str = "") -> None:
-    """Write down how a trial has ended: finished, stopped early, or failed for a reason; the first word counts."""
+    """Record how a trial has ended: finished, stopped early, or failed for a reason; the first outcome stays."""
     if filesystem.exists(filesystem.join(path, OUTCOME)):
         return
     filesystem.publish_json(filesystem.join(path, OUTCOME), {"state": state, "reason": reason})
 
 
 def forget_failures(sweep: Sweep) -> None:
-    """Make failed trials ones that are to be trained on."""
+    """Let failed trials be resumed."""
     for trial in read_trials(sweep):
         if trial.state == FAILED:
-            # What it died of before is not what it may die of now.
+            # The error of the next try may be another.
             filesystem.remove(filesystem.join(trial.run.path, ERROR))
             filesystem.remove(filesystem.join(trial.run.path, OUTCOME))
 
@@ -178,7 +171,7 @@ def forget_failures(sweep: Sweep) -> None:
 def tabulate(sweep: Sweep) -> pandas.DataFrame:
     """One row a trial, the best first: what it varied, how it ended, epochs, seconds, best and last validation Dice.
 
-    `rank` counts finished trials before the others: a stopped one was not let to show its best.
+    `rank` counts finished trials before the others: a stopped one could not show its best.
     """
     rows, trials = [], read_trials(sweep)
     is_listed = sweep.description["plan"]["search"] == "changes"
@@ -206,14 +199,14 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
 
 def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
     """Epochs trained, and epochs that the same trials would have taken without early stopping; failed ones left out."""
-    told = table[table["state"].isin((FINISHED, STOPPED))]
-    return int(told["epochs"].sum()), len(told) * sweep.base.train.epochs
+    counted = table[table["state"].isin((FINISHED, STOPPED))]
+    return int(counted["epochs"].sum()), len(counted) * sweep.base.train.epochs
 
 
 def winner(sweep: Sweep, table: pandas.DataFrame) -> Experiment | None:
-    """The best finished trial as a complete experiment that jobs/train.py reproduces; None where no trial finished.
+    """The best finished trial as a complete experiment that jobs/train.py reproduces; None if no trial finished.
 
-    It was chosen on `val/dice` of patients who were held out of the training group, and on no reported group.
+    It was chosen on `val/dice` of patients held out of the training group, and on no reported group.
     """
     finished = table[(table["state"] == FINISHED) & table[f"best {METRIC}"].notna()]
     if finished.empty:

@@ -19,7 +19,7 @@ from heartseg.shards.writer import MANIFEST, SPLITS, listing_hash, part_names
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.worker import open_data
-from heartseg.tuning.sweep import Plan, find_sweep, read_trials
+from heartseg.tuning.sweep import SweepPlan, find_sweep, read_trials
 from jobs.support import command_line, evaluation_plan
 
 Kind = Literal["preprocess", "tune", "train", "evaluate", "pool", "predict"]
@@ -36,7 +36,7 @@ class Work:
     """Train on each of this many folds and pool the scores, each patient's by the model that has not seen it; 0: no folds."""
     tune: int = 0
     """Trials of a sweep whose winner is trained; 0 trains the recipe itself."""
-    plan: Annotated[Plan, command_line.FLAT] = field(default_factory=Plan)
+    plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     retry_failed: bool = False
     """Resume the sweep's failed trials."""
     max_quarantined: float = 0.01
@@ -47,7 +47,7 @@ class Work:
     def __post_init__(self):
         require(self.folds == 0 or self.folds >= 2, "--folds must be at least 2, or 0 for none.")
         require(self.tune >= 0, "--tune must be at least 0.")
-        require(self.tune > 0 or self.plan == Plan(), "Options of a sweep are given, but no sweep: add --tune TRIALS.")
+        require(self.tune > 0 or self.plan == SweepPlan(), "Options of a sweep are given, but no sweep: add --tune TRIALS.")
 
 
 @dataclass(frozen=True)

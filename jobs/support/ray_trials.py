@@ -25,8 +25,8 @@ from heartseg.tuning.sweep import (
     FINISHED,
     METRIC,
     STOPPED,
-    Plan,
     Sweep,
+    SweepPlan,
     Trial,
     add_trial,
     end_trial,
@@ -66,7 +66,7 @@ def train_trial(config: dict) -> None:
 class Suggestions(Searcher):
     """Trials to train: first those that an earlier command left unfinished, then new ones, starting with the recipe itself."""
 
-    def __init__(self, sweep: Sweep, shards: Shards, plan: Plan, num_trials: int, resources: dict):
+    def __init__(self, sweep: Sweep, shards: Shards, plan: SweepPlan, num_trials: int, resources: dict):
         super().__init__(metric=METRIC, mode="max")
         self.sweep, self.shards, self.plan, self.num_trials, self.resources = sweep, shards, plan, num_trials, resources
         known = read_trials(sweep)
@@ -131,7 +131,7 @@ class Suggestions(Searcher):
     restore = save
 
 
-def build_model_search(axes: search_space.Axes, plan: Plan, known: list[Trial]) -> Searcher:
+def build_model_search(axes: search_space.Axes, plan: SweepPlan, known: list[Trial]) -> Searcher:
     """Optuna's tree of Parzen estimators, with the scores of the trials of an earlier command."""
     from ray.tune.search.optuna import OptunaSearch
 
@@ -154,7 +154,7 @@ class Rungs(ASHAScheduler):
     Tune does not store its rungs, and gives a resumed trial a new id: here a trial's id is its run's name.
     """
 
-    def __init__(self, plan: Plan, grace: int, epochs: int):
+    def __init__(self, plan: SweepPlan, grace: int, epochs: int):
         # There is no rung at the last epoch: a trial that reaches it has finished.
         super().__init__(
             time_attr="epoch", max_t=epochs - 1, grace_period=grace, reduction_factor=plan.reduction, stop_last_trials=False
@@ -210,7 +210,7 @@ def _as_trial(path: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(trial_id=filesystem.last_part(path))
 
 
-def build_scheduler(plan: Plan, base: Experiment, known: list[Trial]) -> TrialScheduler:
+def build_scheduler(plan: SweepPlan, base: Experiment, known: list[Trial]) -> TrialScheduler:
     """Early stopping, if it is asked for and there is an epoch to save."""
     grace, epochs = first_rung(plan, base), base.train.epochs
     if plan.stop_early and grace < epochs:

@@ -35,17 +35,3 @@ def test_the_seeds_network_takes_its_batch_and_gives_four_maps(batch):
     # ResNet-101 has 33 bottlenecks of three convolutions, a stem and four shortcuts.
     backbone = network.network.backbone
     assert sum(isinstance(m, torch.nn.Conv2d) for m in backbone.modules()) == 33 * 3 + 1 + 4
-
-
-def test_the_seeds_optimizer_is_sgd_at_a_thousandth_with_a_falling_schedule():
-    from heartseg.training.lr_schedules import lr_multiplier
-    from heartseg.training.optimizers import build_optimizer
-
-    recipe = seed()
-    optimizer = build_optimizer(recipe.optim, torch.nn.Linear(2, 2))
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.001}
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
-    total = 170 * 133
-    rates = [lr_multiplier(recipe.schedule, step, total, 133) for step in range(0, total, 133)]
-    assert rates[0] == 1.0 and all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from heartseg.training import worker
+from heartseg.training.distributed import Ranks
 from helpers.experiments import ROOT
 
 # In a mount namespace of its own: the run's disk is full, before its first epoch, at its pictures or at its end.
@@ -73,8 +74,8 @@ def test_a_full_disk_is_a_sentence_at_a_runs_beginning_at_its_pictures_and_at_it
 
 
 def test_another_error_than_a_refusal_is_no_sentence():
-    with pytest.raises(FileNotFoundError):
-        worker._problem_of(Path("/nowhere/at/all").read_bytes)
+    with pytest.raises(FileNotFoundError), worker._problems_on_every_rank(Ranks(0, 1, torch.device("cpu"))):
+        Path("/nowhere/at/all").read_bytes()
 
 
 @pytest.mark.parametrize(

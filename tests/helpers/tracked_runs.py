@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 from heartseg.config.experiment import TrackingConfig
 from heartseg.shards.reader import open_shards
 from heartseg.training import run_directory
+from heartseg.training.run_directory import Run
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.wandb_server import KEY, Server
 
@@ -24,9 +24,9 @@ from heartseg.config.experiment import from_json
 from heartseg.training import run_directory, wandb_logger
 logging.basicConfig(level=logging.INFO)
 run, epochs, pause_s = run_directory.find_run(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, run_directory.read_record(run.path))
-record, slowest_s = [], 0.0
-for epoch in range(1, epochs + 1):
+record, slowest_s = run_directory.read_record(run.path), 0.0
+tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, record)
+for epoch in range(len(record) + 1, epochs + 1):
     record.append({"epoch": epoch, "test/dice": epoch / epochs})
     run_directory.write_record(run.path, record)
     began = time.monotonic()
@@ -55,10 +55,15 @@ def start(shards: str, folder: Path, epochs: int = EPOCHS, **environment: str) -
         )
 
 
-def track(shards: str, folder: Path, epochs: int, pause_s: float, **environment: str) -> tuple[Path, dict, str]:
-    """Track a run in a process of its own: the run, the seconds that calls took, and what was said."""
+def tracked_run(shards: str, folder: Path) -> Run:
+    """The run of a tiny experiment that is tracked."""
     experiment = tiny_experiment(data=shards, runs=str(folder), tracking=TrackingConfig())
-    run = run_directory.open_run(experiment, open_shards(shards))
+    return run_directory.open_run(experiment, open_shards(shards))
+
+
+def track(shards: str, folder: Path, epochs: int, pause_s: float, **environment: str) -> tuple[Path, dict, str]:
+    """Track that run in a process of its own, or resume it: the run, the seconds that calls took, and the output."""
+    run = tracked_run(shards, folder)
     command = [sys.executable, "-c", TRACKS, run.path, str(epochs), str(pause_s)]
     said = subprocess.run(command, capture_output=True, text=True, env=os.environ | FAST | environment, timeout=200)
     assert said.returncode == 0, said.stderr
@@ -71,19 +76,14 @@ def finish(process: subprocess.Popen, folder: Path) -> str:
     return folder.with_suffix(".log").read_text()
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Wait until a condition holds; fails where the process ends before."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the training ended first"
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def kill_after(condition, process: subprocess.Popen) -> None:
     """SIGKILL as soon as a condition holds: no handler runs, nothing is finished."""
-    wait_for(condition, process)
-    process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the training ended first"
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.02)
+    process.kill()
     process.wait()
 
 

@@ -22,8 +22,6 @@ class SentRun:
     """What a run has sent: its configuration, its rows by line, when each came first, and how it ended."""
 
     config: dict = field(default_factory=dict)
-    tags: list[str] = field(default_factory=list)
-    group: str | None = None
     lines: dict[str, dict[int, str]] = field(default_factory=dict)
     arrivals: dict[int, float] = field(default_factory=dict)
     exit_code: int | None = None
@@ -131,7 +129,6 @@ class Handler(BaseHTTPRequestHandler):
         name, is_new = asked["name"], asked["name"] not in self.server.runs
         run = self.server.runs.setdefault(name, SentRun())
         run.config |= {key: item["value"] for key, item in json.loads(asked.get("config") or "{}").items()}
-        run.tags, run.group = asked.get("tags") or run.tags, asked.get("groupName") or run.group
         bucket = resumed(name, run) | {"project": project(asked["project"]), "description": None, "sweepName": None}
         return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
@@ -180,7 +177,7 @@ def resumed(name: str, run: SentRun) -> dict:
     lines = run.lines.get(HISTORY, {})
     events = run.lines.get("wandb-events.jsonl", {})
     return {
-        "id": f"id-{name}", "name": name, "displayName": name, "notes": None, "tags": run.tags,
+        "id": f"id-{name}", "name": name, "displayName": name, "notes": None, "tags": [],
         "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
         "wandbConfig": json.dumps({"t": 1}),
         "summaryMetrics": json.dumps(run.rows()[-1] if lines else {}),

@@ -60,7 +60,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (preprocess.job, ["quick", "--source", "{empty}", "--out", "/tmp/x"], "holds no database_nifti"),
         (evaluate.job, [], "--checkpoint is missing"),
         (evaluate.job, ["--checkpoint", "/nowhere"], "/nowhere does not exist"),
-        (evaluate.job, ["--checkpoint", "{empty}"], "is no checkpoint"),
+        (evaluate.job, ["--checkpoint", "{empty}"], "is not a checkpoint"),
         (evaluate.job, ["--group", "bogus"], "bogus"),
     ],
 )

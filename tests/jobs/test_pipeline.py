@@ -15,7 +15,7 @@ from heartseg.config.experiment import SplitConfig, to_json
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
 from heartseg.tuning.search_space import SearchSpace
-from heartseg.tuning.sweep import Plan
+from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.local_cluster import begin_until
 from jobs import pipeline
@@ -128,7 +128,7 @@ def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path
     for options, says in [
         (lambda: pipeline.Options(work=Work(predict=str(tmp_path / "nowhere"))), "nowhere"),
         (lambda: pipeline.Options(force=("train",), until="preprocess"), "--force train lies outside"),
-        (lambda: pipeline.Options(work=Work(plan=Plan(search="grid"))), "add --tune TRIALS"),
+        (lambda: pipeline.Options(work=Work(plan=SweepPlan(search="grid"))), "add --tune TRIALS"),
     ]:
         with pytest.raises(UserError, match=says):
             pipeline.run(tiny(phantom, tmp_path / "out"), options())
@@ -198,8 +198,8 @@ def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phanto
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(),
-        Plan(SearchSpace(("cosine", "step"), changes=("optim.lr=0.1",)), "changes", stop_early=False, reduction=4.0),
+        SweepPlan(),
+        SweepPlan(SearchSpace(("cosine", "step"), changes=("optim.lr=0.1",)), "changes", stop_early=False, reduction=4.0),
     ],
 )
 def test_a_sweeps_plan_survives_its_flags(plan):

@@ -10,7 +10,17 @@ from heartseg.shards.reader import hold_out, open_shards
 from heartseg.storage import filesystem
 from heartseg.tuning import search_space
 from heartseg.tuning.search_space import SearchSpace
-from heartseg.tuning.sweep import ERROR, FAILED, METRIC, Plan, add_trial, end_trial, forget_failures, open_sweep, read_trials
+from heartseg.tuning.sweep import (
+    ERROR,
+    FAILED,
+    METRIC,
+    SweepPlan,
+    add_trial,
+    end_trial,
+    forget_failures,
+    open_sweep,
+    read_trials,
+)
 from helpers.experiments import tiny_experiment
 from jobs.support import ray_trials
 
@@ -28,7 +38,7 @@ def base(shards, tmp_path):
 
 def test_optuna_skips_points_that_are_trials_already_until_the_space_is_used_up(base, held):
     space = SearchSpace(schedules=("cosine", "step", "constant"), lr_factors=(1.0, 1.0), momentum=(0.5, 0.9))
-    plan = Plan(space, search="optuna")
+    plan = SweepPlan(space, search="optuna")
     sweep = open_sweep(base, held, plan)
     asked, given_out = ray_trials.Suggestions(sweep, held, plan, 12, {}), []
     while (point := asked.suggest(str(len(given_out)))) != "FINISHED":
@@ -50,7 +60,7 @@ def test_a_sweep_cannot_vary_the_length_that_its_trials_are_compared_over(base):
 
 
 def test_a_failed_trial_that_is_resumed_forgets_its_error(base, held):
-    sweep = open_sweep(base, held, Plan())
+    sweep = open_sweep(base, held, SweepPlan())
     trial = add_trial(sweep, held, 0, {"schedule.kind": "cosine"})
     filesystem.publish(filesystem.join(trial.run.path, ERROR), b"no space")
     end_trial(trial.run.path, FAILED, "no space")

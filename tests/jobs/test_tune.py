@@ -23,8 +23,8 @@ from heartseg.tuning.sweep import (
     FINISHED,
     METRIC,
     STOPPED,
-    Plan,
     Sweep,
+    SweepPlan,
     epochs_saved,
     find_sweep,
     read_trials,
@@ -52,7 +52,7 @@ def small_sweep(ray_session, shards, tmp_path_factory) -> Sweep:
     unclipped = replace(experiment.optim, clip_norm=0.0)
     experiment = replace(experiment, train=replace(experiment.train, holdout=0.3), optim=unclipped)
     space = SearchSpace(schedules=("cosine",), lr_factors=(1.0, 1e7), lr_points=2)
-    options = tune.Options(plan=Plan(space, search="grid", stop_early=False), trials=2)
+    options = tune.Options(plan=SweepPlan(space, search="grid", stop_early=False), trials=2)
     sweep = tune.run(experiment, options)
     assert tune.run(experiment, options).path == sweep.path  # again: nothing is left to do
     return sweep

@@ -1,6 +1,7 @@
 """A checkpoint is complete or ignored, and a run's folder is found again only by the same experiment."""
 
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -50,24 +51,6 @@ def test_weights_and_training_state_come_back_as_they_were_saved(run):
     assert state == {key: value for key, value in STATE.items() if key != "model"}
 
 
-def test_an_optimizers_state_goes_on_as_if_it_had_never_been_saved(run):
-    def trained(steps: int, state: dict | None = None):
-        weight = torch.nn.Parameter(torch.ones(3))
-        optimizer = torch.optim.AdamW([weight], lr=0.1)
-        if state:
-            weight.data = state["model"]
-            optimizer.load_state_dict(state["optimizer"])
-        for _ in range(steps):
-            optimizer.zero_grad()
-            (weight**2).sum().backward()
-            optimizer.step()
-        return weight.detach(), optimizer
-
-    weight, optimizer = trained(2)
-    checkpoint.save(run, {"w": weight}, {"model": weight, "optimizer": optimizer.state_dict()}, {"epoch": 1, "metrics": {}})
-    assert torch.equal(trained(2, checkpoint.find(run).training_state())[0], trained(4)[0])
-
-
 class Stranger:
     """Something that only unpickling could bring back."""
 
@@ -83,33 +66,31 @@ def test_a_folder_without_its_card_is_ignored(run):
     torn = save(run, 2, 0.95)
     os.remove(os.path.join(torn.path, checkpoint.CARD))
     assert epochs(run) == [1] and checkpoint.last(run).epoch == checkpoint.best(run).epoch == checkpoint.find(run).epoch == 1
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.find(torn.path)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_altered_weights_are_refused_by_name(damage, run):
-    path = os.path.join(save(run, 1).path, checkpoint.WEIGHTS)
-    size = os.path.getsize(path)
-    {"flip": lambda: flip(path, size - 1), "truncate": lambda: os.truncate(path, size - 4), "remove": lambda: os.remove(path)}[
-        damage
-    ]()
-    with pytest.raises(UserError, match=r"model\.safetensors are damaged"):
-        checkpoint.find(run).weights()
+READS = {
+    checkpoint.WEIGHTS: lambda run: checkpoint.find(run).weights(),
+    checkpoint.TRAINING: lambda run: checkpoint.find(run).training_state(),
+    checkpoint.CARD: checkpoint.find,
+}
+DAMAGES = {
+    "flip": lambda path: flip(path, os.path.getsize(path) - 1),
+    "truncate": lambda path: os.truncate(path, 10),
+    "remove": os.remove,
+}
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_damaged_training_state_is_refused_by_name(damage, run):
-    path = os.path.join(save(run, 1).path, checkpoint.TRAINING)
-    os.truncate(path, 10) if damage == "truncate" else os.remove(path)
-    with pytest.raises(UserError, match=r"training\.pt"):
-        checkpoint.find(run).training_state()
-
-
-def test_a_damaged_card_is_refused_by_name(run):
-    os.truncate(os.path.join(save(run, 1).path, checkpoint.CARD), 10)
-    with pytest.raises(UserError, match=r"checkpoint\.json is missing or no valid JSON"):
-        checkpoint.find(run)
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [(checkpoint.WEIGHTS, damage) for damage in DAMAGES]
+    + [(checkpoint.TRAINING, "truncate"), (checkpoint.TRAINING, "remove"), (checkpoint.CARD, "truncate")],
+)
+def test_a_damaged_file_is_refused_by_name(file, damage, run):
+    DAMAGES[damage](os.path.join(save(run, 1).path, file))
+    with pytest.raises(UserError, match=f"{re.escape(file)} (is|are) (damaged|missing or no valid JSON)"):
+        READS[file](run)
 
 
 def test_saving_an_epoch_again_replaces_it(run):
@@ -119,23 +100,15 @@ def test_saving_an_epoch_again_replaces_it(run):
     assert sorted(os.listdir(again.path)) == sorted([checkpoint.CARD, checkpoint.TRAINING, checkpoint.WEIGHTS])
 
 
-def test_last_is_the_newest_and_best_the_highest_on_validation(run):
-    for epoch, dice in enumerate([0.3, 0.8, 0.5], start=1):
+@pytest.mark.parametrize(
+    ("dices", "last", "best"),
+    [({1: 0.3, 2: 0.8, 3: 0.5}, 3, 2), ({1: None, 2: None}, 2, 2), ({9999: 0.1, 10000: 0.2}, 10000, 10000)],
+)
+def test_last_is_the_newest_and_best_the_highest_on_validation_or_else_the_last(run, dices, last, best):
+    for epoch, dice in dices.items():
         save(run, epoch, dice)
-    assert checkpoint.find(run).epoch == 3 and checkpoint.find(run, "best").epoch == 2
-    assert checkpoint.find(os.path.join(run, "checkpoints", "epoch_0001")).epoch == 1
-
-
-def test_without_a_validation_group_best_is_the_last(run):
-    save(run, 1)
-    save(run, 2)
-    assert checkpoint.best(run) is None and checkpoint.find(run, "best").epoch == 2
-
-
-def test_last_is_the_newest_beyond_9999_epochs(run):
-    save(run, 9999)
-    save(run, 10000)
-    assert checkpoint.last(run).epoch == 10000
+    assert checkpoint.find(run).epoch == last and checkpoint.find(run, "best").epoch == best
+    assert all(checkpoint.find(os.path.join(run, "checkpoints", f"epoch_{epoch:04d}")).epoch == epoch for epoch in dices)
 
 
 @settings(max_examples=25, deadline=None)
@@ -154,7 +127,7 @@ def test_after_each_epoch_only_the_last_and_the_best_are_kept(dices, tmp_path_fa
 def test_a_run_without_checkpoints_or_none_at_all_is_refused(tmp_path):
     with pytest.raises(UserError, match="gone does not exist"):
         checkpoint.find(str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.find(str(tmp_path))
     assert checkpoint.last(str(tmp_path)) is None
 
@@ -222,7 +195,7 @@ def test_a_run_of_another_configuration_or_other_data_is_refused_by_its_first_fi
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         run_directory.find_run(str(tmp_path))
 
 

@@ -128,7 +128,7 @@ def parted(phantom, tmp_path_factory) -> str:
     return folder
 
 
-def opened_as(kind: str, folder: str) -> data_loading.Source:
+def opened_as(kind: str, folder: str) -> data_loading.TrainingData:
     return data_loading.open_groups(reader.open_shards(folder), kind, ALONE)
 
 

@@ -1,5 +1,6 @@
-"""An epoch's end: nothing is kept of weights that its last update has ruined, and ranks evaluate one model."""
+"""What makes training fit and go fast changes no result, nothing is kept of ruined weights, and ranks evaluate one model."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -10,46 +11,91 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from heartseg.config.experiment import from_json, to_json
+from heartseg.config.experiment import ModelConfig
 from heartseg.errors import UserError
+from heartseg.metrics import segmentation
+from heartseg.metrics.segmentation import ScoreSums
 from heartseg.models import checkpoint
-from heartseg.shards.loader import Intensity, Loader, epoch_order
+from heartseg.models.deeplabv3 import build_model
+from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share
 from heartseg.shards.reader import open_shards
 from heartseg.shards.streaming_loader import stream_order
 from heartseg.training import distributed, engine, run_directory, worker
 from heartseg.training.distributed import Ranks
 from helpers.experiments import tiny_experiment
+from jobs import train as train_job
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def network() -> nn.Module:
-    """Three layers with batch statistics, the same at every call."""
+def network(norm: type[nn.Module] = nn.GroupNorm) -> nn.Module:
+    """A network of three layers that is the same at every call."""
     torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    middle = nn.GroupNorm(2, 8) if norm is nn.GroupNorm else norm(8)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), middle, nn.ReLU(), nn.Conv2d(8, 4, 1))
 
 
-def loader(rank: int = 0, world_size: int = 1) -> Loader:
-    """28 images, four batches of the tiny experiment's."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (28, 1, 16, 16), generator=generator, dtype=torch.uint8)
-    return Loader(images, (images[:, 0] // 64).byte(), rank, world_size)
+def with_train(**changes):
+    base = tiny_experiment()
+    return replace(base, train=replace(base.train, **changes))
 
 
-def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None) -> list[dict]:
-    """The metrics of each epoch; `ruin` is called with the state after the first one's last update."""
-    rows = loader(ranks.rank, ranks.world_size)
-    wrap = lambda model: distributed.wrap_model(model, ranks, experiment.train)  # noqa: E731
-    state, found = engine.start(experiment, network(), ranks, wrap), []
+def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    return torch.rand(size, 1, 16, 16, generator=generator), torch.randint(4, (size, 16, 16), generator=generator).byte()
+
+
+def started(experiment, ranks: Ranks, model: nn.Module) -> engine.TrainState:
+    return engine.start(experiment, model, ranks, lambda model: distributed.wrap_model(model, ranks, experiment.train))
+
+
+def train(experiment, ranks: Ranks = ALONE) -> tuple[engine.TrainState, list]:
+    """Two updates on one global batch: the state, and each step's loss and predictions."""
+    images, masks = batch(experiment.train.batch_size)
+    rows = share(experiment.train.batch_size, ranks.rank, ranks.world_size)
+    state = started(experiment, ranks, network())
+    state.wrapped.train()
+    return state, [engine.train_step(experiment, state, images[rows], masks[rows], ranks) for _ in range(2)]
+
+
+def loader(rank: int = 0, world_size: int = 1, size: int = 28) -> Loader:
+    """By default four batches of the tiny experiment's."""
+    images, masks = batch(size)
+    return Loader((images * 255).byte(), masks, rank, world_size)
+
+
+def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None, ruin_after: int = 4) -> list[dict]:
+    """The metrics of each epoch; `ruin` is called with the state after an update of the first one, by default its last."""
+    state, found = started(experiment, ranks, network(nn.BatchNorm2d)), []
 
     def after_step(epoch: int, step: int, steps: int) -> None:
-        if (epoch, step) == (1, steps):
+        if (epoch, step) == (1, ruin_after):
             ruin(state)
 
-    engine.fit(
-        experiment, state, dict.fromkeys(groups, rows), Intensity(), ranks, lambda _, metrics: found.append(metrics), after_step
-    )
+    loaders = dict.fromkeys(groups, loader(ranks.rank, ranks.world_size))
+    engine.fit(experiment, state, loaders, Intensity(), ranks, lambda _, metrics: found.append(metrics), after_step)
     return found
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module, tolerance: float) -> None:
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(12, 3), (7, 3), (7, 2)])
+def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
+    whole, whole_steps = train(with_train(batch_size=size))
+    split, split_steps = train(with_train(batch_size=size, accumulate=parts))
+    assert_same_weights(whole.model, split.model, 1e-5)
+    for one, other in zip(whole_steps, split_steps, strict=True):
+        torch.testing.assert_close(one[0], other[0])
+        assert one[1].shape == (size, 16, 16) and (one[1] == other[1]).float().mean() > 0.999
+
+
+def test_every_part_has_two_images():
+    check_shares(12, 2, accumulate=3)
+    with pytest.raises(UserError, match="12 over 2 workers, each in 4 parts.*--train.accumulate 3 or less"):
+        check_shares(12, 2, accumulate=4)
 
 
 def set_first(tensor: torch.Tensor, value: float) -> None:
@@ -61,25 +107,24 @@ RUINS = {
     "a weight": lambda state: set_first(state.model[3].weight, float("nan")),
     "an average": lambda state: set_first(state.average.model[3].weight, float("inf")),
     "a running statistic": lambda state: set_first(state.model[1].running_var, float("inf")),
+    # Finite, and too large to compute with: only the loss of an evaluated group shows it.
+    "a large average": lambda state: state.average.model[3].weight.fill_(3e38),
 }
 
 
-@pytest.mark.parametrize("groups", [("train",), ("train", "test")])
-@pytest.mark.parametrize("ruined", RUINS)
-def test_an_epoch_whose_last_update_ruins_the_weights_is_not_handed_on(ruined, groups):
+@pytest.mark.parametrize(
+    ("ruined", "groups", "after", "step"),
+    [
+        ("a weight", ("train",), 2, 3),
+        *((name, groups, 4, 4) for name in list(RUINS)[:3] for groups in (("train",), ("train", "test"))),
+        ("a large average", ("train", "test"), 4, 4),
+    ],
+)
+def test_an_update_that_ruins_the_weights_stops_the_run_with_its_epoch_step_and_rows(ruined, groups, after, step):
     with pytest.raises(engine.NonFiniteLoss) as caught:
-        fit(tiny_experiment(), groups=groups, ruin=RUINS[ruined])
-    rows = loader().batch_rows(7, tiny_experiment().train.seed, 0, 3)
-    assert (caught.value.epoch, caught.value.step, caught.value.rows) == (1, 4, rows)
-
-
-def test_weights_that_are_finite_and_too_large_to_compute_with_are_seen_in_an_evaluated_groups_loss():
-    def enlarge(state):
-        with torch.no_grad():
-            state.average.model[3].weight.fill_(3e38)
-
-    with pytest.raises(engine.NonFiniteLoss):
-        fit(tiny_experiment(), ruin=enlarge)
+        fit(tiny_experiment(), groups=groups, ruin=RUINS[ruined], ruin_after=after)
+    rows = loader().batch_rows(7, tiny_experiment().train.seed, 0, step - 1)
+    assert (caught.value.epoch, caught.value.step, caught.value.rows) == (1, step, rows)
 
 
 def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one(shards, tmp_path):
@@ -104,44 +149,161 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
     assert [row["epoch"] for row in run_directory.read_record(run.path)] == [1, 2, 3]
 
 
+SETTINGS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"compress_gradients": True}}
+
+
 def _one_of_two(rank: int, store: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    ranks, seen = distributed.current(torch.device("cpu")), []
-    whole = engine.evaluate
+    ranks = distributed.current(torch.device("cpu"))
+    kept = {name: train(with_train(batch_size=13, **one), ranks)[0].model.state_dict() for name, one in SETTINGS.items()}
+    kept["travelled"] = times_gradients_travel(ranks)
+    seen, whole = [], engine.evaluate
 
     def evaluate(experiment, model, *others):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return whole(experiment, model, *others)
 
     engine.evaluate = evaluate
+    base = tiny_experiment()
     for ema_decay in (0.0, 0.9):
-        base = tiny_experiment()
         fit(replace(base, optim=replace(base.optim, ema_decay=ema_decay)), ranks)
+    kept["evaluated"] = seen
     try:
-        fit(tiny_experiment(), ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
+        fit(base, ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
     except engine.NonFiniteLoss as error:
-        seen.append({"epoch": torch.tensor(error.epoch)})
-    torch.save(seen, os.path.join(folder, f"{rank}.pt"))
+        kept["stopped"] = error.epoch
+    torch.save(kept, os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_ranks_evaluate_one_model_and_stop_together(tmp_path):
-    mp.spawn(_one_of_two, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert len(one) == len(other) == 5
+def times_gradients_travel(ranks: Ranks) -> int:
+    """How often ranks exchange gradients for one update in three parts."""
+    experiment, travelled = with_train(batch_size=13, accumulate=3), []
+
+    def count(_, bucket):
+        travelled.append(1)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    state = started(experiment, ranks, network())
+    state.wrapped.register_comm_hook(None, count)
+    engine.train_step(experiment, state, *batch(6), ranks)
+    return len(travelled)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    """What two processes over gloo have reached: a batch of 13 divides neither between them nor into parts."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    mp.spawn(_one_of_two, args=(os.path.join(folder, "store"), folder), nprocs=2)
+    return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("setting", "tolerance"), [("plain", 1e-6), ("parts", 1e-6), ("bf16", 1e-3)])
+def test_two_ranks_follow_one_with_parts_and_with_compressed_gradients(two_ranks, setting, tolerance):
+    alone = train(with_train(batch_size=13))[0].model.state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(two_ranks[0][setting][name], value, rtol=0, atol=tolerance)
+        assert torch.equal(two_ranks[0][setting][name], two_ranks[1][setting][name])
+
+
+def test_gradients_travel_once_an_update_and_are_rounded_if_asked(two_ranks):
+    assert [rank["travelled"] for rank in two_ranks] == [1, 1]
+    assert not torch.equal(two_ranks[0]["bf16"]["0.weight"], two_ranks[0]["plain"]["0.weight"])
+
+
+def test_ranks_evaluate_one_model_and_stop_together(two_ranks):
+    assert [rank["stopped"] for rank in two_ranks] == [1, 1]
+    one, other = (rank["evaluated"] for rank in two_ranks)
+    assert len(one) == len(other) == 4
     for mine, others in zip(one, other, strict=True):
-        for name, tensor in mine.items():
-            assert torch.equal(tensor, others[name]), name
+        assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
 
 
-def test_a_large_seed_draws_and_a_negative_one_is_refused():
+def test_shared_batch_statistics_are_refused_on_cpus_and_left_alone_if_nothing_is_asked():
+    model, cpus = network(nn.BatchNorm2d), Ranks(0, 2, torch.device("cpu"))
+    on = ModelConfig("resnet50", sync_bn="on")
+    with pytest.raises(UserError, match="--model.sync-bn on needs GPUs"):
+        distributed.share_batch_statistics(model, on, cpus)
+    assert distributed.share_batch_statistics(model, ModelConfig("resnet50"), cpus) is model
+    assert distributed.share_batch_statistics(model, on, ALONE) is model
+
+
+def test_on_several_gpus_batch_statistics_are_shared_and_names_stay():
+    gpus, config = Ranks(0, 2, torch.device("cuda", 0)), ModelConfig("mobilenet_v3_large", bn_momentum=0.03)
+    model = build_model(config)
+    names = list(model.state_dict())
+    off = distributed.share_batch_statistics(model, replace(config, sync_bn="off"), gpus)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in off.modules())
+    shared = distributed.share_batch_statistics(model, config, gpus)
+    norms = [m for m in shared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) and m.momentum == 0.03 for m in norms)
+    assert list(shared.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_names_and_nearly_the_numbers_of_another():
+    eager, eager_steps = train(with_train(batch_size=4))
+    compiled, steps = train(with_train(batch_size=4, compile="default"))
+    assert compiled.wrapped is not compiled.model
+    assert list(compiled.state_dict()["model"]) == list(eager.state_dict()["model"])
+    assert_same_weights(eager.model, compiled.model, 1e-4)
+    torch.testing.assert_close(steps[1][0], eager_steps[1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_equal_bits_are_prepared_before_the_first_matrix_product(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    engine.set_arithmetic(with_train(deterministic=False).train)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and torch.backends.cudnn.benchmark
+    engine.set_arithmetic(with_train(deterministic=True).train)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_scores_do_not_depend_on_the_evaluation_batch(size):
+    model, rows = network(nn.BatchNorm2d), loader(size=10)
+    three, other = (engine.evaluate(with_train(eval_batch_size=s), model, rows, Intensity(), ALONE) for s in (3, size))
+    assert other == pytest.approx(three, rel=1e-6, nan_ok=True)
+
+
+def test_counts_on_a_gpu_are_those_on_a_cpu():
+    # The GPU's way runs here too; an image at native size is far below where float32 would round.
+    prediction, target = batch(3)[1].long(), batch(4)[1][:3]
+    assert torch.equal(segmentation._count_by_product(prediction, target), segmentation._count_by_cell(prediction, target))
+    large = torch.full((1, 1200, 1600), 2, dtype=torch.uint8)
+    assert segmentation._count_by_product(large, large)[0, 2, 2] == 1200 * 1600
+
+
+def test_predicted_labels_are_those_of_argmax_also_among_equals():
+    scores = torch.randint(3, (200, 4, 5, 7), generator=torch.Generator().manual_seed(0)).float()
+    labels = segmentation.predicted_labels(scores)
+    assert labels.dtype == torch.uint8 and torch.equal(labels.long(), scores.argmax(dim=1))
+
+
+def test_sums_can_be_added_to_after_a_look_at_them():
+    labels, sums = torch.ones(2, 3, 3, dtype=torch.uint8), ScoreSums(torch.device("cpu"))
+    sums.add(torch.tensor(1.0), labels, labels)
+    assert sums.sums[1, 0] == 2
+    sums.add(torch.tensor(3.0), labels, 2 * labels)
+    assert sums.means()["loss"] == 2.0 and sums.means()["accuracy"] == 0.5
+
+
+def test_a_profile_is_a_trace_of_three_steps(shards, tmp_path):
+    options = train_job.Options(launcher="plain", profile=True)
+    path = train_job.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
+    with open(os.path.join(path, "profile", "steps.json")) as file:
+        events = json.load(file)["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 3 and any("conv" in event.get("name", "") for event in events)
+
+
+def test_the_largest_seed_draws():
     base = tiny_experiment()
     noisy = replace(base, augment=replace(base.augment, noise=0.1), train=replace(base.train, seed=2**63 - 1, epochs=1))
     assert len(fit(noisy)) == 1
     assert sorted(stream_order([9, 9], 6, 2**63 - 1, 0).flatten().tolist()) == list(range(18))
     assert epoch_order(5, 2**40, 1).tolist() != epoch_order(5, 2**40, 2).tolist()
-    for seed in (-1, 2**63):
-        with pytest.raises(UserError, match="train.seed must be from 0"):
-            from_json(to_json(base) | {"train": to_json(base.train) | {"seed": seed}})

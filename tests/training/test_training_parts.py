@@ -57,14 +57,9 @@ def test_cross_entropy_and_its_gradient_are_torchs(deterministic):
 
 def test_soft_dice_is_near_0_for_a_perfect_and_near_1_for_a_wrong_prediction():
     target = torch.zeros(2, 64, 64, dtype=torch.long)
-    target[:, :20], target[:, 20:40], target[:, 40:50] = 1, 2, 3
+    target[0, :20], target[0, 20:40], target[0, 40:50] = 1, 2, 3  # structures that are absent from both do not count
     assert losses.soft_dice_loss(losses.one_hot(target) * 50, target) < 1e-4
-    assert losses.soft_dice_loss(losses.one_hot((target + 1) % 4) * 50, target) > 0.99
-
-
-def test_soft_dice_does_not_fail_a_structure_that_is_absent_from_both():
-    target = torch.zeros(1, 8, 8, dtype=torch.long)
-    assert losses.soft_dice_loss(losses.one_hot(target) * 50, target) < 1e-4
+    assert losses.soft_dice_loss(losses.one_hot((target[:1] + 1) % 4) * 50, target[:1]) > 0.99
 
 
 @pytest.mark.parametrize("config", LOSSES, ids=lambda config: config.kind)
@@ -93,6 +88,7 @@ def test_every_parameter_is_optimized_once_and_only_kernels_are_decayed(kind):
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
     }  # fmt: skip
+    assert type(optimizer).__name__.lower() == kind
     set_lr(optimizer, 0.05)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
 
@@ -189,12 +185,6 @@ def test_shares_are_refused_exactly_where_one_is_under_two(size, world):
             loader.check_shares(size, world)
 
 
-def test_a_batch_of_12_goes_over_6_workers_and_not_over_7():
-    loader.check_shares(12, 6)
-    with pytest.raises(UserError, match="12 over 7 workers"):
-        loader.check_shares(12, 7)
-
-
 def numbered(rows: int, rank: int = 0, world: int = 1) -> Loader:
     """A group whose row number stands in its pixels."""
     images = torch.arange(rows, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
@@ -240,9 +230,7 @@ def test_a_group_smaller_than_a_batch_is_refused():
 def test_standard_intensity_has_mean_0_and_deviation_1():
     images, _ = pictures()
     standard = loader.Intensity(images.mean().item(), images.std(correction=0).item()).apply(images)
-    assert standard.mean().item() == pytest.approx(0, abs=1e-5) and standard.std(correction=0).item() == pytest.approx(
-        1, abs=1e-5
-    )
+    assert [standard.mean().item(), standard.std(correction=0).item()] == pytest.approx([0, 1], abs=1e-5)
     assert torch.equal(loader.Intensity().apply(images), images)
 
 

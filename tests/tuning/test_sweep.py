@@ -14,7 +14,6 @@ from ray.tune.schedulers import TrialScheduler
 
 from heartseg.config.experiment import from_json, identity
 from heartseg.config.recipes import quick
-from heartseg.config.training import TrainConfig
 from heartseg.errors import UserError
 from heartseg.reporting import sweep_page, sweep_plots
 from heartseg.shards.reader import hold_out, open_shards
@@ -23,7 +22,7 @@ from heartseg.training import run_directory
 from heartseg.tuning import search_space
 from heartseg.tuning import sweep as sweeps
 from heartseg.tuning.search_space import LogRange, SearchSpace, make_axes
-from heartseg.tuning.sweep import FAILED, FINISHED, METRIC, STOPPED, Plan
+from heartseg.tuning.sweep import FAILED, FINISHED, METRIC, STOPPED, SweepPlan
 from helpers.experiments import tiny_experiment
 from jobs import train, tune
 from jobs.support import ray_trials
@@ -31,11 +30,19 @@ from jobs.support import ray_trials
 SPACE = SearchSpace(schedules=("cosine", "step", "one_cycle"), momentum=(0.8, 0.9), lr_points=2)
 
 
+@pytest.fixture()
+def held(shards):
+    """The shards with a validation group held out of the training group."""
+    return hold_out(open_shards(shards), 0.3)
+
+
 def test_a_grid_has_every_combination_once_and_its_beginning_every_schedule():
     points = search_space.grid(make_axes(SPACE, quick()), SPACE.lr_points, seed=3)
     assert len(points) == 3 * 2 * 2 == len({json.dumps(point, sort_keys=True) for point in points})
     assert {point["schedule.kind"] for point in points[:3]} == set(SPACE.schedules)
     assert {point["optim.lr"] for point in points} == {0.0006, 0.006}
+    assert LogRange(1e-4, 1e-2).points(3) == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert LogRange(1e-4, 1e-2).points(1) == pytest.approx([1e-3])
 
 
 @settings(max_examples=50, deadline=None)
@@ -50,43 +57,44 @@ def test_a_drawn_trial_depends_on_its_number_alone_and_lies_in_the_space(seed, n
 
 
 def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
-    own, *points = search_space.listed(
-        quick(),
-        ("loss.kind=cross_entropy", "optim.lr=0.004,train.seed=1", "model.aux_head=true", "schedule.milestones=[0.2,0.4]"),
-    )
+    changes = ("loss.kind=cross_entropy", "optim.lr=0.004,train.seed=1", "model.aux_head=true", "schedule.milestones=[0.2,0.4]")
+    own, *points = search_space.listed(quick(), changes)
     assert own["schedule.kind"] == "cosine" and all(point.keys() == own.keys() for point in points)
-    said = [search_space.describe(own, point) for point in [own, *points]]
-    assert said == [
-        "-",
-        "loss.kind=cross_entropy",
-        "optim.lr=0.004,train.seed=1",
-        "model.aux_head=true",
-        "schedule.milestones=[0.2, 0.4]",
-    ]
+    described = [search_space.describe(own, point) for point in [own, *points]]
+    assert described == ["-", *changes[:3], "schedule.milestones=[0.2, 0.4]"]
     changed = search_space.apply(quick(), points[1])
     assert (changed.optim.lr, changed.train.seed, changed.loss) == (0.004, 1, quick().loss)
     assert search_space.apply(quick(), points[2]).model.aux_head is True
 
 
 @pytest.mark.parametrize(
-    "changes, says",
-    [((), "name at least one"), (("optim.lr",), "is no change"), (("optim.speed=1",), "which no experiment has"),
-     (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is no change"),
-     (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"), (("optim.lr=fast",), "optim.lr")],
+    "plan, says",
+    [
+        *(
+            (SweepPlan(SearchSpace(changes=changes), search="changes"), says)
+            for changes, says in [
+                ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which no experiment has"),
+                (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is not a change"),
+                (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"),
+                (("optim.lr=fast",), "optim.lr"),
+            ]
+        ),
+        (SweepPlan(SearchSpace(momentum=(0.9, 1.5))), "momentum"),
+        (SweepPlan(SearchSpace(batch_size=(1,))), "batch_size"),
+    ],
 )  # fmt: skip
-def test_a_change_that_makes_no_experiment_is_refused_before_anything_starts(changes, says, shards, tmp_path):
-    options = tune.Options(plan=Plan(SearchSpace(changes=changes), search="changes"))
+def test_a_trial_that_makes_no_experiment_is_refused_before_anything_starts(plan, says, shards, tmp_path):
+    options = tune.Options(plan=plan)
     with pytest.raises(UserError, match=says):
         tune.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_them(shards, tmp_path):
+def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_them(held, shards, tmp_path):
     changes = ("optim.lr=0.01", "train.seed=1")
-    options = tune.Options(plan=Plan(SearchSpace(changes=changes), search="changes"))
+    options = tune.Options(plan=SweepPlan(SearchSpace(changes=changes), search="changes"))
     assert options.num_trials == 3 and replace(options, trials=2).num_trials == 2
     experiment = tiny_experiment(data=shards, runs=str(tmp_path))
-    held = hold_out(open_shards(shards), 0.3)
     opened = sweeps.open_sweep(experiment, held, options.plan)
     for number, point in enumerate(search_space.listed(opened.base, changes)):
         trial = sweeps.add_trial(opened, held, number, point)
@@ -100,24 +108,6 @@ def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_t
     (axes,) = sweep_plots.differences(table, sweep_page.SCORE).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["train.seed=1", "optim.lr=0.01", "the recipe"]
     assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["+0.2000", "+0.1000", "+0.0000"]
-
-
-def test_points_of_a_range_are_in_equal_ratios():
-    assert LogRange(1e-4, 1e-2).points(3) == pytest.approx([1e-4, 1e-3, 1e-2])
-    assert LogRange(1e-4, 1e-2).points(1) == pytest.approx([1e-3])
-
-
-@pytest.mark.parametrize(
-    "space, says", [({"momentum": (0.9, 1.5)}, "momentum"), ({"batch_size": (1,)}, "batch_size"), ({"losses": ()}, None)]
-)
-def test_a_value_that_makes_no_experiment_is_refused_before_anything_starts(space, says, shards, tmp_path):
-    options = tune.Options(plan=Plan(SearchSpace(**space)))
-    if says:
-        with pytest.raises(UserError, match=says):
-            tune.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
-        assert not list(tmp_path.iterdir())
-    else:
-        search_space.check_points(quick(), make_axes(options.plan.space, quick()))
 
 
 def test_the_held_out_patients_come_from_the_training_group_alone(shards):
@@ -139,19 +129,12 @@ def test_a_run_with_a_holdout_never_looks_at_the_reported_group(shards, tmp_path
     assert not {*said["train_patients"], *said["val_patients"]} & {*open_shards(shards).groups["test"]}
 
 
-def test_plateau_without_a_validation_group_is_refused(shards, tmp_path):
-    experiment = tiny_experiment(data=shards, runs=str(tmp_path))
-    with pytest.raises(UserError, match="holdout"):
-        train.run(replace(experiment, schedule=replace(experiment.schedule, kind="plateau")), train.Options(launcher="plain"))
-
-
 @pytest.fixture()
-def sweep(shards, tmp_path):
+def sweep(held, shards, tmp_path):
     """A sweep of four trials as a sweep leaves them, their records made by hand: finished, stopped, failed, under way."""
     experiment = tiny_experiment(data=shards, runs=str(tmp_path))
     experiment = replace(experiment, train=replace(experiment.train, epochs=4, holdout=0.3))
-    held = hold_out(open_shards(shards), 0.3)
-    opened = sweeps.open_sweep(experiment, held, Plan())
+    opened = sweeps.open_sweep(experiment, held, SweepPlan())
     scores = {"constant": [0.1, 0.2, 0.5, 0.4], "cosine": [0.3, 0.9], "step": [], "one_cycle": [0.2, 0.3, 0.4, 0.45]}
     for number, (kind, reached) in enumerate(scores.items()):
         trial = sweeps.add_trial(opened, held, number, {"schedule.kind": kind, "optim.lr": 0.01 * (number + 1)})
@@ -183,28 +166,27 @@ def test_best_json_is_a_complete_experiment_whose_run_is_the_trials(sweep):
     assert identity(there) == sweeps.read_trials(sweep)[0].run.description["identity"]
 
 
-def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, shards):
+def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, held):
     base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
-    held = hold_out(open_shards(shards), 0.3)
-    assert sweeps.open_sweep(base, held, Plan()).path == sweep.path
-    assert sweeps.open_sweep(base, held, Plan(search="grid")).path != sweep.path
+    same = sweeps.open_sweep(replace(base, data="/elsewhere", workers=2), held, SweepPlan())
+    assert same.path == sweep.path and (same.base.data, same.base.workers) == ("/elsewhere", 2)
+    assert sweeps.open_sweep(base, held, SweepPlan(search="grid")).path != sweep.path
     with pytest.raises(UserError, match="plan.search_seed: 0 there, 1 asked"):
-        sweeps.open_sweep(base, held, Plan(search_seed=1), name=sweep.name)
-    assert sweeps.open_sweep(base, held, Plan(), fresh=True).name == f"{sweep.name}-2"
+        sweeps.open_sweep(base, held, SweepPlan(search_seed=1), name=sweep.name)
+    assert sweeps.open_sweep(base, held, SweepPlan(), fresh=True).name == f"{sweep.name}-2"
 
 
-def test_a_suggestion_that_a_kill_left_without_its_run_is_completed(sweep, shards):
-    held = hold_out(open_shards(shards), 0.3)
+def test_a_suggestion_that_a_kill_left_without_its_run_is_completed(sweep, held):
     begun = filesystem.join(sweep.base.runs, "009-cosine")
     filesystem.publish_json(filesystem.join(begun, sweeps.SUGGESTION), {"number": 9, "values": {"schedule.kind": "cosine"}})
     assert len(sweeps.read_trials(sweep)) == 4
-    sweeps.mend_trials(sweep, held)
+    sweeps.repair_incomplete_trials(sweep, held)
     assert sweeps.read_trials(sweep)[-1].number == 9
 
 
 def live(name: str) -> types.SimpleNamespace:
-    """A trial as Tune has it: an id of its own, and the run's path in its configuration."""
-    return types.SimpleNamespace(trial_id=f"tune's {name}", config={"run": f"/nowhere/{name}"})
+    """A trial as Tune has it: an id of its own, and the path of a run, which cannot be written, in its configuration."""
+    return types.SimpleNamespace(trial_id=f"tune's {name}", config={"run": f"/dev/null/{name}"})
 
 
 def tell(scheduler: ray_trials.Rungs, name: str, epoch: int, score: float) -> str:
@@ -214,13 +196,13 @@ def tell(scheduler: ray_trials.Rungs, name: str, epoch: int, score: float) -> st
 def remembered(name: str, scores: list[float], state: str = "") -> types.SimpleNamespace:
     """A trial of an earlier command."""
     record = [{"epoch": epoch, METRIC: score} for epoch, score in enumerate(scores, 1)]
-    return types.SimpleNamespace(run=types.SimpleNamespace(path=f"/nowhere/{name}", name=name), record=record, state=state)
+    return types.SimpleNamespace(run=types.SimpleNamespace(path=f"/dev/null/{name}", name=name), record=record, state=state)
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), epochs=st.integers(3, 12), reduction=st.sampled_from([2.0, 3.0]))
 def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_would(data, epochs, reduction):
-    plan, undisturbed = Plan(reduction=reduction), ray_trials.Rungs(Plan(reduction=reduction), 1, epochs)
+    plan, undisturbed = SweepPlan(reduction=reduction), ray_trials.Rungs(SweepPlan(reduction=reduction), 1, epochs)
     score = st.floats(0, 1)
     known = [
         remembered(str(number), data.draw(st.lists(score, max_size=epochs - 1)), STOPPED)
@@ -244,7 +226,7 @@ def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_
 
 
 def test_a_resumed_trial_that_was_best_at_its_rung_is_not_judged_there_again():
-    resumed = ray_trials.Rungs(Plan(reduction=3.0), 1, 9)
+    resumed = ray_trials.Rungs(SweepPlan(reduction=3.0), 1, 9)
     resumed.replay([remembered("weak", [0.4], STOPPED), remembered("best", [0.5])])
     resumed.on_trial_add(None, live("best"))
     assert tell(resumed, "best", 2, 0.3) == TrialScheduler.CONTINUE  # a dip between two rungs
@@ -256,21 +238,21 @@ def test_a_trial_that_had_passed_its_rung_or_has_come_to_its_end_is_not_stopped_
     run_directory.write_record(
         last.run.path, [{"epoch": e, METRIC: v, "seconds": 1.0} for e, v in enumerate([0.15, 0.16, 0.9], 1)]
     )
-    ray_trials.build_scheduler(Plan(reduction=2.0, grace_epochs=2), sweep.base, sweeps.read_trials(sweep))
+    ray_trials.build_scheduler(SweepPlan(reduction=2.0, grace_epochs=2), sweep.base, sweeps.read_trials(sweep))
     assert [trial.state for trial in sweeps.read_trials(sweep)] == ["", STOPPED, FAILED, ""]
 
 
 def test_a_trial_whose_last_epoch_the_rungs_would_have_stopped_is_stopped_at_the_resume(sweep):
     under_way = sweeps.read_trials(sweep)[3]
     run_directory.write_record(under_way.run.path, [{"epoch": 1, METRIC: 0.05, "seconds": 1.0}])
-    ray_trials.build_scheduler(Plan(reduction=2.0, grace_epochs=1), sweep.base, sweeps.read_trials(sweep))
+    ray_trials.build_scheduler(SweepPlan(reduction=2.0, grace_epochs=1), sweep.base, sweeps.read_trials(sweep))
     assert sweeps.read_trials(sweep)[3].state == STOPPED
 
 
 def test_the_first_rung_waits_for_the_warm_up():
     base = quick()
-    assert sweeps.first_rung(Plan(), base) == 2  # its warm-up takes one epoch
-    longer = Plan(SearchSpace(warmup_epochs=(0.0, 2.5)))
+    assert sweeps.first_rung(SweepPlan(), base) == 2  # its warm-up takes one epoch
+    longer = SweepPlan(SearchSpace(warmup_epochs=(0.0, 2.5)))
     assert sweeps.first_rung(longer, base) == 4 and sweeps.first_rung(replace(longer, grace_epochs=1), base) == 1
 
 
@@ -282,31 +264,14 @@ def test_an_outcome_that_is_there_stays_and_failures_can_be_forgotten(sweep):
     assert [trial.state for trial in sweeps.read_trials(sweep)] == [FINISHED, STOPPED, "", ""]
 
 
-def test_a_space_with_fewer_points_than_trials_ends_with_what_it_holds(sweep, shards):
-    held = hold_out(open_shards(shards), 0.3)
-    base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
-    for search in ("random", "optuna", "grid"):
-        plan = Plan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 1.0)), search=search)
-        asked = ray_trials.Suggestions(sweeps.open_sweep(base, held, plan), held, plan, 12, {})
-        given_out = [asked.suggest(str(number)) for number in range(3)]
-        assert [point == "FINISHED" for point in given_out] == [False, False, True]
-
-
-def test_settings_that_change_no_result_are_those_of_the_present_command(sweep, shards):
-    held = hold_out(open_shards(shards), 0.3)
-    base = replace(sweep.base, runs=os.path.dirname(sweep.path), data="/elsewhere", ingest="auto", workers=2)
-    assert sweeps.open_sweep(base, held, Plan()).base.data == "/elsewhere"
-    assert sweeps.open_sweep(base, held, Plan()).base.workers == 2
-
-
 @pytest.mark.parametrize("name", ["../up", " ", "a/b"])
-def test_a_name_that_is_no_folder_is_refused(sweep, shards, name):
+def test_a_name_that_is_no_folder_is_refused(sweep, held, name):
     with pytest.raises(UserError, match="--sweep-name"):
-        sweeps.open_sweep(sweep.base, hold_out(open_shards(shards), 0.3), Plan(), name)
+        sweeps.open_sweep(sweep.base, held, SweepPlan(), name)
 
 
 def test_no_trial_is_stopped_at_its_last_epoch():
-    scheduler = ray_trials.Rungs(Plan(reduction=2.0), 1, 4)
+    scheduler = ray_trials.Rungs(SweepPlan(reduction=2.0), 1, 4)
     for name, scores in {"good": [0.9, 0.9, 0.9, 0.9], "late": [0.95, 0.95, 0.95, 0.1]}.items():
         scheduler.on_trial_add(None, live(name))
         assert {tell(scheduler, name, epoch, score) for epoch, score in enumerate(scores, 1)} == {TrialScheduler.CONTINUE}
@@ -321,31 +286,27 @@ def test_the_page_needs_no_network_and_says_who_won_and_what_was_saved(sweep):
     assert "schedule.kind" in sweep_page.show_table(table).splitlines()[0]
 
 
-def test_grids_and_draws_begin_with_the_recipe_and_try_nothing_twice(sweep, shards):
-    held = hold_out(open_shards(shards), 0.3)
+@pytest.mark.parametrize("search", ["grid", "random", "optuna"])
+def test_grids_and_draws_begin_with_the_recipe_try_nothing_twice_and_end_with_their_space(sweep, held, search):
     base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
-    for search in ("grid", "random", "optuna"):
-        plan = Plan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 2.0), lr_points=2), search=search)
-        opened = sweeps.open_sweep(base, held, plan)
-        asked = ray_trials.Suggestions(opened, held, plan, 4, {})
-        given_out = [asked.suggest(str(number)) for number in range(6)]
-        found = sweeps.read_trials(opened)
-        assert [trial.number for trial in found][0] == 0 and found[0].values["optim.lr"] == base.optim.lr
-        assert len({json.dumps(trial.values) for trial in found}) == len(found) == 4
-        assert given_out[4:] == ["FINISHED", "FINISHED"]
-        # The same command again: what is unfinished comes first, in order, and no new trial is needed.
-        again = ray_trials.Suggestions(opened, held, plan, 5, {})
-        assert [again.suggest(str(n))["run"] for n in range(4)] == [trial.run.path for trial in found]
-        assert (again.suggest("4") == "FINISHED") == (search == "grid")  # whose four combinations are used up
+    small = SweepPlan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 1.0)), search=search)
+    asked = ray_trials.Suggestions(sweeps.open_sweep(base, held, small), held, small, 12, {})
+    assert [asked.suggest(str(number)) == "FINISHED" for number in range(3)] == [False, False, True]
+    plan = SweepPlan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 2.0), lr_points=2), search=search)
+    opened = sweeps.open_sweep(base, held, plan)
+    asked = ray_trials.Suggestions(opened, held, plan, 4, {})
+    given_out = [asked.suggest(str(number)) for number in range(6)]
+    found = sweeps.read_trials(opened)
+    assert [trial.number for trial in found][0] == 0 and found[0].values["optim.lr"] == base.optim.lr
+    assert len({json.dumps(trial.values) for trial in found}) == len(found) == 4
+    assert given_out[4:] == ["FINISHED", "FINISHED"]
+    # The same command again: what is unfinished comes first, in order, and no new trial is needed.
+    again = ray_trials.Suggestions(opened, held, plan, 5, {})
+    assert [again.suggest(str(n))["run"] for n in range(4)] == [trial.run.path for trial in found]
+    assert (again.suggest("4") == "FINISHED") == (search == "grid")  # whose four combinations are used up
 
 
-def test_a_sweep_without_a_trial_has_tables_and_a_page(sweep, shards):
-    held = hold_out(open_shards(shards), 0.3)
-    empty = sweeps.open_sweep(replace(sweep.base, runs=os.path.dirname(sweep.path)), held, Plan(), "empty")
+def test_a_sweep_without_a_trial_has_tables_and_a_page(sweep, held):
+    empty = sweeps.open_sweep(replace(sweep.base, runs=os.path.dirname(sweep.path)), held, SweepPlan(), "empty")
     table, best = sweeps.write_results(empty)
     assert best is None and "No trial has finished" in filesystem.read_bytes(sweep_page.write_page(empty, table)).decode()
-
-
-def test_defaults_of_a_trial_are_the_recipes():
-    assert TrainConfig(epochs=1, batch_size=2).holdout == 0.0
-    assert search_space.values_of(quick(), make_axes(SearchSpace(), quick())) == {"schedule.kind": "cosine", "optim.lr": 0.002}
