@@ -23,6 +23,7 @@ from heartseg.evaluation import cross_validation, scoring
 from heartseg.evaluation.scoring import write_results
 from heartseg.inference.postprocessing import clean
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
+from heartseg.reporting import text_tables
 from heartseg.reporting.report import write_report
 from heartseg.storage import filesystem
 from jobs.support import command_line, ray_runtime
@@ -40,7 +41,7 @@ def run(options: Options) -> str:
         out = command_line.absolute(command_line.require(options.out, "--out", "a folder for the pooled scores"), "out")
         summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
         write_report(out)
-        print(f"{told(summary)}\n{scoring.table_text(summary)}")
+        print(f"{told(summary)}\n{text_tables.summary_text(summary)}")
         return out
     plan = plan_files(options) if options.predictions else plan_checkpoint(options)
     finished = "" if options.overwrite else finished_text(plan)
@@ -48,7 +49,7 @@ def run(options: Options) -> str:
         print(f"{plan.out} is complete.\n{finished}")
         return plan.out
     summary = score(plan, options)
-    print(f"{told(summary)}\n{scoring.table_text(summary)}{missing_text(summary['missing'])}")
+    print(f"{told(summary)}\n{text_tables.summary_text(summary)}{missing_text(summary['missing'])}")
     return plan.out
 
 
@@ -81,7 +82,7 @@ def finished_text(plan: Plan) -> str:
         return ""
     summary = filesystem.read_json(path)
     same = {key: summary.get(key) for key in plan.described} == plan.described
-    return scoring.table_text(summary) if same else ""
+    return text_tables.summary_text(summary) if same else ""
 
 
 def missing_text(missing: list[dict]) -> str:

@@ -58,7 +58,7 @@ def copied(trained, tmp_path) -> dict[str, Path]:
 
 
 def entries_of(*found: Scored) -> list[run_comparison.Entry]:
-    return run_comparison.enter(found)
+    return run_comparison.group_by_settings(found)
 
 
 def test_exactly_the_settings_that_differ_are_named(scored):
@@ -196,7 +196,7 @@ def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(comp
 def test_the_page_and_the_terminal_tell_the_same_and_name_no_winner(compared, scored, capsys):
     words = Reader(Path(compared).read_text()).words
     entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
-    again = run_comparison.compare(entries, entries[0])
+    again = run_comparison.compare_entries(entries, entries[0])
     shown = comparison_page.text(again)
     mean, found = (f"{again.means[letter]['dice']['mean']:.3f}" for letter in "AB"), again.differences["B"]["dice"]
     assert all(value in shown and value in words for value in mean)
