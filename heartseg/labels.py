@@ -26,10 +26,10 @@ CLASSES = ("background", "endo", "myo", "la")
 CLASS_TITLES = ("Background", "Left-ventricular cavity", "Left-ventricular wall", "Left atrium")
 NUM_CLASSES = len(CLASSES)
 BACKGROUND, ENDO, MYO, LA = range(NUM_CLASSES)
-# Okabe-Ito colours: told apart by colour-blind readers, and readable on a dark ultrasound image.
+# Okabe-Ito colours: distinct for colour-blind readers, and readable on a dark ultrasound image.
 CLASS_COLOURS = ("#000000", "#56B4E9", "#F0E442", "#D55E00")
 # The structures that are scored. `epi` is the CAMUS challenge's epicardium, cavity and wall together; it is never
-# mixed with `myo`, the wall alone, and is no part of the means.
+# mixed with `myo`, the wall alone, and is not part of the means.
 STRUCTURES = ("endo", "myo", "la")
 STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, MYO)}
 # Classes of ejection fraction in percent as heart failure is classed by it (McDonagh et al. 2021, Eur Heart J 42:3599):
@@ -38,11 +38,23 @@ EF_CLASSES = ("<40", "40-50", ">50")
 
 
 def frame_name(row: dict) -> str:
-    """What a person calls a row of shards or results: patient, view and phase, else the frame's number, as far as known."""
-    said = [row.get("view"), row.get("phase")]
-    if said[1] is None and row.get("frame") is not None:
-        said[1] = f"frame {int(row['frame'])}"
-    return " ".join([row["patient"], *(str(part) for part in said if part is not None)])
+    """How messages and captions name a row of shards or results: patient, view, and phase or frame number, as far as known."""
+    parts = [row["patient"], row.get("view"), row.get("phase")]
+    if parts[2] is None and row.get("frame") is not None:
+        parts[2] = f"frame {int(row['frame'])}"
+    return " ".join(str(part) for part in parts if part is not None)
+
+
+def bounding_box(region: np.ndarray, margins: tuple[int, int] = (0, 0)) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box around what is not 0 in [H,W], with margins as far as the image reaches.
+
+    Both slices are empty for an empty region.
+    """
+    lines = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    return tuple(
+        slice(max(at[0] - margin, 0), at[-1] + margin + 1) if len(at) else slice(0)
+        for at, margin in zip(lines, margins, strict=True)
+    )
 
 
 def ef_class(ef: np.ndarray) -> np.ndarray:

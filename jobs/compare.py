@@ -72,9 +72,9 @@ def run(options: Options) -> str:
     for label, one in labelled(found).items():
         seen, plans[label] = assess(one, label, options, out)
         scored.append(seen)
-    entries = run_comparison.enter(scored)
+    entries = run_comparison.group_by_settings(scored)
     chosen = next(entry for entry in entries if any(one.run is reference for one in entry.runs))
-    compared = run_comparison.compare(entries, chosen, images_to_draw(len(entries)))
+    compared = run_comparison.compare_entries(entries, chosen, images_to_draw(len(entries)))
     page = comparison_page.write_page(out, compared, picture_items(compared, plans))
     print(comparison_page.text(compared))
     return page

@@ -11,8 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from heartseg.errors import require
-from heartseg.evaluation import cross_validation, scoring
+from heartseg.evaluation import cross_validation
 from heartseg.evaluation.scoring import PAGE, SUMMARY
+from heartseg.reporting import text_tables
 from heartseg.reporting.report import write_report
 from heartseg.storage import filesystem
 from jobs.support import command_line, evaluation_run
@@ -53,7 +54,7 @@ def finished_summary(plan: EvaluationPlan) -> dict | None:
 def summary_text(summary: dict) -> str:
     """What was scored, the tables, and the first images that could not be scored."""
     lines = [f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"]
-    lines.append(scoring.table_text(summary))
+    lines.append(text_tables.summary_text(summary))
     missing, shown = summary["missing"], 10
     if missing:
         lines.append(f"{len(missing)} images are not scored:")

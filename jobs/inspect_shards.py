@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from heartseg.errors import UserError
 from heartseg.labels import CLASS_TITLES, frame_name
-from heartseg.reporting import contours, plots, report
+from heartseg.reporting import contours, pages, plots
 from heartseg.reporting.text_tables import Table, bars, table_text
 from heartseg.shards import inspection
 from heartseg.shards.inspection import Survey
@@ -105,17 +105,13 @@ def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: 
     cells = []
     for row in rows:
         caption = " ".join(filter(None, [frame_name(row), row["quality"]]))
-        picture = contours.overlay(contours.enlarge(row["image"]), contours.enlarge(row["mask"]), thick=True)
-        cells.append((picture, caption, row["spacing_mm"][0] / row["spacing_mm"][1]))
+        cells.append((contours.as_rgb(contours.overlay(row["image"], row["mask"], row["spacing_mm"])), caption))
     sheet = plots.save_png(plots.contact_sheet(cells))
     filesystem.publish(filesystem.join(out, SHEET), sheet)
-    page = report.environment().get_template(PAGE).render(
-        dataset=opened.manifest["dataset"], facts=facts, fingerprint=opened.fingerprint, tables=tables,
+    return pages.write(
+        out, PAGE, dataset=opened.manifest["dataset"], facts=facts, fingerprint=opened.fingerprint, tables=tables,
         quarantined=opened.manifest["quarantined"], sheet=base64.b64encode(sheet).decode(), num_images=len(rows),
     )  # fmt: skip
-    path = filesystem.join(out, PAGE)
-    filesystem.publish(path, page.encode())
-    return path
 
 
 def job(argv: Sequence[str]) -> None:

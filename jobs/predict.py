@@ -120,7 +120,9 @@ def read_clip(clip: Clip, spacing_mm: tuple[float, float] | None, flips: tuple[i
     return readers.read(clip.path, clip.kind, spacing_mm, flips)
 
 
-def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]) -> study_results.Outcome:
+def finish_clip(
+    out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]
+) -> study_results.ClipResult:
     """Write the files of a clip whose masks are known."""
     outcome = study_results.finish(out, clip, frames, masks, confidences)
     if overlays == "on" or (overlays == "auto" and not frames.may_show_text):
@@ -129,7 +131,7 @@ def finish_clip(out: str, overlays: str, clip: Clip, frames: Frames, masks, conf
     return outcome
 
 
-def write_curve(out: str, found: study_results.Outcome) -> None:
+def write_curve(out: str, found: study_results.ClipResult) -> None:
     """Plot a sequence's volume over its frames, without those whose outline failed."""
     ed, es = (found.phases[phase][0] for phase in (Phase.ED, Phase.ES))
     curve, unit = study_results.shown_curve(found)
@@ -144,7 +146,7 @@ def write_key(path: str, clips: list[Clip]) -> None:
     filesystem.publish(path, text.getvalue().encode())
 
 
-def print_results(rows: list[dict], done: list[study_results.Outcome], damaged: list[dict], shown: int = 20) -> None:
+def print_results(rows: list[dict], done: list[study_results.ClipResult], damaged: list[dict], shown: int = 20) -> None:
     """The first patients' ejection fractions, and the files to check; everything is in the tables."""
     print("\n".join(map(study_results.headline, rows[:shown])))
     if len(rows) > shown:

@@ -25,7 +25,7 @@ HOMES = {
     "isal": {"heartseg/datasets/nifti.py"},
     "skimage": {"jobs/benchmarks/"},
     "monai": {"jobs/benchmarks/"},
-    "PIL": {"heartseg/reporting/overlays.py", "heartseg/datasets/readers.py"},
+    "PIL": {"heartseg/reporting/", "heartseg/datasets/readers.py"},
     "matplotlib": {"heartseg/reporting/"},
     "jinja2": {"heartseg/reporting/"},
     "requests": {"heartseg/datasets/girder_client.py"},

@@ -1,12 +1,13 @@
 """Annotated images to score, from shards or from a CAMUS tree, and other people's masks of them.
 
-A truth hands on the cases of some patients and what could not be read of them; predictions hand on a mask for each case.
+A truth returns the cases of some patients and the stills that could not be read; predictions return a mask for each case.
 """
 
 import contextlib
 import functools
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,8 +29,8 @@ NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?")
 class Case:
     """An expert's label map `truth` uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and whose it is.
 
-    `image` is uint8, upright, on the native or on a stored grid; None where nobody needs it. View and phase are None where
-    nothing tells them; a frame of a sequence has its number.
+    `image` is uint8, upright, on the native or on a stored grid; None if it was not asked for. View and phase are None if they
+    are not known; a frame of a sequence has its number.
     """
 
     patient: str
@@ -48,7 +49,7 @@ class Case:
 
 
 def problem(case: Case | tuple[str, View, Phase], file: str, reason: str) -> dict[str, str]:
-    """A still that cannot be scored, as a row of the table of what is missing."""
+    """A still that cannot be scored, as a row of the summary's `missing`."""
     patient, view, phase = case if isinstance(case, tuple) else (case.patient, case.view, case.phase)
     return {"patient": patient, "view": str(view), "phase": str(phase), "file": file, "reason": reason}
 
@@ -68,9 +69,9 @@ class ShardTruth:
     @functools.cached_property
     def rows(self) -> dict[str, list[int]]:
         """The rows of each patient."""
-        found: dict[str, list[int]] = {}
+        found = defaultdict(list)
         for row, patient in enumerate(self.frames.table["patient"].to_pylist()):
-            found.setdefault(patient, []).append(row)
+            found[patient].append(row)
         return found
 
     def picture(self, case: Case) -> np.ndarray | None:
@@ -78,20 +79,18 @@ class ShardTruth:
         return case.image
 
     def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
-        """The cases of some patients; nothing is missing, since damaged files never became rows."""
+        """The cases of some patients; none is missing, since damaged files never became rows."""
         return [self._case(row) for patient in patients for row in self.rows.get(patient, [])], []
 
     def _case(self, row: int) -> Case:
-        said = {name: self.frames.table[name][row].as_py() for name in self.frames.table.column_names if name != "native_mask"}
-        info = Info(**{name: said[name] for name in ("quality", "ef", "sex", "age", "frame_rate", "ef_convention")})
-        truth, spacing_mm = self.frames.native_mask(row), tuple(said["native_spacing_mm"])
-        image = self.frames.images[row, 0].numpy()
-        view = View(said["view"]) if said["view"] else None
-        phase = Phase(said["phase"]) if said["phase"] else None
-        return Case(said["patient"], view, phase, truth, spacing_mm, image, info, said["frame"])
+        kept = {name: self.frames.table[name][row].as_py() for name in self.frames.table.column_names if name != "native_mask"}
+        info = Info(**{name: kept[name] for name in ("quality", "ef", "sex", "age", "frame_rate", "ef_convention")})
+        truth, spacing_mm = self.frames.native_mask(row), tuple(kept["native_spacing_mm"])
+        view, phase = kept["view"] and View(kept["view"]), kept["phase"] and Phase(kept["phase"])
+        return Case(kept["patient"], view, phase, truth, spacing_mm, self.frames.images[row, 0].numpy(), info, kept["frame"])
 
     def __reduce__(self):
-        # A worker of another process reads manifest and rows itself; neither is sent around.
+        # A worker of another process reads manifest and rows itself; neither is pickled.
         return _open_truth, (self.shards.path, self.group)
 
 
@@ -101,20 +100,20 @@ def _open_truth(path: str, group: str) -> ShardTruth:
 
 @dataclass(frozen=True, eq=False)
 class TreeTruth:
-    """The ED and ES stills of a CAMUS tree; images are on the native grid, or left out where `images` is False."""
+    """The ED and ES stills of a CAMUS tree; images are on the native grid, or left out if `images` is False."""
 
     source: str
     images: bool = True
 
     def picture(self, case: Case) -> np.ndarray | None:
-        """A case's image, uint8 [H,W]; None where there is none that can be read: its mask alone may be there."""
+        """A case's image, uint8 [H,W]; None if it cannot be read or only the mask exists."""
         if case.image is not None:
             return case.image
         with contextlib.suppress(DamagedRecording):
             return camus.read_still(self.source, case.patient, case.view, case.phase).image
 
     def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
-        """The cases of some patients, and the stills that are damaged or not there."""
+        """The cases of some patients, and the stills that are damaged or missing."""
         found, missing = [], []
         for patient in patients:
             for view, phase in camus.stills_of():
@@ -157,7 +156,7 @@ def check_pattern(pattern: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class FilePredictions:
-    """Anyone's NIfTI masks below a folder: `NAME_pred`, else `NAME_gt`, else `NAME` alone where it holds labels.
+    """NIfTI masks below a folder, whoever made them: `NAME_pred`, or `NAME_gt`, or `NAME` alone if it holds labels.
 
     `NAME` is `patient0001_2CH_ED`; folders do not matter. `pattern`, with `{patient}`, `{view}` and `{phase}`, names the
     file below the folder instead.
@@ -169,27 +168,26 @@ class FilePredictions:
 
     @classmethod
     def open(cls, folder: str, pattern: str = "") -> "FilePredictions":
-        """List the masks of a folder; raises UserError where there is none or the pattern cannot name a file."""
+        """List the masks of a folder; raises UserError if it has none or the pattern cannot name a file."""
         if not filesystem.exists(folder):
             raise UserError(f"The predictions {folder} do not exist: give the folder that holds the masks.")
         if pattern:
             check_pattern(pattern)
         files: dict[str, dict[str, list[str]]] = {}
         for path in filesystem.walk(folder):
-            match = NIFTI_NAME.fullmatch(filesystem.last_part(path))
-            if match:
+            if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
                 files.setdefault(match["stem"], {}).setdefault(match["suffix"] or "", []).append(path)
         if not files:
             raise UserError(f"{folder} holds no NIfTI file: give the folder that holds the masks.")
         return cls(folder, pattern, files)
 
     def has_any(self, patient: str) -> bool:
-        """True where a patient has a mask of one view and phase at least."""
+        """True if a patient has a mask of at least one view and phase."""
         cases = (Case(patient, view, phase, np.empty((0, 0)), (1.0, 1.0)) for view, phase in camus.stills_of())
         return any(self.path(case) for case in cases)
 
     def path(self, case: Case) -> str | None:
-        """The file that holds a case's mask; None where there is none. Raises UserError where two could be meant."""
+        """The file that holds a case's mask, None if there is none; raises UserError if two files match."""
         if self.pattern:
             name = self.pattern.format(patient=case.patient, view=case.view, phase=case.phase)
             path = filesystem.join(self.folder, name)
@@ -205,7 +203,7 @@ class FilePredictions:
         return None
 
     def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
-        """A mask for each case, None where there is no usable one, and the reasons."""
+        """A mask for each case, None if it has no usable one, and the reasons."""
         found: list[Segmented | None] = []
         missing = []
         for case in cases:

@@ -15,22 +15,23 @@ import pandas
 from heartseg.config.experiment import flatten, from_json, identity
 from heartseg.errors import UserError
 from heartseg.labels import frame_name
-from heartseg.metrics.agreement import bootstrap_interval, paired_test
+from heartseg.metrics.agreement import mean_interval, paired_test
 from heartseg.metrics.segmentation import DISTANCES, SCORES
+from heartseg.storage.filesystem import none_if_nan
 from heartseg.training.run_directory import Run
 
 SEED, CODE = "train.seed", "code"
 # Absolute errors of the ejection fraction, a value a patient, by the name of the convention.
 EF_ERRORS = {f"ef_{convention}_error": f"ef_{convention}" for convention in ("camus", "ase")}
 NAMES = (*SCORES, *DISTANCES, *EF_ERRORS)
-# Truths that differ by more than this share are no two readings of one heart.
+# Truths that differ by more than this share are not of one heart.
 SAME_TRUTH = 1e-3
 NO_DIFFERENCE = "no difference seen"
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A run, its epochs so far, and its evaluation's tables and summary; None with the `problem` where there is none."""
+    """A run, its epochs so far, and its evaluation's tables and summary; None with the `problem` if it has no scores."""
 
     run: Run
     label: str
@@ -56,13 +57,13 @@ class Entry:
 
     @functools.cached_property
     def scored(self) -> list[Scored]:
-        """The runs whose scores are pooled: those that have some, on the hearts of the first one that has."""
+        """The runs whose scores are pooled: those with scores, on the same hearts as the first of them."""
         known = [run for run in self.runs if run.images is not None]
         return [run for run in known if same_hearts(run, known[0])]
 
     @functools.cached_property
     def table(self) -> pandas.DataFrame | None:
-        """`score_table` with each score averaged over the seeds; None where no run has scores."""
+        """`score_table` with each score averaged over the seeds; None if no run has scores."""
         tables = [score_table(one) for one in self.scored]
         if not tables:
             return None
@@ -72,7 +73,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All that is told of some entries beside a reference among them; see the function of each name."""
+    """All results of comparing entries with a reference among them; see the function of each name."""
 
     entries: tuple[Entry, ...]
     reference: Entry
@@ -88,8 +89,8 @@ class Comparison:
         return [entry for entry in self.entries if entry is not self.reference]
 
 
-def compare(entries: Sequence[Entry], reference: Entry, count: int = 6) -> Comparison:
-    """Compare entries with a reference among them; `count` images of largest disagreement are named."""
+def compare_entries(entries: Sequence[Entry], reference: Entry, count: int = 6) -> Comparison:
+    """Compare entries with a reference among them; `count` images of largest disagreement are listed."""
     return Comparison(
         entries=tuple(entries),
         reference=reference,
@@ -116,18 +117,18 @@ def settings(run: Run) -> dict[str, str]:
     }
 
 
-def enter(found: Sequence[Scored]) -> list[Entry]:
+def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
     """Runs as entries A, B, C …, in their order; runs that differ only in their seed (and code revision) are one.
 
-    A seed that comes again with the same settings (`--fresh` makes such runs) begins another entry.
+    A seed that comes again with the same settings (`--fresh` makes such runs) starts another entry.
     """
     entries: dict[tuple, list[Scored]] = {}
     again: Counter = Counter()
     for one in found:
-        said = settings(one.run)
-        alike = tuple(sorted((name, text) for name, text in said.items() if name not in (SEED, CODE)))
-        entries.setdefault((alike, again[alike, said[SEED]]), []).append(one)
-        again[alike, said[SEED]] += 1
+        texts = settings(one.run)
+        alike = tuple(sorted((name, text) for name, text in texts.items() if name not in (SEED, CODE)))
+        entries.setdefault((alike, again[alike, texts[SEED]]), []).append(one)
+        again[alike, texts[SEED]] += 1
     by_seed = [sorted(mine, key=lambda one: int(settings(one.run)[SEED])) for mine in entries.values()]
     return [Entry(letter_of(place), tuple(mine)) for place, mine in enumerate(by_seed)]
 
@@ -141,13 +142,13 @@ def letter_of(place: int) -> str:
 def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """Rows of a setting's dotted name and its text in each entry, for those that differ; an entry's seeds are listed."""
     texts = [[settings(one.run) for one in entry.runs] for entry in entries]
-    names = dict.fromkeys(name for mine in texts for said in mine for name in said)
-    rows = [(n, *(", ".join(dict.fromkeys(said.get(n, "–") for said in mine)) for mine in texts)) for n in names]
+    names = dict.fromkeys(name for mine in texts for one in mine for name in one)
+    rows = [(n, *(", ".join(dict.fromkeys(one.get(n, "–") for one in mine)) for mine in texts)) for n in names]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def image_names(rows: Iterable[dict]) -> list[str]:
-    """What a person calls each image, which tells the images of one evaluation apart and finds them in another."""
+    """Each image's `frame_name`, numbered if it comes again: unique in one evaluation, and found in another."""
     seen: Counter = Counter()
     names = []
     for row in rows:
@@ -158,7 +159,7 @@ def image_names(rows: Iterable[dict]) -> list[str]:
 
 
 def score_table(one: Scored) -> pandas.DataFrame:
-    """A row an image and a row a patient, by name: `patient` and NAMES, NaN where a score is not of that kind."""
+    """A row an image and a row a patient, by name: `patient` and NAMES, NaN if a score is not of that kind."""
     images = one.images[["patient", *SCORES, *DISTANCES]].set_axis(image_names(one.images.to_dict("records")))
     errors = {
         name: (one.patients[f"{index}_prediction"] - one.patients[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()
@@ -169,7 +170,7 @@ def score_table(one: Scored) -> pandas.DataFrame:
 
 
 def same_hearts(one: Scored, other: Scored) -> bool:
-    """True where two evaluations scored the same patients, and those against the same truth: names alone say little."""
+    """True if two evaluations scored the same patients against the same truth: names alone prove little."""
     tables = [each.patients.set_index("patient").sort_index() for each in (one, other)]
     known = [table.filter(regex="_truth$").select_dtypes("number") for table in tables]
     if one.summary["dataset"] != other.summary["dataset"] or not known[0].index.equals(known[1].index):
@@ -182,19 +183,16 @@ def means(entry: Entry) -> dict[str, dict]:
     """Each score's mean with its 95 % interval over patients, and `seeds`, the mean of each seed; empty without scores."""
     if entry.table is None:
         return {}
-    alone = [score_table(one) for one in entry.scored]
-    return {name: _mean(entry.table, name) | {"seeds": [_mean(each, name)["mean"] for each in alone]} for name in NAMES}
-
-
-def _mean(table: pandas.DataFrame, name: str) -> dict[str, float | None]:
-    values = table[name].to_numpy(float)
-    low, high = bootstrap_interval(values, table["patient"].to_numpy())
-    mean = np.nanmean(values) if np.isfinite(values).any() else np.nan
-    return {key: float(value) if np.isfinite(value) else None for key, value in (("mean", mean), ("low", low), ("high", high))}
+    alone = [score_table(one)[list(NAMES)].mean() for one in entry.scored]
+    return {
+        name: mean_interval(entry.table[name], entry.table["patient"].to_numpy())
+        | {"seeds": [none_if_nan(mean[name]) for mean in alone]}
+        for name in NAMES
+    }
 
 
 def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
-    """By score, `agreement.paired_test` of entry minus reference, and its `reading`; empty where the hearts are others."""
+    """By score, `agreement.paired_test` of entry minus reference, and its `reading`; empty if the hearts differ."""
     if not (entry.scored and reference.scored and same_hearts(entry.scored[0], reference.scored[0])):
         return {}
     shared = reference.table.index.intersection(entry.table.index, sort=False)
@@ -204,7 +202,7 @@ def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
 
 
 def reading(found: dict) -> str:
-    """A paired test in words: no difference unless interval and p agree on one, else which way it lies.
+    """A paired test in words: no difference unless interval and p agree on one, otherwise its direction.
 
     A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
     """
@@ -218,7 +216,7 @@ def reading(found: dict) -> str:
 def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
     """The images whose mean Dice differs most between entries that scored the same hearts, the widest first.
 
-    Each is `image`, `patient`, `spread` (highest minus lowest) and `dice` by letter; an image that only one scored is none.
+    Each is `image`, `patient`, `spread` (highest minus lowest) and `dice` by letter; an image that only one scored is left out.
     """
     scored = [entry for entry in entries if entry.scored]
     alike = [entry for entry in scored if same_hearts(entry.scored[0], scored[0].scored[0])]
@@ -235,35 +233,36 @@ def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
 
 
 def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
-    """Sentences on what is missing and what cannot be compared."""
-    said = []
+    """Sentences on missing results and on comparisons that are not valid."""
+    found = []
     for entry in entries:
         for one in entry.runs:
             epochs, planned = len(one.record), one.run.description["identity"]["train"]["epochs"]
             if epochs < planned:
-                said.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
+                found.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
             if one.problem:
-                said.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
+                found.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
         left_out = [one.label for one in entry.runs if one.images is not None and one not in entry.scored]
         if left_out:
-            said.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
+            found.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
             these, those = (f"{e.letter} on {_group(e.scored[0])}" for e in (entry, reference))
             shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
-            said.append(
+            found.append(
                 f"Not the same hearts ({shared} names in common): {these}, {those}; "
                 "their scores stand side by side and are not paired."
             )
-    seen = {one.summary["group"] for entry in entries for one in entry.scored}
-    groups = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
-    if seen == {"holdout"} and groups != {""}:
-        said.append(
+    groups = {one.summary["group"] for entry in entries for one in entry.scored}
+    sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
+    if groups == {"holdout"} and sweeps != {""}:
+        found.append(
             "A sweep's winner was chosen on these held-out patients: its lead here is part luck. Train both with new seeds."
         )
     if not reference.scored:
-        said.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
-    losses = {settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}
-    return said + ["The runs minimise different losses: only the loss of one kind can be compared."] * (len(losses) > 1)
+        found.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
+    if len({settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}) > 1:
+        found.append("The runs minimise different losses: only the loss of one kind can be compared.")
+    return found
 
 
 def _group(one: Scored) -> str:

@@ -1,12 +1,13 @@
 """Scores on the native grid, clinical indices, and the summary that reports and tables use.
 
-One row an image, one row a patient; whatever was missing is a row of its own, with the reason.
+One row an image, one row a patient; each missing image is a row of its own, with the reason.
 """
 
 import io
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas
@@ -15,20 +16,22 @@ import torch
 
 from heartseg.config.experiment import PredictConfig
 from heartseg.evaluation.ground_truth import Case, ShardTruth, TreeTruth
-from heartseg.inference.segmenter import LOOK_BELOW, Ensemble, Segmented, Segmenter, segment_images
+from heartseg.inference.segmenter import REVIEW_THRESHOLD, Ensemble, Segmented, Segmenter, segment_images
 from heartseg.labels import EF_CLASSES
-from heartseg.metrics.agreement import agree, bootstrap_interval, ef_confusion
+from heartseg.metrics.agreement import agree, auc, ef_confusion, mean_interval
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, patient_indices
 from heartseg.metrics.segmentation import DISTANCES, SCORES, confusion, image_scores, surface_distances
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
+from heartseg.storage.filesystem import none_if_nan
 
+PAGE, SUMMARY, IMAGES, PATIENTS = "report.html", "summary.json", "images.parquet", "patients.parquet"
 KEYS = ("patient", "view", "phase", "frame", "number", "quality")
 BY = ("phase", "view", "quality", "size")
-EXAMPLES, NUM_EXAMPLES = "examples.npz", 10
+EXAMPLES, NUM_EXAMPLES, KINDS = "examples.npz", 10, ("image", "truth", "prediction")
 LOW_DICE = 0.80
-# Indices whose agreement with the experts' masks is told, in the order of the tables.
+# Indices whose agreement with the experts' masks is reported, in the order of the tables.
 AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_", "esv_ml_", "la_volume_ml")))
 
 
@@ -40,13 +43,12 @@ def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], option
 def score_image(case: Case, predicted: Segmented) -> dict:
     """One image's row: KEYS but `number`, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction.
 
-    `confidence` is the network's own (predict.quality), `implausible` says why the mask is no heart; empty where it is.
+    `confidence` is the network's own (segmenter.quality), `implausible` the reasons why the mask is not a heart, if any.
     """
     prediction = predicted.mask
     counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
     row = {"patient": case.patient, "view": case.view and str(case.view), "phase": case.phase and str(case.phase)}
-    row |= {"frame": case.frame}
-    row |= {"quality": getattr(case.info, "quality", None)}
+    row |= {"frame": case.frame, "quality": getattr(case.info, "quality", None)}
     row |= {name: value.item() for name, value in image_scores(counts).items()}
     row |= surface_distances(prediction, case.truth, case.spacing_mm)
     row |= {"confidence": predicted.quality, "implausible": "; ".join(implausibilities(prediction, case.spacing_mm))}
@@ -54,14 +56,13 @@ def score_image(case: Case, predicted: Segmented) -> dict:
 
 
 def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> dict:
-    """One patient's row: clinical indices from predicted and from true masks, and what the cfg says of the EF.
+    """One patient's row: clinical indices from predicted and from true masks, and the cfg's EF.
 
-    Columns end in `_prediction` and `_truth`; `reason_…` says why an index is missing.
+    Columns end in `_prediction` and `_truth`; `reason_…` is why an index is missing.
     """
-    # A volume needs to know what it sees; of two pictures of one view and phase nobody says which one counts.
+    # A volume needs a known view and phase; of two pictures of one view and phase, no rule says which one counts.
     seen = Counter((c.view, c.phase) for c in cases)
-    usable = [c.view is not None and c.phase is not None and seen[c.view, c.phase] == 1 for c in cases]
-    pairs = [pair for pair, use in zip(zip(cases, predictions, strict=True), usable, strict=True) if use]
+    pairs = [(c, p) for c, p in zip(cases, predictions, strict=True) if c.view and c.phase and seen[c.view, c.phase] == 1]
     predicted = {(c.view, c.phase): (found.mask, c.spacing_mm) for c, found in pairs if found is not None}
     true = {(c.view, c.phase): (c.truth, c.spacing_mm) for c, _ in pairs}
     info = next((c.info for c in cases if c.info and c.info.ef is not None), None)
@@ -83,46 +84,70 @@ def score_patients(cases: Sequence[Case], predictions: Sequence[Segmented | None
     return images, patients
 
 
-def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeTruth) -> None:
-    """Keep image, truth and prediction of the lowest and the highest Dice as `examples.npz`, for the report.
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An image with both outlines, uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`."""
 
-    Arrays are `image_I`, `truth_I`, `prediction_I` uint8 [H,W] on the native grid and `spacing_mm` [N,2]; `rows` are the
-    positions in the images' table, from the lowest Dice to the highest.
-    """
-    ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "number"]).index
-    rows = list(dict.fromkeys([*ordered[:NUM_EXAMPLES], *ordered[-NUM_EXAMPLES:]]))
-    arrays, spacings_mm = {}, []
-    for number, row in enumerate(rows):
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    spacing_mm: tuple[float, float]
+
+
+def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeTruth) -> None:
+    """Publish the examples of `extreme_rows`, for the report."""
+    examples = {}
+    for row in extreme_rows(images):
         case = truth.cases([images.loc[row, "patient"]])[0][images.loc[row, "number"]]
         picture = truth.picture(case)
         picture = np.zeros(case.truth.shape, np.uint8) if picture is None else picture  # outlines on black
         prediction = np.frombuffer(zlib.decompress(images.loc[row, "mask"]), np.uint8).reshape(case.truth.shape)
-        arrays |= {f"image_{number}": resize_image(picture, *case.truth.shape)}
-        arrays |= {f"truth_{number}": case.truth, f"prediction_{number}": prediction}
-        spacings_mm.append(case.spacing_mm)
+        examples[row] = Example(resize_image(picture, *case.truth.shape), case.truth, prediction, case.spacing_mm)
+    publish_examples(out, examples)
+
+
+def extreme_rows(images: pandas.DataFrame) -> list[int]:
+    """Index of the images of lowest and of highest Dice, NUM_EXAMPLES of each at most, from the lowest to the highest."""
+    ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "number"]).index
+    return list(dict.fromkeys([*ordered[:NUM_EXAMPLES], *ordered[-NUM_EXAMPLES:]]))
+
+
+def publish_examples(out: str, examples: Mapping[int, Example]) -> None:
+    """Write `examples.npz`: `image_I`, `truth_I`, `prediction_I`, `spacing_mm` [N,2], and `rows`, in the images' table."""
+    arrays = {f"{kind}_{place}": getattr(example, kind) for place, example in enumerate(examples.values()) for kind in KINDS}
+    spacings_mm = np.array([example.spacing_mm for example in examples.values()]).reshape(-1, 2)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays, spacing_mm=np.array(spacings_mm).reshape(-1, 2), rows=np.array(rows, dtype=np.int64))
+    np.savez_compressed(buffer, **arrays, spacing_mm=spacings_mm, rows=np.array(list(examples), dtype=np.int64))
     filesystem.publish(filesystem.join(out, EXAMPLES), buffer.getvalue())
+
+
+def read_examples(evaluation: str) -> dict[int, Example]:
+    """The examples that an evaluation kept, by row of the images' table, the lowest Dice first; empty if it kept none."""
+    path = filesystem.join(evaluation, EXAMPLES)
+    if not filesystem.exists(path):
+        return {}
+    with np.load(io.BytesIO(filesystem.read_bytes(path)), allow_pickle=False) as arrays:
+        return {
+            int(row): Example(*(arrays[f"{kind}_{place}"] for kind in KINDS), tuple(arrays["spacing_mm"][place]))
+            for place, row in enumerate(arrays["rows"])
+        }
 
 
 def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Sequence[dict] = ()) -> dict:
     """Means over images with 95 % bootstrap intervals over patients, pooled scores, breakdowns, clinical agreement."""
     images = images.assign(size=size_thirds(images))
     owners = images["patient"].to_numpy()
-    scores = {}
-    for name in (*SCORES, *DISTANCES):
-        values = images[name].to_numpy(dtype=float)
-        low, high = bootstrap_interval(values, owners)
-        known = values[~np.isnan(values)]
-        mean, median = (known.mean(), np.median(known)) if len(known) else (np.nan, np.nan)
-        scores[name] = {"mean": _number(mean), "low": _number(low), "high": _number(high), "median": _number(median)}
+    scores = {
+        name: mean_interval(images[name], owners) | {"median": none_if_nan(images[name].astype(float).median())}
+        for name in (*SCORES, *DISTANCES)
+    }
     pooled = torch.tensor(np.stack(images["confusion"].to_list()).sum(axis=0)).view(1, 4, 4)
     return {
         "images": len(images),
         "patients": int(images["patient"].nunique()),
         "grid": "native",
         "scores": scores,
-        "pooled": {name: _number(value.item()) for name, value in image_scores(pooled).items()},
+        "pooled": {name: none_if_nan(value.item()) for name, value in image_scores(pooled).items()},
         "by": {key: _means_by(images, key) for key in BY if images[key].notna().any()},
         "clinical": clinical_agreement(patients),
         "flags": flags(images),
@@ -133,7 +158,7 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
 def size_thirds(images: pandas.DataFrame) -> list[str | None]:
     """For each image the third of them all that it belongs to by the share of it that the experts' heart fills.
 
-    None for all where there are under nine images, or no three sizes.
+    None for all if there are fewer than nine images, or no three sizes.
     """
     counts = np.stack(images["confusion"].to_list()).reshape(-1, 4, 4).sum(axis=2)  # rows are the truth's classes
     shares = counts[:, 1:].sum(axis=1) / counts.sum(axis=1)
@@ -146,33 +171,35 @@ def size_thirds(images: pandas.DataFrame) -> list[str | None]:
 
 def write_results(out: str, images: pandas.DataFrame, patients: pandas.DataFrame, summary: dict) -> None:
     """Write `images.parquet`, `patients.parquet` and, last, `summary.json`."""
-    for name, rows in (("images", images), ("patients", patients)):
-        filesystem.write_table(filesystem.join(out, f"{name}.parquet"), pa.Table.from_pandas(rows, preserve_index=False))
-    filesystem.publish_json(filesystem.join(out, "summary.json"), summary)
+    for name, rows in ((IMAGES, images), (PATIENTS, patients)):
+        filesystem.write_table(filesystem.join(out, name), pa.Table.from_pandas(rows, preserve_index=False))
+    filesystem.publish_json(filesystem.join(out, SUMMARY), summary)
+
+
+def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
+    """The table IMAGES or PATIENTS of an evaluation; None if it has none."""
+    path = filesystem.join(evaluation, name)
+    return filesystem.read_table(filesystem.read_bytes(path)).to_pandas() if filesystem.exists(path) else None
 
 
 def flags(images: pandas.DataFrame) -> dict:
-    """What would have warned a person: implausible masks, and how well the confidence tells the images of low Dice.
+    """The warnings a user would have had: implausible masks, and how well the confidence separates the images of low Dice.
 
     `spearman` is the rank correlation of confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower
-    confidence of two, one under and one not (Hanley and McNeil 1982); both None where there is no such pair. `unsure` are the
-    images under LOOK_BELOW, which prediction tells a person to look at, and how many of them are under LOW_DICE.
+    confidence of two, one under and one not; both None if there is no such pair. `unsure` are the images under
+    REVIEW_THRESHOLD, which prediction tells a user to review, and how many of them are under LOW_DICE.
     """
     doubted = images["implausible"] != ""
     known = images[["confidence", "dice"]].dropna()
-    low = known["dice"] < LOW_DICE
-    ranks = known["confidence"].rank()
-    pairs = int(low.sum()) * int((~low).sum())
-    auc = 1 - (ranks[low].sum() - low.sum() * (low.sum() + 1) / 2) / pairs if pairs else np.nan
-    spearman = ranks.corr(known["dice"].rank()) if len(known) > 2 else np.nan
-    unsure = known["confidence"] < LOOK_BELOW
-    told = {"below": LOOK_BELOW, "images": int(unsure.sum()), "low_images": int((unsure & low).sum())}
+    low, unsure = known["dice"] < LOW_DICE, known["confidence"] < REVIEW_THRESHOLD
+    spearman = known["confidence"].rank().corr(known["dice"].rank()) if len(known) > 2 else np.nan
+    order = {"spearman": none_if_nan(spearman), "auc": none_if_nan(auc(known["confidence"].to_numpy(), ~low.to_numpy()))}
     return {
         "implausible": int(doubted.sum()),
-        "dice_implausible": _number(images.loc[doubted, "dice"].mean()),
-        "dice_others": _number(images.loc[~doubted, "dice"].mean()),
-        "confidence": {"spearman": _number(spearman), "auc": _number(auc), "low_dice": LOW_DICE, "low_images": int(low.sum())},
-        "unsure": told,
+        "dice_implausible": none_if_nan(images.loc[doubted, "dice"].mean()),
+        "dice_others": none_if_nan(images.loc[~doubted, "dice"].mean()),
+        "confidence": order | {"low_dice": LOW_DICE, "low_images": int(low.sum())},
+        "unsure": {"below": REVIEW_THRESHOLD, "images": int(unsure.sum()), "low_images": int((unsure & low).sum())},
     }
 
 
@@ -208,50 +235,6 @@ def _against_reference(patients: pandas.DataFrame, owner: np.ndarray) -> dict[st
 
 def _means_by(images: pandas.DataFrame, key: str) -> dict[str, dict]:
     return {
-        str(value): {"images": len(part)} | {name: _number(part[name].mean()) for name in (*SCORES, *DISTANCES)}
+        str(value): {"images": len(part)} | {name: none_if_nan(part[name].mean()) for name in (*SCORES, *DISTANCES)}
         for value, part in images.groupby(key)
     }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN: what has no value is null."""
-    return float(value) if np.isfinite(value) else None
-
-
-def table_text(summary: dict, names: Iterable[str] = ("dice", "iou", "accuracy", "dice4")) -> str:
-    """The summary as text tables for a terminal."""
-    lines = [f"{'score':<14}{'mean':>8}   95 % interval    pooled"]
-    for name in [*names, *(score for score in SCORES if score.startswith("dice_"))]:
-        lines += _score_line(name, summary["scores"][name], summary["pooled"][name], 4)
-    lines.append(f"{'distance':<14}{'mean':>8}   95 % interval    median")
-    for name in DISTANCES:
-        lines += _score_line(name, summary["scores"][name], summary["scores"][name]["median"], 2)
-    return "\n".join([*lines, *_agreement_lines(summary["clinical"])])
-
-
-def _score_line(name: str, entry: dict, last: float | None, digits: int) -> list[str]:
-    """One row of a table; none where there is no mean, and no interval where one patient gives none."""
-    if entry["mean"] is None:
-        return []
-    ends = [entry[end] for end in ("low", "high")]
-    interval = "" if None in ends else " - ".join(f"{value:.{digits}f}" for value in ends)
-    shown = "" if last is None else f"{last:.{digits}f}"
-    return [f"{name:<14}{entry['mean']:>8.{digits}f}   {interval:<15}  {shown:>6}"]
-
-
-def _agreement_lines(clinical: dict) -> list[str]:
-    rows = {
-        f"{name}": found
-        for name, found in clinical["agreement"].items()
-        if name in ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
-    }
-    for convention, kinds in clinical["reference"].items():
-        rows |= {f"ef_{convention}, {kind} against cfg": found for kind, found in kinds.items()}
-    lines = [f"{'against masks':<34}{'n':>4}{'r':>8}{'bias':>8}{'sd':>8}{'MAE':>8}"]
-    for name, found in rows.items():
-        if found["r"] is not None:
-            lines.append(f"{name:<34}{found['n']:>4}" + "".join(f"{found[key]:>8.2f}" for key in ("r", "bias", "sd", "mae")))
-    return lines if len(lines) > 1 else []
-
-
-PAGE, SUMMARY, IMAGES, PATIENTS = "report.html", "summary.json", "images.parquet", "patients.parquet"

@@ -7,12 +7,12 @@ from heartseg.config.experiment import PredictConfig
 from heartseg.labels import BACKGROUND, ENDO, LA
 from heartseg.metrics.anatomy_checks import STRUCTURE_NAMES, connected_components, enclosed_holes
 
-# A larger hole, as a share of the whole heart, is no slip to mend but something that was missed.
+# A larger hole, as a share of the whole heart, is a missed structure, not a flaw to repair.
 LARGEST_HOLE = 0.10
 
 
 def clean(mask: np.ndarray, options: PredictConfig) -> np.ndarray:
-    """The mask uint8 [H,W] with what `options` ask for: strays go first, so that the holes they leave are closed too."""
+    """The mask uint8 [H,W], postprocessed as `options` ask: stray pieces first, so that the holes they leave are closed too."""
     if options.largest_component:
         mask = largest_components(mask)
     return fill_holes(mask) if options.fill_holes else mask
@@ -31,8 +31,8 @@ def largest_components(mask: np.ndarray) -> np.ndarray:
 def fill_holes(mask: np.ndarray) -> np.ndarray:
     """The mask [H,W] without holes up to LARGEST_HOLE of the heart.
 
-    What the cavity or the atrium encloses becomes theirs, whatever its label. Enclosed background, in the wall or between
-    structures, takes the label of the nearest structure.
+    Pixels that the cavity or the atrium encloses become theirs, whatever their label. Enclosed background, in the wall or
+    between structures, takes the label of the nearest structure.
     """
     filled, largest = mask.copy(), LARGEST_HOLE * np.count_nonzero(mask)
     for label in (ENDO, LA):

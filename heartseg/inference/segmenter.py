@@ -1,7 +1,6 @@
-"""Checkpoints and images to masks on the images' own grid, each with how sure the network is of it.
+"""Checkpoints and images to masks on the images' own grid, each with the network's confidence in it.
 
-`segment` is the one way from images to masks: scoring and prediction share it, so that what is done to a prediction is
-done to both.
+Scoring and prediction share `scores_of`, `confidence` and `to_mask`, so that both get the same masks.
 """
 
 from collections.abc import Sequence
@@ -28,14 +27,14 @@ from heartseg.shards.writer import resize_image
 # brightness gained less (jobs/benchmarks/postprocess.py), and hearts have sides, so there are no flips.
 TTA_SHIFT = 0.05
 TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
-NETWORKS_OWN = PredictConfig()
-# A mask of less confidence is one to look at: `quality` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
-LOOK_BELOW = 0.83
+NO_POSTPROCESSING = PredictConfig()
+# A mask of less confidence needs review: `quality` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
+REVIEW_THRESHOLD = 0.83
 
 
 @dataclass(frozen=True, eq=False)
 class Segmenter:
-    """A trained model with all that it needs to see an image as it was trained to."""
+    """A trained model with all that it needs to prepare an image as in training."""
 
     model: nn.Module
     experiment: Experiment
@@ -54,14 +53,14 @@ class Segmenter:
         unit = to_device(images, self.device).float().div_(255)
         return forward(self.experiment.train, self.model, self.intensity.apply(unit))
 
-    def predict(self, image: np.ndarray, options: PredictConfig = NETWORKS_OWN) -> np.ndarray:
+    def predict(self, image: np.ndarray, options: PredictConfig = NO_POSTPROCESSING) -> np.ndarray:
         """The mask uint8 [H,W] (labels 0-3) of an upright uint8 image [H,W] of any size: rows are depth."""
         return segment_images(self, [image], options)[0].mask
 
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Several trained models on one grid that are asked together; it stands wherever a Segmenter does."""
+    """Several trained models on one grid whose class probabilities are averaged; it replaces a Segmenter anywhere."""
 
     members: tuple[Segmenter, ...]
 
@@ -72,7 +71,7 @@ class Ensemble:
 
     @property
     def device(self) -> torch.device:
-        """Where the members are."""
+        """The members' device."""
         return self.members[0].device
 
     @property
@@ -85,9 +84,7 @@ class Ensemble:
         """Logs of the members' mean class probabilities [B,4,H,W], whose softmax is that mean."""
         return _log(sum(member.logits(images).softmax(dim=1) for member in self.members) / len(self.members))
 
-    def predict(self, image: np.ndarray, options: PredictConfig = NETWORKS_OWN) -> np.ndarray:
-        """As a Segmenter's."""
-        return segment_images(self, [image], options)[0].mask
+    predict = Segmenter.predict
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +99,12 @@ def segment(
     segmenter: Segmenter | Ensemble,
     images: torch.Tensor,
     shapes: Sequence[tuple[int, int]],
-    options: PredictConfig = NETWORKS_OWN,
+    options: PredictConfig = NO_POSTPROCESSING,
 ) -> list[Segmented]:
     """Masks of a batch of uint8 images [B,1,H,W] on the stored grid, each on its own grid of `shapes`."""
     scores = scores_of(segmenter, images, options)
-    sure = confidence(scores)
-    masks = [to_native(one, shape) for one, shape in zip(scores, shapes, strict=True)]
-    return [Segmented(clean(mask, options), value) for mask, value in zip(masks, sure, strict=True)]
+    found = zip(scores, shapes, confidence(scores), strict=True)
+    return [Segmented(to_mask(logits, shape, options), value) for logits, shape, value in found]
 
 
 def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
@@ -119,29 +115,33 @@ def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: Pr
 def segment_images(
     segmenter: Segmenter | Ensemble,
     images: Sequence[np.ndarray],
-    options: PredictConfig = NETWORKS_OWN,
+    options: PredictConfig = NO_POSTPROCESSING,
     shapes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Segmented]:
     """Masks of upright uint8 images [H,W] of any sizes, in batches of the experiment's `eval_batch_size`.
 
-    Each is on its own grid of `shapes`, which are the images' own where none are given.
+    Each is on its own grid of `shapes`, by default the images' own.
     """
-    grid, size = segmenter.experiment.image, segmenter.experiment.train.eval_batch_size
-    shapes = shapes or [image.shape for image in images]
-    found = []
+    shapes, size, found = shapes or [image.shape for image in images], segmenter.experiment.train.eval_batch_size, []
     for start in range(0, len(images), size):
         chosen = slice(start, start + size)
-        stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in images[chosen]]
-        found += segment(segmenter, torch.from_numpy(np.stack(stored))[:, None], shapes[chosen], options)
+        found += segment(segmenter, to_grid(segmenter, images[chosen]), shapes[chosen], options)
     return found
+
+
+def to_grid(segmenter: Segmenter | Ensemble, images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Images uint8 [H,W] of any sizes on the model's grid: [B,1,h,w]."""
+    grid = segmenter.experiment.image
+    stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in images]
+    return torch.from_numpy(np.stack(stored))[:, None]
 
 
 @torch.inference_mode()
 def shifted_logits(segmenter: Segmenter | Ensemble, images: torch.Tensor) -> torch.Tensor:
     """Logs of the class probabilities [B,4,H,W], averaged over TTA_STEPS shifts of uint8 images [B,1,H,W].
 
-    Shifts are whole pixels, so that nothing is interpolated; what a shift brings in repeats the image's edge, and what
-    it moves out has no say.
+    Shifts are whole pixels, so that nothing is interpolated; pixels that a shift brings in repeat the image's edge, and pixels
+    that it moves out do not count.
     """
     height, width = images.shape[-2:]
     down, right = round(TTA_SHIFT * height), round(TTA_SHIFT * width)
@@ -161,7 +161,7 @@ def shifted_logits(segmenter: Segmenter | Ensemble, images: torch.Tensor) -> tor
 
 
 def _log(probabilities: torch.Tensor) -> torch.Tensor:
-    """Logs whose resampling stays finite where a class is certain."""
+    """Logs that stay finite for a class that is certain, also after resampling."""
     return probabilities.clamp_min(1e-12).log()
 
 
@@ -176,7 +176,7 @@ def quality(probabilities: torch.Tensor) -> torch.Tensor:
     With class probabilities p [B,4,H,W] and labels m, the expected overlap of a structure is 2 sum(p m) / (sum p + sum m);
     the mean over the three structures is taken, and a structure that was not found counts 0. Doubt at the contours
     lowers it in proportion to the structure's size, and so does disagreement of shifted copies or ensemble members, whose
-    mean p is. It ranks images; it is no calibrated Dice: on CAMUS it is about 0.03 too high.
+    mean p is. It ranks images; it is not a calibrated Dice: on CAMUS it is about 0.03 too high.
     """
     labels = torch.arange(1, NUM_CLASSES, device=probabilities.device).view(1, -1, 1, 1)
     chosen = predicted_labels(probabilities)[:, None] == labels
@@ -194,10 +194,15 @@ def to_native(logits: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
     return predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy()
 
 
+def to_mask(logits: torch.Tensor, shape: tuple[int, int], options: PredictConfig) -> np.ndarray:
+    """`to_native`, postprocessed as `options` ask."""
+    return clean(to_native(logits, shape), options)
+
+
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
     """Rebuild a trained model from a run's folder or a checkpoint's, from its files alone.
 
-    `which` is `last` or `best`. Raises UserError where there is no checkpoint or it is damaged.
+    `which` is `last` or `best`. Raises UserError if the checkpoint is missing or damaged.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,21 +215,15 @@ def load(path: str, which: str = "last", device: str | torch.device | None = Non
 
 
 def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Segmenter | Ensemble:
-    """One checkpoint as a Segmenter, several as an Ensemble; raises UserError as `load` and `load_ensemble` do."""
-    return load(paths[0], which, device) if len(paths) == 1 else load_ensemble(paths, which, device)
-
-
-def load_ensemble(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Ensemble:
-    """Load several checkpoints to be asked together; raises UserError where there is none or their grids differ."""
+    """One checkpoint as a Segmenter, several as an Ensemble; raises UserError as `load` does, and if their grids differ."""
     if not paths:
         raise UserError("An ensemble needs at least one checkpoint: give the folders of runs.")
     members = tuple(load(path, which, device) for path in paths)
-    first = members[0].experiment.image
-    for path, member in zip(paths, members, strict=True):
-        grid = member.experiment.image
-        if grid != first:
+    grids = [member.experiment.image for member in members]
+    for path, grid in zip(paths, grids, strict=True):
+        if grid != grids[0]:
             raise UserError(
-                f"{path} sees {grid.height} x {grid.width} images and {paths[0]} sees {first.height} x {first.width}: "
+                f"{path} takes {grid.height} x {grid.width} images and {paths[0]} takes {grids[0].height} x {grids[0].width}: "
                 "an ensemble needs runs of one grid."
             )
-    return Ensemble(members)
+    return Ensemble(members) if len(members) > 1 else members[0]

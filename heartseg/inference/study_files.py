@@ -18,10 +18,10 @@ from heartseg.errors import UserError
 from heartseg.labels import Phase, View
 from heartseg.storage import filesystem
 
-# `jane_A4C_ED` says the 4-chamber view; 2CH, AP2, A2C and the like are the other.
+# `jane_A4C_ED` names the 4-chamber view; 2CH, AP2, A2C and the like the other.
 VIEW_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:A(?:P|PICAL)?)?([24])CH?|AP([24]))(?=[_\-. ]|$)", re.IGNORECASE)
 PHASE_IN_NAME = re.compile(r"(?:^|[_\-. ])(ED|ES)(?=[_\-. ]|$)", re.IGNORECASE)
-# What CAMUS and this program call masks and pictures made from an input.
+# Endings of masks and pictures made from an input, by CAMUS and by this program.
 NO_INPUT = re.compile(r"(_gt|_pred|_overlay|_curve)$", re.IGNORECASE)
 
 
@@ -29,7 +29,7 @@ NO_INPUT = re.compile(r"(_gt|_pred|_overlay|_curve)$", re.IGNORECASE)
 class Clip:
     """One input file, a still or a sequence: its outputs are `patient/stem_pred.nii.gz` and the like below the output.
 
-    `shown` is how messages name it, and tells of a DICOM no more than `stem` does.
+    `shown` is its name in messages; for a DICOM it is the `stem`, which reveals nothing.
     """
 
     path: str
@@ -44,8 +44,8 @@ class Clip:
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
     """The inputs in a file, a folder or a tree, sorted, those of one patient together.
 
-    `view` and `phase` serve where a file's name does not say. Raises UserError where there is nothing, where a package is
-    missing, or where two files would have one output.
+    `view` and `phase` are used if a file's name has none. Raises UserError if there is no input, if a package is missing, or if
+    two files would have one output.
     """
     if not filesystem.exists(source):
         raise UserError(f"--input {source} does not exist: give a file, a patient's folder or a folder of folders.")
@@ -77,19 +77,19 @@ def stem_of(path: str) -> str:
 
 
 def view_of(stem: str) -> View | None:
-    """The view that a name says, or None."""
+    """The view in a name, or None."""
     match = VIEW_IN_NAME.search(stem)
     return View(f"{match[1] or match[2]}CH") if match else None
 
 
 def phase_of(stem: str) -> Phase | None:
-    """The phase that a name says, or None."""
+    """The phase in a name, or None."""
     match = PHASE_IN_NAME.search(stem)
     return Phase(match[1].upper()) if match else None
 
 
 def name_clip(path: str, source: str, kind: str) -> Clip:
-    """A clip named by its file: the patient is what stands before the view, else the folder, else the whole name."""
+    """A clip named by its file: the patient is the text before the view, or the folder, or the whole name."""
     stem, match = stem_of(path), VIEW_IN_NAME.search(stem_of(path))
     folder = os.path.basename(os.path.dirname(path))
     patient = (stem[: match.start()] or folder) if match else (PHASE_IN_NAME.sub("", stem) or folder)
@@ -98,7 +98,7 @@ def name_clip(path: str, source: str, kind: str) -> Clip:
 
 
 def tell_folders_apart(clips: list[Clip]) -> list[Clip]:
-    """Clips whose patient's name comes in several folders are named by folder and file: ann/rest_2CH, bob/rest_2CH.
+    """Clips whose patient's name occurs in several folders are named by folder and file: ann/rest_2CH, bob/rest_2CH.
 
     Folders of one name have those above them in their name, as many as it takes: ann_visit1, bob_visit1.
     """
@@ -115,7 +115,7 @@ def tell_folders_apart(clips: list[Clip]) -> list[Clip]:
 
 
 def short_names(folders: Iterable[str]) -> dict[str, str]:
-    """A name for each folder: as many of its last parts as tell all of them apart."""
+    """A name for each folder: as many of its last parts as make all of them differ."""
     parts = {folder: [part for part in folder.split("/") if part] for folder in folders}
     names: dict[str, str] = {}
     for depth in range(1, max(map(len, parts.values()), default=0) + 1):
@@ -136,14 +136,14 @@ def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
         patient = f"study{numbers.setdefault(key, len(numbers) + 1):04d}"
         clips[patient] += 1
         name = os.path.splitext(os.path.basename(path))[0]
-        said = [view_of(name) or view, phase_of(name), f"clip{clips[patient]:02d}"]
-        stem = "_".join([patient, *(str(part) for part in said if part)])
-        found.append(Clip(path, "dicom", patient, stem, said[0], said[1], stem))
+        named = view_of(name) or view, phase_of(name)
+        stem = "_".join(filter(None, [patient, *named, f"clip{clips[patient]:02d}"]))
+        found.append(Clip(path, "dicom", patient, stem, *named, stem))
     return found
 
 
 def check_outputs_differ(clips: list[Clip]) -> None:
-    """Raise UserError where two inputs would write one file."""
+    """Raise UserError if two inputs would write one file."""
     seen = {}
     for clip in clips:
         other = seen.setdefault((clip.patient, clip.stem), clip)
@@ -152,7 +152,7 @@ def check_outputs_differ(clips: list[Clip]) -> None:
 
 
 def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
-    """Raise UserError where outputs would lie inside the input folder: the next run would find its own pictures there."""
+    """Raise UserError if outputs would lie inside the input folder: the next run would find its own pictures there."""
     if filesystem.is_uri(source) or filesystem.is_uri(out) or os.path.isfile(source):
         return
     inside = os.path.realpath(source) + os.sep
@@ -167,7 +167,7 @@ def output(out: str, clip: Clip, ending: str) -> str:
 
 
 def write_masks(path: str, masks: np.ndarray, frames: Frames) -> None:
-    """Masks uint8 [T,H,W] on the grid of the whole file: a NIfTI's own, else CAMUS's order at the pictures' full size."""
+    """Masks uint8 [T,H,W] on the grid of the whole file: a NIfTI's own, otherwise CAMUS's order at the pictures' full size."""
     if frames.box:
         top, left, height, width = frames.box
         whole = np.zeros((len(masks), height, width), np.uint8)

@@ -1,7 +1,7 @@
 """How well two measurements agree, and how sure a mean is.
 
-Uncertainty is a bootstrap over patients, since a patient's images are no independent draws. What has no value is None,
-so that a result is plain JSON; pairs with a NaN are left out.
+Uncertainty is a bootstrap over patients, since a patient's images are not independent draws. A missing value is None, so
+that a result is plain JSON; pairs with a NaN are left out.
 """
 
 import numpy as np
@@ -9,12 +9,11 @@ import numpy as np
 from heartseg.labels import ef_class
 
 MIN_PAIRS = 3
+DRAWS, LEVEL = 2000, 0.95
 
 
-def bootstrap_interval(
-    values: np.ndarray, patients: np.ndarray, draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` [N] (NaN left out), resampling whole `patients` [N].
+def bootstrap_interval(values: np.ndarray, patients: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` [N] (NaN left out), resampling whole `patients` [N].
 
     Efron and Tibshirani 1993, the cluster bootstrap. Returns (nan, nan) for fewer than two patients.
     """
@@ -24,14 +23,22 @@ def bootstrap_interval(
         return float("nan"), float("nan")
     sums = np.bincount(owner, weights=values[known])
     counts = np.bincount(owner)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
+def mean_interval(values: np.ndarray, patients: np.ndarray) -> dict[str, float | None]:
+    """The `mean` of values [N] (NaN left out) with `low` and `high` of its bootstrap interval over `patients` [N]."""
+    values = np.asarray(values, float)
+    known = values[~np.isnan(values)]
+    found = (known.mean() if len(known) else np.nan, *bootstrap_interval(values, patients))
+    return {name: _none_if_nan(value) for name, value in zip(("mean", "low", "high"), found, strict=True)}
+
+
 def _pairs(estimate, reference, patients) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both as float [N] and their owners, without the pairs that have a NaN; each pair is a patient where none is named."""
+    """Both as float [N] and their owners, without the pairs that have a NaN; without `patients` each pair is one."""
     estimate, reference = np.asarray(estimate, float), np.asarray(reference, float)
     patients = np.arange(len(estimate)) if patients is None else np.asarray(patients)
     if not len(estimate) == len(reference) == len(patients):
@@ -41,7 +48,7 @@ def _pairs(estimate, reference, patients) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _pearson(sums: np.ndarray) -> np.ndarray:
-    """Correlation from the sums [6,...] of 1, x, y, xx, yy, xy; NaN where one does not vary."""
+    """Correlation from the sums [6,...] of 1, x, y, xx, yy, xy; NaN if one does not vary."""
     count, x, y, xx, yy, xy = sums
     spread_x, spread_y = count * xx - x * x, count * yy - y * y
     varies = (spread_x > 1e-12 * count * xx) & (spread_y > 1e-12 * count * yy)  # less is rounding
@@ -50,12 +57,12 @@ def _pearson(sums: np.ndarray) -> np.ndarray:
     return np.where(varies, np.clip(r, -1, 1), np.nan)
 
 
-def _pearson_interval(x: np.ndarray, y: np.ndarray, patients: np.ndarray, draws: int = 2000, seed: int = 0):
+def _pearson_interval(x: np.ndarray, y: np.ndarray, patients: np.ndarray) -> tuple[float, float, float]:
     """Pearson's r and its 95 % percentile interval, resampling whole patients."""
     x, y = x - np.median(x), y - np.median(y)  # so that the sums of squares do not cancel
     _, owner = np.unique(patients, return_inverse=True)
     sums = np.stack([np.bincount(owner, weights=part) for part in (np.ones_like(x), x, y, x * x, y * y, x * y)])
-    drawn = np.random.default_rng(seed).integers(sums.shape[1], size=(draws, sums.shape[1]))
+    drawn = np.random.default_rng(0).integers(sums.shape[1], size=(DRAWS, sums.shape[1]))
     resampled = _pearson(sums[:, drawn].sum(axis=2))
     known = resampled[~np.isnan(resampled)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
@@ -63,7 +70,7 @@ def _pearson_interval(x: np.ndarray, y: np.ndarray, patients: np.ndarray, draws:
 
 
 def agree(estimate, reference, patients=None) -> dict[str, float | int | None]:
-    """Agreement of an estimate [N] with a reference [N]: plain numbers, None where there is none.
+    """Agreement of an estimate [N] with a reference [N]: plain numbers, or None.
 
     `n`, Pearson's `r`, `bias` (estimate minus reference), `sd` of the differences, limits of agreement `loa_low` and
     `loa_high` (bias -+ 1.96 sd, Bland and Altman 1986, Lancet 327:307-310) and the mean absolute error `mae`; `*_low` and
@@ -78,7 +85,7 @@ def agree(estimate, reference, patients=None) -> dict[str, float | int | None]:
     bias, sd = difference.mean(), difference.std(ddof=1)
     values = (*_pearson_interval(x, y, owners), bias, *bootstrap_interval(difference, owners), sd)
     values += (bias - 1.96 * sd, bias + 1.96 * sd, wrong.mean(), *bootstrap_interval(wrong, owners))
-    return {"n": len(x)} | {name: _number(value) for name, value in zip(names, values, strict=True)}
+    return {"n": len(x)} | {name: _none_if_nan(value) for name, value in zip(names, values, strict=True)}
 
 
 def ef_confusion(estimate, reference) -> np.ndarray:
@@ -87,16 +94,10 @@ def ef_confusion(estimate, reference) -> np.ndarray:
     return np.bincount(3 * ef_class(y) + ef_class(x), minlength=9).reshape(3, 3)
 
 
-def paired_interval(a, b, patients) -> tuple[float, float]:
-    """95 % bootstrap interval over patients of the mean difference a - b of scores [N]; (nan, nan) without a pair."""
-    x, y, owners = _pairs(a, b, patients)
-    return bootstrap_interval(x - y, owners)
-
-
 def paired_test(a, b, patients) -> dict[str, float | int | None]:
     """Two methods on the same images: is one better? `a`, `b` [N] are their scores, `patients` [N] the images' owners.
 
-    `n` pairs of `patients`, the mean `difference` a - b over images with its `low` and `high` of `paired_interval`, and
+    `n` pairs of `patients`, the mean `difference` a - b over images with `low` and `high` of its `bootstrap_interval`, and
     `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on each patient's mean difference, two-sided. Under
     3 patients these four are None.
     """
@@ -108,12 +109,23 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
     counted = {"n": len(x), "patients": len(names)}
     if len(names) < MIN_PAIRS:
         return counted | dict.fromkeys(("difference", "low", "high", "p"))
-    low, high = paired_interval(x, y, owners)
+    low, high = bootstrap_interval(x - y, owners)
     means = np.bincount(owner, weights=x - y) / np.bincount(owner)
     p = wilcoxon(means).pvalue if np.any(means) else 1.0
-    return counted | {"difference": _number((x - y).mean()), "low": low, "high": high, "p": _number(p)}
+    return counted | {"difference": _none_if_nan((x - y).mean()), "low": low, "high": high, "p": _none_if_nan(p)}
 
 
-def _number(value) -> float | None:
-    """JSON has no NaN: what has no value is null."""
+def auc(score: np.ndarray, is_good: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a good one has a higher score than a poor one, NaN without such a pair.
+
+    Hanley and McNeil 1982; equal scores count half.
+    """
+    good, poor = score[is_good], score[~is_good, None]
+    if not len(good) * len(poor):
+        return float("nan")
+    return float(1 - ((poor > good).sum() + 0.5 * (poor == good).sum()) / (len(good) * len(poor)))
+
+
+def _none_if_nan(value: float) -> float | None:
+    """JSON has no NaN: a missing value is null."""
     return float(value) if np.isfinite(value) else None

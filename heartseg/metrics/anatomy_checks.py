@@ -1,19 +1,19 @@
-"""Anatomical checks: says in words where a mask cannot be a whole left heart.
+"""Anatomical checks: the reasons, in words, why a mask cannot be a whole left heart.
 
 The checks follow the idea of Painchaud et al. 2020, "Cardiac Segmentation With Strong Anatomical Guarantees", IEEE Trans.
 Med. Imaging 39(11). Their limits were set on 1,800 expert masks of CAMUS, with a margin on every side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from scipy import ndimage
 
 from heartseg.errors import UserError
-from heartseg.labels import BACKGROUND, ENDO, LA, MYO
+from heartseg.labels import BACKGROUND, ENDO, LA, MYO, bounding_box
 
 STRUCTURE_NAMES = {ENDO: "cavity", MYO: "wall", LA: "atrium"}
-# Pieces hang together over corners too; what is outside them does not.
+# Pieces are connected over corners too; the outside is not.
 CORNERS_TOO = np.ones((3, 3), bool)
 # Smaller pieces and holes change no measurement.
 SPECK_MM2 = 5.0
@@ -35,7 +35,7 @@ def connected_components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def enclosed_holes(region: np.ndarray, largest: float = np.inf) -> np.ndarray:
     """The pixels, bool [H,W], that a region encloses, in holes of at most `largest` pixels."""
-    # Outside of it, pieces hang together over edges alone: a diagonal line of the region keeps them apart.
+    # Outside of it, pieces are connected over edges alone: a diagonal line of the region separates them.
     pieces, _ = ndimage.label(~region)
     sizes = np.bincount(pieces.ravel())
     enclosed = sizes <= largest
@@ -45,33 +45,24 @@ def enclosed_holes(region: np.ndarray, largest: float = np.inf) -> np.ndarray:
 
 
 def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[str]:
-    """Reasons why an upright mask uint8 [H,W] cannot be a whole left heart in an apical view; empty where there is none.
+    """Reasons why an upright mask uint8 [H,W] cannot be a whole left heart in an apical view; empty if there are none.
 
-    `spacing_mm` is (depth, lateral). Raises UserError for a spacing that is none.
+    `spacing_mm` is (depth, lateral). Raises UserError for a spacing that is not positive.
     """
     if not all(np.isfinite(mm) and mm > 0 for mm in spacing_mm):
-        raise UserError(f"A spacing of {spacing_mm} mm is none: give (depth, lateral), both above 0.")
+        raise UserError(f"The pixel spacing {spacing_mm} mm is not valid: give (depth, lateral), both above 0.")
     missing = [f"the {name} is missing" for label, name in STRUCTURE_NAMES.items() if not (mask == label).any()]
+    if not mask.any():
+        return missing
     cut = [*_cut(mask)]
-    mask = _around_heart(mask)
+    mask = mask[bounding_box(mask, (1, 1))]  # every structure, and a line of background on each side that the image has
     found = missing + [*_torn(mask, SPECK_MM2 / (spacing_mm[0] * spacing_mm[1])), *cut]
-    # What follows speaks of how the three lie to each other.
+    # The other checks compare the positions and sizes of the three structures.
     return found if missing else found + [*_misplaced(mask, spacing_mm), *_out_of_proportion(mask, spacing_mm)]
 
 
-def _around_heart(mask: np.ndarray) -> np.ndarray:
-    """The part of a mask that holds every structure, with a line of background on each side that the image has."""
-    return mask[_box(mask != BACKGROUND, (1, 1))] if mask.any() else mask
-
-
-def _box(region: np.ndarray, margins: Sequence[int]) -> tuple[slice, slice]:
-    """Rows and columns that hold a region that is not empty, with margins where the image has them."""
-    lines = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
-    return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) for at, margin in zip(lines, margins, strict=True))
-
-
 def _torn(mask: np.ndarray, speck: float) -> Iterator[str]:
-    """Pieces and holes of at least `speck` pixels, each structure looked at in its own box."""
+    """Pieces and holes of at least `speck` pixels, each structure checked in its own box."""
     boxes = {
         label: box for label, box in zip(STRUCTURE_NAMES, ndimage.find_objects(mask, max(STRUCTURE_NAMES)), strict=True) if box
     }
@@ -91,7 +82,7 @@ def _torn(mask: np.ndarray, speck: float) -> Iterator[str]:
 
 
 def _cut(mask: np.ndarray) -> Iterator[str]:
-    """Structures that go on outside the image; an atrium at its lower edge is common and harmless."""
+    """Structures that continue outside the image; an atrium at its lower edge is common and harmless."""
     edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     for label in (ENDO, MYO):
         if (edge == label).any():
@@ -118,8 +109,8 @@ def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]
 
 def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
     """The wall surrounds the cavity but at its base, where the atrium is, below it."""
-    cavity = _box(mask == ENDO, (1, 1))  # with its neighbours: its contour is looked at from both sides
-    closed, atrium = mask.copy(), _box(mask == LA, [int(BASE_MM / mm) + 1 for mm in spacing_mm])
+    cavity = bounding_box(mask == ENDO, (1, 1))  # with its neighbours: a contour has two sides
+    closed, atrium = mask.copy(), bounding_box(mask == LA, tuple(int(BASE_MM / mm) + 1 for mm in spacing_mm))
     at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM
     closed[atrium][at_base & (mask[atrium] == BACKGROUND)] = LA
     mask, closed, whole = mask[cavity], closed[cavity], mask

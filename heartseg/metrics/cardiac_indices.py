@@ -1,4 +1,4 @@
-"""What a cardiologist reads off a patient's label maps: volumes, ejection fraction, wall and atrium, one flat row.
+"""Clinical indices from a patient's label maps: volumes, ejection fraction, wall and atrium, one flat row.
 
 Lang et al. 2015 below is the recommendation of the American Society of Echocardiography and the European Association of
 Cardiovascular Imaging, J Am Soc Echocardiogr 28:1-39. For research only: none of this is a medical device.
@@ -52,40 +52,38 @@ def area_length_ml(one: Chamber, other: Chamber) -> float:
 
 
 def ejection_fraction(edv: float, esv: float) -> float:
-    """EF in percent, 100 (EDV - ESV) / EDV (Lang et al. 2015); NaN where EDV is 0 or below ESV, or one is NaN."""
+    """EF in percent, 100 (EDV - ESV) / EDV (Lang et al. 2015); NaN if EDV is 0 or below ESV, or one is NaN."""
     return 100 * (edv - esv) / edv if edv > 0 and 0 <= esv <= edv else float("nan")
 
 
 def lv_length(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
-    """Length in mm of the ventricle in a label map [H,W], mitral plane's midpoint to apex; NaN where it has none."""
+    """Length in mm of the ventricle in a label map [H,W], mitral plane's midpoint to apex; NaN if it has none."""
     ventricle = measure(mask, spacing_mm).ventricle
     return float("nan") if isinstance(ventricle, str) else ventricle.length_mm
 
 
-def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
-    """Single-plane volume in ml and cavity area in cm2 of one label map [H,W]; (NaN, NaN) where it has no ventricle.
+def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
+    """Single-plane volume in ml of the ventricle in a label map [H,W]; NaN if it has none.
 
     Frame by frame this is a sequence's volume curve. Without pixel spacing give (1, aspect): the curve's shape holds.
     """
     ventricle = measure(mask, spacing_mm).ventricle
-    if isinstance(ventricle, str):
-        return float("nan"), float("nan")
-    return disks_ml(ventricle, ventricle, ventricle.length_mm), ventricle.area_mm2 / 100
+    return float("nan") if isinstance(ventricle, str) else disks_ml(ventricle, ventricle, ventricle.length_mm)
 
 
 def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float | str]:
-    """All indices of one patient, a flat row: INDICES, NaN where unknown, and `reason`, '' where all is known.
+    """All indices of one patient, a flat row: INDICES, NaN if unknown, and `reason`, '' if all are known.
 
     Args:
         masks: (view, phase) -> label map [H,W] with labels 0-3 and its (depth, lateral) spacing in mm.
-        spacing_known: False where the spacing tells a pixel's shape only (None: square). Then there are no volumes and
+        spacing_known: False if the spacing holds a pixel's shape only (None: square). Then there are no volumes and
             no areas. EF needs no scale: each view is measured in its own end-diastolic long axis, which is the same
             axis in both views, so that views of different depth agree. A view's two phases must share their scale: two
             shapes without spacing, or a spacing of one alone, do not, and that view is left out.
 
     The atrium's volume is by disks too, which Lang et al. 2015 prefer to area-length, along the line from the mitral
     plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes
-    do not fit (ESV above EDV) has them in the row, and no EF. Nothing raises: what cannot be measured has a reason.
+    do not fit (ESV above EDV) has them in the row, and no EF. Nothing raises: a missing index has a reason.
     """
     frames, reasons = _measured(masks, spacing_known)
     if not spacing_known:
@@ -128,19 +126,14 @@ def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase
 
 
 def _of_unlike_scale(masks: Masks) -> list[View]:
-    """Views whose ED and ES cannot be compared in pixels: one has a spacing and one has none, or neither and other shapes."""
-    unlike = []
-    for view in VIEWS:
-        found = [masks[view, phase] for phase in PHASES if (view, phase) in masks]
-        # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
-        scales = {np.shape(mask) if spacing_mm is None else "mm" for mask, spacing_mm in found}
-        if len(scales) > 1:
-            unlike.append(view)
-    return unlike
+    """Views whose ED and ES cannot be compared in pixels: only one has a spacing, or neither and their shapes differ."""
+    # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
+    scales = {(view, np.shape(mask) if spacing_mm is None else "mm") for (view, _), (mask, spacing_mm) in masks.items()}
+    return [view for view in VIEWS if sum(found == view for found, _ in scales) > 1]
 
 
 def _missing(frame: Frame, spacing_known: bool) -> list[str]:
-    """What a frame lacks, in words: where there is no ventricle that alone, and without a scale nothing else is asked."""
+    """What a frame lacks, in words: a missing ventricle alone, and without a scale nothing else."""
     if isinstance(frame.ventricle, str):
         return [frame.ventricle]
     if not spacing_known:
@@ -158,7 +151,7 @@ def _in_own_length(ventricles: dict) -> dict:
 
 
 def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[float, float]]:
-    """EDV and ESV by method, NaN where a mask that the method needs is not there."""
+    """EDV and ESV by method, NaN if a mask that the method needs is missing."""
     found = {method: {phase: float("nan") for phase in PHASES} for method in METHODS}
     longest_mm = max((chamber.length_mm for chamber in ventricles.values()), default=0.0)
     for phase in PHASES:

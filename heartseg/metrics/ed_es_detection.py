@@ -32,7 +32,7 @@ def smooth(volumes: np.ndarray) -> np.ndarray:
 def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
     """Frames (from 0) of the largest and of the smallest volume of the smoothed curve.
 
-    None where no two frames are plausible, and where the volume does not change: such a clip shows no beat.
+    None if no two frames are plausible, or if the volume does not change: such a clip shows no beat.
     """
     curve = smooth(volumes)
     num_plausible = np.isfinite(curve).sum()
@@ -45,7 +45,7 @@ def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
 
 
 def _over_windows(values: np.ndarray, width: int, take) -> np.ndarray:
-    """`take` of the finite values in a window around each of [T]; NaN where there are none."""
+    """`take` of the finite values in a window around each of [T]; NaN if there are none."""
     taken = []
     for centre in range(len(values)):
         window = values[max(0, centre - width // 2) : centre + width // 2 + 1]

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from heartseg.labels import BACKGROUND, NUM_CLASSES, STRUCTURE_LABELS, STRUCTURES
+from heartseg.labels import BACKGROUND, NUM_CLASSES, STRUCTURE_LABELS, STRUCTURES, bounding_box
 
 SCORES = (
     "accuracy",
@@ -141,23 +141,17 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tup
         raise ValueError(f"the pixel spacing {spacing_mm} is not positive")
     diagonal_mm = math.hypot(*(side * size for side, size in zip(spacing_mm, truth.shape, strict=True)))
     maps = np.stack([prediction, truth])
-    # What lies outside the image is background to a surface, so a frame of it goes round the part that is looked at.
-    maps = np.pad(maps[:, *_bounding_box(maps.any(axis=0))], ((0, 0), (1, 1), (1, 1)))
+    # Outside the image is background, so a frame of it surrounds the part that is measured.
+    maps = np.pad(maps[:, *bounding_box(maps.any(axis=0))], ((0, 0), (1, 1), (1, 1)))
     found = []
     for labels in STRUCTURE_LABELS.values():
         surfaces = _surfaces(np.logical_or.reduce([maps == label for label in labels]))
         present = surfaces.any(axis=(1, 2))
         if present.all():
-            found += _distances(surfaces[:, *_bounding_box(surfaces.any(axis=0))], spacing_mm)
+            found += _distances(surfaces[:, *bounding_box(surfaces.any(axis=0))], spacing_mm)
         else:
             found += [diagonal_mm if present.any() else math.nan] * 3
     return dict(zip(DISTANCES, found, strict=True))
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of the smallest box around a mask [H,W]; empty slices for an empty mask."""
-    lines = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return tuple(slice(found[0], found[-1] + 1) if len(found) else slice(0) for found in lines)
 
 
 def _surfaces(masks: np.ndarray) -> np.ndarray:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from heartseg.labels import ENDO, LA, MYO
+from heartseg.labels import ENDO, LA, MYO, bounding_box
 
 DISKS = 20  # Lang et al. 2015, figure of the biplane method of disks
 MIN_PIXELS = 30  # a chamber of fewer has no shape
 # Share of the square root of the cavity's area: the mitral plane is 0.37 to 0.96 of it in 40 CAMUS patients.
 MIN_MITRAL_SHARE = 0.3
-MIN_WALL_SHARE = 0.5  # of the cavity's rim: under it the wall's gap is no mitral plane
+MIN_WALL_SHARE = 0.5  # of the cavity's rim: under it the wall's gap is not a mitral plane
 BASAL_SHARE = 0.1  # of the cavity's extent: what counts as its lowest part
 
 
@@ -37,10 +37,7 @@ class Chamber:
 
 def crop(mask: np.ndarray) -> np.ndarray:
     """The part of a label map that is not background, with one pixel of background around it."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return np.zeros((2, 2), np.uint8)
-    return np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
+    return np.pad(mask[bounding_box(mask)], 1)
 
 
 def largest_part(region: np.ndarray) -> np.ndarray:
@@ -90,7 +87,7 @@ def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> 
     looks for the longest flat stretch of the contour, flat within 8 pixels: the same place, and it depends on the grid.
     """
     direction = np.linalg.eigh(np.cov(points.T))[1][:, 1]
-    if abs(direction[0]) < 0.7:  # rounder than long, and the main direction says nothing
+    if abs(direction[0]) < 0.7:  # rounder than long: the main direction means nothing
         direction = np.array([1.0, 0.0])
     down = direction * np.sign(direction[0])
     along = (points - points.mean(axis=0)) @ down
@@ -130,14 +127,14 @@ def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spac
 def _chambers(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ventricle and atrium, the largest part of each, of labels framed by background; and the labels without other atria."""
     atrium = largest_part(labels == LA)
-    stray = (labels == LA) & ~atrium  # a stray speck of atrium is no mitral plane
+    stray = (labels == LA) & ~atrium  # a stray speck of atrium is not a mitral plane
     return largest_part(labels == ENDO), atrium, np.where(stray, 0, labels)
 
 
 def long_axis(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray | None:
     """The ventricle's axis as it is measured, to draw it: row and column of the mitral plane's midpoint and of the apex.
 
-    Pixels [2,2] of a label map [H,W]; None where it has no ventricle to measure.
+    Pixels [2,2] of a label map [H,W]; None if it has no ventricle to measure.
     """
     ventricle, _, labels = _chambers(np.pad(mask, 1))
     pixels = np.count_nonzero(ventricle)

@@ -1,25 +1,23 @@
 """A comparison of runs as one self-contained HTML page, as text for a terminal, and as JSON; it recomputes no metric."""
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
 
 from heartseg.evaluation import run_comparison
 from heartseg.evaluation.run_comparison import Comparison, Entry
 from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
 from heartseg.metrics.segmentation import DISTANCES, SCORES
-from heartseg.reporting import overlays, plots, report, report_sections, text_tables
+from heartseg.reporting import contours, pages, plots, report, report_sections, text_tables
 from heartseg.storage import filesystem
 
-PAGE, TEMPLATE, NUMBERS = "compare.html", "compare.html", "comparison.json"
+PAGE, NUMBERS = "compare.html", "comparison.json"
 EF_TITLES = {
     "ef_camus_error": "EF, absolute error (camus), points",
     "ef_ase_error": "EF, absolute error (ase), points",
 }
 DISTANCE_TITLES = {
-    f"{kind}_{name}_mm": f"{title}: {said}, mm"
+    f"{kind}_{name}_mm": f"{title}: {distance}, mm"
     for name, title in report_sections.STRUCTURE_TITLES.items()
-    for kind, said in report_sections.DISTANCE_COLUMNS.items()
+    for kind, distance in report_sections.DISTANCE_COLUMNS.items()
 }
 TITLES = report.SCORE_TITLES | DISTANCE_TITLES | EF_TITLES
 # Heading, whether higher or lower is better, and the names of its scores.
@@ -31,7 +29,7 @@ KINDS = (
 AGREEMENTS = ("ef_camus", "ef_ase")
 SVG_DASHES = {"-": "none", "--": "6 3", ":": "2 3", "-.": "8 3 2 3"}  # as matplotlib's, for the page's own legend
 PICTURE_ROWS = 320  # about as large as a page shows them, so that thin lines stay whole
-# What a terminal shows of each entry; of more than three entries, differences of mean Dice only.
+# Scores that a terminal shows; for more than three entries, differences of mean Dice only.
 TEXT_NAMES = ("dice", "dice_endo", "dice_myo", "dice_la", "dice_epi", "masd_endo_mm", "hd95_endo_mm", "ef_camus_error")
 
 
@@ -41,70 +39,60 @@ def write_page(out: str, compared: Comparison, pictures: Sequence[dict]) -> str:
     `pictures` are those of `compared.disagreements` that could be drawn, with what `draw` needs.
     """
     entries, means, differences = compared.entries, compared.means, compared.differences
-    datasets = sorted({one.run.description["dataset"] for entry in entries for one in entry.runs})
-    page = (
-        report.environment()
-        .get_template(TEMPLATE)
-        .render(
-            entries=[_shown(entry, place) for place, entry in enumerate(entries)],
-            reference=compared.reference.letter,
-            others=[entry.letter for entry in compared.others],
-            datasets=datasets,
-            pooled=any(len(entry.scored) > 1 for entry in entries),
-            notes=compared.notes,
-            overview=_overview(compared),
-            score_kinds=[(*kind[:2], _score_rows(kind[2], means)) for kind in KINDS] if any(means.values()) else [],
-            difference_kinds=[(*kind[:2], _difference_rows(kind[2], differences)) for kind in KINDS]
-            if any(differences.values())
-            else [],
-            settings=compared.settings,
-            curves=curve_figures(*lines_of(entries)),
-            agreement=_agreement_rows(entries),
-            disagreements=compared.disagreements,
-            pictures=[(item["image"], item["spread"], draw(item)) for item in pictures],
-            legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
-        )
-    )
     numbers = {name: getattr(compared, name) for name in ("settings", "means", "differences", "disagreements", "notes")}
     paths = {entry.letter: [one.run.path for one in entry.runs] for entry in entries}
     filesystem.publish_json(filesystem.join(out, NUMBERS), numbers | {"reference": compared.reference.letter, "entries": paths})
-    path = filesystem.join(out, PAGE)
-    filesystem.publish(path, page.encode())
-    return path
+    scored, paired = any(means.values()), any(differences.values())
+    return pages.write(
+        out,
+        PAGE,
+        entries=[_shown(compared, entry, place) for place, entry in enumerate(entries)],
+        reference=compared.reference.letter,
+        others=[entry.letter for entry in compared.others],
+        datasets=sorted({one.run.description["dataset"] for entry in entries for one in entry.runs}),
+        pooled=any(len(entry.scored) > 1 for entry in entries),
+        notes=compared.notes,
+        score_kinds=[(*kind, _rows(names, score_cell, means)) for *kind, names in KINDS] if scored else [],
+        difference_kinds=[(*kind, _rows(names, difference_cell, differences)) for *kind, names in KINDS] if paired else [],
+        settings=compared.settings,
+        curves=curve_figures(*lines_of(entries)),
+        agreement=_agreement_rows(entries),
+        disagreements=compared.disagreements,
+        pictures=[(item["image"], item["spread"], draw(item)) for item in pictures],
+        legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
+    )
 
 
-def _overview(compared: Comparison) -> list[dict]:
-    """A row an entry: its mean Dice and the paired difference from the reference."""
-    rows = []
-    for place, entry in enumerate(compared.entries):
-        mean = compared.means[entry.letter].get("dice")
-        found = difference_cell(compared.differences.get(entry.letter, {}).get("dice"), "dice")
-        rows.append({"letter": entry.letter, "label": entry.label, "colour": plots.run_style(place)[0], "dice": mean,
-                     "seeds": show_seeds(mean, 3) if mean else "", "found": found})  # fmt: skip
-    return rows
-
-
-def _shown(entry: Entry, place: int) -> dict:
-    """What the page says of an entry: its line, and of each run its scores' origin and its lineage."""
+def _shown(compared: Comparison, entry: Entry, place: int) -> dict:
+    """An entry for the page: its line, the facts of its runs, its mean Dice and the difference from the reference."""
     colour, dash = plots.run_style(place)
-    return {"letter": entry.letter, "label": entry.label, "colour": colour, "dashes": SVG_DASHES[dash],
-            "runs": [_facts(one) for one in entry.runs]}  # fmt: skip
+    return {
+        "letter": entry.letter, "label": entry.label, "colour": colour, "dashes": SVG_DASHES[dash],
+        "runs": [_facts(one) for one in entry.runs], "dice": score_cell(compared.means[entry.letter], "dice"),
+        "found": difference_cell(compared.differences.get(entry.letter, {}), "dice"),
+    }  # fmt: skip
+
+
+def _rows(names: Sequence[str], cell: Callable, entries: Mapping[str, dict]) -> list[tuple[str, list]]:
+    """A row a score: its title, and a cell an entry."""
+    return [(TITLES[name], [cell(scores, name) for scores in entries.values()]) for name in names]
 
 
 def _facts(one: run_comparison.Scored) -> dict:
-    summary, said = one.summary or {}, one.run.description
-    scored = "no scores"
+    """A run's lineage and the origin of its scores."""
+    summary, description, scored = one.summary, one.run.description, "no scores"
     if summary:
         scored = f"{summary['group']} group, {summary['patients']} patients, {summary['images']} images"
     return {
-        "label": one.label, "path": one.run.path, "seed": said["identity"]["train"]["seed"], "epochs": len(one.record),
+        "label": one.label, "path": one.run.path, "seed": description["identity"]["train"]["seed"], "epochs": len(one.record),
         "checkpoint": f"{summary['which']}, epoch {summary['epoch']}" if summary else "–", "scored": scored,
-        "recipe": said["experiment"]["name"], "code": said.get("code", "–"), "data": said["data_fingerprint"],
+        "recipe": description["experiment"]["name"], "code": description.get("code", "–"),
+        "data": description["data_fingerprint"],
     }  # fmt: skip
 
 
 def digits_of(name: str) -> int:
-    """Decimals that a score is told with: 3 of a share, 2 of mm, 1 of points of EF."""
+    """Decimals of a score: 3 for a share, 2 for mm, 1 for points of EF."""
     return 3 if name in SCORES else 2 if name in DISTANCES else 1
 
 
@@ -124,43 +112,30 @@ def show_seeds(cell: dict, digits: int) -> str:
     return f"{min(known):.{digits}f} to {max(known):.{digits}f}" if len(known) > 1 else ""
 
 
-def _score_rows(names: Sequence[str], means: Mapping[str, dict]) -> list[tuple[str, list[dict]]]:
-    rows = []
-    for name in names:
-        digits = digits_of(name)
-        cells = [
-            {"mean": report.show_number(cell["mean"], digits), "interval": report.show_interval(cell, digits),
-             "seeds": show_seeds(cell, digits)} if (cell := mine.get(name)) else {"mean": "–", "interval": "–", "seeds": ""}
-            for mine in means.values()
-        ]  # fmt: skip
-        rows.append((TITLES[name], cells))
-    return rows
+def score_cell(means: dict, name: str) -> dict[str, str]:
+    """A mean of an entry as texts, with its interval and the range of its seeds."""
+    digits, score = digits_of(name), means.get(name) or {"mean": None, "seeds": []}
+    return {"mean": pages.show_number(score["mean"], digits), "interval": pages.show_interval(score, digits),
+            "seeds": show_seeds(score, digits)}  # fmt: skip
 
 
-def difference_cell(found: dict | None, name: str) -> dict | None:
-    """A paired difference as texts, to one decimal more than its score; None where there is none."""
+def difference_cell(differences: dict, name: str) -> dict | None:
+    """A paired difference of an entry as texts, to one decimal more than its score; None if there is none.
+
+    `patients` is their number if it is lower than mean Dice's.
+    """
+    found, digits = differences.get(name), digits_of(name) + 1
     if not found or found["difference"] is None:
         return None
-    digits = digits_of(name) + 1
     ends = " to ".join(show_signed(found[end], digits) for end in ("low", "high"))
+    patients = found["patients"] if found["patients"] < differences["dice"]["patients"] else None
     return {"difference": show_signed(found["difference"], digits), "interval": ends, "p": show_p(found["p"]),
-            "reading": found["reading"], "seen": found["reading"] != run_comparison.NO_DIFFERENCE}  # fmt: skip
-
-
-def _difference_rows(names: Sequence[str], differences: Mapping[str, dict]) -> list[tuple[str, list[dict | None]]]:
-    """A row a score; a cell says of how many patients it is where that is fewer than mean Dice's."""
-    rows = []
-    for name in names:
-        cells = [difference_cell(mine.get(name), name) for mine in differences.values()]
-        for cell, mine in zip(cells, differences.values(), strict=True):
-            if cell:
-                cell["patients"] = mine[name]["patients"] if mine[name]["patients"] < mine["dice"]["patients"] else None
-        rows.append((TITLES[name], cells))
-    return rows
+            "reading": found["reading"], "seen": found["reading"] != run_comparison.NO_DIFFERENCE,
+            "patients": patients}  # fmt: skip
 
 
 def _agreement_rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, dict]]:
-    """Letter, run, index and what the run's own evaluation says of its agreement; none where no patient has an EF."""
+    """Letter, run, index and its agreement in the run's own evaluation; no row if no patient has an EF."""
     return [
         (entry.letter, one.label, report_sections.AGREEMENT_TITLES[name], found)
         for name in AGREEMENTS
@@ -171,39 +146,29 @@ def _agreement_rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, dict]
 
 
 def lines_of(entries: Sequence[Entry]) -> tuple[dict[str, list[dict]], dict[str, tuple[str, str]]]:
-    """Every run's record by its label, and its entry's (colour, dash), as `curve_figures` takes them."""
+    """Every run's record by its label, and its entry's (colour, dash), for `curve_figures`."""
     lines = {one.label: one.record for entry in entries for one in entry.runs}
     return lines, {one.label: plots.run_style(place) for place, entry in enumerate(entries) for one in entry.runs}
 
 
-def curve_figures(lines: Mapping[str, list[dict]], styles: Mapping[str, tuple[str, str]]) -> list[dict]:
+def curve_figures(records: Mapping[str, list[dict]], styles: Mapping[str, tuple[str, str]]) -> list[dict]:
     """Held-out Dice, training loss and learning rate of several runs by epoch, as inline figures.
 
-    `lines` are records (runs.read_record) by name, `styles` the (colour, dash) of each name; runs may be of any length.
+    `records` are by name (run_directory.read_record), `styles` the (colour, dash) of each name; runs may be of any length.
     """
-    epochs = sorted({int(epoch["epoch"]) for record in lines.values() for epoch in record})
-    if not epochs:
+    if not any(records.values()):
         return []
-    held_out = {name: "val" if any("val/dice" in epoch for epoch in record) else "test" for name, record in lines.items()}
-    groups = " or ".join(sorted({held_out[name] for name, record in lines.items() if record}, reverse=True))
+    held_out = {name: "val" if any("val/dice" in epoch for epoch in record) else "test" for name, record in records.items()}
+    groups = " or ".join(sorted({held_out[name] for name, record in records.items() if record}, reverse=True))
     panels = {
         f"Mean Dice, {groups} group": {name: f"{group}/dice" for name, group in held_out.items()},
-        "Training loss": dict.fromkeys(lines, "train/loss"),
-        "Learning rate": dict.fromkeys(lines, "lr"),
+        "Training loss": dict.fromkeys(records, "train/loss"),
+        "Learning rate": dict.fromkeys(records, "lr"),
     }
-    drawn = []
-    for number, (title, keys) in enumerate(panels.items()):
-        series = {name: _by_epoch(lines[name], key, epochs) for name, key in keys.items()}
-        last = ", ".join(f"{n} {v[np.isfinite(v)][-1]:.4g}" for n, v in series.items() if np.isfinite(v).any())
-        figure = plots.curve(epochs, series, title, styles=styles)
-        drawn.append(report_sections.inline(figure, f"runs-{number}", f"{title} by epoch; last values: {last}."))
-    return drawn
-
-
-def _by_epoch(record: list[dict], key: str, epochs: Sequence[int]) -> np.ndarray:
-    """A metric at each of some epochs, NaN where the run has none."""
-    known = {int(epoch["epoch"]): epoch.get(key) for epoch in record}
-    return np.array([np.nan if known.get(epoch) is None else known[epoch] for epoch in epochs], float)
+    return [
+        report.curve_figure(f"runs-{place}", title, {n: (records[n], key) for n, key in keys.items()}, styles=styles)
+        for place, (title, keys) in enumerate(panels.items())
+    ]
 
 
 def draw(item: dict) -> list[dict]:
@@ -214,10 +179,9 @@ def draw(item: dict) -> list[dict]:
     """
     drawn = []
     for letter, mask in item["masks"].items():
-        positions = overlays.compared(item["pixels"], item["truth"], mask, item["spacing_mm"], PICTURE_ROWS)
-        caption = f"{item['names'][letter]}: Dice {report.show_score(item['scores'][letter])}"
-        alt = f"{item['image']} with the outlines of {letter} and of the expert"
-        drawn.append(report_sections.embedded(overlays.encode_png(positions), positions.shape, caption, alt))
+        positions = contours.overlay(item["pixels"], mask, item["spacing_mm"], PICTURE_ROWS, item["truth"])
+        caption = f"{item['names'][letter]}: Dice {pages.show_score(item['scores'][letter])}"
+        drawn.append(pages.picture(positions, caption, f"{item['image']} with the outlines of {letter} and of the expert"))
     return drawn
 
 
@@ -230,7 +194,7 @@ def text(compared: Comparison) -> str:
     none = [("none", *[""] * len(letters))]
     tables.append(("Settings that differ", ("", *letters), compared.settings or none))
     if any(compared.means.values()):
-        rows = [(letter, *(_mean_text(mine.get(n), n) for n in TEXT_NAMES)) for letter, mine in compared.means.items()]
+        rows = [(letter, *(score_cell(mine, n)["mean"] for n in TEXT_NAMES)) for letter, mine in compared.means.items()]
         tables.append(("Means over images; of ef_camus_error, over patients", ("", *TEXT_NAMES), rows))
     if rows := _difference_lines(compared):
         heading = (f"minus {compared.reference.letter}", "", "difference", "95 % interval", "p", "")
@@ -238,14 +202,10 @@ def text(compared: Comparison) -> str:
     return "\n\n".join([*map(text_tables.table_text, tables), *(["\n".join(compared.notes)] if compared.notes else [])])
 
 
-def _mean_text(cell: dict | None, name: str) -> str:
-    return report.show_number(cell["mean"] if cell else None, digits_of(name))
-
-
 def _difference_lines(compared: Comparison) -> list[tuple[str, ...]]:
     rows = []
     for letter, found in compared.differences.items():
         for name in TEXT_NAMES if len(compared.entries) <= 3 else TEXT_NAMES[:1]:
-            if cell := difference_cell(found.get(name), name):
+            if cell := difference_cell(found, name):
                 rows.append((letter, name, *(cell[key] for key in ("difference", "interval", "p", "reading"))))
     return rows

@@ -1,21 +1,26 @@
-"""Outlines on images, as pixels and PNG bytes: contours of label maps, one-class channels."""
+"""Outlines of label maps on echocardiograms, as pictures of palette positions, and their PNG.
+
+The palette has greys and the classes' colours, a byte a pixel: small files, exact colours, quick to write.
+"""
 
 import io
 
-import matplotlib
-import matplotlib.image
 import numpy as np
-from matplotlib.colors import to_rgb
+from PIL import Image, ImageColor
 
-from heartseg.labels import BACKGROUND, CLASS_COLOURS, NUM_CLASSES
+from heartseg.labels import BACKGROUND, CLASS_COLOURS, NUM_CLASSES, bounding_box
 
-PALETTE = (np.array([to_rgb(colour) for colour in CLASS_COLOURS]) * 255).round().astype(np.uint8)
-# The background's own colour is black, which would hide it where it is what is shown.
-CHANNEL_OFF, CHANNEL_BACKGROUND = (22, 25, 30), (214, 219, 226)
+GREYS = 256 - NUM_CLASSES  # the palette's last positions are the classes' colours
+PALETTE = np.vstack(
+    [np.linspace(0, 255, GREYS).round().repeat(3).reshape(GREYS, 3), [ImageColor.getrgb(colour) for colour in CLASS_COLOURS]]
+).astype(np.uint8)
+ROWS = 512
+# The background's own colour is black, which would hide it in its own channel.
+CHANNEL_OFF, CHANNEL_BACKGROUND = 24, 215
 
 
 def contours(mask: np.ndarray) -> np.ndarray:
-    """Label map [h,w] with 0 everywhere but on the rim of each structure; the image's own edge is no rim.
+    """Label map [h,w] with 0 everywhere but on the rim of each structure; the image's own edge is not a rim.
 
     A rim pixel has one of its four neighbours in the background or in a structure of higher label: so the border of two
     structures is drawn once, in the first one's colour, and their colours do not blend into a third.
@@ -34,42 +39,74 @@ def thicken(rims: np.ndarray) -> np.ndarray:
     return np.where(lowest == NUM_CLASSES, BACKGROUND, lowest)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, thick: bool = False) -> np.ndarray:
-    """The grey image uint8 [h,w] with the contours of a label map [h,w] in the classes' colours, uint8 [h,w,3].
+def thick_contours(mask: np.ndarray) -> np.ndarray:
+    """Contours three pixels wide [h,w], computed only around the structures."""
+    rims = np.zeros_like(mask)
+    if mask.any():
+        near = bounding_box(mask, (2, 2))
+        rims[near] = thicken(contours(mask[near]))
+    return rims
 
-    A contour is one pixel wide, or three where `thick`.
+
+def overlay(
+    image: np.ndarray, mask: np.ndarray, spacing_mm: tuple[float, float] | None = None, rows: int = ROWS,
+    truth: np.ndarray | None = None, grey_step: int = 1,
+) -> np.ndarray:  # fmt: skip
+    """Palette positions uint8 [rows,w] of an image uint8 [H,W] with the contours of a label map [H,W] in the classes' colours.
+
+    Pixels are made square by `spacing_mm` (depth, lateral); without it they are taken as square. The contours of `truth` are
+    white, thinner and on top, so that both are seen where they agree. Greys are rounded down to multiples of `grey_step`.
     """
-    rims = thicken(contours(mask)) if thick else contours(mask)
-    grey = np.repeat(image[:, :, None], 3, axis=2)
-    return np.where((rims != BACKGROUND)[:, :, None], PALETTE[rims], grey).astype(np.uint8)
+    grey = square_pixels(image, spacing_mm, rows)
+    rims = thick_contours(resize_labels(mask, *grey.shape))
+    picture = np.where(rims == BACKGROUND, grey_positions(grey // grey_step * grey_step), rims + np.uint8(GREYS))
+    if truth is not None:
+        picture = np.where(contours(resize_labels(truth, *grey.shape)) != BACKGROUND, GREYS - 1, picture)
+    return picture.astype(np.uint8)
 
 
-def compare(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """The grey image uint8 [h,w] with predicted contours in the classes' colours and the truth's in white, uint8 [h,w,3].
+def square_pixels(image: np.ndarray, spacing_mm: tuple[float, float] | None, rows: int) -> np.ndarray:
+    """The image uint8 [H,W] on `rows` rows of square pixels; pixels are square if `spacing_mm` is not known."""
+    depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
+    width = max(64, round(rows * image.shape[1] * lateral_mm / (image.shape[0] * depth_mm)))
+    return np.asarray(Image.fromarray(image).resize((width, rows), Image.Resampling.BILINEAR))
 
-    The truth's are one pixel wide and lie on top, so that both are seen where they agree.
-    """
-    drawn = overlay(image, prediction, thick=True)
-    return np.where((contours(truth) != BACKGROUND)[:, :, None], np.uint8(255), drawn)
+
+def resize_labels(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Labels on another grid, each class resampled as a share of 0 to 1 and the largest taken: no staircase along the rims."""
+    best, labels = np.full((rows, columns), 126, np.uint8), np.zeros((rows, columns), np.uint8)
+    for label in np.unique(mask[mask != BACKGROUND]):
+        share = Image.fromarray((mask == label).astype(np.uint8) * 255).resize((columns, rows), Image.Resampling.BILINEAR)
+        share = np.asarray(share)
+        labels, best = np.where(share > best, label, labels), np.maximum(share, best)
+    return labels
+
+
+def grey_positions(grey: np.ndarray) -> np.ndarray:
+    """Greys of 0 to 255 as palette positions."""
+    return (grey.astype(np.uint16) * (GREYS - 1) // 255).astype(np.uint8)
 
 
 def channels(mask: np.ndarray) -> list[np.ndarray]:
-    """One picture uint8 [h,w,3] per class of a label map [h,w]: the class in its colour, all else nearly black."""
-    colours = [CHANNEL_BACKGROUND, *PALETTE[1:]]
-    return [np.where((mask == c)[:, :, None], colours[c], CHANNEL_OFF).astype(np.uint8) for c in range(NUM_CLASSES)]
+    """One picture of palette positions [h,w] per class of a label map [h,w]: the class in its colour, all else nearly black."""
+    shades = [CHANNEL_BACKGROUND, *range(GREYS + 1, 256)]
+    return [np.where(mask == label, shade, CHANNEL_OFF).astype(np.uint8) for label, shade in enumerate(shades)]
 
 
-def enlarge(array: np.ndarray, rows: int = 512) -> np.ndarray:
-    """Repeat pixels until there are about `rows`; a contour drawn afterwards is thin beside the structure."""
-    factor = max(1, round(rows / array.shape[0]))
-    return array.repeat(factor, axis=0).repeat(factor, axis=1)
+def as_rgb(positions: np.ndarray) -> np.ndarray:
+    """Palette positions [h,w] as colours uint8 [h,w,3]."""
+    return PALETTE[positions]
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG of a picture uint8, [h,w] grey or [h,w,3]."""
+def as_image(positions: np.ndarray) -> Image.Image:
+    """Palette positions [h,w] as Pillow's image."""
+    image = Image.frombytes("P", positions.shape[::-1], positions.tobytes())
+    image.putpalette(PALETTE.tobytes())
+    return image
+
+
+def encode_png(positions: np.ndarray) -> bytes:
+    """PNG of palette positions; lightly compressed, for the time it takes counts more than its size."""
     buffer = io.BytesIO()
-    if pixels.ndim == 2:
-        matplotlib.image.imsave(buffer, pixels, format="png", cmap="gray", vmin=0, vmax=255)
-    else:
-        matplotlib.image.imsave(buffer, pixels, format="png")
+    as_image(positions).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

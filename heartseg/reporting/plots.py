@@ -1,6 +1,6 @@
 """Pictures of images, masks and scores: contours on an image, curves by epoch, the spread of scores over images.
 
-The only file that knows matplotlib. It hands on pixels, PNG bytes and SVG text, and decides nothing about a page.
+It returns figures, PNG bytes and SVG text, and decides nothing about a page.
 """
 
 import io
@@ -8,16 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-import matplotlib.image
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES, NUM_CLASSES
+from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
 
-# Lines and text that must follow the page's text colour, light or dark: `save_svg` puts `currentColor` in its place.
+# Lines and text that must follow the page's text colour, light or dark: `save_svg` replaces it by `currentColor`.
 INK = "#123457"
 # Told apart by shade, hue and dash, and at least 3:1 against a white and against a near-black page.
 GROUP_STYLES = {"train": ("#868C96", "--"), "val": ("#2F86D6", "-"), "test": ("#D2691E", "-")}
@@ -55,31 +54,45 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of some inches with one set of axes that has only what is needed to read it."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=9)
+    plain(axes)
     axes.grid(color=INK, alpha=0.15, linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def contact_sheet(cells: Sequence[tuple[np.ndarray, str, float]], columns: int = 4) -> Figure:
-    """Pictures uint8 [h,w,3] with captions in rows, under the key of the classes' colours.
+def plain(axes: Axes, spines: Sequence[str] = ("left", "bottom"), labelsize: int = 9) -> None:
+    """Leave only some spines of a set of axes, in the page's text colour."""
+    axes.spines[[side for side in axes.spines if side not in spines]].set_visible(False)
+    axes.spines[list(spines)].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=labelsize)
 
-    A cell is the picture, its caption, and the height of a pixel over its width in mm, so that hearts have their true shape.
-    """
+
+def write_labels(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
+    """The title at the left and the axes' labels."""
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    axes.set_xlabel(xlabel, color=INK, fontsize=9)
+    axes.set_ylabel(ylabel, color=INK, fontsize=9)
+
+
+def contact_sheet(cells: Sequence[tuple[np.ndarray, str]], columns: int = 4) -> Figure:
+    """Pictures uint8 [h,w,3] of square pixels with captions in rows, under the key of the classes' colours."""
     rows = -(-len(cells) // columns)
-    tallest = max((p.shape[0] * aspect / p.shape[1] for p, _, aspect in cells), default=1.0)
+    tallest = max((pixels.shape[0] / pixels.shape[1] for pixels, _ in cells), default=1.0)
     figure = Figure(figsize=(2.6 * columns, (2.6 * tallest + 0.3) * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, (pixels, caption, aspect) in zip(grid.flat, cells, strict=False):
-        axes.imshow(pixels, aspect=aspect, interpolation="nearest")
+    for axes, (pixels, caption) in zip(grid.flat, cells, strict=False):
+        axes.imshow(pixels, interpolation="nearest")
         axes.set_title(caption, color=INK, fontsize=9)
-    key = [Line2D([], [], color=CLASS_COLOURS[c], linewidth=3) for c in range(1, NUM_CLASSES)]
-    figure.legend(key, CLASS_TITLES[1:], loc="outside upper center", ncols=NUM_CLASSES - 1, frameon=False, labelcolor=INK)
+    colour_key(figure, dict(zip(CLASS_TITLES[1:], CLASS_COLOURS[1:], strict=True)))
     return figure
+
+
+def colour_key(figure: Figure, colours: Mapping[str, str], columns: int = 3) -> None:
+    """Name the colours of a figure above it."""
+    lines = [Line2D([], [], color=colour, linewidth=3) for colour in colours.values()]
+    figure.legend(lines, list(colours), loc="outside upper center", ncols=columns, frameon=False, labelcolor=INK)
 
 
 def run_style(place: int) -> tuple[str, str]:
@@ -103,8 +116,7 @@ def curve(
         axes.plot(epochs, values, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=5, label=group)
     if marked is not None:
         axes.axvline(marked, color=INK, linestyle=":", linewidth=1, alpha=0.7)
-    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
-    axes.set_xlabel("epoch", color=INK, fontsize=9)
+    write_labels(axes, title, "epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     if any(series) and not styles:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
@@ -116,8 +128,7 @@ def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: 
 
     Boxes span the quartiles, the line is the median, whiskers reach the last image within 1.5 times the box.
     """
-    known = {name: np.asarray(v, float)[~np.isnan(np.asarray(v, float))] for name, v in values.items()}
-    known = {name: v for name, v in known.items() if len(v)}
+    known = {name: scores[~np.isnan(scores)] for name, scores in values.items() if not np.isnan(scores).all()}
     figure, axes = new_axes(5.4, 0.7 + 0.55 * max(1, len(known)))
     rng = np.random.default_rng(0)
     line = {"color": INK, "linewidth": 1.1}
@@ -133,15 +144,9 @@ def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: 
         axes.scatter(scores, heights, s=5, color="#7D848E", alpha=0.6, linewidths=0, rasterized=True)
     axes.set_yticks(range(len(known)), [titles[name] for name in known])
     axes.set_ylim(len(known) - 0.5, -0.5)
-    axes.set_xlabel(xlabel, color=INK, fontsize=9)
+    write_labels(axes, xlabel=xlabel)
     axes.grid(axis="y", visible=False)
     return figure
-
-
-def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
-    axes.set_xlabel(xlabel, color=INK, fontsize=9)
-    axes.set_ylabel(ylabel, color=INK, fontsize=9)
 
 
 def _known_pairs(estimate: Sequence[float], reference: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -151,26 +156,26 @@ def _known_pairs(estimate: Sequence[float], reference: Sequence[float]) -> tuple
 
 
 def _points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """One point a pair; many of them turn fainter, so that the dense part still shows; none is said in words."""
+    """One point a pair; many of them are fainter, so that the dense part still shows; if there are none, a note says so."""
     alpha = 0.75 if len(x) <= 100 else 0.45
     axes.scatter(x, y, s=20, color=POINT, alpha=alpha, linewidths=0, rasterized=len(x) > 500)
     if not len(x):
         axes.text(0.5, 0.6, "no values", transform=axes.transAxes, ha="center", color=INK, fontsize=9)
 
 
-def bland_altman(estimate: Sequence[float], reference: Sequence[float], title: str, unit: str) -> Figure:
+def bland_altman(estimate: Sequence[float], reference: Sequence[float], found: Mapping, title: str, unit: str) -> Figure:
     """Difference against mean of two measurements, with bias and limits of agreement (Bland and Altman 1986).
 
-    Values are in `unit`; pairs with a NaN are left out, and under three there are no lines.
+    Values are in `unit`; pairs with a NaN are left out. `found` is their `metrics.agreement.agree`; no bias, no lines.
     """
     estimate, reference = _known_pairs(estimate, reference)
     difference = estimate - reference
     figure, axes = new_axes(4.4, 3.1)
     _points(axes, (estimate + reference) / 2, difference)
     axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-    if len(difference) >= 3:
-        bias, reach = difference.mean(), 1.96 * difference.std(ddof=1)
-        limits = ((bias + reach, "+1.96 sd", "--"), (bias - reach, "-1.96 sd", "--")) if reach > 0 else ()
+    if found["bias"] is not None:
+        bias, reach = found["bias"], 1.96 * found["sd"]
+        limits = ((found["loa_high"], "+1.96 sd", "--"), (found["loa_low"], "-1.96 sd", "--")) if reach > 0 else ()
         for value, name, dash in ((bias, "bias", "-"), *limits):
             axes.axhline(value, color=LINE, linestyle=dash, linewidth=1.4)
             note = f"{name}\n{value:+.1f}".replace("-", "\N{MINUS SIGN}")
@@ -180,14 +185,16 @@ def bland_altman(estimate: Sequence[float], reference: Sequence[float], title: s
         half = max(np.abs(difference - bias).max(), 1.25 * reach) * 1.08
         if half > 0:
             axes.set_ylim(min(bias - half, -0.1 * half), max(bias + half, 0.1 * half))
-    _label(axes, title, f"mean of estimate and reference ({unit})", f"estimate \N{MINUS SIGN} reference ({unit})")
+    write_labels(axes, title, f"mean of estimate and reference ({unit})", f"estimate \N{MINUS SIGN} reference ({unit})")
     return figure
 
 
-def agreement_scatter(estimate: Sequence[float], reference: Sequence[float], title: str, unit: str) -> Figure:
+def agreement_scatter(
+    estimate: Sequence[float], reference: Sequence[float], found: Mapping, title: str, unit: str
+) -> Figure:  # fmt: skip
     """Estimate against reference on equal axes, with the line of identity, Pearson's r and the number of pairs.
 
-    Values are in `unit`; pairs with a NaN are left out.
+    Values are in `unit`; pairs with a NaN are left out. `found` is their `metrics.agreement.agree`.
     """
     estimate, reference = _known_pairs(estimate, reference)
     figure, axes = new_axes(3.7, 3.6)
@@ -200,35 +207,32 @@ def agreement_scatter(estimate: Sequence[float], reference: Sequence[float], tit
     axes.set(xlim=limits, ylim=limits, aspect="equal")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    note = f"n = {len(estimate)}"
-    if len(estimate) >= 3 and np.ptp(estimate) > 0 and np.ptp(reference) > 0:
-        note = f"r = {np.corrcoef(estimate, reference)[0, 1]:.3f}\n{note}".replace("-", "\N{MINUS SIGN}")
+    note = f"n = {found['n']}"
+    if found["r"] is not None:
+        note = f"r = {found['r']:.3f}\n{note}".replace("-", "\N{MINUS SIGN}")
     axes.text(0.04, 0.96, note, transform=axes.transAxes, va="top", color=INK, fontsize=9, linespacing=1.3)
-    _label(axes, title, f"reference ({unit})", f"estimate ({unit})")
+    write_labels(axes, title, f"reference ({unit})", f"estimate ({unit})")
     return figure
 
 
-def volume_curve(
-    moments: Sequence[float], volumes: Sequence[float], ed: int, es: int, unit: str = "ml", xlabel: str = "frame"
-) -> Figure:
+def volume_curve(frames: Sequence[int], volumes: Sequence[float], ed: int, es: int, unit: str = "ml") -> Figure:
     """A ventricle's volume over a sequence, with end-diastole and end-systole pointed out.
 
-    `moments` are the frames' numbers or times (say which in `xlabel`), `volumes` their volumes in `unit`, NaN where one is
-    unknown; `ed` and `es` are positions in both, from 0.
+    `frames` are the frames' numbers, `volumes` their volumes in `unit`, NaN if unknown; `ed` and `es` are positions in both,
+    from 0.
     """
     figure, axes = new_axes(4.4, 2.9)
-    moments, volumes = np.asarray(moments, float), np.asarray(volumes, float)
+    frames, volumes = np.asarray(frames, float), np.asarray(volumes, float)
     marker = "o" if len(volumes) <= 60 else None
-    axes.plot(moments, volumes, color=POINT, linewidth=1.7, marker=marker, markersize=3)
+    axes.plot(frames, volumes, color=POINT, linewidth=1.7, marker=marker, markersize=3)
     for index, name, above in ((ed, "ED", True), (es, "ES", False)):
         if np.isfinite(volumes[index]):
-            axes.plot(moments[index], volumes[index], "o", color=LINE, markersize=7, clip_on=False)
-            late = moments[index] > (moments.min() + moments.max()) / 2
+            axes.plot(frames[index], volumes[index], "o", color=LINE, markersize=7, clip_on=False)
+            late = frames[index] > (frames.min() + frames.max()) / 2
             place = {"ha": "right" if late else "left", "va": "bottom" if above else "top", "textcoords": "offset points"}
             note, offset = f"{name}  {volumes[index]:.0f} {unit}", (4 if late else -4, 8 if above else -8)
-            axes.annotate(note, (moments[index], volumes[index]), offset, color=INK, fontsize=9, **place)
+            axes.annotate(note, (frames[index], volumes[index]), offset, color=INK, fontsize=9, **place)
     axes.margins(x=0.04, y=0.2)
-    if xlabel == "frame":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-    _label(axes, "", xlabel, f"volume ({unit})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    write_labels(axes, "", "frame", f"volume ({unit})")
     return figure

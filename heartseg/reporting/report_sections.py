@@ -1,24 +1,24 @@
 """Parts of the report that come from an evaluation: distances, clinical agreement, published rows, worst and best images.
 
-Each takes result tables and hands on what the template shows; no metric is recomputed.
+Each takes result tables and returns the values of the template; no metric is recomputed.
 """
 
-import base64
-import io
 import math
 
 import numpy as np
 import pandas
-from markupsafe import Markup
 
-from heartseg.evaluation.scoring import EXAMPLES
-from heartseg.labels import PHASES, frame_name
+from heartseg.evaluation.scoring import Example, read_examples
+from heartseg.labels import PHASES, STRUCTURES, frame_name
 from heartseg.metrics.agreement import MIN_PAIRS
-from heartseg.reporting import contours, published_results
-from heartseg.reporting.plots import agreement_scatter, bland_altman, save_svg
-from heartseg.storage import filesystem
+from heartseg.reporting import contours, pages, plots, published_results
 
-STRUCTURE_TITLES = {"endo": "Cavity (endo)", "myo": "Wall (myo)", "la": "Left atrium (la)", "epi": "Epicardium (endo + myo)"}
+STRUCTURE_TITLES = {
+    "endo": "Cavity (endo)",
+    "myo": "Wall (myo)",
+    "la": "Left atrium (la)",
+    "epi": "Epicardium (epi = endo + myo)",
+}
 DISTANCE_COLUMNS = {"masd": "Mean surface distance", "hd95": "95 % Hausdorff", "hd": "Hausdorff"}
 AGREEMENT_TITLES = {
     "ef_camus": "EF, one disk height (camus), %",
@@ -32,25 +32,7 @@ AGREEMENT_TITLES = {
     "esv_ml_ase": "End-systolic volume (ase), ml",
     "la_volume_ml_ES": "Left-atrial volume at ES, ml",
 }
-# Rows of pixels of a drawn example: contours are drawn on enlarged pixels, so that they are thin beside the heart.
-EXAMPLE_ROWS = 400
-
-
-def inline(figure, name: str, alt: str) -> dict:
-    """A figure as the template takes it: its SVG, which is safe as it is, and the text that stands for it."""
-    return {"svg": Markup(save_svg(figure, name)), "alt": alt}
-
-
-def picture(pixels: np.ndarray, caption: str, alt: str, size: tuple[int, int] | None = None) -> dict:
-    """A picture as the template takes it: its PNG as a data URI, (height, width) to show it at, and texts."""
-    return embedded(contours.encode_png(pixels), size or pixels.shape[:2], caption, alt)
-
-
-def embedded(png: bytes, size: tuple[int, int], caption: str, alt: str) -> dict:
-    """`picture` of a PNG that is encoded already, of (height, width) `size`."""
-    encoded = base64.b64encode(png).decode()
-    height, width = size
-    return {"source": f"data:image/png;base64,{encoded}", "width": width, "height": height, "caption": caption, "alt": alt}
+EXAMPLE_ROWS = 400  # of pixels of a drawn example
 
 
 def distance_table(summary: dict) -> list[tuple[str, list[dict]]]:
@@ -63,7 +45,7 @@ def distance_table(summary: dict) -> list[tuple[str, list[dict]]]:
 def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict | None:
     """Tables and figures of volumes and EF, and the reasons why a patient has none.
 
-    The reasons alone where fewer than three patients have both EFs; None where there are no reasons either.
+    The reasons alone if fewer than three patients have both EFs; None if there are no reasons either.
     """
     clinical = summary.get("clinical")
     if not clinical or patients is None:
@@ -82,14 +64,14 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
     ef = agreement["ef_camus"]
     limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
     correlation = "no correlation (all the same)" if ef["r"] is None else f"r {ef['r']:.2f}"
-    said = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."
-    scatter = agreement_scatter(*pair.T, "EF (camus), predicted and expert", "%")
-    differences = bland_altman(*pair.T, "Bland-Altman, EF (camus)", "points")
-    plots = [
-        inline(scatter, "ef-scatter", f"Scatter of EF: {said}"),
-        inline(differences, "ef-bland-altman", f"Bland-Altman plot of EF: {said}"),
+    numbers = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."
+    scatter = plots.agreement_scatter(*pair.T, ef, "EF (camus), predicted and expert", "%")
+    differences = plots.bland_altman(*pair.T, ef, "Bland-Altman, EF (camus)", "points")
+    figures = [
+        pages.figure(scatter, "ef-scatter", f"Scatter of EF: {numbers}"),
+        pages.figure(differences, "ef-bland-altman", f"Bland-Altman plot of EF: {numbers}"),
     ]
-    return {"ef": ef, "rows": rows, "plots": plots, "classes": clinical["ef_classes"], "incomplete": clinical["incomplete"]}
+    return {"ef": ef, "rows": rows, "plots": figures, "classes": clinical["ef_classes"], "incomplete": clinical["incomplete"]}
 
 
 def published_section(summary: dict, dataset: str) -> dict | None:
@@ -115,25 +97,16 @@ def published_section(summary: dict, dataset: str) -> dict | None:
 
 def example_pictures(evaluation: str, images: pandas.DataFrame | None) -> dict[str, list[dict]]:
     """The images of lowest and of highest Dice with both outlines, in proportions of millimetres."""
-    path = filesystem.join(evaluation, EXAMPLES)
-    if images is None or not filesystem.exists(path):
-        return {"worst_pictures": [], "best_pictures": []}
-    with np.load(io.BytesIO(filesystem.read_bytes(path)), allow_pickle=False) as arrays:
-        drawn = [_example(arrays, number, images.loc[row]) for number, row in enumerate(arrays["rows"])]
+    examples = {} if images is None else read_examples(evaluation)
+    drawn = [_example(example, images.loc[row]) for row, example in examples.items()]
     half = (len(drawn) + 1) // 2
     return {"worst_pictures": drawn[:half], "best_pictures": drawn[half:][::-1]}
 
 
-def _example(arrays, number: int, row: pandas.Series) -> dict:
-    image, truth, prediction = (arrays[f"{kind}_{number}"] for kind in ("image", "truth", "prediction"))
-    image, truth, prediction = (contours.enlarge(array, EXAMPLE_ROWS) for array in (image, truth, prediction))
-    depth_mm, lateral_mm = arrays["spacing_mm"][number]
-    height, width = image.shape
-    said = {key: None if pandas.isna(row.get(key)) else row[key] for key in ("patient", "view", "phase", "frame")}
-    name = frame_name(said)
-    worst = min((s for s in ("endo", "myo", "la") if not math.isnan(row[f"dice_{s}"])), key=lambda s: row[f"dice_{s}"])
-    caption = f"{name}: Dice {row['dice']:.3f}, lowest {worst} {row[f'dice_{worst}']:.3f}"
-    size = (height, round(width * lateral_mm / depth_mm))
-    return picture(
-        contours.compare(image, truth, prediction), caption, f"{name} with the model's and the expert's outlines", size
-    )
+def _example(example: Example, row: pandas.Series) -> dict:
+    name = frame_name(row.astype(object).where(row.notna(), None))
+    dice = {structure: row[f"dice_{structure}"] for structure in STRUCTURES if not math.isnan(row[f"dice_{structure}"])}
+    worst = min(dice, key=dice.get)
+    caption = f"{name}: Dice {row['dice']:.3f}, lowest {worst} {dice[worst]:.3f}"
+    drawn = contours.overlay(example.image, example.prediction, example.spacing_mm, EXAMPLE_ROWS, example.truth)
+    return pages.picture(drawn, caption, f"{name} with the model's and the expert's outlines")

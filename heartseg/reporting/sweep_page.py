@@ -3,8 +3,8 @@
 import pandas
 
 from heartseg.config.experiment import from_json
-from heartseg.reporting import report, sweep_plots
-from heartseg.reporting.report_sections import inline
+from heartseg.reporting import pages, sweep_plots
+from heartseg.reporting.text_tables import table_text
 from heartseg.storage import filesystem
 from heartseg.tuning.sweep import FINISHED, METRIC, Sweep, SweepPlan, Trial, epochs_saved, first_rung, read_trials
 
@@ -29,35 +29,33 @@ def show_cell(value: object) -> str:
     return str(value)
 
 
-def show_rows(table: pandas.DataFrame) -> tuple[list[str], list[list[str]]]:
+def show_rows(table: pandas.DataFrame) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heading and rows of what a reader wants to see of each trial, the best first."""
     columns = [name for name in ["rank", "trial", *varied(table), *SHOWN] if name in table]
     shown = table[columns].copy()
     for name in (SCORE, f"last {METRIC}"):
         shown[name] = ["–" if pandas.isna(value) else f"{value:.4f}" for value in table[name]]
     shown["seconds"] = [f"{seconds:.0f}" for seconds in table["seconds"]]
-    return columns, [[show_cell(value) for value in row] for row in shown.itertuples(index=False)]
+    return tuple(columns), [tuple(map(show_cell, row)) for row in shown.itertuples(index=False)]
 
 
 def show_table(table: pandas.DataFrame) -> str:
     """The trials as an aligned text table."""
-    heading, rows = show_rows(table)
-    widths = [max(len(row[place]) for row in [heading, *rows]) for place in range(len(heading))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heading, *rows])
+    return table_text(("", *show_rows(table)))
 
 
 def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
     """Write `sweep.html` into a sweep's folder and return its path."""
-    environment = report.environment()
     trials = read_trials(sweep)
     trained, planned = epochs_saved(sweep, table)
     heading, rows = show_rows(table)
-    page = environment.get_template(PAGE).render(
+    return pages.write(
+        sweep.path,
+        PAGE,
         name=sweep.name,
         dataset=sweep.description["dataset"],
         recipe=sweep.base.name,
         holdout=sweep.base.train.holdout,
-        epochs=sweep.base.train.epochs,
         best_path=filesystem.join(sweep.path, "best.json"),
         against=against_recipe(table),
         facts=facts(sweep),
@@ -70,15 +68,12 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
         heading=heading,
         rows=rows,
         reasons=[(t.run.name, t.state, t.reason) for t in trials if t.reason],
-        pictures=pictures(sweep, table, trials),
+        pictures=figures(sweep, table, trials),
     )
-    path = filesystem.join(sweep.path, PAGE)
-    filesystem.publish(path, page.encode())
-    return path
 
 
 def against_recipe(table: pandas.DataFrame) -> str:
-    """How far the winner is from the recipe itself, which is trial 0; empty where either has not finished."""
+    """How far the winner is from the recipe itself, which is trial 0; empty if either has not finished."""
     finished = table[table["state"] == FINISHED]
     recipe = finished[finished["trial"].str.startswith("000-")]
     if recipe.empty or finished.iloc[0]["trial"] == recipe.iloc[0]["trial"]:
@@ -94,7 +89,7 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
     rung = first_rung(from_json(plan, SweepPlan), sweep.base)
     rungs = [f"{rung * plan['reduction'] ** k:g}" for k in range(20) if rung * plan["reduction"] ** k < sweep.base.train.epochs]
     stops = (
-        f"at epochs {', '.join(rungs)}, about 1 in {plan['reduction']:g} goes on" if plan["stop_early"] and rungs else "none"
+        f"at epochs {', '.join(rungs)}, about 1 in {plan['reduction']:g} continues" if plan["stop_early"] and rungs else "none"
     )
     low, high = (sweep.base.optim.lr * factor for factor in plan["space"]["lr_factors"])
     ranges = [
@@ -110,7 +105,7 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
     ]
 
 
-def pictures(sweep: Sweep, table: pandas.DataFrame, trials: list[Trial]) -> list[dict]:
+def figures(sweep: Sweep, table: pandas.DataFrame, trials: list[Trial]) -> list[dict]:
     """The page's figures, each with its heading; none before a trial has a score."""
     if table[SCORE].isna().all():
         return []
@@ -125,4 +120,4 @@ def pictures(sweep: Sweep, table: pandas.DataFrame, trials: list[Trial]) -> list
             curves,
             ("Rank, and what early stopping saved", sweep_plots.ranks(scored, SCORE, sweep.base.train.epochs)),
         ]
-    return [{"title": title} | inline(figure, f"sweep{place}", title) for place, (title, figure) in enumerate(drawn)]
+    return [{"title": title} | pages.figure(one, f"sweep{place}", title) for place, (title, one) in enumerate(drawn)]

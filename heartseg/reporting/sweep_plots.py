@@ -1,18 +1,14 @@
-"""Pictures of a sweep: parallel coordinates, learning curves by schedule, rank and epochs; and the schedules themselves."""
+"""Pictures of a sweep: parallel coordinates, learning curves by schedule, rank and epochs."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from heartseg.config.training import ScheduleConfig
-from heartseg.reporting.plots import INK, new_axes, save_png
-from heartseg.storage import filesystem
-from heartseg.training.lr_schedules import lr_multiplier
+from heartseg.reporting.plots import INK, colour_key, new_axes, plain, write_labels
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow darkened to be seen on white. Sorted by kinship:
 # what drops in steps, what falls smoothly, what rises again.
@@ -29,11 +25,9 @@ SCHEDULE_COLOURS = {
 }
 
 
-def schedule_key(axes, kinds: Sequence[str]) -> None:
-    """Say which colour is which schedule, above the picture."""
-    lines = [Line2D([], [], color=SCHEDULE_COLOURS[kind], linewidth=2.5) for kind in SCHEDULE_COLOURS if kind in kinds]
-    names = [kind for kind in SCHEDULE_COLOURS if kind in kinds]
-    axes.figure.legend(lines, names, loc="outside upper center", ncols=5, frameon=False, labelcolor=INK, fontsize=9)
+def schedule_key(figure: Figure, kinds: Collection[str]) -> None:
+    """Name the schedules of the colours, above the picture."""
+    colour_key(figure, {kind: colour for kind, colour in SCHEDULE_COLOURS.items() if kind in kinds}, columns=5)
 
 
 def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: str) -> Figure:
@@ -63,7 +57,7 @@ def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: 
         axes.plot(range(len(names)), heights, color=colour, linewidth=2.2 if done else 1.0, alpha=0.95 if done else 0.45)
     axes.set_xticks(range(len(names)), names, color=INK, fontsize=9)
     axes.tick_params(length=0)
-    schedule_key(axes, set(table["schedule.kind"]))
+    schedule_key(figure, set(table["schedule.kind"]))
     return figure
 
 
@@ -100,10 +94,9 @@ def sweep_curves(records: Sequence[tuple[str, str, list[dict]]], metric: str) ->
             axes.plot(epochs, values, color=SCHEDULE_COLOURS[kind], linewidth=1.8 if done else 1.2, alpha=1 if done else 0.7)
             if not done:
                 axes.plot(epochs[-1:], values[-1:], "o", color=SCHEDULE_COLOURS[kind], markersize=5)
-    axes.set_xlabel("epoch", color=INK, fontsize=9)
-    axes.set_ylabel(metric, color=INK, fontsize=9)
+    write_labels(axes, xlabel="epoch", ylabel=metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    schedule_key(axes, {kind for kind, _, _ in records})
+    schedule_key(figure, {kind for kind, _, _ in records})
     return figure
 
 
@@ -119,9 +112,8 @@ def ranks(table: pandas.DataFrame, score: str, epochs: int) -> Figure:
     right.barh(heights, table["epochs"], color=colours, height=0.6)
     left.set_yticks(heights, table["trial"], fontsize=8, color=INK)
     for axes, title in ((left, score), (right, "epochs trained of those planned")):
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(INK)
-        axes.tick_params(colors=INK, labelsize=8, left=False)
+        plain(axes, ["bottom"], labelsize=8)
+        axes.tick_params(left=False)
         axes.set_title(title, color=INK, fontsize=10, loc="left")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -147,33 +139,7 @@ def differences(table: pandas.DataFrame, score: str) -> Figure:
     right.set_yticks(heights, gains, fontsize=8, color=INK)
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(INK)
-    axes.tick_params(colors=INK, labelsize=8, left=False)
-    axes.set_xlabel(score, color=INK, fontsize=9)
+    plain(axes, ["bottom"], labelsize=8)
+    axes.tick_params(left=False)
+    write_labels(axes, xlabel=score)
     return figure
-
-
-def schedule_shapes() -> Figure:
-    """Every schedule over a run of 100 epochs with 5 of warm-up; `plateau` with a gain that ends at epochs 30 and 60."""
-    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
-    grid = figure.subplots(3, 3, sharex=True, sharey=True)
-    gains = [min(epoch, 30) if epoch < 45 else min(epoch, 60) for epoch in range(100)]
-    for axes, (kind, colour) in zip(grid.flat, SCHEDULE_COLOURS.items(), strict=True):
-        config = ScheduleConfig(kind, warmup_epochs=5)
-        rates = [lr_multiplier(config, step, 1000, 10, gains[1 : step // 10 + 1]) for step in range(1000)]
-        axes.plot(np.arange(1000) / 10, rates, color=colour, linewidth=2)
-        axes.set_title(kind, color=INK, fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(INK)
-        axes.tick_params(colors=INK, labelsize=8)
-        axes.grid(color=INK, alpha=0.12, linewidth=0.7)
-    figure.supxlabel("epoch", color=INK, fontsize=9)
-    figure.supylabel("learning rate / base rate", color=INK, fontsize=9)
-    return figure
-
-
-if __name__ == "__main__":  # python -m heartseg.sweep_figures docs/schedules.png
-    import sys
-
-    filesystem.publish(sys.argv[1], save_png(schedule_shapes(), dpi=100))

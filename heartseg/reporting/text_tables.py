@@ -2,8 +2,12 @@
 
 import math
 
+from heartseg.metrics.segmentation import DISTANCES, SCORES
+
 BAR = 30
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+# Indices whose agreement a terminal shows; the report has all.
+SHOWN_AGREEMENTS = ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
 
 
 def bars(counts: dict[str, int]) -> list[tuple[str, str, str]]:
@@ -13,7 +17,7 @@ def bars(counts: dict[str, int]) -> list[tuple[str, str, str]]:
 
 
 def table_text(table: Table) -> str:
-    """A table in columns for a terminal: the first and a bar to the left, numbers to the right."""
+    """A table in columns for a terminal: the first and those without heading to the left, others to the right."""
     title, heading, rows = table
     widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
     lines = [
@@ -23,4 +27,32 @@ def table_text(table: Table) -> str:
         ).rstrip()
         for row in (heading, *rows)
     ]
-    return "\n".join([title, *(f"  {line}" for line in lines)])
+    return "\n".join([title, *(f"  {line}" for line in lines)] if title else lines)
+
+
+def summary_text(summary: dict) -> str:
+    """The summary of an evaluation as tables: scores, distances, and agreement of the clinical indices."""
+    scores, pooled, clinical = summary["scores"], summary["pooled"], summary["clinical"]
+    names = ["dice", "iou", "accuracy", "dice4", *(name for name in SCORES if name.startswith("dice_"))]
+    overlaps = [_score_row(name, scores[name], pooled[name], 4) for name in names if scores[name]["mean"] is not None]
+    distances = [_score_row(n, scores[n], scores[n]["median"], 2) for n in DISTANCES if scores[n]["mean"] is not None]
+    found = {name: row for name, row in clinical["agreement"].items() if name in SHOWN_AGREEMENTS}
+    for convention, kinds in clinical["reference"].items():
+        found |= {f"ef_{convention}, {kind} against cfg": row for kind, row in kinds.items()}
+    agreement = [
+        (name, str(row["n"]), *(f"{row[key]:.2f}" for key in ("r", "bias", "sd", "mae")))
+        for name, row in found.items()
+        if row["r"] is not None
+    ]
+    tables: list[Table] = [
+        ("", ("score", "mean", "95 % interval", "pooled"), overlaps),
+        ("", ("distance", "mean", "95 % interval", "median"), distances),
+        ("", ("against masks", "n", "r", "bias", "sd", "MAE"), agreement),
+    ]
+    return "\n".join(table_text(table) for table in tables if table[2])
+
+
+def _score_row(name: str, score: dict, last: float | None, digits: int) -> tuple[str, ...]:
+    """No interval if there is only one patient."""
+    mean, low, high, last = ("" if x is None else f"{x:.{digits}f}" for x in (score["mean"], score["low"], score["high"], last))
+    return name, mean, f"{low} - {high}" if low and high else "", last

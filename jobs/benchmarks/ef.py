@@ -152,9 +152,8 @@ def picture(source: str, one: Compared) -> plots.Figure:
     for view, phase in cardiac_indices.STILLS:
         recording = _read(source, one.patient, (view, phase))
         if recording:
-            depth_mm, lateral_mm = recording.spacing_mm
             length_mm = cardiac_indices.lv_length(recording.mask, recording.spacing_mm)
-            cells.append((drawn(recording), f"{view} {phase}, {length_mm:.1f} mm long", depth_mm / lateral_mm))
+            cells.append((drawn(recording), f"{view} {phase}, {length_mm:.1f} mm long"))
     sheet = plots.contact_sheet(cells)
     said = (
         f"{one.patient}: EF {one.row['ef_camus']:.1f} % (camus), reference {one.reference:.1f} %, ase {one.row['ef_ase']:.1f} %"
@@ -165,14 +164,13 @@ def picture(source: str, one: Compared) -> plots.Figure:
 
 def drawn(recording: camus.Recording) -> np.ndarray:
     """The image uint8 [h,w,3] with its outlines and the long axis, enlarged."""
-    image, mask = (contours.enlarge(pixels, ROWS) for pixels in (recording.image, recording.mask))
-    canvas = contours.overlay(image, mask, thick=True)
+    canvas = contours.as_rgb(contours.overlay(recording.image, recording.mask, recording.spacing_mm, ROWS))
     axis = simpson.long_axis(recording.mask, recording.spacing_mm)
     if axis is not None:
-        factor = image.shape[0] / recording.image.shape[0]
-        along = np.linspace(*(axis + 0.5) * factor, num=2 * len(image)).astype(int)
+        factor = np.array(canvas.shape[:2]) / recording.image.shape
+        along = np.linspace(*(axis + 0.5) * factor, num=2 * len(canvas)).astype(int)
         for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            places = np.clip(along + (row, column), 0, np.array(image.shape) - 1)
+            places = np.clip(along + (row, column), 0, np.array(canvas.shape[:2]) - 1)
             canvas[tuple(places.T)] = 255
     return canvas
 

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 
 from heartseg.config.experiment import PredictConfig
 from heartseg.errors import UserError
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all, segment
-from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.metrics.agreement import auc, bootstrap_interval
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.segmentation import confusion, image_scores
 from heartseg.shards.reader import FrameRows, load_groups, open_shards
@@ -82,14 +82,6 @@ def weakened(images: torch.Tensor) -> dict[str, torch.Tensor]:
         "shadowed": unit * (1 - 0.95 * torch.exp(-from_shadow.square())),
     }
     return {name: (values.clamp(0, 1) * 255).round().to(torch.uint8) for name, values in worse.items()}
-
-
-def auc(score: np.ndarray, good: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a good image has a higher score than a poor one (Mann and Whitney 1947)."""
-    if good.all() or not good.any():
-        return float("nan")
-    ranks, num_good = rankdata(score), int(good.sum())
-    return float((ranks[good].sum() - num_good * (num_good + 1) / 2) / (num_good * (len(good) - num_good)))
 
 
 def spearman_interval(one: np.ndarray, other: np.ndarray, patients: np.ndarray, draws: int = 300) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
     parts, whole = halves
     with pytest.raises(UserError, match="patient0001 is scored in"):
         cross_validation.pool([parts[0], whole], str(tmp_path))
-    with pytest.raises(UserError, match="is no evaluation"):
+    with pytest.raises(UserError, match="is not an evaluation"):
         cross_validation.pool([parts[0], str(tmp_path)], str(tmp_path / "out"))
     with pytest.raises(UserError, match="pooled once"):
         cross_validation.pool([parts[0], parts[0]], str(tmp_path))

@@ -75,17 +75,11 @@ def test_two_candidates_are_refused_and_a_pattern_decides(cases, tmp_path):
     assert predictions.path(cases[0]) == wanted
 
 
+STILL = "{patient}{view}{phase}.nii"
+
+
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        "../{patient}{view}{phase}.nii",
-        "/{patient}{view}{phase}.nii",
-        "{phase",
-        "{study}",
-        "{patient.x}",
-        "{patient[x]}",
-        "{view}.nii",
-    ],
+    "pattern", [f"../{STILL}", f"/{STILL}", "{phase", "{study}", "{patient.x}", "{patient[x]}", "{view}.nii"]
 )
 def test_a_pattern_that_leaves_the_folder_or_names_something_else_is_refused(tmp_path, cases, pattern):
     put(tmp_path, "x.nii.gz", cases[0].truth)

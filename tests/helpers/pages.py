@@ -1,6 +1,7 @@
-"""Reads a page as a browser would: its tags, its text, and where it would look for anything outside itself."""
+"""Reads a page as a browser would: its tags, its text, and its links to anything outside itself."""
 
 import html.parser
+import re
 import subprocess
 
 import numpy as np
@@ -31,18 +32,24 @@ class Reader(html.parser.HTMLParser):
         return " ".join(self.text.split())
 
 
+def outside_links(text: str) -> set[str]:
+    """Addresses outside a page that it links to; fails if the page would fetch anything."""
+    tags = Reader(text).tags
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "embed", "base")]
+    assert not re.search(r"url\((?!['\"]?#)|@import", text)
+    links = {a.get(key) for _, a in tags for key in ("src", "href", "xlink:href", "srcset") if a.get(key)}
+    return {link for link in links if not link.startswith(("#", "data:image/png;base64,"))}
+
+
 def look_at(page, folder, width: int) -> None:
     """Take a browser's pictures of a page in light and in dark; what it shows is readable and fits."""
     for scheme, ground in ((1, (0xF4, 0xF6, 0xF8)), (0, (0x11, 0x15, 0x1A))):
-        command = [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [
             f"--window-size={width},1500",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            f"--screenshot={folder}/{scheme}.png",
         ]
-        command += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={folder}/{scheme}.png"]
         subprocess.run([*command, f"file://{page}"], check=True, capture_output=True, timeout=120)
         shown = np.asarray(Image.open(folder / f"{scheme}.png").convert("RGB"))
         assert shown.shape[1] == width and tuple(shown[2, 2]) == ground

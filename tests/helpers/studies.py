@@ -15,16 +15,13 @@ def put(folder, *names: str) -> None:
         nifti.write_nifti(str(folder / name), IMAGE, (2.0, 2.0))
 
 
-# --- a patient's row
-
-
 def truth_of(clip: Clip) -> np.ndarray:
     path = clip.path.replace(".nii.gz", "_gt.nii.gz")
     return readers.read_nifti(filesystem.read_bytes(path)).pixels
 
 
-def finished(hearts: str, out: str, keep=lambda clip: True) -> dict[str, list[study_results.Outcome]]:
-    """Outcomes by patient with the truth in the place of a model's masks."""
+def finished(hearts: str, out: str, keep=lambda clip: True) -> dict[str, list[study_results.ClipResult]]:
+    """Results by patient with the truth in the place of a model's masks."""
     clips = [clip for clip in find_clips(hearts) if keep(clip)]
     return study_results.by_patient(
         study_results.finish(out, clip, readers.read(clip.path, "nifti"), truth_of(clip), [1.0] * 99) for clip in clips

@@ -5,27 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from heartseg.config.experiment import ImageConfig, PredictConfig, to_json
 from heartseg.errors import UserError
-from heartseg.inference.postprocessing import clean
 from heartseg.inference.segmenter import (
     TTA_SHIFT,
     Ensemble,
     Segmenter,
     load,
-    load_ensemble,
+    load_all,
     quality,
     segment,
     segment_images,
     shifted_logits,
-    to_native,
 )
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity
 from heartseg.shards.reader import load_groups, open_shards
-from heartseg.shards.writer import resize_image
 from helpers.experiments import tiny_experiment
 from jobs import benchmark
 from jobs.benchmarks import postprocess
@@ -69,36 +67,26 @@ class Fixed:
         return -((images.float() - centres) / 40).square()
 
 
-def test_segment_labels_each_image_on_its_own_grid_as_logits_resampled_do(segmenter, images):
-    shapes = [(64, 64), (100, 70), (37, 150), (64, 65), (200, 200)]
-    found = segment(segmenter, images, shapes)
-    assert [one.mask.shape for one in found] == shapes and {one.mask.dtype for one in found} == {np.dtype(np.uint8)}
-    for one, scores, shape in zip(found, segmenter.logits(images), shapes, strict=True):
-        assert np.array_equal(one.mask, to_native(scores, shape))
-    assert len(np.unique(np.concatenate([one.mask.ravel() for one in found]))) > 1
-
-
-def test_predict_is_the_same_alone_and_in_a_batch_of_other_sizes(segmenter, phantom):
+def test_predict_is_the_same_alone_and_in_a_batch_of_other_sizes(segmenter):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 70), (64, 64), (120, 200))]
     for options in (PredictConfig(), ALL):
         together = segment_images(segmenter, pictures, options)
         for picture, one in zip(pictures, together, strict=True):
             alone = segmenter.predict(picture, options)
-            assert alone.shape == picture.shape and (alone != one.mask).mean() < 1e-3
-    small = torch.from_numpy(resize_image(pictures[0], 64, 64))[None, None]
-    expected = to_native(segmenter.logits(small)[0], pictures[0].shape)
-    assert np.array_equal(segmenter.predict(pictures[0]), expected)
+            assert alone.shape == picture.shape and alone.dtype == np.uint8 and (alone != one.mask).mean() < 1e-3
+    assert len(np.unique(np.concatenate([one.mask.ravel() for one in together]))) > 1
 
 
-def test_options_clean_the_mask_that_would_be_given_without_them(segmenter, images):
-    shapes = [(80, 60)] * len(images)
-    plain = segment(segmenter, images, shapes)
-    options = PredictConfig(largest_component=True, fill_holes=True)
-    cleaned = segment(segmenter, images, shapes, options)
-    assert all(np.array_equal(clean(a.mask, options), b.mask) for a, b in zip(plain, cleaned, strict=True))
-    assert any((a.mask != b.mask).any() for a, b in zip(plain, cleaned, strict=True))
-    assert [one.quality for one in plain] == [one.quality for one in cleaned]
+def test_options_clean_the_mask_and_leave_the_confidence(segmenter, images):
+    shapes = [(80, 60), (100, 70), (37, 150), (64, 65), (200, 200)]
+    raw = segment(segmenter, images, shapes)
+    cleaned = segment(segmenter, images, shapes, PredictConfig(largest_component=True, fill_holes=True))
+    assert [one.mask.shape for one in cleaned] == shapes
+    assert any((a.mask != b.mask).any() for a, b in zip(raw, cleaned, strict=True))
+    for one in cleaned:
+        assert all(ndimage.label(one.mask == label, np.ones((3, 3)))[1] <= 1 for label in (1, 2, 3))
+    assert [one.quality for one in raw] == [one.quality for one in cleaned]
 
 
 def test_shifted_copies_come_back_to_their_place():
@@ -130,15 +118,12 @@ def test_shifted_copies_are_the_mean_of_five_answers(segmenter, images):
 
 
 def test_an_ensemble_is_the_mean_of_its_members_probabilities(paths, images):
-    ensemble = load_ensemble(paths, device="cpu")
+    ensemble = load_all(paths, device="cpu")
     members = [load(path, device="cpu").logits(images).softmax(dim=1) for path in paths]
     assert not torch.allclose(members[0], members[1], atol=0.01)
     assert torch.allclose(ensemble.logits(images).softmax(dim=1), (members[0] + members[1]) / 2, atol=1e-5)
     (one, *_) = segment(ensemble, images, [(50, 60)] * 5, ALL)
     assert one.mask.shape == (50, 60) and 0 <= one.quality <= 1
-    alone = load_ensemble(paths[:1], device="cpu")
-    picture = images[0, 0].numpy()
-    assert np.array_equal(alone.predict(picture), load(paths[0], device="cpu").predict(picture))
 
 
 def test_members_of_an_ensemble_keep_their_own_normalisation(paths, images):
@@ -150,10 +135,10 @@ def test_members_of_an_ensemble_keep_their_own_normalisation(paths, images):
 
 def test_an_ensemble_of_nothing_or_of_two_grids_is_refused(paths, tmp_path):
     with pytest.raises(UserError, match="at least one checkpoint"):
-        load_ensemble([])
+        load_all([])
     wide = save_run(str(tmp_path / "wide"), 1, tiny_experiment(image=ImageConfig(64, 96)))
-    with pytest.raises(UserError, match="sees 64 x 96 images"):
-        load_ensemble([paths[0], wide])
+    with pytest.raises(UserError, match="takes 64 x 96 images"):
+        load_all([paths[0], wide])
 
 
 def test_confidence_is_the_expected_dice():
@@ -167,12 +152,6 @@ def test_confidence_is_the_expected_dice():
     none = torch.zeros(1, 4, 8, 8)
     none[:, 0] = 1
     assert quality(none).item() == 0
-
-
-def test_the_benchmarks_auc_is_the_share_of_pairs_in_order():
-    score, good = np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])
-    assert postprocess.auc(score, good) == (1 + 1 + 0.5 + 1) / 4
-    assert np.isnan(postprocess.auc(score, good | True))
 
 
 @pytest.mark.filterwarnings("ignore")

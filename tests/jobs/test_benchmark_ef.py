@@ -54,7 +54,7 @@ def test_the_axis_runs_from_the_mitral_plane_to_the_apex(phantom):
     assert abs(apex_row - rows.min()) < 4 and columns.min() <= apex_column <= columns.max()
     assert rows.mean() < base_row <= rows.max() + 1
     drawn = ef.drawn(recording)
-    factor = drawn.shape[0] / recording.mask.shape[0]
+    factor = np.array(drawn.shape[:2]) / recording.mask.shape
     middle = ((np.array(simpson.long_axis(recording.mask, recording.spacing_mm)).mean(axis=0) + 0.5) * factor).astype(int)
     assert (drawn[middle[0] - 2 : middle[0] + 3, middle[1] - 2 : middle[1] + 3] == 255).all(axis=2).any()
 

@@ -58,7 +58,7 @@ def copied(trained, tmp_path) -> dict[str, Path]:
 
 
 def entries_of(*found: Scored) -> list[run_comparison.Entry]:
-    return run_comparison.enter(found)
+    return run_comparison.group_by_settings(found)
 
 
 def test_exactly_the_settings_that_differ_are_named_and_one_that_an_older_version_did_not_know_does_not(scored):
@@ -177,7 +177,7 @@ def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(comp
 def test_the_page_and_the_terminal_show_the_same_and_name_no_winner(compared, scored):
     words = Reader(Path(compared).read_text()).words
     entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
-    again = run_comparison.compare(entries, entries[0])
+    again = run_comparison.compare_entries(entries, entries[0])
     shown, found = comparison_page.text(again), again.differences["B"]["dice"]
     for value in (f"{again.means[letter]['dice']['mean']:.3f}" for letter in "AB"):
         assert value in shown and value in words

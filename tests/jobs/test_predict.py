@@ -18,7 +18,7 @@ from heartseg.datasets import readers
 from heartseg.errors import UserError
 from heartseg.inference import study_files
 from heartseg.inference.batch_inference import outline, to_masks
-from heartseg.inference.segmenter import NETWORKS_OWN
+from heartseg.inference.segmenter import NO_POSTPROCESSING
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from helpers.echo_files import LOOP, dicom, movie
@@ -116,7 +116,7 @@ def test_masks_are_the_largest_scores_after_resampling(shape, background):
     logits[:, 0] += background
     expected = torch.nn.functional.interpolate(logits, shape, mode="bilinear").argmax(dim=1).numpy()
     # Sums in another order decide a pixel between two equal scores.
-    assert (to_masks(logits, shape, NETWORKS_OWN) != expected).sum() <= 1e-4 * expected.size
+    assert (to_masks(logits, shape, NO_POSTPROCESSING) != expected).sum() <= 1e-4 * expected.size
 
 
 def test_damaged_files_are_listed_and_the_others_predicted(trained, tree, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Agreement, its intervals and its pictures: equal to values worked by hand or by scipy, and plain JSON whatever comes in."""
+"""Agreement and its intervals: equal to values worked by hand or by scipy, and plain JSON whatever comes in."""
 
 import json
 import math
@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from heartseg.labels import EF_CLASSES, ef_class
-from heartseg.metrics.agreement import agree, ef_confusion, paired_interval, paired_test
-from heartseg.reporting import plots
+from heartseg.metrics.agreement import agree, auc, bootstrap_interval, ef_confusion, mean_interval, paired_test
 
 NAN = float("nan")
 
@@ -74,7 +73,22 @@ def test_intervals_are_over_patients_and_the_bootstrap_is_scipys():
     assert naive["r_high"] - naive["r_low"] < 0.6 * (clustered["r_high"] - clustered["r_low"])
 
 
-def test_where_40_and_50_fall():
+def test_the_bootstrap_interval_of_a_mean_leaves_nan_out_and_needs_two_patients():
+    values, owners = np.array([0.2, 0.4, NAN, 0.9]), np.array([0, 0, 1, 2])
+    low, high = bootstrap_interval(values, owners, draws=200)
+    assert 0.3 <= low <= high <= 0.9  # the means of the patients are 0.3 and 0.9
+    assert bootstrap_interval(values[[0, 1, 3]], owners[[0, 1, 3]], draws=200) == (low, high)
+    assert all(map(math.isnan, bootstrap_interval(values[:3], owners[:3])))  # one patient says nothing of others
+    assert mean_interval(values[:3], owners[:3]) == {"mean": pytest.approx(0.3), "low": None, "high": None}
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    score, good = np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])
+    assert auc(score, good) == (1 + 1 + 0.5 + 1) / 4
+    assert math.isnan(auc(score, good | True))
+
+
+def test_ef_of_40_and_of_50_percent_are_mildly_reduced():
     assert EF_CLASSES == ("<40", "40-50", ">50")
     assert ef_class(np.array([12, 39.9, 40, 45, 50, 50.1, 70])).tolist() == [0, 0, 1, 1, 1, 2, 2]
 
@@ -93,11 +107,10 @@ def test_a_paired_test_sees_a_small_steady_difference_and_no_chance_one():
     found = paired_test(steady, b, patients)
     assert found["n"] == 100 and found["patients"] == 25 and found["p"] < 0.001
     assert 0 < found["low"] < found["difference"] < found["high"]
-    assert (found["low"], found["high"]) == paired_interval(steady, b, patients)
     means = np.array([np.mean((steady - b)[patients == patient]) for patient in range(25)])
     assert found["p"] == pytest.approx(stats.wilcoxon(means).pvalue)
-    low, high = paired_interval(chance, b, patients)
-    assert low < 0 < high and paired_test(chance, b, patients)["p"] > 0.05
+    by_chance = paired_test(chance, b, patients)
+    assert by_chance["low"] < 0 < by_chance["high"] and by_chance["p"] > 0.05
 
 
 def test_paired_scores_that_are_equal_or_too_few():
@@ -105,46 +118,8 @@ def test_paired_scores_that_are_equal_or_too_few():
     assert equal["p"] == 1 and equal["difference"] == equal["low"] == equal["high"] == 0
     few = paired_test([0.9, 0.8, NAN, 0.6], [0.8, 0.7, 0.9, 0.6], ["a", "a", "c", "b"])
     assert few == {"n": 3, "patients": 2, "difference": None, "low": None, "high": None, "p": None}
-    assert all(map(math.isnan, paired_interval([NAN], [1.0], ["a"])))
 
 
 def test_what_is_not_paired_is_refused():
     with pytest.raises(ValueError, match="2 estimates, 3 references"):
         agree([1.0, 2.0], [1.0, 2.0, 3.0])
-
-
-def test_a_bland_altman_plot_shows_the_bias_and_limits_that_agree_gives():
-    rng = np.random.default_rng(0)
-    reference = rng.normal(50, 10, 40)
-    estimate = reference + rng.normal(2, 4, 40)
-    estimate[3] = NAN
-    axes, found = plots.bland_altman(estimate, reference, "Ejection fraction", "%").axes[0], agree(estimate, reference)
-    heights = sorted(line.get_ydata()[0] for line in axes.lines)
-    assert heights == pytest.approx(sorted([0, found["loa_low"], found["bias"], found["loa_high"]]))
-    points = np.asarray(axes.collections[0].get_offsets())
-    assert len(points) == 39 and points[0] == pytest.approx([(estimate[0] + reference[0]) / 2, estimate[0] - reference[0]])
-    low, high = axes.get_ylim()
-    assert low < points[:, 1].min() and points[:, 1].max() < high and low < found["loa_low"] < found["loa_high"] < high
-    assert any("+1.96 sd" in text.get_text() for text in axes.texts)
-
-
-def test_a_scatter_has_equal_axes_the_identity_and_r():
-    axes = plots.agreement_scatter([50.0, 60, NAN, 70], [40.0, 62, 50, 71], "Ejection fraction", "%").axes[0]
-    assert axes.get_xlim() == axes.get_ylim() and axes.get_aspect() == 1
-    assert (axes.lines[0].get_xdata() == axes.lines[0].get_ydata()).all()
-    assert axes.collections[0].get_offsets()[0].tolist() == [40, 50]  # the reference is across
-    assert "r = 0.972" in axes.texts[0].get_text() and "n = 3" in axes.texts[0].get_text()
-
-
-def test_a_volume_curve_marks_ed_and_es_and_leaves_gaps():
-    axes = plots.volume_curve([1, 2, 3, 4], [120.0, NAN, 60.0, 90.0], 0, 2, "ml").axes[0]
-    assert [text.get_text() for text in axes.texts] == ["ED  120 ml", "ES  60 ml"]
-    assert [line.get_xdata() for line in axes.lines[1:]] == [[1], [3]] and math.isnan(axes.lines[0].get_ydata()[1])
-
-
-@pytest.mark.parametrize("values", [[], [50.0], [50.0, 50.0, 50.0], [NAN, NAN], [1.0, 2.0]])
-def test_figures_of_little_or_nothing_are_drawn(values):
-    for draw in (plots.bland_altman, plots.agreement_scatter):
-        assert plots.save_png(draw(values, values, "EF", "%")).startswith(b"\x89PNG")
-    if values:
-        assert plots.save_svg(plots.volume_curve(range(len(values)), values, 0, 0), "curve").startswith("<svg")

@@ -1,4 +1,4 @@
-"""Surface distances are what the definitions give pixel by pixel, what MONAI gives, and keep to the geometry's laws."""
+"""Surface distances equal the definitions pixel by pixel, and MONAI's."""
 
 import math
 import warnings
@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -123,81 +123,6 @@ def test_distances_are_the_definitions_pixel_by_pixel(pair, spacing_mm):
 def test_distances_are_monais(seeds, longest):
     compared = sum(assert_equals_monai(*random_pair(np.random.default_rng(seed), longest)) for seed in seeds)
     assert compared > len(seeds)
-
-
-@settings(max_examples=60, deadline=None)
-@given(map_pairs(), SPACINGS)
-def test_swapping_prediction_and_truth_changes_nothing(pair, spacing_mm):
-    swapped = surface_distances(*pair[::-1], spacing_mm)
-    assert surface_distances(*pair, spacing_mm) == pytest.approx(swapped, nan_ok=True)
-
-
-@settings(max_examples=60, deadline=None)
-@given(map_pairs(longest=5), SPACINGS)
-def test_distances_are_zero_exactly_where_the_surfaces_are_the_same(pair, spacing_mm):
-    found = surface_distances(*pair, spacing_mm)
-    for name, chosen in STRUCTURE_LABELS.items():
-        surfaces = [surface_pixels(m, chosen) for m in pair]
-        if surfaces[0] + surfaces[1]:
-            same = surfaces[0] == surfaces[1]
-            assert (found[f"hd_{name}_mm"] == 0) == (found[f"masd_{name}_mm"] == 0) == same
-    assert all(value == 0 or math.isnan(value) for value in surface_distances(pair[0], pair[0], spacing_mm).values())
-
-
-@settings(max_examples=60, deadline=None)
-@given(map_pairs(), SPACINGS, st.floats(0.25, 4))
-def test_distances_grow_with_the_spacing(pair, spacing_mm, factor):
-    scaled = surface_distances(*pair, tuple(factor * side for side in spacing_mm))
-    expected = {name: factor * value for name, value in surface_distances(*pair, spacing_mm).items()}
-    assert scaled == pytest.approx(expected, nan_ok=True)
-
-
-@settings(max_examples=60, deadline=None)
-@given(map_pairs(), SPACINGS, st.tuples(*[st.integers(0, 6)] * 2))
-def test_moving_both_masks_inside_the_frame_changes_nothing(pair, spacing_mm, offset):
-    height, width = pair[0].shape
-    found = []
-    for row, column in ((0, 0), offset):
-        frames = np.zeros((2, height + 6, width + 6), np.uint8)
-        frames[:, row : row + height, column : column + width] = pair
-        found.append(surface_distances(*frames, spacing_mm))
-    assert found[0] == pytest.approx(found[1], nan_ok=True)
-
-
-@settings(max_examples=60, deadline=None)
-@given(map_pairs(), SPACINGS)
-def test_transposing_the_maps_and_the_spacing_changes_nothing(pair, spacing_mm):
-    turned = surface_distances(pair[0].T, pair[1].T, spacing_mm[::-1])
-    assert surface_distances(*pair, spacing_mm) == pytest.approx(turned, nan_ok=True)
-
-
-@settings(max_examples=60, deadline=None)
-@given(map_pairs(), SPACINGS)
-def test_the_percentile_and_the_mean_never_exceed_the_hausdorff_distance_nor_that_the_diagonal(pair, spacing_mm):
-    found = surface_distances(*pair, spacing_mm)
-    for name in STRUCTURE_LABELS:
-        hd, hd95, masd = (found[f"{kind}_{name}_mm"] for kind in KINDS)
-        if not math.isnan(hd):
-            diagonal_mm = math.hypot(*np.multiply(pair[0].shape, spacing_mm))
-            assert 0 <= hd95 <= hd + 1e-12 and 0 <= masd <= hd + 1e-12 and hd <= diagonal_mm + 1e-12
-
-
-@settings(max_examples=30, deadline=None)
-@given(map_pairs(), SPACINGS)
-def test_a_structure_in_neither_map_has_no_distance_and_in_one_of_them_the_diagonal(pair, spacing_mm):
-    without = [np.where(m == 3, 0, m).astype(np.uint8) for m in pair]
-    found = surface_distances(*without, spacing_mm)
-    assert all(math.isnan(found[f"{kind}_la_mm"]) for kind in KINDS)
-    assume((pair[0] == 3).any())
-    diagonal_mm = math.hypot(pair[0].shape[0] * spacing_mm[0], pair[0].shape[1] * spacing_mm[1])
-    for maps in ((pair[0], without[1]), (without[1], pair[0])):
-        found = surface_distances(*maps, spacing_mm)
-        assert [found[f"{kind}_la_mm"] for kind in KINDS] == pytest.approx([diagonal_mm] * 3)
-
-
-def test_empty_maps_have_no_distances():
-    empty = np.zeros((4, 6), np.uint8)
-    assert all(math.isnan(value) for value in surface_distances(empty, empty, (1, 1)).values())
 
 
 def test_one_pixel_structures_are_as_far_apart_as_their_centres():

@@ -1,0 +1,57 @@
+"""What every page shares: templates, numbers as text, figures and pictures inside the page, and how a page is written."""
+
+import base64
+import math
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from heartseg.reporting import contours, plots
+from heartseg.storage import filesystem
+
+
+def write(out: str, page: str, /, **values: object) -> str:
+    """Write a page from the template of its name and some values into a folder, and return its path."""
+    path = filesystem.join(out, page)
+    filesystem.publish(path, environment().get_template(page).render(**values).encode())
+    return path
+
+
+def environment() -> jinja2.Environment:
+    """The templates of pages, with the filters `score`, `interval` and `number`; a value that is missing is an error."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("heartseg.reporting"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {"score": show_score, "interval": show_interval, "number": show_number}
+    return made
+
+
+def show_number(value: float | None, digits: int = 1) -> str:
+    """Some decimals, or a dash if there is no value."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def show_score(value: float | None) -> str:
+    """Three decimals, or a dash if there is no value."""
+    return show_number(value, 3)
+
+
+def show_interval(score: dict | None, digits: int = 3) -> str:
+    """The 95 % interval of a score's mean, or a dash if there is none."""
+    ends = [show_number((score or {}).get(end), digits) for end in ("low", "high")]
+    return "–" if "–" in ends else " to ".join(ends)
+
+
+def figure(drawn: Figure, name: str, alt: str) -> dict:
+    """A figure for a template: its SVG, whose identifiers begin with `name`, and the text that stands for it."""
+    return {"svg": Markup(plots.save_svg(drawn, name)), "alt": alt}
+
+
+def picture(positions: np.ndarray, caption: str, alt: str) -> dict:
+    """A picture of palette positions [h,w] for a template: its PNG as a data URI, the size to show it at, and texts."""
+    height, width = positions.shape
+    encoded = base64.b64encode(contours.encode_png(positions)).decode()
+    return {"source": f"data:image/png;base64,{encoded}", "width": width, "height": height, "caption": caption, "alt": alt}
