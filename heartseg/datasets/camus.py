@@ -250,7 +250,7 @@ def list_files(source: str, patient: str) -> list[list]:
 
 def list_folder(path: str) -> list[list]:
     """Names of a folder's entries and sizes of those that are files; raises UserError for a name that is no UTF-8."""
-    found = filesystem.list_files(path)
-    for name, _ in found:
+    found = filesystem.sizes(path)
+    for name in found:
         require(not UNREADABLE.search(name), f"{path} holds {ascii(name)}, a name that is no UTF-8: rename it.")
-    return [list(entry) for entry in found]
+    return [list(entry) for entry in found.items()]

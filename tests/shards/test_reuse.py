@@ -245,7 +245,7 @@ def test_an_edited_split_file_changes_no_finished_split_unasked(source, tmp_path
 
 def test_a_plain_folder_is_listed_once_however_many_parts_it_makes(tmp_path, monkeypatch):
     monkeypatch.setitem(writer.PATIENTS_PER_PART, "stills", 1)
-    monkeypatch.setattr(filesystem, "list_files", counted := Counted(filesystem.list_files))
+    monkeypatch.setattr(filesystem, "sizes", counted := Counted(filesystem.sizes))
     counts = []
     for patients in (3, 9):
         source = str(tmp_path / str(patients))
