@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from heartseg.config import recipes
@@ -136,7 +136,6 @@ def test_an_integer_is_taken_where_a_float_is_asked_for():
 JSON_VALUES = st.recursive(st.integers(-3, 3) | st.booleans(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner))
 
 
-@settings(max_examples=50, deadline=None)
 @given(old=st.dictionaries(st.sampled_from("abc"), JSON_VALUES), new=st.dictionaries(st.sampled_from("abc"), JSON_VALUES))
 def test_first_difference_is_none_exactly_for_equal_configurations(old, new):
     assert (first_difference(old, new) is None) == (old == new)
@@ -184,7 +183,6 @@ def draw(config: SplitConfig, patients: list[str]) -> dict[str, list[str]]:
     return splits.ratio_groups(config, splits.draw_strata(config, patients, {}))
 
 
-@settings(max_examples=50, deadline=None)
 @given(num=st.integers(2, 200), test=st.floats(0, 0.9), val=st.floats(0, 0.9), seed=st.integers(0, 2**40), data=st.data())
 def test_a_ratio_split_is_disjoint_complete_and_repeatable(num, test, val, seed, data):
     patients = [f"patient{number:04d}" for number in range(num)]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -56,7 +56,6 @@ def scores_of(prediction: list, target: list) -> dict[str, float]:
     return {name: value.item() for name, value in image_scores(counts).items()}
 
 
-@settings(max_examples=50, deadline=None)
 @given(label_pairs())
 def test_confusion_counts_truth_by_prediction_per_image(pair):
     prediction, target = pair
@@ -67,7 +66,6 @@ def test_confusion_counts_truth_by_prediction_per_image(pair):
                 assert counts[image, t, p] == ((target[image] == t) & (prediction[image] == p)).sum()
 
 
-@settings(max_examples=50, deadline=None)
 @given(label_pairs())
 def test_image_scores_are_the_definitions_counted_pixel_by_pixel(pair):
     prediction, target = pair
@@ -101,7 +99,6 @@ def test_dice4_counts_the_background_as_a_fourth():
     assert scores["dice"] == pytest.approx((2 / 3 + 1 + 1) / 3)
 
 
-@settings(max_examples=50, deadline=None)
 @given(label_pairs(max_batch=7), st.data())
 def test_means_are_over_images_whatever_the_batches(pair, data):
     prediction, target = pair
@@ -127,7 +124,6 @@ def test_a_nan_loss_of_one_batch_stays_nan():
     assert math.isnan(sums.means()["loss"]) and sums.means()["dice_endo"] == 1.0
 
 
-@settings(max_examples=30, deadline=None)
 @given(label_pairs(max_batch=5))
 def test_pooled_scores_take_all_pixels_as_one_image(pair):
     prediction, target = pair
@@ -138,7 +134,6 @@ def test_pooled_scores_take_all_pixels_as_one_image(pair):
     assert sums.pooled() == pytest.approx(expected, nan_ok=True)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4)), min_size=1, max_size=30))
 def test_the_bootstrap_interval_lies_within_the_patients_means(rows):
     values, owners = np.array([v for v, _ in rows]), np.array([p for _, p in rows])

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -107,7 +107,6 @@ def assert_equals_monai(prediction, truth, spacing_mm) -> int:
     return both
 
 
-@settings(max_examples=80, deadline=None)
 @given(map_pairs(), SPACINGS)
 def test_distances_are_the_definitions_pixel_by_pixel(pair, spacing_mm):
     found = surface_distances(*pair, spacing_mm)
@@ -125,14 +124,12 @@ def test_distances_are_monais(seeds, longest):
     assert compared > len(seeds)
 
 
-@settings(max_examples=60, deadline=None)
 @given(map_pairs(), SPACINGS)
 def test_swapping_prediction_and_truth_changes_nothing(pair, spacing_mm):
     swapped = surface_distances(*pair[::-1], spacing_mm)
     assert surface_distances(*pair, spacing_mm) == pytest.approx(swapped, nan_ok=True)
 
 
-@settings(max_examples=60, deadline=None)
 @given(map_pairs(longest=5), SPACINGS)
 def test_distances_are_zero_exactly_where_the_surfaces_are_the_same(pair, spacing_mm):
     found = surface_distances(*pair, spacing_mm)
@@ -144,7 +141,6 @@ def test_distances_are_zero_exactly_where_the_surfaces_are_the_same(pair, spacin
     assert all(value == 0 or math.isnan(value) for value in surface_distances(pair[0], pair[0], spacing_mm).values())
 
 
-@settings(max_examples=60, deadline=None)
 @given(map_pairs(), SPACINGS, st.floats(0.25, 4))
 def test_distances_grow_with_the_spacing(pair, spacing_mm, factor):
     scaled = surface_distances(*pair, tuple(factor * side for side in spacing_mm))
@@ -152,7 +148,6 @@ def test_distances_grow_with_the_spacing(pair, spacing_mm, factor):
     assert scaled == pytest.approx(expected, nan_ok=True)
 
 
-@settings(max_examples=60, deadline=None)
 @given(map_pairs(), SPACINGS, st.tuples(*[st.integers(0, 6)] * 2))
 def test_moving_both_masks_inside_the_frame_changes_nothing(pair, spacing_mm, offset):
     height, width = pair[0].shape
@@ -164,14 +159,12 @@ def test_moving_both_masks_inside_the_frame_changes_nothing(pair, spacing_mm, of
     assert found[0] == pytest.approx(found[1], nan_ok=True)
 
 
-@settings(max_examples=60, deadline=None)
 @given(map_pairs(), SPACINGS)
 def test_transposing_the_maps_and_the_spacing_changes_nothing(pair, spacing_mm):
     turned = surface_distances(pair[0].T, pair[1].T, spacing_mm[::-1])
     assert surface_distances(*pair, spacing_mm) == pytest.approx(turned, nan_ok=True)
 
 
-@settings(max_examples=60, deadline=None)
 @given(map_pairs(), SPACINGS)
 def test_the_percentile_and_the_mean_never_exceed_the_hausdorff_distance_nor_that_the_diagonal(pair, spacing_mm):
     found = surface_distances(*pair, spacing_mm)
@@ -182,7 +175,6 @@ def test_the_percentile_and_the_mean_never_exceed_the_hausdorff_distance_nor_tha
             assert 0 <= hd95 <= hd + 1e-12 and 0 <= masd <= hd + 1e-12 and hd <= diagonal_mm + 1e-12
 
 
-@settings(max_examples=30, deadline=None)
 @given(map_pairs(), SPACINGS)
 def test_a_structure_in_neither_map_has_no_distance_and_in_one_of_them_the_diagonal(pair, spacing_mm):
     without = [np.where(m == 3, 0, m).astype(np.uint8) for m in pair]

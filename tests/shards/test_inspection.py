@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from heartseg.config.experiment import ImageConfig, SplitConfig
@@ -111,7 +111,6 @@ def test_whole_shards_have_no_damage(written):
     assert damaged(written) == []
 
 
-@settings(max_examples=60, deadline=None)
 @given(file=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_one_changed_byte_in_any_file_is_found_and_named(file, where, flip, written, tmp_path_factory):
     folder = shutil.copytree(written, str(tmp_path_factory.mktemp("flip") / "s"))
