@@ -4,21 +4,20 @@
 #   docker run --rm --gpus all --shm-size 8g -v /data:/data:ro -v "$PWD/runs:/home/heartseg/app/runs" heartseg:latest \
 #       python jobs/train.py seed --data /data/shards --runs /home/heartseg/app/runs
 #
-# The GPU needs the host's NVIDIA driver and container toolkit, nothing else: the CUDA libraries come with PyTorch's wheels.
+# A GPU needs only the host's NVIDIA driver and container toolkit: the CUDA libraries come with PyTorch's wheels.
 # (`--build-arg SOURCE=…` puts the address of your repository into the labels.)
-# A mounted folder that is written to must belong to user 1000. Secrets come in at run time (-e WANDB_API_KEY, without a
-# value, hands on the caller's), never into a layer.
-
+# A mounted folder that jobs write to must belong to user 1000. Secrets are passed at run time (-e WANDB_API_KEY, without a
+# value, passes the caller's) and never become part of a layer.
 #
-# No Docker engine has built this file yet: tests/test_dockerfile.py reads it, and runs its installation in a clean
+# No Docker engine has built this file yet: tests/cluster/test_dockerfile.py reads it, and runs its installation in a clean
 # environment.
 
 FROM python:3.11-slim AS builder
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
-# Every package by version and hash (`make constraints`), wheels only: nothing is compiled and nothing else gets in. This layer
-# stays while only the project's own code changes.
+# Every package by version and hash (`make constraints`), wheels only: nothing is compiled and nothing else is installed. This
+# layer is reused while only the project's own code changes.
 COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps --require-hashes --only-binary :all: --requirement constraints.txt
@@ -38,7 +37,7 @@ LABEL org.opencontainers.image.title="heartseg" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11-slim"
 # The head of a `ray up` cluster reaches its workers by ssh and rsync, from inside this container. `ray up` runs its commands
-# in a login shell, which sets PATH anew: the file in /etc/profile.d keeps the environment's programs on it.
+# in a login shell, which resets PATH: the file in /etc/profile.d keeps the environment's programs on it.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends openssh-client rsync \
     && rm -rf /var/lib/apt/lists/* \
@@ -60,7 +59,7 @@ WORKDIR /home/heartseg/app
 COPY jobs/ jobs/
 COPY cluster/ cluster/
 COPY ray_cluster.yaml constraints.txt LICENSE ./
-# The node's own Ray, where one runs in the container (it answers without a token); else that what a job needs can be imported.
+# The node's Ray if the container runs one (it answers without a token), otherwise whether a job's imports work.
 HEALTHCHECK --interval=5m --timeout=90s --start-period=60s --retries=3 \
     CMD ["python", "cluster/health.py"]
 CMD ["python", "jobs/train.py", "--help"]

@@ -38,6 +38,8 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(PYTEST) -rs -m "slow or real_data"
 
+# The slow targets also try more examples of each property.
+test-slow test-all: export HEARTSEG_HYPOTHESIS := full
 test-all: test test-slow
 
 lint: $(VENV)/ready

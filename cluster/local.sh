@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A Ray cluster of one machine to which jobs are submitted: start, submit, status, env, stop. It listens on loopback unless
-# asked, and every command needs a token; only processes that `start` started are ever ended.
+# A Ray cluster on one machine that takes jobs: start, submit, status, env, stop. It listens on loopback by default, every
+# command needs its token, and it only ends processes that `start` started.
 #
-#   cluster/local.sh start [--num-cpus 4 …]                        further options go to `ray start`; --node-ip-address ADDRESS
+#   cluster/local.sh start [--num-cpus 4 …]                        more options go to `ray start`; --node-ip-address ADDRESS
 #                                                                  opens all but the dashboard to other machines
 #   cluster/local.sh submit -- python jobs/train.py seed --data /data/shards
 #   cluster/local.sh status
@@ -16,8 +16,8 @@
 #   HEARTSEG_CLUSTER_AGENT_PORT       52466   its agent
 #   HEARTSEG_CLUSTER_CLIENT_PORT      9001    the Ray client's server
 #   HEARTSEG_CLUSTER_TIMEOUT_S        120     how long `start` waits for the dashboard, and `stop` for the end
-#   RAY                               the ray program (default .venv/bin/ray, else the one on PATH)
-# Exit code 2 is a mistake in the call, 1 anything else that failed; `submit` gives the job's: 0, or 1 if it failed.
+#   RAY                               the ray program (default .venv/bin/ray, otherwise the one on PATH)
+# Exit code: 2 for a wrong call, 1 for any other failure; `submit` returns the job's: 0, or 1 if it failed.
 
 set -euo pipefail
 
@@ -30,10 +30,10 @@ agent_port=${HEARTSEG_CLUSTER_AGENT_PORT:-52466}
 client_port=${HEARTSEG_CLUSTER_CLIENT_PORT:-9001}
 timeout_s=${HEARTSEG_CLUSTER_TIMEOUT_S:-120}
 dashboard=http://127.0.0.1:$dashboard_port
-# A Unix socket's path holds 107 bytes, of which Ray takes up to 71 below its temporary directory.
+# A Unix socket's path holds 107 bytes, and Ray uses up to 71 of them below its temporary directory.
 longest_temp_dir=36
 
-refuse() { # a mistake of the caller's
+refuse() { # a wrong call
     echo "cluster/local.sh: $1" >&2
     exit 2
 }
@@ -48,16 +48,16 @@ find_ray() {
         RAY=ray
         if [[ -x $root/.venv/bin/ray ]]; then RAY=$root/.venv/bin/ray; fi
     fi
-    RAY=$(command -v "$RAY") || refuse "there is no ray program: install the project (see the README), or set RAY."
+    RAY=$(command -v "$RAY") || refuse "no ray program found: install the project (see the README), or set RAY."
 }
 
-# What every Ray command needs to speak to this cluster and to no other.
+# What every Ray command needs to reach this cluster and no other.
 set_environment() {
-    unset RAY_AUTH_TOKEN RAY_ADDRESS # both would win over what follows
+    unset RAY_AUTH_TOKEN RAY_ADDRESS # both would override what follows
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_API_SERVER_ADDRESS=$dashboard
 }
 
-# The number of the process that `start` left behind; fails if it is gone or another program has taken its number.
+# The id of the process that `start` left; fails if it has ended or another program has its id.
 our_pid() {
     local pid temp_dir
     [[ -s $dir/pid && -s $dir/temp_dir ]] || return 1
@@ -84,7 +84,7 @@ remove_temp_dir() {
     rm -f "$dir/temp_dir"
 }
 
-# Ends the process and waits for it: with no time to drain, Ray takes its own children down within seconds.
+# Ends the process and waits for it: without time to drain, Ray ends its children within seconds.
 end() {
     local pid=$1 waited
     kill -TERM "$pid" 2>/dev/null || true
@@ -104,7 +104,7 @@ start() {
     find_ray
     for taken in "$port" "$dashboard_port" "$agent_port" "$client_port"; do
         if (exec 3<>"/dev/tcp/127.0.0.1/$taken") 2>/dev/null; then
-            refuse "port $taken is in use: choose another (HEARTSEG_CLUSTER_…PORT, listed at the top of cluster/local.sh)."
+            refuse "port $taken is in use: choose another (HEARTSEG_CLUSTER_…PORT, see cluster/local.sh --help)."
         fi
     done
     callers_umask=$(umask)
@@ -117,12 +117,12 @@ start() {
         mkdir -p "$dir/ray"
     else
         temp_dir=$(mktemp -d /tmp/heartseg-ray.XXXXXX)/t
-    fi # Ray opens its own directory to everyone, so it gets a closed one around it
+    fi # Ray makes its own directory readable by everyone, so a private one surrounds it
     echo "$temp_dir" >"$dir/temp_dir"
     : >"$dir/log"
-    rm -f "$dir/token" # a token of an earlier cluster opens nothing
+    rm -f "$dir/token" # an earlier cluster's token is invalid
     od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$dir/token"
-    umask "$callers_umask" # what jobs write is the user's to share
+    umask "$callers_umask" # who may read what jobs write is the user's choice
 
     set_environment
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_USAGE_STATS_ENABLED=0
@@ -130,7 +130,7 @@ start() {
     place=()
     if [[ " $* " != *" --node-ip-address"* ]]; then
         place=(--node-ip-address 127.0.0.1)
-        export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # else Ray takes the machine's address in place of 127.0.0.1
+        export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # otherwise Ray replaces 127.0.0.1 with the machine's address
     fi
     detach="nohup"
     if command -v setsid >/dev/null; then detach=setsid; fi
@@ -160,26 +160,26 @@ start() {
     fail "Ray was not ready within $timeout_s s: see above, and $dir/log."
 }
 
-# A job's runtime_env: what the caller gives as JSON, and the two places that jobs look for, which travel with the job;
-# secrets do not: they belong into the environment of `start`.
+# A job's runtime_env: the caller's JSON, and the two folders that jobs read from the environment. Secrets are not passed: they
+# belong in the environment of `start`.
 runtime_env() {
     PATH=${RAY%/*}:$PATH python3 -c '
 import json, os, sys
 try:
     given = json.loads(sys.argv[1])
-    places = {name: os.environ[name] for name in ("HEARTSEG_DATA", "HEARTSEG_RUNS") if os.environ.get(name)}
-    print(json.dumps(given | {"env_vars": places | given.get("env_vars", {})}))
+    folders = {name: os.environ[name] for name in ("HEARTSEG_DATA", "HEARTSEG_RUNS") if os.environ.get(name)}
+    print(json.dumps(given | {"env_vars": folders | given.get("env_vars", {})}))
 except (ValueError, TypeError, AttributeError):
     sys.exit(1)
 ' "$1"
 }
 
-# Whoever sees the dashboard sees a job's runtime_env.
+# The dashboard shows a job's runtime_env to everyone who can open it.
 warn_of_secrets() {
     local names
     names=$(grep -oiE '"?[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?"?[[:space:]]*[:=]' <<<"$*" |
         grep -oE '[A-Za-z0-9_]+' | sort -u | paste -sd ' ') || return 0
-    echo "cluster/local.sh: $names: the dashboard shows what a runtime_env holds; set it before \`start\` instead." >&2
+    echo "cluster/local.sh: $names: the dashboard shows a runtime_env; set it before \`start\` instead." >&2
 }
 
 submit() {
@@ -187,7 +187,7 @@ submit() {
     while (($#)) && [[ $1 != -- ]]; do
         case $1 in
             --runtime-env | --runtime-env=*)
-                refuse "--runtime-env cannot be given here: give what the file holds as --runtime-env-json."
+                refuse "--runtime-env is not supported: pass the file's content as --runtime-env-json."
                 ;;
             --runtime-env-json)
                 shift
@@ -198,11 +198,11 @@ submit() {
         esac
         if (($#)); then shift; fi
     done
-    (($# > 1)) || refuse "submit needs a command after two dashes, such as: submit -- python jobs/train.py seed."
+    (($# > 1)) || refuse "submit needs a command after --, such as: submit -- python jobs/train.py seed."
     find_ray
-    environment=$(runtime_env "$given") || refuse "--runtime-env-json holds no JSON object."
+    environment=$(runtime_env "$given") || refuse "--runtime-env-json is not a JSON object."
     warn_of_secrets "$given"
-    our_pid >/dev/null || refuse "no cluster is running here: cluster/local.sh start."
+    our_pid >/dev/null || refuse "no cluster is running: start it with cluster/local.sh start."
     set_environment
     exec "$RAY" job submit --working-dir "$root" --runtime-env-json "$environment" ${options[@]+"${options[@]}"} "$@"
 }
@@ -217,9 +217,9 @@ status() {
     "$RAY" status --address "127.0.0.1:$port"
 }
 
-# The token itself goes into no output.
+# The token itself is never printed.
 env() {
-    our_pid >/dev/null || refuse "no cluster is running here: cluster/local.sh start."
+    our_pid >/dev/null || refuse "no cluster is running: start it with cluster/local.sh start."
     echo "unset RAY_AUTH_TOKEN RAY_ADDRESS"
     printf 'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=%q RAY_API_SERVER_ADDRESS=%q\n' "$dir/token" "$dashboard"
 }
@@ -245,5 +245,5 @@ case $verb in
         "$verb"
         ;;
     -h | --help | help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
-    *) refuse "'$verb' is none of start, submit, status, env, stop (--help says more)." ;;
+    *) refuse "'$verb' is not one of start, submit, status, env, stop (see --help)." ;;
 esac

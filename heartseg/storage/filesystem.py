@@ -1,12 +1,11 @@
-"""A local path or an object-store URI, one way for both: read, list, publish whole.
+"""Reads, lists and publishes files on local paths and object-store URIs alike.
 
-The only file that knows pyarrow's file systems and its Parquet. A path is a `str` everywhere (`pathlib` turns
-`s3://b/x` into `s3:/b/x`); whatever is published appears complete or not at all. A store that cannot be reached or that
-refuses is a StorageError; a file that is not there is a FileNotFoundError.
+The only file that uses pyarrow's file systems and its Parquet. A path is a `str` everywhere (`pathlib` turns `s3://b/x` into
+`s3:/b/x`); whatever is published appears complete or not at all. A store that cannot be reached or refuses raises
+StorageError; a file that does not exist raises FileNotFoundError.
 """
 
 import contextlib
-import datetime
 import errno
 import functools
 import hashlib
@@ -23,30 +22,30 @@ import pyarrow.parquet
 
 from heartseg.errors import StorageError, UserError
 
-# What an object store that does not answer costs: about a minute where it is silent, 3 s where it refuses connections.
+# An object store that does not answer takes about a minute to give up on, one that refuses connections 3 s.
 TRIES, CONNECT_S, REQUEST_S = 4, 5, 15
-READS = 5  # of a file on an object store that is replaced while it is read
+READS = 5  # attempts at a file on an object store that is replaced while it is read
 CHUNK_BYTES = 8 << 20
 
 
 def is_uri(path: str) -> bool:
-    """True for `s3://…` and its like, False for a local path."""
+    """True for `s3://…` and other URIs, False for a local path."""
     return "://" in path
 
 
-def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system that a path lives on, and the path as that file system spells it.
+def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system that holds a path, and the path as that file system spells it.
 
-    S3 credentials, region and endpoint are those of the AWS_* variables (AWS_ENDPOINT_URL for any other store than
-    Amazon's) or of the AWS profile. Raises UserError for a path that cannot be one and for a bucket that is not there.
+    S3 credentials, region and endpoint come from the AWS_* variables (AWS_ENDPOINT_URL for a store other than Amazon's) or
+    from the AWS profile. Raises UserError for an invalid path or a bucket that does not exist.
     """
     if not is_uri(path):
         return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
-    with _explained(path):
+    with _storage_errors(path):
         if path.startswith("s3://"):
             inner = path.removeprefix("s3://").rstrip("/")
             if not inner or inner.startswith("/"):
-                raise UserError(f"The path {path} names no bucket: give it as s3://bucket/folder.")
+                raise UserError(f"The path {path} names no bucket: write it as s3://bucket/folder.")
             settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
             return _s3(inner.partition("/")[0], settings), inner
         return pyarrow.fs.FileSystem.from_uri(path)
@@ -54,32 +53,32 @@ def filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 @functools.lru_cache(maxsize=8)
 def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3FileSystem:
-    """The client of a bucket, one for as long as the AWS_* variables stay the same: a new one costs new connections."""
+    """The client of a bucket, kept while the AWS_* variables stay the same: a new client opens new connections."""
     aws = dict(settings)
     endpoint = aws.get("AWS_ENDPOINT_URL_S3") or aws.get("AWS_ENDPOINT_URL")
     client = pyarrow.fs.S3FileSystem(
-        # Only Amazon's buckets tell their region, and only there does it decide who answers.
+        # Only Amazon's buckets report their region, and only there does it decide which server answers.
         region=None if endpoint else pyarrow.fs.resolve_s3_region(bucket),
         endpoint_override=endpoint,
         connect_timeout=CONNECT_S,
         request_timeout=REQUEST_S,
         retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=TRIES),
-        allow_delayed_open=True,  # a small file is one request and not three
+        allow_delayed_open=True,  # a small file is one request, not three
     )
     try:
         found = client.get_file_info(bucket).type
     except OSError as error:
         if "ACCESS_DENIED" not in str(error):
             raise
-        return client  # some may use folders of a bucket and not ask for the bucket itself
+        return client  # a key may have rights to a bucket's folders and not to the bucket
     if found == pyarrow.fs.FileType.NotFound:
-        raise OSError("NO_SUCH_BUCKET")  # reading would go on as if the bucket were empty
+        raise OSError("NO_SUCH_BUCKET")  # otherwise it would read as an empty bucket
     return client
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turn what an object store answers into one sentence; local errors and FileNotFoundError pass as they are."""
+def _storage_errors(path: str) -> Iterator[None]:
+    """Turn an object store's errors into a one-line StorageError; local errors and FileNotFoundError pass unchanged."""
     try:
         yield
     except FileNotFoundError as error:
@@ -89,16 +88,17 @@ def _explained(path: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:
         if not is_uri(path):
             raise
-        raise StorageError(f"{path} {_explain(str(error))}.") from error
+        raise StorageError(f"{path} {_problem(str(error))}.") from error
 
 
-def _explain(answer: str) -> str:
-    """What an object store's answer means and how to mend it, as the rest of a sentence that begins with the path."""
+def _problem(answer: str) -> str:
+    """What an object store's answer means and how to fix it, as the end of a message that begins with the path."""
     if "NO_SUCH_BUCKET" in answer or ("Bucket" in answer and "not found" in answer):
-        return "is in a bucket that does not exist: make it, or check its name and AWS_ENDPOINT_URL"
+        return "is in a bucket that does not exist: create it, or check its name and AWS_ENDPOINT_URL"
     if "NETWORK_CONNECTION" in answer:
         reason = answer.rpartition("Details: ")[2] if "Details: " in answer else "no answer"
-        return f"cannot be reached ({reason.strip(' .')}): check the network and AWS_ENDPOINT_URL; the same command goes on"
+        reason = reason.strip(" .")
+        return f"cannot be reached ({reason}): check the network and AWS_ENDPOINT_URL, then rerun the same command to resume"
     refusals = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "HTTP status 403")
     if any(refusal in answer for refusal in refusals):
         return "is refused by its store: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for access to the bucket"
@@ -111,28 +111,28 @@ def join(base: str, *parts: str) -> str:
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder: what stands behind the last slash of its path or URI."""
+    """The name of a file or folder: what follows the last slash of its path or URI."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute; a URI as it is. Ray workers have a working directory of their own."""
+    """A local path made absolute; a URI unchanged. Ray workers have a working directory of their own."""
     return path if is_uri(path) else os.path.abspath(path)
 
 
 def exists(path: str) -> bool:
-    """True where a file or a folder is there."""
+    """True if a file or a folder exists."""
     return _info(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else os.path.exists(path)
 
 
 def _info(path: str) -> pyarrow.fs.FileInfo:
-    fs, inner = filesystem(path)
-    with _explained(path):
+    fs, inner = resolve(path)
+    with _storage_errors(path):
         return fs.get_file_info(inner)
 
 
 def list_names(path: str) -> list[str]:
-    """Sorted names of the entries of a folder; empty where there is no folder."""
+    """Sorted names of the entries of a folder; empty if it does not exist."""
     if not is_uri(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
     return sorted(entry.base_name for entry in _entries(path))
@@ -151,29 +151,26 @@ def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
 
 
 def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
-    """What is in a folder, by one listing; nothing where there is no folder."""
-    fs, inner = filesystem(path)
-    with _explained(path):
+    """The entries of a folder, by one listing; none if it does not exist."""
+    fs, inner = resolve(path)
+    with _storage_errors(path):
         return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=recursive))
 
 
 def size_or_none(path: str) -> int | None:
-    """Size of a file in bytes; None where the path is no file."""
+    """Size of a file in bytes; None if the path is not a file."""
     return _info(path).size if is_uri(path) else os.path.getsize(path) if os.path.isfile(path) else None
 
 
-def modification_times(path: str) -> dict[str, datetime.datetime]:
-    """When each file of a folder was last written, by the clock of its file system; empty where there is no folder."""
-    return {entry.base_name: entry.mtime for entry in _entries(path) if entry.is_file}
-
-
-def sizes(path: str) -> dict[str, int]:
-    """Bytes of each file of a folder, by one listing; empty where there is no folder."""
-    return {entry.base_name: entry.size for entry in _entries(path) if entry.is_file}
+def sizes(path: str) -> dict[str, int | None]:
+    """Bytes of each entry of a folder, by name in order; None for what is not a file. An object store needs one request."""
+    if is_uri(path):
+        return dict(sorted((entry.base_name, entry.size) for entry in _entries(path)))
+    return {name: size_or_none(join(path, name)) for name in list_names(path)}
 
 
 def walk(path: str) -> list[str]:
-    """Paths of all files below a folder, sorted, through links to folders too, each folder once; empty for no folder."""
+    """Sorted paths of all files below a folder, each folder once, links to folders followed; empty if it does not exist."""
     if not is_uri(path):
         found, seen = [], set()
         for folder, folders, names in os.walk(path, followlinks=True):
@@ -182,7 +179,7 @@ def walk(path: str) -> list[str]:
                 found += [os.path.join(folder, name) for name in names]
             seen.add(os.path.realpath(folder))
         return sorted(found)
-    inner = filesystem(path)[1]
+    inner = resolve(path)[1]
     files = (entry.path for entry in _entries(path, recursive=True) if entry.is_file)
     return sorted(join(path, name.removeprefix(inner).lstrip("/")) for name in files)
 
@@ -192,42 +189,44 @@ def read_bytes(path: str, at_most: int = -1) -> bytes:
     if not is_uri(path):
         with open(path, "rb") as stream:
             return stream.read(at_most)
-    fs, inner = filesystem(path)
-    with _explained(path):
+    fs, inner = resolve(path)
+    with _storage_errors(path):
         for _ in range(READS):
-            # Opening asks for the size, reading for that many bytes: of a file replaced in between they are no whole.
+            # Opening asks for the size, reading for that many bytes: a file replaced in between would come in part.
             with fs.open_input_file(inner) as stream:
                 data = stream.read(None if at_most < 0 else at_most)
             size = fs.get_file_info(inner).size or 0
             if len(data) == (size if at_most < 0 else min(size, at_most)):
                 return data
-        raise OSError("changes whenever it is read")
+        raise OSError(f"it was replaced during each of {READS} attempts to read it")
 
 
 def read_json(path: str) -> dict:
-    """A JSON file; raises UserError for one that is missing or damaged."""
+    """The content of a JSON file; raises UserError if it is missing or damaged, and StorageError if it cannot be read."""
     try:
         return json.loads(read_bytes(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or no valid JSON.") from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+        raise UserError(f"{path} is missing or not valid JSON.") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error}).") from error
 
 
 def publish(path: str, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; the folder is made.
+    """Write a file that appears complete or not at all; its folder is created.
 
-    Raises OSError (a full disk, say), StorageError where an object store refuses.
+    Raises OSError (a full disk, for example), or StorageError if an object store refuses.
     """
-    fs, inner = filesystem(path)
+    fs, inner = resolve(path)
     parent, name = inner.rsplit("/", 1)
     temporary = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.part"
-    with _explained(path):
+    with _storage_errors(path):
         if not isinstance(fs, pyarrow.fs.S3FileSystem):
             fs.create_dir(parent, recursive=True)
         try:
             with fs.open_output_stream(temporary, compression=None) as stream:
                 stream.write(data)
             if is_uri(path):
-                # A stream that an exception drops still leaves a visible object, so what arrived is read again first.
+                # A stream that an exception drops still leaves a visible object: read it back before it gets its name.
                 _check_arrived(fs, temporary, data)
             else:
                 with open(temporary, "rb") as stream:
@@ -240,18 +239,18 @@ def publish(path: str, data: bytes) -> None:
 
 
 def _check_arrived(fs: pyarrow.fs.FileSystem, path: str, data: bytes) -> None:
-    """Raise OSError where a file has another size or another SHA-256 than `data`."""
-    digest = hashlib.sha256()
+    """Raise OSError if a file does not hold exactly `data`."""
     with fs.open_input_file(path) as stream:
-        same = stream.size() == len(data)
-        while same and (chunk := stream.read(CHUNK_BYTES)):
-            digest.update(chunk)
-    if not same or digest.digest() != hashlib.sha256(data).digest():
-        raise OSError("what arrived are not the bytes that were sent")
+        starts = range(0, len(data), CHUNK_BYTES)
+        same = stream.size() == len(data) and all(
+            stream.read_at(CHUNK_BYTES, start) == data[start : start + CHUNK_BYTES] for start in starts
+        )
+    if not same:
+        raise OSError("the bytes that arrived are not those that were sent")
 
 
 def publish_json(path: str, value: object) -> None:
-    """Write a value as indented JSON with sorted keys, whole or not at all."""
+    """Write a value as indented JSON with sorted keys, complete or not at all."""
     publish(path, json_bytes(value))
 
 
@@ -268,9 +267,9 @@ def json_bytes(value: object) -> bytes:
 
 
 def remove(path: str) -> None:
-    """Delete a file or a whole folder; nothing happens where there is none."""
-    fs, inner = filesystem(path)
-    with _explained(path), contextlib.suppress(FileNotFoundError):
+    """Delete a file or a whole folder, if it exists."""
+    fs, inner = resolve(path)
+    with _storage_errors(path), contextlib.suppress(FileNotFoundError):
         if fs.get_file_info(inner).type == pyarrow.fs.FileType.Directory:
             fs.delete_dir(inner)
         else:

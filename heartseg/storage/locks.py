@@ -1,7 +1,7 @@
-"""One writer per folder: a file lock on a local disk, a claim that is renewed like a heartbeat on an object store.
+"""One writer per folder: a file lock on a local disk, a claim with a heartbeat on an object store.
 
-The claims are advisory: a holder that cannot renew its own for a minute (a network that is down, a machine that sleeps)
-counts as dead and does not learn of it.
+Claims are advisory: a holder that cannot renew its claim for a minute (the network is down, the machine sleeps) counts as dead,
+and is not notified.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from heartseg.storage import filesystem
 log = logging.getLogger(__name__)
 LOCK_NAME = ".heartseg.lock"
 CLAIM = re.compile(r"[0-9a-f]{12}\.json")
-BEAT_S, DEAD_AFTER_S = 15.0, 60.0
+HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 
 
 def lock(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Hold the only writer's place in a folder; raises UserError where another process holds it.
+    """Be the only writer of a folder; raises UserError if another process is.
 
-    A local lock dies with its process, so a killed job never blocks the next; on an object store it blocks for
+    A local lock dies with its process, so a killed job never blocks the next; a claim on an object store blocks it for
     `DEAD_AFTER_S` seconds.
     """
-    return _hold_claim(folder) if filesystem.is_uri(folder) else _hold_file(folder)
+    return _claim(folder) if filesystem.is_uri(folder) else _lock_file(folder)
 
 
 def is_held(folder: str) -> bool:
-    """True where somebody holds the writer's place in a folder at the moment; takes nobody's place on an object store."""
+    """True if a process is writing a folder at the moment."""
     if filesystem.is_uri(folder):
         times = filesystem.modification_times(filesystem.join(folder, LOCK_NAME)).values()
         now = datetime.datetime.now(datetime.UTC)
@@ -54,16 +54,16 @@ def is_held(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def _hold_file(folder: str) -> Iterator[None]:
+def _lock_file(folder: str) -> Iterator[None]:
     try:
         os.makedirs(folder, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is to be a folder, and a file is in its place: give another.") from error
+        raise UserError(f"{folder} must be a folder, but a file has that name: choose another folder.") from error
     holder = filelock.FileLock(os.path.join(folder, LOCK_NAME))
     try:
         holder.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UserError(f"Another job is writing {folder}: wait for it, or give another folder.") from error
+        raise UserError(f"Another job is writing {folder}: wait for it, or choose another folder.") from error
     try:
         yield
     finally:
@@ -71,10 +71,10 @@ def _hold_file(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hold_claim(folder: str) -> Iterator[None]:
-    """Every job writes a claim of its own and then lists them all, so of two that start at once none misses the other.
+def _claim(folder: str) -> Iterator[None]:
+    """Write a claim, then list all claims: of two jobs that start at once, neither misses the other.
 
-    In that instant both may be refused; never are both let in, since a listing on S3 shows every write before it.
+    Both may then be refused, but never both admitted: a listing on S3 shows every earlier write.
     """
     claims, mine = filesystem.join(folder, LOCK_NAME), f"{uuid.uuid4().hex[:12]}.json"
     path, stop = filesystem.join(claims, mine), threading.Event()
@@ -88,16 +88,16 @@ def _hold_claim(folder: str) -> Iterator[None]:
             yield
         finally:
             stop.set()
-            beating.join()  # a beat after the removal would leave the claim behind
+            beating.join()  # a heartbeat after the removal would leave the claim behind
     finally:
         with contextlib.suppress(StorageError):
             filesystem.remove(path)
 
 
 def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
-    """Raise UserError that names the holder where a claim beside `mine` is alive; dead ones are removed."""
+    """Raise UserError, naming the holder, if a claim other than `mine` is alive; remove dead ones."""
     times = {name: time for name, time in filesystem.modification_times(claims).items() if CLAIM.fullmatch(name)}
-    # The newest is mine, written just now: ages are by the store's clock alone, whatever ours says.
+    # The newest claim is mine, written just now: ages come from the store's clock alone, whatever this machine's says.
     now = max(times.values(), default=None)
     for name, time in times.items():
         path = filesystem.join(claims, name)
@@ -110,7 +110,7 @@ def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
             holder = json.loads(filesystem.read_bytes(path))
             raise UserError(
                 f"Another job is writing {folder} (process {holder['pid']} on {holder['host']}, since {holder['started']}): "
-                f"wait for it, or give another folder; if it was killed, its place is free after {DEAD_AFTER_S:g} s."
+                f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s."
             )
 
 
@@ -119,12 +119,12 @@ def _beat(path: str, started: str) -> None:
 
 
 def _keep_beating(path: str, started: str, stop: threading.Event) -> None:
-    """Renew a claim until told to stop; a store that is away for a while is no reason to end the job."""
-    while not stop.wait(BEAT_S):
+    """Renew a claim until `stop` is set; an outage of the store does not end the job."""
+    while not stop.wait(HEARTBEAT_S):
         try:
             _beat(path, started)
         except StorageError as error:
-            log.warning("This job's place as the only writer could not be renewed: %s", error)
+            log.warning("This job's claim as the only writer could not be renewed: %s", error)
 
 
 def _now() -> str:

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from heartseg.config import recipes
@@ -152,7 +152,6 @@ def test_an_integer_is_taken_where_a_float_is_asked_for():
 JSON_VALUES = st.recursive(st.integers(-3, 3) | st.booleans(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner))
 
 
-@settings(max_examples=50, deadline=None)
 @given(old=st.dictionaries(st.sampled_from("abc"), JSON_VALUES), new=st.dictionaries(st.sampled_from("abc"), JSON_VALUES))
 def test_first_difference_is_none_exactly_for_equal_configurations(old, new):
     assert (first_difference(old, new) is None) == (old == new)

@@ -6,7 +6,7 @@ import os
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -57,7 +57,6 @@ def put(path: str, data: bytes) -> None:
         stream.write(data)
 
 
-@settings(max_examples=30, deadline=None)
 @given(data=st.data(), kind=st.sampled_from([np.uint8, np.float32, np.int16]))
 def test_write_then_read_gives_the_same_upright_pixels_and_spacing(data, kind, tmp_path_factory):
     shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))

@@ -8,7 +8,7 @@ import zlib
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from heartseg.datasets import nifti
@@ -33,7 +33,6 @@ def file_bytes(array: np.ndarray, order: str, zooms, slope=None, inter=None, kin
     return bytes(raw)
 
 
-@settings(max_examples=120, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 7), min_size=2, max_size=4),
     dtype=st.sampled_from(KINDS),
@@ -84,7 +83,6 @@ def test_an_uncompressed_file_beside_is_read_where_there_is_no_compressed_one(tm
     assert caught.value.file.endswith("c.nii.gz")
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.data(), size=st.integers(0, 5000), members=st.integers(1, 3), padding=st.integers(0, 20))
 def test_what_was_packed_is_unpacked_and_a_changed_or_cut_stream_never_is(data, size, members, padding):
     content = np.random.default_rng(size).integers(0, 9, size, dtype=np.uint8).tobytes()
@@ -99,14 +97,12 @@ def test_what_was_packed_is_unpacked_and_a_changed_or_cut_stream_never_is(data, 
 
 
 @given(at_most=st.integers(1, 10**6 + 10))
-@settings(max_examples=30, deadline=None)
 def test_no_more_is_unpacked_than_was_asked_for(at_most):
     content = bytes(range(250)) * 4000
     for packed in (gzip.compress(content), gzip.compress(content[: 6 * 10**5]) + gzip.compress(content[6 * 10**5 :])):
         assert nifti.inflate(packed, at_most) == content[:at_most]
 
 
-@settings(max_examples=150, deadline=None)
 @given(where=st.integers(0, 351), value=st.binary(min_size=1, max_size=8))
 @example(where=0, value=b"\x1f\x8b")  # a gzip file of no known method
 def test_no_damaged_header_does_more_than_give_a_reason(where, value):

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from heartseg.config.experiment import ImageConfig, SplitConfig
@@ -36,7 +36,6 @@ def by_stratum(names: list[str], known: dict[str, dict]) -> Counter:
     return Counter(splits.stratum(known[name]) for name in names)
 
 
-@settings(max_examples=60, deadline=None)
 @given(known=known_patients(), test=st.floats(0.05, 0.5), val=st.floats(0, 0.3), seed=st.integers(0, 999), data=st.data())
 def test_a_ratio_split_gives_each_group_its_share_of_every_stratum(known, test, val, seed, data):
     patients = list(known)
@@ -55,7 +54,6 @@ def test_a_ratio_split_gives_each_group_its_share_of_every_stratum(known, test, 
     assert groups == splits.make_groups(config, data.draw(st.permutations(patients)), {}, known)
 
 
-@settings(max_examples=60, deadline=None)
 @given(known=known_patients(), folds=st.integers(2, 12), val=st.floats(0, 0.5), seed=st.integers(0, 999))
 def test_folds_test_everybody_once_and_share_no_patient(known, folds, val, seed):
     patients = list(known)
@@ -76,7 +74,6 @@ def test_folds_test_everybody_once_and_share_no_patient(known, folds, val, seed)
         assert max(counts) - min(counts) <= 1
 
 
-@settings(max_examples=40, deadline=None)
 @given(num=st.integers(3, 200), test=st.floats(0.1, 0.5), val=st.floats(0, 0.3), seed=st.integers(0, 999), cfg=st.booleans())
 def test_where_nothing_is_known_the_draw_is_a_plain_shuffle(num, test, val, seed, cfg):
     patients = [f"patient{number:04d}" for number in range(num)]

@@ -1,4 +1,4 @@
-"""A disk that refuses, whatever is being written, and memory that runs out, whoever says so: sentences."""
+"""A full disk is a one-line error whatever is being written, and so is out of memory whichever library reports it."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from heartseg.training import worker
 from heartseg.training.distributed import Ranks
 from helpers.experiments import ROOT
 
-# In a mount namespace of its own: the run's disk is full, before its first epoch, at its pictures or at its end.
+# Runs whose disk is full before the first epoch, after the last one, or when the pictures are written.
 SCRIPT = """
     import json, sys
     from dataclasses import replace
@@ -29,7 +29,7 @@ SCRIPT = """
     def fill(folder):
         try:
             with open(Path(folder, "ballast"), "wb", buffering=0) as file:
-                while True:
+                for _ in range(1 << 18):  # 1 GiB at most, whatever disk this is
                     file.write(bytes(1 << 12))
         except OSError:
             pass
@@ -40,27 +40,25 @@ SCRIPT = """
         if metrics["epoch"] == 2:
             fill(opened.path)
 
+    base = tiny_experiment(data=sys.argv[2], runs=sys.argv[3])
+    base = replace(base, optim=replace(base.optim, momentum=0.0, ema_decay=0.0))
     for when in ("ingest", "finish", "samples"):
-        base = tiny_experiment(data=sys.argv[2], runs=sys.argv[3])
-        optim = replace(base.optim, momentum=0.0, ema_decay=0.0)
-        opened = run_directory.open_run(replace(base, optim=optim), reader.open_shards(base.data), name=when)
-        samples = Path(opened.path, "samples")
+        opened = run_directory.open_run(base, reader.open_shards(base.data), name=when)
+        if when == "ingest":
+            fill(opened.path)
         if when == "samples":
-            samples.mkdir()
-            samples.rmdir()
-            samples.symlink_to(sys.argv[4])
-        if when in ("ingest", "samples"):
-            fill({"ingest": opened.path, "samples": sys.argv[4]}[when])
+            Path(opened.path, "samples").symlink_to(sys.argv[4])
+            fill(sys.argv[4])
         try:
             report = fill_after_last if when == "finish" else (lambda metrics: None)
-            worker.train_rank(replace(base, optim=optim), opened, Ranks(0, 1, torch.device("cpu")), lambda m: m, report)
+            worker.train_rank(base, opened, Ranks(0, 1, torch.device("cpu")), lambda m: m, report)
         except UserError as error:
             print(json.dumps([when, str(error)]), flush=True)
         Path(opened.path, "ballast").unlink(missing_ok=True)
 """
 
 
-def test_a_full_disk_is_a_sentence_at_a_runs_beginning_at_its_pictures_and_at_its_end(shards, tmp_path):
+def test_a_full_disk_is_a_one_line_error_at_the_start_of_a_run_at_its_pictures_and_at_its_end(shards, tmp_path):
     disk, small = tmp_path / "disk", tmp_path / "small"
     disk.mkdir(), small.mkdir()
     mount = f"mount -t tmpfs -o size=500m tmpfs {disk} && mount -t tmpfs -o size=64k tmpfs {small} || exit 99"
@@ -79,7 +77,7 @@ def test_another_error_than_a_refusal_is_no_sentence():
 
 
 @pytest.mark.parametrize(
-    ("said", "is_memory"),
+    ("message", "is_memory"),
     [
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
@@ -89,6 +87,6 @@ def test_another_error_than_a_refusal_is_no_sentence():
         ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", False),
     ],
 )
-def test_libraries_that_get_no_memory_are_told_from_those_that_fail_otherwise(said, is_memory):
-    assert worker.is_out_of_memory(RuntimeError(said)) == is_memory
-    assert worker.is_out_of_memory(torch.OutOfMemoryError(said))
+def test_out_of_memory_is_distinguished_from_other_failures_of_a_library(message, is_memory):
+    assert worker.is_out_of_memory(RuntimeError(message)) == is_memory
+    assert worker.is_out_of_memory(torch.OutOfMemoryError(message))

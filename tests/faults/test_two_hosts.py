@@ -14,7 +14,7 @@ from heartseg.config.experiment import to_json
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from helpers import two_hosts
-from helpers.experiments import ROOT, tiny_experiment
+from helpers.experiments import ROOT, skip_or_fail, tiny_experiment
 from helpers.job_process import trained_again
 
 NOTICE_S = 12
@@ -23,19 +23,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def hosts(phantom, told):
+def hosts(phantom):
     """The two hosts, with shards on the first one's object store."""
-    if why := two_hosts.missing():
-        pytest.skip(f"{why}: tests/test_faults.py loses and gains a node of ray.cluster_utils.Cluster in its place")
+    if reason := two_hosts.missing():
+        skip_or_fail(reason)
     with two_hosts.joined() as (first, second), tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        data = Path(folder)  # a place that both hosts see, for the command line's files only
+        data = Path(folder)  # both hosts see it; only for the command line's files
         (data / "source").symlink_to(phantom)
         write_config(data / "tiny.json", 2)
         from jobs import preprocess
 
         experiment = replace(tiny_experiment(), source=phantom, out="s3://bucket/shards")
         preprocess.run(experiment, preprocess.Options(launcher="plain"))
-        told("training over two hosts was tested on two network namespaces of this machine")
         yield first, second, data
 
 
@@ -47,16 +46,8 @@ def write_config(path: Path, epochs: int) -> str:
 
 
 def command(config: str, name: str, workers: str) -> list[str]:
-    return [
-        sys.executable,
-        str(ROOT / "jobs" / "train.py"),
-        "--config",
-        config,
-        "--runs",
-        f"s3://bucket/{name}",
-        "--workers",
-        workers,
-    ]
+    job = [sys.executable, str(ROOT / "jobs" / "train.py")]
+    return [*job, "--config", config, "--runs", f"s3://bucket/{name}", "--workers", workers]
 
 
 def record(name: str) -> list[dict]:
@@ -66,82 +57,79 @@ def record(name: str) -> list[dict]:
     return run_directory.read_record(filesystem.join(folder, found[0])) if found else []
 
 
-def until(met, what: str, seconds: float = 150) -> float:
-    """Wait for something; returns how long it took."""
-    begun = time.monotonic()
-    while not met():
-        assert time.monotonic() - begun < seconds, what
+def wait_until(condition, failure: str, seconds: float = 150) -> float:
+    """Wait for a condition; returns how long it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, failure
         time.sleep(0.3)
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
-def dice(said: str) -> float:
-    return float(re.findall(r"epochs done  test/dice ([\d.]+)", said)[-1])
+def dice(output: str) -> float:
+    return float(re.findall(r"epochs done  test/dice ([\d.]+)", output)[-1])
 
 
-def test_two_hosts_train_what_two_workers_of_one_host_train(hosts, told):
+def test_two_hosts_train_what_two_workers_of_one_host_train(hosts, measurement):
     first, _, data = hosts
     config = write_config(data / "six.json", 6)
-    code, said = first.run(*command(config, "two", "2"), **CLUSTER)
-    assert code == 0, said
+    code, output = first.run(*command(config, "two", "2"), **CLUSTER)
+    assert code == 0, output
     assert {row["workers"] for row in record("two")} == {2}  # with one CPU a host, one on each
     code, alone = first.run(*command(config, "one", "2"))
     assert code == 0, alone
-    told(f"final Dice: two hosts {dice(said):.4f}, one host {dice(alone):.4f}")
-    assert dice(said) == pytest.approx(dice(alone), abs=0.005)
+    measurement(f"final Dice: two hosts {dice(output):.4f}, one host {dice(alone):.4f}")
+    assert dice(output) == pytest.approx(dice(alone), abs=0.005)
 
 
-def test_the_doctor_looks_at_both_hosts_and_at_the_link_between_them(hosts):
+def test_the_doctor_checks_both_hosts_and_the_link_between_them(hosts):
     first, _, _ = hosts
     doctor = [sys.executable, str(ROOT / "jobs" / "doctor.py"), "--workers", "2", "--seconds", "1", "--json"]
-    code, said = first.run(*doctor, "--runs", "s3://bucket/doctor", **CLUSTER)
-    found = {one["name"]: one for one in json.JSONDecoder().raw_decode(said[said.index("\n{\n") + 1 :])[0]["findings"]}
-    assert code in (0, 1) and found["Ray"]["numbers"]["nodes"] == 2, said
+    code, output = first.run(*doctor, "--runs", "s3://bucket/doctor", **CLUSTER)
+    found = {one["name"]: one for one in json.JSONDecoder().raw_decode(output[output.index("\n{\n") + 1 :])[0]["findings"]}
+    assert code in (0, 1) and found["Ray"]["numbers"]["nodes"] == 2, output
     (other,) = (one for name, one in found.items() if name.startswith("node "))
     assert "10.77.0.2" in other["name"] and "CPUs" in other["found"] and "GPUs" in other["found"]
-    assert (
-        found["workers"]["numbers"]["workers"] == 2
-        and found["workers"]["numbers"]["gb_per_s"] > 0
-        and not found["workers"]["wrong"]
-    )
+    link = found["workers"]
+    assert link["numbers"]["workers"] == 2 and link["numbers"]["gb_per_s"] > 0 and not link["wrong"]
 
 
-def test_an_elastic_run_goes_on_without_the_second_host_and_grows_when_it_is_back(hosts, fault_table):
+def test_an_elastic_run_continues_without_the_second_host_and_grows_when_it_returns(hosts, fault_table):
     first, second, data = hosts
     config = write_config(data / "many.json", 2000)
     training = first.start(*command(config, "elastic", "1:2"), **CLUSTER, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10")
-    until(lambda: len(record("elastic")) >= 3 and record("elastic")[-1]["workers"] == 2, "no two workers")
+    wait_until(lambda: len(record("elastic")) >= 3 and record("elastic")[-1]["workers"] == 2, "no two workers")
     second.kill()
     before = len(record("elastic"))
-    lost_s = until(lambda: len(record("elastic")) > before, "it has not gone on")
+    lost_s = wait_until(lambda: len(record("elastic")) > before, "no epoch without the second host")
     assert record("elastic")[-1]["workers"] == 1
-    second.begin()
+    second.boot()
     second.join(first)
-    back_s = until(lambda: record("elastic")[-1]["workers"] == 2, "it has not grown")
+    back_s = wait_until(lambda: record("elastic")[-1]["workers"] == 2, "no second worker")
     second.announce_end(first, NOTICE_S)
     time.sleep(NOTICE_S)
     second.kill()
-    taken_s = until(lambda: record("elastic")[-1]["workers"] == 1, "it has not gone on without the host that was taken")
-    said = first.stop(training)
-    assert "stopped; rerun the same command to resume" in said
-    fault_table("a host's power cut, --workers 1:2", trained_again(said), lost_s)
+    taken_s = wait_until(lambda: record("elastic")[-1]["workers"] == 1, "it has not gone on without the host that was taken")
+    output = first.stop(training)
+    assert "stopped; rerun the same command to resume" in output
+    fault_table("a host's power cut, --workers 1:2", trained_again(output), lost_s)
     fault_table("the host back, --workers 1:2", None, back_s)
-    fault_table(f"the host taken back with {NOTICE_S} s of notice, --workers 1:2", trained_again(said), taken_s)
-    second.begin()  # for the test that follows
+    fault_table(f"the host taken back with {NOTICE_S} s of notice, --workers 1:2", trained_again(output), taken_s)
+    second.boot()  # for the test that follows
     second.join(first)
     numbers = [row["epoch"] for row in record("elastic")]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-def test_a_run_that_is_not_elastic_ends_with_a_sentence_when_the_link_is_cut(hosts, fault_table):
+def test_a_run_that_is_not_elastic_ends_with_a_one_line_error_when_the_link_is_cut(hosts, fault_table):
     first, second, data = hosts
     config = write_config(data / "many.json", 2000)
     training = first.start(*command(config, "fixed", "2"), **CLUSTER, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5")
-    until(lambda: len(record("fixed")) >= 2, "no two workers")
+    wait_until(lambda: len(record("fixed")) >= 2, "no two workers")
     two_hosts.ip("-n", first.name, "link", "set", first.link, "down")
-    begun = time.monotonic()
-    said, _ = training.communicate(timeout=250)
-    fault_table("the link cut, --workers 2: told", trained_again(said), time.monotonic() - begun)
-    assert training.returncode == 2, said
-    assert "\ntrain.py: The cluster had no room for 2 workers of 1 CPU" in said, said
+    started = time.monotonic()
+    output, _ = training.communicate(timeout=250)
+    fault_table("the link cut, --workers 2: reported", trained_again(output), time.monotonic() - started)
+    assert training.returncode == 2, output
+    assert "\ntrain.py: The cluster had no room for 2 workers of 1 CPU" in output, output
     two_hosts.ip("-n", first.name, "link", "set", first.link, "up")

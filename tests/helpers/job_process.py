@@ -1,4 +1,4 @@
-"""`jobs/train.py` as a process of its own, to be killed and watched."""
+"""`jobs/train.py` as a separate process that tests watch and kill."""
 
 import os
 import re
@@ -17,7 +17,7 @@ MARK = "HEARTSEG_TEST_MARK"
 
 
 class Job:
-    """`jobs/train.py` as a process of its own, whose helpers are known by a mark in their environment."""
+    """A process of `jobs/train.py`; a mark in their environment identifies its child processes."""
 
     def __init__(self, shards: str, folder: Path, *arguments: str, launcher: str = "ray", prefix: tuple[str, ...] = ()):
         self.runs, self.mark = folder, uuid.uuid4().hex
@@ -27,30 +27,30 @@ class Job:
         # Plain SGD without averaged weights: checkpoints of 130 MB, a third of AdamW's.
         command += ["--optim.kind", "sgd", "--optim.ema-decay", "0"]
         environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-        environment["RAY_DEDUP_LOGS"] = "0"  # every worker's line of an epoch is counted
+        environment["RAY_DEDUP_LOGS"] = "0"  # trained_again counts every line of an epoch
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
         )
 
     def run(self) -> str:
-        """The run's folder, once it is there."""
+        """The run's folder, once it exists."""
         return wait_for(lambda: next((str(f) for f in self.runs.glob("quick-*") if (f / "experiment.json").exists()), None))
 
     def wait_for_epoch(self, epoch: int) -> None:
-        """Return once an epoch stands in the record."""
+        """Return once an epoch is recorded."""
         wait_for(lambda: len(run_directory.read_record(self.run())) >= epoch, self.process)
 
     def kill(self, title: str) -> int:
-        """SIGKILL one of the processes of this job whose title holds some words; returns how many epochs were recorded."""
+        """SIGKILL one of this job's processes by its title; returns the number of recorded epochs."""
         os.kill(next(iter(self.pids(title))), signal.SIGKILL)
         return self.num_epochs()
 
     def pids(self, title: str) -> set[int]:
-        """The processes of this job whose title holds some words."""
+        """This job's processes whose title contains some words."""
         return {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid, title)}
 
     def num_epochs(self) -> int:
-        """Epochs in the record."""
+        """The number of recorded epochs."""
         return len(run_directory.read_record(self.run()))
 
     def _is_ours(self, pid: int, title: str) -> bool:
@@ -75,10 +75,10 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
             return value
         assert process is None or process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.02)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"not met within {seconds:g} s")
 
 
 def trained_again(*outputs: str) -> int:
-    """Recorded epochs that were trained again: lines of an epoch's end that all the output has more than once."""
+    """How many recorded epochs were trained again: repeated lines of an epoch's end in the outputs together."""
     ended = re.findall(r"epoch (\d+)/\d+  train/loss", "".join(outputs))
     return len(ended) - len(set(ended))

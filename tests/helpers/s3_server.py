@@ -1,4 +1,4 @@
-"""An S3 server on loopback, and a proxy before it that cuts connections, holds them, or answers in the server's place."""
+"""An S3 server on loopback, and a proxy in front of it that cuts connections, holds them, or answers in its place."""
 
 import contextlib
 import logging
@@ -33,7 +33,7 @@ def make_bucket(url: str, name: str) -> None:
 
 @contextlib.contextmanager
 def environment(**variables: str | None) -> Iterator[None]:
-    """AWS_* variables for a while, none but those given."""
+    """Replace all AWS_* variables for a while."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -43,10 +43,10 @@ def environment(**variables: str | None) -> Iterator[None]:
 
 
 class Proxy:
-    """Hands connections on to a server until the `cut_at`-th request that changes something, which it cuts.
+    """Relays connections to a server until the `cut_at`-th request that changes something, which it cuts.
 
-    Where that request has a body, half of it arrives; where it has none, only the answer is lost. After it, `for_good`
-    closes every connection; `hold` keeps the cut one open without a word. `answer(head)` may return a whole answer.
+    Half of that request's body arrives; if it has none, only the answer is lost. Then `for_good` closes every connection, and
+    `hold` keeps the cut one open and silent. `answer(head)` may return a complete answer.
     """
 
     def __init__(self, url: str, cut_at=0, for_good=True, hold=False, answer: Callable[[bytes], bytes | None] | None = None):
@@ -76,11 +76,11 @@ class Proxy:
             threading.Thread(target=_relay, args=(server, client), daemon=True).start()
             while data := client.recv(1 << 16):
                 is_head = re.match(rb"[A-Z]+ /", data)
-                said = self.answer(data) if self.answer and is_head else None
-                if said is not None:
-                    client.sendall(said)
+                answer = self.answer(data) if self.answer and is_head else None
+                if answer is not None:
+                    client.sendall(answer)
                     return client.shutdown(socket.SHUT_RDWR)
-                if self._is_the_one(data):
+                if self._is_to_be_cut(data):
                     self._send_half(client, server, data)
                     self.was_cut.set()
                     if self.hold:
@@ -90,7 +90,7 @@ class Proxy:
                     return
                 server.sendall(data)
 
-    def _is_the_one(self, data: bytes) -> bool:
+    def _is_to_be_cut(self, data: bytes) -> bool:
         if not data.startswith(CHANGES):
             return False
         with self.lock:

@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces joined by a veth pair, each with its own /tmp and /dev/shm, and Ray on both.
 
-They share the program's files and nothing else; data and runs lie on an S3 server of the first host. The tests look on
-through a link of their own, which Ray does not use. Needs root, iproute2 and util-linux.
+They share only the program's files; data and runs are on an S3 server of the first host. The tests observe through a link of
+their own, which Ray does not use. Needs root, iproute2 and util-linux.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ print(*(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeMa
 
 
 def ip(*words: str) -> str:
-    """iproute2's command; raises where it fails."""
+    """iproute2's command; raises CalledProcessError if it fails."""
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
 def missing() -> str:
-    """Why this machine cannot make two hosts; empty where it can."""
+    """Why this machine cannot make two hosts; empty if it can."""
     probe = f"hs-probe-{os.getpid()}"
     try:
         ip("netns", "add", probe)
@@ -51,7 +51,7 @@ def missing() -> str:
         subprocess.run(["unshare", "-m", "true"], check=True, capture_output=True)
         subprocess.run(["nsenter", "--version"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"no namespaces here ({getattr(error, 'stderr', '') or error})"
+        return f"cannot create namespaces ({getattr(error, 'stderr', '') or error})"
     return ""
 
 
@@ -65,10 +65,10 @@ class Host:
     environment: dict[str, str]
     keeper: subprocess.Popen | None = None
     init: int = 0
-    begun: list[subprocess.Popen] = field(default_factory=list)
+    started: list[subprocess.Popen] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Give it files and processes of its own."""
+    def boot(self) -> None:
+        """Start the host: files and processes of its own."""
         command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", OWN_FILES]
         self.keeper = subprocess.Popen(["ip", "netns", "exec", self.name, *command])
         children = Path(f"/proc/{self.keeper.pid}/task/{self.keeper.pid}/children")
@@ -78,62 +78,62 @@ class Host:
                 self.init = int(found[0])
                 if Path(f"/proc/{self.init}/comm").read_text().strip() == "sleep":
                     return
-            assert time.monotonic() < end, "no files of its own"
+            assert time.monotonic() < end, "the host has not started"
             time.sleep(0.05)
 
     def start(self, *command: str, output: int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
-        """Run a command on this host; its output is read by whoever has it, or the command stands still."""
+        """Start a command on this host; the caller must read its output, or the command blocks."""
         inside = ["nsenter", "--target", str(self.init), "--mount", "--net", "--pid", "--", *command]
-        told = self.environment | {"GLOO_SOCKET_IFNAME": self.link} | environment
-        process = subprocess.Popen(inside, env=told, stdout=output, stderr=subprocess.STDOUT, text=True)
-        self.begun.append(process)
+        variables = self.environment | {"GLOO_SOCKET_IFNAME": self.link} | environment
+        process = subprocess.Popen(inside, env=variables, stdout=output, stderr=subprocess.STDOUT, text=True)
+        self.started.append(process)
         return process
 
     def run(self, *command: str, timeout: float = 250, **environment: str) -> tuple[int, str]:
         """Run a command to its end: exit code and output."""
         process = self.start(*command, **environment)
         try:
-            said, _ = process.communicate(timeout=timeout)
+            output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             raise AssertionError(process.communicate()[0]) from None
-        return process.returncode, said
+        return process.returncode, output
 
     def stop(self, process: subprocess.Popen) -> str:
-        """Ask a command of this host to end (SIGTERM), and return what it had said."""
-        # nsenter hands no signal on to the command that it waits for.
+        """Ask a command of this host to end (SIGTERM), and return its output."""
+        # nsenter does not pass signals to the command that it waits for.
         for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
             os.kill(int(child), signal.SIGTERM)
         return process.communicate(timeout=100)[0]
 
     def kill(self) -> None:
-        """The power cord: with its first process all others of the host die at once."""
+        """Cut the power: with the host's first process all others die at once."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.init, signal.SIGKILL)
-        for process in (self.keeper, *self.begun):
+        for process in (self.keeper, *self.started):
             process.wait()
-        self.begun.clear()
+        self.started.clear()
 
     def join(self, head: "Host") -> None:
         """Start Ray on this host, as the head or as a node of it; one CPU, so that each takes one worker."""
-        where = ["--head", "--port", str(PORT)] if head is self else ["--address", f"{head.address}:{PORT}"]
-        command = [RAY, "start", *where, "--node-ip-address", self.address, "--num-cpus", "1", "--disable-usage-stats"]
-        code, said = self.run(*command, timeout=100)
-        assert code == 0, said
+        role = ["--head", "--port", str(PORT)] if head is self else ["--address", f"{head.address}:{PORT}"]
+        command = [RAY, "start", *role, "--node-ip-address", self.address, "--num-cpus", "1", "--disable-usage-stats"]
+        code, output = self.run(*command, timeout=100)
+        assert code == 0, output
 
     def announce_end(self, head: "Host", seconds: int) -> None:
-        """Tell the cluster, as a cloud that takes a machine back does, that this host has some seconds left."""
-        code, said = head.run(sys.executable, "-c", NODE_ID, self.address, RAY_ADDRESS=f"{head.address}:{PORT}")
-        assert code == 0, said
-        drain = [RAY, "drain-node", "--address", f"{head.address}:{PORT}", "--node-id", said.split()[-1]]
+        """Notify the cluster, as a cloud that takes a machine back does, that this host has some seconds left."""
+        code, output = head.run(sys.executable, "-c", NODE_ID, self.address, RAY_ADDRESS=f"{head.address}:{PORT}")
+        assert code == 0, output
+        drain = [RAY, "drain-node", "--address", f"{head.address}:{PORT}", "--node-id", output.split()[-1]]
         drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
-        code, said = head.run(*drain, "--deadline-remaining-seconds", str(seconds))
-        assert code == 0, said
+        code, output = head.run(*drain, "--deadline-remaining-seconds", str(seconds))
+        assert code == 0, output
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with Ray on both and an S3 server on the first, whose bucket this process sees as well."""
+    """Two hosts with Ray on both and an S3 server on the first, whose bucket this process sees too."""
     tag = f"hs{os.getpid() % 10000}"
     kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
@@ -152,17 +152,17 @@ def joined() -> Iterator[tuple[Host, Host]]:
         for host in (first, second):
             ip("netns", "add", host.name)
             stack.callback(ip, "netns", "del", host.name)
-            host.begin()
+            host.boot()
             stack.callback(host.kill)
             ip("-n", host.name, "link", "set", "lo", "up")
         ip("link", "add", first.link, "netns", first.name, "type", "veth", "peer", "name", second.link, "netns", second.name)
-        look, seen = f"{tag}u", f"{tag}v"
-        ip("link", "add", look, "type", "veth", "peer", "name", seen, "netns", first.name)
-        stack.callback(ip, "link", "del", look)
-        ip("addr", "add", "10.78.0.2/24", "dev", look)
-        ip("link", "set", look, "up")
-        ip("-n", first.name, "addr", "add", "10.78.0.1/24", "dev", seen)
-        ip("-n", first.name, "link", "set", seen, "up")
+        observer, observed = f"{tag}u", f"{tag}v"
+        ip("link", "add", observer, "type", "veth", "peer", "name", observed, "netns", first.name)
+        stack.callback(ip, "link", "del", observer)
+        ip("addr", "add", "10.78.0.2/24", "dev", observer)
+        ip("link", "set", observer, "up")
+        ip("-n", first.name, "addr", "add", "10.78.0.1/24", "dev", observed)
+        ip("-n", first.name, "link", "set", observed, "up")
         for host in (first, second):
             ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.link)
             ip("-n", host.name, "link", "set", host.link, "up")
@@ -176,7 +176,7 @@ def joined() -> Iterator[tuple[Host, Host]]:
 
 
 def wait_for_port(host: str, port: int, seconds: float = 30) -> None:
-    """Until somebody listens there."""
+    """Wait until a server listens there."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -184,5 +184,5 @@ def wait_for_port(host: str, port: int, seconds: float = 30) -> None:
             urllib.request.urlopen(f"http://{host}:{port}/", timeout=5).close()
             return
         except OSError:
-            assert time.monotonic() < end, f"nobody listens on {host}:{port}"
+            assert time.monotonic() < end, f"nothing listens on {host}:{port}"
             time.sleep(0.2)

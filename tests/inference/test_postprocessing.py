@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -251,7 +251,6 @@ def test_what_is_no_hole_or_too_large_for_one_stays():
     assert np.array_equal(fill_holes(at_edge), at_edge)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.9))
 def test_cleaned_masks_have_one_piece_each_and_cleaning_again_changes_nothing(seed, share):
     rng = np.random.default_rng(seed)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -36,7 +36,6 @@ def test_under_three_pairs_nothing_has_a_value(pairs):
     assert found.pop("n") < 3 and set(found.values()) == {None}
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(3, 30), offset=st.sampled_from([0.0, 50.0, 1e6]), same=st.booleans())
 def test_agreement_is_json_and_its_intervals_hold_the_estimate(seed, count, offset, same):
     rng = np.random.default_rng(seed)

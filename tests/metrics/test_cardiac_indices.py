@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -107,7 +107,6 @@ def test_the_atrium_has_its_volume_by_disks():
     assert row["la_volume_ml_ED"] == row["la_volume_ml_ES"] == pytest.approx(expected_ml, rel=0.02)
 
 
-@settings(max_examples=15, deadline=None)
 @given(rows=st.integers(2, 4), columns=st.integers(1, 3), number=st.integers(1, 4))
 def test_a_finer_grid_changes_nothing_much(rows, columns, number):
     masks = phantom_masks(number, scale=0.4)
@@ -118,7 +117,6 @@ def test_a_finer_grid_changes_nothing_much(rows, columns, number):
     assert_same(cardiac_indices.patient_indices(masks), cardiac_indices.patient_indices(finer), rel=0.015)
 
 
-@settings(max_examples=15, deadline=None)
 @given(factor=st.floats(0.05, 20))
 def test_volumes_grow_with_the_cube_of_the_spacing_areas_with_its_square_and_ef_not_at_all(heart, factor):
     row = cardiac_indices.patient_indices(heart)
@@ -128,7 +126,6 @@ def test_volumes_grow_with_the_cube_of_the_spacing_areas_with_its_square_and_ef_
         assert scaled[name] == pytest.approx(row[name] * factor**power, rel=2e-4), name  # a pixel on a disk's edge
 
 
-@settings(max_examples=15, deadline=None)
 @given(top=st.integers(0, 40), left=st.integers(0, 40), mirrored=st.booleans())
 def test_where_the_heart_lies_and_which_way_it_faces_does_not_matter(heart, top, left, mirrored):
     moved = {
@@ -269,7 +266,6 @@ def test_a_mask_that_cannot_be_measured_has_a_reason(heart, mask, spacing_mm, re
         assert math.isnan(cardiac_indices.lv_length(mask, (0.3, 0.3)))
 
 
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), sigma=st.floats(0.3, 8), known=st.booleans())
 def test_no_label_map_whatever_breaks_it(seed, sigma, known):
     """Blobs of noise: a row has every column, a value or a reason, and never an EF outside 0 to 100."""

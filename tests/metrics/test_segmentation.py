@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -49,7 +49,6 @@ def by_hand(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
     }
 
 
-@settings(max_examples=50, deadline=None)
 @given(label_pairs())
 def test_confusion_counts_truth_by_prediction_per_image(pair):
     prediction, target = pair
@@ -60,7 +59,6 @@ def test_confusion_counts_truth_by_prediction_per_image(pair):
                 assert counts[image, t, p] == ((target[image] == t) & (prediction[image] == p)).sum()
 
 
-@settings(max_examples=50, deadline=None)
 @given(label_pairs())
 def test_image_scores_are_the_definitions_counted_pixel_by_pixel(pair):
     prediction, target = pair
@@ -92,7 +90,6 @@ def test_scores_of_absent_structures_epicardium_and_background(prediction, targe
     assert {name: scores[name].item() for name in expected} == pytest.approx(expected, nan_ok=True)
 
 
-@settings(max_examples=50, deadline=None)
 @given(label_pairs(max_batch=7), st.data())
 def test_means_are_over_images_whatever_the_batches(pair, data):
     prediction, target = pair
@@ -118,7 +115,6 @@ def test_a_nan_loss_of_one_batch_stays_nan():
     assert math.isnan(sums.means()["loss"]) and sums.means()["dice_endo"] == 1.0
 
 
-@settings(max_examples=30, deadline=None)
 @given(label_pairs(max_batch=5))
 def test_pooled_scores_take_all_pixels_as_one_image(pair):
     prediction, target = pair

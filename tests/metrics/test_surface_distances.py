@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -107,7 +107,6 @@ def assert_equals_monai(prediction, truth, spacing_mm) -> int:
     return both
 
 
-@settings(max_examples=80, deadline=None)
 @given(map_pairs(), SPACINGS)
 def test_distances_are_the_definitions_pixel_by_pixel(pair, spacing_mm):
     found = surface_distances(*pair, spacing_mm)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +31,6 @@ def results(convolution: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
     return [output.detach(), images.grad, *(parameter.grad for parameter in convolution.parameters())]
 
 
-@settings(deadline=None, max_examples=60)
 @given(rate=st.integers(2, 40), height=st.integers(1, 40), width=st.integers(1, 40), bias=st.booleans(), last=st.booleans())
 def test_every_rate_on_every_grid_gives_the_results_and_gradients_of_pytorch(rate, height, width, bias, last):
     layout = torch.channels_last if last else torch.contiguous_format

@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from heartseg.config.experiment import ImageConfig, SplitConfig
@@ -112,7 +112,6 @@ def test_intact_shards_have_no_damage(written):
     assert damaged(written) == []
 
 
-@settings(max_examples=30, deadline=None)
 @given(part=st.sampled_from(PARTS), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_one_changed_byte_in_any_part_is_found_and_named(part, where, flip, written, tmp_path_factory):
     folder = shutil.copytree(written, str(tmp_path_factory.mktemp("flip") / "s"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from heartseg.config.experiment import to_json
@@ -58,7 +58,6 @@ def rows_in(batches) -> list[list[int]]:
     return [masks[:, 0, 0].tolist() for _, masks in found]
 
 
-@settings(max_examples=40, deadline=None)
 @given(parts=PARTS, size=st.integers(2, 40), world=st.integers(1, 5), epoch=st.integers(0, 3))
 def test_every_row_comes_once_an_epoch_and_ranks_together_have_the_batches_of_one(parts, size, world, epoch):
     assume(size <= sum(parts) and size // world >= 2)  # what check_plan lets through
@@ -71,7 +70,6 @@ def test_every_row_comes_once_an_epoch_and_ranks_together_have_the_batches_of_on
     assert [numbered(parts).batch_rows(size, 7, epoch, step) for step in range(len(alone))] == alone
 
 
-@settings(max_examples=40, deadline=None)
 @given(parts=PARTS, size=st.integers(1, 12), world=st.integers(1, 5))
 def test_every_row_is_evaluated_once_over_all_ranks_and_in_order(parts, size, world):
     found = [row for rank in range(world) for row in rows_in(numbered(parts, rank, world).evaluation_batches(size))]

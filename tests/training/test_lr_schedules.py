@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as torchs
@@ -51,7 +51,6 @@ def test_a_schedule_is_torchs_of_the_same_name(name):
             reference.step()
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     dice=st.lists(st.sampled_from([0.1, 0.5, 0.5 * (1 + 5e-5), 0.51, 0.9]), max_size=40),
     patience=st.integers(0, 4),
@@ -71,7 +70,6 @@ def test_a_plateau_of_nan_is_a_plateau():
     assert lr_multiplier(config, 0, 10, 1, [float("nan"), 0.5, 0.4]) == 1.0
 
 
-@settings(max_examples=200, deadline=None)
 @given(kind=st.sampled_from(KINDS), warmup=st.floats(0, 3), steps=st.integers(1, 30))
 def test_the_warm_up_rises_evenly_to_1_and_nothing_later_is_more(kind, warmup, steps):
     config = ScheduleConfig(kind, warmup_epochs=warmup)
@@ -84,7 +82,6 @@ def test_the_warm_up_rises_evenly_to_1_and_nothing_later_is_more(kind, warmup, s
         assert rates[rise] == 1.0 and all(late <= early for early, late in zip(rates[rise:], rates[rise + 1 :], strict=False))
 
 
-@settings(max_examples=100, deadline=None)
 @given(cycles=st.integers(1, 6), growth=st.sampled_from([0.5, 1.0, 1.5, 2.0]), steps=st.integers(200, 400))
 def test_restarts_begin_each_cycle_at_the_full_rate_and_end_it_near_nothing(cycles, growth, steps):
     config = ScheduleConfig("restarts", cycles=cycles, cycle_growth=growth)

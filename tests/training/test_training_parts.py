@@ -127,7 +127,6 @@ def test_no_augmentation_changes_nothing():
     assert torch.equal(same_images, images) and torch.equal(same_masks, masks)
 
 
-@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), world=st.integers(1, 3))
 def test_augmentation_is_the_same_whatever_the_number_of_ranks(seed, world):
     images, masks = pictures()
@@ -166,7 +165,6 @@ def test_image_and_mask_move_together_and_rotation_is_rigid():
     torch.testing.assert_close(areas, torch.full((4,), 1200.0, dtype=torch.double), rtol=0.02, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
 @given(size=st.integers(0, 100), world=st.integers(1, 20))
 def test_shares_cover_a_batch_and_differ_by_at_most_one(size, world):
     shares = [range(size)[loader.share(size, rank, world)] for rank in range(world)]
@@ -174,7 +172,6 @@ def test_shares_cover_a_batch_and_differ_by_at_most_one(size, world):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@settings(max_examples=50, deadline=None)
 @given(size=st.integers(2, 64), world=st.integers(1, 40))
 def test_shares_are_refused_exactly_where_one_is_under_two(size, world):
     smallest = min(len(range(size)[loader.share(size, rank, world)]) for rank in range(world))
@@ -198,7 +195,6 @@ def rows_in(found) -> list[list[int]]:
     return [masks[:, 0, 0].tolist() for _, masks in found]
 
 
-@settings(max_examples=30, deadline=None)
 @given(rows=st.integers(8, 60), size=st.integers(2, 8), world=st.integers(1, 4), epoch=st.integers(0, 5))
 def test_ranks_together_train_on_the_batches_of_one_process(rows, size, world, epoch):
     alone = rows_in(numbered(rows).training_batches(size, 7, epoch))
@@ -215,7 +211,6 @@ def test_the_order_changes_with_epoch_and_seed_and_not_between_calls():
     assert torch.equal(loader.epoch_order(50, 1, 2), loader.epoch_order(50, 1, 2))
 
 
-@settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 40), size=st.integers(1, 9), world=st.integers(1, 5))
 def test_every_row_is_evaluated_once_over_all_ranks(rows, size, world):
     found = [row for rank in range(world) for row in rows_in(numbered(rows, rank, world).evaluation_batches(size))]

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pandas
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 
@@ -45,7 +45,6 @@ def test_a_grid_has_every_combination_once_and_its_beginning_every_schedule():
     assert LogRange(1e-4, 1e-2).points(1) == pytest.approx([1e-3])
 
 
-@settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 1000), number=st.integers(0, 50))
 def test_a_drawn_trial_depends_on_its_number_alone_and_lies_in_the_space(seed, number):
     axes = make_axes(SPACE, quick())
@@ -199,7 +198,6 @@ def remembered(name: str, scores: list[float], state: str = "") -> types.SimpleN
     return types.SimpleNamespace(run=types.SimpleNamespace(path=f"/dev/null/{name}", name=name), record=record, state=state)
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.data(), epochs=st.integers(3, 12), reduction=st.sampled_from([2.0, 3.0]))
 def test_rungs_filled_from_records_decide_about_a_new_trial_as_undisturbed_ones_would(data, epochs, reduction):
     plan, undisturbed = SweepPlan(reduction=reduction), ray_trials.Rungs(SweepPlan(reduction=reduction), 1, epochs)
