@@ -27,7 +27,6 @@ from heartseg.metrics.segmentation import ScoreSums, predicted_labels
 from heartseg.models import precision
 from heartseg.models.deeplabv3 import build_model
 from heartseg.storage import filesystem
-from heartseg.training.losses import segmentation_loss
 from jobs.benchmarks.train_sides import Bench, Options, both_sides, new_model, our_steps, write_shards
 from jobs.benchmarks.two_sides import Cost, Row, Table, choose, cost_of, in_turn, machine
 
@@ -119,17 +118,12 @@ def measure_metrics(bench: Bench) -> list[Table]:
         model = build_model(experiment.model).to(bench.device, memory_format=torch.channels_last).eval()
         images, masks = bench.random_batch(experiment, batch)
         with torch.inference_mode():
-            logits = precision.forward(experiment.train, model, images)
-            sides = {
-                "forward": partial(precision.forward, experiment.train, model, images),
-                "scores": partial(score_batches, logits, masks),
-                "loss": partial(segmentation_loss, experiment.loss, logits, masks),
-            }
-            costs = in_turn(sides, 5, bench.device)
-        forward, scores, loss = (1000 * cost.wall_s for cost in costs)
-        scores /= BATCHES_SCORED
-        note = f"{100 * scores / forward:.2f} %, at most 2"
-        rows += [Row(f"scores, {about(experiment, batch)}", scores, "ms", forward, note), Row("loss", loss, "ms", forward)]
+            forward = partial(precision.forward, experiment.train, model, images)
+            sides = {"forward": forward, "scores": partial(score_batches, forward(), masks)}
+            forward_ms, scores_ms = (1000 * cost.wall_s for cost in in_turn(sides, 5, bench.device))
+        scores_ms /= BATCHES_SCORED
+        note = f"{100 * scores_ms / forward_ms:.2f} %, at most 2"
+        rows.append(Row(about(experiment, batch), scores_ms, "ms", forward_ms, note))
     return [Table("metrics: an evaluation", ("forward pass", "scores"), rows)]
 
 
@@ -190,7 +184,7 @@ def flop_per_image(bench: Bench, experiment: Experiment) -> float:
 
 
 def measure_gpu(bench: Bench) -> list[Table]:
-    """Images per second by batch and with compilation; what the seed's 170 epochs would take."""
+    """Images per second by batch; what the seed's 170 epochs would take."""
     if bench.device.type != "cuda":
         print("\ngpu left out: this machine has no GPU")
         return []
@@ -200,11 +194,6 @@ def measure_gpu(bench: Bench) -> list[Table]:
         rates[batch], memory_gb = our_rate(bench, bench.experiment(batch_size=batch), batch, 20)
         note = f"{100 * rates[batch] * flop / peak:.0f} % of the matrix peak, {memory_gb:.1f} GB"
         rows.append(Row(f"training, batch {batch}", rates[batch], "images/s", note=note))
-    for batch in (GPU_BATCHES[0], GPU_BATCHES[-2]):
-        for mode in ("default", "reduce-overhead"):
-            rate, memory_gb = our_rate(bench, bench.experiment(batch_size=batch, compile=mode), batch, 20)
-            name, note = f"training, batch {batch}, compile {mode}", f"{memory_gb:.1f} GB"
-            rows.append(Row(name, rate, "images/s", rates[batch], note))
     experiment = bench.experiment()
     model = new_model(experiment).to(bench.device, memory_format=torch.channels_last).eval()
     for batch in (4, 32):
@@ -216,8 +205,7 @@ def measure_gpu(bench: Bench) -> list[Table]:
         rows.append(Row(f"evaluation, batch {batch}", batch / seconds, "images/s"))
         note = "estimated from these rates, not run"
         rows.append(Row(f"170 epochs of the seed at its batch of 12, evaluated by {batch}", hours, "h", note=note))
-    size = f"{experiment.model.backbone}, {experiment.image.height} px"
-    return [Table(f"gpu: {size}", ("not compiled", "ours"), rows)]
+    return [Table(f"gpu: {experiment.model.backbone}, {experiment.image.height} px", SIDES, rows)]
 
 
 def measure_ray(bench: Bench) -> list[Table]:
