@@ -1,8 +1,9 @@
-"""Speed, measured side by side and printed as a table: `python jobs/benchmark.py scores`."""
+"""Speed and effect, two sides measured in one run and printed as a table: `python jobs/benchmark.py scores`."""
 
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -10,14 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from heartseg.errors import UserError
 from jobs.support import command_line
 
-# Table -> what its help says; each is the module of that name in jobs/benchmarks/.
+# Table -> its help; each is the module of that name in jobs/benchmarks/, with `Options` and `run`.
 TABLES = {
     "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one; memory; batches",
     "predict": "files to masks against the forward passes alone",
     "scores": "surface distances against MONAI's",
     "ef": "ejection fraction of the expert's outlines against the dataset's own, with pictures of those that differ",
     "postprocess": "test-time augmentation, largest pieces, closed holes, ensembles: what they do to the scores",
-    "train": "training steps against the plain way, Ray against a plain process, loader against a resident batch",
+    "train": "training steps against the baseline, Ray against a plain process, convolutions, share of the machine's peak",
 }
 
 
@@ -30,7 +31,13 @@ def job(argv: Sequence[str]) -> None:
     if not argv or argv[0] not in TABLES:
         asked = f"There is no table {argv[0]!r}" if argv else "No table is named"
         raise UserError(f"{asked}: take one of {', '.join(TABLES)}.")
-    importlib.import_module(f"jobs.benchmarks.{argv[0]}").job(argv[1:])
+    name, table = argv[0], importlib.import_module(f"jobs.benchmarks.{argv[0]}")
+    options = command_line.parse_line(table.Options, argv[1:], f"python jobs/benchmark.py {name}", f"{TABLES[name]}.")
+    paths = {flag: getattr(options, flag, "") for flag in ("source", "out", "checkpoint", "data")}
+    absolute = {
+        flag: ",".join(command_line.absolute(p, flag) for p in value.split(",")) for flag, value in paths.items() if value
+    }
+    table.run(replace(options, **absolute))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ StorageError; a file that does not exist raises FileNotFoundError.
 """
 
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -136,6 +137,11 @@ def list_names(path: str) -> list[str]:
     if not is_uri(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
     return sorted(entry.base_name for entry in _entries(path))
+
+
+def modification_times(path: str) -> dict[str, datetime.datetime]:
+    """When each file of a folder was last written, by its file system's clock; empty if the folder does not exist."""
+    return {entry.base_name: entry.mtime for entry in _entries(path) if entry.is_file}
 
 
 def list_files(path: str) -> list[tuple[str, int | None, int | None]]:

@@ -1,4 +1,4 @@
-"""What test-time augmentation, largest pieces and closed holes do to a trained model's scores, and what its confidence tells.
+"""What test-time augmentation, largest pieces and closed holes do to a trained model's scores, and what its confidence shows.
 
 `python jobs/benchmark.py postprocess --checkpoint RUN --data SHARDS`
 """
@@ -10,16 +10,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from pandas import DataFrame
+from scipy.stats import mannwhitneyu, spearmanr
 
 from heartseg.config.experiment import PredictConfig
-from heartseg.errors import UserError
-from heartseg.inference.segmenter import Ensemble, Segmenter, load_all, segment
-from heartseg.metrics.agreement import auc, bootstrap_interval
-from heartseg.metrics.anatomy_checks import implausibilities
-from heartseg.metrics.segmentation import confusion, image_scores
-from heartseg.shards.reader import FrameRows, load_groups, open_shards
-from jobs.support import command_line
+from heartseg.errors import require
+from heartseg.evaluation.ground_truth import Case, ShardTruth
+from heartseg.evaluation.scoring import score_image, segment_cases
+from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
+from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.shards.reader import open_shards
+from jobs.benchmarks.two_sides import print_table
 
 OWN = "the network's own"
 VARIANTS = {
@@ -31,7 +32,7 @@ VARIANTS = {
     "TTA + both": PredictConfig(tta=True, largest_component=True, fill_holes=True),
 }
 COLUMNS = ("dice", "dice_endo", "dice_myo", "dice_la")
-# Below these, a mean Dice is a segmentation to look at again.
+# Below these, a mean Dice is a segmentation to check by eye.
 POOR_DICE = (0.80, 0.85)
 
 
@@ -40,40 +41,82 @@ class Options:
     """What to measure on."""
 
     checkpoint: str = ""
-    """Folder of a run, or of one of its checkpoints; several, with commas between, are asked each alone and as an ensemble,
+    """Folder of a run, or of one of its checkpoints; several, with commas between, are measured alone and as an ensemble,
     whose change is then from the mean of those alone."""
     data: str = ""
-    """Folder or URI of the shards; the run's own where not given."""
+    """Folder or URI of the shards; the run's own if not given."""
     group: Literal["train", "val", "test"] = "val"
     """Group of patients; choices are made on val, never on test."""
 
 
-def measure(segmenter: Segmenter | Ensemble, frames: FrameRows, options: PredictConfig) -> dict[str, np.ndarray]:
-    """Per image on the native grid: COLUMNS, `quality` and `implausible`; and the `seconds` of all, without scoring."""
-    shapes = [tuple(shape) for shape in frames.table["native_shape"].to_pylist()]
-    spacings_mm = frames.table["native_spacing_mm"].to_pylist()
-    size, found, started = segmenter.experiment.train.eval_batch_size, [], time.perf_counter()
-    for start in range(0, len(frames), size):
-        chosen = slice(start, start + size)
-        found += segment(segmenter, frames.images[chosen], shapes[chosen], options)
+def run(options: Options) -> None:
+    """Measure the members alone, every variant, and the confidence on the images and on worse copies; print both tables."""
+    require(bool(options.checkpoint), "--checkpoint is missing: give the folder of a run.")
+    segmenter = load_all(options.checkpoint.split(","))
+    shards = open_shards(options.data or segmenter.experiment.data)
+    groups = ", ".join(shards.groups)
+    require(options.group in shards.groups, f"The shards have no group {options.group}: take one of {groups}.")
+    fit = shards.image == segmenter.experiment.image
+    require(fit, f"{shards.path} has another grid than the checkpoint: give the shards that it was trained on.")
+    cases, _ = ShardTruth(shards, options.group).cases(shards.groups[options.group])
+    segment_cases(segmenter, cases[:4], PredictConfig())  # the first call warms up
+    members = segmenter.members if isinstance(segmenter, Ensemble) else ()
+    alone = {f"checkpoint {place} alone": measure(one, cases, PredictConfig()) for place, one in enumerate(members, 1)}
+    variants = {name: measure(segmenter, cases, variant) for name, variant in VARIANTS.items()}
+    before = np.mean([found["dice"] for found, _ in (alone or {OWN: variants[OWN]}).values()], axis=0)
+    rows = [row_of(name, *found, before) for name, found in (alone | variants).items()]
+    patients = len({case.patient for case in cases})
+    title = f"postprocess: {len(cases)} images of {patients} patients ({options.group}), native grid, {segmenter.device}"
+    heading = ("", *COLUMNS, "change of dice", "95 % interval", "implausible", "seconds")
+    print_table(title, heading, rows, segmenter.device)
+    pictures = torch.from_numpy(np.stack([case.image for case in cases]))
+    sure = {name: variants[name][0] for name in (OWN, "TTA")}
+    for name, copies in weakened(pictures).items():
+        worse = [replace(case, image=copy) for case, copy in zip(cases, copies.numpy(), strict=True)]
+        sure[f"{name} images"] = measure(segmenter, worse, PredictConfig())[0]
+    heading = ("", "Spearman", "95 % interval", "mean confidence", "dice", *(f"AUC for dice < {limit}" for limit in POOR_DICE))
+    print_table("postprocess: confidence", heading, [quality_row(*item) for item in sure.items()], segmenter.device)
+
+
+def measure(segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig) -> tuple[DataFrame, float]:
+    """The rows of all images by `score_image`, and the seconds of all masks, without scoring."""
+    started = time.perf_counter()
+    found = segment_cases(segmenter, cases, options)
     seconds = time.perf_counter() - started
-    rows = []
-    for index, one in enumerate(found):
-        truth = torch.from_numpy(frames.native_mask(index).copy())
-        scores = image_scores(confusion(torch.from_numpy(one.mask)[None], truth[None]))
-        reasons = implausibilities(one.mask, spacings_mm[index])
-        rows.append([*(scores[name].item() for name in COLUMNS), one.quality, bool(reasons)])
-    columns = dict(zip((*COLUMNS, "quality", "implausible"), np.array(rows, dtype=float).T, strict=True))
-    return columns | {"seconds": np.array(seconds)}
+    return DataFrame([score_image(case, one) for case, one in zip(cases, found, strict=True)]), seconds
+
+
+def row_of(name: str, images: DataFrame, seconds: float, before: np.ndarray) -> tuple[str | float, ...]:
+    """A row of the table, its change from the Dice `before` per image."""
+    change = (images["dice"] - before).to_numpy()
+    interval = "{:+.4f} to {:+.4f}".format(*bootstrap_interval(change, images["patient"].to_numpy()))
+    implausible = f"{(images['implausible'] != '').mean():.1%}"
+    return (name, *images[list(COLUMNS)].mean(), f"{change.mean():+.4f}", interval, implausible, seconds)
+
+
+def quality_row(name: str, images: DataFrame) -> tuple[str | float, ...]:
+    """How well an image's confidence ranks its Dice; the interval resamples whole patients."""
+    dice, sure, generator = images["dice"].to_numpy(), images["confidence"].to_numpy(), np.random.default_rng(0)
+    rows = list(images.groupby("patient").indices.values())
+    draws = [np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))]) for _ in range(300)]
+    interval = np.quantile([spearmanr(sure[drawn], dice[drawn]).statistic for drawn in draws], [0.025, 0.975])
+    aucs = [f"{auc(sure, dice >= limit):.2f} ({(dice < limit).sum()} images)" for limit in POOR_DICE]
+    return (name, spearmanr(sure, dice).statistic, "{:.2f} to {:.2f}".format(*interval), sure.mean(), dice.mean(), *aucs)
+
+
+def auc(score: np.ndarray, good: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a good image has a higher score than a poor one (Mann and Whitney 1947)."""
+    if good.all() or not good.any():
+        return float("nan")
+    return float(mannwhitneyu(score[good], score[~good]).statistic / (good.sum() * (~good).sum()))
 
 
 def weakened(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Worse copies of uint8 images [N,1,H,W]: a trained model fails on too few good ones to measure its confidence by."""
+    """Worse copies of uint8 images [N,H,W]: a trained model fails on too few good ones to measure its confidence by."""
     generator = torch.Generator().manual_seed(0)
-    unit = images.float().div(255)
-    height, width = images.shape[-2:]
+    unit, (height, width) = images.float().div(255), images.shape[-2:]
     depth, lateral = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(-0.75, 0.75, width), indexing="ij")
-    centre, spread = torch.rand(2, len(images), 1, 1, 1, generator=generator)
+    centre, spread = torch.rand(2, len(images), 1, 1, generator=generator)
     from_shadow = (torch.atan2(lateral, depth + 0.02) - (centre - 0.5)) / (0.08 + 0.2 * spread)
     worse = {
         "dark": unit * 0.3,
@@ -82,66 +125,3 @@ def weakened(images: torch.Tensor) -> dict[str, torch.Tensor]:
         "shadowed": unit * (1 - 0.95 * torch.exp(-from_shadow.square())),
     }
     return {name: (values.clamp(0, 1) * 255).round().to(torch.uint8) for name, values in worse.items()}
-
-
-def spearman_interval(one: np.ndarray, other: np.ndarray, patients: np.ndarray, draws: int = 300) -> tuple[float, float]:
-    """95 % interval of a rank correlation, resampling whole patients."""
-    rng, rows = np.random.default_rng(0), [np.flatnonzero(patients == name) for name in np.unique(patients)]
-    drawn = (np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(draws))
-    low, high = np.quantile([spearmanr(one[pick], other[pick]).statistic for pick in drawn], [0.025, 0.975])
-    return float(low), float(high)
-
-
-def line_of(name: str, found: dict[str, np.ndarray], before: np.ndarray, patients: np.ndarray) -> str:
-    """A row of the table, its change from the Dice `before` per image."""
-    change = found["dice"] - before
-    low, high = bootstrap_interval(change, patients)
-    scores = "".join(f"{np.nanmean(found[column]):>7.4f}" for column in COLUMNS)
-    told = f"{change.mean():+.4f} ({low:+.4f} to {high:+.4f})"
-    return f"{name:<20}{scores}  {told:<32}{found['implausible'].mean():>11.1%}{found['seconds']:>9.1f}"
-
-
-def quality_lines(name: str, found: dict[str, np.ndarray], patients: np.ndarray) -> list[str]:
-    """How well an image's confidence tells its Dice."""
-    dice, sure = found["dice"], found["quality"]
-    low, high = spearman_interval(sure, dice, patients)
-    lines = [
-        f"{name}: Spearman with true Dice {spearmanr(sure, dice).statistic:.2f} ({low:.2f} to {high:.2f}), "
-        f"mean {sure.mean():.3f} for a Dice of {dice.mean():.3f}"
-    ]
-    for limit in POOR_DICE:
-        lines.append(f"  AUC for Dice < {limit:.2f}: {auc(sure, dice >= limit):.2f}, of {(dice < limit).sum()} such images")
-    return lines
-
-
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
-    shown = "python jobs/benchmark.py postprocess"
-    options = command_line.parse_line(Options, argv, shown, "Measure what is done to a prediction beyond the network's labels.")
-    command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
-    paths = [command_line.absolute(path, "checkpoint") for path in options.checkpoint.split(",")]
-    segmenter = load_all(paths)
-    shards = open_shards(command_line.absolute(options.data or segmenter.experiment.data, "data"))
-    if options.group not in shards.groups:
-        raise UserError(f"The shards have no group {options.group}: take one of {', '.join(shards.groups)}.")
-    if shards.image != segmenter.experiment.image:
-        raise UserError(f"{shards.path} has another grid than the checkpoint: give the shards that it was trained on.")
-    frames = load_groups(shards, [options.group])[options.group]
-    patients = np.array(frames.table["patient"].to_pylist())
-    segment(segmenter, frames.images[:4], [(64, 64)] * 4)  # the first call warms up
-    print(f"{len(frames)} images of {len(set(patients))} patients ({options.group}), native grid, on {segmenter.device}")
-    print(f"{'':<20}{'dice':>7}{'endo':>7}{'myo':>7}{'la':>7}  change of dice, 95 % interval    implausible  seconds")
-    members = segmenter.members if len(paths) > 1 else ()
-    results, alone = {}, [measure(member, frames, PredictConfig()) for member in members]
-    before = np.mean([found["dice"] for found in alone], axis=0) if alone else None
-    for place, found in enumerate(alone, 1):
-        print(line_of(f"checkpoint {place} alone", found, before, patients), flush=True)
-    for name, variant in VARIANTS.items():
-        found = results[name] = measure(segmenter, frames, variant)
-        before = found["dice"] if before is None else before  # the first variant is the network's own
-        print(line_of("ensemble" if alone and name == OWN else name, found, before, patients), flush=True)
-    for name in (OWN, "TTA"):
-        print("\n".join(quality_lines(f"confidence, {name}", results[name], patients)))
-    for name, images in weakened(frames.images).items():
-        found = measure(segmenter, replace(frames, images=images), PredictConfig())
-        print("\n".join(quality_lines(f"confidence, {name} images", found, patients)))

@@ -159,7 +159,7 @@ def test_the_benchmark_prints_every_variant_and_what_the_confidence_tells(paths,
     arguments = ["postprocess", "--checkpoint", paths[0], "--data", shards, "--group", "test"]
     benchmark.job(arguments)
     printed = capsys.readouterr().out
-    assert all(f"\n{name} " in printed for name in postprocess.VARIANTS)
-    assert printed.count("Spearman") == 6 and "8 images of 2 patients (test)" in printed
+    assert all(f"\n  {name} " in printed for name in (*postprocess.VARIANTS, "dark images", "shadowed images"))
+    assert "Spearman" in printed and "8 images of 2 patients (test)" in printed
     with pytest.raises(UserError, match="no group val"):
         benchmark.job([*arguments[:-1], "val"])

@@ -1,6 +1,7 @@
-"""The training table: it compares like with like, names what it lacks, and writes what it prints."""
+"""The training tables compare like with like, name what they lack, and write what they print."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -8,24 +9,21 @@ import pytest
 import torch
 
 from heartseg.errors import UserError
-from heartseg.shards.reader import load_groups, open_shards
-from helpers.experiments import tiny_experiment
-from jobs.benchmarks import train, train_launch, train_plain, train_steps
-from jobs.benchmarks.train_bench import Bench, Options, loader_batches
+from helpers.experiments import ROOT, tiny_experiment
+from jobs.benchmarks import train, train_sides
+from jobs.benchmarks.train_sides import Bench, Options
 
 TINY = Options(backbone="mobilenet_v3_large", size=64, batch=4, steps=1, curve_steps=3, curve_size=64, pairs=1, threads=1)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def bench(phantom, tmp_path_factory) -> Bench:
-    return Bench(replace(TINY, source=phantom), str(tmp_path_factory.mktemp("bench")), CPU)
+    return Bench(replace(TINY, source=phantom), str(tmp_path_factory.mktemp("bench")), torch.device("cpu"))
 
 
-def test_the_plain_way_reads_the_images_of_the_shards_in_their_order(bench):
-    experiment = bench.experiment()
-    frames = bench.frames(experiment)
-    stills = train_plain.Stills(bench.source, frames, 64)
+def test_the_baseline_reads_the_images_of_the_shards_in_their_order(bench):
+    frames = bench.frames(bench.experiment())
+    stills = train_sides.Stills(bench.source, frames, 64)
     assert len(stills) == len(frames) == 24
     for index in (0, 7, 23):
         image, mask = stills[index]
@@ -33,76 +31,62 @@ def test_the_plain_way_reads_the_images_of_the_shards_in_their_order(bench):
         assert torch.equal(mask, frames.masks[index].long())
 
 
-def test_both_ways_train_on_the_same_images_from_the_same_weights(bench):
-    rows = train_plain.curves(bench)
-    assert len(rows) == 4
-    assert rows[0]["value"][0] != rows[2]["value"][0]
-    for entry in rows[:-1]:
+def test_both_sides_train_on_the_same_images_from_the_same_weights(bench):
+    *steps, _ = train.loss_curves(bench).rows
+    assert len(steps) == 3 and steps[0].value != steps[2].value
+    for step in steps:
         # bf16 against fp32; other weights or another order differ by tenths.
-        assert entry["value"][0] == pytest.approx(entry["value"][1], rel=0.03)
+        assert step.value == pytest.approx(step.baseline, rel=0.03)
 
 
-def test_batches_go_on_into_the_next_epoch(bench):
-    experiment = bench.experiment()
-    batches = loader_batches(experiment, bench.frames(experiment), CPU)
-    seen = [next(batches)[0] for _ in range(7)]
-    assert all(images.shape == (4, 1, 64, 64) for images in seen) and not torch.equal(seen[0], seen[6])
-
-
-def test_the_table_is_printed_and_written_and_says_what_is_left_out(phantom, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "jobs.benchmarks.train_launch", None)  # as where a package of it is missing
+def test_the_tables_are_printed_and_written_and_name_what_is_left_out(phantom, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
     out = str(tmp_path / "table.json")
     threads = torch.get_num_threads()
     try:
-        found = train.run(replace(TINY, source=phantom, sections="plain,convolutions,metrics,loader,peak,ray,gpu", out=out))
+        found = train.run(replace(TINY, source=phantom, sections="plain,convolutions,metrics,ray,gpu", out=out))
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert "this machine has no GPU" in printed or torch.cuda.is_available()
-    assert "left out: the package jobs.benchmarks.train_launch" in printed
+    assert "ray left out: the package ray is not installed" in printed
     with open(out) as file:
         written = json.load(file)
     assert written["rows"] == found and written["options"]["batch"] == 4 and "torch" in written["machine"]
-    assert {entry["section"] for entry in found} == {"plain", "convolutions", "metrics", "loader", "peak"}
-    assert all(entry["name"] in printed for entry in found)
-    assert all(
-        value > 0 for entry in found if not isinstance(value := entry["value"], list) and "difference" not in entry["name"]
-    )
+    assert {"plain", "convolutions", "metrics"} <= {row["section"] for row in found}
+    assert all(row["name"] in printed and row["value"] > 0 for row in found)
 
 
-def test_operations_are_counted_forward_and_backward(tmp_path):
-    base, bench = tiny_experiment(), Bench(TINY, str(tmp_path), torch.device("cpu"))
+def test_a_gpu_machine_needs_neither_ray_nor_wandb_nor_tyro():
+    lines = [
+        "import sys",
+        "sys.modules |= dict.fromkeys(('ray', 'wandb', 'tyro', 'matplotlib', 'skimage', 'monai'))",
+        "from jobs.benchmarks.train import Options, run",
+        "run(Options(sections='gpu,peak', backbone='mobilenet_v3_large', size=64, batch=2, steps=1))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "matrix product, bfloat16" in done.stdout, done.stderr[-2000:]
+
+
+def test_operations_are_counted_forward_and_backward(bench):
     smaller, larger = (
-        train_steps.flop_per_image(bench, replace(base, image=replace(base.image, height=side, width=side)))
-        for side in (64, 128)
+        train.flop_per_image(bench, replace(tiny_experiment(), image=train.ImageConfig(side, side))) for side in (64, 128)
     )
     # Convolutions grow with the area; the pooled branch does not.
     assert larger / smaller == pytest.approx(4, rel=0.01) and smaller > 1e8
 
 
-def test_a_side_that_stops_is_told_and_not_waited_for(tmp_path):
-    class Failed:
-        exitcode = 1
-
-    with pytest.raises(UserError, match="stopped before done-ray-1"):
-        train_launch.wait_for(str(tmp_path / "done-ray-1"), (Failed(),))
-
-
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [({"sections": "plain,bogus"}, "no section 'bogus'"), ({"steps": 0}, "--steps"), ({"batch": 1}, "--batch")],
 )
-def test_a_mistake_is_told_before_anything_is_measured(setting, said):
-    with pytest.raises(UserError, match=said):
+def test_a_mistake_is_named_before_anything_is_measured(setting, message):
+    with pytest.raises(UserError, match=message):
         train.run(replace(TINY, **setting))
 
 
 @pytest.mark.slow
-def test_ray_and_workers_are_measured(tmp_path):
-    found = train.run(replace(TINY, sections="ray,workers", threads=0))
-    assert {entry["section"] for entry in found} == {"ray", "workers"}
-
-
-def test_shards_of_the_first_patients_are_enough(bench):
-    shards = open_shards(bench.shards(bench.experiment()))
-    assert len(load_groups(shards, ["train"])["train"]) == 24
+def test_an_epoch_under_ray_is_compared_with_one_in_a_plain_process():
+    found = train.run(replace(TINY, sections="ray", threads=0))
+    assert [row["name"] for row in found] == ["an epoch", "from the command to the first step"]
+    assert all(row["value"] > 0 and row["baseline"] > 0 for row in found)

@@ -1,0 +1,113 @@
+"""Two sides of one task, measured in turn in one run, and the table that shows them beside each other."""
+
+import contextlib
+import datetime
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from heartseg.errors import UserError
+from heartseg.reporting import text_tables
+
+CPU = torch.device("cpu")
+
+
+class Cost(NamedTuple):
+    """What a call takes: seconds of the clock, seconds of this process's cores, and the peak memory meanwhile."""
+
+    wall_s: float
+    cpu_s: float
+    peak_gb: float
+
+
+class Row(NamedTuple):
+    """A figure of our side, and of the baseline's if there is one."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: float | None = None
+    note: str = ""
+
+
+class Table(NamedTuple):
+    """Figures of two sides, which `sides` names: the baseline, then ours."""
+
+    title: str
+    sides: tuple[str, str]
+    rows: list[Row]
+
+    def show(self, device: torch.device = CPU) -> None:
+        """Print the table with a column for the ratio of ours to the baseline."""
+        rows = [(r.name, r.baseline, r.value, r.value / r.baseline if r.baseline else None, r.unit, r.note) for r in self.rows]
+        print_table(self.title, ("", *self.sides, "ratio", "", ""), rows, device)
+
+
+def print_table(title: str, heading: Sequence[str], rows: Iterable[Sequence], device: torch.device = CPU) -> None:
+    """Print a table below the day and the machine that it is of."""
+    table = text_tables.table_text((title, tuple(heading), [tuple(map(shown, row)) for row in rows]))
+    print(f"\n{machine(device)}\n{table}", flush=True)
+
+
+def machine(device: torch.device) -> str:
+    """Today's date, the processor or GPU, the threads of the arithmetic and the version of torch."""
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = processor[1] if processor else platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{datetime.date.today()}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def shown(value: str | float | None) -> str:
+    """A cell: four digits of a number, which is as much as a measurement can resolve; nothing for None."""
+    if value is None or isinstance(value, (str, int)):
+        return "" if value is None else str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def choose(names: Sequence[str], sections: Iterable[str]) -> None:
+    """Raise UserError for the first of some names that is not one of the sections."""
+    for name in names:
+        if name not in sections:
+            raise UserError(f"There is no section {name!r}: take some of {', '.join(sections)}.")
+
+
+def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> list[Cost]:
+    """The median costs of each side over some repeats, after one that is not counted.
+
+    The sides take turns, each time in the reverse order, so that whatever else slows the machine slows all of them.
+    """
+    costs: dict[Any, list[Cost]] = {name: [] for name in sides}
+    for turn in range(1 + repeats):
+        for name in sides if turn % 2 else reversed(sides):
+            costs[name].append(cost_of(sides[name], device))
+    return [Cost(*map(statistics.median, zip(*found[1:], strict=True))) for found in costs.values()]
+
+
+def cost_of(action: Callable[[], Any], device: torch.device = CPU) -> Cost:
+    """What an action takes, the device's work included; if Linux does not reset the peak, it is the whole process's."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, peak_memory_gb(device))
+
+
+def peak_memory_gb(device: torch.device = CPU) -> float:
+    """The peak memory of the GPU, or the peak resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    # getrusage would also count the process that started this one.
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
