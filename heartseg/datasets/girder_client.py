@@ -7,7 +7,6 @@ resume from: whoever fetches one opens what arrived, and fetches the whole of it
 import io
 import json
 import os
-import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -43,13 +42,9 @@ class Server:
     base: str
     tries: int = 5
     wait_s: float = 2.0
-    """Seconds between two tries of a damaged download; while the server is busy or away, doubled after each try."""
+    """Seconds between two tries; doubled after each one while the server is busy or cannot be reached."""
     timeout_s: float = 60.0
     """Seconds of silence after which a connection is given up."""
-
-    def __post_init__(self):
-        if not re.fullmatch(r"https?://[^/\s]+.*", self.base):
-            raise UserError(f"The server {self.base!r} is not an address: give one that begins with https://.")
 
     def list_folders(self, parent: str) -> dict[str, str]:
         """Name to id of the folders in a folder, page by page; raises FailedDownload."""
@@ -66,14 +61,15 @@ class Server:
 
         Raises FailedDownload for whatever the network or the server did, and UserError for a certificate that is refused.
         """
-        for tries_left in reversed(range(self.tries)):
+        tries_left = self.tries
+        while True:
             try:
                 return use(self._body(path, params))
             except DamagedDownload:
-                if not tries_left:
+                tries_left -= 1
+                if tries_left < 1:
                     raise
             time.sleep(self.wait_s)
-        raise UserError("A download needs at least one try.")
 
     def _body(self, path: str, params: dict | None) -> bytes:
         """The body of one answer; urllib3 repeats the request while the server cannot be reached or is busy."""

@@ -1,7 +1,7 @@
 """A synthetic CAMUS tree with known geometry, so that everything runs and is tested without the data.
 
 The ventricle is a truncated ellipsoid whose volume has a closed form; the pictures are speckle made in beam space.
-`write_phantom` hands on a folder that reads like the release; `python -m heartseg.phantom OUT` does the same.
+`write_phantom` writes a folder that reads like the release; `python -m heartseg.datasets.phantom OUT` does the same.
 """
 
 import multiprocessing
@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm import tqdm
 
 from heartseg.datasets import camus, nifti
+from heartseg.datasets.splits import QUALITIES
 from heartseg.errors import UserError
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS, Phase, View
 from heartseg.storage import filesystem
@@ -23,7 +24,6 @@ from heartseg.storage import filesystem
 CONTRACTION = {Phase.ED: 0.0, Phase.ES: 1.0}
 # (depth, lateral) mm: the current release's isotropic 0.308, the older one's 1:2, others; mostly small ones, for speed.
 SPACINGS_MM = ((0.308, 0.308), (0.154, 0.308), (0.308, 0.308), (0.22, 0.22), (0.308, 0.308), (0.24, 0.26))
-QUALITIES = ("Good", "Medium", "Poor")
 
 # What full contraction does, per ejection fraction: in real stills the wall's area is the same in both phases and the
 # length shrinks by an eighth. The atrium grows by a fixed share; last, how far below the plane its centre is.
@@ -37,7 +37,7 @@ TISSUE_GREY, HISS = 109, 0.01
 
 @dataclass(frozen=True)
 class Geometry:
-    """A heart at one moment, and the probe that looks at it; pairs are in the order of `VIEWS`.
+    """A heart at one moment, and the probe that images it; pairs are in the order of `VIEWS`.
 
     The cavity is an ellipsoid with semi-axes `radii_mm` across (one per view) and `half_length_mm` along, cut by the
     mitral plane at `truncation` half lengths below its centre.
@@ -191,7 +191,7 @@ class Scanner:
         tissue = self.coarse_db + self.streaks_db
         # The pericardium shines, most where it is deep.
         outside = tissue + 6 * np.exp(-((from_edge / 0.08) ** 2)) * depth / heart.depth_mm
-        # Trabeculae: the brightest streaks go on into the cavity's rim.
+        # Trabeculae: the brightest streaks continue into the cavity's rim.
         haze = self.blood_db + 0.8 * self.coarse_db + 0.5 * self.streaks_db
         blood = haze + 2 * np.clip(self.streaks_db - 3, 0, 4) * (from_edge > -0.6)
         if self.view == View.FOUR_CHAMBER:  # the right heart, dark and unlabelled, lies to the left of the septum
@@ -222,13 +222,13 @@ class Scanner:
         return image
 
     def mask(self, contraction: float) -> np.ndarray:
-        """The labels, uint8 [H,W], exact at pixel centres; like the experts' contours they go on outside the sector."""
+        """The labels, uint8 [H,W], exact at pixel centres; like the experts' contours they continue outside the sector."""
         heart = geometry_at(self.geometry, contraction)
         return labels_at(heart, self.view, *heart_coordinates(heart, self.view, self.depth, self.lateral))
 
 
 def write_patient(source: str, seed: int, sequences: bool, scale: float, patient_index: int) -> None:
-    """Write one patient's folder: four stills with masks, two cfg files and, where asked, two half sequences."""
+    """Write one patient's folder: four stills with masks, two cfg files and, if asked for, two half sequences."""
     info = patient_info(patient_index, seed)
     dtype = (np.float32, np.uint8)[patient_index // 2 % 2]  # the release has both; at every kind of spacing
     for view in VIEWS:
@@ -254,12 +254,12 @@ def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:
 
 
 def claim_folder(source: str, made_with: dict) -> None:
-    """Mark `source` as synthetic; raises UserError where it holds other patients, who would be overwritten."""
+    """Mark `source` as synthetic; raises UserError if it holds other patients, who would be overwritten."""
     marker = filesystem.join(source, camus.PHANTOM_NOTE)
     if filesystem.exists(marker) and filesystem.read_json(marker) != made_with:
         raise UserError(f"{source} holds a phantom made with other settings: give an empty folder, or remove it.")
     if not filesystem.exists(marker) and filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):
-        raise UserError(f"{source} holds patients that are no phantom's: give an empty folder.")
+        raise UserError(f"{source} holds patients that are not a phantom's: give an empty folder.")
     filesystem.publish_json(marker, made_with)
 
 
@@ -290,7 +290,7 @@ def write_phantom(
 
 if __name__ == "__main__":
     try:
-        tyro.cli(write_phantom, prog="python -m heartseg.phantom", config=(tyro.conf.PositionalRequiredArgs,))
+        tyro.cli(write_phantom, prog="python -m heartseg.datasets.phantom", config=(tyro.conf.PositionalRequiredArgs,))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -96,18 +96,6 @@ def test_equal_pixels_make_equal_files(tree, tmp_path):
         assert first.read() == (tmp_path / "again.nii.gz").read_bytes()
 
 
-def test_a_mask_written_like_its_input_keeps_affine_and_shape(tmp_path):
-    affine = np.array([[0, 0.3, 0, 5], [-0.2, 0, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1.0]])
-    like = nibabel.Nifti1Image(IMAGE.T[..., None].astype(np.float32), affine)
-    like.header.set_slope_inter(2, 1)
-    path = str(tmp_path / "pred.nii.gz")
-    write_nifti(path, MASK, (9, 9), like)
-    back = nibabel.load(path)
-    assert back.shape == (LATERAL, DEPTH, 1) and back.get_data_dtype() == np.uint8
-    np.testing.assert_allclose(back.affine, affine)
-    np.testing.assert_array_equal(read_nifti(path)[0], MASK)
-
-
 def test_a_cfg_gives_every_field_and_the_frame_of_the_phase(tree):
     text = "ED: 3\nES: 18\nNbFrame: 20\nSex: F\nAge: 56\nImageQuality: Good\nEF: 54.5\nFrameRate: 48.4\n"
     put(cfg_path(tree), text.encode())

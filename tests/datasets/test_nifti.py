@@ -3,12 +3,11 @@
 import gzip
 import os
 import struct
-import zlib
 
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from heartseg.datasets import nifti
@@ -60,15 +59,10 @@ def test_every_kind_of_file_reads_as_nibabel_reads_it(shape, dtype, order, zooms
 
 
 @pytest.mark.parametrize(("unit", "scale"), [("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)])
-def test_spacing_is_in_mm_whatever_unit_the_header_names(unit, scale):
-    raw = file_bytes(np.zeros((3, 4), np.uint8), "<", (0.25, 0.5), unit=unit)
-    assert decode_nifti(raw)[1] == pytest.approx((0.5 * scale, 0.25 * scale))
-
-
-def test_a_negative_spacing_is_a_direction_and_no_size():
-    raw = bytearray(file_bytes(np.zeros((3, 4), np.uint8), "<", (0.25, 0.5)))
+def test_spacing_is_in_mm_whatever_unit_the_header_names_and_its_sign_is_a_direction(unit, scale):
+    raw = bytearray(file_bytes(np.zeros((3, 4), np.uint8), "<", (0.25, 0.5), unit=unit))
     raw[80:84] = struct.pack("<f", -0.25)
-    assert decode_nifti(bytes(raw))[1] == pytest.approx((0.5, 0.25))
+    assert decode_nifti(bytes(raw))[1] == pytest.approx((0.5 * scale, 0.25 * scale))
 
 
 def test_an_uncompressed_file_beside_is_read_where_there_is_no_compressed_one(tmp_path):
@@ -88,6 +82,8 @@ def test_what_was_packed_is_unpacked_and_a_changed_or_cut_stream_never_is(data, 
     content = np.random.default_rng(size).integers(0, 9, size, dtype=np.uint8).tobytes()
     packed = b"".join(gzip.compress(content, mtime=0) for _ in range(members))
     assert nifti.inflate(packed + b"\0" * padding) == content * members
+    at_most = data.draw(st.integers(1, size * members + 10))
+    assert nifti.inflate(packed, at_most) == (content * members)[:at_most]
     with pytest.raises(Exception):  # noqa: B017  whatever is raised becomes the reason of a quarantine
         nifti.inflate(packed[: data.draw(st.integers(1, len(packed) - 1).filter(lambda n: n % (len(packed) // members)))])
     damaged = bytearray(packed)
@@ -96,44 +92,7 @@ def test_what_was_packed_is_unpacked_and_a_changed_or_cut_stream_never_is(data, 
         nifti.inflate(bytes(damaged))
 
 
-@given(at_most=st.integers(1, 10**6 + 10))
-def test_no_more_is_unpacked_than_was_asked_for(at_most):
+def test_a_file_of_very_many_gzip_members_such_as_bgzip_writes_is_read():
     content = bytes(range(250)) * 4000
-    for packed in (gzip.compress(content), gzip.compress(content[: 6 * 10**5]) + gzip.compress(content[6 * 10**5 :])):
-        assert nifti.inflate(packed, at_most) == content[:at_most]
-
-
-@given(where=st.integers(0, 351), value=st.binary(min_size=1, max_size=8))
-@example(where=0, value=b"\x1f\x8b")  # a gzip file of no known method
-def test_no_damaged_header_does_more_than_give_a_reason(where, value):
-    raw = bytearray(file_bytes(np.ones((4, 5), np.uint8), "<", (0.3, 0.4)))
-    raw[where : where + len(value)] = value
-    try:
-        array, spacing_mm = decode_nifti(bytes(raw[: 352 + 20]))
-    except (ValueError, KeyError, nibabel.spatialimages.HeaderDataError):
-        return
-    assert array.size * array.itemsize <= 20 * 8 and min(spacing_mm) > 0
-
-
-def test_members_that_hold_nothing_are_refused_after_some_and_those_of_bgzip_are_read():
-    content, empty = bytes(range(250)) * 4000, gzip.compress(b"")
     blocks = b"".join(gzip.compress(content[start : start + 1000]) for start in range(0, len(content), 1000))
-    assert nifti.inflate(blocks + empty * 900) == content
-    with pytest.raises(ValueError, match="members with hardly anything in them"):
-        nifti.inflate(gzip.compress(content[:1000]) + empty * 100_000)
-
-
-@pytest.mark.parametrize("step", [1, 7, 64])
-def test_a_stream_taken_in_small_steps_is_the_same_bytes(step, monkeypatch):
-    content = np.random.default_rng(step).integers(0, 9, 3000, dtype=np.uint8).tobytes()
-    packed = gzip.compress(content) + gzip.compress(b"") + bytes(5) + gzip.compress(content) + bytes(90)
-    monkeypatch.setattr(nifti, "PACKED_STEP", step)
-    assert nifti.inflate(packed) == content * 2 and nifti.inflate(packed, 3500) == (content * 2)[:3500]
-    with pytest.raises(ValueError, match="cut off"):
-        nifti.inflate(packed[:-100])
-
-
-def test_zlib_and_isal_agree_on_a_real_sized_file():
-    content = np.random.default_rng(0).normal(60, 20, 700_000).clip(0, 255).round().astype(np.float32).tobytes()
-    packed = gzip.compress(content, 1)
-    assert nifti.inflate(packed) == zlib.decompress(packed, wbits=31) == content
+    assert nifti.inflate(blocks + gzip.compress(b"") * 900) == content

@@ -27,8 +27,8 @@ PLAIN = preprocess.Options(launcher="plain")
 def known_patients(draw) -> dict[str, dict]:
     """Patients of whom EF and quality are known to some, and nothing to others."""
     quality = st.dictionaries(st.sampled_from(["2CH", "4CH"]), st.sampled_from(["Good", "Medium", "Poor", "odd"]))
-    said = st.fixed_dictionaries({"ef": st.none() | st.floats(10, 80), "quality": quality})
-    listed = draw(st.lists(st.just({}) | said, min_size=5, max_size=150))
+    record = st.fixed_dictionaries({"ef": st.none() | st.floats(10, 80), "quality": quality})
+    listed = draw(st.lists(st.just({}) | record, min_size=5, max_size=150))
     return {f"patient{number:04d}": each for number, each in enumerate(listed)}
 
 
@@ -74,25 +74,18 @@ def test_folds_test_everybody_once_and_share_no_patient(known, folds, val, seed)
         assert max(counts) - min(counts) <= 1
 
 
-@given(num=st.integers(3, 200), test=st.floats(0.1, 0.5), val=st.floats(0, 0.3), seed=st.integers(0, 999), cfg=st.booleans())
-def test_where_nothing_is_known_the_draw_is_a_plain_shuffle(num, test, val, seed, cfg):
+@given(num=st.integers(3, 200), test=st.floats(0.1, 0.5), val=st.floats(0, 0.3), seed=st.integers(0, 999))
+@pytest.mark.parametrize("stratify", [True, False])
+def test_where_nothing_is_known_or_used_the_draw_is_a_plain_shuffle(stratify, num, test, val, seed):
     patients = [f"patient{number:04d}" for number in range(num)]
     drawn = list(patients)
     random.Random(seed).shuffle(drawn)
     num_test, num_val = round(test * num), round(val * num)
     cut = {"train": drawn[num_test + num_val :], "val": drawn[num_test : num_test + num_val], "test": drawn[:num_test]}
     expected = {group: sorted(names) for group, names in cut.items() if names}
-    known = {name: {"ef": None, "quality": {}} for name in patients} if cfg else None
+    known = {name: {"ef": None if stratify else 20.0 + number, "quality": {}} for number, name in enumerate(patients)}
     if len(expected) > 1:
-        assert splits.make_groups(SplitConfig("ratio", test, val, seed), patients, {}, known) == expected
-
-
-def test_without_stratify_what_is_known_changes_nothing():
-    patients = [f"patient{number:04d}" for number in range(50)]
-    known = {name: {"ef": 30.0 + number, "quality": {}} for number, name in enumerate(patients)}
-    plain = SplitConfig("ratio", stratify=False)
-    assert splits.make_groups(plain, patients, {}, known) == splits.make_groups(plain, patients, {})
-    assert splits.make_groups(SplitConfig("ratio"), patients, {}, known) != splits.make_groups(plain, patients, {})
+        assert splits.make_groups(SplitConfig("ratio", test, val, seed, stratify=stratify), patients, {}, known) == expected
 
 
 def test_a_patients_stratum_is_the_class_of_the_ef_and_the_worst_quality():
@@ -102,10 +95,10 @@ def test_a_patients_stratum_is_the_class_of_the_ef_and_the_worst_quality():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"folds": 1}, "split.folds"), ({"fold": 5}, "split.fold must"), ({"fold": -1}, "fold")]
+    ("changes", "message"), [({"folds": 1}, "split.folds"), ({"fold": 5}, "split.fold must"), ({"fold": -1}, "fold")]
 )
-def test_folds_that_cannot_be_are_refused(changes, said):
-    with pytest.raises(UserError, match=said):
+def test_impossible_folds_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
         SplitConfig("kfold", **changes)
 
 
@@ -114,7 +107,7 @@ def copied(shards, tmp_path) -> str:
     return shutil.copytree(shards, str(tmp_path / "shards"))
 
 
-def test_shards_are_divided_anew_without_their_source_and_without_touching_a_part(copied, phantom):
+def test_shards_are_split_again_without_their_source_and_without_touching_a_part(copied, phantom):
     before = {name: os.stat(os.path.join(copied, name)).st_mtime_ns for name in os.listdir(copied) if "part" in name}
     tests = []
     for fold in range(4):
@@ -141,10 +134,10 @@ def test_the_manifest_keeps_what_groups_are_balanced_by(copied, phantom):
 
 def test_a_split_written_before_there_were_folds_is_the_same_split(copied, phantom):
     path = os.path.join(copied, writer.SPLITS)
-    said = filesystem.read_json(path)
+    written = filesystem.read_json(path)
     for name in ("folds", "fold", "stratify"):
-        del said["config"][name]
-    filesystem.publish_json(path, said)
+        del written["config"][name]
+    filesystem.publish_json(path, written)
     preprocess.run(tiny_experiment(source=phantom, out=copied), PLAIN)
 
 

@@ -1,4 +1,4 @@
-"""A Girder-like server on loopback for the download's tests: it serves a CAMUS tree, and misbehaves when told to."""
+"""A Girder-like server on loopback for the download's tests: it serves a CAMUS tree, and misbehaves on demand."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 from jobs import download
@@ -24,10 +25,10 @@ def zip_of(files: dict[str, bytes]) -> bytes:
 
 
 class GirderServer(ThreadingHTTPServer):
-    """Serves `tree`; `faults` holds, by folder name, what goes wrong at each next request, and `requests` what was asked.
+    """Serves `tree`; `faults` holds, by folder name, what goes wrong at each next request; `requests` are their names.
 
-    A fault is a status code, `cut`, `long`, `short`, `silent`, or the bytes to send in the folder's place; a fault that
-    stands alone, not in a list, stays for ever.
+    A fault is a status code, `cut`, `long`, `short`, `silent`, or the bytes to send instead; a fault that is not in a list
+    stays for ever.
     """
 
     daemon_threads = True
@@ -47,17 +48,8 @@ class GirderServer(ThreadingHTTPServer):
 
     def files_of(self, name: str) -> dict[str, bytes]:
         """The entries of a folder's zip."""
-        folder = os.path.join(self.tree, name if name == "database_split" else f"database_nifti/{name}")
-        files = {}
-        for file in sorted(os.listdir(folder)):
-            with open(os.path.join(folder, file), "rb") as stream:
-                files[f"{name}/{file}"] = stream.read()
-        return files
-
-    def next_fault(self, name: str):
-        """What goes wrong at this request; None where nothing does."""
-        planned = self.faults.get(name)
-        return (planned.pop(0) if planned else None) if isinstance(planned, list) else planned
+        folder = Path(self.tree, name if name == "database_split" else f"database_nifti/{name}")
+        return {f"{name}/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
 
     def count(self, name: str) -> int:
         return self.requests.count(name)
@@ -74,29 +66,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlparse(self.path)
-        route = url.path.removeprefix("/database/api/v1")
-        if route == "/folder":
-            self.send_list({key: values[0] for key, values in parse_qs(url.query).items()})
+        identity = url.path.removeprefix("/database/api/v1/folder").strip("/").removesuffix("/download")
+        if identity:
+            name = FOLDERS.get(identity) or self.server.ids[identity]
+            body = zip_of(self.server.files_of(name))
         else:
-            identity = route.removeprefix("/folder/").removesuffix("/download")
-            self.send_folder(FOLDERS.get(identity) or self.server.ids[identity])
+            name, body = "list", self.page({key: values[0] for key, values in parse_qs(url.query).items()})
+        self.server.requests.append(name)
+        planned = self.server.faults.get(name)
+        self.answer(body, (planned.pop(0) if planned else None) if isinstance(planned, list) else planned)
 
-    def send_list(self, query: dict[str, str]) -> None:
-        """A page of the image folder, never longer than the server likes."""
-        self.server.requests.append("list")
+    def page(self, query: dict[str, str]) -> bytes:
+        """A page of the image folder, never longer than the server allows."""
         assert query["parentType"] == "folder" and query["parentId"] == download.IMAGES_ID
         start = int(query["offset"])
         entries = [{"_id": i, "name": name, "_modelType": "folder"} for i, name in self.server.ids.items()]
-        page = entries[start : start + min(int(query["limit"]), self.server.page_size)]
-        self.answer(json.dumps(page).encode(), self.server.next_fault("list"))
-
-    def send_folder(self, name: str) -> None:
-        self.server.requests.append(name)
-        fault = self.server.next_fault(name)
-        if isinstance(fault, bytes):
-            self.answer(fault)
-        else:
-            self.answer(zip_of(self.server.files_of(name)), fault)
+        return json.dumps(entries[start : start + min(int(query["limit"]), self.server.page_size)]).encode()
 
     def answer(self, body: bytes, fault=None) -> None:
         """Send a body in chunks, as Girder does, or in the way of the fault."""
@@ -107,25 +92,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", "0")
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        self.close_connection = fault in ("silent", "long", "short", "cut")
         if fault == "silent":
-            time.sleep(3)
-            self.close_connection = True
-            return None
+            return time.sleep(3)
         self.send_response(200)
         if fault in ("long", "short"):
             self.send_header("Content-Length", str(len(body) * 2 if fault == "long" else len(body) // 2))
             self.end_headers()
-            self.wfile.write(body)
-            self.close_connection = True
-            return None
+            return self.wfile.write(body)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         parts = [body[start : start + 2**16] for start in range(0, len(body), 2**16)]
-        for part in parts[: len(parts) // 2] if fault == "cut" else parts:
+        for part in parts[: len(parts) // 2] if fault == "cut" else [*parts, b""]:
             self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
             time.sleep(self.server.pause_s)
-        if fault == "cut":
-            self.close_connection = True
-        else:
-            self.wfile.write(b"0\r\n\r\n")
         return None

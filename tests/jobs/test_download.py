@@ -199,7 +199,7 @@ def test_two_downloads_into_one_folder_are_refused(server, out):
         ({"patients": "3-1"}, "--patients 3-1 is not a list"),
         ({"patients": "one"}, "--patients one is not a list"),
         ({"patients": "3-5"}, "no patient 4: its 3 are patient0001 to patient0003"),
-        ({"server": "ftp://x"}, "'ftp://x' is not an address"),
+        ({"server": "ftp://x"}, "ftp://x cannot be reached .*check the network, or --server"),
         ({"tries": 0}, "--tries"),
         ({"server": "http://127.0.0.1:9/api"}, "127.0.0.1:9/api cannot be reached .*refused"),
         ({"server": "http://no-such-host.invalid/api"}, "cannot be reached .*no-such-host.*check the network"),
