@@ -1,4 +1,4 @@
-"""What every job shares: its command line, one-line errors, exit codes and SIGTERM."""
+"""What every job shares: its command line, one-line error messages, exit codes and SIGTERM."""
 
 import contextlib
 import importlib
@@ -24,28 +24,28 @@ from heartseg.storage import filesystem
 
 log = logging.getLogger("heartseg.jobs")
 ROOT = Path(__file__).resolve().parents[2]
-# Marks a part of a dataclass whose fields are flags without the part's name before them.
+# Marks a nested dataclass whose fields become flags without its name as a prefix.
 FLAT = tyro.conf.arg(name="")
-# Every submitted job has it: the configuration that Ray gives to its driver.
+# Set in every submitted job: the configuration that Ray passes to its driver.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# Names of environment variables whose values nobody else should see.
+# Names of environment variables whose values no one else should see.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
 EXIT_USER_ERROR = 2
-# EX_TEMPFAIL of sysexits.h, a submitted job's word to whoever follows it: a store was away, and another try may help.
+# EX_TEMPFAIL of sysexits.h; tells the pipeline that follows a submitted job that another attempt may help.
 EXIT_STORAGE_ERROR = 75
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: what is under way becomes complete on the way out. A wait of Ray's ends for no other kind."""
+    """SIGTERM arrived: the job ends in order. A KeyboardInterrupt, since nothing else ends a wait of Ray's."""
 
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
-    """Run a job; a user's mistake or a disk that refuses becomes one sentence and exit code 2.
+    """Run a job; a user's mistake or a failed write becomes a one-line message and exit code 2.
 
-    A submitted job whose object store was away ends with 75 instead.
+    A submitted job whose object store cannot be reached ends with 75 instead.
     """
     if job.__module__ == "__main__":
-        # What Ray sends to workers must be importable there: of a script's own classes it would send all they hold.
+        # What Ray sends to workers must be importable there: it would pickle the classes of a script by value.
         job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
     configure_logging()
     install_sigterm_handler()
@@ -57,14 +57,14 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
         is_worth_a_try = isinstance(error, StorageError) and JOB_CONFIG in os.environ
         exit_with_message(str(error), EXIT_STORAGE_ERROR if is_worth_a_try else EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        # Ray raises one of its own in the place of ours; after SIGTERM, ours has set the signal aside.
+        # Ray may raise a KeyboardInterrupt of its own instead of ours; our handler has left SIG_IGN behind.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         exit_with_message("stopped; rerun the same command to resume.", 143 if terminated else 130)
 
 
-def exit_with_message(sentence: str, code: int) -> None:
-    """End the process with a sentence."""
-    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+def exit_with_message(message: str, code: int) -> None:
+    """Print a one-line message after the job's name, and end the process."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -72,7 +72,7 @@ def install_sigterm_handler() -> None:
     """Make SIGTERM an exception in the main thread, so that a job ends in order."""
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second one must not disturb the end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
         raise Terminated
 
     if threading.current_thread() is threading.main_thread():
@@ -80,7 +80,7 @@ def install_sigterm_handler() -> None:
 
 
 def warn_about_secrets() -> None:
-    """Say which secrets stand in a submitted job's runtime_env: Ray shows it to whoever sees the dashboard."""
+    """Warn of secrets in a submitted job's runtime_env: Ray shows it to everyone who sees the dashboard."""
     given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
     for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
         log.warning(
@@ -91,7 +91,7 @@ def warn_about_secrets() -> None:
 
 
 def configure_logging() -> None:
-    """Print heartseg's log lines, here and in Ray's workers."""
+    """Print the log lines of heartseg, here and in Ray's workers."""
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s")
     logging.getLogger("heartseg").setLevel(logging.INFO)
 
@@ -99,7 +99,7 @@ def configure_logging() -> None:
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
     """A recipe (`seed` where none is named) or `--config FILE`, then changes to it: the experiment and the job's options.
 
-    `options` is an instance of the job's own dataclass. Raises UserError for whatever is wrong on the line.
+    `options` is an instance of the job's own dataclass. Raises UserError for any mistake on the command line.
     """
     experiment, rest = _pick_recipe(_spell_out_elastic(list(argv)))
 
@@ -126,21 +126,21 @@ def _spell_out_elastic(argv: list[str]) -> list[str]:
 def _pick_recipe(argv: list[str]) -> tuple[Experiment, list[str]]:
     if argv and argv[0] == "--config":
         if len(argv) < 2:
-            raise UserError("--config needs the file of a complete experiment.")
+            raise UserError("--config needs a file: the complete experiment as JSON.")
         value = filesystem.read_json(argv[1])
         if not isinstance(value, dict):
-            raise UserError(f"--config {argv[1]} is no experiment: give a JSON object, as a run's experiment.json is.")
+            raise UserError(f"--config {argv[1]} is not an experiment: give a JSON object, such as a run's experiment.json.")
         # A run's experiment.json and a checkpoint's card hold the experiment under this key.
         return from_json(value.get("experiment", value), origin=argv[1]), argv[2:]
     if not argv or argv[0].startswith("-"):
         return RECIPES["seed"](), argv
     if argv[0] not in RECIPES:
-        raise UserError(f"There is no recipe {argv[0]!r}: take one of {', '.join(RECIPES)}, or --config FILE.")
+        raise UserError(f"There is no recipe {argv[0]!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
     return RECIPES[argv[0]](), argv[1:]
 
 
 def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, default: Any = None) -> Any:
-    """tyro's command line for a dataclass, its boxed errors made one sentence."""
+    """tyro's command line for a dataclass; turns its boxed errors into a one-line UserError."""
     errors = io.StringIO()
     arguments = {} if default is None else {"default": default}
     try:
@@ -150,8 +150,8 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, def
         if stop.code in (0, None):
             raise
         lines = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
-        sentence = " ".join(lines).split(" ───")[0].strip("─ ") or "the command line cannot be read"
-        raise UserError(f"{sentence.rstrip('.')}; --help lists what there is.") from None
+        message = " ".join(lines).split(" ───")[0].strip("─ ") or "The command line cannot be parsed"
+        raise UserError(f"{message.rstrip('.')}; --help lists all flags.") from None
 
 
 def as_flags(values: dict, prefix: str = "--") -> list[str]:
@@ -169,24 +169,26 @@ def as_flags(values: dict, prefix: str = "--") -> list[str]:
 
 
 def with_environment(experiment: Experiment) -> Experiment:
-    """Paths that were not given taken from the environment, and all made absolute."""
+    """The experiment with absolute paths, those that were not given taken from the environment."""
     defaults = {"source": "HEARTSEG_SOURCE", "data": "HEARTSEG_DATA", "runs": "HEARTSEG_RUNS"}
     paths = {name: getattr(experiment, name) or os.environ.get(variable, "") for name, variable in defaults.items()}
-    if JOB_CONFIG not in os.environ:  # whose folder is a copy
+    if JOB_CONFIG not in os.environ:  # a submitted job's folder is a temporary copy
         paths["runs"] = paths["runs"] or "runs"
     paths["out"] = experiment.out
     return replace(experiment, **{name: absolute(path, name) for name, path in paths.items() if path})
 
 
 def absolute(path: str, name: str) -> str:
-    """A path made absolute; inside a Ray job, whose folder is an uploaded copy, a relative one is refused."""
+    """The absolute path; raises UserError for a relative one in a submitted job, whose folder is an uploaded copy."""
     if JOB_CONFIG in os.environ and not (filesystem.is_uri(path) or os.path.isabs(path)):
-        raise UserError(f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give it in full.")
+        raise UserError(
+            f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give an absolute path."
+        )
     return filesystem.absolute(path)
 
 
 def require_flag(value: str, flag: str, meaning: str) -> str:
-    """A path that a job cannot do without; raises UserError where it is missing."""
+    """The value of a flag that a job needs; raises UserError if it is missing."""
     if not value:
         raise UserError(f"{flag} is missing: give {meaning}.")
     return value

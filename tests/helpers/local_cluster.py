@@ -1,4 +1,4 @@
-"""A cluster of this machine, as `cluster/local.sh` starts it, on ports of its own; commands heard until they speak."""
+"""A cluster of this machine as `cluster/local.sh` starts it, on ports of its own, and commands that are read while they run."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ SCRIPT = str(ROOT / "cluster" / "local.sh")
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A port of loopback on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
-    """The cluster while the block runs; gives the environment of its clients. `variables` are set before it starts."""
+    """The cluster while the block runs; yields the environment of its clients. `variables` are set before it starts."""
     environment = os.environ | variables
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HEARTSEG_CLUSTER_DIR": str(folder)}
     ports = {name: str(free_port()) for name in ("PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT")}
@@ -38,19 +38,19 @@ def started(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
         subprocess.run([SCRIPT, "stop"], env=environment, check=True, timeout=200)
 
 
-def heed_ctrl_c() -> None:
-    """A command that a shell has put into the background inherits that SIGINT is ignored; these are not to."""
+def restore_sigint() -> None:
+    """Undo that a shell makes commands in the background ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def begin_until(command: list[str], environment: dict[str, str], said: str) -> subprocess.Popen:
-    """Start a command and wait until it says something; fails with all that it said where it ends before."""
+def begin_until(command: list[str], environment: dict[str, str], text: str) -> subprocess.Popen:
+    """Start a command and wait until it prints a text; fails with its output if it ends before."""
     begun = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=restore_sigint
     )
-    heard = []
+    lines = []
     for line in begun.stdout:
-        heard.append(line)
-        if said in line:
+        lines.append(line)
+        if text in line:
             return begun
-    raise AssertionError("".join(heard))
+    raise AssertionError("".join(lines))

@@ -46,14 +46,14 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
 @pytest.mark.parametrize(
     ("job", "arguments", "said"),
     [
-        (train.job, ["bogus"], "no recipe 'bogus': take one of seed, camus, quick"),
+        (train.job, ["bogus"], "no recipe 'bogus': use one of seed, camus, quick"),
         (train.job, ["quick", "--bogus", "3"], "--bogus"),
         (train.job, [], "--data is missing"),
         (train.job, ["quick", "--train.epochs", "many"], "train.epochs"),
         (train.job, ["quick", "--train.epochs", "0"], "train.epochs must be at least 1"),
         (train.job, ["quick", "--optim.kind", "magic"], "magic"),
         (train.job, ["--config", "/nowhere.json"], "/nowhere.json is missing"),
-        (train.job, ["--config", "{empty}/list.json"], "list.json is no experiment"),
+        (train.job, ["--config", "{empty}/list.json"], "list.json is not an experiment"),
         (train.job, ["quick", "--schedule.warmup-epochs", "inf"], "schedule.warmup_epochs"),
         (train.job, ["--workers", "0"], "--workers must be at least 1"),
         (preprocess.job, ["quick", "--out", "/tmp/x"], "--source is missing"),

@@ -76,7 +76,7 @@ def test_the_literal_line_trains_the_seed_and_its_logs_show_the_progress(cluster
 
 
 def test_a_failing_job_exits_non_zero_with_a_one_line_message_and_only_the_code_was_uploaded(cluster):
-    code = "import os; print('UPLOADED', sorted(os.listdir('.'))); "
+    code = "import os; print('UPLOADED', sorted(os.listdir('.')), flush=True); "
     code += "os.execlp('python', 'python', 'jobs/train.py', 'quick', '--data', 'shards')"
     done = submit(cluster, "python", "-c", code)
     assert done.returncode != 0 and "--data shards is relative" in done.stdout and "Traceback" not in done.stdout
