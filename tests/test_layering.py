@@ -37,12 +37,6 @@ HOMES = {
 }
 # Modules of Ray that may move without notice: jobs/support/ray_runtime.py has the table of all that we use.
 RAY_PRIVATE = re.compile(r"ray\._private|ray\._raylet|ray\.train\.v2\._internal|ray\.core\.generated")
-STILL_IMPORT_A_VERB = {
-    "jobs/support/pipeline_stages.py",
-    "jobs/benchmarks/data.py",
-    "jobs/benchmarks/train_bench.py",
-    "jobs/benchmarks/predict.py",
-}
 SOURCES = [path.relative_to(ROOT).as_posix() for top in ("heartseg", "jobs") for path in sorted((ROOT / top).rglob("*.py"))]
 
 
@@ -83,7 +77,7 @@ def test_a_verb_is_imported_by_no_other_file():
     verbs = {file.removesuffix(".py").replace("/", ".") for file in SOURCES if re.fullmatch(r"jobs/[a-z]\w+\.py", file)}
     assert "jobs.train" in verbs
     taken = [f"{file} imports {name}" for file in SOURCES for name in imports(file) if ".".join(name.split(".")[:2]) in verbs]
-    assert not [line for line in taken if line.split()[0] not in STILL_IMPORT_A_VERB]
+    assert not taken
 
 
 def test_private_modules_of_ray_are_named_in_one_file_alone():
