@@ -189,7 +189,7 @@ def check_split(source: str, name: str) -> list[str]:
     if missing := missing_files(source, name):
         raise FailedDownload(f"arrives without {missing[0]}")
     try:
-        groups = camus.read_groups(source)
+        groups = camus.CamusTree(source).groups()
     except UserError as error:
         raise FailedDownload("arrives with split files that are no text") from error
     strangers = [entry for names in groups.values() for entry in names if not camus.PATIENT_PATTERN.fullmatch(entry)]

@@ -80,7 +80,7 @@ class Source:
         """What tells these images from others; for a tree, the names and sizes of its files."""
         if self.shards:
             return self.shards.fingerprint
-        listing = {name: camus.list_files(self.path, name) for name in self.groups["all"]}
+        listing = camus.CamusTree(self.path).list_files(self.groups["all"])
         return filesystem.sha256(canonical(camus.names_and_sizes(listing)))
 
     def truth(self, group: str) -> ShardTruth | TreeTruth:
@@ -95,8 +95,9 @@ def open_source(options: Options, trained_on: str) -> Source:
         shards = open_shards(command_line.absolute(options.data or trained_on, "data"))
         return Source(shards.path, shards.groups, shards.manifest["dataset"], shards)
     path = command_line.absolute(options.truth, "truth")
-    names = camus.find_patients(path)
-    return Source(path, camus.read_groups(path) | {"all": names}, camus.dataset_name(path, names))
+    tree = camus.CamusTree(path)
+    names = tree.patients()
+    return Source(path, tree.groups() | {"all": names}, tree.dataset_name(names))
 
 
 def choose_group(asked: str, source: Source) -> str:

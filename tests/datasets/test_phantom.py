@@ -153,7 +153,7 @@ def test_a_patient_does_not_depend_on_how_many_there_are(tmp_path):
 
 def test_both_views_and_phases_cfg_and_split_files_are_there(tree, stills):
     assert camus.find_patients(tree) == [f"patient{number:04d}" for number in range(1, 13)]
-    groups = camus.read_groups(tree)
+    groups = camus.CamusTree(tree).groups()
     assert sorted(chain(*groups.values())) == camus.find_patients(tree)
     assert [len(groups[group]) for group in ("train", "val", "test")] == [10, 1, 1]
     for (patient, view, phase), still in stills.items():
