@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two processes share out the tests file by file: half of the tests' time is waiting for a Ray or a command to start.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints clean
+.PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints architecture clean
 
 help:
 	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
@@ -56,6 +56,10 @@ constraints: $(VENV)/ready
 	$(BIN)/uv pip compile pyproject.toml --extra cluster --extra formats $(UPGRADE) --quiet \
 		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --only-binary :all: \
 		--generate-hashes --custom-compile-command "make constraints" --no-annotate --output-file constraints.txt
+
+# The picture of docs/architecture.md, from the imports.
+architecture: $(VENV)/ready
+	$(BIN)/python docs/draw_rooms.py
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

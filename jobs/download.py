@@ -181,7 +181,7 @@ def missing_files(source: str, name: str) -> list[str]:
 def check_split(source: str) -> list[str]:
     """Raise DamagedDownload if a split file lists anything but patients; there is nothing to note."""
     try:
-        groups = camus.read_groups(source)
+        groups = camus.CamusTree(source).groups()
     except UserError as error:
         raise DamagedDownload("arrives with split files that are not text") from error
     strangers = [entry for names in groups.values() for entry in names if not camus.PATIENT_PATTERN.fullmatch(entry)]

@@ -32,7 +32,7 @@ class Options:
     """`stills`: the ED and ES images. `sequence`: every frame of the half sequences, with a phase at ED and at ES only."""
     overwrite: bool = False
     """Start over if --out holds shards already."""
-    max_quarantined: float = 0.01
+    max_quarantined: float = preprocessing.MAX_QUARANTINED
     """Largest share of the recordings that may be damaged, 0 to 1."""
     resplit: bool = False
     """Split existing shards in another way, also without --source; runs on the old groups will not resume on them."""

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +88,11 @@ def test_private_modules_of_ray_are_named_in_one_file_alone():
     assert spelled == [ROOT / "jobs" / "support" / "ray_runtime.py"]
     tests = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")]
     assert not [f"{file} imports {name}" for file in tests for name in imports(file) if RAY_PRIVATE.match(name)]
+
+
+def test_the_picture_of_the_packages_is_up_to_date():
+    done = subprocess.run([sys.executable, ROOT / "docs" / "draw_rooms.py", "--check"])
+    assert done.returncode == 0, "run `make architecture`"
 
 
 def test_every_file_opens_with_what_it_is_for():

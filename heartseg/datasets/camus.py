@@ -84,20 +84,36 @@ class CamusTree:
         return find_patients(self.path)
 
     def groups(self) -> dict[str, list[str]]:
-        """The split that the source comes with, group to patients; empty if it comes with none."""
-        return read_groups(self.path)
+        """The split that the source comes with: group (`train`, `val`, `test`) to patients; empty without split files.
+
+        Raises UserError for a split file that is not text.
+        """
+        groups = {}
+        for group, name in SPLIT_FILES.items():
+            path = filesystem.join(self.path, SPLIT_FOLDER, name)
+            if filesystem.exists(path):
+                try:
+                    text = filesystem.read_bytes(path).decode("utf-8-sig")  # Windows puts a mark before it
+                except (OSError, UnicodeDecodeError) as error:
+                    raise UserError(f"{path} cannot be read as UTF-8 text: save it as that, one patient a line.") from error
+                groups[group] = sorted(text.split())
+        return groups
 
     def dataset_name(self, patients: list[str]) -> str:
-        """`phantom`, `CAMUS` or `other`."""
-        return dataset_name(self.path, patients)
+        """`phantom` if the tree's note names it so, `CAMUS` for the release's own patient names, otherwise `other`."""
+        if filesystem.exists(filesystem.join(self.path, PHANTOM_NOTE)):
+            return "phantom"
+        is_camus = all(re.fullmatch(r"patient0\d{3}", name) and name <= "patient0500" for name in patients)
+        return "CAMUS" if is_camus else "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
         """Name, size and modification time (ns) of each file of some patients: a changed source shows without reading it."""
-        return {patient: list_files(self.path, patient) for patient in patients}
+        return {patient: list_folder(filesystem.join(self.path, IMAGES_FOLDER, patient)) for patient in patients}
 
     def check_frames(self, patients: list[str], frames: str) -> None:
         """Raise UserError if sequences are asked for and no patient has one."""
-        names = (file[0] for patient in patients for file in list_files(self.path, patient))
+        folders = (filesystem.join(self.path, IMAGES_FOLDER, patient) for patient in patients)
+        names = (name for folder in folders for name in filesystem.list_names(folder))
         if frames == "sequence" and not any(HALF_SEQUENCE in name for name in names):
             raise UserError(f"{self.path} holds no *_{HALF_SEQUENCE}.nii.gz: use --frames stills.")
 
@@ -127,22 +143,6 @@ def find_patients(source: str) -> list[str]:
     if not patients:
         raise UserError(f"{source} holds no {IMAGES_FOLDER}/patient*/ folder: give the folder of the CAMUS release.")
     return patients
-
-
-def read_groups(source: str) -> dict[str, list[str]]:
-    """The release's own split: group (`train`, `val`, `test`) to patients; empty if there are no split files.
-
-    Raises UserError for a split file that is not text.
-    """
-    groups = {}
-    for group, name in SPLIT_FILES.items():
-        path = filesystem.join(source, SPLIT_FOLDER, name)
-        if filesystem.exists(path):
-            try:
-                groups[group] = sorted(filesystem.read_bytes(path).decode("utf-8-sig").split())  # Windows puts a mark before it
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read as UTF-8 text: save it as that, one patient a line.") from error
-    return groups
 
 
 def recording_path(source: str, patient: str, view: View, phase: Phase | str, suffix: str = "") -> str:
@@ -268,19 +268,6 @@ def write_groups(source: str, groups: dict[str, list[str]]) -> None:
     for group, patients in groups.items():
         path = filesystem.join(source, SPLIT_FOLDER, SPLIT_FILES[group])
         filesystem.publish(path, "".join(f"{patient}\n" for patient in patients).encode())
-
-
-def dataset_name(source: str, patients: list[str]) -> str:
-    """`phantom` if the tree's note names it so, `CAMUS` for the release's own patient names, otherwise `other`."""
-    if filesystem.exists(filesystem.join(source, PHANTOM_NOTE)):
-        return "phantom"
-    is_camus = all(re.fullmatch(r"patient0\d{3}", name) and name <= "patient0500" for name in patients)
-    return "CAMUS" if is_camus else "other"
-
-
-def list_files(source: str, patient: str) -> list[list]:
-    """Name, size and modification time (ns) of each of a patient's files."""
-    return list_folder(filesystem.join(source, IMAGES_FOLDER, patient))
 
 
 def list_folder(path: str) -> list[list]:

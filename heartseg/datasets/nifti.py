@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import nibabel
 import numpy as np
-from isal import igzip
+from isal import igzip, isal_zlib
 from nibabel.volumeutils import apply_read_scaling
 
 from heartseg.labels import NUM_CLASSES
@@ -110,7 +110,9 @@ def read_header(raw: bytes) -> nibabel.Nifti1Header:
 
     NIfTI-1 or -2, of either byte order.
     """
-    block = inflate(raw[:PACKED_HEADER_BYTES], HEADER_BYTES) if raw[:2] == GZIP else raw[:HEADER_BYTES]
+    block = raw[:HEADER_BYTES]
+    if raw[:2] == GZIP:  # not by `inflate`, whose stream reads ahead and would meet the end of a part of a file
+        block = isal_zlib.decompressobj(wbits=31).decompress(raw[:PACKED_HEADER_BYTES], HEADER_BYTES)
     is_second = 540 in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize

@@ -30,17 +30,15 @@ def find_damage(path: str) -> Iterator[Damage]:
 
     Raises UserError if there is no manifest at all, since then nothing is known about the parts.
     """
-    if not filesystem.exists(filesystem.join(path, writer.MANIFEST)):
-        raise UserError(f"{path} holds no finished shards (no {writer.MANIFEST}): run jobs/preprocess.py first.")
     try:
         opened = Shards(path, reader.read_manifest(path), {})
-        parts = {str(part["file"]): part for part in opened.manifest["parts"]}
+        parts = {part["file"]: part for part in opened.manifest["parts"]}
         for name, part in parts.items():
             if reason := part_damage(opened, part):
                 yield Damage(name, reason)
-    except StorageError:
-        raise
     except (UserError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, StorageError) or not filesystem.exists(filesystem.join(path, writer.MANIFEST)):
+            raise
         yield Damage(writer.MANIFEST, f"is not a manifest of ours ({error})")
         return
     for name in filesystem.list_names(path):

@@ -15,12 +15,12 @@ from heartseg.shards.reader import FrameRows
 
 # Images [b,1,H,W] and labels [b,H,W].
 Batch = tuple[torch.Tensor, torch.Tensor]
-# A generator of torch's takes this many seeds; what is mixed from a large one goes round.
+# A generator of torch takes this many seeds; what is mixed from a large one wraps around.
 SEEDS = 2**64
 
 
 class Batches(Protocol):
-    """What the engine is fed by: a `Loader` from memory or a `stream.Stream`, and it cannot tell which."""
+    """What feeds the engine: a `Loader` from memory or a `streaming_loader.Stream`; it cannot tell which."""
 
     def __len__(self) -> int: ...
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]: ...
@@ -41,7 +41,7 @@ class Intensity:
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Training steps of an epoch: the last incomplete batch is dropped. Raises UserError where none is complete."""
+    """Training steps of an epoch: the last incomplete batch is dropped. Raises UserError if none is complete."""
     if num_rows < batch_size:
         raise UserError(
             f"The training group has {num_rows} images, fewer than a batch of {batch_size}: lower --train.batch-size."
@@ -50,7 +50,7 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
-    """Raise UserError where a worker's share, or one of its parts, is under two images: batch normalisation needs them."""
+    """Raise UserError if a worker's share, or one of its parts, is under two images: batch normalisation needs two."""
     if batch_size // world_size < 2:
         raise UserError(
             f"A batch of {batch_size} over {world_size} workers leaves one of them under 2 images: "
@@ -69,7 +69,7 @@ def share(batch_size: int, rank: int, world_size: int) -> slice:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device; to a GPU it goes from pinned memory, and nobody waits for it."""
+    """A tensor on the device; to a GPU it goes from pinned memory, without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

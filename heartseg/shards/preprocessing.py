@@ -12,6 +12,8 @@ from heartseg.shards import reader, writer
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem, locks
 
+MAX_QUARANTINED = 0.01  # largest share of the recordings that may be damaged
+
 
 def write_parts_here(tasks: list[tuple]) -> Iterable[dict]:
     """The records of all parts, written by this process one after the other."""
@@ -24,7 +26,7 @@ def write_shards(
     image: ImageConfig,
     split: SplitConfig,
     frames: str = "stills",
-    max_quarantined: float = 0.01,
+    max_quarantined: float = MAX_QUARANTINED,
     overwrite: bool = False,
     resplit: bool = False,
     map_parts: Callable[[list[tuple]], Iterable[dict]] = write_parts_here,
@@ -111,15 +113,13 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
         same = now == manifest["source_listing"] and listing.keys() == manifest["patients"].keys()
         return None if same else "files of the source are new, gone or have another size"
     recorded = {name: files for sidecar in sidecars for name, files in sidecar["made_from"]["listing"].items()}
-    for patient in sorted(recorded.keys() | listing.keys()):
-        if patient not in recorded or patient not in listing:
-            return f"{patient} is {'new' if patient in listing else 'gone'}"
-        old, new = ({name: rest for name, *rest in files[patient]} for files in (recorded, listing))
-        for name in sorted(old.keys() | new.keys()):
-            if name not in old or name not in new:
-                return f"{name} of {patient} is {'new' if name in new else 'gone'}"
-            if old[name] != new[name]:
-                return f"{name} of {patient} has changed"
+    old, new = (
+        {f"{name} of {patient}": rest for patient, files in found.items() for name, *rest in files}
+        for found in (recorded, listing)
+    )
+    for file in sorted(old.keys() | new.keys()):
+        if old.get(file) != new.get(file):
+            return f"{file} {'is new' if file not in old else 'is gone' if file not in new else 'has changed'}"
     return None
 
 

@@ -65,6 +65,9 @@ def read_manifest(path: str) -> dict:
         raise UserError(f"{path} has shard format {found}, this version reads {FORMAT}: preprocess again with --overwrite.")
     if missing := MANIFEST_KEYS - manifest.keys():
         raise UserError(f"{manifest_path} has no {min(missing)}: preprocess again with --overwrite.")
+    for part in manifest["parts"]:
+        if not PART_NAME.fullmatch(part["file"]):  # no path of a manifest leaves its folder
+            raise UserError(f"{manifest_path} names a part {part['file']!r}, which is not one.")
     return manifest
 
 
@@ -118,8 +121,6 @@ class FrameRows:
 
 def read_part(shards: Shards, part: dict, columns: list[str] | None = None) -> pa.Table:
     """The rows of one part, all columns or some; raises UserError that names it if it is not what the manifest records."""
-    if not PART_NAME.fullmatch(part["file"]):
-        raise UserError(f"The manifest of {shards.path} names a part {part['file']!r}, which is not one.")
     path = filesystem.join(shards.path, part["file"])
     try:
         data = filesystem.read_bytes(path)

@@ -1,22 +1,21 @@
 """The batches of a group that is too large for memory, read from its shards as they are needed, on threads of this process.
 
-Plain threads and not Ray Data: the order follows from (seed, epoch) alone, it works under every launcher, and it needs no CPU
-that a scheduler could keep from it, so nothing can wait for one in silence.
+Threads instead of Ray Data: the order follows from (seed, epoch) alone, it works under every launcher, and it needs no CPU
+that a scheduler could withhold, so nothing can wait for one in silence.
 
 The shuffle has two levels. The parts are permuted, the rows of each are permuted, and that sequence is cut into up to
 `LANES` equal lanes that run side by side: a batch takes its rows from all of them. Against the full permutation of a group in
 memory, the images of a part (16 patients' stills) stay in one lane and so come within as many steps as it has of them, and
-seldom two in one batch; which parts run beside each other is drawn anew each epoch. A worker reads the lanes of its share
-and holds a part of each: its memory is a matter of lanes, not of the group.
+seldom two in one batch; which parts run beside each other is drawn again each epoch. A worker reads the lanes of its share
+and holds a part of each: its memory depends on the lanes, not on the group.
 """
 
 import concurrent.futures
-import contextlib
+import itertools
 import logging
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -31,9 +30,9 @@ from heartseg.storage import filesystem
 log = logging.getLogger(__name__)
 # Parts that feed a batch side by side, and so parts in memory; a batch of fewer images has as many lanes as images.
 LANES = 16
-# Threads that read, and parts that they read before anybody needs them.
-READERS, PARTS_AHEAD = 2, 4
-# Seconds until a part that does not come is spoken of, and until it is given up.
+# Parts that are read before they are needed.
+PARTS_AHEAD = 4
+# Seconds until the log names a part that does not come, and until it is given up.
 SAY_AFTER_S, GIVE_UP_AFTER_S = 30, 300
 COLUMNS = ["patient", "image", "mask"]
 
@@ -79,75 +78,59 @@ def pieces_of(lane: int, rows: np.ndarray, width: int, starts: np.ndarray) -> li
     ]
 
 
-def take(count: int, left: Batch | None, more: Callable[[], Batch]) -> tuple[list[Batch], Batch | None]:
+def take(count: int, left: Batch | None, more: Iterator[Batch]) -> tuple[list[Batch], Batch | None]:
     """The next `count` rows of a lane, from what is left of its last piece and from its next ones; and what is left then."""
     taken: list[Batch] = []
     while count:
-        images, masks = left or more()
+        images, masks = left or next(more)
         taken.append((images[:count], masks[:count]))
         left = (images[count:], masks[count:]) if len(images) > count else None
         count -= len(taken[-1][0])
     return taken, left
 
 
-class Readers:
-    """Threads that read pieces in the order in which they are needed, a few ahead of it and no more.
+def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of: Callable[[Piece], str]) -> Iterator[Batch]:
+    """What `read` returns for each piece, in order; a few are read before they are needed, each on a thread of its own.
 
-    They are daemons and hand over by futures: a read that never returns keeps neither the training nor its end waiting.
+    Raises what `read` raised, and StorageError for a piece that never comes. The threads are daemons that pass their result
+    by a future: a read that never returns keeps neither the training nor its end waiting.
     """
+    left, pending = iter(pieces), deque()
+    while True:
+        for piece in itertools.islice(left, PARTS_AHEAD + 1 - len(pending)):
+            pending.append((_start_reading(read, piece), name_of(piece)))
+        if not pending:
+            return
+        yield _wait_for(*pending.popleft())
 
-    def __init__(self, pieces: list[Piece], read: Callable[[Piece], Batch], name_of: Callable[[Piece], str]):
-        self.pieces, self.read, self.name_of = iter(pieces), read, name_of
-        self.work: queue.SimpleQueue[tuple[Piece, Future] | None] = queue.SimpleQueue()
-        self.pending: deque[tuple[Piece, Future]] = deque()
-        for _ in range(READERS):
-            threading.Thread(target=self._run, name="stream", daemon=True).start()
-        for _ in range(PARTS_AHEAD):
-            self._ask()
 
-    def next(self) -> Batch:
-        """The next piece; raises what reading it raised, and StorageError where it does not come."""
-        piece, future = self.pending.popleft()
-        self._ask()
-        for waits in range(1, round(GIVE_UP_AFTER_S / SAY_AFTER_S) + 1):
-            if concurrent.futures.wait([future], SAY_AFTER_S).done:
-                return future.result()
-            waited_s = waits * SAY_AFTER_S
-            log.warning("%s has not come for %d s: waiting for its disk or network.", self.name_of(piece), waited_s)
-        raise StorageError(
-            f"The shard {self.name_of(piece)} did not come within {GIVE_UP_AFTER_S} s: check its disk or network; "
-            "the same command goes on."
-        )
+def _start_reading(read: Callable[[Piece], Batch], piece: Piece) -> Future:
+    future = Future()
 
-    def close(self) -> None:
-        """Let the threads go, after what they are reading; what they have read is dropped."""
-        for _, future in self.pending:
-            future.cancel()
-        self.pending.clear()
-        for _ in range(READERS):
-            self.work.put(None)
+    def fulfil() -> None:
+        try:
+            future.set_result(read(piece))
+        except BaseException as error:  # whoever waits for the piece must get it, whatever it is
+            future.set_exception(error)
 
-    def _ask(self) -> None:
-        piece = next(self.pieces, None)
-        if piece is not None:
-            self.pending.append((piece, Future()))
-            self.work.put(self.pending[-1])
+    threading.Thread(target=fulfil, name="stream", daemon=True).start()
+    return future
 
-    def _run(self) -> None:
-        while (asked := self.work.get()) is not None:
-            piece, future = asked
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(self.read(piece))
-            except BaseException as error:  # whatever it is, the one who waits for the piece must have it
-                future.set_exception(error)
-            del piece, future, asked  # a thread that waits for work holds no pixels
+
+def _wait_for(future: Future, name: str) -> Batch:
+    for waits in range(1, round(GIVE_UP_AFTER_S / SAY_AFTER_S) + 1):
+        if concurrent.futures.wait([future], SAY_AFTER_S).done:
+            return future.result()
+        log.warning("%s has not come for %d s: waiting for its disk or network.", name, waits * SAY_AFTER_S)
+    raise StorageError(
+        f"The shard {name} did not come within {GIVE_UP_AFTER_S} s: check its disk or network; "
+        "rerun the same command to resume."
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A group that is read anew each epoch, with the methods of `batches.Loader`; its rows are numbered as there."""
+    """A group that is read again each epoch, with the methods of `loader.Loader`; its rows are numbered as there."""
 
     shards: Shards
     index: list[PartRows]
@@ -188,15 +171,15 @@ class Stream:
         # Sorted as the loop below comes to need them: by step, in it by lane, in that as they follow each other.
         schedule = sorted((piece for lane in pieces for piece in lane), key=lambda piece: (piece.step, piece.lane))
         left: list[Batch | None] = [None] * len(lanes)
-        with contextlib.closing(Readers(schedule, self._read, self._name)) as readers:
-            for step in range(-(-len(lanes[0]) // widths[0])):
-                taken: list[Batch] = []
-                for lane, width in enumerate(widths):
-                    count = min(width, len(lanes[lane]) - step * width)
-                    found, left[lane] = take(count, left[lane], readers.next)
-                    taken += found
-                images, masks = (torch.cat(part) for part in zip(*taken, strict=True))
-                yield to_device(images, self.device).float().div_(255), to_device(masks, self.device)
+        ahead = read_ahead(schedule, self._read, self._name)
+        for step in range(-(-len(lanes[0]) // widths[0])):
+            taken: list[Batch] = []
+            for lane, width in enumerate(widths):
+                count = min(width, len(lanes[lane]) - step * width)
+                found, left[lane] = take(count, left[lane], ahead)
+                taken += found
+            images, masks = (torch.cat(part) for part in zip(*taken, strict=True))
+            yield to_device(images, self.device).float().div_(255), to_device(masks, self.device)
 
     def _read(self, piece: Piece) -> Batch:
         try:

@@ -87,7 +87,7 @@ class ScoredImages:
         """What distinguishes these images from others; for a tree, the names and sizes of its files."""
         if self.shards:
             return self.shards.fingerprint
-        listing = {name: camus.list_files(self.path, name) for name in self.groups["all"]}
+        listing = camus.CamusTree(self.path).list_files(self.groups["all"])
         return filesystem.sha256(canonical(camus.names_and_sizes(listing)))
 
     def truth(self, group: str) -> ShardTruth | TreeTruth:
@@ -102,8 +102,9 @@ def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
         shards = open_shards(command_line.absolute(options.data or trained_on, "data"))
         return ScoredImages(shards.path, shards.groups, shards.manifest["dataset"], shards)
     path = command_line.absolute(options.truth, "truth")
-    names = camus.find_patients(path)
-    return ScoredImages(path, camus.read_groups(path) | {"all": names}, camus.dataset_name(path, names))
+    tree = camus.CamusTree(path)
+    names = tree.patients()
+    return ScoredImages(path, tree.groups() | {"all": names}, tree.dataset_name(names))
 
 
 def choose_group(asked: str, images: ScoredImages) -> str:

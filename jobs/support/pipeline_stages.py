@@ -13,7 +13,7 @@ from heartseg.datasets.source import open_source
 from heartseg.errors import StorageError, UserError, require
 from heartseg.inference import study_files
 from heartseg.models import checkpoint
-from heartseg.shards.preprocessing import check_same, check_split
+from heartseg.shards.preprocessing import MAX_QUARANTINED, check_same, check_split
 from heartseg.shards.reader import check_sizes, open_shards
 from heartseg.shards.writer import MANIFEST, SPLITS, listing_hash, part_names
 from heartseg.storage import filesystem
@@ -39,7 +39,7 @@ class Work:
     plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     retry_failed: bool = False
     """Resume the sweep's failed trials."""
-    max_quarantined: float = 0.01
+    max_quarantined: float = MAX_QUARANTINED
     """Largest share of the recordings that may be damaged."""
     predict: str = ""
     """New studies to outline with the trained model (with those of all folds together): a file or a folder."""

@@ -138,23 +138,23 @@ def test_a_source_that_is_missing_or_holds_no_patient_is_refused_by_name(tmp_pat
 
 def test_groups_read_back_and_a_group_without_a_file_is_absent(tmp_path):
     camus.write_groups(str(tmp_path), {"train": ["patient0001", "patient0003"], "test": ["patient0002"]})
-    assert camus.read_groups(str(tmp_path)) == {"train": ["patient0001", "patient0003"], "test": ["patient0002"]}
+    assert camus.CamusTree(str(tmp_path)).groups() == {"train": ["patient0001", "patient0003"], "test": ["patient0002"]}
 
 
 def test_a_split_file_that_windows_wrote_keeps_its_first_patient_and_one_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / camus.SPLIT_FOLDER / camus.SPLIT_FILES["test"]
     path.parent.mkdir()
     path.write_bytes("patient0001\r\npatient0002\r\n".encode("utf-8-sig"))
-    assert camus.read_groups(str(tmp_path)) == {"test": ["patient0001", "patient0002"]}
+    assert camus.CamusTree(str(tmp_path)).groups() == {"test": ["patient0001", "patient0002"]}
     for damage in ("patient0001\n".encode("utf-16"), b"d\xf6ra\n", None):
         path.unlink()
         path.write_bytes(damage) if damage else path.mkdir()
         with pytest.raises(UserError, match=r"subgroup_testing\.txt cannot be read as UTF-8 text"):
-            camus.read_groups(str(tmp_path))
+            camus.CamusTree(str(tmp_path)).groups()
 
 
 def test_the_dataset_is_named_by_its_note_or_its_patients(phantom, tmp_path):
-    assert camus.dataset_name(phantom, camus.find_patients(phantom)) == "phantom"
-    assert camus.dataset_name(str(tmp_path), ["patient0001", "patient0500"]) == "CAMUS"
+    assert camus.CamusTree(phantom).dataset_name(camus.find_patients(phantom)) == "phantom"
+    assert camus.CamusTree(str(tmp_path)).dataset_name(["patient0001", "patient0500"]) == "CAMUS"
     for foreign in ("patient0501", "patient1", "patient00001"):
-        assert camus.dataset_name(str(tmp_path), ["patient0001", foreign]) == "other"
+        assert camus.CamusTree(str(tmp_path)).dataset_name(["patient0001", foreign]) == "other"

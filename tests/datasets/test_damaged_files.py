@@ -48,6 +48,10 @@ def mask_path(source: str, patient: str = PATIENT) -> str:
     return recording_path(source, patient, VIEW, PHASE, "_gt")
 
 
+def cfg_path(source: str, patient: str) -> str:
+    return os.path.join(source, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg")
+
+
 def header_bytes(path: str) -> bytearray:
     with gzip.open(path) as stream:
         return bytearray(stream.read())
@@ -87,29 +91,19 @@ def truncated(path: str) -> None:
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-def folder_instead(path: str) -> None:
-    os.remove(path)
-    os.mkdir(path)
+def instead(make):
+    """Damage that puts something else in the file's place."""
 
+    def damage(path: str) -> None:
+        os.remove(path)
+        make(path)
 
-def dangling_link(path: str) -> None:
-    os.remove(path)
-    os.symlink("/nowhere/at/all", path)
+    return damage
 
 
 def rgb(path: str) -> None:
     colours = np.zeros((LATERAL, DEPTH), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     put(path, compress(nibabel.Nifti1Image(colours, np.eye(4)).to_bytes()))
-
-
-def link_loop(path: str) -> None:
-    os.remove(path)
-    os.symlink(os.path.basename(path), path)
-
-
-def pipe_instead(path: str) -> None:
-    os.remove(path)
-    os.mkfifo(path)
 
 
 def gzip_bomb(path: str) -> None:
@@ -143,8 +137,8 @@ IMAGE_DAMAGE = {
     "zero size": (header_with(40, "<8h", 2, 0, DEPTH, 1, 1, 1, 1, 1), "no readable NIfTI"),
     "negative size": (header_with(40, "<8h", 2, -4, DEPTH, 1, 1, 1, 1, 1), "no readable NIfTI"),
     "NaN spacing": (header_with(80, "<f", float("nan")), "spacing"),
-    "folder in its place": (folder_instead, "cannot be read: Is a directory"),
-    "dangling link": (dangling_link, "cannot be read: No such file"),
+    "folder in its place": (instead(os.mkdir), "cannot be read: Is a directory"),
+    "dangling link": (instead(lambda path: os.symlink("/nowhere/at/all", path)), "cannot be read: No such file"),
     "missing": (os.remove, "cannot be read: No such file"),
     "colour pixels": (rgb, "not plain numbers"),
     "complex pixels": (values(np.zeros((LATERAL, DEPTH), np.complex64)), "complex64, not plain numbers"),
@@ -162,8 +156,11 @@ IMAGE_DAMAGE = {
     "gzip bomb": (gzip_bomb, "many more are there"),
     "gzip of very many members": (many_members, "no readable NIfTI"),
     "wrong gzip checksum": (lambda path: put(path, compress(bytes(header_bytes(path)))[:-8] + bytes(8)), "CRC check failed"),
-    "link to itself": (link_loop, "cannot be read: Too many levels of symbolic links"),
-    "pipe in its place": (pipe_instead, "cannot be read: not a file"),
+    "link to itself": (
+        instead(lambda path: os.symlink(os.path.basename(path), path)),
+        "cannot be read: Too many levels of symbolic links",
+    ),
+    "pipe in its place": (instead(os.mkfifo), "cannot be read: not a file"),
 }
 MASK_DAMAGE = {
     "label 7": (pixels(changed(7).astype(np.uint8)), "has label 7"),
@@ -193,26 +190,6 @@ def test_a_file_larger_than_any_may_be_is_not_read(tree):
     assert "has more than" in refused(tree).reason
 
 
-def cfg_folder(source: str, patient: str) -> None:
-    os.mkdir(os.path.join(source, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg"))
-
-
-def cfg_pipe(source: str, patient: str) -> None:
-    os.mkfifo(os.path.join(source, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg"))
-
-
-def cfg_garbage(source: str, patient: str) -> None:
-    put(
-        os.path.join(source, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg"),
-        np.random.default_rng(0).bytes(5000) + b"\nEF: nan",
-    )
-
-
-def no_folder(source: str, patient: str) -> None:
-    shutil.rmtree(os.path.join(source, camus.IMAGES_FOLDER, patient))
-    put(os.path.join(source, camus.IMAGES_FOLDER, patient), b"a file in the patient's place")
-
-
 def test_every_kind_of_damage_is_quarantined_with_its_reason_and_every_good_still_is_there(tmp_path):
     kinds = [(kind, image_path, damage, reason) for kind, (damage, reason) in IMAGE_DAMAGE.items()]
     kinds += [(kind, mask_path, damage, reason) for kind, (damage, reason) in MASK_DAMAGE.items()]
@@ -221,7 +198,10 @@ def test_every_kind_of_damage_is_quarantined_with_its_reason_and_every_good_stil
     for patient, (_, place, damage, _) in zip(names, kinds, strict=False):
         damage(place(source, patient))
     garbage, folder, pipe, gone, good = names[-5:]
-    cfg_garbage(source, garbage), cfg_folder(source, folder), cfg_pipe(source, pipe), no_folder(source, gone)
+    put(cfg_path(source, garbage), np.random.default_rng(0).bytes(5000) + b"\nEF: nan")
+    os.mkdir(cfg_path(source, folder)), os.mkfifo(cfg_path(source, pipe))
+    shutil.rmtree(os.path.dirname(cfg_path(source, gone)))
+    put(os.path.dirname(cfg_path(source, gone)), b"a file in the patient's place")
     record = writer.write_part(camus.CamusTree(source), str(tmp_path / "out"), "part-00000.parquet", names, ImageConfig(32, 32))
     found = {}
     for entry in record["quarantined"]:

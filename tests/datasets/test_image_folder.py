@@ -169,7 +169,7 @@ def test_a_folder_is_listed_as_often_however_many_parts_it_makes(folder, tmp_pat
         counts.append(len(calls))
     assert counts[1] == 2 * counts[0]
     put(folder, "hugo_1")
-    with pytest.raises(UserError, match=r"other shards \(hugo is new\)"):
+    with pytest.raises(UserError, match=r"other shards \(images/hugo_1.nii.gz of hugo is new\)"):
         write(folder, tmp_path / "1")
 
 

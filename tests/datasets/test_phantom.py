@@ -134,7 +134,7 @@ def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers_and_of_pa
 
 def test_both_views_and_phases_cfg_and_split_files_are_there(tree, stills):
     assert camus.find_patients(tree) == [f"patient{number:04d}" for number in range(1, 13)]
-    groups = camus.read_groups(tree)
+    groups = camus.CamusTree(tree).groups()
     assert sorted(chain(*groups.values())) == camus.find_patients(tree)
     assert [len(groups[group]) for group in ("train", "val", "test")] == [10, 1, 1]
     for (patient, view, phase), still in stills.items():

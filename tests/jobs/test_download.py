@@ -65,7 +65,7 @@ def assert_same(tree: str, out: str, patients: list[str]) -> None:
 def test_the_tree_that_arrives_is_the_servers_and_is_what_preprocess_reads(server, tree, out, capsys):
     fetch(server, out)
     assert_same(tree, out, PATIENTS)
-    assert camus.find_patients(out) == PATIENTS and camus.read_groups(out) == camus.read_groups(tree)
+    assert camus.find_patients(out) == PATIENTS and camus.CamusTree(out).groups() == camus.CamusTree(tree).groups()
     assert server.count("list") == 3  # two pages of at most two, and an empty one
     assert "non-commercial" in capsys.readouterr().out
 

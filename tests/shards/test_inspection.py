@@ -108,10 +108,6 @@ def test_one_part_is_in_memory_at_a_time(written, monkeypatch):
     assert len(most) == 3 and max(most) <= 2 and len(kept) == 23  # the last part goes when the next one has come
 
 
-def test_intact_shards_have_no_damage(written):
-    assert damaged(written) == []
-
-
 @given(part=st.sampled_from(PARTS), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_one_changed_byte_in_any_part_is_found_and_named(part, where, flip, written, tmp_path_factory):
     folder = shutil.copytree(written, str(tmp_path_factory.mktemp("flip") / "s"))

@@ -110,7 +110,7 @@ def test_a_worker_reads_its_lanes_and_holds_a_part_of_each_however_many_parts_th
     for parts in (40, 400):
         assert parts <= reads[parts, 1] <= parts + streaming_loader.LANES
         assert reads[parts, 4] <= parts / 4 + 2 * streaming_loader.LANES / 4
-    bound = streaming_loader.PARTS_AHEAD + streaming_loader.READERS + 2
+    bound = streaming_loader.PARTS_AHEAD + 3
     assert most[400, 1] <= streaming_loader.LANES + bound and most[400, 4] <= streaming_loader.LANES / 4 + bound
 
 
