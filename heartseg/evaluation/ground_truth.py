@@ -48,9 +48,8 @@ class Case:
         return f"{self.patient}_{self.view}_{self.phase}"
 
 
-def problem(case: Case | tuple[str, View, Phase], file: str, reason: str) -> dict[str, str]:
+def problem(patient: str, view: View, phase: Phase, file: str, reason: str) -> dict[str, str]:
     """A still that cannot be scored, as a row of the summary's `missing`."""
-    patient, view, phase = case if isinstance(case, tuple) else (case.patient, case.view, case.phase)
     return {"patient": patient, "view": str(view), "phase": str(phase), "file": file, "reason": reason}
 
 
@@ -120,7 +119,7 @@ class TreeTruth:
                 try:
                     found.append(self._case(patient, view, phase))
                 except DamagedRecording as error:
-                    missing.append(problem((patient, view, phase), error.file, error.reason))
+                    missing.append(problem(patient, view, phase, error.file, error.reason))
         return found, missing
 
     def _case(self, patient: str, view: View, phase: Phase) -> Case:
@@ -183,21 +182,18 @@ class FilePredictions:
 
     def has_any(self, patient: str) -> bool:
         """True if a patient has a mask of at least one view and phase."""
-        cases = (Case(patient, view, phase, np.empty((0, 0)), (1.0, 1.0)) for view, phase in camus.stills_of())
-        return any(self.path(case) for case in cases)
+        return any(self.path(patient, view, phase) for view, phase in camus.stills_of())
 
-    def path(self, case: Case) -> str | None:
-        """The file that holds a case's mask, None if there is none; raises UserError if two files match."""
+    def path(self, patient: str, view: View | None, phase: Phase | None) -> str | None:
+        """The file that holds a still's mask, None if there is none; raises UserError if two files match."""
         if self.pattern:
-            name = self.pattern.format(patient=case.patient, view=case.view, phase=case.phase)
-            path = filesystem.join(self.folder, name)
+            path = filesystem.join(self.folder, self.pattern.format(patient=patient, view=view, phase=phase))
             return path if filesystem.exists(path) else None
-        kinds = self.files.get(case.name, {})
+        name = f"{patient}_{view}_{phase}"
+        kinds = self.files.get(name, {})
         for suffix in ("_pred", "_gt", ""):
             if len(kinds.get(suffix, [])) > 1:
-                raise UserError(
-                    f"{kinds[suffix][0]} and {kinds[suffix][1]} could both be the mask of {case.name}: give --pattern."
-                )
+                raise UserError(f"{kinds[suffix][0]} and {kinds[suffix][1]} could both be the mask of {name}: give --pattern.")
             if suffix in kinds:
                 return kinds[suffix][0]
         return None
@@ -207,7 +203,7 @@ class FilePredictions:
         found: list[Segmented | None] = []
         missing = []
         for case in cases:
-            path = self.path(case)
+            path = self.path(case.patient, case.view, case.phase)
             try:
                 if path is None:
                     raise DamagedRecording("there is no prediction", case.name)
@@ -215,7 +211,7 @@ class FilePredictions:
                 if mask.shape != case.truth.shape:
                     raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)
             except DamagedRecording as error:
-                missing.append(problem(case, error.file, error.reason))
+                missing.append(problem(case.patient, case.view, case.phase, error.file, error.reason))
                 found.append(None)
             else:
                 found.append(Segmented(mask, quality=float("nan")))

@@ -5,7 +5,6 @@ Each takes result tables and returns the values of the template; no metric is re
 
 import math
 
-import numpy as np
 import pandas
 
 from heartseg.evaluation.scoring import Example, read_examples
@@ -58,10 +57,10 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
         for kind, title in (("prediction", "predicted EF"), ("truth", "EF from the expert's masks")):
             if kinds[kind]["r"] is not None:
                 rows.append((f"{title} against the EF of the recording's file ({convention}), %", kinds[kind]))
-    pair = patients[["ef_camus_prediction", "ef_camus_truth"]].to_numpy(float)
-    if not rows or np.isfinite(pair).all(axis=1).sum() < MIN_PAIRS:
-        return {"ef": None, "incomplete": clinical["incomplete"]} if clinical["incomplete"] else None
     ef = agreement["ef_camus"]
+    if not rows or ef["n"] < MIN_PAIRS:
+        return {"ef": None, "incomplete": clinical["incomplete"]} if clinical["incomplete"] else None
+    pair = patients[["ef_camus_prediction", "ef_camus_truth"]].to_numpy(float)
     limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
     correlation = "no correlation (all the same)" if ef["r"] is None else f"r {ef['r']:.2f}"
     numbers = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."

@@ -62,7 +62,7 @@ def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, folder, s
 def test_a_prediction_goes_before_a_truth_and_a_truth_before_a_bare_name(cases, tmp_path):
     bare, gt, pred = (put(tmp_path, f"{cases[0].name}{s}.nii.gz", cases[0].truth) for s in ("", "_gt", "_pred"))
     for path in (pred, gt, bare):
-        assert FilePredictions.open(str(tmp_path)).path(cases[0]) == path
+        assert FilePredictions.open(str(tmp_path)).path(PATIENT, View.TWO_CHAMBER, Phase.ED) == path
         os.remove(path)
 
 
@@ -72,7 +72,7 @@ def test_two_candidates_are_refused_and_a_pattern_decides(cases, tmp_path):
     with pytest.raises(UserError, match=f"could both be the mask of {cases[0].name}: give --pattern"):
         FilePredictions.open(str(tmp_path)).masks(cases[:1])
     predictions = FilePredictions.open(str(tmp_path), "b/{patient}_{view}_{phase}.nii")
-    assert predictions.path(cases[0]) == wanted
+    assert predictions.path(PATIENT, View.TWO_CHAMBER, Phase.ED) == wanted
 
 
 STILL = "{patient}{view}{phase}.nii"
