@@ -26,6 +26,7 @@ MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times i
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
 PACKED_HEADER_BYTES = 2**12  # of a gzip file: its header lies in the first few of them
+CUT_OFF = "the gzip stream is cut off"
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
 
@@ -97,12 +98,15 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
 
 
 def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
-    """The first `at_most` bytes in a gzip file, of several members too; raises EOFError if it is cut off, and zlib's errors.
+    """The first `at_most` bytes in a gzip file, of several members too; raises ValueError if it is cut off, and zlib's errors.
 
     ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a picture of the release.
     """
-    with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
-        return stream.read(min(at_most, MAX_DEFLATE_RATIO * len(packed)))  # it allocates what it is asked for
+    try:
+        with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
+            return stream.read(min(at_most, MAX_DEFLATE_RATIO * len(packed)))  # it allocates what it is asked for
+    except EOFError as error:
+        raise ValueError(CUT_OFF) from error
 
 
 def read_header(raw: bytes) -> nibabel.Nifti1Header:
@@ -117,7 +121,7 @@ def read_header(raw: bytes) -> nibabel.Nifti1Header:
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize
     if len(block) < size:
-        raise ValueError(f"{len(block)} bytes are no header")
+        raise ValueError(CUT_OFF if raw[:2] == GZIP else f"{len(block)} bytes are no header")
     header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing by 1 mm
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
         raise ValueError("it does not begin as one")

@@ -66,7 +66,7 @@ def test_the_drawn_axis_runs_from_the_mitral_plane_to_the_apex(phantom):
     assert abs(apex_row - rows.min()) < 4 and columns.min() <= apex_column <= columns.max()
     assert rows.mean() < base_row <= rows.max() + 1
     drawn = ef.drawn(case)
-    row, column = ((axis.mean(axis=0) + 0.5) * drawn.shape[0] / case.truth.shape[0]).astype(int)
+    row, column = ((axis.mean(axis=0) + 0.5) * np.array(drawn.shape[:2]) / case.truth.shape).astype(int)
     assert (drawn[row - 2 : row + 3, column - 2 : column + 3] == 255).all(axis=2).any()
 
 
