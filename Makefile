@@ -10,7 +10,7 @@ PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 help:
 	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
 	@echo "make cluster   a Ray cluster on this machine; make cluster-demo submits the demo to it, stage by stage"
-	@echo "make test      every promise in its quickest honest form"
+	@echo "make test      the fast tests"
 	@echo "make test-all  that, and what is slow or needs the real data"
 	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade takes newer ones)"
 	@echo "make lint | format | wheel | clean"

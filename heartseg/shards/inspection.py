@@ -14,7 +14,7 @@ from heartseg.shards import reader, writer
 from heartseg.shards.reader import FrameRows, Shards
 from heartseg.storage import filesystem
 
-EF_EDGES = (30, 40, 50, 60, 70)  # percent; below 40 is reduced, 50 and above preserved (ESC 2021)
+EF_EDGES = (30, 40, 50, 60, 70)  # percent; bins of a histogram, finer than labels.EF_CLASSES
 
 
 @dataclass(frozen=True)

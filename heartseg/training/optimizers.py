@@ -1,4 +1,4 @@
-"""Optimizer, gradient clipping and weight averaging."""
+"""The optimizer, its learning rate, and the average of weights."""
 
 import copy
 
