@@ -199,11 +199,25 @@ def findings_text(found: list[Finding]) -> str:
     return "\n".join([*lines, "", *(wrong or ["Nothing is wrong."])])
 
 
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what is printed or logged meanwhile, also by Ray and C code: stdout holds only the result."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     about = "Check this machine or cluster, and report what is wrong and how to fix it."
     options = command_line.parse_line(Options, argv, "python jobs/doctor.py", about)
-    with contextlib.redirect_stdout(sys.stderr):  # what Ray and its workers print
+    with stdout_to_stderr():
         found = run(options)
     wrong = any(finding.wrong for finding in found)
     if options.json:

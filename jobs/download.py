@@ -48,7 +48,7 @@ class Options:
     tries: int = 5
     """Number of times that a download is tried before its patient is skipped."""
     wait_s: float = 2.0
-    """Seconds between two tries; while the server is busy or cannot be reached, doubled after each try."""
+    """Seconds between two tries; while the server is busy or cannot be reached, the first at once, then twice as long each."""
     timeout_s: float = 60.0
     """Seconds of silence after which a connection is given up."""
 

@@ -31,7 +31,7 @@ class Options:
     out: str = ""
     """Folder for contact_sheet.png and shards.html; without it, neither is written."""
     verify: bool = False
-    """Check every file against the manifest and every row; damaged files are listed, and the exit code is 2."""
+    """Check every part against the manifest and every row; damaged files are listed, and the exit code is 2."""
     images: int = 16
     """Images on the contact sheet."""
     seed: int = 0

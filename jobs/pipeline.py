@@ -154,6 +154,7 @@ class Runner:
 
     def run(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
         """Run a stage; after a failure that is not the user's mistake try again, --retries times, from what is complete."""
+        before = self.state.stages.get(stage.name)
         for _ in range(self.options.retries):
             try:
                 return self.attempt(stage, inputs, results, is_forced)
@@ -161,7 +162,8 @@ class Runner:
                 if isinstance(error, UserError) and not isinstance(error, StorageError):
                     raise
                 log.warning("%s failed, trying again: %s", stage.name, _first_line(error))
-            is_forced = False
+            # Once the attempt is recorded, the state knows whether the stage still has to start from scratch.
+            is_forced = is_forced and self.state.stages.get(stage.name) is before
             if not self.cluster:
                 shut_down_ray()
         return self.attempt(stage, inputs, results, is_forced)

@@ -1,8 +1,18 @@
-"""JSON values to dataclasses, strictly: an unknown key or a value of another kind is refused by name."""
+"""JSON values to dataclasses, strictly: an unknown key or a value of another kind is refused by name; NaN to null."""
+
+import math
 
 import cattrs
+import numpy as np
 
 from heartseg.errors import UserError
+
+
+def none_if_nan(value: object) -> object:
+    """A value as JSON can hold it: None for NaN and infinity, a Python float for NumPy's; anything else as it is."""
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
 def structure(value: object, kind: type, origin: str):

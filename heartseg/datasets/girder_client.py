@@ -4,6 +4,7 @@ The only file that imports requests. Such a zip is made while it is sent, so it 
 resume from: whoever fetches one opens what arrived, and fetches the whole of it again if it is damaged.
 """
 
+import errno
 import io
 import json
 import os
@@ -22,7 +23,10 @@ from heartseg.errors import UserError
 T = TypeVar("T")
 PAGE = 100
 CONNECT_TIMEOUT_S = 15
-BUSY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+BUSY_STATUSES = (408, 425, 429, *range(500, 600))
+MAX_WAIT_S = 120  # that a server may ask for (Retry-After)
+# Errors of names in a zip, and of its bytes; every other OSError is the disk's.
+OF_THE_ZIP = (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 # A patient's folder has 14 files and some 10 to 100 MB; an answer or a zip that claims more than this is not one.
 MAX_BYTES = 2**30
 
@@ -42,7 +46,7 @@ class Server:
     base: str
     tries: int = 5
     wait_s: float = 2.0
-    """Seconds between two tries; doubled after each one while the server is busy or cannot be reached."""
+    """Seconds between two tries; while the server is busy or cannot be reached, the first at once, then twice as long each."""
     timeout_s: float = 60.0
     """Seconds of silence after which a connection is given up."""
 
@@ -75,7 +79,12 @@ class Server:
         """The body of one answer; urllib3 repeats the request while the server cannot be reached or is busy."""
         body = io.BytesIO()
         retry = urllib3.Retry(
-            self.tries - 1, other=0, status_forcelist=BUSY_STATUSES, backoff_factor=self.wait_s, raise_on_status=False
+            self.tries - 1,
+            other=0,
+            status_forcelist=BUSY_STATUSES,
+            backoff_factor=self.wait_s,
+            raise_on_status=False,
+            retry_after_max=MAX_WAIT_S,
         )
         with requests.Session() as session:
             for scheme in ("https://", "http://"):
@@ -89,6 +98,8 @@ class Server:
                     timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s),
                 )
             except requests.exceptions.SSLError as error:
+                if "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                    raise DamagedDownload(f"breaks off the encrypted connection ({cause(error)})") from error
                 raise UserError(
                     f"The certificate of {self.base} is refused ({cause(error)}): check the clock and the address, or name "
                     "your network's own certificates in REQUESTS_CA_BUNDLE."
@@ -134,7 +145,9 @@ def unpack(packed: bytes, target: str) -> None:
                 if not entry.is_dir():
                     with open(path, "rb") as stream:
                         os.fsync(stream.fileno())
-    except (OSError, DamagedDownload):
+    except DamagedDownload:
         raise
-    except Exception as error:  # zipfile raises a dozen kinds for damaged bytes
+    except Exception as error:  # zipfile raises a dozen kinds for damaged bytes, OSErrors of names and of bz2 among them
+        if isinstance(error, OSError) and error.errno not in OF_THE_ZIP:
+            raise  # of the disk
         raise DamagedDownload(f"sends a damaged zip ({str(error) or type(error).__name__})") from error

@@ -13,11 +13,11 @@ import numpy as np
 import pandas
 
 from heartseg.config.experiment import flatten, from_json, identity
+from heartseg.config.strict_json import none_if_nan
 from heartseg.errors import UserError
 from heartseg.labels import frame_name
 from heartseg.metrics.agreement import mean_interval, paired_test
 from heartseg.metrics.segmentation import DISTANCES, SCORES
-from heartseg.storage.filesystem import none_if_nan
 from heartseg.training.run_directory import Run
 
 SEED, CODE = "train.seed", "code"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from heartseg.config.experiment import PredictConfig
+from heartseg.config.strict_json import none_if_nan
 from heartseg.evaluation.ground_truth import Case, ShardTruth, TreeTruth
 from heartseg.inference.segmenter import REVIEW_THRESHOLD, Ensemble, Segmented, Segmenter, segment_images
 from heartseg.labels import EF_CLASSES
@@ -24,7 +25,6 @@ from heartseg.metrics.cardiac_indices import INDICES, patient_indices
 from heartseg.metrics.segmentation import DISTANCES, SCORES, confusion, image_scores, surface_distances
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
-from heartseg.storage.filesystem import none_if_nan
 
 PAGE, SUMMARY, IMAGES, PATIENTS = "report.html", "summary.json", "images.parquet", "patients.parquet"
 KEYS = ("patient", "view", "phase", "frame", "number", "quality")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from heartseg.config.strict_json import none_if_nan
 from heartseg.datasets.readers import Frames
 from heartseg.inference import study_files
 from heartseg.inference.segmenter import REVIEW_THRESHOLD
@@ -18,7 +19,6 @@ from heartseg.metrics import ed_es_detection
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
 from heartseg.storage import filesystem
-from heartseg.storage.filesystem import none_if_nan
 
 # For a file without a scale, the anatomical checks assume the usual depth of apical views.
 USUAL_DEPTH_MM = 145.0

@@ -6,6 +6,7 @@ that a result is plain JSON; pairs with a NaN are left out.
 
 import numpy as np
 
+from heartseg.config.strict_json import none_if_nan
 from heartseg.labels import ef_class
 
 MIN_PAIRS = 3
@@ -34,7 +35,7 @@ def mean_interval(values: np.ndarray, patients: np.ndarray) -> dict[str, float |
     values = np.asarray(values, float)
     known = values[~np.isnan(values)]
     found = (known.mean() if len(known) else np.nan, *bootstrap_interval(values, patients))
-    return {name: _none_if_nan(value) for name, value in zip(("mean", "low", "high"), found, strict=True)}
+    return {name: none_if_nan(value) for name, value in zip(("mean", "low", "high"), found, strict=True)}
 
 
 def _pairs(estimate, reference, patients) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,7 +86,7 @@ def agree(estimate, reference, patients=None) -> dict[str, float | int | None]:
     bias, sd = difference.mean(), difference.std(ddof=1)
     values = (*_pearson_interval(x, y, owners), bias, *bootstrap_interval(difference, owners), sd)
     values += (bias - 1.96 * sd, bias + 1.96 * sd, wrong.mean(), *bootstrap_interval(wrong, owners))
-    return {"n": len(x)} | {name: _none_if_nan(value) for name, value in zip(names, values, strict=True)}
+    return {"n": len(x)} | {name: none_if_nan(value) for name, value in zip(names, values, strict=True)}
 
 
 def ef_confusion(estimate, reference) -> np.ndarray:
@@ -112,7 +113,7 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
     low, high = bootstrap_interval(x - y, owners)
     means = np.bincount(owner, weights=x - y) / np.bincount(owner)
     p = wilcoxon(means).pvalue if np.any(means) else 1.0
-    return counted | {"difference": _none_if_nan((x - y).mean()), "low": low, "high": high, "p": _none_if_nan(p)}
+    return counted | {"difference": none_if_nan((x - y).mean()), "low": low, "high": high, "p": none_if_nan(p)}
 
 
 def auc(score: np.ndarray, is_good: np.ndarray) -> float:
@@ -120,12 +121,8 @@ def auc(score: np.ndarray, is_good: np.ndarray) -> float:
 
     Hanley and McNeil 1982; equal scores count half.
     """
-    good, poor = score[is_good], score[~is_good, None]
+    good, poor = np.sort(score[is_good]), score[~is_good]
     if not len(good) * len(poor):
         return float("nan")
-    return float(1 - ((poor > good).sum() + 0.5 * (poor == good).sum()) / (len(good) * len(poor)))
-
-
-def _none_if_nan(value: float) -> float | None:
-    """JSON has no NaN: a missing value is null."""
-    return float(value) if np.isfinite(value) else None
+    below = np.searchsorted(good, poor, "left") + np.searchsorted(good, poor, "right")
+    return float(1 - below.sum() / (2 * len(good) * len(poor)))

@@ -1,4 +1,4 @@
-"""Pictures of images, masks and scores: contours on an image, curves by epoch, the spread of scores over images.
+"""Figures of scores: curves by epoch, the spread of scores over images, agreement, volume curves, contact sheets.
 
 It returns figures, PNG bytes and SVG text, and decides nothing about a page.
 """

@@ -1,4 +1,4 @@
-"""A source to a complete folder of shards: what is finished stays, and what was made from something else is refused by name."""
+"""A source to a complete folder of shards: finished parts stay, and a complete folder of something else is refused by name."""
 
 import itertools
 from collections.abc import Callable, Iterable

@@ -65,6 +65,8 @@ def read_manifest(path: str) -> dict:
         raise UserError(f"{path} has shard format {found}, this version reads {FORMAT}: preprocess again with --overwrite.")
     if missing := MANIFEST_KEYS - manifest.keys():
         raise UserError(f"{manifest_path} has no {min(missing)}: preprocess again with --overwrite.")
+    if not (isinstance(manifest["patients"], dict) and isinstance(manifest["parts"], list)):
+        raise UserError(f"{manifest_path} is not a manifest: preprocess again with --overwrite.")
     for part in manifest["parts"]:
         if not PART_NAME.fullmatch(part["file"]):  # no path of a manifest leaves its folder
             raise UserError(f"{manifest_path} names a part {part['file']!r}, which is not one.")
@@ -75,7 +77,9 @@ def read_split(path: str) -> dict:
     """The split of a folder of shards: `groups`, and the `config` that made them; raises UserError for anything else."""
     split = filesystem.read_json(filesystem.join(path, SPLITS))
     groups = split.get("groups") if isinstance(split, dict) else None
-    if not isinstance(groups, dict) or "train" not in groups or not all(isinstance(names, list) for names in groups.values()):
+    names = groups.values() if isinstance(groups, dict) else [None]
+    is_split = all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in names)
+    if not is_split or "train" not in groups:
         raise UserError(f"{path}/{SPLITS} names no training group: preprocess again with --resplit.")
     splits.assert_disjoint(groups)
     return split

@@ -11,12 +11,10 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import uuid
 from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet
@@ -258,13 +256,6 @@ def _check_arrived(fs: pyarrow.fs.FileSystem, path: str, data: bytes) -> None:
 def publish_json(path: str, value: object) -> None:
     """Write a value as indented JSON with sorted keys, complete or not at all."""
     publish(path, json_bytes(value))
-
-
-def none_if_nan(value: object) -> object:
-    """A value as JSON can hold it: None for NaN and infinity, a Python float for NumPy's; anything else as it is."""
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value
 
 
 def json_bytes(value: object) -> bytes:

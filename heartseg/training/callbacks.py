@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from heartseg.config.experiment import Experiment, to_json
+from heartseg.config.strict_json import none_if_nan
 from heartseg.errors import UserError, format_write_error
 from heartseg.labels import frame_name
 from heartseg.metrics.segmentation import predicted_labels
@@ -61,7 +62,7 @@ class EpochCallbacks:
             "epoch": state.epoch,
             "experiment": to_json(self.experiment),
             "intensity": [self.intensity.mean, self.intensity.std],
-            "metrics": {name: filesystem.none_if_nan(value) for name, value in metrics.items()},
+            "metrics": {name: none_if_nan(value) for name, value in metrics.items()},
             "run": self.run.name,
             "data_fingerprint": self.run.description["data_fingerprint"],
             "code": run_directory.code_revision(),

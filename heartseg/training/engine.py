@@ -122,8 +122,8 @@ def fit(
     """Train from `state.epoch` to the last epoch.
 
     `loaders` holds `train` and the groups to evaluate. After each epoch, `on_epoch_end(state, metrics)` is called on every
-    rank with `epoch`, `lr`, `images_per_s`, `seconds`, `workers` and `{group}/{score}`; after each step, `on_step(epoch, step, steps)`,
-    both counted from 1, when the device may still be computing it. Raises NonFiniteLoss.
+    rank with `epoch`, `lr`, `images_per_s`, `seconds`, `workers` and `{group}/{score}`; after each step,
+    `on_step(epoch, step, steps)`, both counted from 1, when the device may still be computing it. Raises NonFiniteLoss.
     """
     check_shares(experiment.train.batch_size, ranks.world_size, experiment.train.accumulate)
     others = {group: loader for group, loader in loaders.items() if group != "train"}

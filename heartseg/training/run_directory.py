@@ -135,7 +135,7 @@ def write_record(run: str, record: list[dict]) -> None:
 @functools.cache
 def code_revision() -> str:
     """The git revision of the code; without git (a submitted job) a SHA-256 over heartseg/ and jobs/."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
         try:
@@ -149,7 +149,7 @@ def code_revision() -> str:
 TERMS = {
     "CAMUS": "CAMUS (Leclerc et al., IEEE TMI 38(9), 2198-2210, 2019, doi:10.1109/TMI.2019.2900516), CC BY-NC-SA 4.0: "
     "non-commercial scientific research only. A model trained on it carries these terms.",
-    "phantom": "synthetic hearts made by heartseg.phantom: scores on them say nothing about patients.",
+    "phantom": "synthetic hearts made by heartseg.datasets.phantom: scores on them say nothing about patients.",
     "other": "a dataset of the user's own: its terms are known to its owner.",
 }
 

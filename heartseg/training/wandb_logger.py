@@ -1,6 +1,7 @@
 """Metrics to Weights & Biases; the only file that knows wandb.
 
-A tracked run is one wandb run with one row per epoch, whatever happens: a kill, a resume, a server that does not answer.
+A tracked run is one wandb run with one row per epoch through kills, resumes and a server that does not answer; only a run that
+was online or synced before and is resumed offline sends its earlier rows again.
 """
 
 import functools
@@ -67,7 +68,7 @@ class Tracker:
     """The wandb run of a training run, one row per epoch; without `run`, it tracks nothing."""
 
     def __init__(self, experiment: Experiment | None = None, run: Run | None = None):
-        self.run, self.has_warned = None, False
+        self.run, self.has_warned, self.superseded = None, False, []
         self.run_path = self.folder = run.path if run else ""
         if run is None:
             return
@@ -117,14 +118,16 @@ class Tracker:
     def resume(self, record: list[dict]) -> None:
         """Log the epochs of a resumed run that the server does not have (all of them if offline).
 
-        With them, this process's files hold the whole run, so those of earlier processes are marked as synced.
+        With them, this process's files hold every row, so those of earlier processes are marked as synced; overlays that they
+        logged offline stay in them. On an object store `finish` marks them, once this process's files are there.
         """
         for row in record[self.run.starting_step :]:
             self.run.log(row)
         files, current = filesystem.join(self.run_path, "wandb"), os.path.basename(os.path.dirname(self.run.dir))
-        for name in filesystem.list_names(files):
-            if "run-" in name and name != current:
-                filesystem.publish(filesystem.join(files, name, f"run-{self.run.id}.wandb.synced"), b"")
+        names = [name for name in filesystem.list_names(files) if "run-" in name and name != current]
+        self.superseded = [filesystem.join(files, name, f"run-{self.run.id}.wandb.synced") for name in names]
+        if self.folder == self.run_path:
+            _publish_markers(self.superseded)
 
     @_harmless
     def log(self, metrics: dict[str, float]) -> None:
@@ -172,7 +175,7 @@ class Tracker:
             self.run.finish(exit_code=exit_code)
         finally:
             if self.folder != self.run_path:
-                _move_to_store(self.folder, self.run_path)
+                _move_to_store(self.folder, self.run_path, self.superseded)
 
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:
@@ -234,13 +237,19 @@ def _keep_files_in(folder: str) -> None:
         os.makedirs(os.environ[variable], exist_ok=True)
 
 
-def _move_to_store(folder: str, run_path: str) -> None:
+def _publish_markers(paths: list[str]) -> None:
+    for path in paths:
+        filesystem.publish(path, b"")
+
+
+def _move_to_store(folder: str, run_path: str, superseded: list[str]) -> None:
     try:
         for path, _, names in os.walk(os.path.join(folder, "wandb")):
             for local in (os.path.join(path, name) for name in names):
                 if os.path.isfile(local):  # not a link to a log that wandb has removed
                     target = filesystem.join(run_path, os.path.relpath(local, folder))
                     filesystem.publish(target, filesystem.read_bytes(local))
+        _publish_markers(superseded)
         shutil.rmtree(folder, ignore_errors=True)
     except (OSError, StorageError) as error:
         log.warning("wandb's files stay in %s: %s", folder, error)

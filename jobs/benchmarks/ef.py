@@ -11,6 +11,7 @@ import numpy as np
 from heartseg.datasets import camus
 from heartseg.errors import require
 from heartseg.evaluation.ground_truth import Case, TreeTruth
+from heartseg.labels import VIEWS
 from heartseg.metrics import cardiac_indices, simpson
 from heartseg.metrics.agreement import agree
 from heartseg.reporting import contours, plots
@@ -39,10 +40,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Compared:
-    """A patient's stills, the reference EF in percent and its convention, our `patient_indices` row, and its seconds."""
+    """A patient, the reference EF in percent and its convention, our `patient_indices` row, and its seconds."""
 
     patient: str
-    cases: list[Case]
     reference: float
     convention: str
     row: dict
@@ -71,7 +71,7 @@ def run(options: Options) -> list[Compared]:
     for one in far:
         print(f"{one.patient}: {one.row[f'ef_{own}']:.1f} %, reference {one.reference:.1f} %")
         if options.out:
-            filesystem.publish(filesystem.join(options.out, f"{one.patient}.png"), plots.save_png(picture(one)))
+            filesystem.publish(filesystem.join(options.out, f"{one.patient}.png"), plots.save_png(picture(options.source, one)))
     for one in (one for one in found if np.isnan(one.difference)):
         print(f"{one.patient}: no EF: {one.row['reason']}")
     return found
@@ -82,15 +82,18 @@ def compare_all(source: str, limit: int) -> list[Compared]:
     path, found = filesystem.join(source, REFERENCE), []
     reference = filesystem.read_json(path) if filesystem.exists(path) else None
     for patient in camus.find_patients(source):
-        cases, _ = TreeTruth(source).cases([patient])  # a damaged still is left out, and the row has the reason
-        info = next((case.info for case in cases if case.info and case.info.ef is not None), None)
+        if 0 < limit <= len(found):
+            break
+        infos = (camus.read_info(source, patient, view) for view in VIEWS)
+        info = next((info for info in infos if info and info.ef is not None), None)
         if reference is not None:
             info = camus.Info(ef=reference[patient][-1]) if patient in reference else None
-        if info and not 0 < limit <= len(found):
+        if info:
+            cases, _ = TreeTruth(source).cases([patient])  # a damaged still is left out, and the row has the reason
             started = time.process_time()
             row = cardiac_indices.patient_indices({(case.view, case.phase): (case.truth, case.spacing_mm) for case in cases})
             seconds = time.process_time() - started
-            found.append(Compared(patient, cases, info.ef, info.ef_convention, row, seconds))
+            found.append(Compared(patient, info.ef, info.ef_convention, row, seconds))
     require(bool(found), f"{source} has no reference EF: neither cfg files with an EF nor a filled {REFERENCE}.")
     conventions = sorted({one.convention for one in found})
     fit = len(conventions) == 1 and conventions[0] in CONVENTIONS
@@ -111,10 +114,10 @@ def agreement(convention: str, found: list[Compared]) -> list[float | None]:
     return [*(both[key] for key in ("n", "r", "bias", "mae")), np.median(differences) if len(differences) else None]
 
 
-def picture(one: Compared) -> plots.Figure:
+def picture(source: str, one: Compared) -> plots.Figure:
     """The four stills with the outlines and the long axis that we measure."""
     cells = []
-    for case in one.cases:
+    for case in TreeTruth(source).cases([one.patient])[0]:
         length_mm = cardiac_indices.lv_length(case.truth, case.spacing_mm)
         cells.append((drawn(case), f"{case.view} {case.phase}, {length_mm:.1f} mm long"))
     sheet = plots.contact_sheet(cells)

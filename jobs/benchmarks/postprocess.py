@@ -11,14 +11,14 @@ from typing import Literal
 import numpy as np
 import torch
 from pandas import DataFrame
-from scipy.stats import mannwhitneyu, spearmanr
+from scipy.stats import spearmanr
 
 from heartseg.config.experiment import PredictConfig
 from heartseg.errors import require
 from heartseg.evaluation.ground_truth import Case, ShardTruth
 from heartseg.evaluation.scoring import score_image, segment_cases
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
-from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.metrics.agreement import auc, bootstrap_interval
 from heartseg.shards.reader import open_shards
 from jobs.benchmarks.two_sides import print_table
 
@@ -102,13 +102,6 @@ def quality_row(name: str, images: DataFrame) -> tuple[str | float, ...]:
     interval = np.quantile([spearmanr(sure[drawn], dice[drawn]).statistic for drawn in draws], [0.025, 0.975])
     aucs = [f"{auc(sure, dice >= limit):.2f} ({(dice < limit).sum()} images)" for limit in POOR_DICE]
     return (name, spearmanr(sure, dice).statistic, "{:.2f} to {:.2f}".format(*interval), sure.mean(), dice.mean(), *aucs)
-
-
-def auc(score: np.ndarray, good: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a good image has a higher score than a poor one (Mann and Whitney 1947)."""
-    if good.all() or not good.any():
-        return float("nan")
-    return float(mannwhitneyu(score[good], score[~good]).statistic / (good.sum() * (~good).sum()))
 
 
 def weakened(images: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -42,6 +42,7 @@ def run(options: Options) -> tuple[Table, float]:
     """Measure both sides and print the table; returns it, and the largest difference of two distances in mm."""
     require(bool(options.source), "--source is missing: give the folder of the CAMUS release.")
     require(min(options.images, options.repeats) >= 1, "--images and --repeats must be at least 1.")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pairs, (name, monai_distances) = make_pairs(options.source, options.images, options.seed), monai_side()
     # MONAI's one-hot tensors are made before the clock starts; ours starts from the label maps.
@@ -54,6 +55,7 @@ def run(options: Options) -> tuple[Table, float]:
         warnings.simplefilter("ignore")  # MONAI's own deprecations, and structures that an image does not have
         difference = largest_difference(*(side() for side in sides.values()))
         theirs, ours = (1000 * cost.wall_s / len(pairs) for cost in in_turn(sides, options.repeats))
+    torch.set_num_threads(threads)
     note = f"{theirs / ours:.1f} times as fast, largest difference {difference:.1e} mm"
     row = Row(f"{len(pairs)} images", ours, "ms an image", theirs, note)
     table = Table("scores: surface distances of four structures", tuple(sides), [row])

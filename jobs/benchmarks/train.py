@@ -210,6 +210,9 @@ def measure_gpu(bench: Bench) -> list[Table]:
 
 def measure_ray(bench: Bench) -> list[Table]:
     """An epoch under Ray and in a plain process, whole runs of jobs/train.py in turn; and the time to their first step."""
+    if bench.device.type == "cuda":
+        print("\nray left out: it compares processes on CPUs")
+        return []
     import ray  # noqa: F401  (a machine without Ray leaves this section out)
 
     from heartseg.datasets import phantom

@@ -1,5 +1,6 @@
 """Stages as submitted Ray jobs: submitted, followed until they end, found again by their id, and stopped with the follower."""
 
+import functools
 import logging
 import os
 import re
@@ -101,9 +102,11 @@ class Cluster:
         while True:
             is_alive = self.status(job_id) in ALIVE
             try:
-                printed, output = len(output), self.client.get_job_logs(job_id)
+                # The last read has the job's message, so it is repeated while the dashboard does not answer.
+                read = self.client.get_job_logs if is_alive else functools.partial(self.ask, self.client.get_job_logs)
+                printed, output = len(output), read(job_id)
                 print(output[printed:], end="", flush=True)
-            except (RuntimeError, OSError) as error:  # its node may be gone, and its log with it
+            except (RuntimeError, OSError, UserError) as error:  # its node may be gone, and its log with it
                 log.debug("The log of %s cannot be read: %s", job_id, error)
             if not is_alive:
                 return output

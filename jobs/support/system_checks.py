@@ -58,17 +58,22 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
 def versions() -> Iterator[Finding]:
     """Python and the packages that matter: whether one is missing, and whether torch and torchvision fit together."""
     yield Finding("python", platform.python_version())
+    is_complete = True
     for package in ("torch", "torchvision", "ray", "wandb", "pyarrow"):
         try:
             yield Finding(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
+            is_complete = False
             yield Finding(package, "–", f"{package} is not installed.", "Install the project: pip install -e .")
-    with contextlib.suppress(ModuleNotFoundError):  # reported above
+    try:
         from heartseg.models.deeplabv3 import check_installation
         from heartseg.training import run_directory
 
         yield Finding("heartseg", run_directory.code_revision())
         check_installation()
+    except ModuleNotFoundError as error:
+        if is_complete:  # otherwise it is reported above
+            yield Finding("heartseg", "–", f"heartseg does not load: {error}.", "Install the project: pip install -e .")
 
 
 def processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:

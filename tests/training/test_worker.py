@@ -1,7 +1,9 @@
 """The promises of a run without Ray: it resumes to the same bits, learns, and predicts."""
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -131,3 +133,9 @@ def test_the_plain_launcher_trains_and_evaluates_where_ray_cannot_be_imported(sh
     (run,) = (tmp_path / "runs").iterdir()
     report = job("evaluate.py", "--checkpoint", str(run)).splitlines()[-1]
     assert report.endswith("report.html") and os.path.getsize(report) > 10_000
+
+
+def test_a_run_names_the_revision_of_its_code_or_the_hash_of_its_files():
+    revision = run_directory.code_revision()
+    assert re.fullmatch(r"git [0-9a-f]{40}(-dirty)?" if (ROOT / ".git").exists() else r"sha256 [0-9a-f]{64}", revision)
+    assert hashlib.sha256(b"").hexdigest() not in revision  # of no file at all
