@@ -66,10 +66,10 @@ our_pid() {
     echo "$pid"
 }
 
-# True once the dashboard's job service answers to our token. The token goes through a pipe, never into a command line.
+# True once a port answers a path to our token. The token goes through a pipe, never into a command line.
 answers() (
-    exec 3<>"/dev/tcp/127.0.0.1/$dashboard_port"
-    printf 'GET /api/version HTTP/1.0\r\nAuthorization: Bearer %s\r\n\r\n' "$(<"$dir/token")" >&3
+    exec 3<>"/dev/tcp/127.0.0.1/$1"
+    printf 'GET %s HTTP/1.0\r\nAuthorization: Bearer %s\r\n\r\n' "$2" "$(<"$dir/token")" >&3
     read -r -t 5 line <&3
     [[ $line == *" 200 "* ]]
 ) 2>/dev/null
@@ -148,7 +148,8 @@ start() {
             rm -f "$dir/pid"
             fail "Ray ended before it was ready: see above, and $dir/log."
         fi
-        if answers; then
+        # The dashboard accepts jobs and passes them to the node's agent, which starts later.
+        if answers "$dashboard_port" /api/version && answers "$agent_port" /api/healthz; then
             echo "running: process $pid, dashboard $dashboard, token in $dir/token, log in $dir/log"
             return
         fi
@@ -210,7 +211,7 @@ submit() {
 status() {
     local pid
     pid=$(our_pid) || fail "not running."
-    answers || fail "process $pid runs, but its dashboard, $dashboard, does not answer."
+    answers "$dashboard_port" /api/version || fail "process $pid runs, but its dashboard, $dashboard, does not answer."
     echo "running: process $pid, dashboard $dashboard, token in $dir/token, log in $dir/log"
     find_ray
     set_environment
