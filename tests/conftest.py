@@ -1,6 +1,7 @@
 """What many tests share: a small phantom tree, its shards, one S3 server and one Ray per process, and the closing tables."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -19,6 +20,16 @@ os.environ.pop("WANDB_API_KEY", None)
 settings.register_profile("quick", max_examples=20, deadline=None)
 settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HEARTSEG_HYPOTHESIS", "quick"))
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A test that sets torch's threads leaves them as they were: sums on other threads differ in their last bits."""
+    torch = sys.modules.get("torch")
+    threads = torch and torch.get_num_threads()
+    yield
+    if threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
