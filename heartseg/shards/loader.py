@@ -20,7 +20,7 @@ SEEDS = 2**64
 
 
 class Batches(Protocol):
-    """What feeds the engine: a `Loader` from memory or a `streaming_loader.Stream`; it cannot tell which."""
+    """What feeds the engine: a `Loader` from memory or a `streaming_loader.Stream`, which the engine treats alike."""
 
     def __len__(self) -> int: ...
     def training_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]: ...

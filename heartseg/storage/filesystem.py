@@ -168,9 +168,7 @@ def size_or_none(path: str) -> int | None:
 
 def sizes(path: str) -> dict[str, int | None]:
     """Bytes of each entry of a folder, by name in order; None for what is not a file. An object store needs one request."""
-    if is_uri(path):
-        return dict(sorted((entry.base_name, entry.size) for entry in _entries(path)))
-    return {name: size_or_none(join(path, name)) for name in list_names(path)}
+    return {name: size for name, size, _ in list_files(path)}
 
 
 def walk(path: str) -> list[str]:

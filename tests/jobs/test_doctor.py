@@ -175,7 +175,7 @@ def refusing():
 
 
 @contextmanager
-def nobody():
+def no_server():
     """An address that nothing listens on."""
     yield SimpleNamespace(url="http://127.0.0.1:9")
 
@@ -186,7 +186,7 @@ def nobody():
         (serving, None),
         (partial(serving, failure="silent"), "cannot be reached: no answer within 5 s"),
         (partial(serving, failure="error"), "HTTP 500"),
-        (nobody, "cannot be reached"),
+        (no_server, "cannot be reached"),
         (refusing, "refuses the key"),
     ],
 )
