@@ -13,10 +13,9 @@ from jobs.support import command_line
 
 # Table -> its help; each is the module of that name in jobs/benchmarks/, with `Options` and `run`.
 TABLES = {
-    "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one; memory; batches",
+    "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one",
     "predict": "files to masks against the forward passes alone",
-    "scores": "surface distances against MONAI's",
-    "ef": "ejection fraction of the expert's outlines against the dataset's own, with pictures of those that differ",
+    "scores": "surface distances against MONAI's, and volumes",
     "postprocess": "test-time augmentation, largest pieces, closed holes, ensembles: what they do to the scores",
     "train": "training steps against the baseline, Ray against a plain process, convolutions, share of the machine's peak",
 }
@@ -30,10 +29,10 @@ def job(argv: Sequence[str]) -> None:
         return
     if not argv or argv[0] not in TABLES:
         asked = f"There is no table {argv[0]!r}" if argv else "No table is named"
-        raise UserError(f"{asked}: take one of {', '.join(TABLES)}.")
+        raise UserError(f"{asked}: use one of {', '.join(TABLES)}.")
     name, table = argv[0], importlib.import_module(f"jobs.benchmarks.{argv[0]}")
     options = command_line.parse_line(table.Options, argv[1:], f"python jobs/benchmark.py {name}", f"{TABLES[name]}.")
-    paths = {flag: getattr(options, flag, "") for flag in ("source", "out", "checkpoint", "data")}
+    paths = {flag: getattr(options, flag, "") for flag in ("source", "checkpoint", "data")}
     absolute = {
         flag: ",".join(command_line.absolute(p, flag) for p in value.split(",")) for flag, value in paths.items() if value
     }

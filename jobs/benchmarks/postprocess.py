@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from pandas import DataFrame
 from scipy.stats import spearmanr
 
@@ -29,7 +28,6 @@ VARIANTS = {
     "fill holes": PredictConfig(fill_holes=True),
     "components + holes": PredictConfig(largest_component=True, fill_holes=True),
     "TTA": PredictConfig(tta=True),
-    "TTA + both": PredictConfig(tta=True, largest_component=True, fill_holes=True),
 }
 COLUMNS = ("dice", "dice_endo", "dice_myo", "dice_la")
 # Below these, a mean Dice is a segmentation to check by eye.
@@ -54,31 +52,31 @@ def run(options: Options) -> None:
     require(bool(options.checkpoint), "--checkpoint is missing: give the folder of a run.")
     segmenter = load_all(options.checkpoint.split(","))
     shards = open_shards(options.data or segmenter.experiment.data)
-    groups = ", ".join(shards.groups)
-    require(options.group in shards.groups, f"The shards have no group {options.group}: take one of {groups}.")
-    fit = shards.image == segmenter.experiment.image
-    require(fit, f"{shards.path} has another grid than the checkpoint: give the shards that it was trained on.")
+    message = f"The shards have no group {options.group}: use one of {', '.join(shards.groups)}."
+    require(options.group in shards.groups, message)
     cases, _ = ShardTruth(shards, options.group).cases(shards.groups[options.group])
     segment_cases(segmenter, cases[:4], PredictConfig())  # the first call warms up
     members = segmenter.members if isinstance(segmenter, Ensemble) else ()
-    alone = {f"checkpoint {place} alone": measure(one, cases, PredictConfig()) for place, one in enumerate(members, 1)}
+    alone = {f"checkpoint {place} alone": measure(one, cases) for place, one in enumerate(members, 1)}
     variants = {name: measure(segmenter, cases, variant) for name, variant in VARIANTS.items()}
     before = np.mean([found["dice"] for found, _ in (alone or {OWN: variants[OWN]}).values()], axis=0)
-    rows = [row_of(name, *found, before) for name, found in (alone | variants).items()]
     patients = len({case.patient for case in cases})
     title = f"postprocess: {len(cases)} images of {patients} patients ({options.group}), native grid, {segmenter.device}"
     heading = ("", *COLUMNS, "change of dice", "95 % interval", "implausible", "seconds")
+    rows = [score_row(name, *found, before) for name, found in (alone | variants).items()]
     print_table(title, heading, rows, segmenter.device)
-    pictures = torch.from_numpy(np.stack([case.image for case in cases]))
     sure = {name: variants[name][0] for name in (OWN, "TTA")}
-    for name, copies in weakened(pictures).items():
-        worse = [replace(case, image=copy) for case, copy in zip(cases, copies.numpy(), strict=True)]
-        sure[f"{name} images"] = measure(segmenter, worse, PredictConfig())[0]
+    for name, copies in weakened(np.stack([case.image for case in cases])).items():
+        worse = [replace(case, image=copy) for case, copy in zip(cases, copies, strict=True)]
+        sure[f"{name} images"] = measure(segmenter, worse)[0]
     heading = ("", "Spearman", "95 % interval", "mean confidence", "dice", *(f"AUC for dice < {limit}" for limit in POOR_DICE))
-    print_table("postprocess: confidence", heading, [quality_row(*item) for item in sure.items()], segmenter.device)
+    rows = [confidence_row(name, images) for name, images in sure.items()]
+    print_table("postprocess: confidence", heading, rows, segmenter.device)
 
 
-def measure(segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig) -> tuple[DataFrame, float]:
+def measure(
+    segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig = VARIANTS[OWN]
+) -> tuple[DataFrame, float]:
     """The rows of all images by `score_image`, and the seconds of all masks, without scoring."""
     started = time.perf_counter()
     found = segment_cases(segmenter, cases, options)
@@ -86,15 +84,15 @@ def measure(segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: Pre
     return DataFrame([score_image(case, one) for case, one in zip(cases, found, strict=True)]), seconds
 
 
-def row_of(name: str, images: DataFrame, seconds: float, before: np.ndarray) -> tuple[str | float, ...]:
-    """A row of the table, its change from the Dice `before` per image."""
+def score_row(name: str, images: DataFrame, seconds: float, before: np.ndarray) -> tuple[str | float, ...]:
+    """A row of the table of scores, its change from the Dice `before` per image."""
     change = (images["dice"] - before).to_numpy()
     interval = "{:+.4f} to {:+.4f}".format(*bootstrap_interval(change, images["patient"].to_numpy()))
     implausible = f"{(images['implausible'] != '').mean():.1%}"
     return (name, *images[list(COLUMNS)].mean(), f"{change.mean():+.4f}", interval, implausible, seconds)
 
 
-def quality_row(name: str, images: DataFrame) -> tuple[str | float, ...]:
+def confidence_row(name: str, images: DataFrame) -> tuple[str | float, ...]:
     """How well an image's confidence ranks its Dice; the interval resamples whole patients."""
     dice, sure, generator = images["dice"].to_numpy(), images["confidence"].to_numpy(), np.random.default_rng(0)
     rows = list(images.groupby("patient").indices.values())
@@ -104,17 +102,16 @@ def quality_row(name: str, images: DataFrame) -> tuple[str | float, ...]:
     return (name, spearmanr(sure, dice).statistic, "{:.2f} to {:.2f}".format(*interval), sure.mean(), dice.mean(), *aucs)
 
 
-def weakened(images: torch.Tensor) -> dict[str, torch.Tensor]:
+def weakened(images: np.ndarray) -> dict[str, np.ndarray]:
     """Worse copies of uint8 images [N,H,W]: a trained model fails on too few good ones to measure its confidence by."""
-    generator = torch.Generator().manual_seed(0)
-    unit, (height, width) = images.float().div(255), images.shape[-2:]
-    depth, lateral = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(-0.75, 0.75, width), indexing="ij")
-    centre, spread = torch.rand(2, len(images), 1, 1, generator=generator)
-    from_shadow = (torch.atan2(lateral, depth + 0.02) - (centre - 0.5)) / (0.08 + 0.2 * spread)
+    generator = np.random.default_rng(0)
+    depth, lateral = np.meshgrid(*map(np.linspace, (0, -0.75), (1, 0.75), images.shape[1:]), indexing="ij")
+    centre, spread = generator.random((2, len(images), 1, 1))
+    from_shadow = (np.arctan2(lateral, depth + 0.02) - (centre - 0.5)) / (0.08 + 0.2 * spread)
     worse = {
-        "dark": unit * 0.3,
-        "hazy": unit * 0.5 + 0.35,
-        "noisy": unit * (1 + 0.5 * torch.randn(unit.shape, generator=generator)),
-        "shadowed": unit * (1 - 0.95 * torch.exp(-from_shadow.square())),
+        "dark": images * 0.3,
+        "hazy": images * 0.5 + 0.35 * 255,
+        "noisy": images * (1 + 0.5 * generator.standard_normal(images.shape)),
+        "shadowed": images * (1 - 0.95 * np.exp(-(from_shadow**2))),
     }
-    return {name: (values.clamp(0, 1) * 255).round().to(torch.uint8) for name, values in worse.items()}
+    return {name: values.clip(0, 255).round().astype(np.uint8) for name, values in worse.items()}

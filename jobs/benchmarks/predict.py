@@ -14,9 +14,8 @@ from heartseg.datasets.phantom import write_phantom
 from heartseg.errors import UserError
 from heartseg.inference import study_files, study_results
 from heartseg.inference.batch_inference import outline
-from heartseg.inference.segmenter import Segmenter, load
+from heartseg.inference.segmenter import Segmenter
 from heartseg.models.deeplabv3 import build_model
-from heartseg.reporting.overlays import write_overlays
 from heartseg.shards.loader import Intensity
 from jobs.benchmarks.two_sides import CPU, Row, Table, in_turn
 
@@ -27,12 +26,10 @@ class Options:
 
     source: str = ""
     """A CAMUS tree, of which the first images count; synthetic ones of the release's size if not given."""
-    checkpoint: str = ""
-    """Run whose model is measured; a MobileNetV3 with random weights if not given."""
     images: int = 200
     """Number of images."""
     side: int = 256
-    """Rows and columns of the model's grid."""
+    """Rows and columns of the grid of the model, a MobileNetV3 with random weights."""
     batch_size: int = 8
     """Frames that the model sees at once, in both."""
     repeats: int = 3
@@ -46,52 +43,27 @@ def run(options: Options) -> Table:
         if not options.source:
             write_phantom(source, patients=-(-options.images // 4), workers=torch.get_num_threads())
         clips = study_files.find_clips(source)[: options.images]
-        segmenter = segmenter_of(options)
+        experiment = replace(quick(), image=ImageConfig(height=options.side, width=options.side))
+        torch.manual_seed(0)
+        model = build_model(experiment.model).to(memory_format=torch.channels_last).eval()
+        segmenter = Segmenter(model, experiment, Intensity(), {}, CPU)
+        images = torch.zeros((len(clips), 1, options.side, options.side), dtype=torch.uint8).split(options.batch_size)
         sides = {
-            "forward passes": partial(forward_passes, segmenter, len(clips), options.batch_size),
-            "files to masks": partial(files_to_masks, segmenter, clips, folder, options.batch_size, False),
-            "files to masks and overlays": partial(files_to_masks, segmenter, clips, folder, options.batch_size, True),
+            "forward passes": lambda: [segmenter.logits(batch) for batch in images],
+            "files to masks": lambda: files_to_masks(segmenter, clips, folder, options.batch_size),
         }
-        forward, *others = ([1000 * s / len(clips) for s in cost[:2]] for cost in in_turn(sides, options.repeats))
-    rows = [
-        Row(name, cost[place], unit, forward[place])
-        for name, cost in zip(list(sides)[1:], others, strict=True)
-        for place, unit in enumerate(("ms an image", "ms of a core"))
-    ]
-    what = f"{len(clips)} images, {segmenter.experiment.model.backbone}, {options.side} px, batch {options.batch_size}"
+        forward, whole = ([1000 * seconds / len(clips) for seconds in cost[:2]] for cost in in_turn(sides, options.repeats))
+    units = ("ms an image", "ms of a core")
+    rows = [Row("files to masks", *of) for of in zip(whole, units, forward, strict=True)]
+    what = f"{len(clips)} images, {experiment.model.backbone}, {options.side} px, batch {options.batch_size}"
     table = Table(f"predict: {what}", ("forward passes", "whole"), rows)
     table.show()
     return table
 
 
-def segmenter_of(options: Options) -> Segmenter:
-    """The model on the CPU on a grid of the asked size: the run's, whose masks are hearts, or a random one, whose are noise."""
-    image = ImageConfig(height=options.side, width=options.side)
-    if options.checkpoint:
-        found = load(options.checkpoint, device="cpu")
-        return replace(found, experiment=replace(found.experiment, image=image))
-    torch.manual_seed(0)
-    experiment = replace(quick(), image=image)
-    model = build_model(experiment.model).to(memory_format=torch.channels_last).eval()
-    return Segmenter(model, experiment, Intensity(), {}, CPU)
-
-
-def forward_passes(segmenter: Segmenter, count: int, batch_size: int) -> None:
-    """The model alone, on images that are in memory and on its grid."""
-    grid = segmenter.experiment.image
-    images = torch.zeros((batch_size, 1, grid.height, grid.width), dtype=torch.uint8)
-    for start in range(0, count, batch_size):
-        segmenter.logits(images[: count - start])
-
-
-def files_to_masks(segmenter: Segmenter, clips: list[study_files.Clip], out: str, batch_size: int, overlays: bool) -> None:
-    """What jobs/predict.py does with its clips; the EF table comes after it."""
-
-    def finish(clip, frames, masks, confidences):
-        outcome = study_results.finish(out, clip, frames, masks, confidences)
-        if overlays:
-            write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in outcome.phases.items()})
-
-    for _, result in outline(segmenter, clips, lambda clip: readers.read(clip.path, clip.kind), finish, batch_size):
+def files_to_masks(segmenter: Segmenter, clips: list[study_files.Clip], out: str, batch_size: int) -> None:
+    """What jobs/predict.py does with its clips; overlays and the EF table come after it."""
+    read, finish = lambda clip: readers.read(clip.path, clip.kind), partial(study_results.finish, out)
+    for _, result in outline(segmenter, clips, read, finish, batch_size):
         if isinstance(result, DamagedRecording):
             raise UserError(f"{result.file} {result.reason}.")

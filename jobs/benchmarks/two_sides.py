@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from heartseg.errors import UserError
+from heartseg.errors import require
 from heartseg.reporting import text_tables
 
 CPU = torch.device("cpu")
 
 
 class Cost(NamedTuple):
-    """What a call takes: seconds of the clock, seconds of this process's cores, and the peak memory meanwhile."""
+    """Seconds of the clock, seconds of this process's cores, and the peak memory meanwhile."""
 
     wall_s: float
     cpu_s: float
@@ -50,18 +50,12 @@ class Table(NamedTuple):
 
 
 def print_table(title: str, heading: Sequence[str], rows: Iterable[Sequence], device: torch.device = CPU) -> None:
-    """Print a table below the day and the machine that it is of."""
+    """Print a table below the date, the processor or GPU, the threads of the arithmetic and the version of torch."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else found[1] if found else platform.machine()
     table = text_tables.table_text((title, tuple(heading), [tuple(map(shown, row)) for row in rows]))
-    print(f"\n{machine(device)}\n{table}", flush=True)
-
-
-def machine(device: torch.device) -> str:
-    """Today's date, the processor or GPU, the threads of the arithmetic and the version of torch."""
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = processor[1] if processor else platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return f"{datetime.date.today()}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    print(f"\n{datetime.date.today()}, {name}, {threads} threads, torch {torch.__version__}\n{table}", flush=True)
 
 
 def shown(value: str | float | None) -> str:
@@ -71,11 +65,27 @@ def shown(value: str | float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def choose(names: Sequence[str], sections: Iterable[str]) -> None:
-    """Raise UserError for the first of some names that is not one of the sections."""
+def run_sections(
+    asked: str, sections: Mapping[str, Callable[..., list[Table]]], *arguments: Any, device: torch.device = CPU
+) -> list[Table]:
+    """Measure the sections that `asked` names with commas between them, or `all`, and print each table when it is done.
+
+    A section that needs a package which is not installed is left out. Raises UserError for an unknown name.
+    """
+    names = list(sections) if asked == "all" else asked.split(",")
     for name in names:
-        if name not in sections:
-            raise UserError(f"There is no section {name!r}: take some of {', '.join(sections)}.")
+        require(name in sections, f"There is no section {name!r}: use some of {', '.join(sections)}.")
+    tables = []
+    for name in names:
+        try:
+            found = sections[name](*arguments)
+        except ModuleNotFoundError as error:
+            print(f"\n{name} left out: the package {error.name} is not installed")
+            continue
+        for table in found:
+            table.show(device)
+        tables += found
+    return tables
 
 
 def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> list[Cost]:

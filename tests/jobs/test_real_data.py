@@ -1,6 +1,7 @@
 """The pipeline and its numbers on real echocardiograms, and the wheel."""
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from heartseg.training import run_directory
 from helpers import local_cluster
 from helpers.experiments import ROOT
 from jobs.benchmarks import data, scores
+from jobs.benchmarks.two_sides import peak_memory_gb
 
 SEED_GROUPS = "ad5f11a49a894929157d04ab329be1f12d43955057655ca47d9b3b1a864ec4a4"  # SHA-256 of the seed's groups of the 450
 SEED = 20261123
@@ -154,8 +156,13 @@ def test_the_experts_masks_scored_against_themselves_are_perfect(camus, tmp_path
 
 @pytest.mark.real_data
 def test_a_workers_memory_does_not_grow_with_the_patients(camus, tmp_path):
-    (row,) = data.measure_memory(data.Options(source=camus), str(tmp_path)).rows
-    assert row.value < 1.1 * row.baseline
+    peaks, names = [], data.camus.find_patients(camus)
+    for count in (50, 450):
+        os.makedirs(tmp_path / str(count))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            pool.apply(data.ours, (camus, names[:count], str(tmp_path / str(count))))
+            peaks.append(pool.apply(peak_memory_gb))
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.mark.real_data
