@@ -10,7 +10,17 @@ from heartseg.config.strict_json import none_if_nan
 from heartseg.labels import ef_class
 
 MIN_PAIRS = 3
-DRAWS, LEVEL = 2000, 0.95
+DRAWS, TAILS = 2000, (0.025, 0.975)
+# The keys of `agree` beside `n`.
+AGREEMENT = ("r", "r_low", "r_high", "bias", "bias_low", "bias_high", "sd", "loa_low", "loa_high", "mae", "mae_low", "mae_high")
+
+
+def _resampled(columns: list[np.ndarray], patients: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    """Sums [C,draws] of some columns [N], each over as many `patients` [N] as there are, drawn with replacement."""
+    _, owner = np.unique(patients, return_inverse=True)
+    sums = np.stack([np.bincount(owner, weights=column) for column in columns])
+    drawn = np.random.default_rng(0).integers(sums.shape[1], size=(draws, sums.shape[1]))
+    return sums[:, drawn].sum(axis=2)
 
 
 def bootstrap_interval(values: np.ndarray, patients: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
@@ -19,14 +29,10 @@ def bootstrap_interval(values: np.ndarray, patients: np.ndarray, draws: int = DR
     Efron and Tibshirani 1993, the cluster bootstrap. Returns (nan, nan) for fewer than two patients.
     """
     known = ~np.isnan(values)
-    names, owner = np.unique(patients[known], return_inverse=True)
-    if len(names) < 2:
+    if len(np.unique(patients[known])) < 2:
         return float("nan"), float("nan")
-    sums = np.bincount(owner, weights=values[known])
-    counts = np.bincount(owner)
-    drawn = np.random.default_rng(0).integers(len(sums), size=(draws, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    sums, counts = _resampled([values[known], np.ones(known.sum())], patients[known], draws)
+    low, high = np.quantile(sums / counts, TAILS)
     return float(low), float(high)
 
 
@@ -61,13 +67,10 @@ def _pearson(sums: np.ndarray) -> np.ndarray:
 def _pearson_interval(x: np.ndarray, y: np.ndarray, patients: np.ndarray) -> tuple[float, float, float]:
     """Pearson's r and its 95 % percentile interval, resampling whole patients."""
     x, y = x - np.median(x), y - np.median(y)  # so that the sums of squares do not cancel
-    _, owner = np.unique(patients, return_inverse=True)
-    sums = np.stack([np.bincount(owner, weights=part) for part in (np.ones_like(x), x, y, x * x, y * y, x * y)])
-    drawn = np.random.default_rng(0).integers(sums.shape[1], size=(DRAWS, sums.shape[1]))
-    resampled = _pearson(sums[:, drawn].sum(axis=2))
+    columns = [np.ones_like(x), x, y, x * x, y * y, x * y]
+    resampled = _pearson(_resampled(columns, patients))
     known = resampled[~np.isnan(resampled)]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-    return float(_pearson(sums.sum(axis=1))), float(low), float(high)
+    return _pearson(np.sum(columns, axis=1)), *(np.quantile(known, TAILS) if len(known) else (np.nan, np.nan))
 
 
 def agree(estimate, reference, patients=None) -> dict[str, float | int | None]:
@@ -78,15 +81,13 @@ def agree(estimate, reference, patients=None) -> dict[str, float | int | None]:
     `*_high` of r, bias and mae are 95 % bootstrap intervals over `patients` [N]. Under 3 pairs all but `n` are None.
     """
     x, y, owners = _pairs(estimate, reference, patients)
-    names = ("r", "r_low", "r_high", "bias", "bias_low", "bias_high", "sd", "loa_low", "loa_high")
-    names += ("mae", "mae_low", "mae_high")
-    if len(x) < MIN_PAIRS:
-        return {"n": len(x)} | dict.fromkeys(names)
-    difference, wrong = x - y, np.abs(x - y)
-    bias, sd = difference.mean(), difference.std(ddof=1)
-    values = (*_pearson_interval(x, y, owners), bias, *bootstrap_interval(difference, owners), sd)
-    values += (bias - 1.96 * sd, bias + 1.96 * sd, wrong.mean(), *bootstrap_interval(wrong, owners))
-    return {"n": len(x)} | {name: none_if_nan(value) for name, value in zip(names, values, strict=True)}
+    values = [np.nan] * len(AGREEMENT)
+    if len(x) >= MIN_PAIRS:
+        difference, wrong = x - y, np.abs(x - y)
+        bias, sd = difference.mean(), difference.std(ddof=1)
+        values = [*_pearson_interval(x, y, owners), bias, *bootstrap_interval(difference, owners), sd]
+        values += [bias - 1.96 * sd, bias + 1.96 * sd, wrong.mean(), *bootstrap_interval(wrong, owners)]
+    return {"n": len(x)} | {name: none_if_nan(float(value)) for name, value in zip(AGREEMENT, values, strict=True)}
 
 
 def ef_confusion(estimate, reference) -> np.ndarray:
@@ -121,8 +122,9 @@ def auc(score: np.ndarray, is_good: np.ndarray) -> float:
 
     Hanley and McNeil 1982; equal scores count half.
     """
-    good, poor = np.sort(score[is_good]), score[~is_good]
+    from scipy.stats import mannwhitneyu
+
+    good, poor = score[is_good], score[~is_good]
     if not len(good) * len(poor):
         return float("nan")
-    below = np.searchsorted(good, poor, "left") + np.searchsorted(good, poor, "right")
-    return float(1 - below.sum() / (2 * len(good) * len(poor)))
+    return float(mannwhitneyu(good, poor, method="asymptotic").statistic / (len(good) * len(poor)))

@@ -56,12 +56,6 @@ def ejection_fraction(edv: float, esv: float) -> float:
     return 100 * (edv - esv) / edv if edv > 0 and 0 <= esv <= edv else float("nan")
 
 
-def lv_length(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
-    """Length in mm of the ventricle in a label map [H,W], mitral plane's midpoint to apex; NaN if it has none."""
-    ventricle = measure(mask, spacing_mm).ventricle
-    return float("nan") if isinstance(ventricle, str) else ventricle.length_mm
-
-
 def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
     """Single-plane volume in ml of the ventricle in a label map [H,W]; NaN if it has none.
 

@@ -1,5 +1,7 @@
 """The heart's cycle in a sequence: from the cavity's volume in each frame, which frames are end-diastole and end-systole."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 # A cavity's volume changes by a few percent from one frame to the next; one that is off by more from the median of
@@ -9,46 +11,33 @@ MAX_JUMP, NEIGHBOURS, SMOOTHED_OVER = 0.25, 5, 3
 
 def implausible(volumes: np.ndarray) -> np.ndarray:
     """True for the frames [T] whose volume is missing, not positive, or far from the median of the frames around it."""
-    values = np.where(np.asarray(volumes, float) > 0, volumes, np.nan)
-    around = _over_windows(values, NEIGHBOURS, np.median)
-    with np.errstate(invalid="ignore"):
-        return ~(np.abs(values - around) <= MAX_JUMP * around)
+    return np.isnan(plausible(volumes))
 
 
 def plausible(volumes: np.ndarray) -> np.ndarray:
     """The curve [T] without its implausible frames: NaN there."""
-    return np.where(implausible(volumes), np.nan, volumes)
-
-
-def smooth(volumes: np.ndarray) -> np.ndarray:
-    """The curve [T] without its implausible frames (NaN there), each other one the mean over its neighbours and itself.
-
-    Windows shrink at the ends, where a half sequence has its extremes, so that the ends stay the ends.
-    """
-    values = plausible(volumes)
-    return np.where(np.isnan(values), np.nan, _over_windows(values, SMOOTHED_OVER, np.mean))
+    values = np.where(np.asarray(volumes, float) > 0, volumes, np.nan)
+    around = _over_windows(np.median, values, NEIGHBOURS)
+    return np.where(np.abs(values - around) <= MAX_JUMP * around, values, np.nan)
 
 
 def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
-    """Frames (from 0) of the largest and of the smallest volume of the smoothed curve.
+    """Frames (from 0) of the largest and of the smallest volume of the curve [T], smoothed over each frame and its neighbours.
 
     None if no two frames are plausible, or if the volume does not change: such a clip shows no beat.
     """
-    curve = smooth(volumes)
+    curve = plausible(volumes)
     num_plausible = np.isfinite(curve).sum()
     if num_plausible < 2:
         return None
-    if num_plausible == 2:
-        curve = plausible(volumes)  # the mean of two frames would make them alike
+    if num_plausible > 2:  # the mean of two frames would make them alike
+        curve = np.where(np.isnan(curve), np.nan, _over_windows(np.mean, curve, SMOOTHED_OVER))
     ed, es = int(np.nanargmax(curve)), int(np.nanargmin(curve))
     return (ed, es) if volumes[ed] != volumes[es] else None
 
 
-def _over_windows(values: np.ndarray, width: int, take) -> np.ndarray:
-    """`take` of the finite values in a window around each of [T]; NaN if there are none."""
-    taken = []
-    for centre in range(len(values)):
-        window = values[max(0, centre - width // 2) : centre + width // 2 + 1]
-        window = window[np.isfinite(window)]
-        taken.append(take(window) if len(window) else np.nan)
-    return np.array(taken)
+def _over_windows(take: Callable, values: np.ndarray, width: int) -> np.ndarray:
+    """`take` over a window around each of [T], NaN left out; windows shrink at the ends, so that extremes stay there."""
+    around = (values[max(0, at - width // 2) : at + width // 2 + 1] for at in range(len(values)))
+    windows = (window[np.isfinite(window)] for window in around)
+    return np.array([take(window) if len(window) else np.nan for window in windows])

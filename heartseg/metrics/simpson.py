@@ -131,20 +131,6 @@ def _chambers(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return largest_part(labels == ENDO), atrium, np.where(stray, 0, labels)
 
 
-def long_axis(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray | None:
-    """The ventricle's axis as it is measured, to draw it: row and column of the mitral plane's midpoint and of the apex.
-
-    Pixels [2,2] of a label map [H,W]; None if it has no ventricle to measure.
-    """
-    ventricle, _, labels = _chambers(np.pad(mask, 1))
-    pixels = np.count_nonzero(ventricle)
-    if pixels < MIN_PIXELS:
-        return None
-    points, across = rim(ventricle, labels, spacing_mm)
-    mitral = mitral_midpoint(points, across, pixels * float(np.prod(spacing_mm)))
-    return np.stack([mitral, points[np.hypot(*(points - mitral).T).argmax()]]) / spacing_mm - 1
-
-
 @dataclass(frozen=True, eq=False)
 class Frame:
     """What one label map holds; a chamber that cannot be measured is the reason why instead, a short text."""

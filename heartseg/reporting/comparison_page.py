@@ -6,7 +6,7 @@ from heartseg.evaluation import run_comparison
 from heartseg.evaluation.run_comparison import Comparison, Entry
 from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
 from heartseg.metrics.segmentation import DISTANCES, SCORES
-from heartseg.reporting import contours, pages, plots, report, report_sections, text_tables
+from heartseg.reporting import contours, pages, plots, report, text_tables, training_figures
 from heartseg.storage import filesystem
 
 PAGE, NUMBERS = "compare.html", "comparison.json"
@@ -16,8 +16,8 @@ EF_TITLES = {
 }
 DISTANCE_TITLES = {
     f"{kind}_{name}_mm": f"{title}: {distance}, mm"
-    for name, title in report_sections.STRUCTURE_TITLES.items()
-    for kind, distance in report_sections.DISTANCE_COLUMNS.items()
+    for name, title in report.STRUCTURE_TITLES.items()
+    for kind, distance in report.DISTANCE_COLUMNS.items()
 }
 TITLES = report.SCORE_TITLES | DISTANCE_TITLES | EF_TITLES
 # Heading, whether higher or lower is better, and the names of its scores.
@@ -137,7 +137,7 @@ def difference_cell(differences: dict, name: str) -> dict | None:
 def _agreement_rows(entries: Sequence[Entry]) -> list[tuple[str, str, str, dict]]:
     """Letter, run, index and its agreement in the run's own evaluation; no row if no patient has an EF."""
     return [
-        (entry.letter, one.label, report_sections.AGREEMENT_TITLES[name], found)
+        (entry.letter, one.label, report.AGREEMENT_TITLES[name], found)
         for name in AGREEMENTS
         for entry in entries
         for one in entry.scored
@@ -166,7 +166,7 @@ def curve_figures(records: Mapping[str, list[dict]], styles: Mapping[str, tuple[
         "Learning rate": dict.fromkeys(records, "lr"),
     }
     return [
-        report.curve_figure(f"runs-{place}", title, {n: (records[n], key) for n, key in keys.items()}, styles=styles)
+        training_figures.curve_figure(f"runs-{place}", title, {n: (records[n], key) for n, key in keys.items()}, styles=styles)
         for place, (title, keys) in enumerate(panels.items())
     ]
 

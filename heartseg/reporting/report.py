@@ -3,22 +3,25 @@
 It reads what a training run and an evaluation left behind, lays it out, and recomputes no metric.
 """
 
-import io
-from collections.abc import Mapping, Sequence
+import math
 
-import numpy as np
 import pandas
 
 from heartseg.config import recipes
 from heartseg.config.experiment import flatten
-from heartseg.evaluation.scoring import IMAGES, PAGE, PATIENTS, SUMMARY, read_rows
-from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
-from heartseg.reporting import contours, pages, plots, report_sections
-from heartseg.reporting.report_sections import STRUCTURE_TITLES
+from heartseg.evaluation.scoring import IMAGES, PAGE, PATIENTS, SUMMARY, Example, read_examples, read_rows
+from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES, PHASES, STRUCTURES, frame_name
+from heartseg.metrics.agreement import MIN_PAIRS
+from heartseg.reporting import contours, pages, plots, published_results, training_figures
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 
-GROUP_TITLES = {"train": "training", "val": "validation", "test": "test", "all": "whole"}
+STRUCTURE_TITLES = {
+    "endo": "Cavity (endo)",
+    "myo": "Wall (myo)",
+    "la": "Left atrium (la)",
+    "epi": "Epicardium (epi = endo + myo)",
+}
 SCORE_TITLES = {
     "dice": "Mean Dice of the three structures",
     "dice_endo": "Dice, left-ventricular cavity (endo)",
@@ -39,19 +42,24 @@ CARDS = {
     "dice4": ("Dice, four areas", ""),
     "accuracy": ("Pixel accuracy", ""),
 }
-# Columns of the narrower tables, with their headings.
+# Columns of the narrower tables, with their headings; distances are in mm.
 COLUMNS = {"dice": "Mean Dice", "dice_endo": "endo", "dice_myo": "myo", "dice_la": "la", "dice_epi": "epi"}
 BREAKDOWN_COLUMNS = COLUMNS | {"dice4": "dice4", "iou": "IoU", "accuracy": "Accuracy"}
-# Distances in mm of the same tables.
 BREAKDOWN_DISTANCES = {"masd_endo_mm": "endo, mean mm", "hd95_endo_mm": "endo, HD95 mm", "masd_la_mm": "la, mean mm"}
-CURVES = {
-    "loss": "Loss",
-    "accuracy": "Pixel accuracy",
-    "dice4": "Dice of four areas (dice4)",
-    "iou": "IoU of three structures",
-    "dice": "Mean Dice of three structures",
-}
 BREAKDOWNS = {"phase": "phase", "view": "view", "quality": "image quality", "size": "size of the heart in the image"}
+DISTANCE_COLUMNS = {"masd": "Mean surface distance", "hd95": "95 % Hausdorff", "hd": "Hausdorff"}
+AGREEMENT_TITLES = {
+    "ef_camus": "EF, one disk height (camus), %",
+    "ef_ase": "EF, each phase its own (ase), %",
+    "ef_4ch_ase": "EF, 4-chamber alone, %",
+    "ef_2ch_ase": "EF, 2-chamber alone, %",
+    "ef_area_length": "EF, area-length, %",
+    "edv_ml_camus": "End-diastolic volume (camus), ml",
+    "esv_ml_camus": "End-systolic volume (camus), ml",
+    "edv_ml_ase": "End-diastolic volume (ase), ml",
+    "esv_ml_ase": "End-systolic volume (ase), ml",
+    "la_volume_ml_ES": "Left-atrial volume at ES, ml",
+}
 # A run's origins, by their keys in its description.
 ORIGINS = {
     "Code revision": "code",
@@ -59,7 +67,8 @@ ORIGINS = {
     "Data fingerprint": "data_fingerprint",
     "Source SHA-256": "source_sha256",
 }
-WORST_ROWS, CHANNEL_SAMPLES = 10, 2
+WORST_ROWS = 10
+EXAMPLE_ROWS = 400  # of pixels of a drawn example
 
 
 def write_report(evaluation: str, run: str | None = None) -> str:
@@ -79,17 +88,15 @@ def write_report(evaluation: str, run: str | None = None) -> str:
         dataset=dataset,
         trained=bool(run),
         summary=summary,
-        group_title=GROUP_TITLES.get(summary["group"], summary["group"]),
+        group_title=training_figures.GROUP_TITLES.get(summary["group"], summary["group"]),
         **score_tables(summary),
         **image_tables(images),
         flags=summary.get("flags"),
-        distances=report_sections.distance_table(summary),
-        distance_columns=list(report_sections.DISTANCE_COLUMNS.values()),
-        clinical=report_sections.clinical_section(summary, patients),
-        published=report_sections.published_section(summary, dataset),
-        **report_sections.example_pictures(evaluation, images),
-        curves=curve_figures(run_directory.read_record(run), summary) if run else [],
-        **sample_pictures(read_samples(run) if run else []),
+        clinical=clinical_section(summary, patients),
+        published=published_section(summary, dataset),
+        **example_pictures(evaluation, images),
+        curves=training_figures.run_curves(run_directory.read_record(run), summary.get("epoch")) if run else [],
+        **(training_figures.sample_pictures(run) if run else {"sample_rows": []}),
         legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
         configuration=list(flatten(description.get("identity", {})).items()),
         lineage=lineage(run, description, summary) if run else file_lineage(summary),
@@ -98,13 +105,16 @@ def write_report(evaluation: str, run: str | None = None) -> str:
 
 
 def score_tables(summary: dict) -> dict:
-    """The headline's cards, the table of all scores, and one table for each breakdown that is known."""
+    """The headline's cards, the tables of all scores and of distances in mm, and one for each breakdown that is known."""
     scores, pooled = summary["scores"], summary.get("pooled") or {}
     breakdowns = [(title, summary.get("by", {}).get(key) or {}) for key, title in BREAKDOWNS.items()]
+    rows = [(title, [scores.get(f"{kind}_{name}_mm") for kind in DISTANCE_COLUMNS]) for name, title in STRUCTURE_TITLES.items()]
     return {
         "headline": scores.get("dice"),
         "cards": [(title, colour, scores.get(name)) for name, (title, colour) in CARDS.items()],
         "scores": [(SCORE_TITLES[n], scores[n] or {}, pooled.get(n)) for n in SCORE_TITLES if n in scores],
+        "distances": [(title, cells) for title, cells in rows if all(cell is not None for cell in cells)],
+        "distance_columns": [name for title in DISTANCE_COLUMNS.values() for name in (title, "95 % interval")],
         "breakdowns": [(title, parts) for title, parts in breakdowns if parts],
         "breakdown_columns": BREAKDOWN_COLUMNS,
         "breakdown_distances": BREAKDOWN_DISTANCES,
@@ -128,87 +138,72 @@ def image_tables(images: pandas.DataFrame | None) -> dict:
     }
 
 
-def curve_figures(record: list[dict], summary: dict) -> list[dict]:
-    """The curves by epoch as inline figures; none before the first epoch."""
-    found = dict.fromkeys(key.split("/")[0] for epoch in record for key in epoch if key.endswith("/loss"))
-    groups = sorted(found, key=lambda group: [*GROUP_TITLES, group].index(group))
-    panels = {name: {group: (record, f"{group}/{name}") for group in groups} for name in CURVES}
-    panels["lr"] = {"": (record, "lr")}
-    return [
-        curve_figure(f"curve-{name}", CURVES.get(name, "Learning rate"), lines, marked=summary.get("epoch"))
-        for name, lines in panels.items()
-        if record
+def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict | None:
+    """Tables and figures of volumes and EF, and the reasons why a patient has none.
+
+    The reasons alone if fewer than three patients have both EFs; None if there are no reasons either.
+    """
+    clinical = summary.get("clinical")
+    if not clinical or patients is None:
+        return None
+    agreement = clinical["agreement"]
+    known = {title: agreement.get(name) for name, title in AGREEMENT_TITLES.items()}
+    for convention, kinds in clinical["reference"].items():
+        for kind, title in (("prediction", "predicted EF"), ("truth", "EF from the expert's masks")):
+            known[f"{title} against the EF of the recording's file ({convention}), %"] = kinds[kind]
+    rows = [(title, row) for title, row in known.items() if row and row["r"] is not None]
+    ef = agreement["ef_camus"]
+    if not rows or ef["n"] < MIN_PAIRS:
+        return {"ef": None, "incomplete": clinical["incomplete"]} if clinical["incomplete"] else None
+    pair = patients[["ef_camus_prediction", "ef_camus_truth"]].to_numpy(float)
+    limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
+    correlation = "no correlation (all the same)" if ef["r"] is None else f"r {ef['r']:.2f}"
+    numbers = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."
+    scatter = plots.agreement_scatter(*pair.T, ef, "EF (camus), predicted and expert", "%")
+    differences = plots.bland_altman(*pair.T, ef, "Bland-Altman, EF (camus)", "points")
+    figures = [
+        pages.figure(scatter, "ef-scatter", f"Scatter of EF: {numbers}"),
+        pages.figure(differences, "ef-bland-altman", f"Bland-Altman plot of EF: {numbers}"),
     ]
+    return {"ef": ef, "rows": rows, "plots": figures, "classes": clinical["ef_classes"], "incomplete": clinical["incomplete"]}
 
 
-def curve_figure(
-    name: str, title: str, lines: Mapping[str, tuple[list[dict], str]], marked: int | None = None,
-    styles: Mapping[str, tuple[str, str]] | None = None,
-) -> dict:  # fmt: skip
-    """An inline figure of metrics by epoch: `lines` are (record, key) by group or run; an epoch without a value is a gap."""
-    epochs = sorted({int(epoch["epoch"]) for record, _ in lines.values() for epoch in record})
-    series = {label: by_epoch(record, key, epochs) for label, (record, key) in lines.items()}
-    known = {GROUP_TITLES.get(label, label): values[np.isfinite(values)] for label, values in series.items()}
-    last = ", ".join(f"{label} {values[-1]:.4g}".strip() for label, values in known.items() if len(values))
-    drawn = plots.curve(epochs, series, title, marked, styles)
-    return pages.figure(drawn, name, f"{title} by epoch, to epoch {epochs[-1]}: {last}.")
-
-
-def by_epoch(record: list[dict], key: str, epochs: Sequence[int]) -> np.ndarray:
-    """A metric at each of some epochs, NaN if the record has none."""
-    known = {int(epoch["epoch"]): epoch.get(key) for epoch in record}
-    return np.array([known.get(epoch) for epoch in epochs], float)
-
-
-def read_samples(run: str) -> list[dict[str, np.ndarray]]:
-    """The samples after the first and after the last epoch, in this order; one if they are the same, or none."""
-    samples = {}
-    for name in ("first", "last"):
-        path = filesystem.join(run, "samples", f"{name}.npz")
-        if filesystem.exists(path):
-            with np.load(io.BytesIO(filesystem.read_bytes(path)), allow_pickle=False) as arrays:
-                held = {key: arrays[key] for key in arrays.files}
-            samples[int(held["epoch"])] = held
-    return [samples[epoch] for epoch in sorted(samples)]
-
-
-def sample_pictures(samples: list[dict]) -> dict:
-    """Rows of image, truth and predictions, one a sample; and the one-class channels of the first samples."""
-    if not samples:
-        return {"sample_rows": [], "channel_rows": [], "sample_grid": ""}
-    newest = samples[-1]
-    names = [str(name) for name in newest["names"]]
-    height, width = newest["images"].shape[1:]
+def published_section(summary: dict, dataset: str) -> dict | None:
+    """Ours first, then the published rows in the same convention; None for anything but CAMUS."""
+    phases = summary["by"].get("phase", {})
+    if dataset != "CAMUS" or any(phase not in phases for phase in PHASES):
+        return None
+    whose = "These masks" if "predictions" in summary else "This model"
+    kinds, ours = ("endo", "epi", "la"), {"name": f"{whose}, {summary['group']} group"}
+    challenge = [ours | {
+        "dice": {s: tuple(phases[p][f"dice_{s}"] for p in PHASES) for s in kinds},
+        "hd_mm": {s: tuple(phases[p][f"hd_{s}_mm"] for p in PHASES) for s in kinds},
+    }]  # fmt: skip
+    split = [ours | {name: summary["scores"][name]["mean"] for name in ("dice_endo", "dice_myo", "dice_la", "dice", "iou")}]
+    agreement = summary["clinical"]["agreement"]
+    mine = {k: tuple(agreement[f"{k}_camus"][v] for v in ("r", "bias", "sd")) for k in ("ef", "edv_ml", "esv_ml")}
     return {
-        "sample_rows": [(name, sample_overlays(samples, row, name)) for row, name in enumerate(names)],
-        "channel_rows": [(name, one_class_channels(newest, row, name)) for row, name in enumerate(names[:CHANNEL_SAMPLES])],
-        "sample_grid": f"{height} × {width}",
+        "challenge": [*challenge, *published_results.CHALLENGE],
+        "split": [*split, *published_results.OFFICIAL_SPLIT],
+        "clinical": [ours | mine, *published_results.CLINICAL] if mine["ef"][0] is not None else [],
     }
 
 
-def sample_overlays(samples: list[dict], row: int, name: str) -> list[dict]:
-    """A sample's image, its truth, and its prediction after each epoch that was kept."""
-    image, truth = (samples[-1][key][row] for key in ("images", "masks"))
-    cells = [pages.picture(contours.overlay(image, np.zeros_like(truth)), "Image", f"Ultrasound image of {name}")]
-    cells.append(pages.picture(contours.overlay(image, truth), "Truth", f"{name} with the contours of the truth"))
-    for held in samples:
-        for prediction in held["predictions"][held["names"] == name][:1]:
-            caption = f"Prediction after epoch {int(held['epoch'])}"
-            alt = f"{name} with the contours of the {caption.lower()}"
-            cells.append(pages.picture(contours.overlay(image, prediction), caption, alt))
-    return cells
+def example_pictures(evaluation: str, images: pandas.DataFrame | None) -> dict[str, list[dict]]:
+    """The images of lowest and of highest Dice with both outlines, in proportions of millimetres."""
+    examples = {} if images is None else read_examples(evaluation)
+    drawn = [_example(example, images.loc[row]) for row, example in examples.items()]
+    half = (len(drawn) + 1) // 2
+    return {"worst_pictures": drawn[:half], "best_pictures": drawn[half:][::-1]}
 
 
-def one_class_channels(held: dict, row: int, name: str) -> list[tuple[str, list[dict]]]:
-    """Truth and prediction of a sample as one picture per class."""
-    kinds = {"Truth": "masks", f"Prediction after epoch {int(held['epoch'])}": "predictions"}
-    return [
-        (kind, [
-            pages.picture(drawn, title, f"{kind} of {name}, channel {label}")
-            for drawn, label, title in zip(contours.channels(held[key][row]), CLASSES, CLASS_TITLES, strict=True)
-        ])
-        for kind, key in kinds.items()
-    ]  # fmt: skip
+def _example(example: Example, row: pandas.Series) -> dict:
+    name = frame_name(row.astype(object).where(row.notna(), None))
+    dice = {structure: row[f"dice_{structure}"] for structure in STRUCTURES if not math.isnan(row[f"dice_{structure}"])}
+    worst = min(dice, key=dice.get)
+    caption = f"{name}: Dice {row['dice']:.3f}, lowest {worst} {dice[worst]:.3f}"
+    drawn = contours.overlay(example.image, example.prediction, example.spacing_mm, EXAMPLE_ROWS, example.truth)
+    return pages.picture(drawn, caption, f"{name} with the model's and the expert's outlines")
 
 
 def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]:

@@ -12,13 +12,12 @@ from heartseg.labels import PHASES, VIEWS
 from heartseg.metrics import cardiac_indices
 from heartseg.metrics.agreement import agree
 from helpers.experiments import CAMUS, skip_or_fail
-from jobs.benchmarks import ef as ef_table
 
 STILLS = [(view, phase) for view in VIEWS for phase in PHASES]
 
 # Why the authors' script differs on 224 rows, where its 8 pixels are 5.2 mm. On the same label maps with the release's
 # pixels of 0.308 mm it returns 60.2, 21.6 and 50.0 instead of 54.8, 27.3 and 38.5; ours are 60.3, 21.8 and 58.4.
-# `jobs/benchmark.py ef --source CAMUS --out FOLDER` draws these, and patient0001, which differs as much, unexplained.
+# patient0001 differs as much, unexplained.
 EXPLAINED = {
     "patient0033": "2CH ES: the base runs up the side wall, which is within 8 pixels of it, so the axis is 3 mm short",
     "patient0034": "2CH ED: the same, 8 mm short",
@@ -63,14 +62,3 @@ def test_the_ase_convention_is_about_nine_points_above_the_camus_one(real_rows):
     rows, reference, _ = real_rows
     found = agree([rows[p]["ef_ase"] for p in reference], [reference[p][2] for p in reference])
     assert found["r"] >= 0.94 and 8 < found["bias"] < 11
-
-
-@pytest.mark.real_data
-def test_patients_whose_ef_differs_by_more_than_five_points_are_drawn(real_rows, tmp_path, measurement):
-    found = ef_table.run(ef_table.Options(source=CAMUS, out=str(tmp_path)))
-    assert len(found) == 40
-    drawn = {path.stem for path in tmp_path.glob("*.png")}
-    assert set(EXPLAINED) <= drawn and len(drawn) <= 4
-    for one in ef_table.shown(found, 5):
-        cause = EXPLAINED.get(one.patient, "not explained")
-        measurement(f"{one.patient}: EF {one.row['ef_camus']:.1f}, reference {one.reference:.1f}: {cause}")
