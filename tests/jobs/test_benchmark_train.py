@@ -12,7 +12,7 @@ from helpers.experiments import tiny_experiment
 from jobs.benchmarks import train, train_sides
 from jobs.benchmarks.train_sides import Bench, Options
 
-TINY = Options(backbone="mobilenet_v3_large", size=64, batch=4, steps=2, pairs=1, ray_size=64)
+TINY = Options(backbone="mobilenet_v3_large", size=64, batch=4, steps=1, pairs=1, ray_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_baseline_reads_the_images_of_the_shards_in_their_order(bench, phant
 def test_both_sides_train_on_the_same_images_from_the_same_weights(bench):
     (table,) = train.measure_plain(bench)
     steps = [row for row in table.rows if row.name.startswith("loss of step")]
-    assert len(steps) == 3 and steps[0].value != steps[2].value
+    assert len(steps) == 2 and steps[0].value != steps[1].value
     for step in steps:
         # bf16 against fp32; other weights or another order differ by tenths.
         assert step.value == pytest.approx(step.baseline, rel=0.03)
@@ -43,7 +43,7 @@ def test_both_sides_train_on_the_same_images_from_the_same_weights(bench):
 def test_sections_are_printed_and_what_lacks_a_package_is_left_out(sections, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(train, "MATRIX_SIZES", (64, 128))
-    tables = train.run(replace(TINY, sections=sections, steps=1, batch=2))
+    tables = train.run(replace(TINY, sections=sections, batch=2))
     printed = capsys.readouterr().out
     assert "ray left out: the package ray is not installed" in printed
     assert [table.title.split(":")[0] for table in tables] == sections.split(",")[:-1]

@@ -5,10 +5,10 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 
 from heartseg.labels import STRUCTURE_LABELS
 from heartseg.metrics.segmentation import DISTANCES, surface_distances
+from jobs.benchmarks import scores
 
 KINDS = ("hd", "hd95", "masd")
 
@@ -55,25 +55,13 @@ def by_hand(prediction, truth, spacing_mm) -> dict[str, float]:
     return found
 
 
-def by_monai(prediction, truth, spacing_mm) -> dict[str, float]:
-    """MONAI's three metric classes, a channel for each structure after the background's."""
-    from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
-
-    one_hot = [
-        torch.from_numpy(np.stack([m == 0, *(np.isin(m, chosen) for chosen in STRUCTURE_LABELS.values())])[None]).float()
-        for m in (prediction, truth)
-    ]
-    metrics = [HausdorffDistanceMetric(percentile=100), HausdorffDistanceMetric(percentile=95)]
-    metrics.append(SurfaceDistanceMetric(symmetric=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # absent structures
-        values = torch.stack([metric(*one_hot, spacing=spacing_mm)[0] for metric in metrics], dim=1)
-    return dict(zip(DISTANCES, values.flatten().tolist(), strict=True))
-
-
 def assert_equals_monai(prediction, truth, spacing_mm) -> int:
     """Compare all distances; returns how many structures were in both maps. MONAI has no rule for one-sided absence."""
-    ours, theirs, both = surface_distances(prediction, truth, spacing_mm), by_monai(prediction, truth, spacing_mm), 0
+    _, by_monai = scores.monai_side()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # absent structures
+        theirs = by_monai(scores.one_hot(prediction), scores.one_hot(truth), spacing_mm)
+    ours, theirs, both = surface_distances(prediction, truth, spacing_mm), dict(zip(DISTANCES, theirs, strict=True)), 0
     for name, chosen in STRUCTURE_LABELS.items():
         present = [bool(np.isin(m, chosen).any()) for m in (prediction, truth)]
         if present[0] == present[1]:
@@ -85,7 +73,7 @@ def assert_equals_monai(prediction, truth, spacing_mm) -> int:
 
 def test_distances_are_the_definitions_pixel_by_pixel():
     absent = set()
-    for seed in range(150):
+    for seed in range(100):
         prediction, truth, spacing_mm = random_pair(np.random.default_rng(seed), longest=9)
         found = surface_distances(prediction, truth, spacing_mm)
         assert tuple(found) == DISTANCES and all(type(value) is float for value in found.values())
@@ -98,20 +86,12 @@ def test_distances_are_the_definitions_pixel_by_pixel():
 
 @pytest.mark.parametrize(
     ("seeds", "longest"),
-    [(range(60), 32), pytest.param(range(1000), 48, marks=pytest.mark.slow)],
-    ids=["60", "1000"],
+    [(range(25), 32), pytest.param(range(1000), 48, marks=pytest.mark.slow)],
+    ids=["25", "1000"],
 )
 def test_distances_are_monais(seeds, longest):
     compared = sum(assert_equals_monai(*random_pair(np.random.default_rng(seed), longest)) for seed in seeds)
     assert compared > len(seeds)
-
-
-def test_one_pixel_structures_are_as_far_apart_as_their_centres():
-    prediction, truth = np.zeros((2, 8, 9), np.uint8)
-    prediction[1, 2] = truth[5, 8] = 1
-    found = surface_distances(prediction, truth, (0.75, 2 / 3))
-    assert [found[f"{kind}_endo_mm"] for kind in KINDS] == pytest.approx([5.0] * 3)
-    assert found["hd_epi_mm"] == found["hd_endo_mm"] and math.isnan(found["hd_myo_mm"])
 
 
 def test_a_structure_that_fills_the_image_has_its_surface_at_the_border():
@@ -121,16 +101,6 @@ def test_a_structure_that_fills_the_image_has_its_surface_at_the_border():
     assert found["hd_la_mm"] == pytest.approx(math.sqrt(2))
     # 20 border pixels, of which 4 corners at the diagonal; 12 of the block's, all at 1.
     assert found["masd_la_mm"] == pytest.approx((16 + 4 * math.sqrt(2) + 12) / 32)
-
-
-def test_the_percentile_forgives_a_few_stray_pixels():
-    truth = np.zeros((60, 60), np.uint8)
-    truth[10:30, 10:30] = 1
-    prediction = truth.copy()
-    prediction[55, 20] = 1
-    found = surface_distances(prediction, truth, (0.5, 0.5))
-    assert found["hd_endo_mm"] == 13.0 and found["hd95_endo_mm"] == 0.0
-    assert found["masd_endo_mm"] == pytest.approx(13 / (76 + 77))
 
 
 @pytest.mark.parametrize(
