@@ -24,15 +24,10 @@ STRUCTURE_TITLES = {
 }
 SCORE_TITLES = {
     "dice": "Mean Dice of the three structures",
-    "dice_endo": "Dice, left-ventricular cavity (endo)",
-    "dice_myo": "Dice, left-ventricular wall (myo)",
-    "dice_la": "Dice, left atrium (la)",
-    "dice_epi": "Dice, epicardium: cavity and wall together (epi)",
+    **{f"dice_{name}": f"{title}: Dice" for name, title in STRUCTURE_TITLES.items()},
     "dice4": "Dice, mean of four areas, background included (dice4)",
     "iou": "Mean IoU (Jaccard) of the three structures",
-    "iou_endo": "IoU, left-ventricular cavity",
-    "iou_myo": "IoU, left-ventricular wall",
-    "iou_la": "IoU, left atrium",
+    **{f"iou_{name}": f"{STRUCTURE_TITLES[name]}: IoU" for name in STRUCTURES},
     "accuracy": "Pixel accuracy: correct pixels / all pixels",
 }
 # Cards beside the headline: the shortest wording, and the colour of the structure.

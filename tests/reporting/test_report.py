@@ -172,7 +172,7 @@ def test_scores_and_agreement_are_shown_as_they_were_summarised(page, tmp_path):
         if name in SCORES and score["mean"] is not None:
             row = f"{report.SCORE_TITLES[name]}{score['mean']:.3f}{score['low']:.3f} to {score['high']:.3f}"
             assert row + f"{summary['pooled'][name]:.3f}" in words
-    assert "IoU, left atrium––1.000" in words
+    assert "Left atrium (la): IoU––1.000" in words
     ef = summary["clinical"]["agreement"]["ef_camus"]
     assert f"EF, one disk height (camus), %4{ef['r']:.3f}{ef['bias']:.1f}" in words
     assert all(f"By {title}" in words for title in ("phase", "view", "image quality"))
