@@ -17,15 +17,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from heartseg.config.experiment import Experiment, from_json
+from heartseg.config.experiment import Experiment, flatten, from_json, to_json
 from heartseg.config.recipes import RECIPES
-from heartseg.errors import StorageError, UserError, io_errors_as_user_errors
+from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
 from heartseg.storage import filesystem
 
 log = logging.getLogger("heartseg.jobs")
 ROOT = Path(__file__).resolve().parents[2]
 # Marks a nested dataclass whose fields become flags without its name as a prefix.
 FLAT = tyro.conf.arg(name="")
+RECIPE = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar=f"[{'|'.join(RECIPES)}|--config FILE]", help="A recipe, or a file with a complete experiment."),
+]
 # Set in every submitted job: the configuration that Ray passes to its driver.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Names of environment variables whose values no one else should see.
@@ -68,6 +72,11 @@ def exit_with_message(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, otherwise the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def install_sigterm_handler() -> None:
     """Make SIGTERM an exception in the main thread, so that a job ends in order."""
 
@@ -97,46 +106,61 @@ def configure_logging() -> None:
 
 
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
-    """A recipe (`seed` where none is named) or `--config FILE`, then changes to it: the experiment and the job's options.
+    """A recipe (`seed` if none is named) or `--config FILE`, and changes to it: the experiment and the job's options.
 
     `options` is an instance of the job's own dataclass. Raises UserError for any mistake on the command line.
     """
-    experiment, rest = _pick_recipe(_spell_out_elastic(list(argv)))
-
-    fields = [("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
+    words, config = _split_words(argv)
+    fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
     kind = make_dataclass("Command", fields, frozen=True)
-    shown = f"python jobs/{prog} [{'|'.join(RECIPES)}|--config FILE]"
-    command = parse_line(kind, rest, shown, description, default=kind(experiment, options))
+
+    def parse_changes(base: Experiment) -> Any:
+        return parse_line(kind, words, f"python jobs/{prog}", description, default=kind("", base, options))
+
+    if config:
+        command = parse_changes(read_config(config))
+        require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
+    else:
+        # The first word that names a recipe is almost always the recipe, and not the value of a flag.
+        likely = next((word for word in words if word in RECIPES), "seed")
+        command = parse_changes(RECIPES[likely]())
+        recipe = command.recipe or "seed"
+        require(recipe in RECIPES, f"There is no recipe {recipe!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
+        if recipe != likely:
+            command = parse_changes(RECIPES[recipe]())
     return with_environment(command.experiment), command.options
 
 
-def _spell_out_elastic(argv: list[str]) -> list[str]:
-    """`--workers 1:4` as `--workers 4 --min-workers 1`."""
-    for place, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if flag != "--workers":
-            continue
-        taken = 1 if equals else 2
-        fewest, colon, most = (value if equals else "".join(argv[place + 1 : place + 2])).partition(":")
-        if colon:
-            return [*argv[:place], "--workers", most, "--min-workers", fewest, *argv[place + taken :]]
-    return argv
+def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
+    """The words without `--config FILE`, and that file; `--workers 1:4` and `optim.lr=0.001` are spelled out as flags."""
+    words: list[str] = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith(("--config=", "--workers=")) else [word]
+    config = ""
+    if "--config" in words:
+        place = words.index("--config")
+        require(place + 1 < len(words), "--config needs a file: the complete experiment as JSON.")
+        config = words[place + 1]
+        del words[place : place + 2]
+    fields, flag = flatten(to_json(RECIPES["seed"]())), ""
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            flag = word
+        elif flag == "--workers" and ":" in word:
+            fewest, most = word.split(":", 1)
+            words[place : place + 1] = [most, "--min-workers", fewest]
+        elif "=" in word and word.partition("=")[0].replace("-", "_") in fields and flag != "--space.changes":
+            words[place] = f"--{word}"
+    return words, config
 
 
-def _pick_recipe(argv: list[str]) -> tuple[Experiment, list[str]]:
-    if argv and argv[0] == "--config":
-        if len(argv) < 2:
-            raise UserError("--config needs a file: the complete experiment as JSON.")
-        value = filesystem.read_json(argv[1])
-        if not isinstance(value, dict):
-            raise UserError(f"--config {argv[1]} is not an experiment: give a JSON object, such as a run's experiment.json.")
-        # A run's experiment.json and a checkpoint's card hold the experiment under this key.
-        return from_json(value.get("experiment", value), origin=argv[1]), argv[2:]
-    if not argv or argv[0].startswith("-"):
-        return RECIPES["seed"](), argv
-    if argv[0] not in RECIPES:
-        raise UserError(f"There is no recipe {argv[0]!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
-    return RECIPES[argv[0]](), argv[1:]
+def read_config(path: str) -> Experiment:
+    """The experiment in a JSON file; a run's experiment.json and a checkpoint's card hold it under that key."""
+    value = filesystem.read_json(absolute(path, "config"))
+    require(
+        isinstance(value, dict), f"--config {path} is not an experiment: give a JSON object, such as a run's experiment.json."
+    )
+    return from_json(value.get("experiment", value), origin=path)
 
 
 def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, default: Any = None) -> Any:
@@ -180,15 +204,14 @@ def with_environment(experiment: Experiment) -> Experiment:
 
 def absolute(path: str, name: str) -> str:
     """The absolute path; raises UserError for a relative one in a submitted job, whose folder is an uploaded copy."""
-    if JOB_CONFIG in os.environ and not (filesystem.is_uri(path) or os.path.isabs(path)):
-        raise UserError(
-            f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give an absolute path."
-        )
+    path = os.path.expanduser(path)  # a shell leaves --out=~/results as it is
+    is_relative = not (filesystem.is_uri(path) or os.path.isabs(path))
+    fix = "and a submitted job runs in a copy of the folder: give an absolute path."
+    require(not (is_relative and JOB_CONFIG in os.environ), f"--{name} {path} is relative, {fix}")
     return filesystem.absolute(path)
 
 
 def require_flag(value: str, flag: str, meaning: str) -> str:
     """The value of a flag that a job needs; raises UserError if it is missing."""
-    if not value:
-        raise UserError(f"{flag} is missing: give {meaning}.")
+    require(bool(value), f"{flag} is missing: give {meaning}.")
     return value

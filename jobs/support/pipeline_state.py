@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 
 from heartseg.config.experiment import first_difference
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import StorageError, UserError, require
 from heartseg.storage import filesystem
 from jobs.support.pipeline_stages import Result, Stage
 
@@ -44,10 +44,8 @@ class PipelineState:
             raise  # a store that is away says nothing about the record
         except (UserError, AttributeError, KeyError, TypeError):
             is_readable = False
-        if not is_readable:
-            raise UserError(
-                f"{path} is not the record of a pipeline: remove it and rerun pipeline.py, which keeps what is complete."
-            )
+        fix = "remove it and rerun pipeline.py, which keeps what is complete."
+        require(is_readable, f"{path} is not the record of a pipeline: {fix}")
         return cls(out, metadata, stages)
 
     def save(self) -> None:

@@ -39,6 +39,15 @@ def test_cores_are_shared_out_so_that_every_worker_fits_on_one_node(nodes, worke
     assert ray_runtime.share_of_cores(nodes, workers) == cores
 
 
+def test_workers_ask_for_the_gpus_that_there_are_or_may_be_and_otherwise_for_cores(monkeypatch):
+    now, planned = {"CPU": [4.0]}, {}
+    monkeypatch.setattr(ray_runtime, "_on_each_node", lambda kind: now.get(kind, [0.0]))
+    monkeypatch.setattr(ray_runtime, "_after_autoscaling", lambda kind: planned.get(kind, 0))
+    assert ray_runtime.worker_resources(2) == {"CPU": 2} and ray_runtime.room_for(2) == 2
+    planned |= {"GPU": 4}
+    assert ray_runtime.worker_resources(2) == {"GPU": 1, "CPU": 1} and ray_runtime.room_for(1) == 4
+
+
 def died(*ranks: int, **others: Exception) -> WorkerGroupError:
     """What Ray Train raises when the processes of some workers are gone, with what others raised over it."""
     unhealthy = ray_runtime.ray_private("ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError")
