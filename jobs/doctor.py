@@ -224,6 +224,9 @@ def job(argv: Sequence[str]) -> None:
     """The command line."""
     about = "Check this machine or cluster, and report what is wrong and how to fix it."
     options = command_line.parse_line(Options, argv, "python jobs/doctor.py", about)
+    if options.launcher == "plain":
+        no_workers = dict.fromkeys(("workers", "seconds"), "--launcher plain starts no workers")
+        command_line.refuse_unused(Options(), options, no_workers)
     with stdout_to_stderr():
         found = run(options)
     wrong = any(finding.wrong for finding in found)

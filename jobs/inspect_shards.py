@@ -117,6 +117,8 @@ def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     options = command_line.parse_line(Options, argv, "python jobs/inspect_shards.py", "Show what shards hold, and check them.")
+    if not options.out:
+        command_line.refuse_unused(Options(), options, dict.fromkeys(("images", "seed"), "the contact sheet needs --out"))
     page = run(options)
     if page:
         print(page)

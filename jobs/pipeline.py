@@ -33,14 +33,6 @@ from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, Pipeline
 log = logging.getLogger("heartseg.jobs")
 
 
-@dataclass(frozen=True)
-class StatusOptions:
-    """Which pipeline to show."""
-
-    out: str = "results"
-    """Folder or URI of the pipeline."""
-
-
 def run(experiment: Experiment, options: PipelineOptions) -> str:
     """Run the stages asked for; returns the path of the report, or of the last stage's result."""
     check_installation()
@@ -106,9 +98,9 @@ class Runner:
             title, missing = f"{number}/{len(stages)} {stage.name}", [need for need in stage.needs if need not in results]
             if stage not in chosen:
                 if stage.name in needed:
-                    result, flag = self.state.result(stage), f"--from {self.options.begin}"
-                    require(result is not None, f"{flag}: stage {stage.name} is not done, or its result is gone: omit {flag}.")
-                    results[stage.name] = result
+                    flag, results[stage.name] = f"--from {self.options.begin}", self.state.result(stage)
+                    fix = f"is not done, or its result is gone: omit {flag}."
+                    require(results[stage.name] is not None, f"{flag}: stage {stage.name} {fix}")
                 continue
             if missing:  # in a dry run only
                 print(f"{title}: would run, after {', '.join(missing)}")
@@ -128,18 +120,19 @@ class Runner:
     def run(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
         """Run a stage; after a failure that is not the user's mistake try again, --retries times, from what is complete."""
         before = self.state.stages.get(stage.name)
-        for _ in range(self.options.retries):
+        for retries_left in range(self.options.retries, -1, -1):
+            # Once an attempt is recorded, the state knows whether the stage still has to start from scratch.
+            is_forced = is_forced and self.state.stages.get(stage.name) is before
             try:
                 return self.attempt(stage, inputs, results, is_forced)
             except Exception as error:
-                if isinstance(error, UserError) and not isinstance(error, StorageError):
+                if not retries_left or (isinstance(error, UserError) and not isinstance(error, StorageError)):
                     raise
                 log.warning("%s failed, trying again: %s", stage.name, first_line(error))
-            # Once the attempt is recorded, the state knows whether the stage still has to start from scratch.
-            is_forced = is_forced and self.state.stages.get(stage.name) is before
-            if not self.cluster:
-                shut_down_ray()
-        return self.attempt(stage, inputs, results, is_forced)
+            with contextlib.suppress(Exception):  # the stage may have left this process's Ray in any state
+                import ray
+
+                ray.shutdown()
 
     def attempt(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
         """Run a stage once; the state records how it ended."""
@@ -194,28 +187,22 @@ class Runner:
         return f"{stage.name}-{uuid.uuid4().hex[:8]}"
 
 
-def shut_down_ray() -> None:
-    """Shut down this process's Ray; a stage that failed may have left it in any state."""
-    with contextlib.suppress(Exception):
-        import ray
+def show_status(out: str = "results") -> None:
+    """Show the state of each stage of a pipeline.
 
-        ray.shutdown()
-
-
-def show_status(argv: Sequence[str]) -> None:
-    """Print the state of each stage of a pipeline."""
-    about = "Show the state of each stage of a pipeline."
-    options = command_line.parse_line(StatusOptions, argv, "python jobs/pipeline.py status", about)
-    out = command_line.absolute(options.out, "out")
-    state = PipelineState.open(out)
-    require(bool(state.stages), f"{out} holds no pipeline ({out}/pipeline.json is missing): give --out.")
-    print(state.format_table(locks.is_held(out)))
+    Args:
+        out: Folder or URI of the pipeline.
+    """
+    path = command_line.absolute(out, "out")
+    state = PipelineState.open(path)
+    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): give --out.")
+    print(state.format_table(locks.is_held(path)))
 
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     if argv and argv[0] == "status":
-        show_status(argv[1:])
+        command_line.parse_line(show_status, argv[1:], "python jobs/pipeline.py status")
         return
     about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
     print(run(*command_line.parse(PipelineOptions(), argv, "pipeline.py", about)))

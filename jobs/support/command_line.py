@@ -9,8 +9,9 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,10 @@ RECIPE = Annotated[
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Names of environment variables whose values no one else should see.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
+# Variables of ours, Ray, W&B, S3 and torchrun that mean the same empty as unset, which not every reader knows.
+MEANINGLESS_IF_EMPTY = ("HEARTSEG_", "RAY_", "WANDB_", "AWS_", "TMPDIR", "WORLD_SIZE", "RANK", "LOCAL_")
+# A UNIX socket's path has at most 107 bytes, of which Ray's own folders below TMPDIR take 68.
+LONGEST_TMPDIR = 39
 EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h; tells the pipeline that follows a submitted job that another attempt may help.
 EXIT_STORAGE_ERROR = 75
@@ -54,6 +59,7 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     configure_logging()
     install_sigterm_handler()
     warn_about_secrets()
+    prepare_environment()
     try:
         with io_errors_as_user_errors():
             job(sys.argv[1:])
@@ -91,12 +97,22 @@ def install_sigterm_handler() -> None:
 def warn_about_secrets() -> None:
     """Warn of secrets in a submitted job's runtime_env: Ray shows it to everyone who sees the dashboard."""
     given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
+    fix = "set it where the cluster starts instead (cluster/README.md, Secrets), and change it if others could see it."
     for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
-        log.warning(
-            "%s stands in this job's runtime_env, which Ray's dashboard shows: set it where the cluster starts instead "
-            "(cluster/README.md, Secrets), and change it if others could see it.",
-            name,
-        )
+        log.warning("%s stands in this job's runtime_env, which Ray's dashboard shows: %s", name, fix)
+
+
+def prepare_environment() -> None:
+    """Remove what Ray and W&B stumble over: empty variables, a TMPDIR too long for sockets, a proxy between local processes."""
+    for name in [name for name, value in os.environ.items() if not value and name.startswith(MEANINGLESS_IF_EMPTY)]:
+        del os.environ[name]
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
+            log.info("%s=%s is too long for the sockets in it: using /tmp.", name, os.environ[name])
+            os.environ[name], tempfile.tempdir = "/tmp", None
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if given != "*":
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [given, "localhost,127.0.0.1,::1"]))
 
 
 def configure_logging() -> None:
@@ -108,7 +124,8 @@ def configure_logging() -> None:
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
     """A recipe (`seed` if none is named) or `--config FILE`, and changes to it: the experiment and the job's options.
 
-    `options` is an instance of the job's own dataclass. Raises UserError for any mistake on the command line.
+    `options` is an instance of the job's own dataclass, whose `unused` holds the experiment's fields that have no effect in
+    the job, and why. Raises UserError for any mistake on the command line.
     """
     words, config = _split_words(argv)
     fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
@@ -118,17 +135,30 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
         return parse_line(kind, words, f"python jobs/{prog}", description, default=kind("", base, options))
 
     if config:
-        command = parse_changes(read_config(config))
+        base = read_config(config)
+        command = parse_changes(base)
         require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
     else:
         # The first word that names a recipe is almost always the recipe, and not the value of a flag.
         likely = next((word for word in words if word in RECIPES), "seed")
-        command = parse_changes(RECIPES[likely]())
+        base = RECIPES[likely]()
+        command = parse_changes(base)
         recipe = command.recipe or "seed"
         require(recipe in RECIPES, f"There is no recipe {recipe!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
         if recipe != likely:
-            command = parse_changes(RECIPES[recipe]())
+            base = RECIPES[recipe]()
+            command = parse_changes(base)
+    refuse_unused(base, command.experiment, command.options.unused)
     return with_environment(command.experiment), command.options
+
+
+def refuse_unused(base: object, changed: object, unused: Mapping[str, str]) -> None:
+    """Raise UserError for a changed field of a dataclass that has no effect; `unused` holds the reason by a field's name."""
+    before, after = flatten(to_json(base)), flatten(to_json(changed))
+    for field in after:
+        reason = unused.get(field) or unused.get(field.partition(".")[0])
+        if reason and after[field] != before[field]:
+            raise UserError(f"--{field.replace('_', '-')} {after[field]} has no effect here: {reason}. Leave it out.")
 
 
 def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -163,13 +193,12 @@ def read_config(path: str) -> Experiment:
     return from_json(value.get("experiment", value), origin=path)
 
 
-def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, default: Any = None) -> Any:
-    """tyro's command line for a dataclass; turns its boxed errors into a one-line UserError."""
+def parse_line(kind: Callable, argv: Sequence[str], prog: str, description: str | None = None, **default: Any) -> Any:
+    """tyro's command line for a dataclass or a function; turns its boxed errors into a one-line UserError."""
     errors = io.StringIO()
-    arguments = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **arguments)
+            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

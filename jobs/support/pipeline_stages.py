@@ -67,6 +67,13 @@ class PipelineOptions:
         require(self.tune > 0 or not has_sweep_flags, "Options of a sweep are given, but no sweep: add --tune TRIALS.")
         require(not (self.submit and self.local), "--submit and --local exclude each other.")
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """The experiment's fields that have no effect here, and why."""
+        below_out = dict.fromkeys(("data", "runs"), "the pipeline keeps its shards and runs below --out")
+        fields = ("split.kind", "split.folds", "split.fold", "split.test_share") if self.folds else ()
+        return below_out | dict.fromkeys(fields, "--folds divides the patients")
+
 
 @dataclass(frozen=True)
 class Result:

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,6 @@ from heartseg.storage import filesystem
 from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import ROOT, tiny_experiment
-from helpers.local_cluster import begin_until
 from jobs import pipeline
 from jobs.support import command_line
 from jobs.support.pipeline_stages import PipelineOptions, build_graph
@@ -85,18 +83,21 @@ def test_what_is_done_is_skipped_and_status_shows_it(finished, phantom, tmp_path
         pipeline.job(["status", "--out", str(tmp_path)])
 
 
-@pytest.mark.slow
-def test_a_changed_setting_runs_only_what_depends_on_it_and_a_dry_run_shows_it_first(copy, phantom, capsys):
-    before = (copy / "pipeline.json").read_bytes()
-    other = tiny(phantom, copy, seed=3)
-    pipeline.run(other, PipelineOptions(dry_run=True))
+def test_a_dry_run_shows_what_a_changed_setting_would_run_and_writes_nothing(finished, phantom, capsys):
+    before = (finished / "pipeline.json").read_bytes()
+    pipeline.run(tiny(phantom, finished, seed=3), PipelineOptions(dry_run=True))
     shown = capsys.readouterr().out
     assert "1/3 preprocess: done" in shown
     assert "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 asked)" in shown
-    assert "3/3 evaluate: would run, after train" in shown and (copy / "pipeline.json").read_bytes() == before
-    pipeline.run(other, PipelineOptions())
+    assert "3/3 evaluate: would run, after train" in shown and (finished / "pipeline.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_changed_setting_or_force_trains_another_run_and_nothing_else(copy, phantom):
+    changed = pipeline.run(tiny(phantom, copy, seed=3), PipelineOptions(until="train"))
+    again = pipeline.run(tiny(phantom, copy, seed=3), PipelineOptions(force=("train",), until="train"))
+    assert again == f"{changed}-2" == records(copy)["train"]["result"]["path"] and len(list((copy / "runs").iterdir())) == 3
     assert attempts(copy) == {"preprocess": 1, "train": 1, "evaluate": 1}
-    assert len(list((copy / "runs").iterdir())) == 2
 
 
 def test_a_missing_result_is_made_again_and_a_changed_split_divides_the_shards_again(copy, phantom):
@@ -160,12 +161,6 @@ def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path
     assert not (tmp_path / "out").exists() and not os.path.exists(inside)
 
 
-@pytest.mark.slow
-def test_force_trains_a_new_run_and_until_stops_there(copy, phantom):
-    path = pipeline.run(tiny(phantom, copy), PipelineOptions(force=("train",), until="train"))
-    assert path.endswith("-2") and records(copy)["train"]["result"]["path"] == path
-
-
 def test_from_uses_earlier_results_as_they_are(finished, phantom, tmp_path):
     elsewhere = replace(tiny(phantom, finished), source=str(tmp_path))  # the files themselves have gone
     assert pipeline.run(elsewhere, PipelineOptions(begin="train")).endswith("report.html")
@@ -179,17 +174,24 @@ def test_from_uses_earlier_results_as_they_are(finished, phantom, tmp_path):
         pipeline.run(tiny(phantom, finished), PipelineOptions(begin="evaluate", until="train"))
 
 
-def test_a_failure_is_retried_and_recorded_and_a_rerun_resumes(phantom, tmp_path, monkeypatch):
-    failures = [RuntimeError("the weather"), RuntimeError("the weather")]
+def test_a_failure_is_retried_an_interruption_is_not_and_a_rerun_resumes(phantom, tmp_path, monkeypatch, capsys):
+    ends = [RuntimeError("the weather"), RuntimeError("the weather"), KeyboardInterrupt()]
     real = pipeline.importlib.import_module
-    broken = SimpleNamespace(import_module=lambda name: (_ for _ in ()).throw(failures.pop()) if failures else real(name))
+    broken = SimpleNamespace(import_module=lambda name: (_ for _ in ()).throw(ends.pop(0)) if ends else real(name))
     monkeypatch.setattr(pipeline, "importlib", broken)
+    experiment, until = tiny(phantom, tmp_path), PipelineOptions(until="preprocess")
     with pytest.raises(RuntimeError, match="the weather"):
-        pipeline.run(tiny(phantom, tmp_path), PipelineOptions(until="preprocess"))
+        pipeline.run(experiment, until)
     record = records(tmp_path)["preprocess"]
     assert (record["state"], record["problem"], len(record["attempts"])) == ("failed", "the weather", 2)
-    pipeline.run(tiny(phantom, tmp_path), PipelineOptions(until="preprocess"))
-    assert attempts(tmp_path)["preprocess"] == 3 and records(tmp_path)["preprocess"]["state"] == "done"
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(experiment, until)
+    record = records(tmp_path)["preprocess"]
+    assert record["state"] == "stopped" and record["attempts"][2]["ended"]
+    pipeline.run(experiment, replace(until, dry_run=True))
+    assert "1/3 preprocess: would run (stopped)" in capsys.readouterr().out
+    pipeline.run(experiment, until)
+    assert attempts(tmp_path)["preprocess"] == 4 and records(tmp_path)["preprocess"]["state"] == "done"
 
 
 @pytest.mark.slow
@@ -241,19 +243,3 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
     trained = filesystem.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
     assert trained["optim"] == best["optim"] and trained["schedule"] == best["schedule"]
     assert best["train"]["holdout"] > 0 and trained["train"]["holdout"] == 0
-
-
-@pytest.mark.slow
-def test_an_interrupted_stage_is_stopped_and_says_how_to_resume(phantom, tmp_path):
-    config = tmp_path / "tiny.json"
-    experiment = tiny(phantom, tmp_path)
-    config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=200)))))
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--until", "train"]
-    begun = begin_until(command, os.environ, "epoch 2/200")
-    begun.send_signal(signal.SIGINT)
-    rest = begun.stdout.read()
-    assert begun.wait(timeout=60) == 130 and "stopped; rerun the same command to resume" in rest, rest
-    record = records(tmp_path)["train"]
-    assert record["state"] == "stopped" and record["attempts"][0]["ended"]
-    shown = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=60).stdout
-    assert "2/3 train: would run (stopped)" in shown
