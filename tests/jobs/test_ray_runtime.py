@@ -1,10 +1,14 @@
 """What is asked of a cluster, how a training reports the death of its workers, and what Ray must still have; no Ray starts."""
 
+import re
+
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
 from heartseg.errors import StorageError, UserError
+from helpers.local_cluster import free_port
 from jobs.support import ray_runtime, ray_training
 from jobs.support.ray_training import WorkersDied
 
@@ -69,3 +73,20 @@ def test_dead_workers_are_named_and_a_workers_own_message_comes_before_the_death
         ray_training.raise_user_error(error, 3, {"CPU": 1})
     assert isinstance(caught.value, WorkersDied) == (raised is WorkersDied)
     assert isinstance(caught.value, UserError) == (raised is not WorkerGroupError)
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:{port}", "ray://127.0.0.1:{port}", "[::1]:{port}", "nonsense"])
+@pytest.mark.parametrize("left_behind", [True, False])
+def test_an_address_without_a_cluster_is_a_one_line_error_at_once(address, left_behind, tmp_path, monkeypatch):
+    find = ray_runtime.ray_private("ray._private.services.canonicalize_bootstrap_address")
+    monkeypatch.setitem(find.__globals__, "find_gcs_addresses", set)  # other clusters of this machine
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    port = free_port()
+    if left_behind:  # by a killed cluster, for `auto`
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    address = address.format(port=port)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: no cluster can be joined.*unset RAY_ADDRESS"):
+        ray_runtime.start_ray(1)
