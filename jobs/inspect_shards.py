@@ -44,6 +44,8 @@ def run(options: Options) -> str | None:
     path = command_line.absolute(data, "data")
     if options.images < 1 or options.seed < 0:
         raise UserError("--images must be at least 1 and --seed not negative.")
+    if not options.out:
+        command_line.refuse_unused(Options(), options, dict.fromkeys(("images", "seed"), "the contact sheet needs --out"))
     if options.verify:
         verify(path)
     opened = open_shards(path)
@@ -117,8 +119,6 @@ def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     options = command_line.parse_line(Options, argv, "python jobs/inspect_shards.py", "Show what shards hold, and check them.")
-    if not options.out:
-        command_line.refuse_unused(Options(), options, dict.fromkeys(("images", "seed"), "the contact sheet needs --out"))
     page = run(options)
     if page:
         print(page)
