@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from heartseg.config.experiment import PredictConfig, canonical, to_json
-from heartseg.errors import UserError, require
+from heartseg.errors import UserError
 from heartseg.evaluation import run_comparison
 from heartseg.evaluation.run_comparison import Comparison, Scored
 from heartseg.evaluation.scoring import IMAGES, PATIENTS, SUMMARY
@@ -50,11 +50,6 @@ class Options(ScoringOptions):
     the training group (--train.holdout, as in a sweep), it is these: runs to choose from must not see the test group."""
     out: str = ""
     """Folder of the results; by default `comparison` in the folder of runs, or `comparison-HASH` beside the first run."""
-
-    def __post_init__(self):
-        require(self.workers >= 1, "--workers must be at least 1.")
-        require(self.workers == 1 or self.launcher == "ray", "--launcher plain is one process: leave --workers out.")
-        require(not (self.data and self.truth), "--data and --truth are two sets of images to score on: give one of them.")
 
 
 def run(options: Options) -> str:

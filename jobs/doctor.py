@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
 from jobs.support import command_line, ray_runtime, system_checks
+from jobs.support.command_line import first_line
 from jobs.support.system_checks import Finding
 
 # What workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
@@ -69,27 +70,37 @@ def run(options: Options) -> list[Finding]:
     if options.launcher == "ray":
         checks["workers"] = partial(check_cluster, options, runs)
     found: list[Finding] = []
-    for name, check in checks.items():
-        print(f"checking {name} …", file=sys.stderr, flush=True)
-        found += system_checks.run_check(name, check)
+    with no_new_folders(runs):
+        for name, check in checks.items():
+            print(f"checking {name} …", file=sys.stderr, flush=True)
+            found += system_checks.run_check(name, check)
     return found
+
+
+@contextlib.contextmanager
+def no_new_folders(path: str) -> Iterator[None]:
+    """Remove a local folder, and those above it, that did not exist before, unless another process has put something there."""
+    folders = [] if filesystem.is_uri(path) or not path else [Path(path), *Path(path).parents]
+    new = [folder for folder in folders if not folder.exists()]
+    yield
+    with contextlib.suppress(OSError):
+        for folder in new:
+            folder.rmdir()
 
 
 def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
     """The cluster as Ray sees it, its other nodes, and how fast its workers exchange data; `runs` may be empty."""
     import ray
 
-    is_shared = os.environ.get("RAY_ADDRESS", "local") != "local"
+    is_shared = ray_runtime.cluster_address() != "local"
     ray_runtime.start_ray(options.workers)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    found, numbers = f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
-    wrong = (
-        "Anyone who reaches the cluster may use it: RAY_AUTH_MODE is not token.",
-        "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md).",
-    )
     is_open = is_shared and os.environ.get("RAY_AUTH_MODE") != "token"
-    yield Finding("Ray", found, *(wrong if is_open else ()), numbers=numbers)
+    wrong = "Anyone who reaches the cluster may use it: RAY_AUTH_MODE is not token." if is_open else ""
+    fix = "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md)." if is_open else ""
+    numbers = {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
+    yield Finding("Ray", f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", wrong, fix, numbers)
     yield from other_nodes(nodes)
     number = options.workers or gpus or max(min(2, cpus), len(nodes))
     if len(nodes) > 1 and not runs:
@@ -104,14 +115,12 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
             "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
             "between them, and see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
         )
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        yield Finding("workers", f"{number} asked for", f"They could not exchange anything: {reason}", fix)
+        yield Finding("workers", f"{number} asked for", f"They could not exchange anything: {first_line(error)}", fix)
         return
     finally:
         with contextlib.suppress(UserError, OSError):
             filesystem.remove(folder)
     yield bandwidth(number, report)
-    yield from mixed_versions(report["machines"])
 
 
 def other_nodes(nodes: list[dict]) -> Iterator[Finding]:
@@ -130,16 +139,25 @@ def other_nodes(nodes: list[dict]) -> Iterator[Finding]:
         except ray.exceptions.RayError as error:
             wrong = f"Node {address} does not answer ({type(error).__name__})."
             yield Finding(f"node {address}", "–", wrong, "See its Ray logs, and start Ray on it again.")
-            continue
-        name = f"node {host} ({address})"
-        yield Finding(name, "; ".join(f"{one.name}: {one.found}" for one in found))
-        yield from (replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}") for one in found if one.wrong)
+        else:
+            yield from describe_node(f"node {host} ({address})", found)
 
 
 def check_node() -> tuple[str, list[Finding]]:
     """The name of the machine that this runs on, and what it has."""
-    found = [one for name, check in system_checks.NODE_CHECKS.items() for one in system_checks.run_check(name, check)]
-    return socket.gethostname(), found
+    checks = system_checks.NODE_CHECKS | {"versions": system_checks.versions}
+    return socket.gethostname(), [one for name, check in checks.items() for one in system_checks.run_check(name, check)]
+
+
+def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
+    """Another node's findings as one row, then whatever is wrong there; other versions than here are."""
+    yield Finding(name, "; ".join(f"{one.name}: {one.found}" for one in found))
+    here = {one.name: one.found for one in system_checks.versions()}
+    for one in found:
+        if not one.wrong and one.found != here.get(one.name, one.found):
+            one = replace(one, wrong=f"{one.name} is {one.found} there and {here[one.name]} here.", fix="Use one image.")
+        if one.wrong:
+            yield replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}")
 
 
 def all_reduce(config: dict) -> dict:
@@ -162,33 +180,22 @@ def all_reduce(config: dict) -> dict:
         # Rank 0's clock decides for all, since each must take part in every round.
         more.fill_(float(time.perf_counter() - started < config["seconds"]))
         dist.broadcast(more, src=0)
-    seconds = time.perf_counter() - started
+    measured = {"bytes": num_bytes, "seconds": time.perf_counter() - started, "rounds": rounds, "is_right": is_right}
+    machines: list[tuple[str, str] | None] = [None] * number
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    versions = {finding.name: finding.found for finding in system_checks.versions()}
-    machines: list[dict | None] = [None] * number
-    dist.all_gather_object(machines, {"host": socket.gethostname(), "device": name, "versions": versions})
-    measured = {"bytes": num_bytes, "seconds": seconds, "rounds": rounds, "is_right": is_right}
+    dist.all_gather_object(machines, (socket.gethostname(), name))
     return measured | {"backend": dist.get_backend(), "machines": machines}
 
 
 def bandwidth(number: int, report: dict) -> Finding:
     """The exchange in GB/s as NCCL's tests count it: each worker sends and receives 2 (n - 1) / n of the tensor a round."""
     bus = report["bytes"] * report["rounds"] / report["seconds"] * 2 * (number - 1) / number / 1e9
-    hosts, devices = (sorted({machine[key] for machine in report["machines"]}) for key in ("host", "device"))
+    hosts, devices = (sorted(set(names)) for names in zip(*report["machines"], strict=True))
     found = f"{number} on {len(hosts)} host{'s' if len(hosts) > 1 else ''} ({', '.join(devices)}), {report['backend']}, "
     found += f"{bus:.2f} GB/s for {report['seconds']:.0f} s" if number > 1 else "nothing to exchange"
     wrong = ("The sum over the workers was wrong.", "Find the broken GPU or link; run this again.")
     numbers = {"workers": number, "gb_per_s": bus, "hosts": len(hosts)} | {name: report[name] for name in ("rounds", "backend")}
     return Finding("workers", found, *(() if report["is_right"] else wrong), numbers=numbers)
-
-
-def mixed_versions(machines: list[dict]) -> Iterator[Finding]:
-    """A finding for every package that the workers have in several versions."""
-    for name in machines[0]["versions"]:
-        kinds = sorted({machine["versions"].get(name, "–") for machine in machines})
-        if len(kinds) > 1:
-            wrong = f"The workers have {name} in several versions: {', '.join(kinds)}."
-            yield Finding(f"{name} of workers", ", ".join(kinds), wrong, "Give every node the same image.")
 
 
 def findings_text(found: list[Finding]) -> str:
@@ -217,6 +224,9 @@ def job(argv: Sequence[str]) -> None:
     """The command line."""
     about = "Check this machine or cluster, and report what is wrong and how to fix it."
     options = command_line.parse_line(Options, argv, "python jobs/doctor.py", about)
+    if options.launcher == "plain":
+        no_workers = dict.fromkeys(("workers", "seconds"), "--launcher plain starts no workers")
+        command_line.refuse_unused(Options(), options, no_workers)
     with stdout_to_stderr():
         found = run(options)
     wrong = any(finding.wrong for finding in found)

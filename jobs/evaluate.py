@@ -6,10 +6,12 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from heartseg.config.experiment import PredictConfig
 from heartseg.errors import require
 from heartseg.evaluation import cross_validation
 from heartseg.evaluation.scoring import PAGE, SUMMARY
@@ -24,6 +26,8 @@ def run(options: Options) -> str:
     """Score; returns the folder with `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
     if options.pool:
         return pool(options)
+    without = {"which": "--predictions are finished masks"} if options.predictions else {"pattern": "it is for --predictions"}
+    command_line.refuse_unused(Options(), options, without)
     plan = plan_files(options) if options.predictions else plan_checkpoint(options)
     summary = None if options.overwrite else finished_summary(plan)
     if summary:
@@ -34,8 +38,10 @@ def run(options: Options) -> str:
 
 def pool(options: Options) -> str:
     """Combine finished evaluations into one; returns its folder."""
-    others = (options.checkpoint, options.data, options.truth, options.predictions, options.ensemble)
-    require(not any(others), "--pool takes finished evaluations and --out, and nothing else.")
+    only = "--pool takes finished evaluations and --out, and nothing else"
+    others = {one.name for one in fields(Options)} - {"pool", "out", "launcher", "post"}
+    command_line.refuse_unused(Options(), options, dict.fromkeys(others, only))
+    require(options.post == PredictConfig(), f"Masks cannot be cleaned here: {only}.")
     out = command_line.absolute(command_line.require_flag(options.out, "--out", "a folder for the pooled scores"), "out")
     summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
     write_report(out)

@@ -44,6 +44,8 @@ def run(options: Options) -> str | None:
     path = command_line.absolute(data, "data")
     if options.images < 1 or options.seed < 0:
         raise UserError("--images must be at least 1 and --seed not negative.")
+    if not options.out:
+        command_line.refuse_unused(Options(), options, dict.fromkeys(("images", "seed"), "the contact sheet needs --out"))
     if options.verify:
         verify(path)
     opened = open_shards(path)

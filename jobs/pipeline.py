@@ -11,15 +11,13 @@ import logging
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tyro
-
 from heartseg.config.experiment import Experiment, to_json
+from heartseg.datasets.source import open_source
 from heartseg.errors import StorageError, UserError, require
 from heartseg.inference import study_files
 from heartseg.models.deeplabv3 import check_installation
@@ -27,58 +25,28 @@ from heartseg.shards.loader import check_shares
 from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
 from jobs.support import command_line
+from jobs.support.command_line import first_line
 from jobs.support.job_submission import ALIVE, Cluster, JobFailed
-from jobs.support.pipeline_stages import KINDS, Kind, Result, Results, Stage, Work, build_graph, predictions_path
+from jobs.support.pipeline_stages import KINDS, PipelineOptions, Result, Results, Stage, build_graph, predictions_path
 from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, PipelineState, timestamp
 
 log = logging.getLogger("heartseg.jobs")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Which stages there are, which of them run, and where."""
-
-    work: Annotated[Work, command_line.FLAT] = field(default_factory=Work)
-    submit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Submit each stage as a Ray job to the cluster of RAY_API_SERVER_ADDRESS."""
-    local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run the stages in this process, the default."""
-    begin: Annotated[Kind | None, tyro.conf.arg(name="from")] = None
-    """First stage to run; uses the results of those before it as they are, whatever has changed."""
-    until: Kind | None = None
-    """Last stage to run."""
-    force: tuple[str, ...] = ()
-    """Stages to run from scratch though nothing has changed (`train`, or `train-2of5` of folds); leave it out to resume one."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Show what would run, and why; write nothing."""
-    retries: int = 1
-    """Further attempts at a stage that fails other than by a user's mistake; each resumes from what is complete."""
-
-    def __post_init__(self):
-        require(not (self.submit and self.local), "--submit and --local exclude each other.")
-        require(self.retries >= 0, "--retries must be at least 0.")
-
-
-@dataclass(frozen=True)
-class StatusOptions:
-    """Which pipeline to show."""
-
-    out: str = "results"
-    """Folder or URI of the pipeline."""
-
-
-def run(experiment: Experiment, options: Options) -> str:
+def run(experiment: Experiment, options: PipelineOptions) -> str:
     """Run the stages asked for; returns the path of the report, or of the last stage's result."""
     check_installation()
     meaning = "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)"
     command_line.require_flag(experiment.source, "--source", meaning)
     out = experiment.out or command_line.absolute("results", "out")
-    work = options.work
-    if work.predict:  # a mistake is reported now, and not after the training
-        work = replace(work, predict=command_line.absolute(work.predict, "predict"))
-        study_files.check_out(predictions_path(out, work.predict), work.predict, study_files.find_clips(work.predict))
-    stages = build_graph(experiment, out, work)
+    if options.predict:  # a mistake is reported now, and not after the training
+        options = replace(options, predict=command_line.absolute(options.predict, "predict"))
+        clips = study_files.find_clips(options.predict)
+        study_files.check_out(predictions_path(out, options.predict), options.predict, clips)
+    stages = build_graph(experiment, out, options)
     chosen, forced = choose_stages(stages, options)
+    if chosen[0].kind == "preprocess":
+        open_source(experiment.source)
     if any(stage.kind in ("tune", "train") for stage in chosen):
         check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     if options.dry_run:
@@ -98,21 +66,18 @@ def run(experiment: Experiment, options: Options) -> str:
     return filesystem.join(last, "report.html") if reports else last
 
 
-def choose_stages(stages: list[Stage], options: Options) -> tuple[list[Stage], list[Stage]]:
+def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[Stage], list[Stage]]:
     """The stages from --from to --until, and those of --force among them; raises UserError for a stage that does not exist."""
-
-    def find(name: str, flag: str) -> list[Stage]:
-        known = ", ".join(dict.fromkeys(stage.kind for stage in stages))
-        found = [stage for stage in stages if name in (stage.name, stage.kind)]
-        require(bool(found), f"{flag} {name}: this pipeline has no such stage, only {known}.")
-        return found
-
-    first = KINDS.index(find(options.begin, "--from")[0].kind) if options.begin else 0
-    last = KINDS.index(find(options.until, "--until")[0].kind) if options.until else len(KINDS) - 1
+    kinds = list(dict.fromkeys(stage.kind for stage in stages))
+    known = {stage.name for stage in stages}.union(kinds)
+    for flag, names in (("--from", [options.begin]), ("--until", [options.until]), ("--force", options.force)):
+        for name in filter(None, names):
+            require(name in known, f"{flag} {name}: this pipeline has no such stage, only {', '.join(kinds)}.")
+    first, last = KINDS.index(options.begin or KINDS[0]), KINDS.index(options.until or KINDS[-1])
     require(first <= last, f"--from {options.begin} comes after --until {options.until}.")
     chosen = [stage for stage in stages if first <= KINDS.index(stage.kind) <= last]
-    forced = [stage for name in options.force for stage in find(name, "--force")]
-    outside = [stage.kind for stage in forced if stage not in chosen]
+    forced = [stage for stage in stages if stage.name in options.force or stage.kind in options.force]
+    outside = [stage.name for stage in forced if stage not in chosen]
     require(not outside, f"--force {' '.join(outside)} lies outside --from and --until.")
     return chosen, forced
 
@@ -122,7 +87,7 @@ class Runner:
     """Runs stages, in this process or on a cluster, and records their state."""
 
     state: PipelineState
-    options: Options
+    options: PipelineOptions
     cluster: Cluster | None = None
 
     def run_all(self, stages: list[Stage], chosen: list[Stage], forced: list[Stage]) -> dict[str, Result]:
@@ -133,9 +98,9 @@ class Runner:
             title, missing = f"{number}/{len(stages)} {stage.name}", [need for need in stage.needs if need not in results]
             if stage not in chosen:
                 if stage.name in needed:
-                    result, flag = self.state.result(stage), f"--from {self.options.begin}"
-                    require(result is not None, f"{flag}: stage {stage.name} is not done, or its result is gone: omit {flag}.")
-                    results[stage.name] = result
+                    flag, results[stage.name] = f"--from {self.options.begin}", self.state.result(stage)
+                    fix = f"is not done, or its result is gone: omit {flag}."
+                    require(results[stage.name] is not None, f"{flag}: stage {stage.name} {fix}")
                 continue
             if missing:  # in a dry run only
                 print(f"{title}: would run, after {', '.join(missing)}")
@@ -155,52 +120,48 @@ class Runner:
     def run(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
         """Run a stage; after a failure that is not the user's mistake try again, --retries times, from what is complete."""
         before = self.state.stages.get(stage.name)
-        for _ in range(self.options.retries):
+        for retries_left in range(self.options.retries, -1, -1):
+            # Once an attempt is recorded, the state knows whether the stage still has to start from scratch.
+            is_forced = is_forced and self.state.stages.get(stage.name) is before
             try:
                 return self.attempt(stage, inputs, results, is_forced)
             except Exception as error:
-                if isinstance(error, UserError) and not isinstance(error, StorageError):
+                if not retries_left or (isinstance(error, UserError) and not isinstance(error, StorageError)):
                     raise
-                log.warning("%s failed, trying again: %s", stage.name, _first_line(error))
-            # Once the attempt is recorded, the state knows whether the stage still has to start from scratch.
-            is_forced = is_forced and self.state.stages.get(stage.name) is before
-            if not self.cluster:
-                shut_down_ray()
-        return self.attempt(stage, inputs, results, is_forced)
+                log.warning("%s failed, trying again: %s", stage.name, first_line(error))
+            with contextlib.suppress(Exception):  # the stage may have left this process's Ray in any state
+                import ray
+
+                ray.shutdown()
 
     def attempt(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
         """Run a stage once; the state records how it ended."""
         from_scratch = is_forced or self.state.is_still_forced(stage, inputs)
-        command = stage.command(results, from_scratch)
-        unfinished = None if is_forced else self.state.unfinished(stage, inputs)
-        is_resumed = unfinished is not None and unfinished["path"] == command.path
-        job_id = self.choose_job(stage, is_resumed, is_forced)
-        arguments = command_line.as_flags(command.flags)
-        if command.experiment:
-            text = filesystem.json_bytes(to_json(command.experiment))
+        path, flags = stage.command(results, from_scratch)
+        if "config" in flags:
+            text = filesystem.json_bytes(to_json(flags["config"]))
             # Named by its content: a job that waits to be started must not read the configuration of a later one.
-            config = filesystem.join(self.state.out, "stages", f"{stage.name}-{filesystem.sha256(text)[:8]}.json")
-            filesystem.publish(config, text)
-            arguments = ["--config", config, *arguments]
-        self.state.begin(stage, inputs, command.path, arguments, job_id, from_scratch, is_resumed)
+            flags["config"] = filesystem.join(self.state.out, "stages", f"{stage.name}-{filesystem.sha256(text)[:8]}.json")
+            filesystem.publish(flags["config"], text)
+        arguments = command_line.as_flags(flags)
+        unfinished = None if is_forced else self.state.unfinished(stage, inputs)
+        is_resumed = unfinished is not None and unfinished["path"] == path
+        job_id = self.choose_job(stage, is_resumed, is_forced)
+        self.state.begin(stage, inputs, path, arguments, job_id, from_scratch, is_resumed)
         try:
             if self.cluster:
                 self.cluster.run(stage.job, arguments, job_id)
             else:
                 importlib.import_module(f"jobs.{stage.job}").job(arguments)
-            fingerprint = stage.fingerprint(command.path)
-            require(
-                fingerprint is not None, f"{stage.name} left nothing complete at {command.path}: run it by hand to see why."
-            )
-        except KeyboardInterrupt:
-            self.state.end(stage, STOPPED)
-            raise
-        except Exception as error:
-            self.state.end(stage, FAILED, problem=_first_line(error))
+            fingerprint = stage.fingerprint(path)
+            require(bool(fingerprint), f"{stage.name} left nothing complete at {path}: run it by hand to see why.")
+        except (KeyboardInterrupt, Exception) as error:
+            is_stopped = isinstance(error, KeyboardInterrupt)
+            self.state.end(stage, STOPPED if is_stopped else FAILED, problem="" if is_stopped else first_line(error))
             if "--overwrite" in str(error):
                 log.warning("In a pipeline, --force %s does what --overwrite does.", (*stage.needs, stage.name)[0])
             raise
-        result = Result(command.path, fingerprint)
+        result = Result(path, fingerprint)
         self.state.end(stage, DONE, result)
         return result
 
@@ -211,9 +172,9 @@ class Runner:
         """
         attempts = [attempt for attempt in self.state.attempts(stage) if attempt["job"]]
         if not self.cluster:
-            is_unknown = bool(attempts) and attempts[-1]["state"] == RUNNING and not is_forced
-            fix = f"use --submit to follow it, or --force {stage.name} if its cluster is gone"
-            require(not is_unknown, f"Stage {stage.name} may still run as job {attempts and attempts[-1]['job']}: {fix}.")
+            if attempts and attempts[-1]["state"] == RUNNING and not is_forced:
+                fix = f"use --submit to follow it, or --force {stage.name} if its cluster is gone."
+                raise UserError(f"Stage {stage.name} may still run as job {attempts[-1]['job']}: {fix}")
             return ""
         for attempt in attempts:
             # The process that wrote the state may have been killed, or have failed to stop the job: ask the cluster.
@@ -226,35 +187,25 @@ class Runner:
         return f"{stage.name}-{uuid.uuid4().hex[:8]}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def show_status(out: str = "results") -> None:
+    """Show the state of each stage of a pipeline.
 
-
-def shut_down_ray() -> None:
-    """Shut down this process's Ray; a stage that failed may have left it in any state."""
-    with contextlib.suppress(Exception):
-        import ray
-
-        ray.shutdown()
-
-
-def show_status(options: StatusOptions) -> None:
-    """Print the state of each stage of a pipeline."""
-    out = command_line.absolute(options.out, "out")
-    state = PipelineState.open(out)
-    require(bool(state.stages), f"{out} holds no pipeline ({out}/pipeline.json is missing): give --out.")
-    print(state.format_table(locks.is_held(out)))
+    Args:
+        out: Folder or URI of the pipeline.
+    """
+    path = command_line.absolute(out, "out")
+    state = PipelineState.open(path)
+    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): give --out.")
+    print(state.format_table(locks.is_held(path)))
 
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
     if argv and argv[0] == "status":
-        about = "Show the state of each stage of a pipeline."
-        show_status(command_line.parse_line(StatusOptions, argv[1:], "python jobs/pipeline.py status", about))
+        command_line.parse_line(show_status, argv[1:], "python jobs/pipeline.py status")
         return
     about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
-    experiment, options = command_line.parse(Options(), argv, "pipeline.py", about)
-    print(run(experiment, options))
+    print(run(*command_line.parse(PipelineOptions(), argv, "pipeline.py", about)))
 
 
 if __name__ == "__main__":

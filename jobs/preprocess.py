@@ -6,7 +6,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,14 @@ class Options:
     """Split existing shards in another way, also without --source; runs on the old groups will not resume on them."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """The experiment's fields that have no effect here, and why."""
+        used = {"name", "image", "split", "source", "out", "workers"}
+        others = {one.name for one in fields(Experiment)} - used
+        plain = {"workers": "--launcher plain is one process"} if self.launcher == "plain" else {}
+        return dict.fromkeys(others, "preprocessing reads --source and writes --out") | plain
 
 
 def run(experiment: Experiment, options: Options) -> None:

@@ -40,6 +40,13 @@ class Options:
     profile: bool = False
     """Trace a few steps into the run's profile/steps.json, for https://ui.perfetto.dev."""
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """The experiment's fields that have no effect here, and why."""
+        plain = "--launcher plain is one process, or as many as torchrun starts"
+        of_plain = dict.fromkeys(("workers", "min_workers"), plain) if self.launcher == "plain" else {}
+        return dict.fromkeys(("source", "out", "split"), "a training reads the shards of --data as they are") | of_plain
+
 
 def run(experiment: Experiment, options: Options) -> str:
     """Train, or resume; returns the run's directory, and an empty string on all ranks of torchrun but the first."""

@@ -72,6 +72,12 @@ class Options:
         require(least >= 0, "--trials, --max-concurrent and --time-budget must be at least 0.")
 
     @property
+    def unused(self) -> dict[str, str]:
+        """The experiment's fields that have no effect here, and why."""
+        reads = dict.fromkeys(("source", "out", "split"), "a sweep reads the shards of --data as they are")
+        return reads | {"tracking.job_type": "a trial's is `trial`"}
+
+    @property
     def num_trials(self) -> int:
         """How many trials there are to be."""
         return self.trials or (len(self.plan.space.changes) + 1 if self.plan.search == "changes" else 12)

@@ -6,6 +6,7 @@ and is not notified.
 
 import contextlib
 import datetime
+import fcntl
 import json
 import logging
 import os
@@ -44,12 +45,11 @@ def is_held(folder: str) -> bool:
     path = os.path.join(folder, LOCK_NAME)
     if not os.path.exists(path):
         return False
-    holder = filelock.FileLock(path)
     try:
-        holder.acquire(timeout=0)
-    except (filelock.Timeout, OSError) as error:
-        return isinstance(error, filelock.Timeout)
-    holder.release()
+        with open(path) as file:  # for reading: nothing is written, and who asks need not be allowed to
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -61,7 +61,7 @@ def _lock_file(folder: str) -> Iterator[None]:
         raise UserError(f"{folder} must be a folder, but a file has that name: choose another folder.") from error
     holder = filelock.FileLock(os.path.join(folder, LOCK_NAME))
     try:
-        holder.acquire(timeout=0)
+        holder.acquire(timeout=0.2, poll_interval=0.01)  # `is_held` holds it for an instant
     except filelock.Timeout as error:
         raise UserError(f"Another job is writing {folder}: wait for it, or choose another folder.") from error
     try:

@@ -9,27 +9,36 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from heartseg.config.experiment import Experiment, from_json
+from heartseg.config.experiment import Experiment, flatten, from_json, to_json
 from heartseg.config.recipes import RECIPES
-from heartseg.errors import StorageError, UserError, io_errors_as_user_errors
+from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
 from heartseg.storage import filesystem
 
 log = logging.getLogger("heartseg.jobs")
 ROOT = Path(__file__).resolve().parents[2]
 # Marks a nested dataclass whose fields become flags without its name as a prefix.
 FLAT = tyro.conf.arg(name="")
+RECIPE = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar=f"[{'|'.join(RECIPES)}|--config FILE]", help="A recipe, or a file with a complete experiment."),
+]
 # Set in every submitted job: the configuration that Ray passes to its driver.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Names of environment variables whose values no one else should see.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
+# Variables of ours, Ray, W&B, S3 and torchrun that mean the same empty as unset, which not every reader knows.
+MEANINGLESS_IF_EMPTY = ("HEARTSEG_", "RAY_", "WANDB_", "AWS_", "TMPDIR", "WORLD_SIZE", "RANK", "LOCAL_")
+# A UNIX socket's path has at most 107 bytes, of which Ray's own folders below TMPDIR take 68.
+LONGEST_TMPDIR = 39
 EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h; tells the pipeline that follows a submitted job that another attempt may help.
 EXIT_STORAGE_ERROR = 75
@@ -50,6 +59,7 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     configure_logging()
     install_sigterm_handler()
     warn_about_secrets()
+    prepare_environment()
     try:
         with io_errors_as_user_errors():
             job(sys.argv[1:])
@@ -68,6 +78,11 @@ def exit_with_message(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, otherwise the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def install_sigterm_handler() -> None:
     """Make SIGTERM an exception in the main thread, so that a job ends in order."""
 
@@ -82,12 +97,22 @@ def install_sigterm_handler() -> None:
 def warn_about_secrets() -> None:
     """Warn of secrets in a submitted job's runtime_env: Ray shows it to everyone who sees the dashboard."""
     given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
+    fix = "set it where the cluster starts instead (cluster/README.md, Secrets), and change it if others could see it."
     for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
-        log.warning(
-            "%s stands in this job's runtime_env, which Ray's dashboard shows: set it where the cluster starts instead "
-            "(cluster/README.md, Secrets), and change it if others could see it.",
-            name,
-        )
+        log.warning("%s stands in this job's runtime_env, which Ray's dashboard shows: %s", name, fix)
+
+
+def prepare_environment() -> None:
+    """Remove what Ray and W&B stumble over: empty variables, a TMPDIR too long for sockets, a proxy between local processes."""
+    for name in [name for name, value in os.environ.items() if not value and name.startswith(MEANINGLESS_IF_EMPTY)]:
+        del os.environ[name]
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
+            log.info("%s=%s is too long for the sockets in it: using /tmp.", name, os.environ[name])
+            os.environ[name], tempfile.tempdir = "/tmp", None
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if given != "*":
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [given, "localhost,127.0.0.1,::1"]))
 
 
 def configure_logging() -> None:
@@ -97,55 +122,83 @@ def configure_logging() -> None:
 
 
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
-    """A recipe (`seed` where none is named) or `--config FILE`, then changes to it: the experiment and the job's options.
+    """A recipe (`seed` if none is named) or `--config FILE`, and changes to it: the experiment and the job's options.
 
-    `options` is an instance of the job's own dataclass. Raises UserError for any mistake on the command line.
+    `options` is an instance of the job's own dataclass, whose `unused` holds the experiment's fields that have no effect in
+    the job, and why. Raises UserError for any mistake on the command line.
     """
-    experiment, rest = _pick_recipe(_spell_out_elastic(list(argv)))
-
-    fields = [("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
+    words, config = _split_words(argv)
+    fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
     kind = make_dataclass("Command", fields, frozen=True)
-    shown = f"python jobs/{prog} [{'|'.join(RECIPES)}|--config FILE]"
-    command = parse_line(kind, rest, shown, description, default=kind(experiment, options))
+
+    def parse_changes(base: Experiment) -> Any:
+        return parse_line(kind, words, f"python jobs/{prog}", description, default=kind("", base, options))
+
+    if config:
+        base = read_config(config)
+        command = parse_changes(base)
+        require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
+    else:
+        # The first word that names a recipe is almost always the recipe, and not the value of a flag.
+        likely = next((word for word in words if word in RECIPES), "seed")
+        base = RECIPES[likely]()
+        command = parse_changes(base)
+        recipe = command.recipe or "seed"
+        require(recipe in RECIPES, f"There is no recipe {recipe!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
+        if recipe != likely:
+            base = RECIPES[recipe]()
+            command = parse_changes(base)
+    refuse_unused(base, command.experiment, command.options.unused)
     return with_environment(command.experiment), command.options
 
 
-def _spell_out_elastic(argv: list[str]) -> list[str]:
-    """`--workers 1:4` as `--workers 4 --min-workers 1`."""
-    for place, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        if flag != "--workers":
-            continue
-        taken = 1 if equals else 2
-        fewest, colon, most = (value if equals else "".join(argv[place + 1 : place + 2])).partition(":")
-        if colon:
-            return [*argv[:place], "--workers", most, "--min-workers", fewest, *argv[place + taken :]]
-    return argv
+def refuse_unused(base: object, changed: object, unused: Mapping[str, str]) -> None:
+    """Raise UserError for a changed field of a dataclass that has no effect; `unused` holds the reason by a field's name."""
+    before, after = flatten(to_json(base)), flatten(to_json(changed))
+    for field in after:
+        reason = unused.get(field) or unused.get(field.partition(".")[0])
+        if reason and after[field] != before[field]:
+            raise UserError(f"--{field.replace('_', '-')} {after[field]} has no effect here: {reason}. Leave it out.")
 
 
-def _pick_recipe(argv: list[str]) -> tuple[Experiment, list[str]]:
-    if argv and argv[0] == "--config":
-        if len(argv) < 2:
-            raise UserError("--config needs a file: the complete experiment as JSON.")
-        value = filesystem.read_json(argv[1])
-        if not isinstance(value, dict):
-            raise UserError(f"--config {argv[1]} is not an experiment: give a JSON object, such as a run's experiment.json.")
-        # A run's experiment.json and a checkpoint's card hold the experiment under this key.
-        return from_json(value.get("experiment", value), origin=argv[1]), argv[2:]
-    if not argv or argv[0].startswith("-"):
-        return RECIPES["seed"](), argv
-    if argv[0] not in RECIPES:
-        raise UserError(f"There is no recipe {argv[0]!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
-    return RECIPES[argv[0]](), argv[1:]
+def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
+    """The words without `--config FILE`, and that file; `--workers 1:4` and `optim.lr=0.001` are spelled out as flags."""
+    words: list[str] = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith(("--config=", "--workers=")) else [word]
+    config = ""
+    if "--config" in words:
+        place = words.index("--config")
+        require(place + 1 < len(words), "--config needs a file: the complete experiment as JSON.")
+        config = words[place + 1]
+        del words[place : place + 2]
+    fields, flag = flatten(to_json(RECIPES["seed"]())), ""
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            flag = word
+        elif flag == "--workers" and ":" in word:
+            fewest, most = word.split(":", 1)
+            words[place : place + 1] = [most, "--min-workers", fewest]
+        elif "=" in word and word.partition("=")[0].replace("-", "_") in fields and flag != "--space.changes":
+            words[place] = f"--{word}"
+    return words, config
 
 
-def parse_line(kind: type, argv: Sequence[str], prog: str, description: str, default: Any = None) -> Any:
-    """tyro's command line for a dataclass; turns its boxed errors into a one-line UserError."""
+def read_config(path: str) -> Experiment:
+    """The experiment in a JSON file; a run's experiment.json and a checkpoint's card hold it under that key."""
+    value = filesystem.read_json(absolute(path, "config"))
+    require(
+        isinstance(value, dict), f"--config {path} is not an experiment: give a JSON object, such as a run's experiment.json."
+    )
+    return from_json(value.get("experiment", value), origin=path)
+
+
+def parse_line(kind: Callable, argv: Sequence[str], prog: str, description: str | None = None, **default: Any) -> Any:
+    """tyro's command line for a dataclass or a function; turns its boxed errors into a one-line UserError."""
     errors = io.StringIO()
-    arguments = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **arguments)
+            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -180,15 +233,14 @@ def with_environment(experiment: Experiment) -> Experiment:
 
 def absolute(path: str, name: str) -> str:
     """The absolute path; raises UserError for a relative one in a submitted job, whose folder is an uploaded copy."""
-    if JOB_CONFIG in os.environ and not (filesystem.is_uri(path) or os.path.isabs(path)):
-        raise UserError(
-            f"--{name} {path} is relative, and a submitted job runs in a copy of the folder: give an absolute path."
-        )
+    path = os.path.expanduser(path)  # a shell leaves --out=~/results as it is
+    is_relative = not (filesystem.is_uri(path) or os.path.isabs(path))
+    fix = "and a submitted job runs in a copy of the folder: give an absolute path."
+    require(not (is_relative and JOB_CONFIG in os.environ), f"--{name} {path} is relative, {fix}")
     return filesystem.absolute(path)
 
 
 def require_flag(value: str, flag: str, meaning: str) -> str:
     """The value of a flag that a job needs; raises UserError if it is missing."""
-    if not value:
-        raise UserError(f"{flag} is missing: give {meaning}.")
+    require(bool(value), f"{flag} is missing: give {meaning}.")
     return value

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from heartseg.config.experiment import PredictConfig, canonical, to_json
 from heartseg.datasets import camus
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.evaluation.ground_truth import FilePredictions, ShardTruth, TreeTruth
 from heartseg.models.checkpoint import find
 from heartseg.shards.reader import Shards, open_shards
@@ -34,6 +34,11 @@ class ScoringOptions:
     """Processes that predict."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
+
+    def __post_init__(self):
+        require(self.workers >= 1, "--workers must be at least 1.")
+        require(self.workers == 1 or self.launcher == "ray", "--launcher plain is one process: leave --workers out.")
+        require(not (self.data and self.truth), "--data and --truth are two sets of images to score on: give one of them.")
 
 
 @dataclass(frozen=True)

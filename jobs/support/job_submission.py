@@ -1,6 +1,5 @@
 """Stages as submitted Ray jobs: submitted, followed until they end, found again by their id, and stopped with the follower."""
 
-import functools
 import logging
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 
 from heartseg.errors import UserError, require
 from jobs.support import command_line, ray_runtime
+from jobs.support.command_line import first_line
 
 log = logging.getLogger("heartseg.jobs")
 POLL_INTERVAL_S = 1.0
@@ -44,7 +44,7 @@ class Cluster:
         try:
             self.client = JobSubmissionClient()
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise UserError(f"--submit finds no cluster ({_first_line(error)}): {fix}") from error
+            raise UserError(f"--submit finds no cluster ({first_line(error)}): {fix}") from error
 
     def run(self, job: str, arguments: list[str], job_id: str) -> None:
         """Run a job under an id until it ends, or follow the job that already has this id; prints its output.
@@ -63,33 +63,32 @@ class Cluster:
         status, code = details.status.value, details.driver_exit_code
         if status == "SUCCEEDED":
             return
-        message = _last_message(job, output)
+        # The one-line message that it ended with, otherwise the last line of its output.
+        lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.strip()]
+        message = ([line for line in lines if line.startswith(f"{job}.py: ")] or lines or ["it printed nothing"])[-1]
         if code == command_line.EXIT_USER_ERROR:
             raise UserError(f"{job_id}: {message}")
         raise JobFailed(f"{job_id} ended {status} (exit code {code}): {message}")
 
     def submit(self, job: str, arguments: list[str], job_id: str) -> None:
         """Submit a job, unless the cluster knows its id: from an earlier command, or from a reply that was lost."""
-        entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
 
         def submit_once() -> str:
             if self.status(job_id):
                 return "found"
-            # Settings and secrets belong to the cluster's own environment, not into a runtime_env.
-            environment = {"working_dir": str(command_line.ROOT)}
-            self.client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment)
+            self.client.submit_job(
+                entrypoint=shlex.join(["python", f"jobs/{job}.py", *arguments]),
+                submission_id=job_id,
+                # Settings and secrets belong to the cluster's own environment, not into a runtime_env.
+                runtime_env={"working_dir": str(command_line.ROOT)},
+            )
             return "submitted"
 
         log.info("%s %s", self.ask(submit_once), job_id)
 
     def details(self, job_id: str) -> Any:
         """Ray's JobDetails; None for a job that this cluster does not know."""
-        try:
-            return self.ask(self.client.get_job_info, job_id)
-        except RuntimeError as error:
-            if _http_code(error) == 404 or "does not exist" in str(error):
-                return None
-            raise UserError(f"The cluster refuses access to {job_id} ({_first_line(error)}): check its token.") from error
+        return self.ask(lambda: self.client.get_job_info(job_id))
 
     def status(self, job_id: str) -> str | None:
         """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; None for a job that this cluster does not know."""
@@ -98,65 +97,54 @@ class Cluster:
 
     def follow(self, job_id: str) -> str:
         """Print a job's output until it ends; returns all of it."""
-        output = ""
-        while True:
+        output, is_alive = "", True
+
+        def read_log() -> str:
+            return self.client.get_job_logs(job_id)
+
+        while is_alive:
             is_alive = self.status(job_id) in ALIVE
             try:
                 # The last read has the job's message, so it is repeated while the dashboard does not answer.
-                read = self.client.get_job_logs if is_alive else functools.partial(self.ask, self.client.get_job_logs)
-                printed, output = len(output), read(job_id)
+                printed, output = len(output), (read_log() if is_alive else self.ask(read_log)) or output
                 print(output[printed:], end="", flush=True)
             except (RuntimeError, OSError, UserError) as error:  # its node may be gone, and its log with it
                 log.debug("The log of %s cannot be read: %s", job_id, error)
-            if not is_alive:
-                return output
-            time.sleep(POLL_INTERVAL_S + len(output) / MAX_LOG_BYTES_PER_S)  # Ray sends the log from its start
+            if is_alive:
+                time.sleep(POLL_INTERVAL_S + len(output) / MAX_LOG_BYTES_PER_S)  # Ray sends the log from its start
+        return output
 
     def stop(self, job_id: str) -> None:
         """Stop a job and wait until it has ended; warn with the command to type if that fails."""
         log.info("stopping %s …", job_id)
+        end = time.monotonic() + STOP_TIMEOUT_S
         try:
             if self.status(job_id) in ALIVE:
-                self.ask(self.client.stop_job, job_id)
-            end = time.monotonic() + STOP_TIMEOUT_S
+                self.ask(lambda: self.client.stop_job(job_id))
             while self.status(job_id) in ALIVE:
                 require(time.monotonic() < end, f"it has not stopped after {STOP_TIMEOUT_S:g} s")
                 time.sleep(POLL_INTERVAL_S)
         except (UserError, KeyboardInterrupt) as error:
             log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)
 
-    def ask(self, question: Callable, *arguments) -> Any:
-        """A reply of the cluster; asks again while it does not answer. Raises UserError if that lasts, or for the token."""
+    def ask(self, question: Callable[[], Any]) -> Any:
+        """A reply of the cluster, None for a job that it does not know; asks again while it does not answer.
+
+        Raises UserError if it refuses the request, or if it does not answer for DASHBOARD_TIMEOUT_S.
+        """
         from ray.exceptions import AuthenticationError
 
         end = time.monotonic() + DASHBOARD_TIMEOUT_S
         while True:
             try:
-                return question(*arguments)
-            except AuthenticationError as error:
-                raise UserError(f"The cluster refuses access ({_first_line(error)}): check its token.") from error
-            except (OSError, RuntimeError) as error:  # those of requests are OSErrors: refused, reset, timed out
-                if isinstance(error, RuntimeError) and _http_code(error) < 500:
-                    raise
+                return question()
+            except (AuthenticationError, OSError, RuntimeError) as error:  # those of requests are OSErrors
+                code = re.search(r"status code (\d{3})", str(error))  # in the messages of Ray's client
+                if "does not exist" in str(error) or code and code[1] == "404":
+                    return None
+                if not isinstance(error, OSError) and not (code and code[1] >= "500"):
+                    raise UserError(f"The cluster refuses the request ({first_line(error)}): check its token.") from error
                 if time.monotonic() > end:
-                    raise UserError(
-                        f"The cluster does not answer ({_first_line(error)}): once it does, rerun the same command to resume."
-                    ) from error
+                    fix = "once it does, rerun the same command to resume."
+                    raise UserError(f"The cluster does not answer ({first_line(error)}): {fix}") from error
                 time.sleep(POLL_INTERVAL_S)
-
-
-def _last_message(job: str, output: str) -> str:
-    """The one-line message that a job ended with, otherwise the last line of its output."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.strip()]
-    messages = [line for line in lines if line.startswith(f"{job}.py: ")]
-    return (messages or lines or ["it printed nothing"])[-1]
-
-
-def _http_code(error: Exception) -> int:
-    """The HTTP status in a message of Ray's client; 0 if there is none."""
-    found = re.search(r"status code (\d{3})", str(error))
-    return int(found[1]) if found else 0
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

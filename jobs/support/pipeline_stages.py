@@ -1,19 +1,21 @@
-"""The stages of a pipeline: the command of each, what its result depends on, and how to see that the result is complete.
+"""The stages of a pipeline: the command of each, what its result depends on, and whether that result is complete.
 
 A stage is one job's command line, the same whether it runs in this process or is submitted to a cluster. Its inputs are the
-configuration that decides its result and the fingerprints of what the stages before it left; equal inputs, equal result.
+configuration that decides its result and the fingerprints of the results that it needs; equal inputs, equal result.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
+import tyro
+
 from heartseg.config.experiment import Experiment, from_json, identity, to_json
 from heartseg.datasets.source import open_source
 from heartseg.errors import StorageError, UserError, require
 from heartseg.inference import study_files
 from heartseg.models import checkpoint
-from heartseg.shards.preprocessing import MAX_QUARANTINED, check_same, check_split
+from heartseg.shards.preprocessing import MAX_QUARANTINED, check_same
 from heartseg.shards.reader import check_sizes, open_shards
 from heartseg.shards.writer import MANIFEST, SPLITS, listing_hash, part_names
 from heartseg.storage import filesystem
@@ -27,8 +29,8 @@ KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the pipeline does."""
+class PipelineOptions:
+    """Which stages there are, which of them run, and where."""
 
     frames: Literal["stills", "sequence"] = "stills"
     """Train on the ED and ES images, or on every frame of the half sequences."""
@@ -43,11 +45,34 @@ class Work:
     """Largest share of the recordings that may be damaged."""
     predict: str = ""
     """New studies to outline with the trained model (with those of all folds together): a file or a folder."""
+    submit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Submit each stage as a Ray job to the cluster of RAY_API_SERVER_ADDRESS."""
+    local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the stages in this process, the default."""
+    begin: Annotated[Kind | None, tyro.conf.arg(name="from")] = None
+    """First stage to run; uses the results of those before it as they are, whatever has changed."""
+    until: Kind | None = None
+    """Last stage to run."""
+    force: tuple[str, ...] = ()
+    """Stages to run from scratch though nothing has changed (`train`, or `train-2of5` of folds); leave it out to resume one."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show what would run, and why; write nothing."""
+    retries: int = 1
+    """Further attempts at a stage that fails other than by a user's mistake; each resumes from what is complete."""
 
     def __post_init__(self):
         require(self.folds == 0 or self.folds >= 2, "--folds must be at least 2, or 0 for none.")
-        require(self.tune >= 0, "--tune must be at least 0.")
-        require(self.tune > 0 or self.plan == SweepPlan(), "Options of a sweep are given, but no sweep: add --tune TRIALS.")
+        require(min(self.tune, self.retries) >= 0, "--tune and --retries must be at least 0.")
+        has_sweep_flags = self.plan != SweepPlan() or self.retry_failed
+        require(self.tune > 0 or not has_sweep_flags, "Options of a sweep are given, but no sweep: add --tune TRIALS.")
+        require(not (self.submit and self.local), "--submit and --local exclude each other.")
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """The experiment's fields that have no effect here, and why."""
+        below_out = dict.fromkeys(("data", "runs"), "the pipeline keeps its shards and runs below --out")
+        fields = ("split.kind", "split.folds", "split.fold", "split.test_share") if self.folds else ()
+        return below_out | dict.fromkeys(fields, "--folds divides the patients")
 
 
 @dataclass(frozen=True)
@@ -63,28 +88,18 @@ Results = Mapping[str, Result]
 
 
 @dataclass(frozen=True)
-class Command:
-    """A job's flags by field, the path of its result, and the experiment for its `--config`, if it takes one."""
-
-    flags: dict
-    path: str
-    experiment: Experiment | None = None
-
-
-@dataclass(frozen=True)
 class Stage:
-    """One node of the graph.
-
-    `inputs` returns what decides the result, as plain JSON values; `command` the job's command (second argument: whether to
-    start from scratch); `read_fingerprint` the fingerprint of the result at a path, None if it is not complete.
-    """
+    """One node of the graph."""
 
     name: str
     job: str
     needs: tuple[str, ...]
     inputs: Callable[[Results], dict]
-    command: Callable[[Results, bool], Command]
+    """What decides the result, as plain JSON values."""
+    command: Callable[[Results, bool], tuple[str, dict]]
+    """The path of the result and the job's flags by field, `config` as an Experiment; True to start from scratch."""
     read_fingerprint: Callable[[str], str | None]
+    """The fingerprint of the result at a path; None if it is not complete."""
 
     @property
     def kind(self) -> str:
@@ -99,33 +114,27 @@ class Stage:
             return None
 
 
-def build_graph(experiment: Experiment, out: str, work: Work) -> list[Stage]:
+def build_graph(experiment: Experiment, out: str, options: PipelineOptions) -> list[Stage]:
     """The stages, each after those that it needs."""
     stages: list[Stage] = []
-    for fold in range(work.folds) if work.folds else [None]:
-        stages += model_stages(experiment, out, work, fold)
-    if work.folds:
+    base = replace(experiment, out="", runs=filesystem.join(out, "runs"))
+    for fold in range(options.folds or 1):
+        ending, of_fold = "", base
+        if options.folds:
+            ending = f"-{fold + 1}of{options.folds}"
+            of_fold = replace(base, split=replace(base.split, kind="kfold", folds=options.folds, fold=fold))
+        of_fold = replace(of_fold, data=filesystem.join(out, shards_name(of_fold, options.frames)))
+        data, sweep, run = f"preprocess{ending}", f"tune{ending}" if options.tune else "", f"train{ending}"
+        stages.append(preprocess_stage(data, of_fold, options))
+        if sweep:
+            stages.append(tune_stage(sweep, data, of_fold, options))
+        stages.append(train_stage(run, data, sweep, of_fold))
+        stages.append(evaluate_stage(f"evaluate{ending}", data, run, experiment.workers))
+    if options.folds:
         stages.append(pool_stage(out, tuple(stage.name for stage in stages if stage.kind == "evaluate")))
-    if work.predict:
-        stages.append(predict_stage(out, tuple(stage.name for stage in stages if stage.kind == "train"), work.predict))
+    if options.predict:
+        stages.append(predict_stage(out, tuple(stage.name for stage in stages if stage.kind == "train"), options.predict))
     return stages
-
-
-def model_stages(experiment: Experiment, out: str, work: Work, fold: int | None) -> list[Stage]:
-    """From the files to the scores of one model; `fold` counts from 0."""
-    ending = ""
-    if fold is not None:
-        ending = f"-{fold + 1}of{work.folds}"
-        split = replace(experiment.split, kind="kfold", folds=work.folds, fold=fold)
-        experiment = replace(experiment, split=split)
-    experiment = replace(experiment, data=filesystem.join(out, shards_name(experiment, work.frames)), out="")
-    data, sweep, run = f"preprocess{ending}", f"tune{ending}" if work.tune else "", f"train{ending}"
-    return [
-        preprocess_stage(data, experiment, work),
-        *([tune_stage(sweep, data, experiment, out, work)] if sweep else []),
-        train_stage(run, data, sweep, experiment, out),
-        evaluate_stage(f"evaluate{ending}", data, run, experiment.workers),
-    ]
 
 
 def shards_name(experiment: Experiment, frames: str) -> str:
@@ -142,10 +151,9 @@ def hash_complete(path: str, *names: str) -> str | None:
     return filesystem.sha256(filesystem.read_bytes(paths[0])) if all(map(filesystem.exists, paths)) else None
 
 
-def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
-    """NIfTI to shards; overwrites or divides again what is there of another source or split."""
-    frames = work.frames
-    written = replace(experiment, out=experiment.data, data="")
+def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions) -> Stage:
+    """NIfTI to shards; overwrites what is there of another source or grid, and divides it again for another split."""
+    path, frames = experiment.data, options.frames
 
     def inputs(results: Results) -> dict:
         source = open_source(experiment.source)
@@ -158,27 +166,20 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
             "frames": frames,
         }
 
-    def outdated() -> dict[str, bool]:
-        if not filesystem.exists(filesystem.join(experiment.data, MANIFEST)):
-            return {}
+    def is_outdated() -> bool:
         try:
-            source = open_source(experiment.source)
-            manifest = check_same(source, experiment.data, experiment.image, frames)
-            open_shards(experiment.data)
+            if filesystem.exists(filesystem.join(path, MANIFEST)):
+                check_same(open_source(experiment.source), path, experiment.image, frames)
+                open_shards(path)
         except StorageError:
             raise  # a store that cannot be reached says nothing about the shards
         except UserError:
-            return {"overwrite": True}
-        try:
-            check_split(experiment.data, experiment.split, manifest, source.groups())
-        except UserError:
-            return {"resplit": True}
-        return {}
+            return True
+        return False
 
-    def command(results: Results, from_scratch: bool) -> Command:
-        changed = {"overwrite": True} if from_scratch else outdated()
-        flags = {"frames": frames, "max_quarantined": work.max_quarantined} | changed
-        return Command(flags, experiment.data, written)
+    def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
+        flags = {"config": replace(experiment, out=path, data=""), "frames": frames, "resplit": True}
+        return path, flags | {"max_quarantined": options.max_quarantined, "overwrite": from_scratch or is_outdated()}
 
     def read_fingerprint(path: str) -> str | None:
         if not hash_complete(path, MANIFEST, SPLITS):
@@ -190,54 +191,59 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
     return Stage(name, "preprocess", (), inputs, command, read_fingerprint)
 
 
-def tune_stage(name: str, data: str, experiment: Experiment, out: str, work: Work) -> Stage:
+def tune_stage(name: str, data: str, experiment: Experiment, options: PipelineOptions) -> Stage:
     """A sweep; its result is `best.json`."""
-    folder, plan = filesystem.join(out, "runs"), to_json(work.plan)
+    plan = to_json(options.plan)
 
-    def inputs(results: Results) -> dict:
-        return {"configuration": identity(experiment), "plan": plan, "trials": work.tune, "data": results[data].fingerprint}
+    def identifying(results: Results) -> dict:  # more trials resume the same sweep
+        return {"configuration": identity(experiment), "plan": plan, "data": results[data].fingerprint}
 
-    def command(results: Results, from_scratch: bool) -> Command:
-        # More trials resume the same sweep.
-        identifying = {key: value for key, value in inputs(results).items() if key != "trials"}
-        digest = filesystem.sha256(filesystem.json_bytes(identifying))[:8]
-        sweep = run_directory.generation_name(folder, f"{name}-{digest}", fresh=from_scratch)
-        flags = {"trials": work.tune, "sweep_name": sweep, "retry_failed": work.retry_failed} | plan
-        path = filesystem.join(folder, sweep)
-        return Command(flags, path, replace(experiment, data=results[data].path, runs=folder))
+    def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
+        digest = filesystem.sha256(filesystem.json_bytes(identifying(results)))[:8]
+        sweep = run_directory.generation_name(experiment.runs, f"{name}-{digest}", fresh=from_scratch)
+        flags = {"config": replace(experiment, data=results[data].path), "trials": options.tune, "sweep_name": sweep}
+        return filesystem.join(experiment.runs, sweep), flags | {"retry_failed": options.retry_failed} | plan
 
     def read_fingerprint(path: str) -> str | None:
         done = hash_complete(path, "best.json", "sweep.parquet")
         return done if done and all(trial.state for trial in read_trials(find_sweep(path))) else None
 
-    return Stage(name, "tune", (data,), inputs, command, read_fingerprint)
+    return Stage(
+        name, "tune", (data,), lambda results: identifying(results) | {"trials": options.tune}, command, read_fingerprint
+    )
 
 
-def train_stage(name: str, data: str, sweep: str, experiment: Experiment, out: str) -> Stage:
+def train_stage(name: str, data: str, sweep: str, experiment: Experiment) -> Stage:
     """One training: of the recipe, or of a sweep's winner on the whole training group."""
-    folder = filesystem.join(out, "runs")
 
     def planned(results: Results) -> Experiment:
-        base = replace(experiment, data=results[data].path, runs=folder)
+        base = replace(experiment, data=results[data].path)
         if not sweep:
             return base
         best = from_json(filesystem.read_json(filesystem.join(results[sweep].path, "best.json")))
         parts = {part: getattr(best, part) for part in ("model", "loss", "optim", "schedule", "augment")}
         return replace(base, **parts, train=replace(best.train, holdout=base.train.holdout))
 
-    def inputs(results: Results) -> dict:
-        return {"configuration": identity(planned(results)), "data": results[data].fingerprint}
-
-    def command(results: Results, from_scratch: bool) -> Command:
+    def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
         asked = planned(results)
-        run = run_directory.generation_name(folder, run_directory.run_name(asked, open_data(asked)), fresh=from_scratch)
-        return Command({"run_name": run}, filesystem.join(folder, run), asked)
+        name = run_directory.run_name(asked, open_data(asked))
+        run = run_directory.generation_name(asked.runs, name, fresh=from_scratch)
+        return filesystem.join(asked.runs, run), {"config": asked, "run_name": run}
 
     def read_fingerprint(path: str) -> str | None:
         finished = hash_complete(path, run_directory.MODEL_CARD, run_directory.DESCRIPTION)
         return checkpoint.find(path, "last").card["weights_sha256"] if finished else None
 
-    return Stage(name, "train", (data, *([sweep] if sweep else [])), inputs, command, read_fingerprint)
+    return Stage(
+        name, "train", (data, sweep) if sweep else (data,),
+        lambda results: {"configuration": identity(planned(results)), "data": results[data].fingerprint},
+        command, read_fingerprint,
+    )  # fmt: skip
+
+
+def read_scores(path: str) -> str | None:
+    """The hash of an evaluation's scores; None if it is not complete."""
+    return hash_complete(path, "summary.json", "report.html")
 
 
 def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
@@ -246,29 +252,25 @@ def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
     def inputs(results: Results) -> dict:
         return {"run": results[run].path, "weights": results[run].fingerprint, "data": results[data].fingerprint}
 
-    def command(results: Results, from_scratch: bool) -> Command:
+    def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
         asked = {"checkpoint": results[run].path, "data": results[data].path}
         out = evaluation_plan.plan_checkpoint(evaluation_plan.Options(**asked)).out
-        return Command(asked | {"workers": workers, "overwrite": from_scratch}, out)
+        return out, asked | {"workers": workers, "overwrite": from_scratch}
 
-    return Stage(
-        name, "evaluate", (data, run), inputs, command, lambda path: hash_complete(path, "summary.json", "report.html")
-    )
+    return Stage(name, "evaluate", (data, run), inputs, command, read_scores)
 
 
 def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
     """The scores of all folds as one evaluation: each patient's by the model that has not seen it."""
+    path = filesystem.join(out, f"evaluation-{len(evaluations)}folds")
 
     def inputs(results: Results) -> dict:
         return {"evaluations": [results[name].fingerprint for name in evaluations]}
 
-    def command(results: Results, from_scratch: bool) -> Command:
-        path = filesystem.join(out, f"evaluation-{len(evaluations)}folds")
-        return Command({"pool": [results[name].path for name in evaluations], "out": path}, path)
+    def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
+        return path, {"pool": [results[name].path for name in evaluations], "out": path}
 
-    return Stage(
-        "pool", "evaluate", evaluations, inputs, command, lambda path: hash_complete(path, "summary.json", "report.html")
-    )
+    return Stage("pool", "evaluate", evaluations, inputs, command, read_scores)
 
 
 def predictions_path(out: str, source: str) -> str:
@@ -278,14 +280,14 @@ def predictions_path(out: str, source: str) -> str:
 
 def predict_stage(out: str, models: tuple[str, ...], source: str) -> Stage:
     """New studies outlined with the model, or with those of all folds together."""
+    path = predictions_path(out, source)
 
     def inputs(results: Results) -> dict:
         files = [[clip.path, filesystem.size_or_none(clip.path)] for clip in study_files.find_clips(source)]
         return {"weights": [results[name].fingerprint for name in models], "files": files}
 
-    def command(results: Results, from_scratch: bool) -> Command:
+    def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
         first, *others = (results[name].path for name in models)
-        path = predictions_path(out, source)
-        return Command({"checkpoint": first, "ensemble": others, "input": source, "out": path}, path)
+        return path, {"checkpoint": first, "ensemble": others, "input": source, "out": path}
 
     return Stage("predict", "predict", models, inputs, command, lambda path: hash_complete(path, "studies.json", "ef.csv"))

@@ -4,11 +4,10 @@ It holds the experiment and, by stage, its state, inputs, attempts (with times a
 """
 
 import datetime
-import time
 from dataclasses import asdict, dataclass, field
 
 from heartseg.config.experiment import first_difference
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import StorageError, UserError, require
 from heartseg.storage import filesystem
 from jobs.support.pipeline_stages import Result, Stage
 
@@ -44,10 +43,8 @@ class PipelineState:
             raise  # a store that is away says nothing about the record
         except (UserError, AttributeError, KeyError, TypeError):
             is_readable = False
-        if not is_readable:
-            raise UserError(
-                f"{path} is not the record of a pipeline: remove it and rerun pipeline.py, which keeps what is complete."
-            )
+        fix = "remove it and rerun pipeline.py, which keeps what is complete."
+        require(is_readable, f"{path} is not the record of a pipeline: {fix}")
         return cls(out, metadata, stages)
 
     def save(self) -> None:
@@ -84,9 +81,8 @@ class PipelineState:
         record = self.unfinished(stage, inputs)
         if not record or not record.get("forced"):
             return False
-        if record.get("replaces") is None:
-            return not filesystem.exists(record["path"])
-        return stage.fingerprint(record["path"]) == record["replaces"]
+        old, path = record.get("replaces"), record["path"]
+        return stage.fingerprint(path) == old if old else not filesystem.exists(path)
 
     def attempts(self, stage: Stage) -> list[dict]:
         """The attempts at a stage so far, each of which resumed the one before."""
@@ -123,11 +119,13 @@ class PipelineState:
         for name in self.metadata.get("stages of", list(self.stages)):
             record = self.stages.get(name)
             if not record:
-                lines.append(f"{name:<18}{'not begun':<13}")
+                lines.append(f"{name:<18}not begun")
                 continue
             attempts, is_orphaned = record["attempts"], record["state"] == RUNNING and not is_locked
             state = "interrupted" if is_orphaned else record["state"]
-            minutes, seconds = divmod(round(sum(_seconds(attempt, is_locked) for attempt in attempts)), 60)
+            now = timestamp() if is_locked else None  # the time of an attempt whose process was killed is unknown
+            spans = [(attempt["started"], attempt["ended"] or (attempt["state"] == RUNNING and now)) for attempt in attempts]
+            minutes, seconds = divmod(round(sum(_seconds(*span) for span in spans if all(span))), 60)
             duration = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
             shown = record["problem"] or (record["result"] or record)["path"]
             lines.append(f"{name:<18}{state:<13}{duration:>9}  {len(attempts):>5}  {shown}")
@@ -137,9 +135,5 @@ class PipelineState:
         return "\n".join(lines)
 
 
-def _seconds(attempt: dict, is_locked: bool) -> float:
-    """The duration of an attempt; 0 if it is unknown, because its process was killed."""
-    started = datetime.datetime.fromisoformat(attempt["started"]).timestamp()
-    if attempt["ended"]:
-        return datetime.datetime.fromisoformat(attempt["ended"]).timestamp() - started
-    return time.time() - started if attempt["state"] == RUNNING and is_locked else 0.0
+def _seconds(started: str, ended: str) -> float:
+    return (datetime.datetime.fromisoformat(ended) - datetime.datetime.fromisoformat(started)).total_seconds()

@@ -12,12 +12,14 @@ from typing import Any
 
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
-from jobs.support.command_line import JOB_CONFIG, ROOT, log
+from jobs.support.command_line import JOB_CONFIG, ROOT, first_line, log
 
 # Ray restarts a worker group that cannot start or that dies this often, and not for ever.
 MAX_TRIES = 3
 # Seconds between two checks for nodes that an elastic run could grow onto.
 SECONDS_TO_GROW = 30
+# How long the head of a cluster may take to accept a connection.
+CONNECT_TIMEOUT_S = 10
 PLACEMENT = "placement_group"
 UPLOAD_LOGGER = "ray._private.runtime_env.packaging"
 # What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
@@ -25,6 +27,7 @@ RAY_PRIVATE = {
     "ray._private.state.state": "An autoscaler's maximum: find get_max_resources_from_cluster_config, or do without.",
     "ray._raylet.PlacementGroupID": "Frees a trial's workers: see the type of ray.util.get_current_placement_group().id.",
     "ray.train.v2._internal.execution.context.__file__": "A logger to silence: find what logs `Reporting training result`.",
+    "ray._private.services.canonicalize_bootstrap_address": "Finds this machine's cluster: see ray.init('auto').",
     UPLOAD_LOGGER: "A logger to silence: find what logs `Ignoring upload to cluster`.",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
     "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
@@ -47,8 +50,13 @@ def silence_reports() -> None:
     logging.getLogger(ray_private("ray.train.v2._internal.execution.context.__file__")).setLevel(logging.WARNING)
 
 
+def cluster_address() -> str:
+    """The cluster to join, by RAY_ADDRESS (every submitted job has one); `local` means a Ray of this process's own."""
+    return os.environ.get("RAY_ADDRESS") or "local"
+
+
 def start_ray(workers: int) -> None:
-    """Join the cluster of RAY_ADDRESS (every submitted job has one), or start a Ray of this process's own."""
+    """Join the cluster of RAY_ADDRESS, or start a Ray of this process's own; raises UserError if no cluster answers there."""
     import ray
 
     # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits, by default up to 2 s.
@@ -62,30 +70,55 @@ def start_ray(workers: int) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    address = os.environ.get("RAY_ADDRESS", "local")
-    cores = os.cpu_count() or 1
-    if address == "local" and workers > cores:
-        raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
     handler = signal.getsignal(signal.SIGTERM)
-    own, asked = {}, os.environ.get("RAY_API_SERVER_ADDRESS")
-    if address == "local":
-        # Ray asks its own dashboard for the state of a training run; without one, the log fills with failed requests.
-        own = {"include_dashboard": True, "dashboard_port": free_port()}
-        # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
-        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{own['dashboard_port']}"
-    elif JOB_CONFIG not in os.environ:
-        own = {"runtime_env": {"working_dir": str(ROOT)}}  # as a submitted job has it: every node runs this code
-    ray.init(address=address, logging_level=logging.WARNING, **own)
-    if address == "local":  # and children of this process, which may join another cluster, not this one
-        os.environ.pop("RAY_API_SERVER_ADDRESS")
-        if asked:
-            os.environ["RAY_API_SERVER_ADDRESS"] = asked
+    if cluster_address() == "local":
+        _start_own_ray(workers)
+    else:
+        _join_cluster(cluster_address())
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler
     resources = ray.cluster_resources()
     slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
     if workers > slots:
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
+
+
+def _start_own_ray(workers: int) -> None:
+    """Start a Ray on loopback that ends with this process."""
+    import ray
+
+    cores = os.cpu_count() or 1
+    if workers > cores:
+        raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
+    asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
+    # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    # Ray asks its own dashboard for the state of a training run; without one, the log fills with failed requests.
+    ray.init(address="local", logging_level=logging.WARNING, include_dashboard=True, dashboard_port=port)
+    # A child of this process may join another cluster, and does not belong to this one.
+    del os.environ["RAY_API_SERVER_ADDRESS"]
+    if asked:
+        os.environ["RAY_API_SERVER_ADDRESS"] = asked
+
+
+def _join_cluster(address: str) -> None:
+    """Join a cluster; raises UserError if it does not answer, which Ray itself reports after minutes."""
+    import ray
+
+    found = address
+    try:
+        if address == "auto":
+            found = ray_private("ray._private.services.canonicalize_bootstrap_address")(address)
+        host, _, port = found.rpartition("/")[2].rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        # Every node runs this code, as a submitted job's does.
+        code = {} if JOB_CONFIG in os.environ else {"runtime_env": {"working_dir": str(ROOT)}}
+        ray.init(address=found, logging_level=logging.WARNING, **code)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). Correct the address, start the "
+            "cluster, or unset RAY_ADDRESS to use this machine alone."
+        ) from error
 
 
 def free_port() -> int:

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,11 +25,13 @@ from typing import Any
 
 from heartseg.errors import UserError, io_errors_as_user_errors
 from heartseg.storage import filesystem
+from jobs.support.command_line import first_line
 
 GIB = 1 << 30
 # Below these a training is likely to fail: a worker's memory, checkpoints of a run, Ray's object store.
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 2 * GIB, 5 * GIB, 1 * GIB
 WANDB_TIMEOUT_S = 5.0
+REINSTALL = "Install the project: pip install -e ."
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
         with io_errors_as_user_errors():
             found.extend(check())
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         wrong = reason if isinstance(error, UserError) else f"This check failed ({type(error).__name__}: {reason})."
         found.append(Finding(name, "–", wrong, "Fix this, then run the doctor again."))
     return found
@@ -58,13 +61,13 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
 def versions() -> Iterator[Finding]:
     """Python and the packages that matter: whether one is missing, and whether torch and torchvision fit together."""
     yield Finding("python", platform.python_version())
-    is_complete = True
+    missing = []
     for package in ("torch", "torchvision", "ray", "wandb", "pyarrow"):
         try:
             yield Finding(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            is_complete = False
-            yield Finding(package, "–", f"{package} is not installed.", "Install the project: pip install -e .")
+            missing.append(package)
+            yield Finding(package, "–", f"{package} is not installed.", REINSTALL)
     try:
         from heartseg.models.deeplabv3 import check_installation
         from heartseg.training import run_directory
@@ -72,35 +75,31 @@ def versions() -> Iterator[Finding]:
         yield Finding("heartseg", run_directory.code_revision())
         check_installation()
     except ModuleNotFoundError as error:
-        if is_complete:  # otherwise it is reported above
-            yield Finding("heartseg", "–", f"heartseg does not load: {error}.", "Install the project: pip install -e .")
+        if not missing:  # otherwise it is reported above
+            yield Finding("heartseg", "–", f"heartseg does not load: {error}.", REINSTALL)
 
 
 def processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
     """CPUs of the machine, and how many of them this process may use."""
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    found, wrong, fix = f"{cores}" + (f", {usable} for this process" if usable < cores else ""), "", ""
-    quota = _cpu_quota(group)
-    if quota and quota < usable:
-        found += f", {quota:g} by the container's limit"
-        if not os.environ.get("OMP_NUM_THREADS"):
-            wrong = f"The container may use {quota:g} of {usable} CPUs, but programs start a thread for each CPU that they see."
-            fix = f"Set OMP_NUM_THREADS={max(1, int(quota))}, and --num-cpus {max(1, int(quota))} when you start Ray."
-    yield Finding("CPUs", found, wrong, fix)
+    found, quota = f"{cores}" + (f", {usable} for this process" if usable < cores else ""), None
+    with contextlib.suppress(OSError, ValueError):  # not a control group of version 2, or its limit is `max`
+        granted, period = map(int, Path(group, "cpu.max").read_text().split())
+        quota = granted / period
+    if not quota or quota >= usable:
+        yield Finding("CPUs", found)
+        return
+    found += f", {quota:g} by the container's limit"
+    threads = max(1, int(quota))
+    wrong = f"The container may use {quota:g} of {usable} CPUs, but programs start a thread for each CPU that they see."
+    fix = f"Set OMP_NUM_THREADS={threads}, and --num-cpus {threads} when you start Ray."
+    yield Finding("CPUs", found, *(() if os.environ.get("OMP_NUM_THREADS") else (wrong, fix)))
 
 
-def _cpu_quota(group: str) -> float | None:
-    """CPUs that a control group grants, version 2 or 1; None without a limit."""
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # it is not there, or `max`
-            quota, period = map(int, " ".join(Path(group, file).read_text() for file in files).split())
-            return quota / period if quota > 0 else None
-    return None
-
-
-def _room(name: str, found: str, free: float, least: int, fix: str) -> Finding:
+def _free_space(name: str, where: str, free: float, least: int, fix: str) -> Finding:
     """A finding of free bytes, with something wrong if they are fewer than `least`."""
+    found = f"{free / GIB:.1f} GiB of {where} are free"
     wrong = f"{found}: at least {least / GIB:g} GiB should be."
     return Finding(name, found, *((wrong, fix) if free < least else ()), numbers={"free_bytes": free})
 
@@ -109,24 +108,22 @@ def memory(root: str = "/") -> Iterator[Finding]:
     """Free memory, within the container's limit if there is one, as training itself counts it."""
     from heartseg.training.data_loading import free_on_machine
 
-    free = free_on_machine(root)
     fix = "Stop other programs, raise the container's limit, or use fewer --workers."
-    yield _room("memory", f"{free / GIB:.1f} GiB of memory are free", free, LEAST_MEMORY, fix)
+    yield _free_space("memory", "memory", free_on_machine(root), LEAST_MEMORY, fix)
 
 
 def shared_memory(path: str = "/dev/shm") -> Iterator[Finding]:
-    """Room for Ray's object store, through which workers exchange data; without it, the store is on the disk and slow."""
+    """Space for Ray's object store, through which workers exchange data; without it, the store is on the disk and slow."""
     free = shutil.disk_usage(path).free if os.path.exists(path) else 0
     fix = "Ray's object store goes to the disk, slowly. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory on it."
-    yield _room("shared memory", f"{free / GIB:.1f} GiB of {path} are free", free, LEAST_SHARED, fix)
+    yield _free_space("shared memory", path, free, LEAST_SHARED, fix)
 
 
 def disk(name: str, folder: str) -> Iterator[Finding]:
-    """Free room where a local folder is, or will be."""
+    """Free space where a local folder is, or will be."""
     there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
     fix = "Make room, or give another folder (TMPDIR for temporary files, --runs for runs)."
-    yield _room(name, f"{free / GIB:.1f} GiB of the disk of {folder} are free", free, LEAST_DISK, fix)
+    yield _free_space(name, f"the disk of {folder}", shutil.disk_usage(there).free, LEAST_DISK, fix)
 
 
 def gpus() -> Iterator[Finding]:
@@ -159,11 +156,11 @@ def round_trip(path: str, megabytes: int) -> Iterator[Finding]:
         filesystem.publish(probe, data)
         written = time.perf_counter()
         is_same = filesystem.read_bytes(probe) == data
-        speeds = {"write_mb_per_s": megabytes / (written - started)}
-        speeds["read_mb_per_s"] = megabytes / (time.perf_counter() - written)
+        read = time.perf_counter()
     finally:
         with contextlib.suppress(UserError, OSError):  # a storage that refuses is reported already
             filesystem.remove(probe)
+    speeds = {"write_mb_per_s": megabytes / (written - started), "read_mb_per_s": megabytes / (read - written)}
     found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
     wrong = (f"{path} returned other bytes than were written.", "Use another storage: this one loses data.")
     yield Finding("runs storage", found, *(() if is_same else wrong), numbers=speeds)
@@ -182,23 +179,17 @@ def readable(path: str) -> Iterator[Finding]:
 
 def wandb() -> Iterator[Finding]:
     """Whether W&B's server answers within 5 s and accepts the key, which is never shown."""
-    key, server = os.environ.get("WANDB_API_KEY", ""), os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    server = (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").rstrip("/")
+    key = os.environ.get("WANDB_API_KEY", "").strip()
     if os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled") or not key:
         yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
         return
-    login = base64.b64encode(f"api:{key}".encode()).decode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
-    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
-    is_accepted, problem = False, ""
-    try:
-        request = urllib.request.Request(f"{server}/graphql", question, headers)
-        with urllib.request.urlopen(request, timeout=WANDB_TIMEOUT_S) as answer:
-            is_accepted = bool((json.load(answer).get("data") or {}).get("viewer"))
-    except urllib.error.HTTPError as error:
-        problem = "" if error.code in (401, 403) else f"HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        problem = f"no answer within {WANDB_TIMEOUT_S:g} s" if isinstance(reason, TimeoutError) else str(reason)
+    answers: list[tuple[bool, str]] = []
+    # A thread, since no timeout bounds the search for the server's address.
+    asking = threading.Thread(target=lambda: answers.append(_ask_wandb(server, key)), daemon=True)
+    asking.start()
+    asking.join(WANDB_TIMEOUT_S)
+    is_accepted, problem = answers[0] if answers else (False, f"no answer within {WANDB_TIMEOUT_S:g} s")
     if problem:
         fix = "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline to save the wait."
         yield Finding("wandb", server, f"{server} cannot be reached: {problem}.", fix)
@@ -206,6 +197,21 @@ def wandb() -> Iterator[Finding]:
         yield Finding("wandb", f"{server} answers, and accepts the key")
     else:
         yield Finding("wandb", server, f"{server} refuses the key.", "Set a valid WANDB_API_KEY where the cluster starts.")
+
+
+def _ask_wandb(server: str, key: str) -> tuple[bool, str]:
+    """Whether a server accepts the key, and why it did not answer."""
+    login = base64.b64encode(f"api:{key}".encode()).decode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
+    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    try:
+        request = urllib.request.Request(f"{server}/graphql", question, headers)
+        with urllib.request.urlopen(request, timeout=2 * WANDB_TIMEOUT_S) as answer:
+            return bool((json.load(answer).get("data") or {}).get("viewer")), ""
+    except urllib.error.HTTPError as error:
+        return False, "" if error.code in (401, 403) else f"HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        return False, str(getattr(error, "reason", error))
 
 
 # What every node of a cluster is asked.

@@ -1,12 +1,13 @@
 """jobs/doctor.py: a healthy machine gets a table and exit code 0; real faults are reported by name, with their fix, in time."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import threading
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -29,23 +30,13 @@ def wrong(check, *arguments) -> list[str]:
     return [fault.wrong for fault in faults]
 
 
-def run_doctor(*code: str, **environment: str) -> tuple[int, dict, str]:
-    """Exit code, JSON by a finding's name, and stderr of the doctor, or of `code` that runs it."""
-    command = [sys.executable, *code, str(ROOT / "jobs" / "doctor.py"), "--launcher", "plain", "--megabytes", "1", "--json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    output = json.loads(done.stdout)  # and nothing else is on stdout
-    found = {finding["name"]: finding for finding in output["findings"]}
-    assert output["ok"] == (not any(finding["wrong"] for finding in found.values())) == (done.returncode == 0)
-    return done.returncode, found, done.stderr
-
-
-def test_the_doctor_checks_everything_keeps_nothing_and_exits_with_1_only_if_something_is_wrong(tmp_path):
-    code, found, progress = run_doctor(HEARTSEG_RUNS=str(tmp_path))
+def test_the_doctor_checks_everything_and_keeps_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    found = {one.name: one for one in doctor.run(doctor.Options("", str(tmp_path / "new" / "runs"), "plain", megabytes=1))}
     assert {"python", "heartseg", "torch", "ray", "CPUs", "memory", "shared memory", "wandb", "runs storage"} <= set(found)
-    speeds = found["runs storage"]["numbers"]
-    assert speeds["write_mb_per_s"] > 0 and speeds["read_mb_per_s"] > 0 and code in (0, 1)
-    assert list(tmp_path.iterdir()) == [] and "checking memory" in progress
+    speeds = found["runs storage"].numbers
+    assert speeds["write_mb_per_s"] > 0 and speeds["read_mb_per_s"] > 0
+    assert list(tmp_path.iterdir()) == [] and "checking memory" in capsys.readouterr().err
 
 
 WITHOUT_TORCH = """
@@ -63,9 +54,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_missing_torch_is_reported_and_the_other_checks_still_run():
-    code, found, _ = run_doctor("-c", WITHOUT_TORCH)
-    assert code == 1 and found["torch"]["wrong"] == "torch is not installed." and "pip install" in found["torch"]["fix"]
+def test_a_missing_torch_is_reported_the_other_checks_still_run_and_only_json_is_on_stdout():
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(ROOT / "jobs" / "doctor.py"), "--launcher", "plain", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    output = json.loads(done.stdout)
+    found = {finding["name"]: finding for finding in output["findings"]}
+    assert done.returncode == 1 and output["ok"] is False
+    assert found["torch"]["wrong"] == "torch is not installed." and "pip install" in found["torch"]["fix"]
     assert not found["ray"]["wrong"] and {"CPUs", "shared memory"} <= set(found)
 
 
@@ -174,31 +170,35 @@ def refusing():
         yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}")
 
 
-@contextmanager
-def no_server():
-    """An address that nothing listens on."""
-    yield SimpleNamespace(url="http://127.0.0.1:9")
-
-
 @pytest.mark.parametrize(
     ("server", "fault"),
     [
         (serving, None),
-        (partial(serving, failure="silent"), "cannot be reached: no answer within 5 s"),
+        (partial(serving, failure="silent"), "cannot be reached: no answer within 0.5 s"),
         (partial(serving, failure="error"), "HTTP 500"),
-        (no_server, "cannot be reached"),
+        (lambda: nullcontext(SimpleNamespace(url="http://127.0.0.1:9")), "cannot be reached"),  # nothing listens there
         (refusing, "refuses the key"),
     ],
 )
-def test_wandb_is_asked_within_5_seconds_its_faults_are_named_and_the_key_is_never_shown(server, fault, monkeypatch):
+def test_wandb_is_asked_for_a_limited_time_its_faults_are_named_and_the_key_is_never_shown(server, fault, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_API_KEY", f"{KEY}\n")  # as a secret that is mounted from a file
+    monkeypatch.setattr(system_checks, "WANDB_TIMEOUT_S", 0.5)
     with server() as there:
         monkeypatch.setenv("WANDB_BASE_URL", there.url)
-        started = time.perf_counter()
         (found,) = system_checks.wandb()
-    assert time.perf_counter() - started < 6.5 and KEY not in str(found)
+    assert KEY not in str(found)
     assert (fault in found.wrong and found.fix) if fault else (not found.wrong and "accepts the key" in found.found)
+
+
+def test_a_search_for_the_servers_address_that_stalls_is_limited_too(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(system_checks, "WANDB_TIMEOUT_S", 0.1)
+    is_over = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments: is_over.wait(20) and [])
+    assert "no answer within 0.1 s" in wrong(system_checks.wandb)[0] and not is_over.is_set()
+    is_over.set()
 
 
 def test_without_a_key_wandb_is_not_asked(monkeypatch):
@@ -207,23 +207,17 @@ def test_without_a_key_wandb_is_not_asked(monkeypatch):
     assert wrong(system_checks.wandb) == []
 
 
+def test_another_version_on_another_node_and_a_wrong_sum_are_reported():
+    found = [replace(one, found="0.1") if one.name == "torch" else one for one in system_checks.versions()]
+    row, fault = doctor.describe_node("node b", [*found, Finding("CPUs", "3")])
+    assert "torch: 0.1" in row.found and row.found.endswith("CPUs: 3") and fault.fix
+    assert fault.wrong == f"node b: torch is 0.1 there and {importlib.metadata.version('torch')} here."
+    report = {"bytes": 8 << 20, "seconds": 2.0, "rounds": 100, "is_right": False, "backend": "gloo"}
+    found = doctor.bandwidth(2, report | {"machines": [("host4", "CPU"), ("host5", "CPU")]})
+    assert "sum over the workers was wrong" in found.wrong and found.fix and "2 on 2 hosts (CPU)" in found.found
+
+
 @pytest.mark.slow
-def test_two_workers_exchange_data_and_their_bandwidth_is_reported(ray_session, tmp_path):
-    cluster, exchanged = doctor.check_cluster(doctor.Options(workers=2, seconds=1.0), str(tmp_path))
-    assert cluster.numbers["nodes"] == 1 and not exchanged.wrong, exchanged
-    assert exchanged.numbers["workers"] == 2 and exchanged.numbers["backend"] == "gloo"
-    assert exchanged.numbers["gb_per_s"] > 0 and exchanged.numbers["rounds"] >= 5
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_several_versions_among_the_workers_and_a_wrong_sum_are_reported():
-    machines = [{"host": f"host{n}", "device": "CPU", "versions": {"torch": f"2.1{n}.0", "ray": "2.60.0"}} for n in (4, 5)]
-    assert wrong(doctor.mixed_versions, machines) == ["The workers have torch in several versions: 2.14.0, 2.15.0."]
-    report = {"bytes": 8 << 20, "seconds": 2.0, "rounds": 100, "is_right": False, "backend": "gloo", "machines": machines}
-    found = doctor.bandwidth(2, report)
-    assert "sum over the workers was wrong" in found.wrong and found.fix and "2 on 2 hosts" in found.found
-
-
 def test_workers_of_an_autoscaled_cluster_ask_for_the_gpus_that_may_come(ray_session):
     """The cluster's plan, as an autoscaler reports it to Ray, has a GPU node, and none is up."""
     client = ray_runtime.ray_private("ray._private.worker.global_worker").gcs_client

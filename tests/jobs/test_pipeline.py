@@ -1,13 +1,14 @@
 """The pipeline as a graph of stages: what runs, what is skipped, what runs again, and what it records."""
 
+import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +18,9 @@ from heartseg.storage import filesystem
 from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import ROOT, tiny_experiment
-from helpers.local_cluster import begin_until
 from jobs import pipeline
 from jobs.support import command_line
-from jobs.support.pipeline_stages import Work, build_graph
+from jobs.support.pipeline_stages import PipelineOptions, build_graph
 from jobs.support.pipeline_state import PipelineState
 from jobs.tune import Options as TuneOptions
 
@@ -40,11 +40,25 @@ def records(out: str | Path) -> dict[str, dict]:
     return PipelineState.open(str(out)).stages
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain():
+    """Stages run without Ray in this process; in processes of their own (the slow tests) they use it."""
+    real = importlib.import_module
+
+    def import_plain(name: str) -> SimpleNamespace:
+        plain = [] if name == "jobs.predict" else ["--launcher", "plain"]
+        return SimpleNamespace(job=lambda arguments: real(name).job([*arguments, *plain]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "importlib", SimpleNamespace(import_module=import_plain))
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(phantom, ray_session, tmp_path_factory) -> Path:
+def finished(phantom, plain, tmp_path_factory) -> Path:
     """A pipeline that has finished."""
     out = tmp_path_factory.mktemp("pipeline") / "out"
-    pipeline.run(tiny(phantom, out), pipeline.Options())
+    pipeline.run(tiny(phantom, out), PipelineOptions())
     return out
 
 
@@ -58,7 +72,7 @@ def copy(finished, tmp_path) -> Path:
 
 
 def test_what_is_done_is_skipped_and_status_shows_it(finished, phantom, tmp_path, capsys):
-    report = pipeline.run(tiny(phantom, finished), pipeline.Options())
+    report = pipeline.run(tiny(phantom, finished), PipelineOptions())
     assert os.path.getsize(report) > 50_000 and report.startswith(records(finished)["evaluate"]["result"]["path"])
     assert capsys.readouterr().out.count("done, nothing has changed") == 3
     assert attempts(finished) == {"preprocess": 1, "train": 1, "evaluate": 1}
@@ -69,25 +83,28 @@ def test_what_is_done_is_skipped_and_status_shows_it(finished, phantom, tmp_path
         pipeline.job(["status", "--out", str(tmp_path)])
 
 
-@pytest.mark.slow
-def test_a_changed_setting_runs_only_what_depends_on_it_and_a_dry_run_shows_it_first(copy, phantom, capsys):
-    before = (copy / "pipeline.json").read_bytes()
-    other = tiny(phantom, copy, seed=3)
-    pipeline.run(other, pipeline.Options(dry_run=True))
+def test_a_dry_run_shows_what_a_changed_setting_would_run_and_writes_nothing(finished, phantom, capsys):
+    before = (finished / "pipeline.json").read_bytes()
+    pipeline.run(tiny(phantom, finished, seed=3), PipelineOptions(dry_run=True))
     shown = capsys.readouterr().out
     assert "1/3 preprocess: done" in shown
     assert "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 asked)" in shown
-    assert "3/3 evaluate: would run, after train" in shown and (copy / "pipeline.json").read_bytes() == before
-    pipeline.run(other, pipeline.Options())
+    assert "3/3 evaluate: would run, after train" in shown and (finished / "pipeline.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_changed_setting_or_force_trains_another_run_and_nothing_else(copy, phantom):
+    changed = pipeline.run(tiny(phantom, copy, seed=3), PipelineOptions(until="train"))
+    again = pipeline.run(tiny(phantom, copy, seed=3), PipelineOptions(force=("train",), until="train"))
+    assert again == f"{changed}-2" == records(copy)["train"]["result"]["path"] and len(list((copy / "runs").iterdir())) == 3
     assert attempts(copy) == {"preprocess": 1, "train": 1, "evaluate": 1}
-    assert len(list((copy / "runs").iterdir())) == 2
 
 
 def test_a_missing_result_is_made_again_and_a_changed_split_divides_the_shards_again(copy, phantom):
-    experiment, (shards,), until = tiny(phantom, copy), copy.glob("shards-*"), pipeline.Options(until="preprocess")
+    experiment, (shards,), until = tiny(phantom, copy), copy.glob("shards-*"), PipelineOptions(until="preprocess")
     evaluated = Path(records(copy)["evaluate"]["result"]["path"])
     (evaluated / "summary.json").unlink()
-    pipeline.run(experiment, pipeline.Options())
+    pipeline.run(experiment, PipelineOptions())
     assert (evaluated / "summary.json").exists()
     pipeline.run(replace(experiment, split=SplitConfig("ratio", test_share=0.5)), until)
     assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 4
@@ -104,14 +121,14 @@ def damaged(phantom: str, folder: Path) -> str:
     return str(folder / "damaged")
 
 
-def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(phantom, ray_session, tmp_path, caplog):
-    experiment, until = tiny(damaged(phantom, tmp_path), tmp_path / "out"), pipeline.Options(until="preprocess")
+def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(phantom, tmp_path, caplog):
+    experiment, until = tiny(damaged(phantom, tmp_path), tmp_path / "out"), PipelineOptions(until="preprocess")
     with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
         pipeline.run(experiment, until)
     assert attempts(tmp_path / "out") == {"preprocess": 1}
-    pipeline.run(replace(experiment, workers=2), replace(until, work=Work(max_quarantined=0.5)))
-    configs = [filesystem.read_json(str(path))["workers"] for path in (tmp_path / "out" / "stages").iterdir()]
-    assert sorted(configs) == [1, 2]  # it ran as asked now, and not as asked when it failed
+    pipeline.run(replace(experiment, ingest="memory"), replace(until, max_quarantined=0.5))
+    configs = [filesystem.read_json(str(path))["ingest"] for path in (tmp_path / "out" / "stages").iterdir()]
+    assert sorted(configs) == ["auto", "memory"]  # it ran as asked now, and not as asked when it failed
     assert records(tmp_path / "out")["preprocess"]["state"] == "done"
 
     stray = tmp_path / "new" / "shards-64x64-ratio" / "part-00099.parquet"
@@ -126,64 +143,61 @@ def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(p
 
 def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
     for options, says in [
-        (lambda: pipeline.Options(work=Work(predict=str(tmp_path / "nowhere"))), "nowhere"),
-        (lambda: pipeline.Options(force=("train",), until="preprocess"), "--force train lies outside"),
-        (lambda: pipeline.Options(work=Work(plan=SweepPlan(search="grid"))), "add --tune TRIALS"),
+        (lambda: PipelineOptions(predict=str(tmp_path / "nowhere")), "nowhere"),
+        (lambda: PipelineOptions(force=("train",), until="preprocess"), "--force train lies outside"),
+        (lambda: PipelineOptions(plan=SweepPlan(search="grid")), "add --tune TRIALS"),
+        (lambda: PipelineOptions(retry_failed=True), "add --tune TRIALS"),
     ]:
         with pytest.raises(UserError, match=says):
             pipeline.run(tiny(phantom, tmp_path / "out"), options())
     (tmp_path / "studies").symlink_to(os.path.join(phantom, "database_nifti"))
     inside = os.path.join(phantom, "database_nifti", "out")  # the next run would outline this one's masks
     with pytest.raises(UserError, match="would put files inside"):
-        pipeline.run(tiny(phantom, inside), pipeline.Options(work=Work(predict=str(tmp_path / "studies"))))
+        pipeline.run(tiny(phantom, inside), PipelineOptions(predict=str(tmp_path / "studies")))
+    with pytest.raises(UserError, match="elsewhere does not exist"):
+        pipeline.run(tiny(str(tmp_path / "elsewhere"), tmp_path / "out"), PipelineOptions())
     with pytest.raises(UserError, match="batch of 7 over 4 workers"):
-        pipeline.run(replace(tiny(phantom, tmp_path / "out"), workers=4), pipeline.Options())
+        pipeline.run(replace(tiny(phantom, tmp_path / "out"), workers=4), PipelineOptions())
     assert not (tmp_path / "out").exists() and not os.path.exists(inside)
-
-
-@pytest.mark.slow
-def test_force_trains_a_new_run_and_until_stops_there(copy, phantom):
-    path = pipeline.run(tiny(phantom, copy), pipeline.Options(force=("train",), until="train"))
-    assert path.endswith("-2") and records(copy)["train"]["result"]["path"] == path
 
 
 def test_from_uses_earlier_results_as_they_are(finished, phantom, tmp_path):
     elsewhere = replace(tiny(phantom, finished), source=str(tmp_path))  # the files themselves have gone
-    assert pipeline.run(elsewhere, pipeline.Options(begin="train")).endswith("report.html")
+    assert pipeline.run(elsewhere, PipelineOptions(begin="train")).endswith("report.html")
     other = replace(elsewhere, split=SplitConfig("ratio", test_share=0.5))
-    assert pipeline.run(other, pipeline.Options(begin="train")).endswith("report.html")
+    assert pipeline.run(other, PipelineOptions(begin="train")).endswith("report.html")
     with pytest.raises(UserError, match="stage preprocess is not done"):
-        pipeline.run(tiny(phantom, tmp_path / "new"), pipeline.Options(begin="train"))
+        pipeline.run(tiny(phantom, tmp_path / "new"), PipelineOptions(begin="train"))
     with pytest.raises(UserError, match="no such stage, only preprocess, train, evaluate"):
-        pipeline.run(tiny(phantom, finished), pipeline.Options(until="tune"))
+        pipeline.run(tiny(phantom, finished), PipelineOptions(until="tune"))
     with pytest.raises(UserError, match="comes after --until"):
-        pipeline.run(tiny(phantom, finished), pipeline.Options(begin="evaluate", until="train"))
+        pipeline.run(tiny(phantom, finished), PipelineOptions(begin="evaluate", until="train"))
 
 
-def test_a_failure_is_retried_and_recorded_and_a_rerun_resumes(phantom, ray_session, tmp_path, monkeypatch):
-    tries = []
-
-    def broken(*arguments):
-        tries.append(1)
-        if len(tries) < 3:
-            raise RuntimeError("the weather")
-        return real(*arguments)
-
+def test_a_failure_is_retried_an_interruption_is_not_and_a_rerun_resumes(phantom, tmp_path, monkeypatch, capsys):
+    ends = [RuntimeError("the weather"), RuntimeError("the weather"), KeyboardInterrupt()]
     real = pipeline.importlib.import_module
-    monkeypatch.setattr(pipeline.importlib, "import_module", broken)
-    monkeypatch.setattr(pipeline, "shut_down_ray", lambda: None)  # the session's Ray stays
+    broken = SimpleNamespace(import_module=lambda name: (_ for _ in ()).throw(ends.pop(0)) if ends else real(name))
+    monkeypatch.setattr(pipeline, "importlib", broken)
+    experiment, until = tiny(phantom, tmp_path), PipelineOptions(until="preprocess")
     with pytest.raises(RuntimeError, match="the weather"):
-        pipeline.run(tiny(phantom, tmp_path), pipeline.Options(until="preprocess"))
+        pipeline.run(experiment, until)
     record = records(tmp_path)["preprocess"]
     assert (record["state"], record["problem"], len(record["attempts"])) == ("failed", "the weather", 2)
-    pipeline.run(tiny(phantom, tmp_path), pipeline.Options(until="preprocess"))
-    assert attempts(tmp_path)["preprocess"] == 3 and records(tmp_path)["preprocess"]["state"] == "done"
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(experiment, until)
+    record = records(tmp_path)["preprocess"]
+    assert record["state"] == "stopped" and record["attempts"][2]["ended"]
+    pipeline.run(experiment, replace(until, dry_run=True))
+    assert "1/3 preprocess: would run (stopped)" in capsys.readouterr().out
+    pipeline.run(experiment, until)
+    assert attempts(tmp_path)["preprocess"] == 4 and records(tmp_path)["preprocess"]["state"] == "done"
 
 
 @pytest.mark.slow
-def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phantom, ray_session, tmp_path):
-    work = Work(folds=2, predict=os.path.join(phantom, "database_nifti", "patient0001"))
-    report = pipeline.run(tiny(phantom, tmp_path), pipeline.Options(work=work))
+def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phantom, tmp_path):
+    options = PipelineOptions(folds=2, predict=os.path.join(phantom, "database_nifti", "patient0001"))
+    report = pipeline.run(tiny(phantom, tmp_path), options)
     summary = filesystem.read_json(os.path.join(os.path.dirname(report), "summary.json"))
     assert (summary["patients"], summary["images"], summary["group"]) == (8, 32, "out-of-fold")
     parts = [filesystem.read_json(os.path.join(path, "summary.json")) for path in summary["evaluations"]]
@@ -208,7 +222,7 @@ def test_a_sweeps_plan_survives_its_flags(plan):
 
 
 def test_the_graph_has_each_stage_after_what_it_needs():
-    graph = build_graph(tiny("/somewhere", "/out"), "/out", Work(folds=3, tune=4, predict="/new"))
+    graph = build_graph(tiny("/somewhere", "/out"), "/out", PipelineOptions(folds=3, tune=4, predict="/new"))
     seen: set[str] = set()
     for stage in graph:
         assert set(stage.needs) <= seen
@@ -229,19 +243,3 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
     trained = filesystem.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
     assert trained["optim"] == best["optim"] and trained["schedule"] == best["schedule"]
     assert best["train"]["holdout"] > 0 and trained["train"]["holdout"] == 0
-
-
-@pytest.mark.slow
-def test_an_interrupted_stage_is_stopped_and_says_how_to_resume(phantom, tmp_path):
-    config = tmp_path / "tiny.json"
-    experiment = tiny(phantom, tmp_path)
-    config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=200)))))
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--until", "train"]
-    begun = begin_until(command, os.environ, "epoch 2/200")
-    begun.send_signal(signal.SIGINT)
-    rest = begun.stdout.read()
-    assert begun.wait(timeout=60) == 130 and "stopped; rerun the same command to resume" in rest, rest
-    record = records(tmp_path)["train"]
-    assert record["state"] == "stopped" and record["attempts"][0]["ended"]
-    shown = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=60).stdout
-    assert "2/3 train: would run (stopped)" in shown

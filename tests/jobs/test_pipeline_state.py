@@ -16,7 +16,7 @@ from heartseg.errors import UserError
 from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
 from jobs import pipeline
-from jobs.support.pipeline_stages import Command, Stage, hash_complete
+from jobs.support.pipeline_stages import PipelineOptions, Stage, hash_complete
 from jobs.support.pipeline_state import PipelineState
 
 
@@ -55,9 +55,9 @@ def work(path: str, overwrite: bool = False) -> None:
 def training(folder: Path) -> Stage:
     """A stage whose every forced result is a further run."""
 
-    def command(results, from_scratch: bool) -> Command:
+    def command(results, from_scratch: bool) -> tuple[str, dict]:
         path = str(folder / run_directory.generation_name(str(folder), "run", fresh=from_scratch))
-        return Command({"out": path}, path)
+        return path, {"out": path}
 
     return Stage("train", "train", (), lambda results: {}, command, lambda path: hash_complete(path, "result"))
 
@@ -65,15 +65,15 @@ def training(folder: Path) -> Stage:
 def evaluation(folder: Path) -> Stage:
     """A stage whose forced result replaces the one before."""
 
-    def command(results, from_scratch: bool) -> Command:
-        return Command({"out": str(folder / "scores"), "overwrite": from_scratch}, str(folder / "scores"))
+    def command(results, from_scratch: bool) -> tuple[str, dict]:
+        return str(folder / "scores"), {"out": str(folder / "scores"), "overwrite": from_scratch}
 
     return Stage("evaluate", "evaluate", (), lambda results: {}, command, lambda path: hash_complete(path, "result"))
 
 
 def run_stage(folder: Path, stage: Stage, jobs: Jobs, is_forced: bool = False) -> tuple[str, str]:
     """Run a stage as a new process does; the path of its result and its fingerprint."""
-    runner = pipeline.Runner(PipelineState.open(str(folder)), pipeline.Options(retries=0), jobs)
+    runner = pipeline.Runner(PipelineState.open(str(folder)), PipelineOptions(retries=0), jobs)
     result = runner.run(stage, {}, {}, is_forced)
     return result.path, result.fingerprint
 

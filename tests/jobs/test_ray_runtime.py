@@ -1,10 +1,14 @@
 """What is asked of a cluster, how a training reports the death of its workers, and what Ray must still have; no Ray starts."""
 
+import re
+
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
 from heartseg.errors import StorageError, UserError
+from helpers.local_cluster import free_port
 from jobs.support import ray_runtime, ray_training
 from jobs.support.ray_training import WorkersDied
 
@@ -39,6 +43,15 @@ def test_cores_are_shared_out_so_that_every_worker_fits_on_one_node(nodes, worke
     assert ray_runtime.share_of_cores(nodes, workers) == cores
 
 
+def test_workers_ask_for_the_gpus_that_there_are_or_may_be_and_otherwise_for_cores(monkeypatch):
+    now, planned = {"CPU": [4.0]}, {}
+    monkeypatch.setattr(ray_runtime, "_on_each_node", lambda kind: now.get(kind, [0.0]))
+    monkeypatch.setattr(ray_runtime, "_after_autoscaling", lambda kind: planned.get(kind, 0))
+    assert ray_runtime.worker_resources(2) == {"CPU": 2} and ray_runtime.room_for(2) == 2
+    planned |= {"GPU": 4}
+    assert ray_runtime.worker_resources(2) == {"GPU": 1, "CPU": 1} and ray_runtime.room_for(1) == 4
+
+
 def died(*ranks: int, **others: Exception) -> WorkerGroupError:
     """What Ray Train raises when the processes of some workers are gone, with what others raised over it."""
     unhealthy = ray_runtime.ray_private("ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError")
@@ -60,3 +73,20 @@ def test_dead_workers_are_named_and_a_workers_own_message_comes_before_the_death
         ray_training.raise_user_error(error, 3, {"CPU": 1})
     assert isinstance(caught.value, WorkersDied) == (raised is WorkersDied)
     assert isinstance(caught.value, UserError) == (raised is not WorkerGroupError)
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:{port}", "ray://127.0.0.1:{port}", "[::1]:{port}", "nonsense"])
+@pytest.mark.parametrize("left_behind", [True, False])
+def test_an_address_without_a_cluster_is_a_one_line_error_at_once(address, left_behind, tmp_path, monkeypatch):
+    find = ray_runtime.ray_private("ray._private.services.canonicalize_bootstrap_address")
+    monkeypatch.setitem(find.__globals__, "find_gcs_addresses", set)  # other clusters of this machine
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    port = free_port()
+    if left_behind:  # by a killed cluster, for `auto`
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    address = address.format(port=port)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: no cluster can be joined.*unset RAY_ADDRESS"):
+        ray_runtime.start_ray(1)

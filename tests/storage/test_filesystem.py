@@ -1,9 +1,11 @@
 """Local and remote storage alike: what is published is complete or absent, and a folder has one writer."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 
 import pyarrow as pa
@@ -142,6 +144,17 @@ def test_a_folder_is_free_again_after_its_block_even_after_an_error(folder):
     with locks.lock(folder):
         assert locks.is_held(folder)
     assert not locks.is_held(folder)
+
+
+def test_whoever_asks_whether_a_folder_is_held_disturbs_neither_a_writer_nor_another_who_asks(tmp_path):
+    with locks.lock(str(tmp_path)):
+        pass
+    with open(tmp_path / locks.LOCK_NAME) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as is_held has it for an instant
+        assert not locks.is_held(str(tmp_path))
+        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with locks.lock(str(tmp_path)):
+            assert locks.is_held(str(tmp_path))
 
 
 def test_a_killed_writer_frees_its_local_folder_at_once(tmp_path):
