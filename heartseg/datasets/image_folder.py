@@ -8,8 +8,8 @@ NAME begins with the patient, up to the first `_`: `anna_2CH_ED`, `anna_2CH_ES`,
 2CH or 4CH gives the view, one that is ED or ES the phase; without them both are unknown. Files that are not NIfTI are
 ignored.
 
-In a file, axis 0 is lateral and axis 1 is depth (then time), as in CAMUS. An image whose affine has it the other way round
-(the second axis along the world's x and the first not) goes to quarantine; the signs of an affine do not matter.
+In a file, axis 0 is lateral and axis 1 is depth (then time), as in CAMUS, unless its affine has them the other way round
+(`nifti.decode_nifti` describes how axes are found).
 """
 
 import csv
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from heartseg.datasets import camus, nifti
+from heartseg.datasets import camus
 from heartseg.datasets.camus import Readable, Recording
 from heartseg.errors import UserError
 from heartseg.labels import PHASES, VIEWS, Phase, View
@@ -89,7 +89,6 @@ class ImageFolder:
     def _read(self, name: str, patient: str, view: View | None, phase: Phase | None, frames: str, hashes: dict):
         image, mask = (filesystem.join(self.path, folder, f"{name}.nii.gz") for folder in (IMAGES, MASKS))
         found = camus.read_pair(image, mask, frames, hashes)
-        nifti.check_axes(image)
         numbers = [None] if frames == "stills" else range(1, len(found) + 1)
         return [Recording(patient, view, phase, number, *frame) for number, frame in zip(numbers, found, strict=True)]
 

@@ -133,10 +133,10 @@ class TreeTruth:
 
 def read_mask(path: str) -> tuple[np.ndarray, tuple[float, float]]:
     """A label map uint8 [H,W] and its (depth, lateral) spacing in mm; raises DamagedRecording."""
-    mask, spacing_mm = nifti.read_nifti(path)
-    if mask.ndim != 2:
-        raise DamagedRecording(f"a still's mask has 2 axes, this has shape {mask.shape}", path)
-    return nifti.as_labels(mask, path), spacing_mm
+    masks, spacing_mm, _ = nifti.read_nifti(path)
+    if len(masks) > 1:
+        raise DamagedRecording(f"the mask of a still is one frame, this has {len(masks)}", path)
+    return nifti.as_labels(masks[0], path), spacing_mm
 
 
 def check_pattern(pattern: str) -> None:
