@@ -1,6 +1,7 @@
 """Every frame of a half sequence becomes a row, from ED to ES, and what follows copes with frames without a phase."""
 
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -189,5 +190,4 @@ def test_a_model_trains_on_all_frames_and_every_frame_is_scored(copied, tmp_path
     samples = np.load(os.path.join(path, "samples", "last.npz"))
     assert not any("None" in name for name in samples["names"]) and any("frame" in name for name in samples["names"])
     with open(os.path.join(out, "report.html")) as stream:
-        page = stream.read()
-    assert "None" not in page, page[page.index("None") - 200 :][:400]
+        assert "None" not in re.sub(r"base64,[^\"]+", "", stream.read())  # pictures spell anything

@@ -264,10 +264,3 @@ def test_what_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeyp
     with pytest.raises(UserError, match="did not arrive"):
         fetch(server, out, patients="1")
     assert "failed  patient0001: sends more than 1000 bytes" in capsys.readouterr().out
-
-
-def test_help_shows_every_flag(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        download.job(["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"--{name.replace('_', '-')}" in shown for name in download.Options.__annotations__)
