@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from heartseg.datasets.grey import Unreadable, as_grey
-from heartseg.datasets.nifti import DamagedRecording, as_labels, read_nifti, read_source
+from heartseg.datasets.grey import BYTE, Unreadable, as_grey
+from heartseg.datasets.nifti import DamagedRecording, Place, as_labels, find_file, read_nifti, read_source
 from heartseg.errors import UserError, require
 from heartseg.labels import ENDO, PHASES, VIEWS, Phase, View
 from heartseg.storage import filesystem
@@ -48,7 +48,7 @@ class Recording:
 
     `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is
     (depth, lateral) for one pixel. `frame` counts from 1. `frame`, `view` and `phase` are None if unknown: a frame between
-    ED and ES has no phase.
+    ED and ES has no phase. `grey` is the range of the file's values that became 0 to 255, `place` how the file holds it.
     """
 
     patient: str
@@ -59,6 +59,8 @@ class Recording:
     mask: np.ndarray | None
     spacing_mm: tuple[float, float]
     info: Info | None = None
+    grey: tuple[int, int] = BYTE
+    place: Place | None = None
 
 
 # The lines of a cfg: key, field, type.
@@ -69,8 +71,6 @@ CFG_FIELDS = {
 }  # fmt: skip
 # A view, a phase, and a function that reads the frames of that recording; it raises DamagedRecording.
 Readable = tuple[View | None, Phase | None, Callable[[], list[Recording]]]
-# Image uint8 [H,W], mask uint8 [H,W] and (depth, lateral) spacing of one frame.
-Pixels = tuple[np.ndarray, np.ndarray, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -157,28 +157,29 @@ def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict
     The SHA-256 of each file read goes into `hashes`, by path.
     """
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
-    ((image, mask, spacing_mm),) = read_pair(*paths, "stills", hashes)
+    (pixels,) = read_pair(*paths, "stills", hashes)
     info = read_info(source, patient, view, hashes)
     frame = getattr(info, phase.lower()) if info else None
-    return Recording(patient, view, phase, frame, image, mask, spacing_mm, info)
+    return Recording(patient, view, phase, frame, **pixels, info=info)
 
 
-def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[Pixels]:
-    """The frames of an image file and its mask file, in the files' order; raises DamagedRecording.
+def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[dict]:
+    """The frames of an image file and its mask file, in the image's order: `Recording`'s fields that files give.
 
-    `frames` is `stills` (one frame) or `sequence` (the third axis of the file is time).
+    `frames` is `stills` (one frame) or `sequence` (the third axis of the file is time). Raises DamagedRecording.
     """
-    values, spacing_mm, _ = read_nifti(image_path, hashes)
-    masks, *_ = read_nifti(mask_path, hashes)
+    values, spacing_mm, place = read_nifti(image_path, hashes)
+    masks, *_ = read_nifti(mask_path, hashes, place)
     if frames == "stills" and len(values) > 1:
         raise DamagedRecording(f"a still is one frame, this has {len(values)}", image_path)
     if masks.shape != values.shape:
         raise DamagedRecording(f"the mask's shape {masks.shape} is not the image's {values.shape}", mask_path)
     try:
-        images, _ = as_grey(values)
+        images, grey = as_grey(values)
     except Unreadable as error:
         raise DamagedRecording(f"is no readable NIfTI: {error}", image_path) from error
-    return [(image, mask, spacing_mm) for image, mask in zip(images, as_labels(masks, mask_path), strict=True)]
+    shared = {"spacing_mm": spacing_mm, "grey": grey, "place": place}
+    return [{"image": image, "mask": mask} | shared for image, mask in zip(images, as_labels(masks, mask_path), strict=True)]
 
 
 def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
@@ -191,12 +192,13 @@ def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, 
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
     frames = read_pair(*paths, "sequence", hashes)
     info = read_info(source, patient, view, hashes)
-    ed, es = phase_frames([mask for _, mask, _ in frames], info)
+    ed, es = phase_frames([frame["mask"] for frame in frames], info)
     if ed is not None and ed > es:
         ed, es = len(frames) + 1 - ed, len(frames) + 1 - es
         frames.reverse()
     phases = {ed: Phase.ED, es: Phase.ES}
-    return [Recording(patient, view, phases.get(number), number, *frame, info) for number, frame in enumerate(frames, start=1)]
+    numbered = enumerate(frames, start=1)
+    return [Recording(patient, view, phases.get(number), number, **frame, info=info) for number, frame in numbered]
 
 
 def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
@@ -213,7 +215,7 @@ def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None
 
 def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> Info | None:
     """Read `Info_2CH.cfg` or `Info_4CH.cfg`; None if the file does not exist. Unknown lines are ignored."""
-    path = filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg")
+    path = find_file(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"))
     if not filesystem.exists(path):
         return None
     raw = read_source(path)

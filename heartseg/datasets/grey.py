@@ -33,6 +33,11 @@ def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     return np.rint(scaled).clip(0, 255).astype(np.uint8, order="C"), found
 
 
+def describe(levels: tuple[int, int]) -> str:
+    """A range of grey levels and the factor that brought it to 0 to 255, as a manifest names them."""
+    return f"{levels[0]} to {levels[1]}, times {255 / (levels[1] - levels[0]):.4g}"
+
+
 def find_range(values: np.ndarray, low: float, high: float) -> tuple[int, int] | None:
     """The range of grey levels that some values, from `low` to `high`, are in; None if it is unknown or ambiguous."""
     if low >= 0 and high > 100.5:

@@ -26,7 +26,7 @@ from heartseg.storage import filesystem
 
 IMAGES, MASKS, GROUPS = "images", "masks", "groups.csv"
 LAYOUT = f"{IMAGES}/PATIENT_ANYTHING.nii.gz and {MASKS}/PATIENT_ANYTHING.nii.gz"
-NAME = re.compile(r"(?P<patient>[^_.][^_]*?)(?P<rest>_.+?)?\.nii(\.gz)?")
+NAME = re.compile(r"(?P<patient>[^_.][^_]*?)(?P<rest>_.+?)?\.nii(\.gz)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ImageFolder:
         With `frames` "stills" a file is one picture; with "sequence" its third axis is time, in the file's own order, and
         the phase stays unknown. A mask without an image is as damaged as an image without a mask.
         """
-        for name in sorted({re.sub(r"\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
+        for name in sorted({re.sub(r"(?i)\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
             parts = name.upper().split("_")[1:]
             view = next((View(part) for part in parts if part in VIEWS), None)
             phase = next((Phase(part) for part in parts if part in PHASES), None) if frames == "stills" else None
@@ -90,7 +90,7 @@ class ImageFolder:
         image, mask = (filesystem.join(self.path, folder, f"{name}.nii.gz") for folder in (IMAGES, MASKS))
         found = camus.read_pair(image, mask, frames, hashes)
         numbers = [None] if frames == "stills" else range(1, len(found) + 1)
-        return [Recording(patient, view, phase, number, *frame) for number, frame in zip(numbers, found, strict=True)]
+        return [Recording(patient, view, phase, number, **frame) for number, frame in zip(numbers, found, strict=True)]
 
     def _files(self) -> dict[str, list[list]]:
         """All images and masks, by patient; both sorted. Raises UserError if there are none."""

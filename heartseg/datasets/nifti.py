@@ -42,28 +42,58 @@ class DamagedRecording(Exception):
 class Place:
     """How a file's array holds upright frames, so that masks go back onto the same grid.
 
-    `order` is the array's axes as (time if there is one, depth, lateral, axes of one element).
+    `order` is the array's axes as (time if there is one, depth, lateral, axes of one element); `axes` are depth and lateral.
     """
 
     header: nibabel.Nifti1Header
+    affine: np.ndarray
     order: tuple[int, ...]
+    axes: tuple[int, int]
+
+    def plane(self) -> tuple[np.ndarray, np.ndarray]:
+        """The affine [4,3] of (depth, lateral), and the two ends [2,3] of the rectangle of pixel centres in the world."""
+        affine = self.affine[:, [*self.axes, 3]]
+        height, width = (self.header.get_data_shape()[axis] - 1 for axis in self.axes)
+        corners = np.array([affine @ corner for corner in ((0, 0, 1), (0, width, 1), (height, 0, 1), (height, width, 1))])
+        return affine, np.array([corners.min(axis=0), corners.max(axis=0)])[:, :3]
+
+    def has_affine(self) -> bool:
+        """True if the header names an affine of its plane."""
+        is_named = max(self.header["sform_code"], self.header["qform_code"]) > 0
+        return is_named and max(self.axes) < 3 and self.affine[:3, self.axes].any(axis=0).all()
+
+    def is_plain(self) -> bool:
+        """True for what tools write for want of a real affine: spacings from the origin, in NIfTI's directions or in ITK's."""
+        spacings = np.diag(self.affine)
+        return np.array_equal(self.affine, np.diag(spacings)) and spacings[0] * spacings[1] > 0
 
 
-def read_nifti(path: str, hashes: dict[str, str] | None = None) -> tuple[np.ndarray, tuple[float, float], Place]:
-    """Read and decode a NIfTI file as `decode_nifti` does; `NAME.nii` if there is no `NAME.nii.gz`.
+def read_nifti(
+    path: str, hashes: dict[str, str] | None = None, onto: Place | None = None
+) -> tuple[np.ndarray, tuple[float, float], Place]:
+    """Read and decode a NIfTI file as `decode_nifti` does, under this name or as `find_file` finds it.
 
     The SHA-256 of the file goes into `hashes`, by path. Raises DamagedRecording for whatever cannot be read.
     """
-    beside = path.removesuffix(".gz")
-    if path.endswith(".nii.gz") and not filesystem.exists(path) and filesystem.exists(beside):
-        path = beside
+    path = find_file(path)
     raw = read_source(path)
     if hashes is not None:
         hashes[path] = filesystem.sha256(raw)
     try:
-        return decode_nifti(raw)
+        return decode_nifti(raw, onto)
     except Exception as error:  # nibabel raises a dozen kinds for a damaged header
         raise DamagedRecording(f"is no readable NIfTI: {str(error) or type(error).__name__}", path) from error
+
+
+def find_file(path: str) -> str:
+    """A file of this name; if there is none, of this name in other letters (`.NII.GZ`), or without `.gz`."""
+    if not filesystem.exists(path):
+        name, folder = filesystem.last_part(path), path.rpartition("/")[0]
+        names = filesystem.list_names(folder)
+        for wanted in (name.lower(), name.lower().removesuffix(".gz")):
+            for found in (found for found in names if found.lower() == wanted and found != name):  # not a dead link
+                return filesystem.join(folder, found)
+    return path
 
 
 def read_source(path: str, most: int = MAX_FILE_BYTES) -> bytes:
@@ -79,26 +109,49 @@ def read_source(path: str, most: int = MAX_FILE_BYTES) -> bytes:
         raise DamagedRecording(f"cannot be read: {error.strerror or 'missing or not a file'}", path) from error
 
 
-def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float], Place]:
+def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tuple[float, float], Place]:
     """Decode a `.nii` or `.nii.gz`: scaled values [T,H,W] upright, (depth, lateral) spacing in mm, and their place.
 
     Axes of one element are skipped; of the others the first is lateral, the second depth, the third time, as in CAMUS. If
     the affine shows that the second runs along the world's x and the first does not, the two change places. The signs of an
-    affine mean nothing: writers differ in which way the world's axes point. Raises ValueError and whatever nibabel does.
+    affine mean nothing: writers differ in which way the world's axes point. With `onto`, the place of the image that a mask
+    is of, the mask lies as that image does (see `register`). Raises ValueError and whatever nibabel does.
     """
     header, values = open_nifti(raw)
     wide = [axis for axis, size in enumerate(values.shape) if size > 1]
     if len(wide) not in (2, 3):
         raise ValueError(f"shape {values.shape} is neither an image nor a sequence of images")
     lateral, depth = wide[:2]
-    along = np.abs(affine_of(header)[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
-    if depth < 3 and along[depth] == 0 and along[lateral] != 0:
+    affine = affine_of(header)
+    along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
+    if onto.axes[0] < onto.axes[1] if onto else depth < 3 and along[depth] == 0 and along[lateral] != 0:
         lateral, depth = depth, lateral
     used = (*wide[2:], depth, lateral)
-    order = used + tuple(axis for axis in range(values.ndim) if axis not in used)
-    upright = values.transpose(order)
+    place = Place(header, affine, used + tuple(axis for axis in range(values.ndim) if axis not in used), (depth, lateral))
+    upright = values.transpose(place.order)
     upright = upright.reshape(-1, *upright.shape[len(wide) - 2 : len(wide)])
-    return upright, read_spacing(header, (depth, lateral)), Place(header, order)
+    return register(upright, place, onto) if onto else upright, read_spacing(header, (depth, lateral)), place
+
+
+def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
+    """Masks [T,H,W] turned to lie on their image as the affines of both files show.
+
+    Array lies on array as it is if the affines agree in direction, or if one of them is missing or plain. Raises ValueError if
+    two real ones disagree and do not put mask and image on the same rectangle of the world.
+    """
+    is_same = place.axes == onto.axes and np.array_equal(place.affine, onto.affine)
+    if is_same or not (place.has_affine() and onto.has_affine()):
+        return masks
+    (ours, our_ends), (theirs, their_ends) = place.plane(), onto.plane()
+    start, end = nibabel.io_orientation(ours), nibabel.io_orientation(theirs)
+    if np.array_equal(start, end):
+        return masks
+    if np.allclose(our_ends, their_ends, rtol=0, atol=0.5 * np.abs(theirs[:3, :2]).max()):
+        turn = nibabel.orientations.ornt_transform(start, end)
+        return np.moveaxis(nibabel.apply_orientation(np.moveaxis(masks, 0, -1), turn), -1, 0)
+    if place.is_plain() or onto.is_plain():
+        return masks
+    raise ValueError("its affine and that of its image differ in direction, and in the place that they give it")
 
 
 def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
