@@ -1,5 +1,6 @@
 """CAMUS from its authors' server, patient by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
 
+import itertools
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from heartseg.datasets import camus, girder_client, nifti
 from heartseg.datasets.girder_client import DamagedDownload, FailedDownload
-from heartseg.errors import UserError
+from heartseg.errors import UserError, format_write_error, require
 from heartseg.storage import filesystem, locks
 from jobs.support import command_line
 
@@ -48,7 +49,7 @@ class Options:
     tries: int = 5
     """Number of times that a download is tried before its patient is skipped."""
     wait_s: float = 2.0
-    """Seconds between two tries; while the server is busy or cannot be reached, the first at once, then twice as long each."""
+    """Seconds before the second try, then twice as long each."""
     timeout_s: float = 60.0
     """Seconds of silence after which a connection is given up."""
 
@@ -56,69 +57,51 @@ class Options:
 def run(options: Options) -> str:
     """Fetch what is missing; returns the folder. Raises UserError that names the patients that did not arrive."""
     out = command_line.absolute(command_line.require_flag(options.out, "--out", "a local folder"), "out")
-    if filesystem.is_uri(out):
-        raise UserError(f"--out {out} is not a local folder: download to one; preprocess.py writes shards to any store.")
-    if options.tries < 1 or options.wait_s < 0 or options.timeout_s <= 0:
-        raise UserError("--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
+    require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one; preprocess.py writes shards anywhere.")
+    valid = options.tries >= 1 and options.wait_s >= 0 and options.timeout_s > 0
+    require(valid, "--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
     numbers = parse_numbers(options.patients)
     server = girder_client.Server(options.server, options.tries, options.wait_s, options.timeout_s)
     print(TERMS)
-    if not options.accept_licence:
-        raise UserError("The terms above must be accepted first: add --accept-licence.")
+    require(options.accept_licence, "The terms above must be accepted first: add --accept-licence.")
     try:
         with locks.lock(out):
             try:
-                ids = select(list_patients(server), numbers)
+                ids = list_patients(server, numbers)
                 failed = fetch_all(server, out, ids)
             finally:
                 filesystem.remove(filesystem.join(out, UNFINISHED))
     except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror or error}): make room or give another --out; what is complete "
-            "stays, and the same command resumes from there."
-        ) from error
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(ids) + 1} folders did not arrive ({', '.join(failed)}): the same command tries them again."
-        )
+        raise UserError(format_write_error(error, out)) from error
+    problem = f"{len(failed)} of {len(ids) + 1} folders did not arrive ({', '.join(failed)})"
+    require(not failed, f"{problem}: rerun the same command to try them again.")
     print(f"{len(ids)} patients: {out}")
     return out
 
 
-def parse_numbers(text: str) -> set[int] | None:
-    """The numbers in `1-10,42`; None for an empty text. Raises UserError."""
-    if not text:
-        return None
+def parse_numbers(text: str) -> set[int]:
+    """The numbers in `1-10,42`; raises UserError."""
     numbers: set[int] = set()
-    for part in text.split(","):
+    for part in text.split(",") if text else ():
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise UserError(f"--patients {text} is not a list of numbers: give one such as 1-10,42.")
-        numbers |= set(range(first, last + 1))
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        require(bool(found), f"--patients {text} is not a list of numbers: give one such as 1-10,42.")
+        numbers |= set(found)
     return numbers
 
 
-def list_patients(server: girder_client.Server) -> dict[str, str]:
-    """Patient to folder id, in order."""
+def list_patients(server: girder_client.Server, numbers: set[int]) -> dict[str, str]:
+    """Name to folder id of the patients with these numbers, or of all; raises UserError for a number that is not there."""
     try:
         folders = server.list_folders(IMAGES_ID)
     except FailedDownload as error:
         raise UserError(f"The server {server.base} {error}: check the network, or --server, and try again.") from error
-    ids = {name: folders[name] for name in sorted(folders) if camus.PATIENT_PATTERN.fullmatch(name)}
-    if not ids:
-        raise UserError(f"The server {server.base} lists no patient: check --server.")
-    return ids
-
-
-def select(ids: dict[str, str], numbers: set[int] | None) -> dict[str, str]:
-    """The patients with these numbers; raises UserError for a number that the server does not have."""
-    if numbers is None:
-        return ids
-    by_number = {int(name.removeprefix("patient")): name for name in ids}
-    if missing := sorted(numbers - by_number.keys()):
-        raise UserError(f"The server has no patient {missing[0]}: its {len(ids)} are {min(ids)} to {max(ids)}.")
-    return {by_number[number]: ids[by_number[number]] for number in sorted(numbers)}
+    names = {int(name.removeprefix("patient")): name for name in folders if camus.PATIENT_PATTERN.fullmatch(name)}
+    require(bool(names), f"The server {server.base} lists no patient: check --server.")
+    for number in sorted(numbers - names.keys()):
+        known = f"its {len(names)} are {names[min(names)]} to {names[max(names)]}"
+        raise UserError(f"The server has no patient {number}: {known}.")
+    return {names[number]: folders[names[number]] for number in sorted(numbers or names)}
 
 
 def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> list[str]:
@@ -184,9 +167,9 @@ def check_split(source: str) -> list[str]:
         groups = camus.CamusTree(source).groups()
     except UserError as error:
         raise DamagedDownload("arrives with split files that are not text") from error
-    strangers = [entry for names in groups.values() for entry in names if not camus.PATIENT_PATTERN.fullmatch(entry)]
-    if strangers:
-        raise DamagedDownload(f"arrives with {strangers[0][:40]!r} in place of a patient")
+    for entry in itertools.chain(*groups.values()):
+        if not camus.PATIENT_PATTERN.fullmatch(entry):
+            raise DamagedDownload(f"arrives with {entry[:40]!r} in place of a patient")
     return []
 
 

@@ -3,6 +3,7 @@
 import base64
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +92,15 @@ def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
     mean, std = (255 * value for value in opened.intensity)
     intensity = [("all images", *(f"{grey[key]:.0f}" for key in ("min", "max")), f"{grey['mean']:.2f}", f"{grey['std']:.2f}")]
     intensity.append(("train", "", "", f"{mean:.2f}", f"{std:.2f}"))
+    levels = Counter()
+    for record in opened.manifest["patients"].values():
+        levels.update(record.get("grey_levels", {}))  # shards of before have none
     convention = f" ({', '.join(sorted(survey.conventions))} convention)" if survey.conventions else ""
     return [
         ("Groups", ("group", "patients", "images"), groups),
         ("Pixels by class", ("class", "share"), shares),
         ("Intensity, 0 to 255", ("", "min", "max", "mean", "std"), intensity),
+        ("Grey levels in the files", ("", "images"), [(name, str(count)) for name, count in levels.most_common()]),
         ("Views and phases", ("", "images", ""), bars(dict(sorted(survey.stills.items())))),
         ("Image quality", ("", "images", ""), bars(dict(sorted(survey.quality.items())))),
         (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(survey.ef_counts)),

@@ -1,6 +1,6 @@
 """Reads and writes the official CAMUS folder tree; returns upright `Recording`s."""
 
-import math
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from heartseg.datasets.nifti import DamagedRecording, as_intensity, as_labels, read_nifti, read_source
+from heartseg.datasets.grey import BYTE, Unreadable, as_grey
+from heartseg.datasets.nifti import DamagedRecording, Place, as_labels, find_file, read_nifti, read_source
 from heartseg.errors import UserError, require
 from heartseg.labels import ENDO, PHASES, VIEWS, Phase, View
 from heartseg.storage import filesystem
@@ -19,9 +20,6 @@ SPLIT_FOLDER = "database_split"
 PHANTOM_NOTE = "phantom.json"
 HALF_SEQUENCE = "half_sequence"  # stands in a phase's place in a file's name
 SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt", "test": "subgroup_testing.txt"}
-# The release's stills have under 2 million.
-MAX_STILL_PIXELS = 2**25
-MAX_FRAMES = 2**10  # half a beat of the release has up to 42
 PATIENT_PATTERN = re.compile(r"patient\d+")
 UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a name that are not UTF-8
 
@@ -50,7 +48,7 @@ class Recording:
 
     `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is
     (depth, lateral) for one pixel. `frame` counts from 1. `frame`, `view` and `phase` are None if unknown: a frame between
-    ED and ES has no phase.
+    ED and ES has no phase. `grey` is the range of the file's values that became 0 to 255, `place` how the file holds it.
     """
 
     patient: str
@@ -61,12 +59,18 @@ class Recording:
     mask: np.ndarray | None
     spacing_mm: tuple[float, float]
     info: Info | None = None
+    grey: tuple[int, int] = BYTE
+    place: Place | None = None
 
 
+# The lines of a cfg: key, field, type.
+CFG_FIELDS = {
+    "ED": ("ed", int), "ES": ("es", int), "NbFrame": ("num_frames", int), "Sex": ("sex", str), "Age": ("age", int),
+    "ImageQuality": ("quality", str), "EF": ("ef", float), "FrameRate": ("frame_rate", float),
+    "EFConvention": ("ef_convention", str),
+}  # fmt: skip
 # A view, a phase, and a function that reads the frames of that recording; it raises DamagedRecording.
 Readable = tuple[View | None, Phase | None, Callable[[], list[Recording]]]
-# Image uint8 [H,W], mask uint8 [H,W] and (depth, lateral) spacing of one frame.
-Pixels = tuple[np.ndarray, np.ndarray, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,10 @@ class CamusTree:
 
 def find_patients(source: str) -> list[str]:
     """Names of the patients below `source`, sorted; raises UserError for a folder that holds none."""
-    if not filesystem.exists(source):
-        raise UserError(f"The source {source} does not exist: give the folder that holds {IMAGES_FOLDER}/.")
-    images = filesystem.join(source, IMAGES_FOLDER)
-    names = filesystem.list_names(images) if filesystem.exists(images) else []
+    require(filesystem.exists(source), f"The source {source} does not exist: give the folder that holds {IMAGES_FOLDER}/.")
+    names = filesystem.list_names(filesystem.join(source, IMAGES_FOLDER))
     patients = [name for name in names if PATIENT_PATTERN.fullmatch(name)]
-    if not patients:
-        raise UserError(f"{source} holds no {IMAGES_FOLDER}/patient*/ folder: give the folder of the CAMUS release.")
+    require(bool(patients), f"{source} holds no {IMAGES_FOLDER}/patient*/ folder: give the folder of the CAMUS release.")
     return patients
 
 
@@ -156,32 +157,29 @@ def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict
     The SHA-256 of each file read goes into `hashes`, by path.
     """
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
-    ((image, mask, spacing_mm),) = read_pair(*paths, "stills", hashes)
+    (pixels,) = read_pair(*paths, "stills", hashes)
     info = read_info(source, patient, view, hashes)
     frame = getattr(info, phase.lower()) if info else None
-    return Recording(patient, view, phase, frame, image, mask, spacing_mm, info)
+    return Recording(patient, view, phase, frame, **pixels, info=info)
 
 
-def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[Pixels]:
-    """The frames of an image file and its mask file, in the files' order; raises DamagedRecording.
+def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[dict]:
+    """The frames of an image file and its mask file, in the image's order: `Recording`'s fields that files give.
 
-    `frames` is `stills` (two axes, one frame) or `sequence` (the third axis is time).
+    `frames` is `stills` (one frame) or `sequence` (the third axis of the file is time). Raises DamagedRecording.
     """
-    images, spacing_mm = read_nifti(image_path, hashes)
-    masks, _ = read_nifti(mask_path, hashes)
-    if frames == "stills" and images.ndim != 2:
-        raise DamagedRecording(f"a still has 2 axes, this has shape {images.shape}", image_path)
-    if images.ndim not in (2, 3):
-        raise DamagedRecording(f"a sequence has 3 axes, this has shape {images.shape}", image_path)
-    if math.prod(images.shape[:2]) > MAX_STILL_PIXELS or math.prod(images.shape[2:]) > MAX_FRAMES:
-        raise DamagedRecording(f"shape {images.shape} is too large for a recording", image_path)
-    if masks.shape != images.shape:
-        raise DamagedRecording(f"the mask's shape {masks.shape} is not the image's {images.shape}", mask_path)
-    images, masks = np.atleast_3d(images), np.atleast_3d(masks)  # a sequence of one frame comes without its last axis
-    return [
-        (as_intensity(images[..., index], image_path), as_labels(masks[..., index], mask_path), spacing_mm)
-        for index in range(images.shape[-1])
-    ]
+    values, spacing_mm, place = read_nifti(image_path, hashes)
+    masks, *_ = read_nifti(mask_path, hashes, place)
+    if frames == "stills" and len(values) > 1:
+        raise DamagedRecording(f"a still is one frame, this has {len(values)}", image_path)
+    if masks.shape != values.shape:
+        raise DamagedRecording(f"the mask's shape {masks.shape} is not the image's {values.shape}", mask_path)
+    try:
+        images, grey = as_grey(values)
+    except Unreadable as error:
+        raise DamagedRecording(f"is no readable NIfTI: {error}", image_path) from error
+    shared = {"spacing_mm": spacing_mm, "grey": grey, "place": place}
+    return [{"image": image, "mask": mask} | shared for image, mask in zip(images, as_labels(masks, mask_path), strict=True)]
 
 
 def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
@@ -194,12 +192,13 @@ def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, 
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
     frames = read_pair(*paths, "sequence", hashes)
     info = read_info(source, patient, view, hashes)
-    ed, es = phase_frames([mask for _, mask, _ in frames], info)
+    ed, es = phase_frames([frame["mask"] for frame in frames], info)
     if ed is not None and ed > es:
         ed, es = len(frames) + 1 - ed, len(frames) + 1 - es
         frames.reverse()
     phases = {ed: Phase.ED, es: Phase.ES}
-    return [Recording(patient, view, phases.get(number), number, *frame, info) for number, frame in enumerate(frames, start=1)]
+    numbered = enumerate(frames, start=1)
+    return [Recording(patient, view, phases.get(number), number, **frame, info=info) for number, frame in numbered]
 
 
 def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
@@ -216,34 +215,24 @@ def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None
 
 def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> Info | None:
     """Read `Info_2CH.cfg` or `Info_4CH.cfg`; None if the file does not exist. Unknown lines are ignored."""
-    path = filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg")
+    path = find_file(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"))
     if not filesystem.exists(path):
         return None
     raw = read_source(path)
     if hashes is not None:
         hashes[path] = filesystem.sha256(raw)
     pairs = (line.split(":", 1) for line in raw.decode(errors="replace").splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in pairs}
+    texts = {key.strip(): value.strip() for key, value in pairs}
+    return Info(**{name: parse_value(texts[key], kind) for key, (name, kind) in CFG_FIELDS.items() if key in texts})
 
-    def number(key: str, kind: type):
-        try:
-            value = float(fields[key])
-        except (KeyError, ValueError):
-            return None
-        # A larger number is a typing error for a frame, age or percentage, and no column holds it.
-        return kind(value) if abs(value) < 2**31 else None
 
-    return Info(
-        ed=number("ED", int),
-        es=number("ES", int),
-        num_frames=number("NbFrame", int),
-        sex=fields.get("Sex"),
-        age=number("Age", int),
-        quality=fields.get("ImageQuality"),
-        ef=number("EF", float),
-        frame_rate=number("FrameRate", float),
-        ef_convention=fields.get("EFConvention", "camus"),
-    )
+def parse_value(text: str, kind: type) -> str | int | float | None:
+    """A value of a cfg; None for a number that is not one, or that no column holds: it is a typing error."""
+    if kind is str:
+        return text
+    with contextlib.suppress(ValueError):
+        number = float(text)
+        return kind(number) if abs(number) < 2**31 else None
 
 
 def stills_of() -> Iterator[tuple[View, Phase]]:
@@ -253,13 +242,10 @@ def stills_of() -> Iterator[tuple[View, Phase]]:
 
 def write_info(source: str, patient: str, view: View, info: Info) -> None:
     """Write a cfg as the release does, with one more line if the EF is by another convention."""
-    lines = {
-        "ED": info.ed, "ES": info.es, "NbFrame": info.num_frames, "Sex": info.sex, "Age": info.age,
-        "ImageQuality": info.quality, "EF": info.ef, "FrameRate": info.frame_rate,
-    }  # fmt: skip
-    if info.ef_convention != "camus":
-        lines["EFConvention"] = info.ef_convention
-    text = "".join(f"{key}: {value}\n" for key, value in lines.items() if value is not None)
+    values = {key: getattr(info, name) for key, (name, _) in CFG_FIELDS.items()}
+    if info.ef_convention == "camus":
+        del values["EFConvention"]
+    text = "".join(f"{key}: {value}\n" for key, value in values.items() if value is not None)
     filesystem.publish(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"), text.encode())
 
 

@@ -4,7 +4,6 @@ The only file that imports requests. Such a zip is made while it is sent, so it 
 resume from: whoever fetches one opens what arrived, and fetches the whole of it again if it is damaged.
 """
 
-import errno
 import io
 import json
 import os
@@ -16,39 +15,34 @@ from typing import TypeVar
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 
 from heartseg.errors import UserError
+from heartseg.storage import filesystem
 
 T = TypeVar("T")
 PAGE = 100
 CONNECT_TIMEOUT_S = 15
 BUSY_STATUSES = (408, 425, 429, *range(500, 600))
-MAX_WAIT_S = 120  # that a server may ask for (Retry-After)
-# Errors of names in a zip, and of its bytes; every other OSError is the disk's.
-OF_THE_ZIP = (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 # A patient's folder has 14 files and some 10 to 100 MB; an answer or a zip that claims more than this is not one.
 MAX_BYTES = 2**30
 
 
 class FailedDownload(Exception):
-    """The server cannot be reached, or refuses; the message continues a sentence that begins with a name."""
+    """The server refuses; the message continues a sentence that begins with a name."""
 
 
 class DamagedDownload(FailedDownload):
-    """What arrived is cut off or damaged: another try may bring it whole."""
+    """Nothing arrives, or what arrives is cut off or damaged: another try may bring it whole."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A Girder server by the address of its interface (`https://…/api/v1`)."""
+    """A Girder server by the address of its interface (`https://…/api/v1`), and how patient its client is."""
 
     base: str
-    tries: int = 5
-    wait_s: float = 2.0
-    """Seconds between two tries; while the server is busy or cannot be reached, the first at once, then twice as long each."""
-    timeout_s: float = 60.0
-    """Seconds of silence after which a connection is given up."""
+    tries: int
+    wait_s: float  # before the second try, then twice as long each
+    timeout_s: float  # of silence, after which a connection is given up
 
     def list_folders(self, parent: str) -> dict[str, str]:
         """Name to id of the folders in a folder, page by page; raises FailedDownload."""
@@ -61,60 +55,42 @@ class Server:
                 return found
 
     def fetch(self, path: str, use: Callable[[bytes], T], params: dict | None = None) -> T:
-        """`use` of the body of an answer, fetched again while `use` raises DamagedDownload and tries are left.
+        """`use` of the body of an answer, fetched again while that or `use` raises DamagedDownload and tries are left.
 
         Raises FailedDownload for whatever the network or the server did, and UserError for a certificate that is refused.
         """
-        tries_left = self.tries
-        while True:
+        for wait_s in [self.wait_s * 2**earlier for earlier in range(self.tries - 1)]:
             try:
                 return use(self._body(path, params))
             except DamagedDownload:
-                tries_left -= 1
-                if tries_left < 1:
-                    raise
-            time.sleep(self.wait_s)
+                time.sleep(wait_s)
+        return use(self._body(path, params))
 
     def _body(self, path: str, params: dict | None) -> bytes:
-        """The body of one answer; urllib3 repeats the request while the server cannot be reached or is busy."""
-        body = io.BytesIO()
-        retry = urllib3.Retry(
-            self.tries - 1,
-            other=0,
-            status_forcelist=BUSY_STATUSES,
-            backoff_factor=self.wait_s,
-            raise_on_status=False,
-            retry_after_max=MAX_WAIT_S,
-        )
-        with requests.Session() as session:
-            for scheme in ("https://", "http://"):
-                session.mount(scheme, HTTPAdapter(max_retries=retry))
-            try:
-                answer = session.get(
-                    f"{self.base.rstrip('/')}/{path}",
-                    params=params,
-                    headers={"Accept-Encoding": "identity", "User-Agent": "heartseg"},
-                    stream=True,
-                    timeout=(min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s),
-                )
-            except requests.exceptions.SSLError as error:
-                if "CERTIFICATE_VERIFY_FAILED" not in str(error):
-                    raise DamagedDownload(f"breaks off the encrypted connection ({cause(error)})") from error
-                raise UserError(
-                    f"The certificate of {self.base} is refused ({cause(error)}): check the clock and the address, or name "
-                    "your network's own certificates in REQUESTS_CA_BUNDLE."
-                ) from error
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:  # the second for an odd host name
-                raise FailedDownload(f"cannot be reached ({cause(error)})") from error
-            if answer.status_code != 200:
-                raise FailedDownload(f"answers {answer.status_code} {answer.reason}")
-            try:
+        """The body of one answer; raises FailedDownload, as DamagedDownload where another try may help, and UserError."""
+        body, url = io.BytesIO(), f"{self.base.rstrip('/')}/{path}"
+        headers = {"Accept-Encoding": "identity", "User-Agent": "heartseg"}
+        timeout = (min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s)
+        try:
+            with requests.get(url, params, headers=headers, stream=True, timeout=timeout) as answer:
+                if answer.status_code != 200:
+                    kind = DamagedDownload if answer.status_code in BUSY_STATUSES else FailedDownload
+                    raise kind(f"answers {answer.status_code} {answer.reason}")
                 for chunk in answer.iter_content(2**18):
                     body.write(chunk)
                     if body.tell() > MAX_BYTES:
                         raise FailedDownload(f"sends more than {MAX_BYTES} bytes")
-            except requests.RequestException as error:
-                raise DamagedDownload(f"breaks off after {body.tell()} bytes") from error
+        except requests.exceptions.SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                raise DamagedDownload(f"breaks off the encrypted connection ({cause(error)})") from error
+            raise UserError(
+                f"The certificate of {self.base} is refused ({cause(error)}): check the clock and the address, or name "
+                "your network's own certificates in REQUESTS_CA_BUNDLE."
+            ) from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:  # the second for an odd host name
+            kind = FailedDownload if isinstance(error, ValueError) else DamagedDownload  # a bad address stays one
+            what = f"breaks off after {body.tell()} bytes" if body.tell() else f"cannot be reached ({cause(error)})"
+            raise kind(what) from error
         return body.getvalue()
 
 
@@ -134,20 +110,18 @@ def parse_listing(body: bytes) -> dict[str, str]:
 def unpack(packed: bytes, target: str) -> None:
     """Unpack a zip into the folder `target` and flush it to the disk; zipfile writes nothing outside that folder.
 
-    Raises DamagedDownload, or OSError if `target` cannot be written.
+    Raises DamagedDownload before anything is written, or OSError if `target` cannot be written.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
-                raise DamagedDownload(f"sends a zip of more than {MAX_BYTES} bytes")
-            for entry in archive.infolist():
-                path = archive.extract(entry, target)  # checks the length and the CRC-32, and writes no more than claimed
-                if not entry.is_dir():
-                    with open(path, "rb") as stream:
-                        os.fsync(stream.fileno())
-    except DamagedDownload:
-        raise
-    except Exception as error:  # zipfile raises a dozen kinds for damaged bytes, OSErrors of names and of bz2 among them
-        if isinstance(error, OSError) and error.errno not in OF_THE_ZIP:
-            raise  # of the disk
+        archive = zipfile.ZipFile(io.BytesIO(packed))
+        size, damaged = sum(entry.file_size for entry in archive.infolist()), archive.testzip()
+    except Exception as error:  # zipfile raises a dozen kinds for damaged bytes
         raise DamagedDownload(f"sends a damaged zip ({str(error) or type(error).__name__})") from error
+    if size > MAX_BYTES:
+        raise DamagedDownload(f"sends a zip of more than {MAX_BYTES} bytes")
+    if damaged:
+        raise DamagedDownload(f"sends a damaged zip (bad checksum of {damaged})")
+    archive.extractall(target)
+    for path in filesystem.walk(target):
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())

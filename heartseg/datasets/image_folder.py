@@ -8,8 +8,8 @@ NAME begins with the patient, up to the first `_`: `anna_2CH_ED`, `anna_2CH_ES`,
 2CH or 4CH gives the view, one that is ED or ES the phase; without them both are unknown. Files that are not NIfTI are
 ignored.
 
-In a file, axis 0 is lateral and axis 1 is depth (then time), as in CAMUS. An image whose affine has it the other way round
-(the second axis along the world's x and the first not) goes to quarantine; the signs of an affine do not matter.
+In a file, axis 0 is lateral and axis 1 is depth (then time), as in CAMUS, unless its affine has them the other way round
+(`nifti.decode_nifti` describes how axes are found).
 """
 
 import csv
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from heartseg.datasets import camus, nifti
+from heartseg.datasets import camus
 from heartseg.datasets.camus import Readable, Recording
 from heartseg.errors import UserError
 from heartseg.labels import PHASES, VIEWS, Phase, View
@@ -26,7 +26,7 @@ from heartseg.storage import filesystem
 
 IMAGES, MASKS, GROUPS = "images", "masks", "groups.csv"
 LAYOUT = f"{IMAGES}/PATIENT_ANYTHING.nii.gz and {MASKS}/PATIENT_ANYTHING.nii.gz"
-NAME = re.compile(r"(?P<patient>[^_.][^_]*?)(?P<rest>_.+?)?\.nii(\.gz)?")
+NAME = re.compile(r"(?P<patient>[^_.][^_]*?)(?P<rest>_.+?)?\.nii(\.gz)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ImageFolder:
         With `frames` "stills" a file is one picture; with "sequence" its third axis is time, in the file's own order, and
         the phase stays unknown. A mask without an image is as damaged as an image without a mask.
         """
-        for name in sorted({re.sub(r"\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
+        for name in sorted({re.sub(r"(?i)\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
             parts = name.upper().split("_")[1:]
             view = next((View(part) for part in parts if part in VIEWS), None)
             phase = next((Phase(part) for part in parts if part in PHASES), None) if frames == "stills" else None
@@ -89,9 +89,8 @@ class ImageFolder:
     def _read(self, name: str, patient: str, view: View | None, phase: Phase | None, frames: str, hashes: dict):
         image, mask = (filesystem.join(self.path, folder, f"{name}.nii.gz") for folder in (IMAGES, MASKS))
         found = camus.read_pair(image, mask, frames, hashes)
-        nifti.check_axes(image)
         numbers = [None] if frames == "stills" else range(1, len(found) + 1)
-        return [Recording(patient, view, phase, number, *frame) for number, frame in zip(numbers, found, strict=True)]
+        return [Recording(patient, view, phase, number, **frame) for number, frame in zip(numbers, found, strict=True)]
 
     def _files(self) -> dict[str, list[list]]:
         """All images and masks, by patient; both sorted. Raises UserError if there are none."""

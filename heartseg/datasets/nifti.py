@@ -25,8 +25,8 @@ MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
-PACKED_HEADER_BYTES = 2**12  # of a gzip file: its header lies in the first few of them
 CUT_OFF = "the gzip stream is cut off"
+MAX_FORM_CODE = 5  # of the kinds of affine that NIfTI names
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
 
@@ -38,46 +38,120 @@ class DamagedRecording(Exception):
         self.reason, self.file = reason, file
 
 
-def read_nifti(path: str, hashes: dict[str, str] | None = None) -> tuple[np.ndarray, tuple[float, float]]:
-    """Read a NIfTI file; returns the upright array ([H,W] or [H,W,T]) and (depth, lateral) spacing in mm.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """How a file's array holds upright frames, so that masks go back onto the same grid.
 
-    If there is no `NAME.nii.gz`, `NAME.nii` beside it is read. `scl_slope` and `scl_inter` are applied. The SHA-256 of
-    the file goes into `hashes`, by path. Raises DamagedRecording for whatever cannot be read.
+    `order` is the array's axes as (time if there is one, depth, lateral, axes of one element); `axes` are depth and lateral.
     """
-    beside = path.removesuffix(".gz")
-    if path.endswith(".nii.gz") and not filesystem.exists(path) and filesystem.exists(beside):
-        path = beside
+
+    header: nibabel.Nifti1Header
+    affine: np.ndarray
+    order: tuple[int, ...]
+    axes: tuple[int, int]
+
+    def plane(self) -> tuple[np.ndarray, np.ndarray]:
+        """The affine [4,3] of (depth, lateral), and the two ends [2,3] of the rectangle of pixel centres in the world."""
+        affine = self.affine[:, [*self.axes, 3]]
+        height, width = (self.header.get_data_shape()[axis] - 1 for axis in self.axes)
+        corners = np.array([affine @ corner for corner in ((0, 0, 1), (0, width, 1), (height, 0, 1), (height, width, 1))])
+        return affine, np.array([corners.min(axis=0), corners.max(axis=0)])[:, :3]
+
+    def has_affine(self) -> bool:
+        """True if the header names an affine of its plane."""
+        is_named = max(self.header["sform_code"], self.header["qform_code"]) > 0
+        return is_named and max(self.axes) < 3 and self.affine[:3, self.axes].any(axis=0).all()
+
+    def is_plain(self) -> bool:
+        """True for what tools write for want of a real affine: spacings from the origin, in NIfTI's directions or in ITK's."""
+        spacings = np.diag(self.affine)
+        return np.array_equal(self.affine, np.diag(spacings)) and spacings[0] * spacings[1] > 0
+
+
+def read_nifti(
+    path: str, hashes: dict[str, str] | None = None, onto: Place | None = None
+) -> tuple[np.ndarray, tuple[float, float], Place]:
+    """Read and decode a NIfTI file as `decode_nifti` does, under this name or as `find_file` finds it.
+
+    The SHA-256 of the file goes into `hashes`, by path. Raises DamagedRecording for whatever cannot be read.
+    """
+    path = find_file(path)
     raw = read_source(path)
     if hashes is not None:
         hashes[path] = filesystem.sha256(raw)
     try:
-        return decode_nifti(raw)
+        return decode_nifti(raw, onto)
     except Exception as error:  # nibabel raises a dozen kinds for a damaged header
         raise DamagedRecording(f"is no readable NIfTI: {str(error) or type(error).__name__}", path) from error
 
 
-def read_source(path: str) -> bytes:
-    """The bytes of a file of the source; raises DamagedRecording for what is not a file, or larger than any may be."""
+def find_file(path: str) -> str:
+    """A file of this name; if there is none, of this name in other letters (`.NII.GZ`), or without `.gz`."""
+    if not filesystem.exists(path):
+        name, folder = filesystem.last_part(path), path.rpartition("/")[0]
+        names = filesystem.list_names(folder)
+        for wanted in (name.lower(), name.lower().removesuffix(".gz")):
+            for found in (found for found in names if found.lower() == wanted and found != name):  # not a dead link
+                return filesystem.join(folder, found)
+    return path
+
+
+def read_source(path: str, most: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a file of the source; raises DamagedRecording for what is not a file, or has more than `most` bytes."""
     # A pipe in a file's place would keep the reader waiting for ever.
     if not filesystem.is_uri(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise DamagedRecording("cannot be read: not a file", path)
-    if (filesystem.size_or_none(path) or 0) > MAX_FILE_BYTES:
-        raise DamagedRecording(f"has more than {MAX_FILE_BYTES} bytes", path)
+    if (filesystem.size_or_none(path) or 0) > most:
+        raise DamagedRecording(f"has more than {most} bytes", path)
     try:
         return filesystem.read_bytes(path)
     except OSError as error:
         raise DamagedRecording(f"cannot be read: {error.strerror or 'missing or not a file'}", path) from error
 
 
-def decode_nifti(raw: bytes) -> tuple[np.ndarray, tuple[float, float]]:
-    """Decode the bytes of a `.nii` or `.nii.gz`: the upright array and (depth, lateral) spacing in mm.
+def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tuple[float, float], Place]:
+    """Decode a `.nii` or `.nii.gz`: scaled values [T,H,W] upright, (depth, lateral) spacing in mm, and their place.
 
-    Axes of one element after the first two are left out. Raises ValueError and whatever nibabel does.
+    Axes of one element are skipped; of the others the first is lateral, the second depth, the third time, as in CAMUS. If
+    the affine shows that the second runs along the world's x and the first does not, the two change places. The signs of an
+    affine mean nothing: writers differ in which way the world's axes point. With `onto`, the place of the image that a mask
+    is of, the mask lies as that image does (see `register`). Raises ValueError and whatever nibabel does.
     """
     header, values = open_nifti(raw)
-    lateral_mm, depth_mm = read_spacing(header, (0, 1))
-    values = values.reshape([*values.shape[:2], *(size for size in values.shape[2:] if size > 1)], order="F")
-    return values.swapaxes(0, 1), (depth_mm, lateral_mm)
+    wide = [axis for axis, size in enumerate(values.shape) if size > 1]
+    if len(wide) not in (2, 3):
+        raise ValueError(f"shape {values.shape} is neither an image nor a sequence of images")
+    lateral, depth = wide[:2]
+    affine = affine_of(header)
+    along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
+    if onto.axes[0] < onto.axes[1] if onto else depth < 3 and along[depth] == 0 and along[lateral] != 0:
+        lateral, depth = depth, lateral
+    used = (*wide[2:], depth, lateral)
+    place = Place(header, affine, used + tuple(axis for axis in range(values.ndim) if axis not in used), (depth, lateral))
+    upright = values.transpose(place.order)
+    upright = upright.reshape(-1, *upright.shape[len(wide) - 2 : len(wide)])
+    return register(upright, place, onto) if onto else upright, read_spacing(header, (depth, lateral)), place
+
+
+def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
+    """Masks [T,H,W] turned to lie on their image as the affines of both files show.
+
+    Array lies on array as it is if the affines agree in direction, or if one of them is missing or plain. Raises ValueError if
+    two real ones disagree and do not put mask and image on the same rectangle of the world.
+    """
+    is_same = place.axes == onto.axes and np.array_equal(place.affine, onto.affine)
+    if is_same or not (place.has_affine() and onto.has_affine()):
+        return masks
+    (ours, our_ends), (theirs, their_ends) = place.plane(), onto.plane()
+    start, end = nibabel.io_orientation(ours), nibabel.io_orientation(theirs)
+    if np.array_equal(start, end):
+        return masks
+    if np.allclose(our_ends, their_ends, rtol=0, atol=0.5 * np.abs(theirs[:3, :2]).max()):
+        turn = nibabel.orientations.ornt_transform(start, end)
+        return np.moveaxis(nibabel.apply_orientation(np.moveaxis(masks, 0, -1), turn), -1, 0)
+    if place.is_plain() or onto.is_plain():
+        return masks
+    raise ValueError("its affine and that of its image differ in direction, and in the place that they give it")
 
 
 def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
@@ -110,13 +184,10 @@ def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_header(raw: bytes) -> nibabel.Nifti1Header:
-    """The header of a `.nii` or `.nii.gz`, or of its first PACKED_HEADER_BYTES; raises ValueError and what nibabel does.
-
-    NIfTI-1 or -2, of either byte order.
-    """
+    """The header of a `.nii` or `.nii.gz`, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
     block = raw[:HEADER_BYTES]
-    if raw[:2] == GZIP:  # not by `inflate`, whose stream reads ahead and would meet the end of a part of a file
-        block = isal_zlib.decompressobj(wbits=31).decompress(raw[:PACKED_HEADER_BYTES], HEADER_BYTES)
+    if raw[:2] == GZIP:
+        block = isal_zlib.decompressobj(wbits=31).decompress(raw[: 2**12], HEADER_BYTES)
     is_second = 540 in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize
@@ -125,8 +196,6 @@ def read_header(raw: bytes) -> nibabel.Nifti1Header:
     header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing by 1 mm
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
         raise ValueError("it does not begin as one")
-    if not header["pixdim"][1:3].all():
-        raise ValueError("the pixel spacing is missing (0)")
     return header
 
 
@@ -144,10 +213,8 @@ def claimed_end(header: nibabel.Nifti1Header) -> int:
 
 
 def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[float, float]:
-    """Pixel sizes along two axes in mm, whatever unit of length the header names; raises ValueError where they are none."""
+    """Pixel sizes along two axes in mm, whatever unit of length the header names; raises ValueError if it has none."""
     zooms = header.get_zooms()
-    if max(axes) >= len(zooms):
-        raise ValueError(f"shape {header.get_data_shape()} is no picture")
     unit_mm = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     first, second = (abs(float(zooms[axis])) * unit_mm for axis in axes)  # some writers give directions by signs
     if not (math.isfinite(first) and math.isfinite(second) and min(first, second) > 0):
@@ -155,58 +222,17 @@ def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[f
     return first, second
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """How a file's array holds upright frames, so that masks go back onto the same grid.
-
-    `order` is the array's axes as (time if there is one, depth, lateral, axes of one element).
-    """
-
-    header: nibabel.Nifti1Header
-    order: tuple[int, ...]
-
-
-def read_frames(raw: bytes) -> tuple[np.ndarray, tuple[float, float], Place]:
-    """Decode any 2-D image or sequence: values [T,H,W] upright, (depth, lateral) spacing in mm, and their place.
-
-    Axes of one element are passed over; of the others the first is lateral, the second depth, the third time, as in
-    CAMUS. If the affine shows that the second runs along the world's x and the first does not, the two change places.
-    The signs of an affine mean nothing: writers differ in which way the world's axes point. Raises ValueError and whatever
-    nibabel does.
-    """
-    header, values = open_nifti(raw)
-    wide = [axis for axis, size in enumerate(values.shape) if size > 1]
-    if len(wide) not in (2, 3):
-        raise ValueError(f"shape {values.shape} is neither an image nor a sequence of images")
-    lateral, depth = wide[:2]
-    if are_swapped(header, lateral, depth):
-        lateral, depth = depth, lateral
-    used = (*wide[2:], depth, lateral)
-    order = used + tuple(axis for axis in range(values.ndim) if axis not in used)
-    upright = values.transpose(order)
-    upright = upright.reshape(-1, *upright.shape[len(wide) - 2 : len(wide)])
-    return upright, read_spacing(header, (depth, lateral)), Place(header, order)
-
-
-def are_swapped(header: nibabel.Nifti1Header, lateral: int, depth: int) -> bool:
-    """True if the affine shows that the axis taken for depth runs along the world's x and the other one does not.
-
-    `header` is repaired as nibabel does it: the affine and what is written need that, mere values do not.
-    """
+def affine_of(header: nibabel.Nifti1Header) -> np.ndarray:
+    """The affine [4,4] of a header as nibabel reads it; a header without an sform is repaired first, which is slow."""
+    if 0 < header["sform_code"] <= MAX_FORM_CODE:
+        return header.get_sform()
     header.check_fix()
-    along = np.abs(header.get_best_affine()[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
-    return depth < 3 and along[depth] == 0 and along[lateral] != 0
-
-
-def check_axes(path: str) -> None:
-    """Raise DamagedRecording if a file, known to be readable, has an affine by which its first axis is depth."""
-    path = path if filesystem.exists(path) else path.removesuffix(".gz")
-    if are_swapped(read_header(filesystem.read_bytes(path, PACKED_HEADER_BYTES)), 0, 1):
-        raise DamagedRecording("has an affine by which its first axis is depth and its second lateral: swap the axes", path)
+    return header.get_best_affine()
 
 
 def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
     """Write masks uint8 [T,H,W] where their images were: the same shape, affine and header; gzipped, whole or not at all."""
+    place.header.check_fix()  # as nibabel repairs it: reading does not need that, and it takes as long as decoding
     shape = place.header.get_data_shape()
     disk = masks.reshape([shape[axis] for axis in place.order]).transpose(np.argsort(place.order))
     kind = nibabel.Nifti2Image if isinstance(place.header, nibabel.Nifti2Header) else nibabel.Nifti1Image
@@ -215,18 +241,6 @@ def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
     image.header["vox_offset"] = 0  # right behind the header, for no extension stands between
     image.header["cal_min"] = image.header["cal_max"] = 0  # the picture's display range would show labels 0-3 as black
     filesystem.publish(path, compress(image.to_bytes(), level=1))  # small anyway
-
-
-def as_intensity(image: np.ndarray, path: str) -> np.ndarray:
-    """An image as uint8 of its own; raises DamagedRecording where values are not finite or outside 0-255."""
-    if image.dtype == np.uint8:
-        return image.copy(order="C")
-    low, high = image.min(), image.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise DamagedRecording("has pixels that are not finite", path)
-    if low < 0 or high > 255:
-        raise DamagedRecording(f"has intensities {low:g} to {high:g}, outside 0 to 255", path)
-    return np.rint(image).astype(np.uint8, order="C")
 
 
 def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
@@ -242,13 +256,14 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
 
 
 def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | None) -> None:
-    """Write an upright array ([H,W] or [H,W,T]) in CAMUS's axis order, gzipped, whole or not at all.
+    """Write an upright image [H,W] or sequence [T,H,W] in CAMUS's axis order, gzipped, whole or not at all.
 
     If `spacing_mm` is None the header says that the unit is unknown, and a pixel counts as one of it.
     """
     depth, lateral = spacing_mm or (1.0, 1.0)
-    image = nibabel.Nifti1Image(np.ascontiguousarray(array.swapaxes(0, 1)), np.diag([lateral, depth, 1.0, 1.0]))
-    image.header.set_zooms((lateral, depth) + (1.0,) * (array.ndim - 2))
+    disk = array[0] if len(array) == 1 else array  # a sequence of one frame is a still
+    image = nibabel.Nifti1Image(np.ascontiguousarray(disk.T), np.diag([lateral, depth, 1.0, 1.0]))
+    image.header.set_zooms((lateral, depth) + (1.0,) * (disk.ndim - 2))
     image.header.set_xyzt_units("mm" if spacing_mm else "unknown")
     image.header["descrip"] = b"" if spacing_mm else b"pixel spacing unknown"
     filesystem.publish(path, compress(image.to_bytes()))

@@ -242,7 +242,7 @@ def write_patient(source: str, seed: int, sequences: bool, scale: float, patient
             if sequences:
                 beat = np.abs(np.linspace(0, 1, info.num_frames) - (info.es == 1))
                 path = camus.recording_path(source, patient, view, "half_sequence", suffix)  # in a phase's place
-                nifti.write_nifti(path, np.stack([draw(moment) for moment in beat], axis=-1), scanner.spacing_mm)
+                nifti.write_nifti(path, np.stack([draw(moment) for moment in beat]), scanner.spacing_mm)
 
 
 def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from heartseg.datasets import nifti
+from heartseg.datasets.grey import BYTE, Unreadable, as_grey
 from heartseg.datasets.nifti import DamagedRecording
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
@@ -27,6 +28,7 @@ KINDS = {
 PACKAGES = {"dicom": "pydicom", "video": "av"}
 # Grey pixels of one file: two minutes of a large video. More is a whole examination, or a damaged header.
 MAX_PIXELS = 2**31
+MAX_FILE_BYTES = 2**33
 # The depth that a scanner shows; a spacing that gives another was not measured (1 mm is what headers hold by default).
 PLAUSIBLE_DEPTH_MM = (30, 400)
 CENTIMETRES, TWO_DIMENSIONAL, TISSUE = 3, 1, 1  # DICOM PS3.3 C.8.5.5.1: units, spatial format and type of a region
@@ -38,7 +40,8 @@ class Frames:
 
     `place` is where a NIfTI file has them. `box` is (top, left, height, width): where in the file's whole pictures, of
     that height and width, the frames were cut out; None if they are whole. `flips` are the axes of [T,H,W] that were
-    reversed to bring them upright. `notes` are remarks for the user. `may_show_text`: a name may be burned in.
+    reversed to bring them upright. `grey` is the range of the file's values that became 0 to 255. `notes` are remarks for the
+    user. `may_show_text`: a name may be burned in.
     """
 
     pixels: np.ndarray
@@ -46,6 +49,7 @@ class Frames:
     place: nifti.Place | None = None
     box: tuple[int, int, int, int] | None = None
     flips: tuple[int, ...] = ()
+    grey: tuple[int, int] = BYTE
     notes: tuple[str, ...] = ()
     may_show_text: bool = False
 
@@ -92,10 +96,7 @@ def read(path: str, kind: str, spacing_mm: tuple[float, float] | None = None, fl
 
     Raises DamagedRecording with the reason, and UserError if a package is missing.
     """
-    try:
-        raw = filesystem.read_bytes(path)
-    except OSError as error:
-        raise DamagedRecording(f"cannot be read: {error.strerror or 'missing or not a file'}", path) from error
+    raw = nifti.read_source(path, MAX_FILE_BYTES)
     try:
         found = {"nifti": read_nifti, "dicom": read_dicom, "video": read_video, "picture": read_picture}[kind](raw)
     except UserError:
@@ -106,6 +107,9 @@ def read(path: str, kind: str, spacing_mm: tuple[float, float] | None = None, fl
         raise DamagedRecording(f"is no readable {kind}: {message or type(error).__name__}", path) from error
     if found.pixels.size and found.pixels.min() == found.pixels.max():
         raise DamagedRecording("is empty: all its pixels have one value", path)
+    if found.grey != BYTE:
+        note = "grey levels {} to {} were scaled to 0 to 255".format(*found.grey)
+        found = replace(found, notes=(*found.notes, note))
     if found.spacing_mm is not None:
         depth_mm = found.spacing_mm[0] * found.pixels.shape[1]
         if not PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
@@ -115,33 +119,11 @@ def read(path: str, kind: str, spacing_mm: tuple[float, float] | None = None, fl
     return replace(found, pixels=upright, flips=flips, spacing_mm=found.spacing_mm or spacing_mm)
 
 
-class Unreadable(ValueError):
-    """A reason in our own words, which quotes nothing."""
-
-
-def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Values of any number type as uint8 of the same shape, and a note if they had to be scaled.
-
-    Whole numbers of 0 to 255 stay; fractions of 0 to 1 are multiplied by 255; anything else is stretched from its
-    smallest to its largest value. Raises ValueError if values are not finite.
-    """
-    if values.dtype == np.uint8:
-        return values, ()
-    low, high = values.min(), values.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise Unreadable("it has pixels that are not finite")
-    if low >= 0 and high <= 255 and not (values.dtype.kind == "f" and 0 < high <= 1):
-        return np.rint(values).astype(np.uint8), ()
-    low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (float(low), float(high))
-    stretched = (values.astype(np.float32) - low) * (255 / (high - low or 1))
-    return np.rint(stretched).astype(np.uint8), (f"intensities {low:g} to {high:g} were stretched to 0 to 255",)
-
-
 def read_nifti(raw: bytes) -> Frames:
-    """An image or a sequence, with where it lies in its file (`nifti.read_frames` says how axes are found)."""
-    values, spacing_mm, place = nifti.read_frames(raw)
-    pixels, notes = as_grey(values)
-    return Frames(pixels, spacing_mm, place, notes=notes)
+    """An image or a sequence, with where it lies in its file (`nifti.decode_nifti` describes how axes are found)."""
+    values, spacing_mm, place = nifti.decode_nifti(raw)
+    pixels, grey = as_grey(values)
+    return Frames(pixels, spacing_mm, place, grey=grey)
 
 
 def read_picture(raw: bytes) -> Frames:
@@ -151,8 +133,8 @@ def read_picture(raw: bytes) -> Frames:
     with Image.open(io.BytesIO(raw), formats=["PNG"]) as picture:
         is_deep = picture.mode.startswith("I") or picture.mode == "F"
         values = np.asarray(picture if is_deep else picture.convert("L"))
-    pixels, notes = as_grey(values[None])
-    return Frames(pixels, None, notes=notes)
+    pixels, grey = as_grey(values[None])
+    return Frames(pixels, None, grey=grey)
 
 
 def read_video(raw: bytes) -> Frames:
@@ -190,7 +172,7 @@ def read_dicom(raw: bytes) -> Frames:
     """
     pydicom = _package("pydicom")
     dataset = pydicom.dcmread(io.BytesIO(raw))
-    pixels, notes = as_grey(_dicom_values(pydicom, dataset))
+    pixels, grey = as_grey(_dicom_values(pydicom, dataset))
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         pixels = 255 - pixels
     region, box, spacing_mm = _tissue_region(dataset), None, None
@@ -210,7 +192,7 @@ def read_dicom(raw: bytes) -> Frames:
     # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it.
     is_whole = box is None or pixels.shape[1:] == box[2:]
     may_show_text = is_whole or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
-    return Frames(pixels, spacing_mm, box=box, notes=notes, may_show_text=may_show_text)
+    return Frames(pixels, spacing_mm, box=box, grey=grey, may_show_text=may_show_text)
 
 
 def _dicom_values(pydicom, dataset) -> np.ndarray:

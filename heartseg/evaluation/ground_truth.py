@@ -22,7 +22,7 @@ from heartseg.labels import Phase, View
 from heartseg.shards.reader import FrameRows, Shards, load_groups, open_shards
 from heartseg.storage import filesystem
 
-NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?")
+NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Case:
     """An expert's label map `truth` uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and whose it is.
 
     `image` is uint8, upright, on the native or on a stored grid; None if it was not asked for. View and phase are None if they
-    are not known; a frame of a sequence has its number.
+    are not known; a frame of a sequence has its number. `place` is how the file holds it, None for a case from shards.
     """
 
     patient: str
@@ -41,6 +41,7 @@ class Case:
     image: np.ndarray | None = None
     info: Info | None = None
     frame: int | None = None
+    place: nifti.Place | None = None
 
     @property
     def name(self) -> str:
@@ -125,18 +126,19 @@ class TreeTruth:
     def _case(self, patient: str, view: View, phase: Phase) -> Case:
         if self.images:
             still = camus.read_still(self.source, patient, view, phase)
-            return Case(patient, view, phase, still.mask, still.spacing_mm, still.image, still.info)
+            return Case(patient, view, phase, still.mask, still.spacing_mm, still.image, still.info, place=still.place)
         path = camus.recording_path(self.source, patient, view, phase, "_gt")
-        truth, spacing_mm = read_mask(path)
-        return Case(patient, view, phase, truth, spacing_mm, None, camus.read_info(self.source, patient, view))
+        truth, spacing_mm, place = read_mask(path)
+        info = camus.read_info(self.source, patient, view)
+        return Case(patient, view, phase, truth, spacing_mm, info=info, place=place)
 
 
-def read_mask(path: str) -> tuple[np.ndarray, tuple[float, float]]:
-    """A label map uint8 [H,W] and its (depth, lateral) spacing in mm; raises DamagedRecording."""
-    mask, spacing_mm = nifti.read_nifti(path)
-    if mask.ndim != 2:
-        raise DamagedRecording(f"a still's mask has 2 axes, this has shape {mask.shape}", path)
-    return nifti.as_labels(mask, path), spacing_mm
+def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, tuple[float, float], nifti.Place]:
+    """A label map uint8 [H,W], lying as `onto` does, (depth, lateral) spacing in mm and place; raises DamagedRecording."""
+    masks, spacing_mm, place = nifti.read_nifti(path, onto=onto)
+    if len(masks) > 1:
+        raise DamagedRecording(f"the mask of a still is one frame, this has {len(masks)}", path)
+    return nifti.as_labels(masks[0], path), spacing_mm, place
 
 
 def check_pattern(pattern: str) -> None:
@@ -175,7 +177,7 @@ class FilePredictions:
         files: dict[str, dict[str, list[str]]] = {}
         for path in filesystem.walk(folder):
             if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
-                files.setdefault(match["stem"], {}).setdefault(match["suffix"] or "", []).append(path)
+                files.setdefault(match["stem"], {}).setdefault((match["suffix"] or "").lower(), []).append(path)
         if not files:
             raise UserError(f"{folder} holds no NIfTI file: give the folder that holds the masks.")
         return cls(folder, pattern, files)
@@ -207,7 +209,7 @@ class FilePredictions:
             try:
                 if path is None:
                     raise DamagedRecording("there is no prediction", case.name)
-                mask, _ = read_mask(path)
+                mask, *_ = read_mask(path, case.place)
                 if mask.shape != case.truth.shape:
                     raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)
             except DamagedRecording as error:

@@ -178,5 +178,4 @@ def write_masks(path: str, masks: np.ndarray, frames: Frames) -> None:
     if frames.place:
         nifti.write_frames(path, whole, frames.place)
     else:
-        upright = whole[0] if len(whole) == 1 else np.moveaxis(whole, 0, -1)
-        nifti.write_nifti(path, upright, frames.spacing_mm)
+        nifti.write_nifti(path, whole, frames.spacing_mm)

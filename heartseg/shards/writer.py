@@ -5,6 +5,7 @@ Beside `part-00000.parquet`, `part-00000.json` records what the part was made fr
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from heartseg.config.experiment import ImageConfig, SplitConfig, canonical, to_json
-from heartseg.datasets import splits
+from heartseg.datasets import grey, splits
 from heartseg.datasets.camus import CamusTree, Recording, names_and_sizes
 from heartseg.datasets.image_folder import ImageFolder
 from heartseg.datasets.nifti import DamagedRecording
@@ -168,11 +169,13 @@ def read_patient(
     source: CamusTree | ImageFolder, patient: str, files: list[str], image: ImageConfig, frames: str
 ) -> tuple[list[dict], dict, list[dict]]:
     """A patient's shard rows, what the manifest keeps about the patient, and the damaged recordings."""
-    rows, damaged, hashes, recordings = [], [], {}, 0
+    rows, damaged, hashes, recordings, levels = [], [], {}, 0, Counter()
     for view, phase, read in source.recordings(patient, files, frames, hashes):
         recordings += 1
         try:
-            rows += [make_row(recording, image) for recording in read()]
+            for recording in read():
+                rows.append(make_row(recording, image))
+                levels[grey.describe(recording.grey)] += 1
         except DamagedRecording as error:
             file = path_below(source.path, error.file)
             damaged.append({"patient": patient, "view": view, "phase": phase, "file": file, "reason": error.reason})
@@ -183,6 +186,7 @@ def read_patient(
         "sha256": filesystem.sha256(canonical(by_file)),
         # What groups of patients are balanced by, so that a split needs no rows.
         "ef": next((row["ef"] for row in rows if row["ef"] is not None), None),
+        "grey_levels": levels,
         "quality": {row["view"]: row["quality"] for row in rows if row["quality"]},
         "intensity_sums": [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)],
     }

@@ -1,14 +1,10 @@
 """What is read from a CAMUS tree is upright and exact, and what is damaged says why."""
 
-import gzip
 import os
 
 import nibabel
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from heartseg.datasets import camus
 from heartseg.datasets.camus import Info, read_still, recording_path
@@ -47,26 +43,9 @@ def read(source: str) -> camus.Recording:
     return read_still(source, PATIENT, VIEW, PHASE)
 
 
-def header_bytes(path: str) -> bytearray:
-    with gzip.open(path) as stream:
-        return bytearray(stream.read())
-
-
 def put(path: str, data: bytes) -> None:
     with open(path, "wb") as stream:
         stream.write(data)
-
-
-@given(data=st.data(), kind=st.sampled_from([np.uint8, np.float32, np.int16]))
-def test_write_then_read_gives_the_same_upright_pixels_and_spacing(data, kind, tmp_path_factory):
-    shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    array = data.draw(arrays(np.uint8, shape)).astype(kind)
-    spacing = data.draw(st.tuples(st.floats(0.0625, 2, width=32), st.floats(0.0625, 2, width=32)))
-    path = str(tmp_path_factory.mktemp("nifti") / "a.nii.gz")
-    write_nifti(path, array, spacing)
-    back, back_spacing = read_nifti(path)
-    assert back.dtype == kind and back_spacing == pytest.approx(spacing, rel=1e-6)
-    np.testing.assert_array_equal(back, array)
 
 
 def test_on_disk_the_first_axis_is_lateral_and_has_the_lateral_spacing(tree):
@@ -75,19 +54,16 @@ def test_on_disk_the_first_axis_is_lateral_and_has_the_lateral_spacing(tree):
     np.testing.assert_array_equal(np.asanyarray(picture.dataobj), IMAGE.T)
 
 
-def test_a_still_is_upright_uint8_with_its_spacing_and_mask(tree):
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])  # as in the release
+def test_a_still_is_upright_uint8_with_its_spacing_and_mask(kind, tree):
+    for path, array in ((image_path(tree), IMAGE), (mask_path(tree), MASK)):
+        write_nifti(path, array.astype(kind), (0.5, 0.25))
+        assert read_nifti(path)[0].dtype == kind
     still = read(tree)
     assert still.image.dtype == still.mask.dtype == np.uint8 and still.spacing_mm == (0.5, 0.25)
     assert (still.patient, still.view, still.phase, still.frame, still.info) == (PATIENT, VIEW, PHASE, None, None)
     np.testing.assert_array_equal(still.image, IMAGE)
     np.testing.assert_array_equal(still.mask, MASK)
-
-
-def test_float32_files_as_in_the_release_read_as_the_integers_they_hold(tree):
-    write_nifti(image_path(tree), IMAGE.astype(np.float32), (1, 1))
-    write_nifti(mask_path(tree), MASK.astype(np.float32), (1, 1))
-    np.testing.assert_array_equal(read(tree).image, IMAGE)
-    np.testing.assert_array_equal(read(tree).mask, MASK)
 
 
 def test_equal_pixels_make_equal_files(tree, tmp_path):
@@ -127,13 +103,10 @@ def test_patients_are_found_in_order_and_other_folders_passed_over(tree):
     for name in ("patient0010", "patient0002", "notes", "patientX"):
         os.makedirs(os.path.join(tree, camus.IMAGES_FOLDER, name))
     assert camus.find_patients(tree) == ["patient0001", "patient0002", "patient0010"]
-
-
-def test_a_source_that_is_missing_or_holds_no_patient_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"gone does not exist.*database_nifti"):
-        camus.find_patients(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="gone does not exist"):
+        camus.find_patients(os.path.join(tree, "gone"))
     with pytest.raises(UserError, match="holds no database_nifti"):
-        camus.find_patients(str(tmp_path))
+        camus.find_patients(os.path.join(tree, camus.IMAGES_FOLDER))
 
 
 def test_groups_read_back_and_a_group_without_a_file_is_absent(tmp_path):

@@ -1,9 +1,11 @@
 """Every frame of a half sequence becomes a row, from ED to ES, and what follows copes with frames without a phase."""
 
 import os
+import re
 import shutil
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -101,7 +103,7 @@ def test_frames_whose_ends_are_equally_large_have_no_phase(copied):
     patient = forwards(copied)
     os.remove(os.path.join(copied, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg"))
     path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, "_gt")
-    masks, spacing_mm = nifti.read_nifti(path)
+    masks, spacing_mm, _ = nifti.read_nifti(path)
     nifti.write_nifti(path, np.zeros_like(masks), spacing_mm)
     assert phases(read(copied, patient)) == {}
 
@@ -109,23 +111,22 @@ def test_frames_whose_ends_are_equally_large_have_no_phase(copied):
 def test_a_sequence_of_one_frame_or_with_a_fourth_axis_is_read(copied):
     patient = forwards(copied)
     frames = read(copied, patient)
-    for suffix in ("", "_gt"):
-        path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, suffix)
-        values, spacing_mm = nifti.read_nifti(path)
-        nifti.write_nifti(path, values[:, :, None], spacing_mm)  # [lateral, depth, 1, time], as some writers have it
+    paths = [recording_path(copied, patient, VIEW, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
+    for path in paths:  # [lateral, depth, 1, time], as some writers have it
+        values, spacing_mm, _ = nifti.read_nifti(path)
+        nibabel.save(nibabel.Nifti1Image(values.T[:, :, None], np.diag([*spacing_mm[::-1], 1, 1])), path)
     for one, other in zip(frames, read(copied, patient), strict=True):
         np.testing.assert_array_equal(one.image, other.image)
-    for suffix in ("", "_gt"):
-        path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, suffix)
-        values, spacing_mm = nifti.read_nifti(path)
-        nifti.write_nifti(path, values[..., :1], spacing_mm)
+    for path in paths:
+        values, spacing_mm, _ = nifti.read_nifti(path)
+        nifti.write_nifti(path, values[:1], spacing_mm)
     (single,) = read(copied, patient)
     np.testing.assert_array_equal(single.image, frames[0].image)
 
 
 DAMAGE = {
-    "another number of masks": (lambda mask: mask[..., 1:], "is not the image's"),
-    "a bad label in one frame": (lambda mask: np.where(np.arange(mask.shape[-1]) == 4, 7, mask), "has label 7"),
+    "another number of masks": (lambda mask: mask[1:], "is not the image's"),
+    "a bad label in one frame": (lambda mask: np.where(np.arange(len(mask))[:, None, None] == 4, 7, mask), "has label 7"),
 }
 
 
@@ -134,7 +135,7 @@ def test_a_damaged_sequence_goes_to_quarantine_whole(name, copied, tmp_path):
     change, reason = DAMAGE[name]
     patient = forwards(copied)
     path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, "_gt")
-    masks, spacing_mm = nifti.read_nifti(path)
+    masks, spacing_mm, _ = nifti.read_nifti(path)
     nifti.write_nifti(path, change(masks).astype(np.uint8), spacing_mm)
     with pytest.raises(DamagedRecording, match=reason):
         read(copied, patient)
@@ -168,7 +169,15 @@ def test_other_frames_in_the_same_folder_are_refused_by_name(tree, written, phan
         preprocess.run(tiny_experiment(source=phantom, out=str(tmp_path / "none")), SEQUENCE)
 
 
-def test_a_model_trains_on_all_frames_and_every_frame_is_scored(written, tmp_path):
+def test_a_model_trains_on_all_frames_and_every_frame_is_scored(copied, tmp_path):
+    for patient in camus.find_patients(copied):  # three frames are as good as thirty
+        for view in View:
+            for path in (recording_path(copied, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")):
+                values, spacing_mm, _ = nifti.read_nifti(path)
+                nifti.write_nifti(path, values[[0, len(values) // 2, -1]], spacing_mm)
+            camus.write_info(copied, patient, view, replace(camus.read_info(copied, patient, view), ed=1, es=3, num_frames=3))
+    written = str(tmp_path / "written")
+    preprocess.run(tiny_experiment(source=copied, out=written), SEQUENCE)
     recipe = tiny_experiment(data=written, runs=str(tmp_path))
     path = train.run(replace(recipe, train=replace(recipe.train, epochs=1)), train.Options(launcher="plain"))
     out = evaluate.run(evaluate.Options(checkpoint=path, launcher="plain"))
@@ -181,4 +190,4 @@ def test_a_model_trains_on_all_frames_and_every_frame_is_scored(written, tmp_pat
     samples = np.load(os.path.join(path, "samples", "last.npz"))
     assert not any("None" in name for name in samples["names"]) and any("frame" in name for name in samples["names"])
     with open(os.path.join(out, "report.html")) as stream:
-        assert "None" not in stream.read()
+        assert "None" not in re.sub(r"base64,[^\"]+", "", stream.read())  # pictures spell anything

@@ -106,9 +106,9 @@ def picture_statistics(recording: camus.Recording) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> str:
-    """Twelve patients at full size."""
+    """Six patients at full size."""
     source = str(tmp_path_factory.mktemp("phantom"))
-    phantom.write_phantom(source, patients=12, seed=3)
+    phantom.write_phantom(source, patients=6, seed=3)
     return source
 
 
@@ -123,20 +123,22 @@ def stills(tree) -> dict:
 
 
 def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers_and_of_patients(tmp_path):
-    for name, patients, seed, workers in (("one", 3, 7, 1), ("two", 3, 7, 2), ("few", 1, 7, 1), ("other", 3, 8, 1)):
-        phantom.write_phantom(str(tmp_path / name), patients, seed, sequences=True, scale=0.1, workers=workers)
+    command = [sys.executable, "-m", "heartseg.datasets.phantom", str(tmp_path / "two"), "--scale", "0.1", "--sequences"]
+    subprocess.run([*command, "--patients", "2", "--workers", "2", "--seed", "7"], check=True, capture_output=True)
+    for name, patients, seed in (("one", 2, 7), ("few", 1, 7), ("other", 2, 8)):
+        phantom.write_phantom(str(tmp_path / name), patients, seed, sequences=True, scale=0.1)
     one, two, few, other = (files_of(tmp_path / name) for name in ("one", "two", "few", "other"))
     assert one == two
     assert [name for name in few if "patient0001" in name and one[name] != few[name]] == []
     images = [name for name in one if name.endswith(".nii.gz") and "_gt" not in name]
-    assert len(images) == 3 * 6 and not any(one[name] == other[name] for name in images)
+    assert len(images) == 2 * 6 and not any(one[name] == other[name] for name in images)
 
 
 def test_both_views_and_phases_cfg_and_split_files_are_there(tree, stills):
-    assert camus.find_patients(tree) == [f"patient{number:04d}" for number in range(1, 13)]
+    assert camus.find_patients(tree) == [f"patient{number:04d}" for number in range(1, 7)]
     groups = camus.CamusTree(tree).groups()
     assert sorted(chain(*groups.values())) == camus.find_patients(tree)
-    assert [len(groups[group]) for group in ("train", "val", "test")] == [10, 1, 1]
+    assert [len(groups[group]) for group in ("train", "val", "test")] == [4, 1, 1]
     for (patient, view, phase), still in stills.items():
         number = int(patient[7:])
         assert still.info == camus.read_info(tree, patient, view) == phantom.patient_info(number, seed=3)
@@ -158,7 +160,7 @@ def test_spacing_size_and_type_vary_as_in_the_release(tree, stills):
     spacings = {still.spacing_mm for still in stills.values()}
     assert any(np.allclose(spacing, (0.308, 0.308)) for spacing in spacings)
     assert any(np.isclose(2 * depth, lateral) for depth, lateral in spacings)
-    assert len(spacings) >= 4 and len({still.image.shape for still in stills.values()}) >= 12
+    assert len(spacings) >= 4 and len({still.image.shape for still in stills.values()}) >= 6
     raw = [nifti.read_nifti(camus.recording_path(tree, *still))[0] for still in stills]
     assert {array.dtype for array in raw} == {np.dtype(np.float32), np.dtype(np.uint8)}
     assert all((array == np.rint(array)).all() and array.max() > 150 for array in raw)
@@ -195,7 +197,7 @@ def test_ejection_fraction_of_the_closed_form_is_the_cfgs_and_some_hearts_are_po
 
 
 def test_cavity_lies_within_the_image_and_nearly_all_within_the_sector():
-    for number in range(1, 31):
+    for number in range(1, 16):
         for view in VIEWS:
             scanner = phantom.Scanner(number, 0, view, scale=0.1)
             for contraction in (0.0, 1.0):
@@ -224,18 +226,18 @@ def test_wall_is_closed_at_the_apex_open_at_the_mitral_plane_and_thickens():
 
 def test_sequences_run_between_the_stills_in_either_direction(tmp_path):
     source, directions = str(tmp_path), set()
-    phantom.write_phantom(source, patients=4, seed=1, sequences=True, scale=0.1)
+    phantom.write_phantom(source, patients=3, seed=1, sequences=True, scale=0.06)
     for patient in camus.find_patients(source):
         for view in VIEWS:
             info = camus.read_info(source, patient, view)
             for suffix in ("", "_gt"):
-                frames, spacing_mm = nifti.read_nifti(camus.recording_path(source, patient, view, "half_sequence", suffix))
-                assert frames.shape[-1] == info.num_frames and 10 <= info.num_frames <= 40
+                frames, spacing_mm, _ = nifti.read_nifti(camus.recording_path(source, patient, view, "half_sequence", suffix))
+                assert len(frames) == info.num_frames and 10 <= info.num_frames <= 40
                 for phase in PHASES:
-                    still, still_spacing_mm = nifti.read_nifti(camus.recording_path(source, patient, view, phase, suffix))
-                    assert (frames[..., getattr(info, phase.lower()) - 1] == still).all()
+                    still, still_spacing_mm, _ = nifti.read_nifti(camus.recording_path(source, patient, view, phase, suffix))
+                    assert (frames[getattr(info, phase.lower()) - 1] == still[0]).all()
                     assert spacing_mm == still_spacing_mm
-            areas = (frames == ENDO).sum((0, 1))
+            areas = (frames == ENDO).sum((1, 2))
             directions.add(info.ed < info.es)
             assert (np.diff(areas) <= 2).all() if info.ed < info.es else (np.diff(areas) >= -2).all()
     assert directions == {True, False}
@@ -267,16 +269,14 @@ def test_the_same_phantom_may_be_written_again_and_another_may_not(tmp_path):
         phantom.write_phantom(str(tmp_path), patients=2, scale=0.1)
 
 
-@pytest.mark.parametrize("wrong", [{"patients": 0}, {"scale": 0.0}, {"scale": 2.0}, {"seed": -1}, {"workers": 0}])
-def test_an_impossible_number_is_refused_before_anything_is_written(tmp_path, wrong):
-    with pytest.raises(UserError):
-        phantom.write_phantom(str(tmp_path / "out"), **wrong)
+def test_an_impossible_number_is_refused_before_anything_is_written(tmp_path):
+    for wrong in ({"patients": 0}, {"scale": 0.0}, {"scale": 2.0}, {"seed": -1}, {"workers": 0}):
+        with pytest.raises(UserError, match="A phantom needs"):
+            phantom.write_phantom(str(tmp_path / "out"), **wrong)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_writes_a_tree_and_a_mistake_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "heartseg.datasets.phantom", str(tmp_path), "--patients", "2", "--workers", "2"]
-    good = subprocess.run([*command, "--scale", "0.1", "--sequences"], capture_output=True, text=True, check=False)
-    assert good.returncode == 0 and camus.find_patients(str(tmp_path)) == ["patient0001", "patient0002"]
-    bad = subprocess.run([*command, "--scale", "7"], capture_output=True, text=True, check=False)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "heartseg.datasets.phantom", str(tmp_path), "--scale", "7"]
+    bad = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr

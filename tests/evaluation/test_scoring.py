@@ -77,7 +77,7 @@ def test_a_ventricle_that_is_nowhere_or_one_pixel_gives_reasons_and_no_crash(pha
     for view in VIEWS:
         for phase in PHASES:
             path = camus.recording_path(phantom, "patient0001", view, phase, "_gt")
-            mask, spacing_mm = nifti.read_nifti(path)
+            (mask,), spacing_mm, _ = nifti.read_nifti(path)
             mask = np.zeros_like(mask, dtype=np.uint8)
             if view == View.TWO_CHAMBER:
                 mask[5, 5] = 1

@@ -42,7 +42,7 @@ def experts() -> list[tuple[np.ndarray, tuple[float, float]]]:
     for patient in camus.find_patients(CAMUS):
         for view, phase in camus.stills_of():
             path = camus.recording_path(CAMUS, patient, view, phase, "_gt")
-            mask, spacing_mm = read_nifti(path)
+            (mask,), spacing_mm, _ = read_nifti(path)
             found.append((as_labels(mask, path), spacing_mm))
     return found
 

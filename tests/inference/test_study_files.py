@@ -144,7 +144,7 @@ def test_a_cut_and_turned_picture_has_its_mask_where_the_file_has_the_heart(tmp_
     masks[0, 0, 0] = 1  # upper left of what was turned round: lower right of the region in the file
     frames = Frames(masks * 9, (0.5, 0.25), box=(2, 1, 10, 8), flips=(1, 2))
     study_files.write_masks(str(tmp_path / "a.nii.gz"), masks, frames)
-    found, spacing_mm = nifti.read_nifti(str(tmp_path / "a.nii.gz"))
+    (found,), spacing_mm, _ = nifti.read_nifti(str(tmp_path / "a.nii.gz"))
     assert found.shape == (10, 8) and np.argwhere(found).tolist() == [[5, 3]] and spacing_mm == (0.5, 0.25)
 
 

@@ -28,7 +28,7 @@ PATIENTS = ["patient0001", "patient0002", "patient0003"]
 def tree(tmp_path_factory) -> str:
     """Three synthetic patients with sequences: what the server has."""
     folder = str(tmp_path_factory.mktemp("served"))
-    write_phantom(folder, patients=3, scale=0.25, sequences=True)
+    write_phantom(folder, patients=3, scale=0.1, sequences=True)
     return folder
 
 
@@ -84,19 +84,11 @@ def test_only_what_is_asked_for_and_missing_is_fetched(server, tree, out):
 FAULTS = ["cut", "long", "short", 500, 503, 429, "silent", b"<html>busy</html>", zip_of({"patient0002/x.txt": b"x"})]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault if isinstance(fault, str) else repr(fault)[:12])
-def test_a_passing_fault_is_tried_again(fault, server, tree, out):
-    server.faults["patient0002"] = [fault]
-    fetch(server, out, patients="1-2", timeout_s=1.0)
+def test_passing_faults_of_every_kind_are_tried_again(server, tree, out):
+    server.faults = {"patient0002": FAULTS.copy(), "list": ["cut", 500, b'{"a": 1}']}
+    fetch(server, out, patients="1-2", timeout_s=0.3, tries=1 + len(FAULTS), wait_s=0.0)
     assert_same(tree, out, PATIENTS[:2])
-    assert server.count("patient0002") == 2 and server.count("patient0001") == 1
-
-
-@pytest.mark.parametrize("fault", ["cut", 500, b'{"a": 1}'], ids=repr)
-def test_a_listing_that_fails_once_is_tried_again(fault, server, tree, out):
-    server.faults["list"] = [fault]
-    fetch(server, out, patients="1")
-    assert_same(tree, out, PATIENTS[:1])
+    assert server.count("patient0002") == 1 + len(FAULTS) and server.count("patient0001") == 1
 
 
 def changed_zip(server: GirderServer, patient: str, **changes: bytes | None) -> bytes:
@@ -110,7 +102,7 @@ def test_a_damaged_patient_is_named_at_the_end_and_the_others_are_there(server, 
     packed[len(packed) // 2] ^= 255  # amid its pixels
     server.faults["patient0001"] = bytes(packed)
     server.faults["patient0003"] = changed_zip(server, "patient0003", **{"4CH_half_sequence_gt": b"no picture"})
-    with pytest.raises(UserError, match=r"2 of 4 folders did not arrive \(patient0001, patient0003\): the same command"):
+    with pytest.raises(UserError, match=r"2 of 4 folders did not arrive \(patient0001, patient0003\): rerun the same command"):
         fetch(server, out)
     assert_same(tree, out, PATIENTS[1:2])
     printed = capsys.readouterr().out
@@ -238,13 +230,13 @@ def test_a_refused_certificate_is_reported_and_not_tried_again(server, out, tmp_
 def test_a_full_disk_is_reported_and_what_is_complete_stays(server, tree, out):
     fetch(server, out, patients="1")
     program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
         f"sys.argv = ['download.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r});"
         "from jobs import download; from jobs.support import command_line; command_line.main(download.job)"
     )
     command = [sys.executable, "-c", program, "--out", out, "--accept-licence", "--server", server.base]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and f"{out} cannot be written (File too large): make room" in done.stderr
+    assert done.returncode == 2 and "cannot be written (File too large): make room" in done.stderr
     assert "Traceback" not in done.stderr and server.count("patient0002") == 1
     assert_same(tree, out, PATIENTS[:1])
     fetch(server, out)
@@ -272,10 +264,3 @@ def test_what_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeyp
     with pytest.raises(UserError, match="did not arrive"):
         fetch(server, out, patients="1")
     assert "failed  patient0001: sends more than 1000 bytes" in capsys.readouterr().out
-
-
-def test_help_shows_every_flag(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        download.job(["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"--{name.replace('_', '-')}" in shown for name in download.Options.__annotations__)
