@@ -38,8 +38,9 @@ from heartseg.tuning.sweep import (
     epochs_saved,
     forget_failures,
     open_sweep,
+    points_to_check,
     read_trials,
-    repair_incomplete_trials,
+    rungs,
     write_results,
 )
 from jobs.support import command_line, ray_runtime
@@ -88,12 +89,12 @@ def run(experiment: Experiment, options: Options) -> Sweep:
         raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
     shards = open_data(experiment)
     check_plan(experiment, shards)
-    check_space(experiment, options.plan, shards)
+    for point in points_to_check(options.plan, experiment):
+        check_plan(search_space.apply(experiment, point), shards)
     ingest = choose_ingest(experiment, shards)
     sweep = open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
         print(f"sweep {sweep.path}")
-        repair_incomplete_trials(sweep, shards)
         if options.retry_failed:
             forget_failures(sweep)
         try:
@@ -103,16 +104,6 @@ def run(experiment: Experiment, options: Options) -> Sweep:
             raise
         conclude(sweep, options)
     return sweep
-
-
-def check_space(experiment: Experiment, plan: SweepPlan, shards: Shards) -> None:
-    """Raise UserError for a space with a trial that could not be trained."""
-    if plan.search == "changes":
-        for point in search_space.listed(experiment, plan.space.changes):
-            check_plan(search_space.apply(experiment, point), shards)
-        return
-    axes = search_space.make_axes(plan.space, experiment)
-    search_space.check_points(experiment, axes, lambda point: check_plan(point, shards))
 
 
 def choose_ingest(experiment: Experiment, shards: Shards) -> str:
@@ -128,6 +119,8 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     known = read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
+    if options.plan.stop_early and not rungs(sweep):
+        log.info("No trial is stopped early: with %d epochs there is no time for a comparison.", sweep.base.train.epochs)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
     workers = sweep.base.workers
@@ -139,8 +132,8 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
     resources = ray_runtime.worker_resources(workers * concurrent)
-    scheduler = ray_trials.build_scheduler(options.plan, sweep.base, known)
-    suggestions = ray_trials.Suggestions(sweep, shards, options.plan, options.num_trials, resources)
+    scheduler = ray_trials.Rungs(sweep)
+    suggestions = ray_trials.Suggestions(sweep, shards, options.num_trials, resources)
     log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
