@@ -42,7 +42,8 @@ def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: 
     axes.set(xlim=(-0.15, len(fields) + 0.3), ylim=(-0.06, 1.06), yticks=[])
     # The score's axis is that of the finished trials, or those stopped at their start would press them all into one point.
     is_done = table["state"] == "finished"
-    shown = table[score].clip(lower=1.25 * table.loc[is_done, score].min() - 0.25 * table.loc[is_done, score].max())
+    finished = table.loc[is_done, score]
+    shown = table[score].clip(lower=1.25 * finished.min() - 0.25 * finished.max() if len(finished) > 1 else None)
     low, high = shown.min(), shown.max()
     heights = [(table[name].rank(method="dense") - 0.5) / table[name].nunique() for name in fields]
     heights.append((shown - low) / ((high - low) or 1.0))

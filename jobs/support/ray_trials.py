@@ -6,7 +6,7 @@ Each trial is a Ray Train run of its own, started and resumed like any other; Tu
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -18,20 +18,8 @@ from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.tuning import search_space
-from heartseg.tuning.sweep import (
-    ERROR,
-    FAILED,
-    FINISHED,
-    METRIC,
-    STOPPED,
-    Sweep,
-    Trial,
-    add_trial,
-    candidates,
-    end_trial,
-    read_trials,
-    stop_if_behind,
-)
+from heartseg.tuning import sweep as sweeps
+from heartseg.tuning.sweep import METRIC, Sweep, Trial
 from jobs.support import command_line, ray_runtime, ray_training
 
 log = logging.getLogger("heartseg.jobs")
@@ -54,12 +42,13 @@ def train_trial(config: dict) -> None:
         ray_training.train_with_ray(experiment, run, resources=config["resources"], callbacks=[TuneReportCallback()])
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, ray_training.WorkersDied):
-            end_trial(run.path, FAILED, str(error))
+            sweeps.end_trial(run.path, sweeps.FAILED, str(error))
             return  # trying again would not help
         # Not an end yet: Tune tries once more, and the reason may be that the sweep's own process is ending.
-        filesystem.publish(filesystem.join(run.path, ERROR), (str(error).partition("\n")[0] or type(error).__name__).encode())
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        filesystem.publish(filesystem.join(run.path, sweeps.ERROR), reason.encode())
         raise
-    end_trial(run.path, FINISHED)
+    sweeps.end_trial(run.path, sweeps.FINISHED)
 
 
 class Suggestions(Searcher):
@@ -68,20 +57,14 @@ class Suggestions(Searcher):
     def __init__(self, sweep: Sweep, shards: Shards, num_trials: int, resources: dict):
         super().__init__(metric=METRIC, mode="max")
         self.sweep, self.shards, self.num_trials, self.resources = sweep, shards, num_trials, resources
-        known = read_trials(sweep)
+        known = sweeps.read_trials(sweep)
         self.waiting = [trial for trial in known if not trial.state]
         self.next_number = 1 + max((trial.number for trial in known), default=-1)
         self.tried = [trial.values for trial in known]
         self.model, self.of_model = None, {}
         if sweep.plan.search == "optuna":
             self.model = build_model_search(sweep, known)
-        self.points = self.draw_points()
-
-    def draw_points(self) -> Iterator[tuple[str, dict]]:
-        """The search's points in their order, the recipe's own first, with the name that the model knows each by."""
-        for number, point in enumerate(candidates(self.sweep)):
-            name = str(number) if self.model and number else ""
-            yield name, self.model.suggest(name) if name else point
+        self.drawn = 0  # points so far; a generator of them could not be pickled, as Tune does with a searcher
 
     def suggest(self, trial_id: str) -> dict | str:
         trial = self.waiting.pop(0) if self.waiting else self.new_trial(trial_id)
@@ -94,12 +77,16 @@ class Suggestions(Searcher):
         """The next point that is not yet a trial; None if there are enough, or if the space holds no more."""
         if len(self.tried) >= self.num_trials:
             return None
-        for name, values in itertools.islice(self.points, MOST_DRAWS):
+        points = enumerate(sweeps.candidates(self.sweep))
+        for number, point in itertools.islice(points, self.drawn, self.drawn + MOST_DRAWS):
+            self.drawn = number + 1
+            name = str(number) if self.model and number else ""  # what the model knows the point by; the first is the recipe
+            values = self.model.suggest(name) if name else point
             if values not in self.tried:
                 self.tried.append(values)
                 self.of_model[trial_id] = name
                 self.next_number += 1
-                return add_trial(self.sweep, self.shards, self.next_number - 1, values)
+                return sweeps.add_trial(self.sweep, self.shards, self.next_number - 1, values)
             if name:
                 self.model.on_trial_complete(name, error=True)  # a point that is not trained has no score
         log.info("The search space holds no more than %d trials.", len(self.tried))
@@ -127,7 +114,7 @@ def build_model_search(sweep: Sweep, known: list[Trial]) -> Searcher:
     search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=seed)
     for trial in known:
         reached = [row[METRIC] for row in trial.record if row.get(METRIC) is not None]
-        if trial.state in (FINISHED, STOPPED) and reached and trial.number:
+        if trial.state in (sweeps.FINISHED, sweeps.STOPPED) and reached and trial.number:
             search.add_evaluated_point(trial.values, reached[-1])
     return search
 
@@ -138,13 +125,13 @@ class Rungs(FIFOScheduler):
     def __init__(self, sweep: Sweep):
         super().__init__()
         self.sweep = sweep
-        for trial in read_trials(sweep):
+        for trial in sweeps.read_trials(sweep):
             # A kill may have come between a trial's epoch and its comparison with the others.
             if not trial.state and trial.record:
-                stop_if_behind(sweep, trial.run.path, trial.record[-1]["epoch"])
+                sweeps.stop_if_behind(sweep, trial.run.path, trial.record[-1]["epoch"])
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
-        is_behind = stop_if_behind(self.sweep, trial.config["run"], result.get("epoch", 0))
+        is_behind = sweeps.stop_if_behind(self.sweep, trial.config["run"], result.get("epoch", 0))
         return TrialScheduler.STOP if is_behind else TrialScheduler.CONTINUE
 
 
@@ -174,8 +161,8 @@ class Progress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
         path = trial.config["run"]
-        noted = filesystem.join(path, ERROR)
+        noted = filesystem.join(path, sweeps.ERROR)
         reason = filesystem.read_bytes(noted).decode() if filesystem.exists(noted) else "its process died twice"
-        end_trial(path, FAILED, reason)
+        sweeps.end_trial(path, sweeps.FAILED, reason)
         log.warning("%s failed: %s", filesystem.last_part(path), reason)
         self.on_trial_complete(iteration, trials, trial)
