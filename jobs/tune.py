@@ -67,7 +67,7 @@ class Options:
 
 
 def run(experiment: Experiment, options: Options) -> Sweep:
-    """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if all its trials failed."""
+    """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if no trial can be chosen."""
     command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
     command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
@@ -176,6 +176,8 @@ def conclude(sweep: Sweep, options: Options) -> None:
         print(f"best {winner['trial']}  {METRIC} {winner[f'best {METRIC}']:.4f}  {filesystem.join(sweep.path, 'best.json')}")
     elif failed and len(failed) == len(trials):
         raise UserError(f"All trials of {sweep.path} failed: fix what the first one reports, then add --retry-failed.")
+    elif (table["state"] == sweeps.FINISHED).any():
+        raise UserError(f"{sweep.path}: {sweeps.why_no_winner(table)}")
     else:
         print("no trial has finished: rerun the same command to resume, with a longer --time-budget")
 

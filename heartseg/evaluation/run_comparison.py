@@ -15,7 +15,7 @@ import pandas
 from heartseg.config.experiment import flatten, from_json, identity
 from heartseg.config.strict_json import none_if_nan
 from heartseg.errors import UserError
-from heartseg.labels import frame_name
+from heartseg.labels import UNTRAINED_DICE, frame_name
 from heartseg.metrics.agreement import mean_interval, paired_test
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.training.run_directory import Run
@@ -26,7 +26,7 @@ EF_ERRORS = {f"ef_{convention}_error": f"ef_{convention}" for convention in ("ca
 NAMES = (*SCORES, *DISTANCES, *EF_ERRORS)
 # Truths that differ by more than this share are not of one heart.
 SAME_TRUTH = 1e-3
-NO_DIFFERENCE = "no difference seen"
+NO_DIFFERENCE, NOTHING = "no difference seen", "nothing to compare"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,13 @@ def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
     shared = reference.table.index.intersection(entry.table.index, sort=False)
     table, other = entry.table.loc[shared], reference.table.loc[shared]
     tested = {n: paired_test(table[n], other[n], other["patient"]) for n in NAMES}
-    return {name: found | {"reading": reading(found)} for name, found in tested.items()}
+    is_nothing = is_untrained(entry) and is_untrained(reference)
+    return {name: found | {"reading": NOTHING if is_nothing else reading(found)} for name, found in tested.items()}
+
+
+def is_untrained(entry: Entry) -> bool:
+    """True if an entry's masks are empty or lie beside the hearts, so that their scores and distances mean nothing."""
+    return bool(entry.scored) and entry.table["dice"].mean() < UNTRAINED_DICE
 
 
 def reading(found: dict) -> str:
@@ -234,6 +240,11 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
                 f"Not the same hearts ({shared} names in common): {these}, {those}; "
                 "their scores stand side by side and are not paired."
             )
+    if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
+        lines.append(
+            f"There is nothing to compare in {', '.join(untrained)}: with a mean Dice below {UNTRAINED_DICE} the masks are "
+            "empty or lie beside the hearts, and distances mean nothing. Train longer."
+        )
     groups = {one.summary["group"] for entry in entries for one in entry.scored}
     sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
     if groups == {"holdout"} and sweeps != {""}:

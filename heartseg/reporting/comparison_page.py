@@ -116,7 +116,7 @@ def difference_cell(differences: dict, name: str) -> dict | None:
     patients = found["patients"] if found["patients"] < differences["dice"]["patients"] else None
     p = "–" if found["p"] is None else "< 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}"
     return {"difference": show_signed(found["difference"], digits), "interval": ends, "p": p,
-            "reading": found["reading"], "seen": found["reading"] != run_comparison.NO_DIFFERENCE,
+            "reading": found["reading"], "seen": found["reading"] not in (run_comparison.NO_DIFFERENCE, run_comparison.NOTHING),
             "patients": patients}  # fmt: skip
 
 

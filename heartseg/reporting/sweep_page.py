@@ -5,7 +5,7 @@ import pandas
 from heartseg.reporting import pages, sweep_plots
 from heartseg.reporting.text_tables import table_text
 from heartseg.storage import filesystem
-from heartseg.tuning.sweep import FINISHED, METRIC, Sweep, Trial, epochs_saved, read_trials, rungs
+from heartseg.tuning.sweep import FINISHED, METRIC, Sweep, Trial, epochs_saved, read_trials, rungs, why_no_winner
 
 PAGE = "sweep.html"
 SCORE = f"best {METRIC}"
@@ -59,7 +59,8 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
         against=against_recipe(table),
         facts=facts(sweep),
         metric=METRIC,
-        best=table.iloc[0] if (table["state"] == FINISHED).any() else None,
+        best=None if why_no_winner(table) else table.iloc[0],
+        why_no_winner=why_no_winner(table),
         best_values=[(name, show_cell(table.iloc[0][name])) for name in varied(table)] if len(table) else [],
         states=table["state"].value_counts().to_dict(),
         trained=trained,

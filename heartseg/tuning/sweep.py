@@ -5,7 +5,6 @@ A sweep has no other state, so the same command resumes one that was killed.
 
 import itertools
 import math
-import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from heartseg.config.experiment import Experiment, canonical, flatten, from_json, identity, to_json
 from heartseg.errors import require
+from heartseg.labels import UNTRAINED_DICE
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -98,9 +98,8 @@ def open_sweep(
     another sweep or a run, and for a name that cannot be a folder's.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
-    require(not name or re.fullmatch(r"\w[\w.-]*", name) is not None, f"--sweep-name {name!r} cannot be the name of a folder.")
     digest = filesystem.sha256(canonical(asked))[:8]
-    name = name if name and not fresh else run_directory.generation_name(base.runs, name or f"tune-{base.name}-{digest}", fresh)
+    name = run_directory.choose_name(base.runs, name, f"tune-{base.name}-{digest}", fresh, "sweep")
     path = filesystem.join(base.runs, name)
     described = filesystem.join(path, DESCRIPTION)
     there = run_directory.read_matching(described, asked, "sweep")
@@ -191,13 +190,11 @@ def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
     """
     if epoch not in rungs(sweep):
         return False
-    scores = {trial.run.path: {row["epoch"]: row.get(METRIC) for row in trial.record} for trial in read_trials(sweep)}
+    scores = {t.run.path: {row["epoch"]: row.get(METRIC, np.nan) for row in t.record} for t in read_trials(sweep)}
     own, reduction = scores.pop(path), sweep.plan.reduction
-    others = [reached[epoch] for reached in scores.values() if reached.get(epoch) is not None]
+    others = [reached[epoch] for reached in scores.values() if not np.isnan(reached.get(epoch, np.nan))]
     # A trial that is faster than Tune may have finished already.
-    if not others or own.get(epoch) is None or len(own) >= sweep.base.train.epochs:
-        return False
-    if not own[epoch] < np.nanquantile(others, 1 - 1 / reduction):
+    if not others or len(own) >= sweep.base.train.epochs or not own.get(epoch, np.nan) < np.quantile(others, 1 - 1 / reduction):
         return False
     reason = f"not among the best 1 in {reduction:g} of the trials that reached it before"
     end_trial(path, STOPPED, f"{METRIC} {own[epoch]:.4f} at epoch {epoch}, {reason}")
@@ -248,16 +245,29 @@ def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
     return int(counted["epochs"].sum()), len(counted) * sweep.base.train.epochs
 
 
+def why_no_winner(table: pandas.DataFrame) -> str:
+    """Why no trial can be chosen; empty if one can: the first row."""
+    finished = table.loc[table["state"] == FINISHED, f"best {METRIC}"].dropna()
+    if finished.empty:
+        return "No trial has finished."
+    if finished.max() >= UNTRAINED_DICE:
+        return ""
+    return (
+        f"There is no winner: the highest {METRIC} of the finished trials is {finished.max():.4f}, and below {UNTRAINED_DICE} "
+        "a model outlines nothing yet. Train longer (--train.epochs), or check the data."
+    )
+
+
 def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
     """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner.
 
-    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces, None if no trial finished. It
-    was chosen on `val/dice` of patients held out of the training group, and on no reported group.
+    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces, None if no finished trial has
+    learned anything. It was chosen on `val/dice` of patients held out of the training group, and on no reported group.
     """
     table = tabulate(sweep)
     filesystem.publish(filesystem.join(sweep.path, "sweep.csv"), table.to_csv(index=False).encode())
     filesystem.write_table(filesystem.join(sweep.path, "sweep.parquet"), pa.Table.from_pandas(table, preserve_index=False))
-    if not ((table["state"] == FINISHED) & table[f"best {METRIC}"].notna()).any():
+    if why_no_winner(table):
         return table, None
     best = next(trial for trial in read_trials(sweep) if trial.run.name == table.loc[0, "trial"])
     experiment = from_json(best.run.description["experiment"])

@@ -5,6 +5,7 @@ Each trial is a Ray Train run of its own, started and resumed like any other; Tu
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -113,7 +114,7 @@ def build_model_search(sweep: Sweep, known: list[Trial]) -> Searcher:
     seed = (sweep.plan.search_seed + len(known)) % 2**32
     search = OptunaSearch(OptunaSearch.convert_search_space(space), METRIC, "max", seed=seed)
     for trial in known:
-        reached = [row[METRIC] for row in trial.record if row.get(METRIC) is not None]
+        reached = [row[METRIC] for row in trial.record if not math.isnan(row.get(METRIC, math.nan))]
         if trial.state in (sweeps.FINISHED, sweeps.STOPPED) and reached and trial.number:
             search.add_evaluated_point(trial.values, reached[-1])
     return search

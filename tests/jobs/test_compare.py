@@ -68,7 +68,7 @@ def make_scored(label: str, seed: int = 0, lr: float = 0.02) -> Scored:
     description = {"experiment": to_json(experiment), "identity": identity(experiment)}
     description |= {"data_fingerprint": "f" * 64, "dataset": "phantom"}
     record = [{"epoch": 1, "test/dice": rng.uniform(), "train/loss": 1.0, "lr": lr}]
-    summary = {"dataset": "phantom", "group": "train", "patients": 6}
+    summary = {"dataset": "phantom", "group": "train", "patients": 6, "images": 24, "which": "last", "epoch": 1}
     return Scored(Run(f"/runs/{label}", description), label, record, pandas.DataFrame(images), patients, summary)
 
 
@@ -147,6 +147,19 @@ def test_a_run_beside_itself_shows_no_difference(scored):
     found = run_comparison.differences(*entries)
     assert {found[name]["reading"] for name in ("dice", "hd_la_mm")} == {"no difference seen"}
     assert run_comparison.disagreements(entries, 5) == []
+
+
+def test_of_runs_whose_masks_are_empty_there_is_nothing_to_compare(scored):
+    untrained = [replace(one, images=one.images.assign(dice=0.01)) for one in (scored["seed0"], scored["faster"])]
+    entries = entries_of(*untrained)
+    found = run_comparison.compare_entries(entries, entries[0])
+    assert {test["reading"] for test in found["differences"]["B"].values()} == {"nothing to compare"}
+    assert "There is nothing to compare in A, B" in comparison_page.text(entries, found)
+    cell = comparison_page.difference_cell(found["differences"]["B"], "hd_la_mm")
+    assert not cell["seen"]
+    one_alone = entries_of(untrained[0], scored["faster"])  # a real difference
+    assert run_comparison.differences(one_alone[1], one_alone[0])["dice"]["reading"] == "higher"
+    assert "nothing to compare in A:" in " ".join(run_comparison.notes(one_alone, one_alone[0]))
 
 
 @pytest.mark.parametrize(

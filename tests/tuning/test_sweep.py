@@ -155,6 +155,17 @@ def test_best_json_is_a_complete_experiment_whose_run_is_the_trials(sweep):
     assert identity(there) == sweeps.read_trials(sweep)[0].run.description["identity"]
 
 
+def test_a_sweep_whose_trials_have_learned_nothing_says_so_and_names_no_winner(sweep):
+    for trial in sweeps.read_trials(sweep):
+        run_directory.write_record(trial.run.path, [{"epoch": e, METRIC: 0.0114 * e, "seconds": 1.0} for e in range(1, 5)])
+    table, best = sweeps.write_results(sweep)
+    page = filesystem.read_bytes(sweep_page.write_page(sweep, table)).decode()
+    assert best is None and not filesystem.exists(filesystem.join(sweep.path, "best.json"))
+    assert "There is no winner: the highest val/dice of the finished trials is 0.0456" in page and 'class="hero"' not in page
+    with pytest.raises(UserError, match="There is no winner.*--train.epochs"):
+        tune.conclude(sweep, tune.Options())
+
+
 def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, held):
     base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
     same = sweeps.open_sweep(replace(base, data="/elsewhere", workers=2), held, SweepPlan())
