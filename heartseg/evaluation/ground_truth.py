@@ -22,7 +22,7 @@ from heartseg.labels import Phase, View
 from heartseg.shards.reader import FrameRows, Shards, load_groups, open_shards
 from heartseg.storage import filesystem
 
-NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?")
+NIFTI_NAME = re.compile(r"(.+)\.nii(\.gz)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ class FilePredictions:
 
     folder: str
     pattern: str = ""
-    files: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str, pattern: str = "") -> "FilePredictions":
@@ -172,10 +172,10 @@ class FilePredictions:
             raise UserError(f"The predictions {folder} do not exist: give the folder that holds the masks.")
         if pattern:
             check_pattern(pattern)
-        files: dict[str, dict[str, list[str]]] = {}
+        files = defaultdict(list)
         for path in filesystem.walk(folder):
             if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
-                files.setdefault(match["stem"], {}).setdefault(match["suffix"] or "", []).append(path)
+                files[match[1]].append(path)
         if not files:
             raise UserError(f"{folder} holds no NIfTI file: give the folder that holds the masks.")
         return cls(folder, pattern, files)
@@ -190,12 +190,12 @@ class FilePredictions:
             path = filesystem.join(self.folder, self.pattern.format(patient=patient, view=view, phase=phase))
             return path if filesystem.exists(path) else None
         name = f"{patient}_{view}_{phase}"
-        kinds = self.files.get(name, {})
-        for suffix in ("_pred", "_gt", ""):
-            if len(kinds.get(suffix, [])) > 1:
-                raise UserError(f"{kinds[suffix][0]} and {kinds[suffix][1]} could both be the mask of {name}: give --pattern.")
-            if suffix in kinds:
-                return kinds[suffix][0]
+        for stem in (f"{name}_pred", f"{name}_gt", name):
+            found = self.files.get(stem, [])
+            if len(found) > 1:
+                raise UserError(f"{found[0]} and {found[1]} could both be the mask of {name}: give --pattern.")
+            if found:
+                return found[0]
         return None
 
     def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
