@@ -3,8 +3,10 @@
 Uses the evaluations that the runs have, if they fit; scores whatever is missing, as jobs/evaluate.py does.
 """
 
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,12 +17,13 @@ import tyro
 
 from heartseg.config.experiment import PredictConfig, canonical, to_json
 from heartseg.errors import UserError
-from heartseg.evaluation import run_comparison
-from heartseg.evaluation.run_comparison import Comparison, Scored
+from heartseg.evaluation import run_comparison, scoring
+from heartseg.evaluation.run_comparison import Entry, Scored
 from heartseg.evaluation.scoring import IMAGES, PATIENTS, SUMMARY
+from heartseg.inference.segmenter import load_all
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.models import checkpoint
-from heartseg.reporting import comparison_page
+from heartseg.reporting import comparison_page, pages
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -29,8 +32,7 @@ from jobs.support import command_line, evaluation_plan, evaluation_run
 from jobs.support.evaluation_plan import HOLDOUT, EvaluationPlan, ScoringOptions
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
-# Pictures on a page: many entries get fewer images, and of very many only the first are drawn.
-MOST_IMAGES, MOST_PICTURES, MOST_DRAWN = 6, 36, 9
+MOST_DRAWN = 6  # entries whose outlines are drawn on the images that entries disagree on
 ABOUT = (
     "Show training runs side by side: which settings differ, scores with intervals and paired tests on the same patients, "
     "learning curves, and the images that the runs disagree on most. Runs that differ only in their seed are pooled."
@@ -55,46 +57,43 @@ class Options(ScoringOptions):
 def run(options: Options) -> str:
     """Compare; returns the path of the page. Raises UserError for fewer than two runs."""
     found = find_runs(options.runs)
-    out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found)
+    out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found.values())
     if options.data or options.truth:  # a wrong one is refused here, and not reported as a problem of each run
         images = evaluation_plan.open_images(options)
         if options.group != HOLDOUT:
             evaluation_plan.choose_group(options.group, images)
-    if options.group == "auto" and all(evaluation_plan.held_out(one) for one in found):
+    if options.group == "auto" and all(evaluation_plan.held_out(one) for one in found.values()):
         options = replace(options, group=HOLDOUT)
     reference = find_reference(options.reference, found)
-    scored, plans = [], {}
-    for label, one in labelled(found).items():
-        seen, plans[label] = assess(one, label, options, out)
-        scored.append(seen)
-    entries = run_comparison.group_by_settings(scored)
+    assessed = {label: assess(one, label, options, out) for label, one in found.items()}
+    entries = run_comparison.group_by_settings([scored for scored, _ in assessed.values()])
     chosen = next(entry for entry in entries if any(one.run is reference for one in entry.runs))
-    compared = run_comparison.compare_entries(entries, chosen, images_to_draw(len(entries)))
-    page = comparison_page.write_page(out, compared, picture_items(compared, plans))
-    print(comparison_page.text(compared))
+    compared = run_comparison.compare_entries(entries, chosen)
+    plans = {label: plan for label, (_, plan) in assessed.items()}
+    page = comparison_page.write_page(out, entries, compared, draw_disagreements(entries, compared["disagreements"], plans))
+    print(comparison_page.text(entries, compared))
     return page
 
 
-def find_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs that some folders are or hold, each once; raises UserError for a folder without one, and for fewer than two."""
+def find_runs(paths: Sequence[str]) -> dict[str, Run]:
+    """The runs that some folders are or hold, each once, by name, or by as much of its path as distinguishes it.
+
+    Raises UserError for a folder without a run, and for fewer than two runs.
+    """
     found: dict[str, Run] = {}
     for path in paths:
         path = command_line.absolute(path, "runs").rstrip("/")
-        inside = runs_in(path)
-        if not inside:
+        below = [filesystem.join(f, n) for f in (path, filesystem.join(path, TRIALS)) for n in filesystem.list_names(f)]
+        folders = [path] if is_run(path) else [folder for folder in below if is_run(folder)]
+        if not folders:
             raise UserError(
                 f"{path} is not a run and holds none (no {run_directory.DESCRIPTION}): give folders of jobs/train.py."
             )
-        found |= {one.path: one for one in inside}
+        found |= {folder: run_directory.find_run(folder) for folder in folders}
     if len(found) < 2:
         raise UserError(f"A comparison needs at least two runs, not {len(found)}: give another one, or a folder of runs.")
-    return list(found.values())
-
-
-def runs_in(path: str) -> list[Run]:
-    """The run that a folder is, or the runs in it and in its `trials`, by name."""
-    below = [filesystem.join(f, name) for f in (path, filesystem.join(path, TRIALS)) for name in filesystem.list_names(f)]
-    return [run_directory.find_run(folder) for folder in ([path] if is_run(path) else below) if is_run(folder)]
+    shared, names = len(os.path.commonprefix([path.split("/") for path in found])), [one.name for one in found.values()]
+    return {one.name if names.count(one.name) == 1 else "/".join(path.split("/")[shared:]): one for path, one in found.items()}
 
 
 def is_run(folder: str) -> bool:
@@ -102,24 +101,13 @@ def is_run(folder: str) -> bool:
     return filesystem.exists(filesystem.join(folder, run_directory.DESCRIPTION))
 
 
-def default_out(paths: Sequence[str], found: Sequence[Run]) -> str:
+def default_out(paths: Sequence[str], found: Iterable[Run]) -> str:
     """`comparison` in a folder of runs; for runs that were named, a folder beside the first that only these runs share."""
     if len(paths) == 1:
         return filesystem.join(command_line.absolute(paths[0], "runs"), "comparison")
-    digest = filesystem.sha256(canonical(sorted(one.path for one in found)))[:8]
-    return filesystem.join(found[0].path.rpartition("/")[0], f"comparison-{digest}")
-
-
-def labelled(found: Sequence[Run]) -> dict[str, Run]:
-    """Runs by their name, with as much of the path before it as distinguishes them."""
-    paths = [one.path.split("/") for one in found]
-    labels = {}
-    for one, parts in zip(found, paths, strict=True):
-        depth = 1
-        while sum(other[-depth:] == parts[-depth:] for other in paths) > 1:
-            depth += 1
-        labels["/".join(parts[-depth:])] = one
-    return labels
+    folders = [one.path for one in found]
+    digest = filesystem.sha256(canonical(sorted(folders)))[:8]
+    return filesystem.join(folders[0].rpartition("/")[0], f"comparison-{digest}")
 
 
 def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
@@ -137,12 +125,10 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Ev
             folder = plan.out
     except UserError as error:
         problem = str(error)
-        folder = "" if plan else find_old_evaluation(one, options)
+        folder = "" if plan or options.data or options.truth else find_old_evaluation(one, options)
     if not folder:
         return Scored(one, label, record, problem=problem), None
-    images, patients = (
-        filesystem.read_table(filesystem.read_bytes(filesystem.join(folder, name))).to_pandas() for name in (IMAGES, PATIENTS)
-    )
+    images, patients = (scoring.read_rows(folder, name) for name in (IMAGES, PATIENTS))
     return Scored(one, label, record, images, patients, filesystem.read_json(filesystem.join(folder, SUMMARY))), plan
 
 
@@ -167,61 +153,47 @@ def find_evaluation(folders: Sequence[str], described: dict) -> str:
 
 def find_old_evaluation(one: Run, options: Options) -> str:
     """An evaluation on the run's own data, for when they can no longer be read; empty if none fits."""
-    if options.data or options.truth:
-        return ""
     for group in ("test", "val", "all") if options.group == "auto" else (options.group,):
         which = options.which if options.which != "auto" else "best" if group == "test" else "last"
-        try:
-            weights = checkpoint.find(one.path, which).card["weights_sha256"]
-        except UserError:
-            return ""
-        described = {"weights_sha256": [weights], "group": group, "post": to_json(PredictConfig())}
-        described["data_fingerprint"] = one.description["data_fingerprint"]
-        if folder := find_evaluation(evaluations_of(one), described):
-            return folder
+        described = {"group": group, "post": to_json(PredictConfig()), "data_fingerprint": one.description["data_fingerprint"]}
+        with contextlib.suppress(UserError):
+            weights = {"weights_sha256": [checkpoint.find(one.path, which).card["weights_sha256"]]}
+            if folder := find_evaluation(evaluations_of(one), described | weights):
+                return folder
     return ""
 
 
-def find_reference(asked: str, found: Sequence[Run]) -> Run:
+def find_reference(asked: str, found: dict[str, Run]) -> Run:
     """The run of a name or a folder, the first run if empty; raises UserError if none is meant, or several may be."""
     if not asked:
-        return found[0]
-    named = [one for one in found if one.path == filesystem.absolute(asked).rstrip("/")]
-    named = named or [one for label, one in labelled(found).items() if asked in (label, one.name)]
+        return next(iter(found.values()))
+    named = [one for one in found.values() if one.path == filesystem.absolute(asked).rstrip("/")]
+    named = named or [one for label, one in found.items() if asked in (label, one.name)]
     if len(named) != 1:
         raise UserError(f"--reference {asked} is {len(named) or 'none'} of the runs: give the folder of one that is compared.")
     return named[0]
 
 
-def images_to_draw(entries: int) -> int:
-    """How many images are drawn, each once for each entry."""
-    return max(2, min(MOST_IMAGES, MOST_PICTURES // min(entries, MOST_DRAWN)))
-
-
-def picture_items(compared: Comparison, plans: dict[str, EvaluationPlan | None]) -> list[dict]:
-    """The images that entries disagree on, as comparison_page draws them; of several seeds, with the first one's masks."""
-    wanted = compared.disagreements
-    patients = list(dict.fromkeys(item["patient"] for item in wanted))
-    drawn = [e for e in compared.entries if wanted and e.letter in wanted[0]["dice"] and plans[e.scored[0].label]]
-    if not drawn:
-        return []
-    items = {item["image"]: item | {"masks": {}, "scores": {}, "names": {}} for item in wanted}
-    truth = plans[drawn[0].scored[0].label].truth
-    cases, _ = truth.cases(patients)
-    for name, case in zip(run_comparison.image_names(map(vars, cases)), cases, strict=True):
-        if name in items:
-            pixels = resize_image(truth.picture(case), *case.truth.shape)
-            items[name] |= {"pixels": pixels, "truth": case.truth, "spacing_mm": case.spacing_mm}
-    for entry in drawn[:MOST_DRAWN]:
+def draw_disagreements(
+    entries: Sequence[Entry], found: Sequence[dict], plans: dict[str, EvaluationPlan | None]
+) -> dict[str, list[dict]]:
+    """A picture an entry of the images that entries disagree on, by the image's name; of several seeds, the first one's."""
+    patients = list(dict.fromkeys(item["patient"] for item in found))
+    pictures: dict[str, list[dict]] = {item["image"]: [] for item in found}
+    known = [entry for entry in entries if found and entry.letter in found[0]["dice"] and plans[entry.scored[0].label]]
+    for entry in known[:MOST_DRAWN]:
         one = entry.scored[0]
-        dice = run_comparison.score_table(one)["dice"]
-        cases, masks, _ = evaluation_run.Predictor(plans[one.label]).predict(patients)
-        for name, found in zip(run_comparison.image_names(map(vars, cases)), masks, strict=True):
-            if name in items:
-                items[name]["masks"][entry.letter] = found.mask
-                items[name]["scores"][entry.letter] = float(dice[name])
-                items[name]["names"][entry.letter] = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
-    return [item for item in items.values() if "pixels" in item]
+        dice, plan = run_comparison.score_table(one)["dice"], plans[one.label]
+        cases, _ = plan.truth.cases(patients)
+        masks = scoring.segment_cases(load_all(plan.predictor), cases, plan.post)
+        for name, case, predicted in zip(run_comparison.image_names(map(vars, cases)), cases, masks, strict=True):
+            if name in pictures:
+                pixels = resize_image(plan.truth.picture(case), *case.truth.shape)
+                whose = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
+                caption = f"{whose}: Dice {pages.show_score(dice[name])}"
+                drawn = comparison_page.draw_outlines(name, entry.letter, case, pixels, predicted.mask, caption)
+                pictures[name].append(drawn)
+    return {name: drawn for name, drawn in pictures.items() if drawn}
 
 
 def job(argv: Sequence[str]) -> None:

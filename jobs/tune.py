@@ -29,19 +29,8 @@ from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import close_trial, track_sweep
 from heartseg.training.worker import check_plan, open_data
 from heartseg.tuning import search_space
-from heartseg.tuning.sweep import (
-    FAILED,
-    METRIC,
-    STOPPED,
-    Sweep,
-    SweepPlan,
-    epochs_saved,
-    forget_failures,
-    open_sweep,
-    read_trials,
-    repair_incomplete_trials,
-    write_results,
-)
+from heartseg.tuning import sweep as sweeps
+from heartseg.tuning.sweep import METRIC, Sweep, SweepPlan
 from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
@@ -84,7 +73,7 @@ class Options:
 
 
 def run(experiment: Experiment, options: Options) -> Sweep:
-    """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if all its trials failed."""
+    """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if no trial can be chosen."""
     command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
     command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
@@ -94,14 +83,14 @@ def run(experiment: Experiment, options: Options) -> Sweep:
         raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
     shards = open_data(experiment)
     check_plan(experiment, shards)
-    check_space(experiment, options.plan, shards)
+    for point in sweeps.points_to_check(options.plan, experiment):
+        check_plan(search_space.apply(experiment, point), shards)
     ingest = choose_ingest(experiment, shards)
-    sweep = open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
+    sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
         print(f"sweep {sweep.path}")
-        repair_incomplete_trials(sweep, shards)
         if options.retry_failed:
-            forget_failures(sweep)
+            sweeps.forget_failures(sweep)
         try:
             search(sweep, shards, options)
         except KeyboardInterrupt:
@@ -109,16 +98,6 @@ def run(experiment: Experiment, options: Options) -> Sweep:
             raise
         conclude(sweep, options)
     return sweep
-
-
-def check_space(experiment: Experiment, plan: SweepPlan, shards: Shards) -> None:
-    """Raise UserError for a space with a trial that could not be trained."""
-    if plan.search == "changes":
-        for point in search_space.listed(experiment, plan.space.changes):
-            check_plan(search_space.apply(experiment, point), shards)
-        return
-    axes = search_space.make_axes(plan.space, experiment)
-    search_space.check_points(experiment, axes, lambda point: check_plan(point, shards))
 
 
 def choose_ingest(experiment: Experiment, shards: Shards) -> str:
@@ -131,9 +110,11 @@ def choose_ingest(experiment: Experiment, shards: Shards) -> str:
 
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     """Train the trials that have not ended. Raises KeyboardInterrupt if it was interrupted: Tune just returns."""
-    known = read_trials(sweep)
+    known = sweeps.read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
+    if options.plan.stop_early and not sweeps.rungs(sweep):
+        log.info("No trial is stopped early: with %d epochs there is no time for a comparison.", sweep.base.train.epochs)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
     workers = sweep.base.workers
@@ -145,8 +126,8 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
     resources = ray_runtime.worker_resources(workers * concurrent)
-    scheduler = ray_trials.build_scheduler(options.plan, sweep.base, known)
-    suggestions = ray_trials.Suggestions(sweep, shards, options.plan, options.num_trials, resources)
+    scheduler = ray_trials.Rungs(sweep)
+    suggestions = ray_trials.Suggestions(sweep, shards, options.num_trials, resources)
     log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
@@ -169,30 +150,30 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     began = time.monotonic()
     tuner.fit()
     is_time_up = options.time_budget and time.monotonic() - began >= options.time_budget * 60
-    if not is_time_up and any(not trial.state for trial in read_trials(sweep)):
+    if not is_time_up and any(not trial.state for trial in sweeps.read_trials(sweep)):
         raise KeyboardInterrupt
 
 
 def publish(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None, str]:
     """Write the tables, the winner so far and the page, which can be read while the sweep runs."""
-    table, best = write_results(sweep)
+    table, best = sweeps.write_results(sweep)
     return table, best, write_page(sweep, table)
 
 
 def conclude(sweep: Sweep, options: Options) -> None:
     """Publish and print the results; in the dashboard, end each trial's run and add one for the sweep."""
     table, best, page = publish(sweep)
-    trials = read_trials(sweep)
+    trials = sweeps.read_trials(sweep)
     for trial in trials:
-        if trial.state == STOPPED:
+        if trial.state == sweeps.STOPPED:
             close_trial(trial.run, trial.record, trial.reason)  # its own process had no time to
     if len(table):
         track_sweep(sweep.base, Run(sweep.path, sweep.description), table, page)
         print(show_table(table))
-    trained, asked = epochs_saved(sweep, table)
+    trained, asked = sweeps.epochs_saved(sweep, table)
     if asked and options.plan.stop_early:
         print(f"{trained} epochs trained; without early stopping {asked}: {1 - trained / asked:.0%} saved")
-    failed = [trial for trial in trials if trial.state == FAILED]
+    failed = [trial for trial in trials if trial.state == sweeps.FAILED]
     if failed:
         print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed resumes them")
     print(f"page {page}")
@@ -201,6 +182,8 @@ def conclude(sweep: Sweep, options: Options) -> None:
         print(f"best {winner['trial']}  {METRIC} {winner[f'best {METRIC}']:.4f}  {filesystem.join(sweep.path, 'best.json')}")
     elif failed and len(failed) == len(trials):
         raise UserError(f"All trials of {sweep.path} failed: fix what the first one reports, then add --retry-failed.")
+    elif (table["state"] == sweeps.FINISHED).any():
+        raise UserError(f"{sweep.path}: {sweeps.why_no_winner(table)}")
     else:
         print("no trial has finished: rerun the same command to resume, with a longer --time-budget")
 

@@ -165,7 +165,7 @@ class FilePredictions:
 
     folder: str
     pattern: str = ""
-    files: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str, pattern: str = "") -> "FilePredictions":
@@ -174,7 +174,7 @@ class FilePredictions:
             raise UserError(f"The predictions {folder} do not exist: give the folder that holds the masks.")
         if pattern:
             check_pattern(pattern)
-        files: dict[str, dict[str, list[str]]] = {}
+        files = {}
         for path in filesystem.walk(folder):
             if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
                 files.setdefault(match["stem"], {}).setdefault((match["suffix"] or "").lower(), []).append(path)
@@ -192,12 +192,12 @@ class FilePredictions:
             path = filesystem.join(self.folder, self.pattern.format(patient=patient, view=view, phase=phase))
             return path if filesystem.exists(path) else None
         name = f"{patient}_{view}_{phase}"
-        kinds = self.files.get(name, {})
-        for suffix in ("_pred", "_gt", ""):
-            if len(kinds.get(suffix, [])) > 1:
-                raise UserError(f"{kinds[suffix][0]} and {kinds[suffix][1]} could both be the mask of {name}: give --pattern.")
-            if suffix in kinds:
-                return kinds[suffix][0]
+        for stem in (f"{name}_pred", f"{name}_gt", name):
+            found = self.files.get(stem, [])
+            if len(found) > 1:
+                raise UserError(f"{found[0]} and {found[1]} could both be the mask of {name}: give --pattern.")
+            if found:
+                return found[0]
         return None
 
     def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:

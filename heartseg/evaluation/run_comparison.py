@@ -4,7 +4,7 @@ Result tables of evaluations in, tables out; nothing is read, scored or drawn he
 """
 
 import functools
-from collections import Counter
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -15,7 +15,7 @@ import pandas
 from heartseg.config.experiment import flatten, from_json, identity
 from heartseg.config.strict_json import none_if_nan
 from heartseg.errors import UserError
-from heartseg.labels import frame_name
+from heartseg.labels import UNTRAINED_DICE, frame_name
 from heartseg.metrics.agreement import mean_interval, paired_test
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.training.run_directory import Run
@@ -26,7 +26,7 @@ EF_ERRORS = {f"ef_{convention}_error": f"ef_{convention}" for convention in ("ca
 NAMES = (*SCORES, *DISTANCES, *EF_ERRORS)
 # Truths that differ by more than this share are not of one heart.
 SAME_TRUTH = 1e-3
-NO_DIFFERENCE = "no difference seen"
+NO_DIFFERENCE, NOTHING = "no difference seen", "nothing to compare"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,35 +71,17 @@ class Entry:
         return tables[0][["patient"]].join(means)
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """All results of comparing entries with a reference among them; see the function of each name."""
-
-    entries: tuple[Entry, ...]
-    reference: Entry
-    settings: list[tuple[str, ...]]
-    means: dict[str, dict[str, dict]]
-    differences: dict[str, dict[str, dict]]
-    disagreements: list[dict]
-    notes: list[str]
-
-    @property
-    def others(self) -> list[Entry]:
-        """The entries but the reference."""
-        return [entry for entry in self.entries if entry is not self.reference]
-
-
-def compare_entries(entries: Sequence[Entry], reference: Entry, count: int = 6) -> Comparison:
-    """Compare entries with a reference among them; `count` images of largest disagreement are listed."""
-    return Comparison(
-        entries=tuple(entries),
-        reference=reference,
-        settings=differing_settings(entries),
-        means={entry.letter: means(entry) for entry in entries},
-        differences={entry.letter: differences(entry, reference) for entry in entries if entry is not reference},
-        disagreements=disagreements(entries, count),
-        notes=notes(entries, reference),
-    )
+def compare_entries(entries: Sequence[Entry], reference: Entry) -> dict:
+    """Compare entries with a reference among them, as `comparison.json` has it; see the function of each key."""
+    return {
+        "reference": reference.letter,
+        "entries": {entry.letter: [one.run.path for one in entry.runs] for entry in entries},
+        "settings": differing_settings(entries),
+        "means": {entry.letter: means(entry) for entry in entries},
+        "differences": {entry.letter: differences(entry, reference) for entry in entries if entry is not reference},
+        "disagreements": disagreements(entries, 6),
+        "notes": notes(entries, reference),
+    }
 
 
 def settings(run: Run) -> dict[str, str]:
@@ -122,15 +104,14 @@ def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
 
     A seed that comes again with the same settings (`--fresh` makes such runs) starts another entry.
     """
-    entries: dict[tuple, list[Scored]] = {}
-    again: Counter = Counter()
+    entries: dict[tuple, dict[str, Scored]] = {}
     for one in found:
         texts = settings(one.run)
         alike = tuple(sorted((name, text) for name, text in texts.items() if name not in (SEED, CODE)))
-        entries.setdefault((alike, again[alike, texts[SEED]]), []).append(one)
-        again[alike, texts[SEED]] += 1
-    by_seed = [sorted(mine, key=lambda one: int(settings(one.run)[SEED])) for mine in entries.values()]
-    return [Entry(letter_of(place), tuple(mine)) for place, mine in enumerate(by_seed)]
+        again = next(n for n in itertools.count() if texts[SEED] not in entries.get((alike, n), {}))
+        entries.setdefault((alike, again), {})[texts[SEED]] = one
+    by_seed = [tuple(mine[seed] for seed in sorted(mine, key=int)) for mine in entries.values()]
+    return [Entry(letter_of(place), runs) for place, runs in enumerate(by_seed)]
 
 
 def letter_of(place: int) -> str:
@@ -149,13 +130,10 @@ def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 
 def image_names(rows: Iterable[dict]) -> list[str]:
     """Each image's `frame_name`, numbered if it comes again: unique in one evaluation, and found in another."""
-    seen: Counter = Counter()
-    names = []
-    for row in rows:
-        name = frame_name({key: None if pandas.isna(row[key]) else row[key] for key in ("patient", "view", "phase", "frame")})
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return names
+    keys = ("patient", "view", "phase", "frame")
+    names = [frame_name({key: None if pandas.isna(row[key]) else row[key] for key in keys}) for row in rows]
+    places = pandas.Series(names).groupby(names).cumcount()
+    return [f"{name} ({place + 1})" if place else name for name, place in zip(names, places, strict=True)]
 
 
 def score_table(one: Scored) -> pandas.DataFrame:
@@ -198,7 +176,13 @@ def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
     shared = reference.table.index.intersection(entry.table.index, sort=False)
     table, other = entry.table.loc[shared], reference.table.loc[shared]
     tested = {n: paired_test(table[n], other[n], other["patient"]) for n in NAMES}
-    return {name: found | {"reading": reading(found)} for name, found in tested.items()}
+    is_nothing = is_untrained(entry) and is_untrained(reference)
+    return {name: found | {"reading": NOTHING if is_nothing else reading(found)} for name, found in tested.items()}
+
+
+def is_untrained(entry: Entry) -> bool:
+    """True if an entry's masks are empty or lie beside the hearts, so that their scores and distances mean nothing."""
+    return bool(entry.scored) and entry.table["dice"].mean() < UNTRAINED_DICE
 
 
 def reading(found: dict) -> str:
@@ -234,37 +218,41 @@ def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
 
 def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
     """Sentences on missing results and on comparisons that are not valid."""
-    found = []
+    lines = []
     for entry in entries:
         for one in entry.runs:
             epochs, planned = len(one.record), one.run.description["identity"]["train"]["epochs"]
             if epochs < planned:
-                found.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
+                lines.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
             if one.problem:
-                found.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
+                lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
         left_out = [one.label for one in entry.runs if one.images is not None and one not in entry.scored]
         if left_out:
-            found.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
+            lines.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
-            these, those = (f"{e.letter} on {_group(e.scored[0])}" for e in (entry, reference))
+            these, those = (
+                f"{e.letter} on the {found['group']} group of {found['dataset']} ({found['patients']} patients)"
+                for e in (entry, reference)
+                for found in [e.scored[0].summary]
+            )
             shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
-            found.append(
+            lines.append(
                 f"Not the same hearts ({shared} names in common): {these}, {those}; "
                 "their scores stand side by side and are not paired."
             )
+    if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
+        lines.append(
+            f"There is nothing to compare in {', '.join(untrained)}: with a mean Dice below {UNTRAINED_DICE} the masks are "
+            "empty or lie beside the hearts, and distances mean nothing. Train longer."
+        )
     groups = {one.summary["group"] for entry in entries for one in entry.scored}
     sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
     if groups == {"holdout"} and sweeps != {""}:
-        found.append(
+        lines.append(
             "A sweep's winner was chosen on these held-out patients: its lead here is part luck. Train both with new seeds."
         )
     if not reference.scored:
-        found.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
+        lines.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
     if len({settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}) > 1:
-        found.append("The runs minimise different losses: only the loss of one kind can be compared.")
-    return found
-
-
-def _group(one: Scored) -> str:
-    summary = one.summary
-    return f"the {summary['group']} group of {summary['dataset']} ({summary['patients']} patients)"
+        lines.append("The runs minimise different losses: only the loss of one kind can be compared.")
+    return lines

@@ -2,11 +2,10 @@
 
 import pandas
 
-from heartseg.config.experiment import from_json
 from heartseg.reporting import pages, sweep_plots
 from heartseg.reporting.text_tables import table_text
 from heartseg.storage import filesystem
-from heartseg.tuning.sweep import FINISHED, METRIC, Sweep, SweepPlan, Trial, epochs_saved, first_rung, read_trials
+from heartseg.tuning.sweep import FINISHED, METRIC, Sweep, Trial, epochs_saved, read_trials, rungs, why_no_winner
 
 PAGE = "sweep.html"
 SCORE = f"best {METRIC}"
@@ -60,7 +59,8 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
         against=against_recipe(table),
         facts=facts(sweep),
         metric=METRIC,
-        best=table.iloc[0] if (table["state"] == FINISHED).any() else None,
+        best=None if why_no_winner(table) else table.iloc[0],
+        why_no_winner=why_no_winner(table),
         best_values=[(name, show_cell(table.iloc[0][name])) for name in varied(table)] if len(table) else [],
         states=table["state"].value_counts().to_dict(),
         trained=trained,
@@ -85,22 +85,18 @@ def against_recipe(table: pandas.DataFrame) -> str:
 
 def facts(sweep: Sweep) -> list[tuple[str, str]]:
     """What a reader needs to judge the sweep by."""
-    plan, groups = sweep.description["plan"], sweep.description["groups"]
-    rung = first_rung(from_json(plan, SweepPlan), sweep.base)
-    rungs = [f"{rung * plan['reduction'] ** k:g}" for k in range(20) if rung * plan["reduction"] ** k < sweep.base.train.epochs]
-    stops = (
-        f"at epochs {', '.join(rungs)}, about 1 in {plan['reduction']:g} continues" if plan["stop_early"] and rungs else "none"
-    )
-    low, high = (sweep.base.optim.lr * factor for factor in plan["space"]["lr_factors"])
+    plan, groups = sweep.plan, sweep.description["groups"]
+    compared = ", ".join(map(str, rungs(sweep)))
+    low, high = (sweep.base.optim.lr * factor for factor in plan.space.lr_factors)
     ranges = [
-        ("schedules", ", ".join(plan["space"]["schedules"])),
+        ("schedules", ", ".join(plan.space.schedules)),
         ("base rates", f"{low:g} to {high:g} (recipe: {sweep.base.optim.lr:g})"),
     ]
     return [
-        ("search", f"{plan['search']}, seed {plan['search_seed']}; trial 000 is the recipe itself"),
-        *([] if plan["search"] == "changes" else ranges),
+        ("search", f"{plan.search}, seed {plan.search_seed}; trial 000 is the recipe itself"),
+        *([] if plan.search == "changes" else ranges),
         ("epochs of a trial", str(sweep.base.train.epochs)),
-        ("early stopping", stops),
+        ("early stopping", f"at epochs {compared}, about 1 in {plan.reduction:g} continues" if compared else "none"),
         ("patients", f"{groups['train']} to train, {groups['val']} held out to compare"),
     ]
 

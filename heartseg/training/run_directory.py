@@ -5,6 +5,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ from pathlib import Path
 import pandas
 
 from heartseg.config.experiment import Experiment, canonical, first_difference, identity, to_json
-from heartseg.errors import UserError
+from heartseg.config.strict_json import none_if_nan
+from heartseg.errors import UserError, require
 from heartseg.models import checkpoint
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
@@ -53,6 +55,16 @@ def generation_name(runs: str, name: str, fresh: bool) -> str:
     return name if wanted == 1 else f"{name}-{wanted}"
 
 
+def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> str:
+    """The folder of a run or a sweep: exactly the name that was asked for, otherwise the newest generation of `default`.
+
+    With `fresh` the next generation of either. Raises UserError for a name that cannot be a folder's.
+    """
+    is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked) is not None
+    require(is_name, f"--{kind}-name {asked!r} cannot be the name of a folder: use letters, digits, `-`, `_` and `.`.")
+    return asked if asked and not fresh else generation_name(runs, asked or default, fresh)
+
+
 def read_matching(path: str, asked: dict, kind: str) -> dict | None:
     """The description of a run or a sweep in a file, or None; raises UserError naming the first difference to `asked`."""
     if not filesystem.exists(path):
@@ -71,7 +83,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
     Raises UserError if the directory holds a run of another configuration, other data or other first weights, naming
     the first difference.
     """
-    name = generation_name(experiment.runs, name or run_name(experiment, shards, initial), fresh)
+    name = choose_name(experiment.runs, name, run_name(experiment, shards, initial), fresh, "run")
     path = filesystem.join(experiment.runs, name)
     asked = json.loads(canonical({"identity": identity(experiment), "data_fingerprint": shards.fingerprint}))
     asked["initial_weights_sha256"] = initial["weights_sha256"] if initial else None
@@ -118,16 +130,18 @@ def find_run(path: str) -> Run:
 
 
 def read_record(run: str) -> list[dict]:
-    """The epochs of a run so far, a dict of metrics each."""
+    """The epochs of a run so far, a dict of metrics each; NaN for a metric that has no value."""
     path = filesystem.join(run, RECORD)
     if not filesystem.exists(path):
         return []
-    return [json.loads(line) for line in filesystem.read_bytes(path).decode().splitlines() if line]
+    epochs = [json.loads(line) for line in filesystem.read_bytes(path).decode().splitlines() if line]
+    return [{name: math.nan if value is None else value for name, value in epoch.items()} for epoch in epochs]
 
 
 def write_record(run: str, record: list[dict]) -> None:
-    """Write the record, one JSON line an epoch and a CSV beside it, each whole or not at all."""
-    lines = "".join(json.dumps(epoch) + "\n" for epoch in record)
+    """Write the record, one JSON line an epoch (null for NaN) and a CSV beside it, each whole or not at all."""
+    epochs = ({name: none_if_nan(value) for name, value in epoch.items()} for epoch in record)
+    lines = "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in epochs)
     filesystem.publish(filesystem.join(run, RECORD), lines.encode())
     filesystem.publish(filesystem.join(run, RECORD_CSV), pandas.DataFrame(record).to_csv(index=False).encode())
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from heartseg.config.experiment import Experiment, flatten, from_json, to_json
 from heartseg.config.training import LossKind, ScheduleKind
 from heartseg.errors import UserError, require
+
+RATE = "optim.lr"  # the one field whose values are drawn from a range
 
 
 @dataclass(frozen=True)
@@ -45,35 +47,18 @@ class SearchSpace:
         require(len(self.schedules) > 0, "--space.schedules is empty: name at least one schedule.")
 
 
-@dataclass(frozen=True)
-class LogRange:
-    """A value drawn evenly in its logarithm."""
-
-    low: float
-    high: float
-
-    def points(self, count: int) -> list[float]:
-        """`count` values in equal ratios, both ends among them; the geometric middle for one."""
-        if count == 1 or self.low == self.high:
-            return [math.sqrt(self.low * self.high)]
-        return [float(f"{value:.6g}") for value in np.geomspace(self.low, self.high, count)]
-
-
-Axes = dict[str, list | LogRange]
-
-
-def make_axes(space: SearchSpace, base: Experiment) -> Axes:
-    """The axes by the experiment's dotted field, the schedule's kind first."""
-    low, high = (base.optim.lr * factor for factor in space.lr_factors)
-    axes: Axes = {"schedule.kind": list(space.schedules), "optim.lr": LogRange(low, high)}
-    listed = {
+def make_axes(space: SearchSpace, base: Experiment) -> dict[str, tuple]:
+    """The values to try by the experiment's dotted field, the schedule's kind first; of RATE the two ends of its range."""
+    axes = {
+        "schedule.kind": space.schedules,
+        RATE: tuple(base.optim.lr * factor for factor in space.lr_factors),
         "schedule.warmup_epochs": space.warmup_epochs,
         "optim.momentum": space.momentum,
         "optim.weight_decay": space.weight_decay,
         "train.batch_size": space.batch_size,
         "loss.kind": space.losses,
     }
-    return axes | {name: list(values) for name, values in listed.items() if values}
+    return {name: values for name, values in axes.items() if values}
 
 
 def apply(base: Experiment, values: dict[str, object]) -> Experiment:
@@ -123,39 +108,32 @@ def describe(own: dict, values: dict) -> str:
     return ",".join(texts) or "-"
 
 
-def grid(axes: Axes, lr_points: int, seed: int) -> list[dict]:
-    """Every combination in a seeded order in which the schedules take turns, so that its beginning tries them all."""
-    lists = [axis.points(lr_points) if isinstance(axis, LogRange) else axis for axis in axes.values()]
-    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*lists)]
+def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
+    """Every combination in a seeded order in which the schedules take turns, so that its beginning tries them all.
+
+    The base rates are `lr_points` in equal ratios, both ends among them; the geometric middle for one.
+    """
+    low, high = axes[RATE]
+    rates = np.geomspace(low, high, lr_points) if lr_points > 1 and low < high else [math.sqrt(low * high)]
+    lists = axes | {RATE: [float(f"{rate:.6g}") for rate in rates]}
+    points = [dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())]
     order = np.random.default_rng(seed).permutation(len(points))
     hands = {kind: [points[i] for i in order if points[i]["schedule.kind"] == kind] for kind in axes["schedule.kind"]}
     return [point for turn in zip(*hands.values(), strict=True) for point in turn]
 
 
-def draw(axes: Axes, number: int, seed: int) -> dict:
+def draw(axes: dict[str, tuple], number: int, seed: int) -> dict:
     """The `number`-th random point, the same whenever it is asked for; the schedules take turns, all else is drawn."""
     generator = np.random.default_rng([seed, number])
-    point = {}
-    for name, axis in axes.items():
-        if isinstance(axis, LogRange):
-            point[name] = float(f"{math.exp(generator.uniform(math.log(axis.low), math.log(axis.high))):.6g}")
-        else:
-            point[name] = axis[int(generator.integers(len(axis)))]
-    return point | {"schedule.kind": axes["schedule.kind"][number % len(axes["schedule.kind"])]}
+    point = {name: values[generator.integers(len(values))] for name, values in axes.items()}
+    low, high = axes[RATE]
+    kinds = axes["schedule.kind"]
+    return point | {RATE: float(f"{low * (high / low) ** generator.random():.6g}"), "schedule.kind": kinds[number % len(kinds)]}
 
 
-def check_points(base: Experiment, axes: Axes, check: Callable[[Experiment], None] = lambda experiment: None) -> None:
-    """Raise UserError, before anything starts, for a value of an axis that makes no experiment or that `check` refuses."""
-    for name, axis in axes.items():
-        for value in [axis.low, axis.high] if isinstance(axis, LogRange) else axis:
-            check(apply(base, {name: value}))
-        if isinstance(axis, list) and len(set(axis)) < len(axis):
-            raise UserError(f"The search space names a value of {name} twice.")
-
-
-def values_of(base: Experiment, axes: Iterable[str]) -> dict:
-    """The recipe's own values on the axes; raises UserError for a field that no experiment has."""
+def values_of(base: Experiment, fields: Iterable[str]) -> dict:
+    """The recipe's own values of some fields; raises UserError for a field that no experiment has."""
     known = flatten(to_json(base))
-    for name in axes:
+    for name in fields:
         require(name in known, f"The search space names {name}, which no experiment has: see train.py --help.")
-    return {name: known[name] for name in axes}
+    return {name: known[name] for name in fields}

@@ -3,9 +3,10 @@
 A sweep has no other state, so the same command resumes one that was killed.
 """
 
+import itertools
 import math
-import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,15 +14,16 @@ import numpy as np
 import pandas
 import pyarrow as pa
 
-from heartseg.config.experiment import Experiment, canonical, from_json, identity, to_json
+from heartseg.config.experiment import Experiment, canonical, flatten, from_json, identity, to_json
 from heartseg.errors import require
+from heartseg.labels import UNTRAINED_DICE
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.run_directory import Run
-from heartseg.tuning.search_space import SearchSpace, apply, describe
+from heartseg.tuning.search_space import RATE, SearchSpace, apply, describe, draw, grid, listed, make_axes, values_of
 
-DESCRIPTION, SUGGESTION, OUTCOME, TRIALS = "sweep.json", "trial.json", "outcome.json", "trials"
+DESCRIPTION, OUTCOME, TRIALS = "sweep.json", "outcome.json", "trials"
 # The error that ended a trial's process.
 ERROR = "error.txt"
 # How a trial can have ended; one without an outcome is trained, or resumed.
@@ -52,12 +54,6 @@ class SweepPlan:
         require(self.reduction > 1, "--reduction must be above 1.")
 
 
-def first_rung(plan: SweepPlan, base: Experiment) -> int:
-    """The epoch at which trials are first compared."""
-    warmup = max([base.schedule.warmup_epochs, *plan.space.warmup_epochs])
-    return plan.grace_epochs or max(2, math.ceil(warmup) + 1)
-
-
 @dataclass(frozen=True)
 class Sweep:
     """A sweep's directory and the experiment that its trials vary."""
@@ -71,10 +67,15 @@ class Sweep:
         """The last part of its path; its trials' group in the dashboard."""
         return filesystem.last_part(self.path)
 
+    @property
+    def plan(self) -> SweepPlan:
+        """The plan that it began with."""
+        return from_json(self.description["plan"], SweepPlan)
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a sweep. `state` is empty while it is to be trained; `values` is what it varies, by dotted field."""
+    """A run of a sweep. `state` is empty while it is to be trained; `values` are those of the fields that the sweep varies."""
 
     run: Run
     number: int
@@ -97,9 +98,8 @@ def open_sweep(
     another sweep or a run, and for a name that cannot be a folder's.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
-    require(not name or re.fullmatch(r"\w[\w.-]*", name) is not None, f"--sweep-name {name!r} cannot be the name of a folder.")
     digest = filesystem.sha256(canonical(asked))[:8]
-    name = name if name and not fresh else run_directory.generation_name(base.runs, name or f"tune-{base.name}-{digest}", fresh)
+    name = run_directory.choose_name(base.runs, name, f"tune-{base.name}-{digest}", fresh, "sweep")
     path = filesystem.join(base.runs, name)
     described = filesystem.join(path, DESCRIPTION)
     there = run_directory.read_matching(described, asked, "sweep")
@@ -122,34 +122,83 @@ def find_sweep(path: str) -> Sweep:
     return Sweep(path, replace(from_json(there["experiment"]), runs=filesystem.join(path, TRIALS)), there)
 
 
+def recipe_values(sweep: Sweep) -> dict:
+    """The recipe's own values of the fields in which trials may differ, the schedule's kind first."""
+    space, is_listed = sweep.plan.space, sweep.plan.search == "changes"
+    return listed(sweep.base, space.changes)[0] if is_listed else values_of(sweep.base, make_axes(space, sweep.base))
+
+
+def candidates(sweep: Sweep) -> Iterator[dict]:
+    """The points to train in their order, the recipe's own first; a random search has no end and may repeat itself."""
+    plan, axes = sweep.plan, make_axes(sweep.plan.space, sweep.base)
+    yield recipe_values(sweep)
+    if plan.search == "changes":
+        yield from listed(sweep.base, plan.space.changes)[1:]
+    elif plan.search == "grid":
+        yield from grid(axes, plan.space.lr_points, plan.search_seed)
+    else:
+        yield from (draw(axes, number, plan.search_seed) for number in itertools.count())
+
+
+def points_to_check(plan: SweepPlan, base: Experiment) -> list[dict]:
+    """Points that show whether all can be trained: each listed change, or each value of an axis alone. Raises UserError."""
+    if plan.search == "changes":
+        return listed(base, plan.space.changes)
+    axes = make_axes(plan.space, base)
+    for name, values in axes.items():
+        require(name == RATE or len(set(values)) == len(values), f"The search space names a value of {name} twice.")
+    return [{name: value} for name, values in axes.items() for value in values]
+
+
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
-    """Record a trial that is to be trained; its folder is named by its number and its schedule."""
+    """A trial that is to be trained; its folder is named by its number and its schedule."""
     experiment = apply(sweep.base, values)
-    name = f"{number:03d}-{experiment.schedule.kind}"
-    filesystem.publish_json(filesystem.join(sweep.base.runs, name, SUGGESTION), {"number": number, "values": values})
-    return Trial(run_directory.open_run(experiment, shards, name=name), number, values)
-
-
-def repair_incomplete_trials(sweep: Sweep, shards: Shards) -> None:
-    """Complete the trials of which a kill left the suggestion without its run."""
-    for name in filesystem.list_names(sweep.base.runs):
-        path = filesystem.join(sweep.base.runs, name)
-        if filesystem.exists(filesystem.join(path, SUGGESTION)) and not filesystem.exists(
-            filesystem.join(path, run_directory.DESCRIPTION)
-        ):
-            add_trial(sweep, shards, **filesystem.read_json(filesystem.join(path, SUGGESTION)))
+    run = run_directory.open_run(experiment, shards, name=f"{number:03d}-{experiment.schedule.kind}")
+    return Trial(run, number, values)
 
 
 def read_trials(sweep: Sweep) -> list[Trial]:
     """All trials so far, by number."""
-    trials = []
+    trials, fields = [], recipe_values(sweep)
     for name in filesystem.list_names(sweep.base.runs):
         path = filesystem.join(sweep.base.runs, name)
         if filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION)):
-            suggestion, outcome = filesystem.join(path, SUGGESTION), filesystem.join(path, OUTCOME)
+            outcome = filesystem.join(path, OUTCOME)
             ended = filesystem.read_json(outcome) if filesystem.exists(outcome) else {}
-            trials.append(Trial(run_directory.find_run(path), **filesystem.read_json(suggestion), **ended))
+            run = run_directory.find_run(path)
+            settings = flatten(run.description["experiment"])
+            trials.append(Trial(run, int(name.partition("-")[0]), {field: settings[field] for field in fields}, **ended))
     return sorted(trials, key=lambda trial: trial.number)
+
+
+def rungs(sweep: Sweep) -> list[int]:
+    """The epochs at which trials are compared and some are stopped, never the last one; none without early stopping."""
+    plan, epochs = sweep.plan, sweep.base.train.epochs
+    warmup = max([sweep.base.schedule.warmup_epochs, *plan.space.warmup_epochs])
+    found, rung = set(), float(plan.grace_epochs or max(2, math.ceil(warmup) + 1))
+    while plan.stop_early and math.ceil(rung) < epochs:
+        found.add(math.ceil(rung))
+        rung *= plan.reduction
+    return sorted(found)
+
+
+def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
+    """Stop the trial of a run's folder if `epoch` is a rung and too many trials that reached it were better there.
+
+    Asynchronous successive halving (ASHA, arXiv 1810.05934). The trials' records are all it needs, so a resumed sweep decides
+    as an undisturbed one does.
+    """
+    if epoch not in rungs(sweep):
+        return False
+    scores = {t.run.path: {row["epoch"]: row.get(METRIC, np.nan) for row in t.record} for t in read_trials(sweep)}
+    own, reduction = scores.pop(path), sweep.plan.reduction
+    others = [reached[epoch] for reached in scores.values() if not np.isnan(reached.get(epoch, np.nan))]
+    # A trial that is faster than Tune may have finished already.
+    if not others or len(own) >= sweep.base.train.epochs or not own.get(epoch, np.nan) < np.quantile(others, 1 - 1 / reduction):
+        return False
+    reason = f"not among the best 1 in {reduction:g} of the trials that reached it before"
+    end_trial(path, STOPPED, f"{METRIC} {own[epoch]:.4f} at epoch {epoch}, {reason}")
+    return True
 
 
 def end_trial(path: str, state: str, reason: str = "") -> None:
@@ -173,25 +222,18 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
 
     `rank` counts finished trials before the others: a stopped one could not show its best.
     """
-    rows, trials = [], read_trials(sweep)
-    is_listed = sweep.description["plan"]["search"] == "changes"
-    for trial in trials:
-        record = trial.record
-        scores = [row.get(METRIC, np.nan) for row in record]
-        seen = bool(scores) and not np.all(np.isnan(scores))
-        rows.append(
-            {"trial": trial.run.name}
-            | ({"change": describe(trials[0].values, trial.values)} if is_listed else {})
-            | {**trial.values, "state": trial.state or "not finished", "reason": trial.reason}
-            | {"epochs": len(record), "best_epoch": int(np.nanargmax(scores)) + 1 if seen else 0}
-            | {f"best {METRIC}": float(np.nanmax(scores)) if seen else np.nan}
-            | {f"last {METRIC}": scores[-1] if scores else np.nan, "seconds": sum(row["seconds"] for row in record)}
-        )
-    if not rows:
-        columns = ["rank", "trial", "schedule.kind", "state", "epochs", f"best {METRIC}", f"last {METRIC}", "seconds"]
-        return pandas.DataFrame({name: [] for name in columns}, dtype=object)
-    table = pandas.DataFrame(rows)
-    order = table.assign(done=table["state"] == FINISHED).sort_values(["done", f"best {METRIC}"], ascending=False).index
+    rows, own, best = [], recipe_values(sweep), f"best {METRIC}"
+    for trial in read_trials(sweep):
+        record = pandas.DataFrame(trial.record, columns=["epoch", METRIC, "seconds"], dtype=float)
+        scores = record[METRIC]
+        seen = {"epochs": len(record), "best_epoch": int(scores.idxmax()) + 1 if scores.notna().any() else 0}
+        seen |= {best: scores.max(), f"last {METRIC}": scores.get(len(scores) - 1), "seconds": record["seconds"].sum()}
+        ended = {"state": trial.state or "not finished", "reason": trial.reason}
+        rows.append({"trial": trial.run.name, "change": describe(own, trial.values)} | trial.values | ended | seen)
+    columns = ["trial", *["change"] * (sweep.plan.search == "changes"), *own]
+    columns += ["state", "reason", "epochs", "best_epoch", best, f"last {METRIC}", "seconds"]
+    table = pandas.DataFrame(rows, columns=columns)
+    order = table.assign(done=table["state"] == FINISHED).sort_values(["done", best], ascending=False).index
     table = table.loc[order].reset_index(drop=True)
     table.insert(0, "rank", np.arange(1, len(table) + 1))
     return table
@@ -203,27 +245,34 @@ def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
     return int(counted["epochs"].sum()), len(counted) * sweep.base.train.epochs
 
 
-def winner(sweep: Sweep, table: pandas.DataFrame) -> Experiment | None:
-    """The best finished trial as a complete experiment that jobs/train.py reproduces; None if no trial finished.
-
-    It was chosen on `val/dice` of patients held out of the training group, and on no reported group.
-    """
-    finished = table[(table["state"] == FINISHED) & table[f"best {METRIC}"].notna()]
+def why_no_winner(table: pandas.DataFrame) -> str:
+    """Why no trial can be chosen; empty if one can: the first row."""
+    finished = table.loc[table["state"] == FINISHED, f"best {METRIC}"].dropna()
     if finished.empty:
-        return None
-    best = next(trial for trial in read_trials(sweep) if trial.run.name == finished.iloc[0]["trial"])
-    experiment = from_json(best.run.description["experiment"])
-    alone = replace(experiment.tracking, group="", job_type="train")
-    outside = sweep.path.removesuffix("/" + sweep.name)
-    return replace(experiment, data=sweep.base.data, runs=outside, tracking=alone)
+        return "No trial has finished."
+    if finished.max() >= UNTRAINED_DICE:
+        return ""
+    return (
+        f"There is no winner: the highest {METRIC} of the finished trials is {finished.max():.4f}, and below {UNTRAINED_DICE} "
+        "a model outlines nothing yet. Train longer (--train.epochs), or check the data."
+    )
 
 
 def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
-    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner."""
+    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner.
+
+    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces, None if no finished trial has
+    learned anything. It was chosen on `val/dice` of patients held out of the training group, and on no reported group.
+    """
     table = tabulate(sweep)
     filesystem.publish(filesystem.join(sweep.path, "sweep.csv"), table.to_csv(index=False).encode())
     filesystem.write_table(filesystem.join(sweep.path, "sweep.parquet"), pa.Table.from_pandas(table, preserve_index=False))
-    best = winner(sweep, table)
-    if best:
-        filesystem.publish_json(filesystem.join(sweep.path, "best.json"), to_json(best))
-    return table, best
+    if why_no_winner(table):
+        return table, None
+    best = next(trial for trial in read_trials(sweep) if trial.run.name == table.loc[0, "trial"])
+    experiment = from_json(best.run.description["experiment"])
+    alone = replace(experiment.tracking, group="", job_type="train")
+    outside = sweep.path.removesuffix("/" + sweep.name)
+    experiment = replace(experiment, data=sweep.base.data, runs=outside, tracking=alone)
+    filesystem.publish_json(filesystem.join(sweep.path, "best.json"), to_json(experiment))
+    return table, experiment

@@ -5,12 +5,11 @@ Ray sends these functions to the workers by their name, so they stand in a modul
 
 import dataclasses
 import functools
-import logging
-import pickle
 import time
 from collections.abc import Iterator
 
 import pandas
+import torch
 from tqdm import tqdm
 
 from heartseg.errors import UserError
@@ -23,6 +22,8 @@ from jobs.support.evaluation_plan import EvaluationPlan, Options
 
 # Patients that a worker gets at a time: 16 images, one or a few batches.
 PATIENTS_PER_TASK = 4
+# Tasks of each actor that are predicted or scored at a time: a GPU is faster than many cores that score.
+TASKS_AHEAD = 16
 
 
 def score(plan: EvaluationPlan, options: Options) -> dict:
@@ -46,20 +47,23 @@ def collect(plan: EvaluationPlan, options: Options) -> tuple[list[dict], list[di
     """Rows of images, of patients, and of what is missing, in the order of the patients."""
     tasks = [plan.patients[i : i + PATIENTS_PER_TASK] for i in range(0, len(plan.patients), PATIENTS_PER_TASK)]
     stream = score_here(plan, tasks) if options.launcher == "plain" else score_on_ray(plan, tasks, options.workers)
-    found: dict[int, tuple] = {}
+    rows: tuple[list[dict], list[dict], list[dict]] = [], [], []
     with tqdm(total=len(plan.patients), unit=" patients", disable=None) as bar:
-        for index, scored in stream:
-            found[index] = scored
-            bar.update(len(tasks[index]))
-    images, patients, missing = zip(*(found[index] for index in range(len(tasks))), strict=True)
-    return sum(images, []), sum(patients, []), sum(missing, [])
+        for patients, scored in zip(tasks, stream, strict=True):
+            for found, more in zip(rows, scored, strict=True):
+                found += more
+            bar.update(len(patients))
+    return rows
 
 
 class Predictor:
     """Patients to cases and masks; loads the model once in each process."""
 
-    def __init__(self, plan: EvaluationPlan):
+    def __init__(self, plan: EvaluationPlan, cores: int = 0):
         self.plan = plan
+        if cores:  # an actor of Ray's, which would have one thread
+            command_line.configure_logging()
+            torch.set_num_threads(cores)
 
     @functools.cached_property
     def segmenter(self) -> Segmenter | Ensemble | None:
@@ -77,68 +81,35 @@ class Predictor:
         return [dataclasses.replace(case, image=None) for case in cases], masks, missing + unpredicted
 
 
-def score_predicted(cases: list, masks: list, missing: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
-    """Rows of images, of patients and of what is missing, from what `Predictor.predict` returns."""
+def score_predicted(predicted: tuple[list, list, list[dict]]) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows of images, of patients and of what is missing, from what `Predictor.predict` returned."""
+    cases, masks, missing = predicted
     return *scoring.score_patients(cases, masks), missing
 
 
-def score_here(plan: EvaluationPlan, tasks: list[list[str]]) -> Iterator[tuple[int, tuple]]:
+def score_here(plan: EvaluationPlan, tasks: list[list[str]]) -> Iterator[tuple]:
     """Score task by task in this process."""
     predictor = Predictor(plan)
-    for index, patients in enumerate(tasks):
-        yield index, score_predicted(*predictor.predict(patients))
+    return (score_predicted(predictor.predict(patients)) for patients in tasks)
 
 
-class PredictTask(Predictor):
-    """A Predictor as Ray Data calls it: a batch is one task."""
-
-    def __init__(self, plan: EvaluationPlan, tasks: list[list[str]], cores: int):
-        import torch
-
-        command_line.configure_logging()
-        torch.set_num_threads(cores)
-        super().__init__(plan)
-        self.tasks = tasks
-
-    def __call__(self, batch: dict) -> dict:
-        index = int(batch["id"][0])
-        try:
-            predicted = self.predict(self.tasks[index])
-        except UserError as error:
-            predicted = error  # returned as a value: if it were raised, Ray would wrap it in a traceback
-        return {"index": [index], "predicted": [pickle.dumps(predicted)]}
-
-
-def score_task(batch: dict) -> dict:
-    """Score what an actor predicted, on a CPU, while the actor predicts the next patients."""
-    predicted = pickle.loads(batch["predicted"][0])
-    scored = predicted if isinstance(predicted, UserError) else score_predicted(*predicted)
-    return {"index": batch["index"], "scored": [pickle.dumps(scored)]}
-
-
-def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> Iterator[tuple[int, tuple]]:
-    """Predict on actors (with a GPU each if there are any) and score on CPUs, as a stream."""
+def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> Iterator[tuple]:
+    """Predict on actors (with a GPU each if there are any) and score on CPUs meanwhile; results in the tasks' order."""
     import ray
+    from ray.util import ActorPool
 
     ray_runtime.start_ray(workers)
     share = ray_runtime.worker_resources(workers)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that the progress bars are off
     # Without GPUs the actors' threads use every core: they reserve half of each, so that the scoring fits.
-    actors = {"num_gpus": 1, "num_cpus": 1} if "GPU" in share else {"num_cpus": share["CPU"] / 2}
-    stream = (
-        ray.data.range(len(tasks), override_num_blocks=len(tasks))
-        .map_batches(
-            PredictTask,
-            fn_constructor_args=(plan, tasks, int(share["CPU"])),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            **actors,
-        )
-        .map_batches(score_task, batch_size=1, num_cpus=0.5)
-    )
-    for row in stream.iter_rows():
-        scored = pickle.loads(row["scored"])
-        if isinstance(scored, UserError):
-            raise scored
-        yield row["index"], scored
+    resources = {"num_gpus": 1, "num_cpus": 1} if "GPU" in share else {"num_cpus": share["CPU"] / 2}
+    tries = {"max_restarts": ray_runtime.MAX_TRIES, "max_task_retries": ray_runtime.MAX_TRIES}
+    predictor, scorer = ray.remote(**resources, **tries)(Predictor), ray.remote(num_cpus=0.5)(score_predicted)
+    actors = [predictor.remote(plan, int(share["CPU"])) for _ in range(workers)]
+    pool = ActorPool(actors * TASKS_AHEAD)
+    try:
+        yield from pool.map(lambda actor, patients: scorer.remote(actor.predict.remote(patients)), tasks)
+    except ray.exceptions.RayTaskError as error:
+        cause = error
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        raise (cause if isinstance(cause, UserError) else error) from None

@@ -52,7 +52,9 @@ def test_a_damaged_truth_is_missing_with_its_reason_and_the_others_are_there(pha
 @pytest.mark.parametrize("folder", ["", "deep/er/"])
 @pytest.mark.parametrize("suffix", ["_pred", "_gt", ""])
 def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, folder, suffix):
-    put(tmp_path, f"{folder}{cases[0].name}{suffix}.nii.gz", cases[0].truth)
+    path = put(tmp_path, f"{folder}{cases[0].name}{suffix}.nii.gz", cases[0].truth)
+    if not folder:
+        os.rename(path, path.replace(".nii.gz", ".NII.GZ"))
     predictions = FilePredictions.open(str(tmp_path))
     (mask,), missing = predictions.masks(cases[:1])
     assert (mask.mask == cases[0].truth).all() and not missing

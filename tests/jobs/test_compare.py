@@ -1,5 +1,7 @@
 """A comparison's promises: exactly what differs, tests on the same patients only, seeds pooled, and a page on its own."""
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -10,13 +12,17 @@ import numpy as np
 import pandas
 import pytest
 
+from heartseg.config.experiment import identity, to_json
 from heartseg.errors import UserError
-from heartseg.evaluation import run_comparison
+from heartseg.evaluation import run_comparison, scoring
 from heartseg.evaluation.run_comparison import Scored
+from heartseg.labels import PHASES, VIEWS
 from heartseg.metrics.agreement import bootstrap_interval
+from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.reporting import comparison_page, plots
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
+from heartseg.training.run_directory import Run
 from helpers.experiments import tiny_experiment
 from helpers.pages import Reader, look_at
 from jobs import compare, evaluate, preprocess, train
@@ -24,31 +30,52 @@ from jobs import compare, evaluate, preprocess, train
 PLAIN = {"launcher": "plain", "group": "train"}  # the six patients to train on: two are too few for a test
 
 
-def train_tiny(shards: str, folder: str, seed: int = 0, lr: float = 0.02, **changes) -> str:
-    base = tiny_experiment(data=shards, runs=folder, **changes)
-    changed = replace(base, train=replace(base.train, seed=seed), optim=replace(base.optim, lr=lr))
-    return train.run(changed, train.Options(launcher="plain"))
+def changed(seed: int = 0, lr: float = 0.02, **changes):
+    base = tiny_experiment(**changes)
+    return replace(base, train=replace(base.train, seed=seed, epochs=1), optim=replace(base.optim, lr=lr))
 
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory) -> dict[str, str]:
-    """Three runs of two epochs: two seeds of one configuration, and one with another learning rate."""
-    folder = str(tmp_path_factory.mktemp("runs"))
-    made = {"seed0": train_tiny(shards, folder), "seed1": train_tiny(shards, folder, seed=1)}
-    return made | {"faster": train_tiny(shards, folder, lr=0.1)}
+    """Two runs of one epoch that differ in their learning rate."""
+    asked = {name: changed(lr=lr, data=shards, runs=str(tmp_path_factory.mktemp("runs"))) for name, lr in
+             (("first", 0.02), ("faster", 0.1))}  # fmt: skip
+    return {name: train.run(one, train.Options(launcher="plain")) for name, one in asked.items()}
 
 
 @pytest.fixture(scope="module")
-def compared(trained, tmp_path_factory) -> str:
-    """The page of all three."""
-    return compare.run(compare.Options(runs=tuple(trained.values()), out=str(tmp_path_factory.mktemp("out")), **PLAIN))
+def compared(trained, tmp_path_factory) -> tuple[str, str]:
+    """The path of their page, and what the terminal showed."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        page = compare.run(compare.Options(runs=tuple(trained.values()), out=str(tmp_path_factory.mktemp("out")), **PLAIN))
+    return page, shown.getvalue()
 
 
-@pytest.fixture(scope="module")
-def scored(trained, compared) -> dict[str, Scored]:
-    """The three runs as `compared` saw them."""
-    options, out = compare.Options(**PLAIN), os.path.dirname(compared)
-    return {n: compare.assess(run_directory.find_run(path), Path(path).name, options, out)[0] for n, path in trained.items()}
+def make_scored(label: str, seed: int = 0, lr: float = 0.02) -> Scored:
+    """A run and its evaluation with scores drawn at random, on the same truth as any other one's."""
+    experiment, rng, truth = changed(seed, lr), np.random.default_rng([seed, int(1000 * lr)]), np.random.default_rng(0)
+    names = [f"patient{number:04d}" for number in range(1, 7)]
+    images = [
+        {"patient": name, "view": str(view), "phase": str(phase), "frame": None}
+        | {score: rng.uniform(0.5, 1) for score in (*SCORES, *DISTANCES)}
+        for name in names for view in VIEWS for phase in PHASES
+    ]  # fmt: skip
+    patients = pandas.DataFrame({"patient": names, "wall_area_cm2_2CH_ED_truth": truth.uniform(9, 12, 6)})
+    for convention in ("camus", "ase"):
+        patients[f"ef_{convention}_truth"] = truth.uniform(30, 70, 6)
+        patients[f"ef_{convention}_prediction"] = patients[f"ef_{convention}_truth"] + rng.normal(size=6)
+    patients.loc[0, "ef_ase_prediction"] = np.nan
+    description = {"experiment": to_json(experiment), "identity": identity(experiment)}
+    description |= {"data_fingerprint": "f" * 64, "dataset": "phantom"}
+    record = [{"epoch": 1, "test/dice": rng.uniform(), "train/loss": 1.0, "lr": lr}]
+    summary = {"dataset": "phantom", "group": "train", "patients": 6, "images": 24, "which": "last", "epoch": 1}
+    return Scored(Run(f"/runs/{label}", description), label, record, pandas.DataFrame(images), patients, summary)
+
+
+@pytest.fixture()
+def scored() -> dict[str, Scored]:
+    """Two seeds of one configuration, and one with another learning rate."""
+    return {"seed0": make_scored("a"), "seed1": make_scored("b", seed=1), "faster": make_scored("c", lr=0.1)}
 
 
 @pytest.fixture()
@@ -122,6 +149,19 @@ def test_a_run_beside_itself_shows_no_difference(scored):
     assert run_comparison.disagreements(entries, 5) == []
 
 
+def test_of_runs_whose_masks_are_empty_there_is_nothing_to_compare(scored):
+    untrained = [replace(one, images=one.images.assign(dice=0.01)) for one in (scored["seed0"], scored["faster"])]
+    entries = entries_of(*untrained)
+    found = run_comparison.compare_entries(entries, entries[0])
+    assert {test["reading"] for test in found["differences"]["B"].values()} == {"nothing to compare"}
+    assert "There is nothing to compare in A, B" in comparison_page.text(entries, found)
+    cell = comparison_page.difference_cell(found["differences"]["B"], "hd_la_mm")
+    assert not cell["seen"]
+    one_alone = entries_of(untrained[0], scored["faster"])  # a real difference
+    assert run_comparison.differences(one_alone[1], one_alone[0])["dice"]["reading"] == "higher"
+    assert "nothing to compare in A:" in " ".join(run_comparison.notes(one_alone, one_alone[0]))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "difference", "said"),
     [(-0.1, 0.2, 0.1, "no difference seen"), (0.0, 0.2, 0.1, "no difference seen"), (0.01, 0.2, 0.1, "higher"),
@@ -160,7 +200,7 @@ def test_scores_of_other_hearts_are_neither_paired_nor_pooled_and_a_note_says_so
 
 
 def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(compared):
-    text = Path(compared).read_text()
+    text = Path(compared[0]).read_text()
     tags = Reader(text).tags
     assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "embed", "base")]
     links = {a.get(key) for _, a in tags for key in ("src", "href", "xlink:href", "srcset") if a.get(key)}
@@ -174,27 +214,27 @@ def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(comp
     assert sum(tag == "img" for tag, _ in tags) == 12
 
 
-def test_the_page_and_the_terminal_show_the_same_and_name_no_winner(compared, scored):
-    words = Reader(Path(compared).read_text()).words
-    entries = entries_of(scored["seed0"], scored["seed1"], scored["faster"])
-    again = run_comparison.compare_entries(entries, entries[0])
-    shown, found = comparison_page.text(again), again.differences["B"]["dice"]
-    for value in (f"{again.means[letter]['dice']['mean']:.3f}" for letter in "AB"):
-        assert value in shown and value in words
+def test_the_page_and_the_terminal_show_the_same_and_name_no_winner(compared):
+    page, shown = compared
+    words, numbers = Reader(Path(page).read_text()).words, filesystem.read_json(str(Path(page).with_name("comparison.json")))
+    for letter in "AB":
+        mean = f"{numbers['means'][letter]['dice']['mean']:.3f}"
+        assert mean in shown and mean in words
+    found = numbers["differences"]["B"]["dice"]
     assert comparison_page.show_signed(found["difference"], 4) in words and found["reading"] in words
+    assert numbers["settings"] == [["optim.lr", "0.02", "0.1"]]
     assert "optim.lr" in words and "optim.lr" in shown and "Synthetic hearts." in words
     assert "Research use only, not a medical device." in words
     assert not re.search(r"\b(best|winner is|wins)\b", shown)
 
 
 def test_curves_are_as_long_as_each_run_and_a_run_under_way_is_named(scored):
-    short = replace(scored["faster"], record=scored["faster"].record[:1])
-    entries = entries_of(scored["seed0"], short)
-    lines, styles = comparison_page.lines_of(entries)
-    assert styles[short.label] != styles[scored["seed0"].label]
-    dice, *_ = comparison_page.curve_figures(lines, styles)
-    assert f"{short.label} {short.record[0]['test/dice']:.4g}" in dice["alt"]
-    assert "has 1 of its 2 epochs" in " ".join(run_comparison.notes(entries, entries[0]))
+    longer = replace(scored["seed0"], record=[*scored["seed0"].record, {"epoch": 2, "test/dice": 0.5}])
+    under_way = replace(scored["faster"], record=[])
+    entries = entries_of(longer, scored["faster"])
+    dice, *_ = comparison_page.curve_figures(entries)
+    assert f"{longer.label} 0.5" in dice["alt"] and f"c {scored['faster'].record[0]['test/dice']:.4g}" in dice["alt"]
+    assert "c has 0 of its 1 epochs" in " ".join(run_comparison.notes(entries_of(longer, under_way), entries[0]))
     assert len({plots.run_style(place) for place in range(24)}) == 24
 
 
@@ -212,15 +252,13 @@ def test_a_run_without_evaluation_and_data_has_curves_and_settings_only(copied, 
     assert "has no scores here: /no/such/shards" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied, trained, tmp_path, capsys):
-    path = str(copied["seed0"])
-    evaluate.run(evaluate.Options(checkpoint=path, **PLAIN))
-    rows = filesystem.read_table(filesystem.read_bytes(f"{path}/evaluation-train/images.parquet")).to_pandas()
+def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied, compared, tmp_path, capsys):
+    path = str(copied["first"])
+    shutil.copytree(Path(compared[0]).parent / "evaluations" / copied["first"].name, f"{path}/evaluation-train")
     one, options = run_directory.find_run(path), compare.Options(**PLAIN)
-    capsys.readouterr()
     seen, plan = compare.assess(one, "a", options, str(tmp_path / "out"))
     assert "scoring" not in capsys.readouterr().out and not (tmp_path / "out").exists() and plan
-    pandas.testing.assert_frame_equal(seen.images, rows)
+    pandas.testing.assert_frame_equal(seen.images, scoring.read_rows(f"{path}/evaluation-train", "images.parquet"))
     # Without data it is still known by its weights and by the run's own data.
     assert compare.find_old_evaluation(one, options) == f"{path}/evaluation-train"
     assert not compare.find_old_evaluation(one, replace(options, group="test"))
@@ -232,38 +270,40 @@ def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied
 
 def test_a_sweeps_folder_stands_for_its_trials_and_two_of_one_name_get_different_labels(copied, trained, tmp_path):
     (tmp_path / "runs").rename(tmp_path / "trials")
-    labels = set(compare.labelled(compare.find_runs([str(tmp_path), trained["seed0"]])))
-    names = {key: Path(path).name for key, path in trained.items()}
-    parent = Path(trained["seed0"]).parent.name
-    assert labels == {f"trials/{names['seed0']}", f"{parent}/{names['seed0']}", names["seed1"], names["faster"]}
+    labels = list(compare.find_runs([str(tmp_path), trained["first"]]))
+    first, faster = (Path(trained[name]).name for name in ("first", "faster"))
+    assert len(set(labels)) == 3 and faster in labels
+    ends = sorted(label.split("/")[-2:] for label in labels if label != faster)
+    assert ends == sorted([["trials", first], [Path(trained["first"]).parent.name, first]])
 
 
-def test_trials_are_compared_on_the_patients_held_out_and_the_test_group_is_left_alone(trained, shards, tmp_path, capsys):
-    base = tiny_experiment(data=shards, runs=str(tmp_path / "trials"))
-    base = replace(base, train=replace(base.train, holdout=0.34, epochs=1))
-    first = train.run(base, train.Options(launcher="plain"))
+def test_trials_are_trained_and_compared_without_a_look_at_the_test_group(trained, shards, tmp_path, capsys):
+    base = changed(data=shards, runs=str(tmp_path / "trials"))
+    first = train.run(replace(base, train=replace(base.train, holdout=0.34)), train.Options(launcher="plain"))
+    (row,) = run_directory.read_record(first)
+    assert "val/dice" in row and not any(name.startswith("test/") for name in row)
     shutil.copytree(first, tmp_path / "trials" / "again")
     page = compare.run(compare.Options(runs=(str(tmp_path),), launcher="plain"))
-    held = run_directory.find_run(first).description["val_patients"]
-    assert f"scoring again: {len(held)} patients (holdout)" in capsys.readouterr().out and len(held) == 2
-    scores = filesystem.read_bytes(os.path.join(os.path.dirname(page), "evaluations", "again", "images.parquet"))
-    assert set(filesystem.read_table(scores)["patient"].to_pylist()) == set(held)
-    assert not set(held) & set(run_directory.find_run(first).description["train_patients"])
+    said = run_directory.find_run(first).description
+    assert f"scoring again: {len(said['val_patients'])} patients (holdout)" in capsys.readouterr().out
+    scores = scoring.read_rows(os.path.join(os.path.dirname(page), "evaluations", "again"), "images.parquet")
+    assert set(scores["patient"]) == set(said["val_patients"]) and len(said["val_patients"]) == 2
+    assert not set(said["val_patients"]) & set(said["train_patients"])
     with pytest.raises(UserError, match="no patients in a group holdout"):
-        evaluate.run(evaluate.Options(checkpoint=trained["seed0"], group="holdout", launcher="plain"))
+        evaluate.run(evaluate.Options(checkpoint=trained["first"], group="holdout", launcher="plain"))
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ((), "at least two runs, not 0"),
-        (("{seed0}", "{seed0}"), "at least two runs, not 1"),
-        (("{seed0}", "{empty}"), "is not a run and holds none"),
-        (("{seed0}", "{empty}/none"), "/none is not a run"),
-        (("{seed0}", "{faster}", "--reference", "bogus"), "--reference bogus is none of the runs"),
-        (("{seed0}", "{faster}", "--data", "{empty}/none"), "/none holds no finished shards"),
-        (("{seed0}", "{faster}", "--truth", "{empty}/none"), "/none does not exist"),
-        (("{seed0}", "{faster}", "--group", "bogus"), "bogus"),
+        (("{first}", "{first}"), "at least two runs, not 1"),
+        (("{first}", "{empty}"), "is not a run and holds none"),
+        (("{first}", "{empty}/none"), "/none is not a run"),
+        (("{first}", "{faster}", "--reference", "bogus"), "--reference bogus is none of the runs"),
+        (("{first}", "{faster}", "--data", "{empty}/none"), "/none holds no finished shards"),
+        (("{first}", "{faster}", "--truth", "{empty}/none"), "/none does not exist"),
+        (("{first}", "{faster}", "--group", "bogus"), "bogus"),
     ],
 )
 def test_a_mistake_is_a_user_error_and_nothing_is_written(trained, tmp_path, given, message):
@@ -279,9 +319,9 @@ def test_a_group_with_patients_that_a_run_was_trained_on_is_never_scored(trained
     other = replace(base, split=replace(base.split, seed=1))
     preprocess.run(other, preprocess.Options(launcher="plain", resplit=True))
     with pytest.raises(UserError, match="was trained on . patients of this test group"):
-        evaluate.run(evaluate.Options(checkpoint=trained["seed0"], data=resplit, launcher="plain"))
+        evaluate.run(evaluate.Options(checkpoint=trained["first"], data=resplit, launcher="plain"))
     options = compare.Options(data=resplit, launcher="plain", group="test")
-    seen, plan = compare.assess(run_directory.find_run(trained["seed0"]), "a", options, str(tmp_path / "out"))
+    seen, plan = compare.assess(run_directory.find_run(trained["first"]), "a", options, str(tmp_path / "out"))
     assert plan is None and seen.images is None and "was trained on" in seen.problem
 
 
@@ -289,4 +329,4 @@ def test_a_group_with_patients_that_a_run_was_trained_on_is_never_scored(trained
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look with")
 @pytest.mark.parametrize("width", [420, 1280])
 def test_a_browser_shows_the_page_in_light_and_in_dark(compared, tmp_path, width):
-    look_at(compared, tmp_path, width)
+    look_at(compared[0], tmp_path, width)

@@ -40,7 +40,7 @@ def test_optuna_skips_points_that_are_trials_already_until_the_space_is_used_up(
     space = SearchSpace(schedules=("cosine", "step", "constant"), lr_factors=(1.0, 1.0), momentum=(0.5, 0.9))
     plan = SweepPlan(space, search="optuna")
     sweep = open_sweep(base, held, plan)
-    asked, given_out = ray_trials.Suggestions(sweep, held, plan, 12, {}), []
+    asked, given_out = ray_trials.Suggestions(sweep, held, 12, {}), []
     while (point := asked.suggest(str(len(given_out)))) != "FINISHED":
         asked.on_trial_complete(str(len(given_out)), {METRIC: len(given_out) / 10})
         given_out.append(point)

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from heartseg.config.experiment import TrackingConfig, from_json
+from heartseg.config.experiment import TrackingConfig
 from heartseg.datasets.phantom import write_phantom
-from heartseg.storage import filesystem
-from heartseg.training import run_directory
 from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import (
     DESCRIPTION,
@@ -33,7 +31,7 @@ from heartseg.tuning.sweep import (
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import MARK, Job, wait_for
 from helpers.tracked_runs import kept_records
-from jobs import preprocess, train, tune
+from jobs import preprocess, tune
 
 
 def tracked(folder: str) -> tuple[dict, list[dict]]:
@@ -62,13 +60,6 @@ def test_a_trial_that_fails_reports_why_and_the_sweep_continues(small_sweep):
     finished, failed = read_trials(small_sweep)
     assert failed.state == FAILED and "is not finite" in failed.reason and "patient" in failed.reason
     assert finished.state == FINISHED and [row["epoch"] for row in finished.record] == [1, 2]
-
-
-def test_best_json_trains_the_winner_again(small_sweep, tmp_path):
-    best = from_json(filesystem.read_json(filesystem.join(small_sweep.path, "best.json")))
-    again = train.run(replace(best, runs=str(tmp_path), tracking=TrackingConfig(wandb="off")), train.Options(launcher="plain"))
-    scores = [row[METRIC] for row in run_directory.read_record(again)]
-    assert max(scores) == pytest.approx(tabulate(small_sweep).loc[0, f"best {METRIC}"], abs=0.005)
 
 
 def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps_own_has_table_and_page(small_sweep):

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -184,6 +185,16 @@ def test_the_same_experiment_finds_its_run_again_and_fresh_begins_another(experi
     assert run_directory.find_run(f"{fresh.path}/checkpoints/epoch_0003/") == fresh
 
 
+def test_a_name_that_was_asked_for_is_that_folder_whatever_others_are_called(experiment, data):
+    first = run_directory.open_run(experiment, data, name="exp")
+    run_directory.open_run(replace(experiment, train=replace(experiment.train, epochs=99)), data, name="exp-2")
+    assert run_directory.open_run(experiment, data, name="exp") == first
+    assert run_directory.open_run(experiment, data, name="exp", fresh=True).name == "exp-3"
+    for name in ("../up", "a/b", " "):
+        with pytest.raises(UserError, match="--run-name .* cannot be the name of a folder"):
+            run_directory.open_run(experiment, data, name=name)
+
+
 def test_a_run_of_another_configuration_or_other_data_is_refused_by_its_first_field(experiment, data):
     run_directory.open_run(experiment, data, name="mine")
     longer = replace(experiment, train=replace(experiment.train, epochs=99))
@@ -198,10 +209,16 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         run_directory.find_run(str(tmp_path))
 
 
-def test_the_record_reads_back_with_its_nan_and_a_csv_beside_it(run):
+def test_the_record_is_strict_json_that_reads_back_with_its_nan_and_a_csv_beside_it(run):
     assert run_directory.read_record(run) == []
     run_directory.write_record(run, [{"epoch": 1, "test/dice": 0.1}, {"epoch": 2, "test/dice": float("nan")}])
+    path = os.path.join(run, run_directory.RECORD)
+    with open(path) as stream:
+        assert stream.read().splitlines()[1] == '{"epoch": 2, "test/dice": null}'
     first, second = run_directory.read_record(run)
     assert first == {"epoch": 1, "test/dice": 0.1} and second["test/dice"] != second["test/dice"]
+    with open(path, "a") as stream:
+        stream.write('{"epoch": 3, "test/dice": NaN}\n')  # as earlier versions wrote it
+    assert np.isnan(run_directory.read_record(run)[2]["test/dice"])
     with open(os.path.join(run, run_directory.RECORD_CSV)) as stream:
         assert stream.read().splitlines()[:2] == ["epoch,test/dice", "1,0.1"]
