@@ -7,6 +7,7 @@ import sys
 import weakref
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -51,7 +52,7 @@ def survey(path: str) -> tuple[reader.Shards, inspection.Survey]:
 
 
 def damaged(path: str) -> list[str]:
-    return sorted(damage.file for damage in inspection.find_damage(path))
+    return sorted(file for file, _ in inspection.find_damage(path))
 
 
 def test_numbers_equal_a_direct_computation(phantom, written):
@@ -59,16 +60,19 @@ def test_numbers_equal_a_direct_computation(phantom, written):
     frames = reader.load_groups(opened, opened.groups).values()
     images = np.concatenate([group.images.numpy() for group in frames]) + 0.0
     masks = np.concatenate([group.masks.numpy() for group in frames])
-    assert found.rows == len(images) == 23
+    assert len(found.frames) == len(images) == 23
     assert found.intensity == pytest.approx(
         {"min": images.min(), "max": images.max(), "mean": images.mean(), "std": images.std()}, rel=1e-12
     )
-    np.testing.assert_allclose(found.class_shares, [(masks == label).mean() for label in range(4)])
-    assert found.stills == {"2CH ED": 6, "2CH ES": 5, "4CH ED": 6, "4CH ES": 6}
-    infos = {patient: camus.read_info(phantom, patient, "2CH") for patient in opened.manifest["patients"]}
-    assert found.ef == {patient: info.ef for patient, info in infos.items()}
-    quality = [camus.read_info(phantom, row["patient"], row["view"]).quality for row in rows_of(opened)]
-    assert found.quality == {kind: quality.count(kind) for kind in set(quality)}
+    np.testing.assert_array_equal(found.labels, [(masks == label).sum() for label in range(4)])
+    tables = {title.split(" in %")[0]: rows for title, _, rows in inspect_shards.survey_tables(opened, found)}
+    stills = {"2CH ED": "6", "2CH ES": "5", "4CH ED": "6", "4CH ES": "6"}
+    assert {name: count for name, count, _ in tables["Views and phases"]} == stills
+    infos = [camus.read_info(phantom, row["patient"], row["view"]) for row in rows_of(opened)]
+    qualities = [info.quality for info in infos]
+    assert [row[:2] for row in tables["Image quality"]] == [(q, str(qualities.count(q))) for q in sorted({*qualities})]
+    assert found.frames.ef.tolist() == [info.ef for info in infos]
+    assert sum(int(row[1]) for row in tables["Ejection fraction"]) == 6
 
 
 def rows_of(opened: reader.Shards) -> list[dict]:
@@ -76,8 +80,7 @@ def rows_of(opened: reader.Shards) -> list[dict]:
 
 
 def test_ejection_fractions_fall_into_their_bins_and_every_patient_into_one():
-    found = inspection.Survey(ef={"a": 29.9, "b": 30.0, "c": 55.5, "d": None, "e": 70.0, "f": 99.0})
-    assert found.ef_counts == {
+    assert inspection.ef_counts(pandas.Series([29.9, 30.0, 55.5, None, 70.0, 99.0])) == {
         "below 30": 1, "30 to 40": 1, "40 to 50": 0, "50 to 60": 1, "60 to 70": 0, "70 and above": 2, "not known": 1,
     }  # fmt: skip
 
@@ -182,8 +185,8 @@ def test_invalid_rows_are_found_although_the_hash_is_right(kind, copied):
     rewrite(copied, lambda table: table)
     assert damaged(copied) == []
     rewrite(copied, change)
-    (found,) = inspection.find_damage(copied)
-    assert found.file == PARTS[0] and reason in found.reason
+    ((file, found),) = inspection.find_damage(copied)
+    assert file == PARTS[0] and reason in found
 
 
 def test_a_split_that_contradicts_the_manifest_is_named(copied):
@@ -191,8 +194,8 @@ def test_a_split_that_contradicts_the_manifest_is_named(copied):
     split = filesystem.read_json(path)
     split["groups"]["test"].append("patient9999")
     filesystem.publish_json(path, split)
-    (found,) = inspection.find_damage(copied)
-    assert found.file == writer.SPLITS and "patient9999" in found.reason
+    ((file, found),) = inspection.find_damage(copied)
+    assert file == writer.SPLITS and "patient9999" in found
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess:

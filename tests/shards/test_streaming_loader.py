@@ -24,7 +24,7 @@ from heartseg.config.experiment import to_json
 from heartseg.errors import StorageError, UserError
 from heartseg.models import checkpoint
 from heartseg.shards import reader, streaming_loader, writer
-from heartseg.shards.loader import share
+from heartseg.shards.loader import LANES, share
 from heartseg.shards.reader import PartRows, Shards
 from heartseg.shards.streaming_loader import Stream
 from heartseg.storage import filesystem
@@ -41,8 +41,9 @@ class Numbered(Stream):
     """A stream whose pixels are the number of the row, read from nowhere."""
 
     def _read(self, piece):
-        first = sum(held.rows for held in self.index[: piece.part])
-        pixels = torch.from_numpy(first + piece.rows).view(-1, 1, 1).expand(-1, 2, 2)
+        part, rows = piece
+        first = sum(held.rows for held in self.index[:part])
+        pixels = torch.from_numpy(first + rows).view(-1, 1, 1).expand(-1, 2, 2)
         return pixels[:, None], pixels
 
 
@@ -108,10 +109,10 @@ def test_a_worker_reads_its_lanes_and_holds_a_part_of_each_however_many_parts_th
                 pass
             reads[parts, world], most[parts, world] = alive["read"], peak[0]
     for parts in (40, 400):
-        assert parts <= reads[parts, 1] <= parts + streaming_loader.LANES
-        assert reads[parts, 4] <= parts / 4 + 2 * streaming_loader.LANES / 4
+        assert parts <= reads[parts, 1] <= parts + LANES
+        assert reads[parts, 4] <= parts / 4 + 2 * LANES / 4
     bound = streaming_loader.PARTS_AHEAD + 3
-    assert most[400, 1] <= streaming_loader.LANES + bound and most[400, 4] <= streaming_loader.LANES / 4 + bound
+    assert most[400, 1] <= LANES + bound and most[400, 4] <= LANES / 4 + bound
 
 
 @pytest.fixture(scope="module")

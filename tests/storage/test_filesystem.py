@@ -53,13 +53,14 @@ def test_what_is_published_is_listed_sized_read_replaced_and_removed(folder):
     name = "file.bin" if folder.startswith("file:") else "file ö.bin"  # file:// URIs need percent-encoding
     path = filesystem.join(folder, "a", name)
     assert not filesystem.exists(path) and filesystem.list_names(folder) == [] and filesystem.size_or_none(path) is None
-    assert filesystem.sizes(folder) == {}
+    assert filesystem.list_files(folder) == []
     filesystem.remove(path)
     for data in (b"", b"first", b"second, longer"):
         filesystem.publish(path, data)
         assert filesystem.read_bytes(path) == data and filesystem.size_or_none(path) == len(data)
     filesystem.publish(folder + "/b", b"x")
-    assert filesystem.list_names(folder) == ["a", "b"] and filesystem.sizes(folder) == {"a": None, "b": 1}
+    assert filesystem.list_names(folder) == ["a", "b"]
+    assert [entry[:2] for entry in filesystem.list_files(folder)] == [("a", None), ("b", 1)]
     assert filesystem.list_names(folder + "/a") == [name]
     assert filesystem.exists(folder + "/a") and filesystem.size_or_none(folder + "/a") is None
     assert filesystem.walk(folder) == [path, folder + "/b"]

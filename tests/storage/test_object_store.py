@@ -169,6 +169,24 @@ def test_a_heartbeat_keeps_a_second_writer_out_until_it_stops(folder, monkeypatc
         end(holder)
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_claim_is_alive_or_dead_by_the_clock_of_the_store_alone(hours, folder, monkeypatch):
+    """The store's clock is an hour before or behind this machine's."""
+    there = filesystem.list_files
+
+    def list_files(path: str) -> list[tuple]:
+        return [(name, size, time and time + hours * 3600 * 10**9) for name, size, time in there(path)]
+
+    monkeypatch.setattr(filesystem, "list_files", list_files)
+    with locks.lock(folder):
+        assert locks.is_held(folder)
+        filesystem.publish(f"{folder}/{locks.LOCK_NAME}/{'0' * 12}.json", b"{}")  # never renewed
+    monkeypatch.setattr(locks, "DEAD_AFTER_S", 1.0)
+    time.sleep(1.5)
+    assert not locks.is_held(folder)
+    assert filesystem.list_names(f"{folder}/{locks.LOCK_NAME}") == [f"{'0' * 12}.json"]
+
+
 def test_of_many_writers_that_start_at_once_at_most_one_is_admitted(folder):
     inside, most = [], []
 
