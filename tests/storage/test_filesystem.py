@@ -8,8 +8,6 @@ import uuid
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from heartseg.errors import StorageError, UserError
 from heartseg.storage import filesystem, locks
@@ -40,13 +38,6 @@ def folder(request, tmp_path) -> str:
         request.getfixturevalue("s3")
         return f"s3://bucket/{uuid.uuid4().hex[:8]}"
     return f"file://{tmp_path}/new" if request.param == "file" else str(tmp_path / "new")
-
-
-@given(data=st.binary(max_size=300))
-def test_published_bytes_read_back_and_the_folder_is_created(data, tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("publish") / "a" / "b" / "file.bin")
-    filesystem.publish(path, data)
-    assert filesystem.read_bytes(path) == data and filesystem.list_names(os.path.dirname(path)) == ["file.bin"]
 
 
 def test_what_is_published_is_listed_sized_read_replaced_and_removed(folder):

@@ -21,7 +21,7 @@ PUBLISH = "import sys; from heartseg.storage import filesystem; filesystem.publi
 HOLD = """
 import sys, time
 from heartseg.storage import locks
-locks.HEARTBEAT_S, locks.DEAD_AFTER_S = 0.5, float(sys.argv[2])
+locks.HEARTBEAT_S, locks.DEAD_AFTER_S = 0.3, float(sys.argv[2])
 with locks.lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(120)
@@ -152,17 +152,17 @@ def test_a_checkpoint_rewritten_over_a_connection_cut_at_any_request_is_the_new_
 
 
 def test_a_heartbeat_keeps_a_second_writer_out_until_it_stops(folder, monkeypatch):
-    monkeypatch.setattr(locks, "DEAD_AFTER_S", 3.0)
-    holder = start(HOLD, folder, "3")
+    monkeypatch.setattr(locks, "DEAD_AFTER_S", 2.0)
+    holder = start(HOLD, folder, "2")
     try:
         assert holder.stdout.readline() == "held\n"
-        time.sleep(3.5)  # longer than a claim lives that is not renewed
-        with pytest.raises(UserError, match=f"process {holder.pid} on .*folder is free after 3 s"), locks.lock(folder):
+        time.sleep(2.2)  # longer than a claim lives that is not renewed
+        with pytest.raises(UserError, match=f"process {holder.pid} on .*folder is free after 2 s"), locks.lock(folder):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         with pytest.raises(UserError, match="Another job is writing"), locks.lock(folder):
             pass
-        time.sleep(3.5)
+        time.sleep(2.2)
         with locks.lock(folder):
             assert len(filesystem.list_names(filesystem.join(folder, locks.LOCK_NAME))) == 1  # the dead claim is gone
     finally:
