@@ -10,12 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas
+
 from heartseg.errors import UserError
 from heartseg.labels import CLASS_TITLES, frame_name
 from heartseg.reporting import contours, pages, plots
 from heartseg.reporting.text_tables import Table, bars, table_text
 from heartseg.shards import inspection
-from heartseg.shards.inspection import Survey
+from heartseg.shards.inspection import Survey, ef_counts
 from heartseg.shards.reader import Shards, open_shards
 from heartseg.storage import filesystem
 from jobs.support import command_line
@@ -61,9 +63,9 @@ def run(options: Options) -> str | None:
 def verify(path: str) -> None:
     """Print every damaged file; raises UserError that names them all."""
     damaged = []
-    for damage in inspection.find_damage(path):
-        print(f"damaged  {damage.file}: {damage.reason}")
-        damaged.append(damage.file)
+    for file, reason in inspection.find_damage(path):
+        print(f"damaged  {file}: {reason}")
+        damaged.append(file)
     if damaged:
         raise UserError(f"{path} has {len(damaged)} damaged files: {', '.join(damaged)}; preprocess again with --overwrite.")
     print(f"{path} is intact: every part is as it was written, every row decodes.\n")
@@ -87,24 +89,32 @@ def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
     if left:
         rows = sum(opened.manifest["patients"][name]["rows"] for name in left)
         groups.append(("in no group", str(len(left)), str(rows)))
-    shares = [(title, f"{share:.2%}") for title, share in zip(CLASS_TITLES, survey.class_shares, strict=True)]
-    grey = survey.intensity
-    mean, std = (255 * value for value in opened.intensity)
+    pixels = max(1, survey.labels.sum())
+    shares = [(title, f"{count / pixels:.2%}") for title, count in zip(CLASS_TITLES, survey.labels, strict=True)]
+    grey, (mean, std) = survey.intensity, opened.intensity
     intensity = [("all images", *(f"{grey[key]:.0f}" for key in ("min", "max")), f"{grey['mean']:.2f}", f"{grey['std']:.2f}")]
-    intensity.append(("train", "", "", f"{mean:.2f}", f"{std:.2f}"))
     levels = Counter()
     for record in opened.manifest["patients"].values():
         levels.update(record.get("grey_levels", {}))  # shards of before have none
-    convention = f" ({', '.join(sorted(survey.conventions))} convention)" if survey.conventions else ""
+    intensity.append(("train", "", "", f"{255 * mean:.2f}", f"{255 * std:.2f}"))
+    frames = survey.frames
+    stills = frames.view.fillna("unknown view") + " " + frames.phase.fillna("frame")
+    conventions = frames.ef_convention.fillna("not known")[frames.ef.notna()].unique()
+    convention = f" ({', '.join(sorted(conventions))} convention)" if len(conventions) else ""
     return [
         ("Groups", ("group", "patients", "images"), groups),
         ("Pixels by class", ("class", "share"), shares),
         ("Intensity, 0 to 255", ("", "min", "max", "mean", "std"), intensity),
         ("Grey levels in the files", ("", "images"), [(name, str(count)) for name, count in levels.most_common()]),
-        ("Views and phases", ("", "images", ""), bars(dict(sorted(survey.stills.items())))),
-        ("Image quality", ("", "images", ""), bars(dict(sorted(survey.quality.items())))),
-        (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(survey.ef_counts)),
+        ("Views and phases", ("", "images", ""), counts(stills)),
+        ("Image quality", ("", "images", ""), counts(frames.quality.fillna("not known"))),
+        (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(ef_counts(frames.groupby("patient").ef.first()))),
     ]
+
+
+def counts(column: pandas.Series) -> list[tuple[str, str, str]]:
+    """How often each value comes, as rows of a histogram."""
+    return bars(column.value_counts().sort_index().to_dict())
 
 
 def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: list[dict]) -> str:

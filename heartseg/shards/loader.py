@@ -6,7 +6,6 @@ several workers follow one.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -17,15 +16,8 @@ from heartseg.shards.reader import FrameRows
 Batch = tuple[torch.Tensor, torch.Tensor]
 # A generator of torch takes this many seeds; what is mixed from a large one wraps around.
 SEEDS = 2**64
-
-
-class Batches(Protocol):
-    """What feeds the engine: a `Loader` from memory or a `streaming_loader.Stream`, which the engine treats alike."""
-
-    def __len__(self) -> int: ...
-    def training_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]: ...
-    def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]: ...
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]: ...
+# Parts that feed a batch of a stream side by side, and so parts in memory; a smaller batch has as many lanes as images.
+LANES = 16
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,11 @@ def share(batch_size: int, rank: int, world_size: int) -> slice:
     return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
+def lanes_of(batch_size: int) -> torch.Tensor:
+    """The lane of each place of a batch, int64 [batch_size]: as `share` would divide the batch among the lanes."""
+    return (torch.arange(1, batch_size + 1) * min(batch_size, LANES) - 1) // batch_size
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on the device; to a GPU it goes from pinned memory, without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -84,8 +81,33 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num_rows, generator=generator)
 
 
+class Batches:
+    """What feeds the engine, which cannot tell its kinds apart: a `Loader` in memory, and a `streaming_loader.Stream`.
+
+    Each kind has a length; `order(batch_size, seed, epoch)`, the rows of each global batch, int64 [steps, batch_size]; and
+    `batches(rows, lanes)`, these rows in batches of `len(lanes)`, the place of a batch being filled from its lane.
+    """
+
+    rank: int
+    world_size: int
+
+    def training_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """This rank's share of each global batch of an epoch: images [b,1,H,W] from 0 to 1 and labels [b,H,W]."""
+        mine = share(batch_size, self.rank, self.world_size)
+        return self.batches(self.order(batch_size, seed, epoch)[:, mine].flatten(), lanes_of(batch_size)[mine])
+
+    def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
+        """The rows of one global batch, to name what was in it."""
+        return self.order(batch_size, seed, epoch)[step].tolist()
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        """This rank's rows in order, as training batches have them; over all ranks each row comes once."""
+        mine = share(len(self), self.rank, self.world_size)
+        return self.batches(torch.arange(mine.start, mine.stop), torch.zeros(batch_size, dtype=torch.int64))
+
+
 @dataclass(frozen=True, eq=False)
-class Loader:
+class Loader(Batches):
     """A group in memory, resident on the device, and which of its rows are this rank's."""
 
     images: torch.Tensor
@@ -101,22 +123,11 @@ class Loader:
     def __len__(self) -> int:
         return len(self.images)
 
-    def training_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """This rank's share of each global batch of an epoch: images [b,1,H,W] from 0 to 1 and labels [b,H,W]."""
-        order = to_device(epoch_order(len(self), seed, epoch), self.images.device)
-        mine = share(batch_size, self.rank, self.world_size)
-        for step in range(steps_per_epoch(len(self), batch_size)):
-            rows = order[step * batch_size : (step + 1) * batch_size][mine]
+    def order(self, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
+        steps = steps_per_epoch(len(self), batch_size)
+        return epoch_order(len(self), seed, epoch)[: steps * batch_size].view(steps, batch_size)
+
+    def batches(self, rows: torch.Tensor, lanes: torch.Tensor) -> Iterator[Batch]:
+        for mine in to_device(rows, self.images.device).split(len(lanes)):
             # Copies whole images: indexing with a tensor copies single bytes, at twenty times the price on a CPU.
-            yield self.images.index_select(0, rows).float().div_(255), self.masks.index_select(0, rows)
-
-    def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
-        """The rows of one global batch, to name what was in it."""
-        return epoch_order(len(self), seed, epoch)[step * batch_size : (step + 1) * batch_size].tolist()
-
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's rows in order, as training batches have them; over all ranks each row comes once."""
-        mine = share(len(self), self.rank, self.world_size)
-        for start in range(mine.start, mine.stop, batch_size):
-            rows = slice(start, min(start + batch_size, mine.stop))
-            yield self.images[rows].float().div_(255), self.masks[rows]
+            yield self.images.index_select(0, mine).float().div_(255), self.masks.index_select(0, mine)

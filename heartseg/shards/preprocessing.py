@@ -41,9 +41,7 @@ def write_shards(
     source.check_frames(patients, frames)
     splits.make_groups(split, patients, official)
     with locks.lock(out):
-        writer.remove_leftovers(out)
-        if overwrite:
-            writer.remove_shards(out)
+        writer.remove_leftovers(out, shards=overwrite)
         if filesystem.exists(filesystem.join(out, writer.MANIFEST)):
             manifest = check_same(source, out, image, frames)
             if not resplit:
@@ -75,7 +73,7 @@ def write_parts(
             raise UserError(f"{path} is a part of other shards: remove it, or give --overwrite or another --out.")
     tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk}) for name, chunk in parts.items()]
     records = {record["file"]: record for record in map_parts(tasks)}
-    sizes = filesystem.sizes(out)
+    sizes = {name: size for name, size, _ in filesystem.list_files(out)}
     for name, record in records.items():
         if sizes.get(name) != record["bytes"]:
             path = filesystem.join(out, name)

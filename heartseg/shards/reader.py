@@ -15,7 +15,7 @@ import torch
 from heartseg.config.experiment import ImageConfig, SplitConfig, canonical
 from heartseg.datasets import splits
 from heartseg.errors import UserError
-from heartseg.shards.writer import FORMAT, MANIFEST, PART_NAME, SPLITS, schema, unpack_mask
+from heartseg.shards.writer import FORMAT, MANIFEST, PACKING, PART_NAME, SPLITS, schema
 from heartseg.storage import filesystem
 
 MANIFEST_KEYS = {"dataset", "image", "parts", "rows", "patients", "quarantined"}
@@ -58,10 +58,8 @@ def read_manifest(path: str) -> dict:
     if not filesystem.exists(manifest_path):
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
     manifest = filesystem.read_json(manifest_path)
-    if not isinstance(manifest, dict):
-        raise UserError(f"{manifest_path} is not a manifest: preprocess again with --overwrite.")
-    if manifest.get("format") != FORMAT:
-        found = manifest.get("format")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
         raise UserError(f"{path} has shard format {found}, this version reads {FORMAT}: preprocess again with --overwrite.")
     if missing := MANIFEST_KEYS - manifest.keys():
         raise UserError(f"{manifest_path} has no {min(missing)}: preprocess again with --overwrite.")
@@ -120,7 +118,9 @@ class FrameRows:
     def native_mask(self, index: int) -> np.ndarray:
         """The label mask of a row as the expert drew it, uint8 [H,W] on the native grid."""
         height, width = self.table["native_shape"][index].as_py()
-        return unpack_mask(self.table["native_mask"][index].as_py(), height, width)
+        packed = self.table["native_mask"][index].as_py()
+        raw = pa.decompress(packed, decompressed_size=height * width, codec=PACKING, asbytes=True)
+        return np.frombuffer(raw, dtype=np.uint8).reshape(height, width)
 
 
 def read_part(shards: Shards, part: dict, columns: list[str] | None = None) -> pa.Table:
@@ -173,7 +173,7 @@ def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
 
 def check_sizes(shards: Shards) -> None:
     """Raise UserError for the first part that is missing or has another size: one listing, before anything is read."""
-    sizes = filesystem.sizes(shards.path)
+    sizes = {name: size for name, size, _ in filesystem.list_files(shards.path)}
     for part in shards.manifest["parts"]:
         if sizes.get(part["file"]) != part["bytes"]:
             path = filesystem.join(shards.path, part["file"])
@@ -196,14 +196,11 @@ def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> Fra
     starts = np.cumsum([0, *(held.rows for held in index)])
     wanted = np.asarray(rows, dtype=np.int64)
     owners = np.searchsorted(starts, wanted, side="right") - 1
-    tables, places = [schema(shards.image).empty_table()], []
-    for owner in np.unique(owners):
-        (mine,) = np.nonzero(owners == owner)
-        table = read_part_rows(shards, index[owner], wanted[mine] - starts[owner])
-        tables.append(table.replace_schema_metadata(tables[0].schema.metadata))
-        places += mine.tolist()
+    by_part = np.argsort(owners, kind="stable")
+    tables = [read_part_rows(shards, index[o], wanted[owners == o] - starts[o]) for o in np.unique(owners)]
     # Read part by part, returned in the order asked for.
-    return as_frames(pa.concat_tables(tables).take(pa.array(np.argsort(places), pa.int64())), shards.image)
+    read = pa.concat_tables([schema(shards.image).empty_table(), *tables])
+    return as_frames(read.take(pa.array(np.argsort(by_part), pa.int64())), shards.image)
 
 
 def as_frames(table: pa.Table, image: ImageConfig) -> FrameRows:

@@ -23,18 +23,18 @@ import numpy as np
 import torch
 
 from heartseg.errors import StorageError, UserError
-from heartseg.shards.loader import Batch, epoch_seed, share, steps_per_epoch, to_device
+from heartseg.shards.loader import Batch, Batches, epoch_seed, lanes_of, steps_per_epoch, to_device
 from heartseg.shards.reader import PartRows, Shards, as_frames, read_part_rows
 from heartseg.storage import filesystem
 
 log = logging.getLogger(__name__)
-# Parts that feed a batch side by side, and so parts in memory; a batch of fewer images has as many lanes as images.
-LANES = 16
 # Parts that are read before they are needed.
 PARTS_AHEAD = 4
 # Seconds until the log names a part that does not come, and until it is given up.
 SAY_AFTER_S, GIVE_UP_AFTER_S = 30, 300
 COLUMNS = ["patient", "image", "mask"]
+# A part's number in the group's index, and the rows of the group in it that are to be read.
+Piece = tuple[int, np.ndarray]
 
 
 def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -48,45 +48,9 @@ def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: in
     drawn = [starts[part] + torch.randperm(rows_of_parts[part], generator=generator).numpy() for part in order]
     steps = steps_per_epoch(int(starts[-1]), batch_size)
     sequence = np.concatenate(drawn)[: steps * batch_size]
-    lanes = [sequence[steps * lane.start : steps * lane.stop].reshape(steps, -1) for lane in lanes_of(batch_size)]
-    return np.concatenate(lanes, axis=1)
-
-
-def lanes_of(batch_size: int) -> list[slice]:
-    """The places of a batch that each lane fills."""
-    lanes = min(batch_size, LANES)
-    return [share(batch_size, lane, lanes) for lane in range(lanes)]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows of one part that come one after the other in a lane: where in the part, and at which step the first is needed."""
-
-    step: int
-    lane: int
-    part: int
-    rows: np.ndarray
-
-
-def pieces_of(lane: int, rows: np.ndarray, width: int, starts: np.ndarray) -> list[Piece]:
-    """A lane's rows, `width` of them a step, as pieces; part `p` has the rows from `starts[p]`."""
-    parts = np.searchsorted(starts, rows, side="right") - 1
-    cuts = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(rows)] if len(rows) else []
-    return [
-        Piece(first // width, lane, int(parts[first]), rows[first:end] - starts[parts[first]])
-        for first, end in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
-
-
-def take(count: int, left: Batch | None, more: Iterator[Batch]) -> tuple[list[Batch], Batch | None]:
-    """The next `count` rows of a lane, from what is left of its last piece and from its next ones; and what is left then."""
-    taken: list[Batch] = []
-    while count:
-        images, masks = left or next(more)
-        taken.append((images[:count], masks[:count]))
-        left = (images[count:], masks[count:]) if len(images) > count else None
-        count -= len(taken[-1][0])
-    return taken, left
+    widths = np.bincount(lanes_of(batch_size))
+    lanes = np.split(sequence, steps * np.cumsum(widths)[:-1])
+    return np.concatenate([lane.reshape(steps, -1) for lane in lanes], axis=1)
 
 
 def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of: Callable[[Piece], str]) -> Iterator[Batch]:
@@ -95,9 +59,9 @@ def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of:
     Raises what `read` raised, and StorageError for a piece that never comes. The threads are daemons that pass their result
     by a future: a read that never returns keeps neither the training nor its end waiting.
     """
-    left, pending = iter(pieces), deque()
+    waiting, pending = iter(pieces), deque()
     while True:
-        for piece in itertools.islice(left, PARTS_AHEAD + 1 - len(pending)):
+        for piece in itertools.islice(waiting, PARTS_AHEAD + 1 - len(pending)):
             pending.append((_start_reading(read, piece), name_of(piece)))
         if not pending:
             return
@@ -129,8 +93,11 @@ def _wait_for(future: Future, name: str) -> Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
-    """A group that is read again each epoch, with the methods of `loader.Loader`; its rows are numbered as there."""
+class Stream(Batches):
+    """A group that is read again each epoch; its rows are numbered as in a `Loader`.
+
+    Batches raise StorageError for a part that cannot be read or is damaged: the other ranks may not know.
+    """
 
     shards: Shards
     index: list[PartRows]
@@ -141,53 +108,37 @@ class Stream:
     def __len__(self) -> int:
         return sum(held.rows for held in self.index)
 
-    def training_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """This rank's share of each global batch of an epoch: images [b,1,H,W] from 0 to 1 and labels [b,H,W].
+    def order(self, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
+        return torch.from_numpy(stream_order([held.rows for held in self.index], batch_size, seed, epoch))
 
-        Raises StorageError for a part that cannot be read or is damaged: the other ranks may not know.
-        """
-        order = self._order(batch_size, seed, epoch)
-        mine = share(batch_size, self.rank, self.world_size)
-        lanes = [order[:, max(lane.start, mine.start) : min(lane.stop, mine.stop)] for lane in lanes_of(batch_size)]
-        lanes = [lane for lane in lanes if lane.size]
-        yield from self._batches([lane.ravel() for lane in lanes], [lane.shape[1] for lane in lanes])
-
-    def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
-        """The rows of one global batch, to name what was in it."""
-        return self._order(batch_size, seed, epoch)[step].tolist()
-
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's rows in order, as training batches have them; over all ranks each row comes once."""
-        mine = share(len(self), self.rank, self.world_size)
-        yield from self._batches([np.arange(mine.start, mine.stop)], [batch_size])
-
-    def _order(self, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-        return stream_order([held.rows for held in self.index], batch_size, seed, epoch)
-
-    def _batches(self, lanes: list[np.ndarray], widths: list[int]) -> Iterator[Batch]:
-        """Batches of the next `widths[l]` rows of each lane `l`, until the lanes end, all at the same step."""
+    def batches(self, rows: torch.Tensor, lanes: torch.Tensor) -> Iterator[Batch]:
+        rows, size, lanes = rows.numpy(), len(lanes), np.resize(lanes, len(rows))
         starts = np.cumsum([0, *(held.rows for held in self.index)])
-        pieces = [pieces_of(number, *lane, starts) for number, lane in enumerate(zip(lanes, widths, strict=True))]
-        # Sorted as the loop below comes to need them: by step, in it by lane, in that as they follow each other.
-        schedule = sorted((piece for lane in pieces for piece in lane), key=lambda piece: (piece.step, piece.lane))
-        left: list[Batch | None] = [None] * len(lanes)
+        parts = np.searchsorted(starts, rows, side="right") - 1
+        # A piece is what a lane takes from a part, read at once. Pieces are read in the order in which batches need them.
+        _, first, piece_of = np.unique(lanes * len(starts) + parts, return_index=True, return_inverse=True)
+        places = np.split(np.argsort(piece_of, kind="stable"), np.cumsum(np.bincount(piece_of))[:-1])
+        schedule = [(int(parts[first[p]]), rows[places[p]] - starts[parts[first[p]]]) for p in np.argsort(first)]
         ahead = read_ahead(schedule, self._read, self._name)
-        for step in range(-(-len(lanes[0]) // widths[0])):
+        left: dict[int, Batch] = {}
+        for start in range(0, len(rows), size):
             taken: list[Batch] = []
-            for lane, width in enumerate(widths):
-                count = min(width, len(lanes[lane]) - step * width)
-                found, left[lane] = take(count, left[lane], ahead)
-                taken += found
-            images, masks = (torch.cat(part) for part in zip(*taken, strict=True))
+            for piece, run in itertools.groupby(piece_of[start : start + size].tolist()):
+                count = len(list(run))
+                images, masks = left.pop(piece, None) or next(ahead)
+                taken.append((images[:count], masks[:count]))
+                if len(images) > count:
+                    left[piece] = images[count:], masks[count:]
+            images, masks = (torch.cat(tensors) for tensors in zip(*taken, strict=True))
             yield to_device(images, self.device).float().div_(255), to_device(masks, self.device)
 
     def _read(self, piece: Piece) -> Batch:
         try:
-            table = read_part_rows(self.shards, self.index[piece.part], piece.rows, COLUMNS)
+            table = read_part_rows(self.shards, self.index[piece[0]], piece[1], COLUMNS)
         except UserError as error:
             raise StorageError(str(error)) from error
         frames = as_frames(table, self.shards.image)
         return frames.images, frames.masks
 
     def _name(self, piece: Piece) -> str:
-        return filesystem.join(self.shards.path, self.index[piece.part].part["file"])
+        return filesystem.join(self.shards.path, self.index[piece[0]].part["file"])

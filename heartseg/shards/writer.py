@@ -77,17 +77,6 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return interpolate(labels, (height, width), mode="nearest-exact")[0, 0].numpy()
 
 
-def pack_mask(mask: np.ndarray) -> bytes:
-    """A native label mask uint8 [H,W] as a row holds it."""
-    return pa.compress(mask.tobytes(), codec=PACKING, asbytes=True)
-
-
-def unpack_mask(packed: bytes, height: int, width: int) -> np.ndarray:
-    """The label mask uint8 [H,W] in the bytes of `pack_mask`."""
-    raw = pa.decompress(packed, decompressed_size=height * width, codec=PACKING, asbytes=True)
-    return np.frombuffer(raw, dtype=np.uint8).reshape(height, width)
-
-
 def make_row(recording: Recording, image: ImageConfig) -> dict:
     """One shard row of a recording that has a mask."""
     native_shape = recording.image.shape
@@ -101,7 +90,7 @@ def make_row(recording: Recording, image: ImageConfig) -> dict:
         "image": resize_image(recording.image, *grid).tobytes(),
         "mask": resize_mask(recording.mask, *grid).tobytes(),
         "spacing_mm": spacing_mm,
-        "native_mask": pack_mask(recording.mask),
+        "native_mask": pa.compress(recording.mask.tobytes(), codec=PACKING, asbytes=True),
         "native_shape": list(native_shape),
         "native_spacing_mm": list(recording.spacing_mm),
         **{name: getattr(recording.info, name, None) for name in INFO_COLUMNS},
@@ -267,15 +256,8 @@ def make_groups(config: SplitConfig, manifest_patients: dict, official: dict[str
     return splits.make_groups(config, patients, official, manifest_patients)
 
 
-def remove_leftovers(out: str) -> None:
-    """Delete what a killed job left half written; only the holder of the folder's lock may."""
-    for name in filesystem.list_names(out):
-        if LEFTOVER.fullmatch(name):
-            filesystem.remove(filesystem.join(out, name))
-
-
-def remove_shards(out: str) -> None:
-    """Delete shards and nothing else; the manifest goes first, so that nothing damaged looks complete."""
-    names = [name for name in filesystem.list_names(out) if OURS.fullmatch(name)]
-    for name in sorted(names, key=lambda name: name != MANIFEST):
+def remove_leftovers(out: str, shards: bool = False) -> None:
+    """Delete what a killed job left half written, and with `shards` these too; only the holder of the folder's lock may."""
+    names = [name for name in filesystem.list_names(out) if LEFTOVER.fullmatch(name) or (shards and OURS.fullmatch(name))]
+    for name in sorted(names, key=lambda name: name != MANIFEST):  # the manifest first: nothing damaged must look complete
         filesystem.remove(filesystem.join(out, name))

@@ -6,7 +6,6 @@ StorageError; a file that does not exist raises FileNotFoundError.
 """
 
 import contextlib
-import datetime
 import errno
 import functools
 import hashlib
@@ -24,7 +23,6 @@ from heartseg.errors import StorageError, UserError
 # An object store that does not answer takes about a minute to give up on, one that refuses connections 3 s.
 TRIES, CONNECT_S, REQUEST_S = 4, 5, 15
 READS = 5  # attempts at a file on an object store that is replaced while it is read
-CHUNK_BYTES = 8 << 20
 
 
 def is_uri(path: str) -> bool:
@@ -80,13 +78,11 @@ def _storage_errors(path: str) -> Iterator[None]:
     """Turn an object store's errors into a one-line StorageError; local errors and FileNotFoundError pass unchanged."""
     try:
         yield
-    except FileNotFoundError as error:
-        if not is_uri(path):
-            raise
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
     except (OSError, pa.ArrowInvalid) as error:
         if not is_uri(path):
             raise
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         raise StorageError(f"{path} {_problem(str(error))}.") from error
 
 
@@ -137,15 +133,10 @@ def list_names(path: str) -> list[str]:
     return sorted(entry.base_name for entry in _entries(path))
 
 
-def modification_times(path: str) -> dict[str, datetime.datetime]:
-    """When each file of a folder was last written, by its file system's clock; empty if the folder does not exist."""
-    return {entry.base_name: entry.mtime for entry in _entries(path) if entry.is_file}
-
-
 def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
     """Sorted names of a folder's entries with size and modification time (ns), None for what is not a file.
 
-    An object store needs one request.
+    Empty if the folder does not exist. An object store needs one request.
     """
     if is_uri(path):
         return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in _entries(path))
@@ -155,7 +146,6 @@ def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
 
 
 def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
-    """The entries of a folder, by one listing; none if it does not exist."""
     fs, inner = resolve(path)
     with _storage_errors(path):
         return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=recursive))
@@ -164,11 +154,6 @@ def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None if the path is not a file."""
     return _info(path).size if is_uri(path) else os.path.getsize(path) if os.path.isfile(path) else None
-
-
-def sizes(path: str) -> dict[str, int | None]:
-    """Bytes of each entry of a folder, by name in order; None for what is not a file. An object store needs one request."""
-    return {name: size for name, size, _ in list_files(path)}
 
 
 def walk(path: str) -> list[str]:
@@ -229,7 +214,9 @@ def publish(path: str, data: bytes) -> None:
                 stream.write(data)
             if is_uri(path):
                 # A stream that an exception drops still leaves a visible object: read it back before it gets its name.
-                _check_arrived(fs, temporary, data)
+                with fs.open_input_file(temporary) as stream:
+                    if stream.read() != data:
+                        raise OSError("the bytes that arrived are not those that were sent")
             else:
                 with open(temporary, "rb") as stream:
                     os.fsync(stream.fileno())
@@ -238,17 +225,6 @@ def publish(path: str, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 fs.delete_file(temporary)
             raise
-
-
-def _check_arrived(fs: pyarrow.fs.FileSystem, path: str, data: bytes) -> None:
-    """Raise OSError if a file does not hold exactly `data`."""
-    with fs.open_input_file(path) as stream:
-        starts = range(0, len(data), CHUNK_BYTES)
-        same = stream.size() == len(data) and all(
-            stream.read_at(CHUNK_BYTES, start) == data[start : start + CHUNK_BYTES] for start in starts
-        )
-    if not same:
-        raise OSError("the bytes that arrived are not those that were sent")
 
 
 def publish_json(path: str, value: object) -> None:

@@ -39,9 +39,7 @@ def lock(folder: str) -> contextlib.AbstractContextManager[None]:
 def is_held(folder: str) -> bool:
     """True if a process is writing a folder at the moment."""
     if filesystem.is_uri(folder):
-        times = filesystem.modification_times(filesystem.join(folder, LOCK_NAME)).values()
-        now = datetime.datetime.now(datetime.UTC)
-        return any((now - time).total_seconds() < DEAD_AFTER_S for time in times)
+        return _is_claimed(filesystem.join(folder, LOCK_NAME))
     path = os.path.join(folder, LOCK_NAME)
     if not os.path.exists(path):
         return False
@@ -96,14 +94,11 @@ def _claim(folder: str) -> Iterator[None]:
 
 def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
     """Raise UserError, naming the holder, if a claim other than `mine` is alive; remove dead ones."""
-    times = {name: time for name, time in filesystem.modification_times(claims).items() if CLAIM.fullmatch(name)}
-    # The newest claim is mine, written just now: ages come from the store's clock alone, whatever this machine's says.
-    now = max(times.values(), default=None)
-    for name, time in times.items():
+    for name, age_s in _ages_of_claims(claims).items():  # mine is the newest
         path = filesystem.join(claims, name)
         if name == mine:
             continue
-        if (now - time).total_seconds() >= DEAD_AFTER_S:
+        if age_s >= DEAD_AFTER_S:
             filesystem.remove(path)
             continue
         with contextlib.suppress(FileNotFoundError):  # released in between
@@ -112,6 +107,23 @@ def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
                 f"Another job is writing {folder} (process {holder['pid']} on {holder['host']}, since {holder['started']}): "
                 f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s."
             )
+
+
+def _is_claimed(claims: str) -> bool:
+    if not _ages_of_claims(claims):
+        return False
+    clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # no claim: it only shows what time it is there
+    try:
+        filesystem.publish(clock, b"")
+        return any(age_s < DEAD_AFTER_S for age_s in _ages_of_claims(claims).values())
+    finally:
+        filesystem.remove(clock)
+
+
+def _ages_of_claims(claims: str) -> dict[str, float]:
+    """Seconds since each claim was renewed, counted from the newest file there: by the store's clock, never this machine's."""
+    times = {name: time_ns for name, _, time_ns in filesystem.list_files(claims) if time_ns is not None}
+    return {name: (max(times.values()) - time_ns) / 1e9 for name, time_ns in times.items() if CLAIM.fullmatch(name)}
 
 
 def _beat(path: str, started: str) -> None:

@@ -35,13 +35,13 @@ SCRIPT = """
             pass
 
     def fill_after_last(metrics):
-        while len(run_directory.read_record(opened.path)) < metrics["epoch"] == 2:
+        while len(run_directory.read_record(opened.path)) < metrics["epoch"] == 1:
             pass
-        if metrics["epoch"] == 2:
+        if metrics["epoch"] == 1:
             fill(opened.path)
 
     base = tiny_experiment(data=sys.argv[2], runs=sys.argv[3])
-    base = replace(base, optim=replace(base.optim, momentum=0.0, ema_decay=0.0))
+    base = replace(base, optim=replace(base.optim, momentum=0.0, ema_decay=0.0), train=replace(base.train, epochs=1))
     for when in ("ingest", "finish", "samples"):
         opened = run_directory.open_run(base, reader.open_shards(base.data), name=when)
         if when == "ingest":

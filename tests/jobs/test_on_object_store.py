@@ -1,6 +1,7 @@
 """Source, shards and runs on an object store: the jobs produce the bytes and numbers of a folder, even after a kill."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,8 +22,7 @@ from heartseg.training import run_directory
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.s3_server import KEYS, Proxy, environment
 from jobs import evaluate, preprocess, train
-from jobs.support import evaluation_plan, evaluation_run
-from jobs.support.ray_preprocessing import write_parts_with_ray
+from jobs.support import evaluation_plan, evaluation_run, ray_preprocessing
 
 PLAIN = train.Options(launcher="plain")
 LOSSES = ("train/loss", "test/loss", "test/dice")
@@ -198,17 +198,17 @@ def test_an_outage_during_a_training_with_two_workers_ends_it_with_a_one_line_er
     assert checkpoint.last(f"{folder}/{name}") is not None
 
 
+def test_a_store_that_is_away_for_a_task_is_still_told_from_a_mistake(phantom, s3):
+    task = (CamusTree(phantom), "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image)
+    error = pickle.loads(pickle.dumps(ray_preprocessing._write_part(*task)["error"]))
+    assert isinstance(error, StorageError) and "bucket that does not exist" in str(error)
+
+
+@pytest.mark.slow
 def test_a_store_that_is_away_for_a_worker_is_still_told_from_a_mistake(phantom, ray_session):
-    task = (
-        CamusTree(phantom),
-        "s3://no-such-bucket/shards",
-        "part-00000.parquet",
-        ["patient0001"],
-        tiny_experiment().image,
-        "stills",
-    )
+    task = (CamusTree(phantom), "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image)
     with pytest.raises(StorageError, match="bucket that does not exist") as found:
-        list(write_parts_with_ray([task], 1))
+        list(ray_preprocessing.write_parts_with_ray([task], 1))
     assert "Traceback" not in str(found.value)
 
     class Away:

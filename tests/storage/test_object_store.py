@@ -21,7 +21,7 @@ PUBLISH = "import sys; from heartseg.storage import filesystem; filesystem.publi
 HOLD = """
 import sys, time
 from heartseg.storage import locks
-locks.HEARTBEAT_S, locks.DEAD_AFTER_S = 0.5, float(sys.argv[2])
+locks.HEARTBEAT_S, locks.DEAD_AFTER_S = 0.3, float(sys.argv[2])
 with locks.lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(120)
@@ -152,21 +152,39 @@ def test_a_checkpoint_rewritten_over_a_connection_cut_at_any_request_is_the_new_
 
 
 def test_a_heartbeat_keeps_a_second_writer_out_until_it_stops(folder, monkeypatch):
-    monkeypatch.setattr(locks, "DEAD_AFTER_S", 3.0)
-    holder = start(HOLD, folder, "3")
+    monkeypatch.setattr(locks, "DEAD_AFTER_S", 2.0)
+    holder = start(HOLD, folder, "2")
     try:
         assert holder.stdout.readline() == "held\n"
-        time.sleep(3.5)  # longer than a claim lives that is not renewed
-        with pytest.raises(UserError, match=f"process {holder.pid} on .*folder is free after 3 s"), locks.lock(folder):
+        time.sleep(2.2)  # longer than a claim lives that is not renewed
+        with pytest.raises(UserError, match=f"process {holder.pid} on .*folder is free after 2 s"), locks.lock(folder):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         with pytest.raises(UserError, match="Another job is writing"), locks.lock(folder):
             pass
-        time.sleep(3.5)
+        time.sleep(2.2)
         with locks.lock(folder):
             assert len(filesystem.list_names(filesystem.join(folder, locks.LOCK_NAME))) == 1  # the dead claim is gone
     finally:
         end(holder)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_claim_is_alive_or_dead_by_the_clock_of_the_store_alone(hours, folder, monkeypatch):
+    """The store's clock is an hour before or behind this machine's."""
+    there = filesystem.list_files
+
+    def list_files(path: str) -> list[tuple]:
+        return [(name, size, time and time + hours * 3600 * 10**9) for name, size, time in there(path)]
+
+    monkeypatch.setattr(filesystem, "list_files", list_files)
+    with locks.lock(folder):
+        assert locks.is_held(folder)
+        filesystem.publish(f"{folder}/{locks.LOCK_NAME}/{'0' * 12}.json", b"{}")  # never renewed
+    monkeypatch.setattr(locks, "DEAD_AFTER_S", 1.0)
+    time.sleep(1.5)
+    assert not locks.is_held(folder)
+    assert filesystem.list_names(f"{folder}/{locks.LOCK_NAME}") == [f"{'0' * 12}.json"]
 
 
 def test_of_many_writers_that_start_at_once_at_most_one_is_admitted(folder):
