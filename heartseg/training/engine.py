@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from heartseg.config.experiment import Experiment
 from heartseg.config.training import TrainConfig
@@ -20,14 +21,7 @@ from heartseg.metrics.segmentation import ScoreSums, predicted_labels
 from heartseg.models.precision import forward, wants_bf16
 from heartseg.shards.loader import Batches, Intensity, check_shares, epoch_seed, share, steps_per_epoch
 from heartseg.training.augmentation import augment
-from heartseg.training.distributed import (
-    Ranks,
-    compress_gradients,
-    min_over_ranks,
-    share_batch_statistics,
-    share_buffers,
-    sum_over_ranks,
-)
+from heartseg.training.distributed import Ranks, min_over_ranks, share_batch_statistics, share_buffers, sum_over_ranks
 from heartseg.training.losses import segmentation_loss, training_loss
 from heartseg.training.lr_schedules import lr_multiplier
 from heartseg.training.optimizers import AveragedWeights, build_optimizer, set_lr
@@ -90,8 +84,8 @@ def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable
     decay = experiment.optim.ema_decay
     average = AveragedWeights(model, decay) if decay else None
     wrapped = wrap(model)
-    if experiment.train.compress_gradients:
-        compress_gradients(wrapped)
+    if experiment.train.compress_gradients and ranks.world_size > 1:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     if experiment.train.compile != "off":
         # Around the wrapped model, so that gradients are still exchanged in buckets; `model` stays as it is, and with it
         # evaluation and the names in checkpoints.
@@ -171,9 +165,14 @@ def train_one_epoch(
     state.epoch = epoch + 1
     sum_over_ranks(sums.sums, ranks)
     seconds = time.perf_counter() - started
-    metrics = {"epoch": state.epoch, "lr": lr, "seconds": seconds, "images_per_s": steps * train.batch_size / seconds}
-    metrics["workers"] = ranks.world_size
-    return metrics | {f"train/{name}": value for name, value in sums.means().items()}
+    return {
+        "epoch": state.epoch,
+        "lr": lr,
+        "seconds": seconds,
+        "images_per_s": steps * train.batch_size / seconds,
+        "workers": ranks.world_size,
+        **{f"train/{name}": value for name, value in sums.means().items()},
+    }
 
 
 def train_step(

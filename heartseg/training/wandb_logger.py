@@ -127,7 +127,12 @@ class Tracker:
         names = [name for name in filesystem.list_names(files) if "run-" in name and name != current]
         self.superseded = [filesystem.join(files, name, f"run-{self.run.id}.wandb.synced") for name in names]
         if self.folder == self.run_path:
-            _publish_markers(self.superseded)
+            self.mark_superseded()
+
+    def mark_superseded(self) -> None:
+        """Mark the files of earlier processes as synced."""
+        for path in self.superseded:
+            filesystem.publish(path, b"")
 
     @_harmless
     def log(self, metrics: dict[str, float]) -> None:
@@ -175,7 +180,18 @@ class Tracker:
             self.run.finish(exit_code=exit_code)
         finally:
             if self.folder != self.run_path:
-                _move_to_store(self.folder, self.run_path, self.superseded)
+                self.move_to_store()
+
+    def move_to_store(self) -> None:
+        """Move wandb's files to the run on an object store; they stay where they are if it refuses."""
+        try:
+            for local in filter(os.path.isfile, filesystem.walk(os.path.join(self.folder, "wandb"))):  # no dead links
+                target = filesystem.join(self.run_path, os.path.relpath(local, self.folder))
+                filesystem.publish(target, filesystem.read_bytes(local))
+            self.mark_superseded()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        except (OSError, StorageError) as error:
+            log.warning("wandb's files stay in %s: %s", self.folder, error)
 
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:
@@ -235,21 +251,3 @@ def _keep_files_in(folder: str) -> None:
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_CONFIG_DIR"):
         os.environ[variable] = os.path.join(folder, variable.removeprefix("WANDB_").removesuffix("_DIR").lower())
         os.makedirs(os.environ[variable], exist_ok=True)
-
-
-def _publish_markers(paths: list[str]) -> None:
-    for path in paths:
-        filesystem.publish(path, b"")
-
-
-def _move_to_store(folder: str, run_path: str, superseded: list[str]) -> None:
-    try:
-        for path, _, names in os.walk(os.path.join(folder, "wandb")):
-            for local in (os.path.join(path, name) for name in names):
-                if os.path.isfile(local):  # not a link to a log that wandb has removed
-                    target = filesystem.join(run_path, os.path.relpath(local, folder))
-                    filesystem.publish(target, filesystem.read_bytes(local))
-        _publish_markers(superseded)
-        shutil.rmtree(folder, ignore_errors=True)
-    except (OSError, StorageError) as error:
-        log.warning("wandb's files stay in %s: %s", folder, error)

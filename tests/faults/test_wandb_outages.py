@@ -57,7 +57,7 @@ def test_a_server_that_never_answers_costs_no_row_even_if_a_parent_process_uses_
     assert_kept_offline(run, said)
 
 
-@pytest.mark.parametrize("failure", ["silent", "error"])
+@pytest.mark.parametrize("failure", ["silent", pytest.param("error", marks=pytest.mark.slow)])
 def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure, fault_table):
     with serving(fail_after_rows=1, fail_with=failure) as server:
         environment = server.environment() | {"WANDB_FINISH_TIMEOUT": "2"}
@@ -86,6 +86,7 @@ def recover(server: Server) -> None:
     server.failure = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", [[], [{"epoch": 1, "test/dice": 0.5}]], ids=["at once", "after an epoch"])
 def test_a_fragment_that_a_kill_left_empty_does_not_stop_wandb_sync(shards, tmp_path, record):
     """A kill in the first second leaves the header of a `.wandb` file and nothing else."""

@@ -20,10 +20,12 @@ from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share
 from heartseg.shards.reader import open_shards
 from heartseg.shards.streaming_loader import stream_order
+from heartseg.storage import filesystem
 from heartseg.training import distributed, engine, run_directory, worker
 from heartseg.training.distributed import Ranks
 from helpers.experiments import tiny_experiment
 from jobs import train as train_job
+from jobs.support import ray_training
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -152,7 +154,7 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
 SETTINGS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"compress_gradients": True}}
 
 
-def _one_of_two(rank: int, store: str, folder: str) -> None:
+def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     ranks = distributed.current(torch.device("cpu"))
@@ -173,6 +175,10 @@ def _one_of_two(rank: int, store: str, folder: str) -> None:
         fit(base, ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
     except engine.NonFiniteLoss as error:
         kept["stopped"] = error.epoch
+    try:
+        ray_training.open_on_every_rank(os.path.join(folder, "gone") if rank else folder, shards, ranks)
+    except UserError as error:
+        kept["unseen"] = str(error)
     torch.save(kept, os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
@@ -195,10 +201,11 @@ def times_gradients_travel(ranks: Ranks) -> int:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> list[dict]:
+def two_ranks(tmp_path_factory, shards) -> list[dict]:
     """What two processes over gloo have reached: a batch of 13 divides neither between them nor into parts."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(_one_of_two, args=(os.path.join(folder, "store"), folder), nprocs=2)
+    filesystem.publish_json(os.path.join(folder, run_directory.DESCRIPTION), {})  # as if it were a run
+    mp.spawn(_one_of_two, args=(os.path.join(folder, "store"), folder, shards), nprocs=2)
     return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
 
 
@@ -221,6 +228,11 @@ def test_ranks_evaluate_one_model_and_stop_together(two_ranks):
     assert len(one) == len(other) == 4
     for mine, others in zip(one, other, strict=True):
         assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
+
+
+def test_storage_that_one_worker_cannot_see_is_reported_by_all(two_ranks):
+    (message,) = {rank["unseen"] for rank in two_ranks}
+    assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
 
 
 def test_shared_batch_statistics_are_refused_on_cpus_and_left_alone_if_nothing_is_asked():

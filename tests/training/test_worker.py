@@ -118,20 +118,16 @@ def test_plateau_without_a_validation_group_is_refused_before_training(shards):
 
 
 def test_the_plain_launcher_trains_and_evaluates_where_ray_cannot_be_imported(shards, tmp_path):
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "ray.py").write_text("raise ImportError('ray is blocked')\n")
-    config = tmp_path / "tiny.json"
+    config, plain = tmp_path / "tiny.json", ["--data", shards, "--launcher", "plain"]
     config.write_text(json.dumps(to_json(tiny_experiment())))
-    environment = os.environ | {"PYTHONPATH": str(blocked), "CUDA_VISIBLE_DEVICES": ""}
-
-    def job(name, *arguments):
-        command = [sys.executable, str(ROOT / "jobs" / name), *arguments, "--data", shards, "--launcher", "plain"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True).stdout
-
-    assert "2 epochs done" in job("train.py", "--config", str(config), "--runs", str(tmp_path / "runs"))
-    (run,) = (tmp_path / "runs").iterdir()
-    report = job("evaluate.py", "--checkpoint", str(run)).splitlines()[-1]
+    training = ["--config", str(config), "--runs", str(tmp_path), "--run-name", "mine", *plain]
+    code = (
+        "import sys; sys.modules['ray'] = None\nfrom jobs import evaluate, train\n"
+        f"train.job({training}); evaluate.job({['--checkpoint', str(tmp_path / 'mine'), *plain]})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert "2 epochs done" in done.stdout, done.stderr
+    report = done.stdout.splitlines()[-1]
     assert report.endswith("report.html") and os.path.getsize(report) > 10_000
 
 
