@@ -52,31 +52,33 @@ def parents_service():
 def test_a_server_that_never_answers_costs_no_row_even_if_a_parent_process_uses_wandb(shards, tmp_path):
     with serving(failure="silent") as server:
         # 2 s instead of the 10 that the slow test waits.
-        run, _, said = track(shards, tmp_path, 3, 0, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"})
+        run = tracked_run(shards, tmp_path)
+        _, said = track(run, 3, 0, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"})
         assert server.failed_requests
-    assert_kept_offline(run, said)
+    assert_kept_offline(Path(run.path), said)
 
 
 @pytest.mark.parametrize("failure", ["silent", pytest.param("error", marks=pytest.mark.slow)])
 def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure, fault_table):
     with serving(fail_after_rows=1, fail_with=failure) as server:
-        environment = server.environment() | {"WANDB_FINISH_TIMEOUT": "2"}
-        run, took, said = track(shards, tmp_path, 12, 0.3, **environment)
+        run = tracked_run(shards, tmp_path)
+        took, said = track(run, 12, 0.3, **server.environment() | {"WANDB_FINISH_TIMEOUT": "2"})
         assert server.failed_requests, said
         # A call hands over to a process of wandb's own: 5 ms where the machine is idle. The end waits as long as it is told.
         fault_table(f"wandb's server: {failure} in mid run, longest wait of an epoch", None, took["slowest_log_s"])
         assert took["slowest_log_s"] < 1 and 2 <= took["finish_s"] < 6
-        assert_sent_later(server, run, said)
+        assert_sent_later(server, Path(run.path), said)
 
 
 @pytest.mark.slow
 def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_path):
     with serving(fail_after_rows=1, fail_with="error") as server:
         threading.Thread(target=recover, args=[server], daemon=True).start()
-        run, _, said = track(shards, tmp_path, 8, 0.3, **server.environment())
+        run = tracked_run(shards, tmp_path)
+        _, said = track(run, 8, 0.3, **server.environment())
         (sent,) = server.runs.values()
         assert server.failed_requests and "wandb sync" not in said
-        assert_same(sent.rows(), run_directory.read_record(str(run)))
+        assert_same(sent.rows(), run_directory.read_record(run.path))
 
 
 def recover(server: Server) -> None:
@@ -96,7 +98,7 @@ def test_a_fragment_that_a_kill_left_empty_does_not_stop_wandb_sync(shards, tmp_
     broken = Path(run.path, "wandb", f"offline-run-20260101_000000-{name}", f"run-{name}.wandb")
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b":W&B\xef\xbe\x00")
-    track(shards, tmp_path, 2, 0, WANDB_MODE="offline")
+    track(run, 2, 0, WANDB_MODE="offline")
     with serving() as server:
         sync(server, *map(str, sorted(Path(run.path).glob("wandb/offline-run-*"))))
         assert [row["epoch"] for row in server.runs[name].rows()] == [1, 2]

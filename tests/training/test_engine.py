@@ -131,7 +131,6 @@ def test_an_update_that_ruins_the_weights_stops_the_run_with_its_epoch_step_and_
 
 def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one(shards, tmp_path):
     base = tiny_experiment(data=shards, runs=str(tmp_path))
-    base = replace(base, train=replace(base.train, epochs=3))
     run, models, updates = run_directory.open_run(base, open_shards(shards)), [], []
 
     def after_update(*of_optimizer) -> None:
@@ -148,7 +147,7 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
     kept = checkpoint.last(run.path)
     assert kept.epoch == 1 and all(value.isfinite().all() for value in kept.weights().values())
     worker.train_rank(base, run, ALONE, lambda model: model)
-    assert [row["epoch"] for row in run_directory.read_record(run.path)] == [1, 2, 3]
+    assert [row["epoch"] for row in run_directory.read_record(run.path)] == [1, 2]
 
 
 SETTINGS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"compress_gradients": True}}
