@@ -16,6 +16,7 @@ from heartseg.errors import UserError
 from heartseg.metrics import segmentation
 from heartseg.metrics.segmentation import ScoreSums
 from heartseg.models import checkpoint
+from heartseg.models.checkpoint import snapshot
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share
 from heartseg.shards.reader import open_shards
@@ -42,6 +43,11 @@ def with_train(**changes):
     return replace(base, train=replace(base.train, **changes))
 
 
+def with_average(decay: float):
+    base = tiny_experiment()
+    return replace(base, optim=replace(base.optim, ema_decay=decay))
+
+
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(size)
     return torch.rand(size, 1, 16, 16, generator=generator), torch.randint(4, (size, 16, 16), generator=generator).byte()
@@ -66,8 +72,15 @@ def loader(rank: int = 0, world_size: int = 1, size: int = 28) -> Loader:
     return Loader((images * 255).byte(), masks, rank, world_size)
 
 
-def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None, ruin_after: int = 4) -> list[dict]:
-    """The metrics of each epoch; `ruin` is called with the state after an update of the first one, by default its last."""
+def metrics_of(state: engine.TrainState, metrics: dict) -> dict:
+    """What `fit` keeps of an epoch, if nothing else is asked for."""
+    return metrics
+
+
+def fit(
+    experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None, ruin_after: int = 4, keep=metrics_of
+) -> list:
+    """What `keep` finds after each epoch; `ruin` gets the state after an update of the first one, by default its last."""
     state, found = started(experiment, ranks, network(nn.BatchNorm2d)), []
 
     def after_step(epoch: int, step: int, steps: int) -> None:
@@ -75,7 +88,7 @@ def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda 
             ruin(state)
 
     loaders = dict.fromkeys(groups, loader(ranks.rank, ranks.world_size))
-    engine.fit(experiment, state, loaders, Intensity(), ranks, lambda _, metrics: found.append(metrics), after_step)
+    engine.fit(experiment, state, loaders, Intensity(), ranks, lambda *of_epoch: found.append(keep(*of_epoch)), after_step)
     return found
 
 
@@ -159,19 +172,9 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     ranks = distributed.current(torch.device("cpu"))
     kept = {name: train(with_train(batch_size=13, **one), ranks)[0].model.state_dict() for name, one in SETTINGS.items()}
     kept["travelled"] = times_gradients_travel(ranks)
-    seen, whole = [], engine.evaluate
-
-    def evaluate(experiment, model, *others):
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return whole(experiment, model, *others)
-
-    engine.evaluate = evaluate
-    base = tiny_experiment()
-    for ema_decay in (0.0, 0.9):
-        fit(replace(base, optim=replace(base.optim, ema_decay=ema_decay)), ranks)
-    kept["evaluated"] = seen
+    kept["evaluated"] = evaluated_models(ranks)
     try:
-        fit(base, ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
+        fit(tiny_experiment(), ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
     except engine.NonFiniteLoss as error:
         kept["stopped"] = error.epoch
     try:
@@ -181,6 +184,12 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     torch.save(kept, os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def evaluated_models(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+    """The states that are scored after each epoch of a run without and of one with averaged weights."""
+    runs = (fit(with_average(decay), ranks, keep=lambda state, _: snapshot(state.evaluated.state_dict())) for decay in (0, 0.9))
+    return [epoch for run in runs for epoch in run]
 
 
 def times_gradients_travel(ranks: Ranks) -> int:
@@ -221,12 +230,31 @@ def test_gradients_travel_once_an_update_and_are_rounded_if_asked(two_ranks):
     assert not torch.equal(two_ranks[0]["bf16"]["0.weight"], two_ranks[0]["plain"]["0.weight"])
 
 
-def test_ranks_evaluate_one_model_and_stop_together(two_ranks):
+def test_ranks_evaluate_one_model_which_is_one_process_s_and_stop_together(two_ranks):
     assert [rank["stopped"] for rank in two_ranks] == [1, 1]
-    one, other = (rank["evaluated"] for rank in two_ranks)
-    assert len(one) == len(other) == 4
-    for mine, others in zip(one, other, strict=True):
+    one, other, alone = *(rank["evaluated"] for rank in two_ranks), evaluated_models(ALONE)
+    assert len(one) == len(other) == len(alone) == 4
+    for mine, others, wanted in zip(one, other, alone, strict=True):
         assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
+        # Batch normalisation sees a rank's images only, and so weights differ; statistics are of the same images.
+        for name in ("1.running_mean", "1.running_var"):
+            torch.testing.assert_close(mine[name], wanted[name], rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("ema_decay", [0, 0.9])
+def test_a_young_model_is_scored_and_kept_with_the_batch_statistics_of_its_own_weights(ema_decay, monkeypatch):
+    images = loader().images.float() / 255
+
+    def error(state: engine.TrainState, _: dict) -> float:
+        """How far the variances are from those of the training images, at the worst channel."""
+        with torch.no_grad():
+            wanted = state.evaluated[0](images).transpose(0, 1).flatten(1).var(dim=1)
+        return (state.evaluated[1].running_var / wanted).log().abs().max().item()
+
+    young = fit(with_average(ema_decay), keep=error)
+    monkeypatch.setattr(engine, "YOUNG_STEPS", 3)  # an epoch has four
+    lagging = fit(with_average(ema_decay), keep=error)
+    assert max(young) < 0.1 < 1 < min(lagging)
 
 
 def test_storage_that_one_worker_cannot_see_is_reported_by_all(two_ranks):
