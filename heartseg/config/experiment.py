@@ -83,7 +83,7 @@ class TrackingConfig:
     """Weights & Biases."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """`auto`: online if WANDB_API_KEY is set, otherwise offline."""
+    """`auto`: online if WANDB_API_KEY is set or after `wandb login`, otherwise offline."""
     project: str = "heartseg"
     """Project of the dashboard."""
     group: str = ""

@@ -6,11 +6,14 @@ was online or synced before and is resumed offline sends its earlier rows again.
 
 import functools
 import logging
+import netrc
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas
@@ -24,6 +27,9 @@ from heartseg.training.run_directory import Run
 log = logging.getLogger(__name__)
 # Datasets whose images may be sent by default: one is public, the other is synthetic.
 SHAREABLE = ("CAMUS", "phantom")
+# What shows that someone has logged in; and all that names the server and opens it.
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+CONNECTION = (*KEYS, "WANDB_BASE_URL", "WANDB_MODE")
 # Marks a run of the dashboard that was ended on behalf of a process that could not do it.
 CLOSED = "wandb_closed"
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
@@ -100,19 +106,34 @@ class Tracker:
             config=flatten(run.description["identity"]) | lineage,
             settings=self.wandb.Settings(**settings),
         )
+        mode = _asked_mode(experiment)
         try:
-            started = init(mode=_mode(experiment))
-        except self.wandb.errors.Error as error:
+            started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
+        except Exception as error:
             log.warning(
-                "wandb cannot be reached (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
+                "wandb did not start (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
                 _first_line(error),
                 self.run_path,
             )
             self.wandb.teardown()  # its service holds the run's id for the attempt that failed
-            started = init(mode="offline")
+            with patch.dict(os.environ):  # a key or an address that is not valid is refused offline as well
+                for name in CONNECTION:
+                    os.environ.pop(name, None)
+                started = init(mode="offline")
         started.define_metric("*", step_metric="epoch")
         started.define_metric("val/dice", step_metric="epoch", summary="max")
         return started
+
+    def has_key(self) -> bool:
+        """True if there is a key for wandb's server: in the environment, or from `wandb login`."""
+        if any(os.environ.get(name) for name in KEYS):
+            return True
+        path = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
+        server = urlsplit(self.wandb.setup().settings.base_url).netloc
+        try:
+            return netrc.netrc(path).authenticators(server) is not None
+        except (OSError, netrc.NetrcParseError):
+            return False
 
     @_harmless
     def resume(self, record: list[dict]) -> None:
@@ -196,8 +217,10 @@ class Tracker:
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:
     """The tracker of this rank; `record` holds the epochs that the run has already."""
-    if not is_main or _mode(experiment) in ("off", "disabled"):
+    if not is_main or _asked_mode(experiment) in ("off", "disabled"):
         return Tracker()
+    if key := os.environ.pop("WANDB_API_KEY", "").strip():  # a secret that is mounted as a file ends with a line end
+        os.environ["WANDB_API_KEY"] = key
     try:
         tracker = Tracker(experiment, run)
     except Exception as error:
@@ -229,11 +252,10 @@ def track_sweep(experiment: Experiment, run: Run, table: pandas.DataFrame, page:
     tracker.finish()
 
 
-def _mode(experiment: Experiment) -> str:
-    """`online`, `offline` or `off`; for `auto`, WANDB_MODE decides if it is set."""
-    if experiment.tracking.wandb != "auto":
-        return experiment.tracking.wandb
-    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+def _asked_mode(experiment: Experiment) -> str:
+    """`online`, `offline`, `off` or `auto`; for `auto`, WANDB_MODE decides if it is set."""
+    asked = experiment.tracking.wandb
+    return os.environ.get("WANDB_MODE", "").strip() or asked if asked == "auto" else asked
 
 
 def _first_line(error: Exception) -> str:
@@ -241,13 +263,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _keep_files_in(folder: str) -> None:
-    """Keep wandb's cache, artifact staging and settings with the run; it would use the home directory.
+    """Keep wandb's cache and artifact staging with the run; it would use the home directory.
 
     Its own error reports are off: they leave the machine unasked, and delay the exit by 10 s if the server is silent.
     A parent process's service is not shared: it would end with the parent, and keep the id of an attempt that failed.
     """
     os.environ.pop("WANDB_SERVICE", None)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_CONFIG_DIR"):
+    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[variable] = os.path.join(folder, variable.removeprefix("WANDB_").removesuffix("_DIR").lower())
         os.makedirs(os.environ[variable], exist_ok=True)

@@ -182,7 +182,10 @@ def readable(path: str) -> Iterator[Finding]:
 
 def wandb() -> Iterator[Finding]:
     """Whether W&B's server answers within 5 s and accepts the key, which is never shown."""
-    key, server = os.environ.get("WANDB_API_KEY", ""), os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    key, server = (
+        os.environ.get("WANDB_API_KEY", "").strip(),
+        os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/"),
+    )
     if os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled") or not key:
         yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
         return

@@ -4,12 +4,15 @@ import os
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import wandb
 
+from heartseg.config.experiment import from_json
 from heartseg.training import run_directory, wandb_logger
-from helpers.tracked_runs import assert_same, finish, kept_rows, start, sync, the_run, track, tracked_run, without_key
+from heartseg.training.run_directory import Run
+from helpers.tracked_runs import FAST, assert_same, finish, kept_rows, start, sync, the_run, track, tracked_run, without_key
 from helpers.wandb_server import KEY, Server, serving
 
 
@@ -56,6 +59,40 @@ def test_a_server_that_never_answers_costs_no_row_even_if_a_parent_process_uses_
         _, said = track(run, 3, 0, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"})
         assert server.failed_requests
     assert_kept_offline(Path(run.path), said)
+
+
+def track_one_epoch(shards: str, folder: Path, **environment: str) -> Run:
+    """Track a run of one epoch in this process."""
+    run = tracked_run(shards, folder)
+    with patch.dict(os.environ, FAST | environment):
+        tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, [])
+        tracker.log({"epoch": 1, "test/dice": 0.5})
+        tracker.finish()
+        wandb.teardown()
+    return run
+
+
+@pytest.mark.parametrize("login", ["a key with a line end", "a login on this machine"])
+def test_a_key_is_found_and_opens_the_server(shards, tmp_path, login):
+    with serving() as server:
+        environment = server.environment() | {"WANDB_API_KEY": f" {KEY}\n"}
+        if login == "a login on this machine":
+            logins = tmp_path / "netrc"  # as `wandb login` writes it
+            logins.write_text(f"machine {server.url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
+            environment = {"WANDB_BASE_URL": server.url, "NETRC": str(logins)}
+        run = track_one_epoch(shards, tmp_path, **environment)
+        assert [row["epoch"] for row in server.runs[run.description["wandb_id"]].rows()] == [1]
+
+
+BAD_SETTINGS = [{"WANDB_API_KEY": "short"}, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "nonsense"}, {"WANDB_MODE": "onlin"}]
+
+
+@pytest.mark.parametrize("settings", BAD_SETTINGS, ids=lambda settings: list(settings)[-1])
+def test_a_tracker_that_wandb_refuses_at_the_start_is_kept_offline_with_all_rows(shards, tmp_path, settings, caplog):
+    run = track_one_epoch(shards, tmp_path, **settings)
+    (fragment,) = Path(run.path).glob("wandb/offline-run-*/*.wandb")
+    assert [row["epoch"] for row in kept_rows(fragment)] == [1]
+    assert caplog.text.count("kept offline") == 1 and "not tracked" not in caplog.text
 
 
 @pytest.mark.parametrize("failure", ["silent", pytest.param("error", marks=pytest.mark.slow)])

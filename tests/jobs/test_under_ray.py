@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from heartseg.config.experiment import TrackingConfig
 from heartseg.errors import UserError
@@ -27,9 +28,13 @@ def losses(path: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain_run(shards, tmp_path_factory) -> str:
-    """The reference: one process without a launcher."""
-    folder = str(tmp_path_factory.mktemp("plain"))
-    return train.run(tiny_experiment(data=shards, runs=folder), train.Options(launcher="plain"))
+    """The reference: one process without a launcher, on as many threads as Ray gives one worker."""
+    folder, threads = str(tmp_path_factory.mktemp("plain")), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        return train.run(tiny_experiment(data=shards, runs=folder), train.Options(launcher="plain"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
