@@ -71,20 +71,17 @@ def run(experiment: Experiment, options: Options) -> str:
 
 def train_without_ray(experiment: Experiment, shards: Shards, options: Options, initial: dict | None) -> str:
     """Train in this process, one of torchrun's or the only one."""
-    ranks = distributed.start_plain()
-    try:
+    with distributed.plain_ranks() as ranks:
         opened = None
         if ranks.is_main:
             opened = run_directory.open_run(experiment, shards, options.run_name, options.fresh, initial)
             print(f"run {opened.path}")
         opened = distributed.from_main(opened, ranks)
-        wrap_here = functools.partial(distributed.wrap_model, ranks=ranks, train=experiment.train)
+        wrap = functools.partial(distributed.wrap_model, ranks=ranks, train=experiment.train)
         with locks.lock(opened.path) if ranks.is_main else contextlib.nullcontext():
-            train_rank(experiment, opened, ranks, wrap_here, profile=options.profile)
+            train_rank(experiment, opened, ranks, wrap, profile=options.profile)
         distributed.barrier(ranks)
-        return opened.path if ranks.is_main else ""
-    finally:
-        distributed.stop_plain()
+    return opened.path if ranks.is_main else ""
 
 
 def job(argv: Sequence[str]) -> None:

@@ -83,7 +83,7 @@ class TrackingConfig:
     """Weights & Biases."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """`auto`: online if WANDB_API_KEY is set, otherwise offline."""
+    """`auto`: online if WANDB_API_KEY is set or after `wandb login`, otherwise offline."""
     project: str = "heartseg"
     """Project of the dashboard."""
     group: str = ""
@@ -169,20 +169,16 @@ def from_json(value: dict, kind: type = Experiment, origin: str = "the configura
 
 def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
     """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if there is none."""
-    for key in sorted(old.keys() | new.keys()):
-        there, asked = old.get(key), new.get(key)
-        if isinstance(there, dict) and isinstance(asked, dict):
-            inner = first_difference(there, asked, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif there != asked:
-            return f"{prefix}{key}: {there} there, {asked} asked"
+    there, asked = flatten(old, prefix), flatten(new, prefix)
+    for name in sorted(there.keys() | asked.keys()):
+        if there.get(name) != asked.get(name):
+            return f"{name}: {there.get(name)} there, {asked.get(name)} asked"
     return None
 
 
 def flatten(value: dict, prefix: str = "") -> dict[str, object]:
-    """Nested values by their dotted names, as `train.epochs`."""
+    """Nested values by their dotted names, as `train.epochs`; an empty dict is a value."""
     flat = {}
     for key, inner in value.items():
-        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
     return flat

@@ -244,12 +244,16 @@ def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
 
 
 def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
-    """A mask as uint8 of its own; raises DamagedRecording where a label is not one of 0-3."""
-    with np.errstate(invalid="ignore"):  # what no uint8 can hold is found by the comparison
+    """A mask as uint8 of its own, what is within 0.001 of a label rounded to it; raises DamagedRecording that names others."""
+    if mask.dtype == np.uint8:
         labels = mask.astype(np.uint8, order="C")
-    if mask.dtype != np.uint8 and (labels != mask).any():
-        known = np.isfinite(mask).all()
-        raise DamagedRecording(f"has labels that are not {f'0 to {NUM_CLASSES - 1}' if known else 'finite'}", path)
+    else:
+        with np.errstate(invalid="ignore"):  # what no uint8 can hold is found by the comparison
+            labels = np.rint(mask).astype(np.uint8, order="C")
+            wrong = np.unique(mask[~(np.abs(mask - labels) <= 1e-3)])
+        if len(wrong):
+            named = ", ".join(f"{value:g}" for value in wrong[:5]) + (", …" if len(wrong) > 5 else "")
+            raise DamagedRecording(f"has labels that are not 0 to {NUM_CLASSES - 1}: {named}", path)
     if labels.max() >= NUM_CLASSES:
         raise DamagedRecording(f"has label {labels.max()}, and only 0 to {NUM_CLASSES - 1} have a meaning", path)
     return labels

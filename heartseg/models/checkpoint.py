@@ -55,19 +55,12 @@ class Checkpoint:
 
 
 def snapshot(value: object) -> object:
-    """A copy on the CPU of nested states, which training may change later; tensors that share memory still share it."""
-    copies: dict[int, torch.Tensor] = {}
-
-    def copy(item: object) -> object:
-        if isinstance(item, torch.Tensor):
-            if id(item) not in copies:
-                copies[id(item)] = item.detach().to("cpu", copy=True)
-            return copies[id(item)]
-        if isinstance(item, dict):
-            return {key: copy(inner) for key, inner in item.items()}
-        return type(item)(copy(inner) for inner in item) if isinstance(item, (list, tuple)) else item
-
-    return copy(value)
+    """A copy on the CPU of nested states, which training may change later."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(inner) for key, inner in value.items()}
+    return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
 
 
 def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:

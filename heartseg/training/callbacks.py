@@ -4,7 +4,6 @@ Checkpoints are written by a thread while the next epoch trains. An epoch enters
 complete, so an interrupted run resumes from the last epoch of its record, without a gap and without a repeated epoch.
 """
 
-import contextlib
 import io
 import logging
 import time
@@ -75,11 +74,6 @@ class EpochCallbacks:
         if pending:
             pending.result()
 
-    def close(self) -> None:
-        """Wait until the last epoch is written, also while an exception passes through."""
-        with contextlib.suppress(Exception):
-            self.wait()
-
     def write_epoch(self, states: dict, card: dict, metrics: dict[str, float]) -> None:
         """Write the checkpoint first, then everything that shows the epoch. Raises UserError if the storage refuses."""
         try:
@@ -114,13 +108,11 @@ class EpochCallbacks:
 
     def print_epoch(self, metrics: dict[str, float]) -> None:
         """Print a line per epoch: scores, speed, and how long the rest will take."""
-        scores = [
-            f"{name} {metrics[name]:.4f}" for name in ("train/loss", "train/dice", "val/dice", "test/dice") if name in metrics
-        ]
-        epochs = self.experiment.train.epochs
+        shown = (name for name in ("train/loss", "train/dice", "val/dice", "test/dice") if name in metrics)
+        scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown)
+        epochs, rate = self.experiment.train.epochs, f"{metrics['images_per_s']:.0f} images/s"
         left = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
-        rate = f"{metrics['images_per_s']:.0f} images/s"
-        log.info("epoch %d/%d  %s  %s  %.0f min left", metrics["epoch"], epochs, "  ".join(scores), rate, left / 60)
+        log.info("epoch %d/%d  %s  %s  %.0f min left", metrics["epoch"], epochs, scores, rate, left / 60)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
         """Print a line at the first step, and then at most every ten seconds."""
@@ -129,10 +121,12 @@ class EpochCallbacks:
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)
 
     def finish(self, state: engine.TrainState) -> None:
-        """Write the model card, which marks a run as finished."""
+        """Write the model card, which marks a run as finished, and track the best checkpoint."""
         self.wait()
         if not filesystem.exists(filesystem.join(self.run.path, "samples", "last.npz")):
             self.write_samples(state)
         run_directory.write_record(self.run.path, self.record)
         card = run_directory.model_card(self.run, self.record[-1]).encode()
         filesystem.publish(filesystem.join(self.run.path, run_directory.MODEL_CARD), card)
+        best = checkpoint.find(self.run.path, "best")
+        self.tracker.artifact(best.path, self.run.description["data_fingerprint"])

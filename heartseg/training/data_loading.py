@@ -3,13 +3,13 @@
 The order of the images differs between the two, and with it the weights: a run resumes as it began, on any machine.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -36,20 +36,18 @@ class TrainingData:
 def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
     """Open all groups of some shards, `ingest` being `memory` or `stream`; raises UserError for damaged ones."""
     at = (ranks.rank, ranks.world_size, ranks.device)
-    if ingest == "memory":
-        frames = load_groups(shards, shards.groups)
-        loaders = {group: Loader.of(one, *at) for group, one in frames.items()}
-        return TrainingData(loaders, lambda group, rows: _some(frames[group], rows))
-    check_sizes(shards)
-    index = index_groups(shards)
-    loaders = {group: Stream(shards, held, *at) for group, held in index.items()}
-    return TrainingData(loaders, lambda group, rows: read_rows(shards, index[group], rows))
+    if ingest == "stream":
+        check_sizes(shards)
+        index = index_groups(shards)
+        loaders = {group: Stream(shards, held, *at) for group, held in index.items()}
+        return TrainingData(loaders, lambda group, rows: read_rows(shards, index[group], rows))
+    frames = load_groups(shards, shards.groups)
 
+    def take_rows(group: str, rows: Sequence[int]) -> FrameRows:
+        held, numbers = frames[group], list(rows)
+        return FrameRows(held.images[numbers], held.masks[numbers], held.table.take(pa.array(numbers, pa.int64())))
 
-def _some(frames: FrameRows, rows: Sequence[int]) -> FrameRows:
-    numbers = np.asarray(rows, dtype=np.int64)
-    chosen = torch.from_numpy(numbers)
-    return FrameRows(frames.images[chosen], frames.masks[chosen], frames.table.take(pa.array(numbers)))
+    return TrainingData({group: Loader.of(one, *at) for group, one in frames.items()}, take_rows)
 
 
 def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:
@@ -92,29 +90,22 @@ def free_on_machine(root: str = "/") -> float:
     try:
         lines = Path(root, "proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    except OSError:
-        names = os.sysconf_names
-        if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys():  # no Linux: all memory there is
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except OSError:  # not Linux: all memory there is
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found)
 
 
 def _free_in_container(root: Path) -> float:
     """The least that the control groups of this process leave it; file caches, which give way, do not count as taken."""
-    free = float("inf")
-    try:
+    free, own = float("inf"), "/"
+    with contextlib.suppress(OSError, ValueError):
         (own,) = [line.split(":")[2] for line in Path(root, "proc/self/cgroup").read_text().splitlines() if line[0] == "0"]
-    except (OSError, ValueError):
-        own = "/"
     version_2 = Path(root, "sys/fs/cgroup" + own)
-    folders = [(version_2, "max", "current"), *((parent, "max", "current") for parent in version_2.parents)]
-    folders.append((Path(root, "sys/fs/cgroup/memory"), "limit_in_bytes", "usage_in_bytes"))
-    for folder, limit, usage in folders:
-        try:
-            most, taken = ((folder / f"memory.{name}").read_text().strip() for name in (limit, usage))
+    groups = [(folder, "max", "current", "inactive_file") for folder in (version_2, *version_2.parents)]
+    groups.append((Path(root, "sys/fs/cgroup/memory"), "limit_in_bytes", "usage_in_bytes", "total_inactive_file"))
+    for folder, limit, usage, cache in groups:
+        with contextlib.suppress(OSError, ValueError):  # not a control group, or no limit ("max")
+            most, taken = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            free = min(free, float("inf") if most == "max" else int(most) - int(taken) + cache)
-        except (OSError, ValueError):
-            continue
+            free = min(free, most - taken + int(stat.get(cache, 0)))
     return free

@@ -1,12 +1,13 @@
 """Ranks, sums over ranks, rows gathered over ranks; the identity in one process."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import TrainConfig
@@ -29,26 +30,23 @@ class Ranks:
 
 def current(device: torch.device) -> Ranks:
     """The ranks as torch.distributed has them; one process if it is not initialised."""
-    if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size(), device)
-    return Ranks(0, 1, device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else Ranks(0, 1, device)
 
 
-def start_plain() -> Ranks:
-    """Join the group that torchrun describes in the environment, or be alone."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+@contextlib.contextmanager
+def plain_ranks() -> Iterator[Ranks]:
+    """Join the group that torchrun describes in the environment, or be alone; leaves the group at the end."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return current(device)
-
-
-def stop_plain() -> None:
-    """Leave the group that start_plain joined."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield current(device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def ddp_options(train: TrainConfig) -> dict[str, bool]:
@@ -73,30 +71,22 @@ def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) 
     """
     if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
         return model
-    if ranks.device.type != "cuda":
-        if config.sync_bn == "on":
-            raise UserError("--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
-        return model
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if ranks.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.sync_bn == "on":
+        raise UserError("--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
+    return model
 
 
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the running statistics of rank 0, so that all of them evaluate the model that it keeps, in place.
+    """Give every rank the running statistics of rank 0, in place: ranks that do not share batch statistics differ in them.
 
-    Ranks that do not share batch statistics gather their own, and DistributedDataParallel evens out those of the model that
-    it wraps, at its next forward pass.
+    So all of them evaluate the model that rank 0 keeps.
     """
-    if ranks.world_size > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, src=0)
-
-
-def compress_gradients(wrapped: nn.Module) -> None:
-    """Let ranks exchange gradients in bf16, if there are several."""
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        wrapped.register_comm_hook(None, bf16_compress_hook)
+    for buffer in model.buffers() if ranks.world_size > 1 else ():
+        if buffer.is_floating_point():
+            dist.broadcast(buffer, src=0)
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -8,11 +8,12 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from heartseg.config.experiment import Experiment
 from heartseg.config.training import TrainConfig
@@ -20,20 +21,16 @@ from heartseg.metrics.segmentation import ScoreSums, predicted_labels
 from heartseg.models.precision import forward, wants_bf16
 from heartseg.shards.loader import Batches, Intensity, check_shares, epoch_seed, share, steps_per_epoch
 from heartseg.training.augmentation import augment
-from heartseg.training.distributed import (
-    Ranks,
-    compress_gradients,
-    min_over_ranks,
-    share_batch_statistics,
-    share_buffers,
-    sum_over_ranks,
-)
+from heartseg.training.distributed import Ranks, min_over_ranks, share_batch_statistics, share_buffers, sum_over_ranks
 from heartseg.training.losses import segmentation_loss, training_loss
 from heartseg.training.lr_schedules import lr_multiplier
 from heartseg.training.optimizers import AveragedWeights, build_optimizer, set_lr
 
 # Steps between two checks of the device: each check waits for it.
 STEPS_PER_CHECK = 20
+# Up to this step, running batch statistics lag so far behind the weights that whole scores are zero. Measured on CAMUS: later,
+# they are better than an estimate from so few images. At most an eighth of the training group, so that it costs 1 %.
+YOUNG_STEPS, STATISTICS_IMAGES = 200, 64
 
 
 class NonFiniteLoss(Exception):
@@ -90,8 +87,8 @@ def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable
     decay = experiment.optim.ema_decay
     average = AveragedWeights(model, decay) if decay else None
     wrapped = wrap(model)
-    if experiment.train.compress_gradients:
-        compress_gradients(wrapped)
+    if experiment.train.compress_gradients and ranks.world_size > 1:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     if experiment.train.compile != "off":
         # Around the wrapped model, so that gradients are still exchanged in buckets; `model` stays as it is, and with it
         # evaluation and the names in checkpoints.
@@ -129,6 +126,8 @@ def fit(
     others = {group: loader for group, loader in loaders.items() if group != "train"}
     while state.epoch < experiment.train.epochs:
         metrics = train_one_epoch(experiment, state, loaders["train"], intensity, ranks, on_step)
+        if state.epoch * steps_per_epoch(len(loaders["train"]), experiment.train.batch_size) <= YOUNG_STEPS:
+            estimate_batch_statistics(experiment, state.evaluated, loaders["train"], intensity)
         share_buffers(state.evaluated, ranks)
         for group, loader in others.items():
             scores = evaluate(experiment, state.evaluated, loader, intensity, ranks)
@@ -171,9 +170,14 @@ def train_one_epoch(
     state.epoch = epoch + 1
     sum_over_ranks(sums.sums, ranks)
     seconds = time.perf_counter() - started
-    metrics = {"epoch": state.epoch, "lr": lr, "seconds": seconds, "images_per_s": steps * train.batch_size / seconds}
-    metrics["workers"] = ranks.world_size
-    return metrics | {f"train/{name}": value for name, value in sums.means().items()}
+    return {
+        "epoch": state.epoch,
+        "lr": lr,
+        "seconds": seconds,
+        "images_per_s": steps * train.batch_size / seconds,
+        "workers": ranks.world_size,
+        **{f"train/{name}": value for name, value in sums.means().items()},
+    }
 
 
 def train_step(
@@ -239,6 +243,37 @@ def _raise_if_ruined(
     fine &= all(math.isfinite(metrics[f"{group}/loss"]) for group, loader in loaders.items() if len(loader))
     steps = steps_per_epoch(len(loaders["train"]), train.batch_size)
     _raise_if_not_finite(steps - 1 + fine.int(), steps, loaders["train"], train, state.epoch - 1, ranks)
+
+
+@torch.no_grad()
+def estimate_batch_statistics(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity) -> None:
+    """Replace a model's running batch statistics by those of a few training images, the same on every rank and in every epoch.
+
+    What is scored and kept, the averaged weights above all, is then not judged by statistics that still hold the initial ones.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # the mean over batches
+    for images in _statistics_batches(experiment.train, loader) if norms else ():
+        forward(experiment.train, model, intensity.apply(images))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _statistics_batches(train: TrainConfig, loader: Batches) -> Iterator[torch.Tensor]:
+    """Images [b,1,H,W], at least two in a batch, of the first global batches of a run."""
+    whole = replace(loader, rank=0, world_size=1)
+    left = min(STATISTICS_IMAGES, max(8, len(loader) // 8))
+    for images, _ in whole.training_batches(train.batch_size, train.seed, epoch=0):
+        for part in images[:left].split(max(2, train.eval_batch_size)):
+            if len(part) > 1:  # of one image there are no statistics
+                yield part
+        left = max(0, left - len(images))
+        if not left:
+            return
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 `experiment.json` holds the configuration and lineage; `metrics.jsonl`, one line per epoch, is the record.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -107,18 +108,12 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
     return Run(path, description)
 
 
-def recorded_ingest(run: Run) -> str | None:
-    """How a run that has begun reads its shards, `memory` or `stream`; None for a new run."""
-    # Before there was a choice, all read from memory.
-    return run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
-
-
 def record_ingest(run: Run, ingest: str, is_main: bool) -> Run:
     """The run with how it reads its shards, which the first rank records: it resumes the same way, on any machine."""
-    kept = Run(run.path, run.description | {"ingest": ingest})
-    if is_main and kept != run:
-        filesystem.publish_json(filesystem.join(run.path, DESCRIPTION), kept.description)
-    return kept
+    recorded = Run(run.path, run.description | {"ingest": ingest})
+    if is_main and recorded != run:
+        filesystem.publish_json(filesystem.join(run.path, DESCRIPTION), recorded.description)
+    return recorded
 
 
 def find_run(path: str) -> Run:
@@ -152,10 +147,8 @@ def code_revision() -> str:
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-        try:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
             return "git " + subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            pass
     files = sorted(path for folder in ("heartseg", "jobs") for path in (root / folder).rglob("*.py"))
     return "sha256 " + filesystem.sha256(b"".join(os.fsencode(f.relative_to(root)) + f.read_bytes() for f in files))
 

@@ -6,11 +6,14 @@ was online or synced before and is resumed offline sends its earlier rows again.
 
 import functools
 import logging
+import netrc
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas
@@ -24,6 +27,9 @@ from heartseg.training.run_directory import Run
 log = logging.getLogger(__name__)
 # Datasets whose images may be sent by default: one is public, the other is synthetic.
 SHAREABLE = ("CAMUS", "phantom")
+# What shows that someone has logged in; and all that names the server and opens it.
+KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+CONNECTION = (*KEYS, "WANDB_BASE_URL", "WANDB_MODE")
 # Marks a run of the dashboard that was ended on behalf of a process that could not do it.
 CLOSED = "wandb_closed"
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
@@ -100,19 +106,34 @@ class Tracker:
             config=flatten(run.description["identity"]) | lineage,
             settings=self.wandb.Settings(**settings),
         )
+        mode = _asked_mode(experiment)
         try:
-            started = init(mode=_mode(experiment))
-        except self.wandb.errors.Error as error:
+            started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
+        except Exception as error:
             log.warning(
-                "wandb cannot be reached (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
+                "wandb did not start (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
                 _first_line(error),
                 self.run_path,
             )
             self.wandb.teardown()  # its service holds the run's id for the attempt that failed
-            started = init(mode="offline")
+            with patch.dict(os.environ):  # a key or an address that is not valid is refused offline as well
+                for name in CONNECTION:
+                    os.environ.pop(name, None)
+                started = init(mode="offline")
         started.define_metric("*", step_metric="epoch")
         started.define_metric("val/dice", step_metric="epoch", summary="max")
         return started
+
+    def has_key(self) -> bool:
+        """True if there is a key for wandb's server: in the environment, or from `wandb login`."""
+        if any(os.environ.get(name) for name in KEYS):
+            return True
+        path = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
+        server = urlsplit(self.wandb.setup().settings.base_url).netloc
+        try:
+            return netrc.netrc(path).authenticators(server) is not None
+        except (OSError, netrc.NetrcParseError):
+            return False
 
     @_harmless
     def resume(self, record: list[dict]) -> None:
@@ -127,7 +148,12 @@ class Tracker:
         names = [name for name in filesystem.list_names(files) if "run-" in name and name != current]
         self.superseded = [filesystem.join(files, name, f"run-{self.run.id}.wandb.synced") for name in names]
         if self.folder == self.run_path:
-            _publish_markers(self.superseded)
+            self.mark_superseded()
+
+    def mark_superseded(self) -> None:
+        """Mark the files of earlier processes as synced."""
+        for path in self.superseded:
+            filesystem.publish(path, b"")
 
     @_harmless
     def log(self, metrics: dict[str, float]) -> None:
@@ -175,13 +201,26 @@ class Tracker:
             self.run.finish(exit_code=exit_code)
         finally:
             if self.folder != self.run_path:
-                _move_to_store(self.folder, self.run_path, self.superseded)
+                self.move_to_store()
+
+    def move_to_store(self) -> None:
+        """Move wandb's files to the run on an object store; they stay where they are if it refuses."""
+        try:
+            for local in filter(os.path.isfile, filesystem.walk(os.path.join(self.folder, "wandb"))):  # no dead links
+                target = filesystem.join(self.run_path, os.path.relpath(local, self.folder))
+                filesystem.publish(target, filesystem.read_bytes(local))
+            self.mark_superseded()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        except (OSError, StorageError) as error:
+            log.warning("wandb's files stay in %s: %s", self.folder, error)
 
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:
     """The tracker of this rank; `record` holds the epochs that the run has already."""
-    if not is_main or _mode(experiment) in ("off", "disabled"):
+    if not is_main or _asked_mode(experiment) in ("off", "disabled"):
         return Tracker()
+    if key := os.environ.pop("WANDB_API_KEY", "").strip():  # a secret that is mounted as a file ends with a line end
+        os.environ["WANDB_API_KEY"] = key
     try:
         tracker = Tracker(experiment, run)
     except Exception as error:
@@ -213,11 +252,10 @@ def track_sweep(experiment: Experiment, run: Run, table: pandas.DataFrame, page:
     tracker.finish()
 
 
-def _mode(experiment: Experiment) -> str:
-    """`online`, `offline` or `off`; for `auto`, WANDB_MODE decides if it is set."""
-    if experiment.tracking.wandb != "auto":
-        return experiment.tracking.wandb
-    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+def _asked_mode(experiment: Experiment) -> str:
+    """`online`, `offline`, `off` or `auto`; for `auto`, WANDB_MODE decides if it is set."""
+    asked = experiment.tracking.wandb
+    return os.environ.get("WANDB_MODE", "").strip() or asked if asked == "auto" else asked
 
 
 def _first_line(error: Exception) -> str:
@@ -225,31 +263,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _keep_files_in(folder: str) -> None:
-    """Keep wandb's cache, artifact staging and settings with the run; it would use the home directory.
+    """Keep wandb's cache and artifact staging with the run; it would use the home directory.
 
     Its own error reports are off: they leave the machine unasked, and delay the exit by 10 s if the server is silent.
     A parent process's service is not shared: it would end with the parent, and keep the id of an attempt that failed.
     """
     os.environ.pop("WANDB_SERVICE", None)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR", "WANDB_CONFIG_DIR"):
+    for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[variable] = os.path.join(folder, variable.removeprefix("WANDB_").removesuffix("_DIR").lower())
         os.makedirs(os.environ[variable], exist_ok=True)
-
-
-def _publish_markers(paths: list[str]) -> None:
-    for path in paths:
-        filesystem.publish(path, b"")
-
-
-def _move_to_store(folder: str, run_path: str, superseded: list[str]) -> None:
-    try:
-        for path, _, names in os.walk(os.path.join(folder, "wandb")):
-            for local in (os.path.join(path, name) for name in names):
-                if os.path.isfile(local):  # not a link to a log that wandb has removed
-                    target = filesystem.join(run_path, os.path.relpath(local, folder))
-                    filesystem.publish(target, filesystem.read_bytes(local))
-        _publish_markers(superseded)
-        shutil.rmtree(folder, ignore_errors=True)
-    except (OSError, StorageError) as error:
-        log.warning("wandb's files stay in %s: %s", folder, error)

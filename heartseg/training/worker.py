@@ -5,7 +5,7 @@ The engine trains; here its epochs become checkpoints, the run's record, samples
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -58,24 +58,29 @@ def train_rank(
     wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
     profile: bool = False,
+    saves_first: bool = False,
 ) -> None:
     """Train this rank's share of a run, from its last checkpoint if it has one.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
-    is being written. Raises UserError on every rank at once, but OutOfMemory on the rank that it happens to. With `profile`,
-    rank 0 traces a few steps.
+    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OutOfMemory on the rank
+    that it happens to. With `profile`, rank 0 traces a few steps.
     """
     try:
-        _train(experiment, run, ranks, wrap, report, profile)
+        _train(experiment, run, ranks, wrap, report, profile, saves_first)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_out_of_memory_message(experiment, ranks)) from error
+        train, image = experiment.train, experiment.image
+        mine = share(train.batch_size, ranks.rank, ranks.world_size)
+        raise OutOfMemory(
+            f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {mine.stop - mine.start} of a batch's "
+            f"{train.batch_size} images of {image.height} x {image.width}: raise --train.accumulate, use more --workers, "
+            "or a smaller --train.batch-size or --model.backbone; complete checkpoints are kept."
+        ) from error
 
 
-def _train(
-    experiment: Experiment, run: Run, ranks: Ranks, wrap: Callable[..., nn.Module], report: Callable[..., None], profile: bool
-) -> None:
+def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile: bool, saves_first: bool) -> None:
     shards = open_data(experiment)
     run, data, samples = _open_training_data(experiment, run, shards, ranks)
     intensity = intensity_of(experiment, shards)
@@ -96,6 +101,8 @@ def _train(
         with _problems_on_every_rank(ranks):
             if ranks.is_main:
                 on_main.end_epoch(state, metrics)
+                if saves_first:
+                    on_main.wait()
         report(metrics)
 
     exit_code = 1
@@ -111,19 +118,25 @@ def _train(
         with _problems_on_every_rank(ranks):
             if ranks.is_main:
                 on_main.finish(state)
-        if ranks.is_main:
-            tracker.artifact(checkpoint.find(run.path, "best").path, shards.fingerprint)
         exit_code = 0
     except engine.NonFiniteLoss as error:
-        raise UserError(_non_finite_message(error, data)) from error
+        names = sorted(set(data.rows("train", error.rows).table["patient"].to_pylist()))
+        kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
+        raise UserError(
+            f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower "
+            f"--optim.lr or set --optim.clip-norm 1; {kept}."
+        ) from error
     finally:
-        on_main.close()
+        with suppress(Exception):
+            on_main.wait()
         tracker.finish(exit_code)
 
 
 def _open_training_data(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, TrainingData, FrameRows]:
     """The run with how it reads its shards, the opened groups, and the images whose predictions are kept."""
-    ingest = data_loading.choose(experiment, shards, run_directory.recorded_ingest(run), ranks)
+    # Before there was a choice, all runs read from memory.
+    begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
+    ingest = data_loading.choose(experiment, shards, begun, ranks)
     group = "val" if "val" in shards.groups else "test"
     with _problems_on_every_rank(ranks):
         run = run_directory.record_ingest(run, ingest, ranks.is_main)
@@ -155,16 +168,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 
 
-def _out_of_memory_message(experiment: Experiment, ranks: Ranks) -> str:
-    train, image = experiment.train, experiment.image
-    mine = share(train.batch_size, ranks.rank, ranks.world_size)
-    held = f"{mine.stop - mine.start} of a batch's {train.batch_size} images of {image.height} x {image.width}"
-    return (
-        f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {held}: raise --train.accumulate, use more "
-        "--workers, or a smaller --train.batch-size or --model.backbone; complete checkpoints are kept."
-    )
-
-
 def resume(state: engine.TrainState, run: Run) -> list[dict]:
     """Load the run's last checkpoint, if there is one; returns the record up to it."""
     found = checkpoint.last(run.path)
@@ -176,12 +179,3 @@ def resume(state: engine.TrainState, run: Run) -> list[dict]:
         # A kill between the checkpoint and the record's line: the checkpoint's card has the same metrics.
         record.append({name: np.nan if value is None else value for name, value in found.card["metrics"].items()})
     return record
-
-
-def _non_finite_message(error: engine.NonFiniteLoss, data: TrainingData) -> str:
-    names = sorted(set(data.rows("train", error.rows).table["patient"].to_pylist()))
-    kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
-    return (
-        f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower --optim.lr "
-        f"or set --optim.clip-norm 1; {kept}."
-    )

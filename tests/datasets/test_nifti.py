@@ -55,6 +55,15 @@ def test_every_kind_of_file_reads_as_nibabel_reads_it(shape, dtype, order, zooms
         assert labels.flags.writeable and labels.flags.c_contiguous
 
 
+@pytest.mark.parametrize("error", [-1e-4, 1e-4, 9e-4])
+def test_labels_that_a_resampling_left_next_to_whole_numbers_are_rounded_and_others_are_named(error):
+    whole = np.arange(4, dtype=np.uint8).repeat(6).reshape(4, 6)
+    labels = as_labels(whole.astype(np.float32) + np.float32(error), "p")
+    assert labels.dtype == np.uint8 and np.array_equal(labels, whole)
+    with pytest.raises(DamagedRecording, match=r"labels that are not 0 to 3: 0\.002, 1\.002, 2\.002, 3\.002"):
+        as_labels(whole + 0.002, "p")
+
+
 @pytest.mark.parametrize(("unit", "scale"), [("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)])
 def test_spacing_is_in_mm_whatever_unit_the_header_names_and_its_sign_is_a_direction(unit, scale):
     raw = bytearray(file_bytes(np.zeros((3, 4), np.uint8), "<", (0.25, 0.5), unit=unit))

@@ -21,6 +21,7 @@ EPOCHS = 10
 TRACKS = """
 import json, logging, sys, time
 from heartseg.config.experiment import from_json
+from heartseg.models import checkpoint
 from heartseg.training import run_directory, wandb_logger
 logging.basicConfig(level=logging.INFO)
 run, epochs, pause_s = run_directory.find_run(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
@@ -33,6 +34,7 @@ for epoch in range(len(record) + 1, epochs + 1):
     tracker.log(record[-1])
     slowest_s = max(slowest_s, time.monotonic() - began)
     time.sleep(pause_s)
+tracker.artifact(checkpoint.save(run.path, {}, {}, {"epoch": epochs}).path, "of no shards")
 began = time.monotonic()
 tracker.finish()
 print(json.dumps({"slowest_log_s": slowest_s, "finish_s": time.monotonic() - began}))
@@ -61,13 +63,19 @@ def tracked_run(shards: str, folder: Path) -> Run:
     return run_directory.open_run(experiment, open_shards(shards))
 
 
-def track(shards: str, folder: Path, epochs: int, pause_s: float, **environment: str) -> tuple[Path, dict, str]:
-    """Track that run in a process of its own, or resume it: the run, the seconds that calls took, and the output."""
-    run = tracked_run(shards, folder)
+def start_tracking(run: Run, epochs: int, pause_s: float, **environment: str) -> subprocess.Popen:
+    """Track a run in a process of its own, or resume it."""
     command = [sys.executable, "-c", TRACKS, run.path, str(epochs), str(pause_s)]
-    said = subprocess.run(command, capture_output=True, text=True, env=os.environ | FAST | environment, timeout=200)
-    assert said.returncode == 0, said.stderr
-    return Path(run.path), json.loads(said.stdout.splitlines()[-1]), said.stdout + said.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=os.environ | FAST | environment, **pipes)
+
+
+def track(run: Run, epochs: int, pause_s: float, **environment: str) -> tuple[dict, str]:
+    """Track a run until its end: the seconds that calls took, and the output."""
+    process = start_tracking(run, epochs, pause_s, **environment)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    return json.loads(said.splitlines()[-1]), said
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:

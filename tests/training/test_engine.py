@@ -16,14 +16,17 @@ from heartseg.errors import UserError
 from heartseg.metrics import segmentation
 from heartseg.metrics.segmentation import ScoreSums
 from heartseg.models import checkpoint
+from heartseg.models.checkpoint import snapshot
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share
 from heartseg.shards.reader import open_shards
 from heartseg.shards.streaming_loader import stream_order
+from heartseg.storage import filesystem
 from heartseg.training import distributed, engine, run_directory, worker
 from heartseg.training.distributed import Ranks
 from helpers.experiments import tiny_experiment
 from jobs import train as train_job
+from jobs.support import ray_training
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -38,6 +41,11 @@ def network(norm: type[nn.Module] = nn.GroupNorm) -> nn.Module:
 def with_train(**changes):
     base = tiny_experiment()
     return replace(base, train=replace(base.train, **changes))
+
+
+def with_average(decay: float):
+    base = tiny_experiment()
+    return replace(base, optim=replace(base.optim, ema_decay=decay))
 
 
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,8 +72,15 @@ def loader(rank: int = 0, world_size: int = 1, size: int = 28) -> Loader:
     return Loader((images * 255).byte(), masks, rank, world_size)
 
 
-def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None, ruin_after: int = 4) -> list[dict]:
-    """The metrics of each epoch; `ruin` is called with the state after an update of the first one, by default its last."""
+def metrics_of(state: engine.TrainState, metrics: dict) -> dict:
+    """What `fit` keeps of an epoch, if nothing else is asked for."""
+    return metrics
+
+
+def fit(
+    experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None, ruin_after: int = 4, keep=metrics_of
+) -> list:
+    """What `keep` finds after each epoch; `ruin` gets the state after an update of the first one, by default its last."""
     state, found = started(experiment, ranks, network(nn.BatchNorm2d)), []
 
     def after_step(epoch: int, step: int, steps: int) -> None:
@@ -73,7 +88,7 @@ def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda 
             ruin(state)
 
     loaders = dict.fromkeys(groups, loader(ranks.rank, ranks.world_size))
-    engine.fit(experiment, state, loaders, Intensity(), ranks, lambda _, metrics: found.append(metrics), after_step)
+    engine.fit(experiment, state, loaders, Intensity(), ranks, lambda *of_epoch: found.append(keep(*of_epoch)), after_step)
     return found
 
 
@@ -129,7 +144,6 @@ def test_an_update_that_ruins_the_weights_stops_the_run_with_its_epoch_step_and_
 
 def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one(shards, tmp_path):
     base = tiny_experiment(data=shards, runs=str(tmp_path))
-    base = replace(base, train=replace(base.train, epochs=3))
     run, models, updates = run_directory.open_run(base, open_shards(shards)), [], []
 
     def after_update(*of_optimizer) -> None:
@@ -146,36 +160,36 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
     kept = checkpoint.last(run.path)
     assert kept.epoch == 1 and all(value.isfinite().all() for value in kept.weights().values())
     worker.train_rank(base, run, ALONE, lambda model: model)
-    assert [row["epoch"] for row in run_directory.read_record(run.path)] == [1, 2, 3]
+    assert [row["epoch"] for row in run_directory.read_record(run.path)] == [1, 2]
 
 
 SETTINGS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"compress_gradients": True}}
 
 
-def _one_of_two(rank: int, store: str, folder: str) -> None:
+def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     ranks = distributed.current(torch.device("cpu"))
     kept = {name: train(with_train(batch_size=13, **one), ranks)[0].model.state_dict() for name, one in SETTINGS.items()}
     kept["travelled"] = times_gradients_travel(ranks)
-    seen, whole = [], engine.evaluate
-
-    def evaluate(experiment, model, *others):
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return whole(experiment, model, *others)
-
-    engine.evaluate = evaluate
-    base = tiny_experiment()
-    for ema_decay in (0.0, 0.9):
-        fit(replace(base, optim=replace(base.optim, ema_decay=ema_decay)), ranks)
-    kept["evaluated"] = seen
+    kept["evaluated"] = evaluated_models(ranks)
     try:
-        fit(base, ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
+        fit(tiny_experiment(), ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
     except engine.NonFiniteLoss as error:
         kept["stopped"] = error.epoch
+    try:
+        ray_training.open_on_every_rank(os.path.join(folder, "gone") if rank else folder, shards, ranks)
+    except UserError as error:
+        kept["unseen"] = str(error)
     torch.save(kept, os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def evaluated_models(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+    """The states that are scored after each epoch of a run without and of one with averaged weights."""
+    runs = (fit(with_average(decay), ranks, keep=lambda state, _: snapshot(state.evaluated.state_dict())) for decay in (0, 0.9))
+    return [epoch for run in runs for epoch in run]
 
 
 def times_gradients_travel(ranks: Ranks) -> int:
@@ -195,10 +209,11 @@ def times_gradients_travel(ranks: Ranks) -> int:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> list[dict]:
+def two_ranks(tmp_path_factory, shards) -> list[dict]:
     """What two processes over gloo have reached: a batch of 13 divides neither between them nor into parts."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(_one_of_two, args=(os.path.join(folder, "store"), folder), nprocs=2)
+    filesystem.publish_json(os.path.join(folder, run_directory.DESCRIPTION), {})  # as if it were a run
+    mp.spawn(_one_of_two, args=(os.path.join(folder, "store"), folder, shards), nprocs=2)
     return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
 
 
@@ -215,12 +230,36 @@ def test_gradients_travel_once_an_update_and_are_rounded_if_asked(two_ranks):
     assert not torch.equal(two_ranks[0]["bf16"]["0.weight"], two_ranks[0]["plain"]["0.weight"])
 
 
-def test_ranks_evaluate_one_model_and_stop_together(two_ranks):
+def test_ranks_evaluate_one_model_which_is_one_process_s_and_stop_together(two_ranks):
     assert [rank["stopped"] for rank in two_ranks] == [1, 1]
-    one, other = (rank["evaluated"] for rank in two_ranks)
-    assert len(one) == len(other) == 4
-    for mine, others in zip(one, other, strict=True):
+    one, other, alone = *(rank["evaluated"] for rank in two_ranks), evaluated_models(ALONE)
+    assert len(one) == len(other) == len(alone) == 4
+    for mine, others, wanted in zip(one, other, alone, strict=True):
         assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
+        # Batch normalisation sees a rank's images only, and so weights differ; statistics are of the same images.
+        for name in ("1.running_mean", "1.running_var"):
+            torch.testing.assert_close(mine[name], wanted[name], rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("ema_decay", [0, 0.9])
+def test_a_young_model_is_scored_and_kept_with_the_batch_statistics_of_its_own_weights(ema_decay, monkeypatch):
+    images = loader().images.float() / 255
+
+    def error(state: engine.TrainState, _: dict) -> float:
+        """How far the variances are from those of the training images, at the worst channel."""
+        with torch.no_grad():
+            wanted = state.evaluated[0](images).transpose(0, 1).flatten(1).var(dim=1)
+        return (state.evaluated[1].running_var / wanted).log().abs().max().item()
+
+    young = fit(with_average(ema_decay), keep=error)
+    monkeypatch.setattr(engine, "YOUNG_STEPS", 3)  # an epoch has four
+    lagging = fit(with_average(ema_decay), keep=error)
+    assert max(young) < 0.1 < 1 < min(lagging)
+
+
+def test_storage_that_one_worker_cannot_see_is_reported_by_all(two_ranks):
+    (message,) = {rank["unseen"] for rank in two_ranks}
+    assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
 
 
 def test_shared_batch_statistics_are_refused_on_cpus_and_left_alone_if_nothing_is_asked():

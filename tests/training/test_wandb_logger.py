@@ -1,10 +1,25 @@
 """Tracking against a server on loopback that wandb's own client talks to: every epoch is one row, live, offline and killed."""
 
+from pathlib import Path
+
 import pytest
 
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from helpers.tracked_runs import EPOCHS, assert_same, finish, kept_rows, kill_after, start, sync, the_run, without_key
+from helpers.tracked_runs import (
+    EPOCHS,
+    assert_same,
+    finish,
+    kept_rows,
+    kill_after,
+    start,
+    start_tracking,
+    sync,
+    the_run,
+    track,
+    tracked_run,
+    without_key,
+)
 from helpers.wandb_server import KEY, serving
 
 
@@ -58,13 +73,13 @@ def test_nothing_but_the_run_is_sent(online):
 
 @pytest.fixture(scope="module")
 def offline(shards, tmp_path_factory):
-    """A training that is killed offline in mid-run, and resumed: the run and what was said."""
-    folder = tmp_path_factory.mktemp("offline") / "runs"
+    """A tracker that is killed offline in mid-run, and resumed: the run and what was said."""
+    run = tracked_run(shards, tmp_path_factory.mktemp("offline"))
     environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
-    process = start(shards, folder, 4, **environment)
-    kill_after(lambda: folder.exists() and len(run_directory.read_record(str(the_run(folder)))) >= 2, process)
-    said = finish(start(shards, folder, 4, **environment), folder)
-    return the_run(folder), said
+    process = start_tracking(run, 4, 1.5, **environment)
+    kill_after(lambda: len(run_directory.read_record(run.path)) >= 2, process)
+    _, said = track(run, 4, 0, **environment)
+    return Path(run.path), said
 
 
 def test_the_newest_offline_fragment_of_a_killed_run_holds_every_epoch_once_and_replaces_the_first(offline):
