@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from heartseg.datasets.readers import Frames
 from heartseg.inference import study_files
 from heartseg.inference.segmenter import REVIEW_THRESHOLD
 from heartseg.inference.study_files import Clip
-from heartseg.labels import VIEWS, Phase, View
+from heartseg.labels import PHASES, VIEWS, Phase
 from heartseg.metrics import ed_es_detection
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
@@ -80,16 +80,26 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
 
 def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
     """A patient's indices: in each view from its two stills, otherwise from its first sequence that shows ED and ES."""
-    by_view = {view: [r for r in results if r.clip.view == view] for view in VIEWS}
-    twice = _shown_twice(results)
-    chosen = {view: _phases_of(found, [phase for seen, phase in twice if seen == view]) for view, found in by_view.items()}
-    masks = {(view, phase): entry for view, (_, phases) in chosen.items() for phase, entry in phases.items()}
-    row = patient_indices(masks, spacing_known=all(spacing_mm for _, spacing_mm in masks.values()))
-    reasons = [row["reason"]] if row["reason"] else []
-    for (view, phase), stems in twice.items():
-        reasons.append(f"{' and '.join(stems)} all show {view} {phase}, and only one can count: give one")
+    stills, masks, sources, reasons = defaultdict(list), {}, {}, []
     for r in results:
-        if r.frames > 1 and not r.phases and len(chosen.get(r.clip.view, ("", ()))[1]) < 2:
+        for phase in r.phases if r.frames == 1 else ():
+            stills[r.clip.view, phase].append(r)
+    beats = [r for r in results if r.frames > 1 and len(r.phases) == 2]
+    for view in VIEWS:
+        chosen = {phase: stills[view, phase][0] for phase in PHASES if len(stills[view, phase]) == 1}
+        sources[f"from_{view}"] = "stills" if chosen else ""
+        beat = next((r for r in beats if r.clip.view == view), None)
+        if beat and len(chosen) < 2:
+            chosen, sources[f"from_{view}"] = dict.fromkeys(PHASES, beat), beat.clip.stem
+        masks |= {(view, phase): (r.phases[phase][1], r.spacing_mm) for phase, r in chosen.items()}
+    row = patient_indices(masks, spacing_known=all(spacing_mm for _, spacing_mm in masks.values()))
+    reasons += [row["reason"]] if row["reason"] else []
+    for (view, phase), found in stills.items():
+        if view and len(found) > 1:
+            stems = " and ".join(r.clip.stem for r in found)
+            reasons.append(f"{stems} all show {view} {phase}, and only one can count: give one")
+    for r in results:
+        if r.frames > 1 and not r.phases and not {(r.clip.view, phase) for phase in PHASES} <= masks.keys():
             reasons.append(f"{r.clip.stem} shows no beat (its plausible frames have one volume): give a whole one")
     if nameless := [r.clip.stem for r in results if r.clip.view is None]:
         reasons.append(f"the view of {', '.join(nameless)} is not known: give --view")
@@ -98,7 +108,7 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
     row["reason"] = "; ".join(reasons)
     row["doubts"] = "; ".join([*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)])
     row["confidence"] = min((r.confidence for r in results), default=float("nan"))
-    return {"patient": patient} | {f"from_{view}": source for view, (source, _) in chosen.items()} | row
+    return {"patient": patient} | sources | row
 
 
 def _views_apart(row: dict) -> list[str]:
@@ -107,32 +117,6 @@ def _views_apart(row: dict) -> list[str]:
     if not abs(four - two) > MOST_APART:
         return []
     return [f"the views disagree by {abs(four - two):.0f} points: EF is {four:.0f} % in 4CH alone and {two:.0f} % in 2CH alone"]
-
-
-def _shown_twice(results: Iterable[ClipResult]) -> dict[tuple[View, Phase], list[str]]:
-    """Names of a patient's stills of one view and phase, if there are several."""
-    stems = defaultdict(list)
-    for r in results:
-        for phase in r.phases if r.frames == 1 and r.clip.view else ():
-            stems[r.clip.view, phase].append(r.clip.stem)
-    return {still: names for still, names in stems.items() if len(names) > 1}
-
-
-def _phases_of(results: list[ClipResult], twice: Container[Phase]) -> tuple[str, dict]:
-    """The source of one view's phases, and phase -> (mask, spacing_mm); stills of phases shown `twice` do not count."""
-    single = [(phase, r) for r in results if r.frames == 1 for phase in r.phases if phase not in twice]
-    stills = {phase: (r.phases[phase][1], r.spacing_mm) for phase, r in single}
-    if len(stills) < 2:
-        for r in results:
-            if r.frames > 1 and len(r.phases) == 2:
-                return r.clip.stem, {phase: (mask, r.spacing_mm) for phase, (_, mask) in r.phases.items()}
-    return ("stills" if stills else ""), stills
-
-
-def shown_curve(result: ClipResult) -> tuple[np.ndarray, str]:
-    """A sequence's volumes [T] for a plot, NaN if implausible, and their unit: ml, or % of ED without a scale."""
-    values = ed_es_detection.plausible(result.volumes_ml)
-    return (values, "ml") if result.spacing_mm else (100 * values / values[result.phases[Phase.ED][0]], "%")
 
 
 def clip_record(result: ClipResult) -> dict:
@@ -173,11 +157,6 @@ def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
     for result in results:
         found[result.clip.patient].append(result)
     return dict(found)
-
-
-def doubtful(result: ClipResult) -> str:
-    """A line that names a clip with doubts, to be reviewed; empty for all others."""
-    return f"look at {result.clip.stem}: {'; '.join(result.doubts)}" if result.doubts else ""
 
 
 def headline(row: dict) -> str:

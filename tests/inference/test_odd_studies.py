@@ -81,7 +81,7 @@ def test_a_mask_under_the_review_threshold_is_a_doubt(stills):
     frames = readers.read(clip.path, "nifti")
     for confidence, is_doubted in ((segmenter.REVIEW_THRESHOLD - 0.01, True), (segmenter.REVIEW_THRESHOLD, False)):
         found = study_results.finish(clip.path.rpartition("/")[0], clip, frames, mask[None], [confidence])
-        assert ("the network is unsure of it" in study_results.doubtful(found)) == is_doubted
+        assert ("the network is unsure of it" in "".join(found.doubts)) == is_doubted
         assert ("the network is unsure of it" in study_results.study_row("p", [found])["doubts"]) == is_doubted
 
 

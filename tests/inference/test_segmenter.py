@@ -13,10 +13,9 @@ from heartseg.inference.segmenter import (
     TTA_SHIFT,
     Ensemble,
     Segmenter,
+    confidence,
     load,
     load_all,
-    quality,
-    segment,
     segment_images,
     shifted_logits,
 )
@@ -80,13 +79,14 @@ def test_predict_is_the_same_alone_and_in_a_batch_of_other_sizes(segmenter):
 
 def test_options_clean_the_mask_and_leave_the_confidence(segmenter, images):
     shapes = [(80, 60), (100, 70), (37, 150), (64, 65), (200, 200)]
-    raw = segment(segmenter, images, shapes)
-    cleaned = segment(segmenter, images, shapes, PredictConfig(largest_component=True, fill_holes=True))
+    raw = segment_images(segmenter, images[:, 0].numpy(), shapes=shapes)
+    options = PredictConfig(largest_component=True, fill_holes=True)
+    cleaned = segment_images(segmenter, images[:, 0].numpy(), options, shapes)
     assert [one.mask.shape for one in cleaned] == shapes
     assert any((a.mask != b.mask).any() for a, b in zip(raw, cleaned, strict=True))
     for one in cleaned:
         assert all(ndimage.label(one.mask == label, np.ones((3, 3)))[1] <= 1 for label in (1, 2, 3))
-    assert [one.quality for one in raw] == [one.quality for one in cleaned]
+    assert [one.confidence for one in raw] == [one.confidence for one in cleaned]
 
 
 def test_shifted_copies_come_back_to_their_place():
@@ -122,8 +122,8 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(paths, images):
     members = [load(path, device="cpu").logits(images).softmax(dim=1) for path in paths]
     assert not torch.allclose(members[0], members[1], atol=0.01)
     assert torch.allclose(ensemble.logits(images).softmax(dim=1), (members[0] + members[1]) / 2, atol=1e-5)
-    (one, *_) = segment(ensemble, images, [(50, 60)] * 5, ALL)
-    assert one.mask.shape == (50, 60) and 0 <= one.quality <= 1
+    (one,) = segment_images(ensemble, images[0].numpy(), ALL, [(50, 60)])
+    assert one.mask.shape == (50, 60) and 0 <= one.confidence <= 1
 
 
 def test_members_of_an_ensemble_keep_their_own_normalisation(paths, images):
@@ -146,12 +146,10 @@ def test_confidence_is_the_expected_dice():
     labels[:, :2], labels[:, 2:4], labels[:, 4:6] = 1, 2, 3
     certain = torch.nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
     unsure = 0.6 * certain + 0.1
-    # Of 16 pixels with p = 0.7 and 48 with p = 0.1: 2 * 11.2 / (11.2 + 4.8 + 16).
-    expected = torch.tensor([1.0, 2 * 11.2 / 32])
-    assert torch.allclose(quality(torch.cat([certain, unsure])), expected)
     none = torch.zeros(1, 4, 8, 8)
     none[:, 0] = 1
-    assert quality(none).item() == 0
+    # Of 16 pixels with p = 0.7 and 48 with p = 0.1: 2 * 11.2 / (11.2 + 4.8 + 16).
+    assert confidence(torch.cat([certain, unsure, none]).log()) == pytest.approx([1.0, 2 * 11.2 / 32, 0.0])
 
 
 @pytest.mark.filterwarnings("ignore")

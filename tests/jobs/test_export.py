@@ -122,7 +122,7 @@ def test_only_what_labels_as_the_checkpoint_does_is_written(factor, path, tmp_pa
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_what_brings_it(path, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"{package} is not installed: `pip install heartseg\[export\]`"):
+    with pytest.raises(UserError, match=rf"{package} is not installed: run `pip install 'heartseg\[export\]'`"):
         export.job(["--checkpoint", path, "--out", "/nowhere/out"])
 
 
