@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -95,7 +96,9 @@ def run(options: Options) -> str:
 
 def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[Clip], out: str) -> None:
     """Write masks and pictures of each clip, then the tables of all."""
-    done, damaged = [], []
+    done, damaged, without_picture = [], [], []
+    if others := study_files.clear(out, clips):
+        print(f"{out} held the results of {others} files that are not among the inputs: they were removed.")
 
     def read(clip: Clip) -> Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip])
@@ -109,7 +112,10 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[C
     results = outline(segmenter, clips, read, finish, options.batch_size, options.post)
     for clip, result in tqdm(results, total=len(clips), desc="outline", unit="file"):
         if isinstance(result, DamagedRecording):
-            damaged.append({"input": clip.shown, "reason": result.reason})
+            if result.reason.endswith(readers.NO_PICTURE):
+                without_picture.append(clip.shown)
+            else:
+                damaged.append({"input": clip.shown, "reason": result.reason})
             continue
         done.append(result)
         if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:
@@ -119,13 +125,17 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[C
         csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
         filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
     if not done:
-        first = f"{damaged[0]['input']} {damaged[0]['reason']}"
+        first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
         raise UserError(f"None of {len(clips)} files could be read; the first: {first}.")
     rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
     weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
-    study_results.write_tables(out, rows, [study_results.clip_record(found) for found in done], damaged, made_with)
+    records = [study_results.clip_record(found) for found in done]
+    left_out = {"damaged": damaged, "without_picture": without_picture}
+    study_results.write_tables(out, rows, {"made_with": made_with, "clips": records} | left_out)
     print_results(rows, done, damaged)
+    if without_picture:
+        print(f"{len(without_picture)} DICOM files hold no picture, as reports and measurements do: listed in studies.json.")
 
 
 def write_curve(out: str, found: ClipResult) -> None:
@@ -140,11 +150,15 @@ def write_curve(out: str, found: ClipResult) -> None:
 
 def print_results(rows: list[dict], done: list[ClipResult], damaged: list[dict], shown: int = 20) -> None:
     """The first patients' ejection fractions, and the files to check; everything is in the tables."""
+    remarks = {found.clip.patient: found.clip.remark for found in done if found.clip.remark}
+    noted = {found.clip.stem: "; ".join(found.notes) for found in done if found.notes}
+    doubted = {found.clip.stem: "; ".join(found.doubts) for found in done if found.doubts}
     print("\n".join(map(study_results.headline, rows[:shown])))
     if len(rows) > shown:
         print(f"… and {len(rows) - shown} more in ef.csv")
-    for found in [found for found in done if found.doubts][:shown]:
-        print(f"look at {found.clip.stem}: {'; '.join(found.doubts)}")
+    for begin, texts in (("note on", remarks | noted), ("look at", doubted)):
+        for name, text in itertools.islice(texts.items(), shown):
+            print(f"{begin} {name}: {study_results.shorten(text)}")
     for entry in damaged:
         print(f"left out: {entry['input']} {entry['reason']}")
     print(f"{len(done)} files, {sum(found.frames for found in done)} frames, {len(rows)} patients; {len(damaged)} left out.")

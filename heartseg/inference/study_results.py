@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ INTENDED_USE = "research use only, not a medical device"
 # The first columns of ef.csv; the other indices follow.
 FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_camus", "esv_ml_camus")
 FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
+# Characters of a cell of ef.csv and of what a line in the terminal holds beside a name; studies.json has all.
+MAX_TEXT, MORE = 200, " … (more in studies.json)"
 # Two views of one heart whose EFs are further apart than this, in points, do not describe one heart.
 MOST_APART = 20.0
 
@@ -70,12 +73,35 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
         phases = {clip.phase: (0, masks[0])}
     spacing_mm = frames.spacing_mm or (USUAL_DEPTH_MM / masks.shape[1],) * 2
     # Of a sequence, the frames that its EF comes from count.
-    measured = [at for at, _ in phases.values()] or range(len(masks))
-    doubts = {f"frame {at + 1}: {doubt}" for at in measured for doubt in implausibilities(masks[at], spacing_mm)}
+    measured = sorted(at for at, _ in phases.values()) or range(len(masks))
+    found, doubts = defaultdict(list), []
+    for at in measured:
+        for doubt in implausibilities(masks[at], spacing_mm):
+            found[re.sub(r"\d[\d.]*", "0", doubt)].append((at + 1, doubt))  # those of one kind differ in what was measured
+    for same in found.values():
+        numbers, texts = zip(*same, strict=True)
+        doubts.append(f"{ranges(numbers)}: {texts[0]}{' (or similar)' if len(set(texts)) > 1 else ''}")
     confidence = min(confidences[at] for at in measured)
     if confidence < REVIEW_THRESHOLD:
-        doubts.add(f"the network is unsure of it (confidence {confidence:.2f})")
-    return ClipResult(clip, len(masks), frames.spacing_mm, phases, volumes_ml, frames.notes, tuple(sorted(doubts)), confidence)
+        doubts.append(f"the network is unsure of it (confidence {confidence:.2f})")
+    return ClipResult(clip, len(masks), frames.spacing_mm, phases, volumes_ml, frames.notes, tuple(doubts), confidence)
+
+
+def ranges(frames: Sequence[int]) -> str:
+    """Ascending numbers of frames in words: `frame 7`, `frames 3-41, 50`."""
+    runs = []
+    for frame in frames:
+        if runs and frame == runs[-1][1] + 1:
+            runs[-1][1] = frame
+        else:
+            runs.append([frame, frame])
+    words = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    return f"frame{'s' if len(frames) > 1 else ''} {words}"
+
+
+def shorten(text: str) -> str:
+    """A text of at most MAX_TEXT characters for a cell or a line."""
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rstrip(" ;,") + MORE
 
 
 def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
@@ -105,8 +131,9 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
         reasons.append(f"the view of {', '.join(nameless)} is not known: give --view")
     if phaseless := [r.clip.stem for r in results if r.frames == 1 and r.clip.phase is None]:
         reasons.append(f"the phase of {', '.join(phaseless)} is not known: give --phase, or names like PATIENT_4CH_ED")
-    row["reason"] = "; ".join(reasons)
-    row["doubts"] = "; ".join([*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)])
+    doubts = [*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)]
+    (doubts if math.isfinite(row["ef_ase"]) else reasons).extend({r.clip.remark for r in results} - {""})
+    row["reason"], row["doubts"] = "; ".join(reasons), "; ".join(doubts)
     row["confidence"] = min((r.confidence for r in results), default=float("nan"))
     return {"patient": patient} | sources | row
 
@@ -137,8 +164,8 @@ def clip_record(result: ClipResult) -> dict:
     return record
 
 
-def write_tables(out: str, rows: list[dict], records: list[dict], damaged: list[dict], made_with: dict) -> None:
-    """Write `ef.csv`, a line a patient, and `studies.json` with everything; each whole or not at all."""
+def write_tables(out: str, rows: list[dict], everything: dict) -> None:
+    """Write `ef.csv`, a line a patient, and `studies.json` with that and `everything` else; each whole or not at all."""
     columns = [*FIRST, *(name for name in INDICES if name not in FIRST), "intended_use"]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -147,7 +174,7 @@ def write_tables(out: str, rows: list[dict], records: list[dict], damaged: list[
         table.writerow({name: _cell(value) for name, value in row.items()} | {"intended_use": INTENDED_USE})
     filesystem.publish(filesystem.join(out, "ef.csv"), text.getvalue().encode())
     patients = [{name: none_if_nan(value) for name, value in row.items()} for row in rows]
-    whole = {"intended_use": INTENDED_USE, "made_with": made_with, "patients": patients, "clips": records, "damaged": damaged}
+    whole = {"intended_use": INTENDED_USE, "patients": patients} | everything
     filesystem.publish_json(filesystem.join(out, "studies.json"), whole)
 
 
@@ -167,9 +194,11 @@ def headline(row: dict) -> str:
             known = f"   EDV {volumes[0]:.0f} ml, ESV {volumes[1]:.0f} ml" if all(map(math.isfinite, volumes)) else ""
             doubt = "".join(f"   {doubt}" for doubt in _views_apart(row))
             return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({title}){known}{doubt}"
-    return f"{row['patient']}   no EF: {row['reason']}"
+    return f"{row['patient']}   no EF: {shorten(row['reason'])}"
 
 
 def _cell(value):
-    """Empty for NaN; two decimals, which are more than a mask can resolve."""
+    """Empty for NaN; two decimals, which are more than a mask can resolve; of a long text the beginning."""
+    if isinstance(value, str):
+        return shorten(value)
     return ("" if not math.isfinite(value) else f"{value:.2f}") if isinstance(value, (float, np.floating)) else value
