@@ -9,7 +9,7 @@ import importlib
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,6 @@ from heartseg.datasets import phantom
 from heartseg.errors import UserError
 from heartseg.inference.segmenter import Segmenter, load
 from heartseg.labels import CLASSES, VIEWS
-from heartseg.shards.loader import Intensity
 from heartseg.shards.reader import as_frames, open_shards, read_part
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem, locks
@@ -61,9 +60,9 @@ class Options:
 class Portable(nn.Module):
     """A model with its normalisation: float32 images [B,1,H,W] from 0 to 255 in, logits [B,4,H,W] out."""
 
-    def __init__(self, model: nn.Module, intensity: Intensity):
+    def __init__(self, segmenter: Segmenter):
         super().__init__()
-        self.model, self.intensity = model, intensity
+        self.model, self.intensity = segmenter.model, segmenter.intensity
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(self.intensity.apply(images / 255))
@@ -74,27 +73,31 @@ def run(options: Options) -> str:
     path = command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
     path = command_line.absolute(path, "checkpoint")
     out = command_line.absolute(command_line.require_flag(options.out, "--out", "the folder to write"), "out")
-    check_packages()
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"{package} is not installed: run `pip install 'heartseg[export]'`.") from error
     segmenter = load(path, options.which, device="cpu")
     # With bf16 the differences would be the arithmetic's and not the export's.
     experiment = replace(segmenter.experiment, train=replace(segmenter.experiment.train, precision="fp32"))
     segmenter = replace(segmenter, experiment=experiment)
     images, origin = check_images(segmenter, options.data and command_line.absolute(options.data, "data"))
     written, calls = convert(segmenter)
-    checked: dict = {"images": origin, "number": len(images)}
-    for kind, call in calls.items():
-        checked[kind] = difference(segmenter, call, images)
-        if not checked[kind]["labels_that_differ"] <= MAX_DIFFERENT:
+    checked = {kind: difference(segmenter, call, images) for kind, call in calls.items()}
+    for kind, found in checked.items():
+        if not found["labels_that_differ"] <= MAX_DIFFERENT:
             raise UserError(
-                f"The {kind} file labels {checked[kind]['labels_that_differ']:.2%} of the pixels differently from {path}: "
-                "nothing was written. Install the versions of torch, onnx and onnxruntime that pyproject.toml names."
+                f"The {kind} file labels {found['labels_that_differ']:.2%} of the pixels differently from {path}: nothing was "
+                "written. Install the versions of torch, onnx and onnxruntime that pyproject.toml names."
             )
     with locks.lock(out):
         # An older export's note would describe these files wrongly.
         filesystem.remove(filesystem.join(out, NOTE))
         for kind, data in written.items():
             filesystem.publish(filesystem.join(out, FILES[kind]), data)
-        filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked))
+        checked_on = {"images": origin, "number": len(images)}
+        filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked_on | checked))
     for kind, data in written.items():
         print(
             f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin} logits differ "
@@ -102,15 +105,6 @@ def run(options: Options) -> str:
             f"and {checked[kind]['labels_that_differ']:.4%} of the labels do."
         )
     return out
-
-
-def check_packages() -> None:
-    """Raise UserError if what writes and runs ONNX is not installed."""
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(f"{package} is not installed: `pip install heartseg[export]` brings what it takes.") from error
 
 
 def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
@@ -141,7 +135,7 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
     import onnxruntime
 
     grid = segmenter.experiment.image
-    portable = Portable(segmenter.model, segmenter.intensity).to(memory_format=torch.contiguous_format).eval()
+    portable = Portable(segmenter).to(memory_format=torch.contiguous_format).eval()
     # Two images: a batch of one would become a constant.
     example = torch.zeros(2, 1, grid.height, grid.width)
     with torch.no_grad():  # with gradients, some convolutions take their form for training
@@ -150,7 +144,8 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
         node.meta.pop("stack_trace", None)  # it names this machine's folders
     buffer = io.BytesIO()
     torch.export.save(exported, buffer)
-    with quiet_exporter():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its remarks are for the exporter's developers
+    with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             exported, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},), input_names=[INPUT], output_names=[OUTPUT]
         )
@@ -158,22 +153,9 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
     session = onnxruntime.InferenceSession(written["onnx"], providers=["CPUExecutionProvider"])
     reloaded = torch.export.load(io.BytesIO(written["torch.export"])).module()
     return written, {
-        "torch.export": lambda images: reloaded(images),
+        "torch.export": reloaded,
         "onnx": lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]),
     }
-
-
-@contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's own remarks, which are for its developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @torch.inference_mode()

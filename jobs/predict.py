@@ -2,11 +2,11 @@
 
 import csv
 import io
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Before torch is imported: its threads would spin while they wait, on the cores that read and write the files.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -27,7 +28,9 @@ from heartseg.inference import study_files, study_results
 from heartseg.inference.batch_inference import outline
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
 from heartseg.inference.study_files import Clip
-from heartseg.labels import Phase, View
+from heartseg.inference.study_results import ClipResult
+from heartseg.labels import PHASES, Phase, View
+from heartseg.metrics import ed_es_detection
 from heartseg.reporting import plots
 from heartseg.reporting.overlays import write_overlays
 from heartseg.storage import filesystem, locks
@@ -93,66 +96,69 @@ def run(options: Options) -> str:
 
 def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[Clip], out: str) -> None:
     """Write masks and pictures of each clip, then the tables of all."""
-    done, damaged = [], []
-    read = partial(read_clip, spacing_mm=options.spacing_mm, flips=FLIPS[options.flip])
-    results = outline(segmenter, clips, read, partial(finish_clip, out, options.overlays), options.batch_size, options.post)
+    done, damaged, without_picture = [], [], []
+    if others := study_files.clear(out, clips):
+        print(f"{out} held the results of {others} files that are not among the inputs: they were removed.")
+
+    def read(clip: Clip) -> Frames:
+        return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip])
+
+    def finish(clip: Clip, frames: Frames, masks: np.ndarray, confidences: list[float]) -> ClipResult:
+        result = study_results.finish(out, clip, frames, masks, confidences)
+        if options.overlays == "on" or (options.overlays == "auto" and not frames.may_show_text):
+            write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in result.phases.items()})
+        return result
+
+    results = outline(segmenter, clips, read, finish, options.batch_size, options.post)
     for clip, result in tqdm(results, total=len(clips), desc="outline", unit="file"):
         if isinstance(result, DamagedRecording):
-            damaged.append({"input": clip.shown, "reason": result.reason})
+            if result.reason.endswith(readers.NO_PICTURE):
+                without_picture.append(clip.shown)
+            else:
+                damaged.append({"input": clip.shown, "reason": result.reason})
             continue
         done.append(result)
         if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:
             write_curve(out, result)
     if options.key:
-        write_key(command_line.absolute(options.key, "key"), clips)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
+        filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
     if not done:
-        first = f"{damaged[0]['input']} {damaged[0]['reason']}"
+        first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
         raise UserError(f"None of {len(clips)} files could be read; the first: {first}.")
     rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
-    weights = [{"epoch": card["epoch"], "weights_sha256": card["weights_sha256"]} for card in segmenter.cards]
+    weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
-    study_results.write_tables(out, rows, [study_results.clip_record(found) for found in done], damaged, made_with)
+    records = [study_results.clip_record(found) for found in done]
+    left_out = {"damaged": damaged, "without_picture": without_picture}
+    study_results.write_tables(out, rows, {"made_with": made_with, "clips": records} | left_out)
     print_results(rows, done, damaged)
+    if without_picture:
+        print(f"{len(without_picture)} DICOM files hold no picture, as reports and measurements do: listed in studies.json.")
 
 
-def read_clip(clip: Clip, spacing_mm: tuple[float, float] | None, flips: tuple[int, ...]) -> Frames:
-    """The frames of a clip."""
-    return readers.read(clip.path, clip.kind, spacing_mm, flips)
-
-
-def finish_clip(
-    out: str, overlays: str, clip: Clip, frames: Frames, masks, confidences: list[float]
-) -> study_results.ClipResult:
-    """Write the files of a clip whose masks are known."""
-    outcome = study_results.finish(out, clip, frames, masks, confidences)
-    if overlays == "on" or (overlays == "auto" and not frames.may_show_text):
-        marked = {at: str(phase) for phase, (at, _) in outcome.phases.items()}
-        write_overlays(out, clip, frames, masks, marked)
-    return outcome
-
-
-def write_curve(out: str, found: study_results.ClipResult) -> None:
-    """Plot a sequence's volume over its frames, without those whose outline failed."""
-    ed, es = (found.phases[phase][0] for phase in (Phase.ED, Phase.ES))
-    curve, unit = study_results.shown_curve(found)
+def write_curve(out: str, found: ClipResult) -> None:
+    """Plot a sequence's volume over its frames, in ml or in % of ED, without those whose outline failed."""
+    ed, es = (found.phases[phase][0] for phase in PHASES)
+    curve, unit = ed_es_detection.plausible(found.volumes_ml), "ml"
+    if not found.spacing_mm:
+        curve, unit = 100 * curve / curve[ed], "%"
     figure = plots.volume_curve(range(1, found.frames + 1), curve, ed, es, unit)
     filesystem.publish(study_files.output(out, found.clip, "_curve.png"), plots.save_png(figure))
 
 
-def write_key(path: str, clips: list[Clip]) -> None:
-    """Write which file got which name."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
-    filesystem.publish(path, text.getvalue().encode())
-
-
-def print_results(rows: list[dict], done: list[study_results.ClipResult], damaged: list[dict], shown: int = 20) -> None:
+def print_results(rows: list[dict], done: list[ClipResult], damaged: list[dict], shown: int = 20) -> None:
     """The first patients' ejection fractions, and the files to check; everything is in the tables."""
+    remarks = {found.clip.patient: found.clip.remark for found in done if found.clip.remark}
+    noted = {found.clip.stem: "; ".join(found.notes) for found in done if found.notes}
+    doubted = {found.clip.stem: "; ".join(found.doubts) for found in done if found.doubts}
     print("\n".join(map(study_results.headline, rows[:shown])))
     if len(rows) > shown:
         print(f"… and {len(rows) - shown} more in ef.csv")
-    for doubt in list(filter(None, map(study_results.doubtful, done)))[:shown]:
-        print(doubt)
+    for begin, texts in (("note on", remarks | noted), ("look at", doubted)):
+        for name, text in itertools.islice(texts.items(), shown):
+            print(f"{begin} {name}: {study_results.shorten(text)}")
     for entry in damaged:
         print(f"left out: {entry['input']} {entry['reason']}")
     print(f"{len(done)} files, {sum(found.frames for found in done)} frames, {len(rows)} patients; {len(damaged)} left out.")

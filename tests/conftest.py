@@ -15,6 +15,7 @@ from helpers.experiments import CAMUS, skip_or_fail, tiny_experiment
 
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # 2 s by default, and each report waits for the next check
 os.environ.pop("WANDB_API_KEY", None)
+os.environ["HEARTSEG_NAME_KEY"] = "the tests'"  # otherwise predictions would keep a secret in the user's home
 
 # A property test that sets its own max_examples says why.
 settings.register_profile("quick", max_examples=20, deadline=None)

@@ -1,16 +1,14 @@
 """Files that hold echocardiograms to upright grey frames: NIfTI, and with `pip install heartseg[formats]` DICOM and video.
 
-The only file that imports pydicom and PyAV. Nothing that a DICOM file holds about its patient leaves it: frames, spacing
-and an opaque key of the study are all that it returns, and no message quotes a value.
+The only file that imports PyAV; dicom.py reads DICOM, and no message quotes what a tag holds.
 """
 
-import hashlib
 import importlib
 import io
-import logging
 import os
 import re
-import warnings
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,7 +29,9 @@ MAX_PIXELS = 2**31
 MAX_FILE_BYTES = 2**33
 # The depth that a scanner shows; a spacing that gives another was not measured (1 mm is what headers hold by default).
 PLAUSIBLE_DEPTH_MM = (30, 400)
-CENTIMETRES, TWO_DIMENSIONAL, TISSUE = 3, 1, 1  # DICOM PS3.3 C.8.5.5.1: units, spatial format and type of a region
+NO_PICTURE = "it holds no picture, as reports and measurements do"
+# The first element of a DICOM without preamble is of group 2 or 8, with its type or the length of its value behind it.
+BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Frames:
 def kind_of(path: str) -> str | None:
     """`nifti`, `dicom`, `video` or `picture`; None for what is not an input. DICOM files may have any name.
 
-    A file without a telling suffix is DICOM if it has DICOM's mark, or may not be read, so that it is reported.
+    A file without a telling suffix is DICOM if it begins as one, or may not be read, so that it is reported.
     """
     name = filesystem.last_part(path).lower()
     for suffix, kind in KINDS.items():
@@ -67,7 +67,8 @@ def kind_of(path: str) -> str | None:
     if not has_free_name or filesystem.size_or_none(path) is None:  # a dead link is not a file
         return None
     try:
-        return "dicom" if filesystem.read_bytes(path, 132)[128:] == b"DICM" else None
+        head = filesystem.read_bytes(path, 132)
+        return "dicom" if head[128:] == b"DICM" or BARE_DICOM.match(head) else None
     except PermissionError:
         return "dicom"
 
@@ -80,31 +81,32 @@ def check_package_installed(kind: str) -> None:
 
 def _package(name: str):
     try:
-        package = importlib.import_module(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"{name} is not installed: run `pip install 'heartseg[formats]'` for DICOM and video.") from error
-    if name == "pydicom":
-        # Its warnings quote the values that they complain of, a patient's name among them.
-        package.config.settings.reading_validation_mode = package.config.IGNORE
-        logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
-        warnings.filterwarnings("ignore", module=r"pydicom|heartseg\.datasets\.readers")
-    return package
 
 
-def read(path: str, kind: str, spacing_mm: tuple[float, float] | None = None, flips: tuple[int, ...] = ()) -> Frames:
+def read(
+    path: str,
+    kind: str,
+    spacing_mm: tuple[float, float] | None = None,
+    flips: tuple[int, ...] = (),
+    admit: Callable[[int], None] = lambda num_bytes: None,
+) -> Frames:
     """Read one file; `spacing_mm` is used if the file has none, `flips` are the axes to reverse (1 depth, 2 lateral).
 
-    Raises DamagedRecording with the reason, and UserError if a package is missing.
+    `admit` gets the bytes that the frames and as many masks will take, before they are decoded; it may wait, or raise
+    Unreadable. Raises DamagedRecording with the reason, and UserError if a package is missing.
     """
     raw = nifti.read_source(path, MAX_FILE_BYTES)
     try:
-        found = {"nifti": read_nifti, "dicom": read_dicom, "video": read_video, "picture": read_picture}[kind](raw)
-    except UserError:
+        found = decode(raw, kind, admit)
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # the readers raise dozens of kinds for damaged bytes
-        # For DICOM only our own messages are passed on: others may quote what a tag holds.
-        message = str(error) if kind != "dicom" or type(error) is Unreadable else ""
-        raise DamagedRecording(f"is no readable {kind}: {message or type(error).__name__}", path) from error
+        # Others' messages may quote what a tag holds, or name nothing that a user knows.
+        message = str(error) if kind == "nifti" or isinstance(error, Unreadable) else ""
+        raise DamagedRecording(f"is not a readable {kind}: {message or 'it is damaged'}", path) from error
     if found.pixels.size and found.pixels.min() == found.pixels.max():
         raise DamagedRecording("is empty: all its pixels have one value", path)
     if found.grey != BYTE:
@@ -117,6 +119,26 @@ def read(path: str, kind: str, spacing_mm: tuple[float, float] | None = None, fl
             found = replace(found, spacing_mm=None, notes=(*found.notes, note))
     upright = np.require(np.flip(found.pixels, flips), requirements="CW")
     return replace(found, pixels=upright, flips=flips, spacing_mm=found.spacing_mm or spacing_mm)
+
+
+def decode(raw: bytes, kind: str, admit: Callable[[int], None]) -> Frames:
+    """The frames in a file's bytes; raises Unreadable, UserError and what the libraries raise."""
+
+    def admit_pixels(count: int) -> None:
+        if count > MAX_PIXELS:
+            raise Unreadable("it claims more pixels than two minutes of large pictures have: cut it to the beats that count")
+        admit(2 * count + 2 * len(raw))
+
+    if kind == "dicom":
+        _package("pydicom")
+        from heartseg.datasets.dicom import read_dicom
+
+        return read_dicom(raw, admit_pixels)
+    if kind == "video":
+        return read_video(raw, admit_pixels)
+    found = read_nifti(raw) if kind == "nifti" else read_picture(raw)
+    admit_pixels(found.pixels.size)
+    return found
 
 
 def read_nifti(raw: bytes) -> Frames:
@@ -137,105 +159,40 @@ def read_picture(raw: bytes) -> Frames:
     return Frames(pixels, None, grey=grey)
 
 
-def read_video(raw: bytes) -> Frames:
-    """Every frame of the first video stream, in grey. It has no spacing."""
-    av = _package("av")
-    frames, pixels = [], 0
-    with av.open(io.BytesIO(raw)) as container:
-        for frame in container.decode(video=0):
-            pixels += frame.width * frame.height
-            if pixels > MAX_PIXELS:
-                raise Unreadable("it is longer than two minutes of large pictures: cut it to the beats that count")
-            frames.append(frame.to_ndarray(format="gray"))
-    if not frames:
-        raise Unreadable("it has no frames")
-    return Frames(np.stack(frames), None)
+def read_video(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -> Frames:
+    """Every frame of the first video stream, in grey, turned as its display matrix asks. It has no spacing.
 
-
-def study_key(path: str) -> str:
-    """A key that differs between DICOM studies: a digest of the identifiers, or of the file's folder if it has none."""
-    pydicom = _package("pydicom")
-    try:
-        dataset = pydicom.dcmread(io.BytesIO(filesystem.read_bytes(path)), stop_before_pixels=True)
-        identifiers = [str(dataset.get(tag, "")) for tag in ("PatientID", "StudyInstanceUID")]
-    except Exception:  # damage is reported when the pixels are read
-        identifiers = []
-    key = "|".join(identifiers) if any(identifiers) else os.path.dirname(path)
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def read_dicom(raw: bytes) -> Frames:
-    """A DICOM image or loop in grey, cut to its 2-D tissue region if the file names one.
-
-    The spacing is that of the region (0018,6011: PhysicalDeltaX and PhysicalDeltaY, in cm if the unit's code is 3),
-    otherwise PixelSpacing, otherwise None.
+    `admit` gets the number of pixels before they are decoded.
     """
-    pydicom = _package("pydicom")
-    dataset = pydicom.dcmread(io.BytesIO(raw))
-    pixels, grey = as_grey(_dicom_values(pydicom, dataset))
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        pixels = 255 - pixels
-    region, box, spacing_mm = _tissue_region(dataset), None, None
-    if region is not None:
-        height, width = pixels.shape[1:]
-        left, top, right, bottom = _corners(region)
-        left, top, right, bottom = max(0, left), max(0, top), min(width, right + 1), min(height, bottom + 1)
-        if right - left < 2 or bottom - top < 2:
-            raise Unreadable("its ultrasound region lies outside its picture")
-        box, pixels = (top, left, height, width), pixels[:, top:bottom, left:right]
-        if region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == CENTIMETRES:
-            spacing_mm = tuple(abs(float(region.get(tag, 0))) * 10 for tag in ("PhysicalDeltaY", "PhysicalDeltaX"))
-    elif "PixelSpacing" in dataset:
-        spacing_mm = tuple(float(value) for value in dataset.PixelSpacing)
-    if spacing_mm is not None and not (len(spacing_mm) == 2 and all(np.isfinite(spacing_mm)) and min(spacing_mm) > 0):
-        spacing_mm = None
-    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it.
-    is_whole = box is None or pixels.shape[1:] == box[2:]
-    may_show_text = is_whole or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
-    return Frames(pixels, spacing_mm, box=box, grey=grey, may_show_text=may_show_text)
+    av = _package("av")
+    pixels, count = np.empty((0, 0, 0), np.uint8), 0
+    with av.open(io.BytesIO(raw)) as container:
+        stream = container.streams.video[0]
+        for frame in container.decode(stream):
+            picture = upright(frame.to_ndarray(format="gray"), frame.side_data.get("DISPLAYMATRIX"))
+            if count == len(pixels):  # twice as long, without a copy; the first time as long as the file claims
+                more = max(count, stream.frames - count, 1)
+                admit(more * picture.size)
+                pixels.resize((count + more, *picture.shape), refcheck=False)
+            if picture.shape != pixels.shape[1:]:
+                raise Unreadable("its frames have several sizes")
+            pixels[count] = picture
+            count += 1
+        ratio = stream.sample_aspect_ratio
+    if not count:
+        raise Unreadable("it has no frames")
+    pixels.resize((count, *pixels.shape[1:]), refcheck=False)
+    odd = ratio and ratio != 1
+    return Frames(pixels, None, notes=("its pixels are not square: give --spacing-mm",) if odd else ())
 
 
-def _dicom_values(pydicom, dataset) -> np.ndarray:
-    """Pixel values [T,H,W]; colours become luminance."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    decoder = pydicom.pixels.get_decoder(syntax)
-    if not decoder.is_available:
-        raise Unreadable(f"it is compressed as {syntax.name}, which no installed package decodes")
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if rows * columns * frames > MAX_PIXELS:
-        raise Unreadable("it claims more pixels than two minutes of large pictures have")
-    values, meta = decoder.as_array(dataset, raw=False)
-    colours = meta["photometric_interpretation"]
-    if colours == "PALETTE COLOR":
-        values = pydicom.pixels.apply_color_lut(values, dataset)
-        values = (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values
-    if colours == "PALETTE COLOR" or meta["samples_per_pixel"] == 3:
-        values = _luminance(values)
-    return values.reshape(frames, rows, columns)
-
-
-def _luminance(colours: np.ndarray) -> np.ndarray:
-    """[...,3] to [...] by the weights of ITU-R BT.601; grey stays the grey it was."""
-    red, green, blue = (colours[..., channel].astype(np.uint32) for channel in range(3))
-    return ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(colours.dtype)
-
-
-def _tissue_region(dataset):
-    """The largest 2-D tissue region that the file names; None if it names none."""
-
-    def area(region) -> int:
-        left, top, right, bottom = _corners(region)
-        return (right - left) * (bottom - top)
-
-    regions = [
-        region
-        for region in dataset.get("SequenceOfUltrasoundRegions") or []
-        if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE
-    ]
-    return max(regions, key=area, default=None)
-
-
-def _corners(region) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a region, in pixels; the last two belong to it."""
-    return tuple(int(region.get(f"RegionLocation{end}", 0)) for end in ("MinX0", "MinY0", "MaxX1", "MaxY1"))
+def upright(picture: np.ndarray, matrix) -> np.ndarray:
+    """A picture [H,W] as a player shows it: turned and mirrored as the file's display matrix, 36 bytes or None, asks."""
+    if matrix is None:
+        return picture
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # ISO 14496-12: x' = a x + c y, y' = b x + d y
+    if b == c == 0:
+        return picture[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
+    if a == d == 0:
+        return picture.T[:: 1 if b > 0 else -1, :: 1 if c > 0 else -1]
+    raise Unreadable("it is to be shown turned by an angle that is not a multiple of 90 degrees")

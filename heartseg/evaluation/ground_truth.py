@@ -216,5 +216,5 @@ class FilePredictions:
                 missing.append(problem(case.patient, case.view, case.phase, error.file, error.reason))
                 found.append(None)
             else:
-                found.append(Segmented(mask, quality=float("nan")))
+                found.append(Segmented(mask, confidence=float("nan")))
         return found, missing

@@ -43,7 +43,7 @@ def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], option
 def score_image(case: Case, predicted: Segmented) -> dict:
     """One image's row: KEYS but `number`, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction.
 
-    `confidence` is the network's own (segmenter.quality), `implausible` the reasons why the mask is not a heart, if any.
+    `confidence` is the network's own (segmenter.confidence), `implausible` the reasons why the mask is not a heart, if any.
     """
     prediction = predicted.mask
     counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
@@ -51,7 +51,7 @@ def score_image(case: Case, predicted: Segmented) -> dict:
     row |= {"frame": case.frame, "quality": getattr(case.info, "quality", None)}
     row |= {name: value.item() for name, value in image_scores(counts).items()}
     row |= surface_distances(prediction, case.truth, case.spacing_mm)
-    row |= {"confidence": predicted.quality, "implausible": "; ".join(implausibilities(prediction, case.spacing_mm))}
+    row |= {"confidence": predicted.confidence, "implausible": "; ".join(implausibilities(prediction, case.spacing_mm))}
     return row | {"confusion": counts.flatten().tolist(), "mask": zlib.compress(prediction.tobytes(), level=1)}
 
 

@@ -28,7 +28,7 @@ from heartseg.shards.writer import resize_image
 TTA_SHIFT = 0.05
 TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 NO_POSTPROCESSING = PredictConfig()
-# A mask of less confidence needs review: `quality` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
+# A mask of less confidence needs review: `confidence` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
 REVIEW_THRESHOLD = 0.83
 
 
@@ -43,9 +43,9 @@ class Segmenter:
     device: torch.device
 
     @property
-    def cards(self) -> tuple[dict, ...]:
-        """The checkpoint's card, as an ensemble has several."""
-        return (self.card,)
+    def members(self) -> tuple["Segmenter", ...]:
+        """Itself, as an ensemble has several."""
+        return (self,)
 
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -74,11 +74,6 @@ class Ensemble:
         """The members' device."""
         return self.members[0].device
 
-    @property
-    def cards(self) -> tuple[dict, ...]:
-        """The members' checkpoints' cards."""
-        return tuple(member.card for member in self.members)
-
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logs of the members' mean class probabilities [B,4,H,W], whose softmax is that mean."""
@@ -89,27 +84,10 @@ class Ensemble:
 
 @dataclass(frozen=True, eq=False)
 class Segmented:
-    """A mask uint8 [H,W] on the image's own grid, and the network's confidence in it from 0 to 1 (see `quality`)."""
+    """A mask uint8 [H,W] on the image's own grid, and the network's `confidence` in it from 0 to 1."""
 
     mask: np.ndarray
-    quality: float
-
-
-def segment(
-    segmenter: Segmenter | Ensemble,
-    images: torch.Tensor,
-    shapes: Sequence[tuple[int, int]],
-    options: PredictConfig = NO_POSTPROCESSING,
-) -> list[Segmented]:
-    """Masks of a batch of uint8 images [B,1,H,W] on the stored grid, each on its own grid of `shapes`."""
-    scores = scores_of(segmenter, images, options)
-    found = zip(scores, shapes, confidence(scores), strict=True)
-    return [Segmented(to_mask(logits, shape, options), value) for logits, shape, value in found]
-
-
-def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
-    """Class scores [B,4,H,W] of uint8 images [B,1,H,W] on the stored grid; their softmax is the class probabilities."""
-    return shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
+    confidence: float
 
 
 def segment_images(
@@ -125,8 +103,15 @@ def segment_images(
     shapes, size, found = shapes or [image.shape for image in images], segmenter.experiment.train.eval_batch_size, []
     for start in range(0, len(images), size):
         chosen = slice(start, start + size)
-        found += segment(segmenter, to_grid(segmenter, images[chosen]), shapes[chosen], options)
+        scores = scores_of(segmenter, to_grid(segmenter, images[chosen]), options)
+        for logits, shape, sure in zip(scores, shapes[chosen], confidence(scores), strict=True):
+            found.append(Segmented(to_mask(logits, shape, options), sure))
     return found
+
+
+def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
+    """Class scores [B,4,H,W] of uint8 images [B,1,H,W] on the stored grid; their softmax is the class probabilities."""
+    return shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
 
 
 def to_grid(segmenter: Segmenter | Ensemble, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -166,37 +151,28 @@ def _log(probabilities: torch.Tensor) -> torch.Tensor:
 
 
 def confidence(scores: torch.Tensor) -> list[float]:
-    """`quality` of each image of class scores [B,4,H,W], from every second pixel both ways: a sum needs no more."""
-    return quality(scores[..., ::2, ::2].softmax(dim=1)).tolist()
+    """The network's confidence in its own labels, from 0 to 1, by class scores [B,4,H,W]: the Dice that it expects of them.
 
-
-def quality(probabilities: torch.Tensor) -> torch.Tensor:
-    """The network's confidence in its own labels, float32 [B] from 0 to 1: the Dice that it expects of them.
-
-    With class probabilities p [B,4,H,W] and labels m, the expected overlap of a structure is 2 sum(p m) / (sum p + sum m);
-    the mean over the three structures is taken, and a structure that was not found counts 0. Doubt at the contours
-    lowers it in proportion to the structure's size, and so does disagreement of shifted copies or ensemble members, whose
-    mean p is. It ranks images; it is not a calibrated Dice: on CAMUS it is about 0.03 too high.
+    With class probabilities p and labels m, the expected overlap of a structure is 2 sum(p m) / (sum p + sum m); the mean
+    over the three structures is taken, and a structure that was not found counts 0. Doubt at the contours lowers it in
+    proportion to the structure's size, and so does disagreement of shifted copies or ensemble members, whose mean p is. It
+    ranks images; it is not a calibrated Dice: on CAMUS it is about 0.03 too high.
     """
-    labels = torch.arange(1, NUM_CLASSES, device=probabilities.device).view(1, -1, 1, 1)
+    probabilities = scores[..., ::2, ::2].softmax(dim=1)  # every second pixel both ways: a sum needs no more
+    labels = torch.arange(1, NUM_CLASSES, device=scores.device).view(1, -1, 1, 1)
     chosen = predicted_labels(probabilities)[:, None] == labels
     found = probabilities[:, 1:]
     both = (found * chosen).sum(dim=(2, 3))
     expected = 2 * both / (found.sum(dim=(2, 3)) + chosen.sum(dim=(2, 3))).clamp_min(1e-9)
-    return expected.mean(dim=1)
-
-
-def to_native(logits: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
-    """Labels uint8 [H,W] on the native grid: class scores [4,h,w] are resampled, then the largest taken.
-
-    Labels are never resampled, so that contours stay smooth.
-    """
-    return predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy()
+    return expected.mean(dim=1).tolist()
 
 
 def to_mask(logits: torch.Tensor, shape: tuple[int, int], options: PredictConfig) -> np.ndarray:
-    """`to_native`, postprocessed as `options` ask."""
-    return clean(to_native(logits, shape), options)
+    """Labels uint8 [H,W] on the native grid: class scores [4,h,w] are resampled, the largest taken, and the mask cleaned.
+
+    Labels are never resampled, so that contours stay smooth.
+    """
+    return clean(predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy(), options)
 
 
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:

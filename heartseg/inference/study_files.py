@@ -1,11 +1,14 @@
 """Studies on disk: which files are inputs and what their outputs are called, and the outputs themselves.
 
 A study is a patient's clips. Names come from file names, except for DICOM, whose files are often named by what
-identifies a patient: there they are study0001, study0002 …
+identifies a patient: there they are keyed digests, study3f9a2c71d04e.
 """
 
+import contextlib
 import os
 import re
+import secrets
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,13 +26,15 @@ VIEW_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:A(?:P|PICAL)?)?([24])CH?|AP([24])
 PHASE_IN_NAME = re.compile(r"(?:^|[_\-. ])(ED|ES)(?=[_\-. ]|$)", re.IGNORECASE)
 # Endings of masks and pictures made from an input, by CAMUS and by this program.
 NO_INPUT = re.compile(r"(_gt|_pred|_overlay|_curve)$", re.IGNORECASE)
+ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png")
 
 
 @dataclass(frozen=True)
 class Clip:
     """One input file, a still or a sequence: its outputs are `patient/stem_pred.nii.gz` and the like below the output.
 
-    `shown` is its name in messages; for a DICOM it is the `stem`, which reveals nothing.
+    `shown` is its name in messages; for a DICOM it is the `stem`, which reveals nothing. `remark` is what a user should know
+    about the way its study was put together.
     """
 
     path: str
@@ -39,13 +44,13 @@ class Clip:
     view: View | None
     phase: Phase | None
     shown: str
+    remark: str = ""
 
 
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
-    """The inputs in a file, a folder or a tree, sorted, those of one patient together.
+    """The inputs in a file, a folder or a tree, sorted, those of one patient together; no two have one patient and stem.
 
-    `view` and `phase` are used if a file's name has none. Raises UserError if there is no input, if a package is missing, or if
-    two files would have one output.
+    `view` and `phase` are used if a file's name has none. Raises UserError if there is no input, or if a package is missing.
     """
     if not filesystem.exists(source):
         raise UserError(f"--input {source} does not exist: give a file, a patient's folder or a folder of folders.")
@@ -58,9 +63,9 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
         raise UserError(f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
     for kind in {clip.kind for clip in found}:
         readers.check_package_installed(kind)
-    found = [replace(clip, view=clip.view or view, phase=clip.phase or phase) for clip in found]
-    check_outputs_differ(found)
-    return sorted(found, key=lambda clip: (clip.patient, clip.stem))
+    found = [replace(clip, view=clip.view or view, phase=clip.phase or phase) for clip in tell_stems_apart(found)]
+    # A study's clips in the order of their files, not of their digests.
+    return sorted(found, key=lambda clip: (clip.patient, clip.path if clip.kind == "dicom" else clip.stem))
 
 
 def is_input(path: str) -> bool:
@@ -126,29 +131,104 @@ def short_names(folders: Iterable[str]) -> dict[str, str]:
 
 
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
-    """DICOM clips by study in the order of their paths: study0001_4CH_clip01; nothing of a path but view and phase is kept."""
-    if paths:
-        readers.check_package_installed("dicom")
-    numbers, clips = {}, Counter()
-    found = []
+    """DICOM clips by study, study3f9a2c71d04e_4CH_clip0b61e7: nothing of a path but view and phase is kept.
+
+    The names are keyed digests of what identifies the study and of the file's bytes, so that they stay the same whatever lies
+    beside it. Files are of one study if their identifiers agree and their StudyInstanceUID can be trusted: otherwise (none, a
+    placeholder, no series, or one series in several folders) only if they lie in one folder, too.
+    """
+    if not paths:
+        return []
+    readers.check_package_installed("dicom")
+    from heartseg.datasets import dicom
+
+    secret, found, folders = name_secret(), [], defaultdict(set)
     for path in paths:
-        key = readers.study_key(path)
-        patient = f"study{numbers.setdefault(key, len(numbers) + 1):04d}"
-        clips[patient] += 1
+        try:
+            raw = filesystem.read_bytes(path)
+        except OSError:  # is reported when the pixels are read
+            raw = path.encode()
+        tags = dicom.identify(raw, secret)
+        found.append((path, dicom.digest(secret, raw)[:6], tags))
+        folders[tags.get("SeriesInstanceUID")].add(os.path.dirname(path))
+    clips, studies, related, places = [], {}, defaultdict(set), defaultdict(set)
+    for path, number, tags in found:
+        series = tags.pop("SeriesInstanceUID", None)
+        if not series or len(folders[series]) > 1:
+            tags["folder"] = os.path.dirname(path)
+        patient = "study" + dicom.digest(secret, repr(sorted(tags.items())).encode())[:12]
+        studies[patient] = tags
+        places[patient].add(os.path.dirname(path))
+        related[tags.get("StudyInstanceUID") or tags.get("PatientID")].add(patient)
         name = os.path.splitext(os.path.basename(path))[0]
         named = view_of(name) or view, phase_of(name)
-        stem = "_".join(filter(None, [patient, *named, f"clip{clips[patient]:02d}"]))
-        found.append(Clip(path, "dicom", patient, stem, *named, stem))
-    return found
+        stem = "_".join(filter(None, [patient, *named, f"clip{number}"]))
+        clips.append(Clip(path, "dicom", patient, stem, *named, stem))
+    remarks = {}
+    for known, group in related.items():
+        for patient in group if known else ():
+            others = [(other, studies[other]) for other in sorted(group)]
+            remarks[patient] = remark(studies[patient], others, len(places[patient]))
+    return [replace(clip, remark=remarks.get(clip.patient, "")) for clip in clips]
 
 
-def check_outputs_differ(clips: list[Clip]) -> None:
-    """Raise UserError if two inputs would write one file."""
-    seen = {}
+def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_folders: int) -> str:
+    """What a user should know about a study: why its files are not of another one, or how little shows that they are of one.
+
+    `group` are the studies, with their tags, that share its StudyInstanceUID or, without any, its PatientID.
+    """
+    shared = "StudyInstanceUID" if "StudyInstanceUID" in tags else "PatientID"
+    for other, others in group:
+        differ = [tag for tag in tags | others if tags.get(tag) != others.get(tag)]
+        if differ:
+            return f"{other} has the same {shared} and another {' and '.join(differ)}: they were not taken for one study"
+    if shared == "PatientID":
+        return "its files have no StudyInstanceUID: only their folder shows that they are one study"
+    if num_folders > 1 and "PatientBirthDate" not in tags:
+        return "its files lie in several folders: only their StudyInstanceUID shows that they are one study"
+    return ""
+
+
+def name_secret() -> bytes:
+    """The secret that keys the names of DICOM studies: HEARTSEG_NAME_KEY, otherwise a file of the user's, created if missing.
+
+    Raises UserError if it can be neither read nor created.
+    """
+    if given := os.environ.get("HEARTSEG_NAME_KEY"):
+        return given.encode()
+    folder = os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "heartseg")
+    path = os.path.join(folder, "name_key")
+    try:
+        if not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=folder)  # which only its owner may read
+            with open(handle, "w") as stream:
+                stream.write(secrets.token_hex(32))
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(temporary, path)
+            os.unlink(temporary)
+        return filesystem.read_bytes(path)
+    except OSError as error:
+        raise UserError(
+            f"DICOM studies are named by a secret in {path}, which cannot be used ({error.strerror}): "
+            "set HEARTSEG_NAME_KEY to a secret text of your own."
+        ) from error
+
+
+def tell_stems_apart(clips: list[Clip]) -> list[Clip]:
+    """Clips of one patient whose outputs would have one name are named by their suffix too, x_avi and x_mp4, or numbered."""
+    counts, taken, named = Counter((clip.patient, clip.stem) for clip in clips), set(), []
     for clip in clips:
-        other = seen.setdefault((clip.patient, clip.stem), clip)
-        if other is not clip:
-            raise UserError(f"{other.shown} and {clip.shown} would both be written as {clip.stem}: give one of their folders.")
+        stem, number = clip.stem, 1
+        if counts[clip.patient, stem] > 1:
+            suffix = os.path.basename(clip.path)[len(stem_of(clip.path)) :] if clip.kind != "dicom" else ""
+            first = stem = stem + suffix.lower().replace(".", "_")
+            while (clip.patient, stem) in taken or (stem != clip.stem and (clip.patient, stem) in counts):
+                number += 1
+                stem = f"{first}_{number}"
+        taken.add((clip.patient, stem))
+        named.append(replace(clip, stem=stem, shown=stem if clip.kind == "dicom" else clip.shown))
+    return named
 
 
 def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
@@ -159,6 +239,32 @@ def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
     folders = {out} | {filesystem.join(out, clip.patient) for clip in clips}
     if any((os.path.realpath(folder) + os.sep).startswith(inside) for folder in folders):
         raise UserError(f"--out {out} would put files inside --input {source}: give a folder outside it.")
+
+
+def clear(out: str, clips: Iterable[Clip]) -> int:
+    """Remove an earlier call's results, so that none lies beside another call's tables; returns how many were not asked for.
+
+    `studies.json` lists the masks of both calls until the tables of this one replace it: an interrupted call leaves masks, but
+    no table that could be another file's, and the next call finds them.
+    """
+    tables, asked = filesystem.join(out, "studies.json"), {f"{clip.patient}/{clip.stem}_pred.nii.gz" for clip in clips}
+    earlier = {clip["mask"] for clip in filesystem.read_json(tables).get("clips", [])} if filesystem.exists(tables) else set()
+    filesystem.publish_json(tables, {"unfinished": True, "clips": [{"mask": mask} for mask in sorted(asked | earlier)]})
+    filesystem.remove(filesystem.join(out, "ef.csv"))
+    stems = defaultdict(set)
+    for mask in earlier:
+        patient, _, name = mask.rpartition("/")
+        if patient and os.path.basename(patient) == patient and patient != "..":  # no other folder, whatever a table lists
+            stems[patient].add(name.removesuffix("_pred.nii.gz"))
+    for patient, known in stems.items():
+        folder = filesystem.join(out, patient)
+        names = filesystem.list_names(folder)
+        results = [name for name in names if name.endswith(ENDINGS) and name.rpartition("_")[0] in known]
+        for name in results:
+            filesystem.remove(filesystem.join(folder, name))
+        if results and len(results) == len(names):
+            filesystem.remove(folder)
+    return len(earlier - asked)
 
 
 def output(out: str, clip: Clip, ending: str) -> str:

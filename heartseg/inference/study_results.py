@@ -3,8 +3,9 @@
 import csv
 import io
 import math
+import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from heartseg.datasets.readers import Frames
 from heartseg.inference import study_files
 from heartseg.inference.segmenter import REVIEW_THRESHOLD
 from heartseg.inference.study_files import Clip
-from heartseg.labels import VIEWS, Phase, View
+from heartseg.labels import PHASES, VIEWS, Phase
 from heartseg.metrics import ed_es_detection
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
@@ -26,6 +27,8 @@ INTENDED_USE = "research use only, not a medical device"
 # The first columns of ef.csv; the other indices follow.
 FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_camus", "esv_ml_camus")
 FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
+# Characters of a cell of ef.csv and of what a line in the terminal holds beside a name; studies.json has all.
+MAX_TEXT, MORE = 200, " … (more in studies.json)"
 # Two views of one heart whose EFs are further apart than this, in points, do not describe one heart.
 MOST_APART = 20.0
 
@@ -70,35 +73,69 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
         phases = {clip.phase: (0, masks[0])}
     spacing_mm = frames.spacing_mm or (USUAL_DEPTH_MM / masks.shape[1],) * 2
     # Of a sequence, the frames that its EF comes from count.
-    measured = [at for at, _ in phases.values()] or range(len(masks))
-    doubts = {f"frame {at + 1}: {doubt}" for at in measured for doubt in implausibilities(masks[at], spacing_mm)}
+    measured = sorted(at for at, _ in phases.values()) or range(len(masks))
+    found, doubts = defaultdict(list), []
+    for at in measured:
+        for doubt in implausibilities(masks[at], spacing_mm):
+            found[re.sub(r"\d[\d.]*", "0", doubt)].append((at + 1, doubt))  # those of one kind differ in what was measured
+    for same in found.values():
+        numbers, texts = zip(*same, strict=True)
+        doubts.append(f"{ranges(numbers)}: {texts[0]}{' (or similar)' if len(set(texts)) > 1 else ''}")
     confidence = min(confidences[at] for at in measured)
     if confidence < REVIEW_THRESHOLD:
-        doubts.add(f"the network is unsure of it (confidence {confidence:.2f})")
-    return ClipResult(clip, len(masks), frames.spacing_mm, phases, volumes_ml, frames.notes, tuple(sorted(doubts)), confidence)
+        doubts.append(f"the network is unsure of it (confidence {confidence:.2f})")
+    return ClipResult(clip, len(masks), frames.spacing_mm, phases, volumes_ml, frames.notes, tuple(doubts), confidence)
+
+
+def ranges(frames: Sequence[int]) -> str:
+    """Ascending numbers of frames in words: `frame 7`, `frames 3-41, 50`."""
+    runs = []
+    for frame in frames:
+        if runs and frame == runs[-1][1] + 1:
+            runs[-1][1] = frame
+        else:
+            runs.append([frame, frame])
+    words = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    return f"frame{'s' if len(frames) > 1 else ''} {words}"
+
+
+def shorten(text: str) -> str:
+    """A text of at most MAX_TEXT characters for a cell or a line."""
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rstrip(" ;,") + MORE
 
 
 def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
     """A patient's indices: in each view from its two stills, otherwise from its first sequence that shows ED and ES."""
-    by_view = {view: [r for r in results if r.clip.view == view] for view in VIEWS}
-    twice = _shown_twice(results)
-    chosen = {view: _phases_of(found, [phase for seen, phase in twice if seen == view]) for view, found in by_view.items()}
-    masks = {(view, phase): entry for view, (_, phases) in chosen.items() for phase, entry in phases.items()}
-    row = patient_indices(masks, spacing_known=all(spacing_mm for _, spacing_mm in masks.values()))
-    reasons = [row["reason"]] if row["reason"] else []
-    for (view, phase), stems in twice.items():
-        reasons.append(f"{' and '.join(stems)} all show {view} {phase}, and only one can count: give one")
+    stills, masks, sources, reasons = defaultdict(list), {}, {}, []
     for r in results:
-        if r.frames > 1 and not r.phases and len(chosen.get(r.clip.view, ("", ()))[1]) < 2:
+        for phase in r.phases if r.frames == 1 else ():
+            stills[r.clip.view, phase].append(r)
+    beats = [r for r in results if r.frames > 1 and len(r.phases) == 2]
+    for view in VIEWS:
+        chosen = {phase: stills[view, phase][0] for phase in PHASES if len(stills[view, phase]) == 1}
+        sources[f"from_{view}"] = "stills" if chosen else ""
+        beat = next((r for r in beats if r.clip.view == view), None)
+        if beat and len(chosen) < 2:
+            chosen, sources[f"from_{view}"] = dict.fromkeys(PHASES, beat), beat.clip.stem
+        masks |= {(view, phase): (r.phases[phase][1], r.spacing_mm) for phase, r in chosen.items()}
+    row = patient_indices(masks, spacing_known=all(spacing_mm for _, spacing_mm in masks.values()))
+    reasons += [row["reason"]] if row["reason"] else []
+    for (view, phase), found in stills.items():
+        if view and len(found) > 1:
+            stems = " and ".join(r.clip.stem for r in found)
+            reasons.append(f"{stems} all show {view} {phase}, and only one can count: give one")
+    for r in results:
+        if r.frames > 1 and not r.phases and not {(r.clip.view, phase) for phase in PHASES} <= masks.keys():
             reasons.append(f"{r.clip.stem} shows no beat (its plausible frames have one volume): give a whole one")
     if nameless := [r.clip.stem for r in results if r.clip.view is None]:
         reasons.append(f"the view of {', '.join(nameless)} is not known: give --view")
     if phaseless := [r.clip.stem for r in results if r.frames == 1 and r.clip.phase is None]:
         reasons.append(f"the phase of {', '.join(phaseless)} is not known: give --phase, or names like PATIENT_4CH_ED")
-    row["reason"] = "; ".join(reasons)
-    row["doubts"] = "; ".join([*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)])
+    doubts = [*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)]
+    (doubts if math.isfinite(row["ef_ase"]) else reasons).extend({r.clip.remark for r in results} - {""})
+    row["reason"], row["doubts"] = "; ".join(reasons), "; ".join(doubts)
     row["confidence"] = min((r.confidence for r in results), default=float("nan"))
-    return {"patient": patient} | {f"from_{view}": source for view, (source, _) in chosen.items()} | row
+    return {"patient": patient} | sources | row
 
 
 def _views_apart(row: dict) -> list[str]:
@@ -107,32 +144,6 @@ def _views_apart(row: dict) -> list[str]:
     if not abs(four - two) > MOST_APART:
         return []
     return [f"the views disagree by {abs(four - two):.0f} points: EF is {four:.0f} % in 4CH alone and {two:.0f} % in 2CH alone"]
-
-
-def _shown_twice(results: Iterable[ClipResult]) -> dict[tuple[View, Phase], list[str]]:
-    """Names of a patient's stills of one view and phase, if there are several."""
-    stems = defaultdict(list)
-    for r in results:
-        for phase in r.phases if r.frames == 1 and r.clip.view else ():
-            stems[r.clip.view, phase].append(r.clip.stem)
-    return {still: names for still, names in stems.items() if len(names) > 1}
-
-
-def _phases_of(results: list[ClipResult], twice: Container[Phase]) -> tuple[str, dict]:
-    """The source of one view's phases, and phase -> (mask, spacing_mm); stills of phases shown `twice` do not count."""
-    single = [(phase, r) for r in results if r.frames == 1 for phase in r.phases if phase not in twice]
-    stills = {phase: (r.phases[phase][1], r.spacing_mm) for phase, r in single}
-    if len(stills) < 2:
-        for r in results:
-            if r.frames > 1 and len(r.phases) == 2:
-                return r.clip.stem, {phase: (mask, r.spacing_mm) for phase, (_, mask) in r.phases.items()}
-    return ("stills" if stills else ""), stills
-
-
-def shown_curve(result: ClipResult) -> tuple[np.ndarray, str]:
-    """A sequence's volumes [T] for a plot, NaN if implausible, and their unit: ml, or % of ED without a scale."""
-    values = ed_es_detection.plausible(result.volumes_ml)
-    return (values, "ml") if result.spacing_mm else (100 * values / values[result.phases[Phase.ED][0]], "%")
 
 
 def clip_record(result: ClipResult) -> dict:
@@ -153,8 +164,8 @@ def clip_record(result: ClipResult) -> dict:
     return record
 
 
-def write_tables(out: str, rows: list[dict], records: list[dict], damaged: list[dict], made_with: dict) -> None:
-    """Write `ef.csv`, a line a patient, and `studies.json` with everything; each whole or not at all."""
+def write_tables(out: str, rows: list[dict], everything: dict) -> None:
+    """Write `ef.csv`, a line a patient, and `studies.json` with that and `everything` else; each whole or not at all."""
     columns = [*FIRST, *(name for name in INDICES if name not in FIRST), "intended_use"]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -163,7 +174,7 @@ def write_tables(out: str, rows: list[dict], records: list[dict], damaged: list[
         table.writerow({name: _cell(value) for name, value in row.items()} | {"intended_use": INTENDED_USE})
     filesystem.publish(filesystem.join(out, "ef.csv"), text.getvalue().encode())
     patients = [{name: none_if_nan(value) for name, value in row.items()} for row in rows]
-    whole = {"intended_use": INTENDED_USE, "made_with": made_with, "patients": patients, "clips": records, "damaged": damaged}
+    whole = {"intended_use": INTENDED_USE, "patients": patients} | everything
     filesystem.publish_json(filesystem.join(out, "studies.json"), whole)
 
 
@@ -175,11 +186,6 @@ def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
     return dict(found)
 
 
-def doubtful(result: ClipResult) -> str:
-    """A line that names a clip with doubts, to be reviewed; empty for all others."""
-    return f"look at {result.clip.stem}: {'; '.join(result.doubts)}" if result.doubts else ""
-
-
 def headline(row: dict) -> str:
     """One line of a patient for a terminal: EF by the ase convention, of both views if possible, otherwise of one."""
     for method, title in (("ase", "biplane, ase"), ("4ch_ase", "4CH alone, ase"), ("2ch_ase", "2CH alone, ase")):
@@ -188,9 +194,11 @@ def headline(row: dict) -> str:
             known = f"   EDV {volumes[0]:.0f} ml, ESV {volumes[1]:.0f} ml" if all(map(math.isfinite, volumes)) else ""
             doubt = "".join(f"   {doubt}" for doubt in _views_apart(row))
             return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({title}){known}{doubt}"
-    return f"{row['patient']}   no EF: {row['reason']}"
+    return f"{row['patient']}   no EF: {shorten(row['reason'])}"
 
 
 def _cell(value):
-    """Empty for NaN; two decimals, which are more than a mask can resolve."""
+    """Empty for NaN; two decimals, which are more than a mask can resolve; of a long text the beginning."""
+    if isinstance(value, str):
+        return shorten(value)
     return ("" if not math.isfinite(value) else f"{value:.2f}") if isinstance(value, (float, np.floating)) else value

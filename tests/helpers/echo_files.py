@@ -5,8 +5,8 @@ import io
 import numpy as np
 
 
-def movie(suffix: str, codec: str, frames: np.ndarray) -> bytes:
-    """A video of grey frames [T,H,W]."""
+def movie(suffix: str, codec: str, frames: np.ndarray, aspect: int = 1) -> bytes:
+    """A video of grey frames [T,H,W], whose pixels are `aspect` times as wide as high."""
     import av
 
     buffer = io.BytesIO()
@@ -17,6 +17,7 @@ def movie(suffix: str, codec: str, frames: np.ndarray) -> bytes:
             frames.shape[1],
             "yuvj420p" if codec == "mjpeg" else "yuv420p",
         )
+        stream.codec_context.sample_aspect_ratio = aspect
         for frame in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="gray")):
                 container.mux(packet)

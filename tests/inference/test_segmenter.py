@@ -13,10 +13,9 @@ from heartseg.inference.segmenter import (
     TTA_SHIFT,
     Ensemble,
     Segmenter,
+    confidence,
     load,
     load_all,
-    quality,
-    segment,
     segment_images,
     shifted_logits,
 )
@@ -69,24 +68,24 @@ class Fixed:
 
 def test_predict_is_the_same_alone_and_in_a_batch_of_other_sizes(segmenter):
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 70), (64, 64), (120, 200))]
-    for options in (PredictConfig(), ALL):
-        together = segment_images(segmenter, pictures, options)
-        for picture, one in zip(pictures, together, strict=True):
-            alone = segmenter.predict(picture, options)
-            assert alone.shape == picture.shape and alone.dtype == np.uint8 and (alone != one.mask).mean() < 1e-3
+    pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 70), (120, 200))]
+    together = segment_images(segmenter, pictures, ALL)
+    for picture, one in zip(pictures, together, strict=True):
+        alone = segmenter.predict(picture, ALL)
+        assert alone.shape == picture.shape and alone.dtype == np.uint8 and (alone != one.mask).mean() < 1e-3
     assert len(np.unique(np.concatenate([one.mask.ravel() for one in together]))) > 1
 
 
 def test_options_clean_the_mask_and_leave_the_confidence(segmenter, images):
     shapes = [(80, 60), (100, 70), (37, 150), (64, 65), (200, 200)]
-    raw = segment(segmenter, images, shapes)
-    cleaned = segment(segmenter, images, shapes, PredictConfig(largest_component=True, fill_holes=True))
+    raw = segment_images(segmenter, images[:, 0].numpy(), shapes=shapes)
+    options = PredictConfig(largest_component=True, fill_holes=True)
+    cleaned = segment_images(segmenter, images[:, 0].numpy(), options, shapes)
     assert [one.mask.shape for one in cleaned] == shapes
     assert any((a.mask != b.mask).any() for a, b in zip(raw, cleaned, strict=True))
     for one in cleaned:
         assert all(ndimage.label(one.mask == label, np.ones((3, 3)))[1] <= 1 for label in (1, 2, 3))
-    assert [one.quality for one in raw] == [one.quality for one in cleaned]
+    assert [one.confidence for one in raw] == [one.confidence for one in cleaned]
 
 
 def test_shifted_copies_come_back_to_their_place():
@@ -96,20 +95,23 @@ def test_shifted_copies_come_back_to_their_place():
     assert torch.allclose(shifted_logits(Fixed(), images).softmax(dim=1), alone, atol=1e-6)
 
 
-def test_shifted_copies_are_the_mean_of_five_answers(segmenter, images):
+def test_shifted_copies_are_the_mean_of_five_answers(images):
     seen = []
 
     class Spy(Fixed):
         def logits(self, images):
             seen.append(images)
-            return segmenter.logits(images)
+            return answer(images)
+
+    def answer(images):  # a pixel's neighbours count
+        return Fixed().logits(torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2))
 
     found = shifted_logits(Spy(), images[:2]).exp()
     assert len(seen) == 5 and torch.equal(seen[0], images[:2])
     shift = round(TTA_SHIFT * 64)
     # The second copy's row r is the image's row r - shift.
     assert torch.equal(seen[1][:, :, shift:], images[:2, :, :-shift])
-    answers = [segmenter.logits(copy).softmax(dim=1) for copy in seen]
+    answers = [answer(copy).softmax(dim=1) for copy in seen]
     inner = slice(2 * shift, -2 * shift)
     moves = ((0, 0), (-shift, 0), (shift, 0), (0, -shift), (0, shift))
     back = [answer.roll(move, (2, 3)) for answer, move in zip(answers, moves, strict=True)]
@@ -117,20 +119,16 @@ def test_shifted_copies_are_the_mean_of_five_answers(segmenter, images):
     assert torch.allclose(found.sum(dim=1), torch.ones(2, 64, 64), atol=1e-5)
 
 
-def test_an_ensemble_is_the_mean_of_its_members_probabilities(paths, images):
+def test_an_ensemble_is_the_mean_of_its_members_probabilities_each_with_its_own_normalisation(paths, images):
     ensemble = load_all(paths, device="cpu")
-    members = [load(path, device="cpu").logits(images).softmax(dim=1) for path in paths]
+    first, other = ensemble.members
+    ensemble = Ensemble((first, replace(other, intensity=Intensity(0.5, 0.1))))
+    members = [member.logits(images).softmax(dim=1) for member in ensemble.members]
     assert not torch.allclose(members[0], members[1], atol=0.01)
+    assert not torch.allclose(members[1], other.logits(images).softmax(dim=1), atol=0.01)
     assert torch.allclose(ensemble.logits(images).softmax(dim=1), (members[0] + members[1]) / 2, atol=1e-5)
-    (one, *_) = segment(ensemble, images, [(50, 60)] * 5, ALL)
-    assert one.mask.shape == (50, 60) and 0 <= one.quality <= 1
-
-
-def test_members_of_an_ensemble_keep_their_own_normalisation(paths, images):
-    first = load(paths[0], device="cpu")
-    other = replace(first, intensity=Intensity(0.5, 0.1))
-    expected = (first.logits(images).softmax(dim=1) + other.logits(images).softmax(dim=1)) / 2
-    assert torch.allclose(Ensemble((first, other)).logits(images).exp(), expected, atol=1e-5)
+    (one,) = segment_images(ensemble, images[0].numpy(), ALL, [(50, 60)])
+    assert one.mask.shape == (50, 60) and 0 <= one.confidence <= 1
 
 
 def test_an_ensemble_of_nothing_or_of_two_grids_is_refused(paths, tmp_path):
@@ -146,12 +144,10 @@ def test_confidence_is_the_expected_dice():
     labels[:, :2], labels[:, 2:4], labels[:, 4:6] = 1, 2, 3
     certain = torch.nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
     unsure = 0.6 * certain + 0.1
-    # Of 16 pixels with p = 0.7 and 48 with p = 0.1: 2 * 11.2 / (11.2 + 4.8 + 16).
-    expected = torch.tensor([1.0, 2 * 11.2 / 32])
-    assert torch.allclose(quality(torch.cat([certain, unsure])), expected)
     none = torch.zeros(1, 4, 8, 8)
     none[:, 0] = 1
-    assert quality(none).item() == 0
+    # Of 16 pixels with p = 0.7 and 48 with p = 0.1: 2 * 11.2 / (11.2 + 4.8 + 16).
+    assert confidence(torch.cat([certain, unsure, none]).log()) == pytest.approx([1.0, 2 * 11.2 / 32, 0.0])
 
 
 @pytest.mark.filterwarnings("ignore")

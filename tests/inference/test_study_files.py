@@ -5,6 +5,8 @@ import csv
 import io
 import itertools
 import json
+import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -109,10 +111,14 @@ def test_the_same_name_in_two_folders_is_told_apart_by_the_folders(files, expect
     assert [(clip.patient, clip.stem) for clip in find_clips(str(tmp_path))] == expected
 
 
-def test_two_inputs_that_would_write_one_file_are_refused_by_name(tmp_path):
-    put(tmp_path, "a.nii.gz", "a.nii")
-    with pytest.raises(UserError, match=r"a\.nii and a\.nii\.gz would both be written as a"):
-        find_clips(str(tmp_path))
+def test_files_of_one_stem_have_distinct_names(tmp_path):
+    put(tmp_path, "a_2CH.nii.gz", "a_2CH.nii", "a_2CH_nii.nii", "b_2CH.nii")
+    for name in ("a_2CH.png", "b_2CH.AVI"):
+        (tmp_path / name).write_bytes(b"")
+    clips = find_clips(str(tmp_path))
+    expected = ["a_2CH_nii", "a_2CH_nii_2", "a_2CH_nii_gz", "a_2CH_png", "b_2CH_avi", "b_2CH_nii"]
+    assert [clip.stem for clip in clips] == expected and {clip.view for clip in clips} == {TWO}
+    assert {clip.patient for clip in clips} == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -125,18 +131,94 @@ def test_an_output_among_the_inputs_is_refused(out, is_refused, tmp_path):
         study_files.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
 
 
-def test_dicoms_are_named_by_study_and_number_whatever_their_paths_say(tmp_path):
-    for path, study in (("DOE_JANE/1_A4C", "1.2"), ("DOE_JANE/2_A2C.dcm", "1.2"), ("DOE_JANE/3.dcm", "1.3"), ("ROE/1", "1.2")):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_bytes(dicom(LOOP, StudyInstanceUID=study, PatientID=path[:3]))
-    clips = find_clips(str(tmp_path), FOUR)
-    assert [clip.stem for clip in clips] == [
-        "study0001_2CH_clip02",
-        "study0001_4CH_clip01",
-        "study0002_4CH_clip01",
-        "study0003_4CH_clip01",
-    ]
-    assert all(clip.shown == clip.stem for clip in clips)
+LONG = "1.2.826.0.1.3680043.8.498.100200300"  # a UID as a generator makes it
+
+
+def studies(folder, files: dict[str, dict]) -> dict[str, Clip]:
+    """Clips by path of DICOM files with some tags."""
+    for path, tags in files.items():
+        (folder / path).parent.mkdir(exist_ok=True, parents=True)
+        (folder / path).write_bytes(dicom(LOOP[:1] + len(path), **tags))
+    return {os.path.relpath(clip.path, folder): clip for clip in find_clips(str(folder), FOUR)}
+
+
+def test_dicoms_are_named_by_digests_that_show_nothing_and_stay_the_same_whatever_lies_beside_them(tmp_path, monkeypatch):
+    mine = {"PatientID": "DOE", "StudyInstanceUID": LONG + "1"}
+    first = studies(tmp_path, {"DOE_JANE/1_A4C": mine, "DOE_JANE/22_A2C.dcm": mine})
+    names = {clip.stem for clip in first.values()}
+    assert all(re.fullmatch(r"study[0-9a-f]{12}_[24]CH_clip[0-9a-f]{6}", name) for name in names) and len(names) == 2
+    assert [clip.view for clip in first.values()] == [FOUR, TWO]
+    assert all(clip.shown == clip.stem and clip.patient == clip.stem[:17] for clip in first.values())
+    more = studies(tmp_path, {"A/1": mine | {"StudyInstanceUID": LONG + "2"}, "DOE_JANE/0": mine, "DOE_JANE/copy/1_A4C": mine})
+    assert {path: more[path].stem for path in first} == {path: clip.stem for path, clip in first.items()}
+    assert len({clip.patient for clip in more.values()}) == 3 and len({clip.stem for clip in more.values()}) == 5
+    monkeypatch.setenv("HEARTSEG_NAME_KEY", "another")
+    assert not names & {clip.stem for clip in find_clips(str(tmp_path), FOUR)}
+
+
+def test_two_copies_of_a_dicom_in_one_study_are_numbered(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.dcm").write_bytes(dicom(LOOP, StudyInstanceUID=LONG))
+    one, two = find_clips(str(tmp_path))
+    assert two.stem == two.shown == f"{one.stem}_2" and one.patient == two.patient
+
+
+PERSON = {"PatientID": "ANON", "StudyInstanceUID": LONG}
+BORN = PERSON | {"PatientBirthDate": "19500101"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID and another folder"),
+        (
+            PERSON | {"StudyInstanceUID": "1.2.3"},
+            PERSON | {"StudyInstanceUID": "1.2.3"},
+            "same StudyInstanceUID and another folder",
+        ),
+        (PERSON, PERSON, "same StudyInstanceUID and another folder"),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "and another folder"),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "2"}, "several folders"),
+        (BORN | {"SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, ""),
+        (
+            PERSON | {"PatientSex": "F", "SeriesInstanceUID": "1"},
+            PERSON | {"PatientSex": "M", "SeriesInstanceUID": "2"},
+            "PatientSex",
+        ),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"PatientID": "2", "SeriesInstanceUID": "2"}, "another PatientID"),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"StudyInstanceUID": LONG + "2", "SeriesInstanceUID": "2"}, None),
+    ],
+)
+def test_files_of_two_folders_are_one_study_only_if_their_identifiers_can_be_trusted_and_agree(first, second, why, tmp_path):
+    one, two = studies(tmp_path, {"person_a/4CH": first, "person_bb/2CH": second}).values()
+    is_one = why in ("", "several folders")
+    assert (one.patient == two.patient) == is_one
+    assert (why or "") in one.remark and bool(one.remark) == bool(why)
+    assert not why or is_one or two.patient in one.remark
+
+
+def test_identifiers_that_contradict_each_other_in_one_folder_give_two_studies(tmp_path):
+    one, two = studies(
+        tmp_path, {"4CH": PERSON | {"PatientBirthDate": "19500101"}, "x2CH": PERSON | {"PatientBirthDate": "19600101"}}
+    ).values()
+    assert one.patient != two.patient and "another PatientBirthDate" in one.remark
+
+
+def test_without_a_studys_identifier_its_folder_alone_is_a_doubt(tmp_path):
+    one, two = studies(tmp_path, {"4CH": {"PatientID": "ANON"}, "x2CH": {"PatientID": "ANON"}}).values()
+    assert one.patient == two.patient and "only their folder" in one.remark
+
+
+def test_the_secret_of_the_names_is_the_users_own_file_and_one_line_if_it_cannot_be_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("HEARTSEG_NAME_KEY")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    first = study_files.name_secret()
+    path = tmp_path / "heartseg" / "name_key"
+    assert len(first) == 64 and study_files.name_secret() == first and path.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(path.parent) == ["name_key"]
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(path))
+    with pytest.raises(UserError, match="set HEARTSEG_NAME_KEY"):
+        study_files.name_secret()
 
 
 def test_a_cut_and_turned_picture_has_its_mask_where_the_file_has_the_heart(tmp_path):
@@ -243,9 +325,36 @@ def test_a_sequence_of_an_unknown_view_is_measured_and_its_row_says_what_to_do(h
     assert study_results.clip_record(nameless)["ef_single_plane"] > 0
 
 
+def test_what_a_study_was_put_together_by_is_a_doubt_or_why_it_has_no_ef(hearts, tmp_path):
+    (results, _) = finished(hearts, str(tmp_path), lambda clip: clip.phase is not None).values()
+    results = [replace(one, clip=replace(one.clip, remark="only their folder")) for one in results]
+    row = study_results.study_row("p", results)
+    assert row["doubts"] == "only their folder" and row["reason"] == ""
+    row = study_results.study_row("p", [one for one in results if one.clip.view == FOUR])
+    assert row["doubts"] == "" and row["reason"].endswith("only their folder")
+
+
+def test_a_clip_that_fails_is_named_by_ranges_of_frames_and_cut_to_a_cell(hearts, tmp_path):
+    clip = next(clip for clip in find_clips(hearts) if clip.stem.endswith("4CH_half_sequence"))
+    frames = Frames(np.zeros((60, 40, 30), np.uint8), None)
+    masks = np.zeros(frames.pixels.shape, np.uint8)
+    masks[7, 5:9, 5:9] = 3
+    result = study_results.finish(str(tmp_path), clip, frames, masks, [0.5] * 60)
+    assert "frames 1-60: the cavity is missing" in result.doubts[0]
+    assert any(doubt.startswith("frames 1-7, 9-60: the atrium is missing") for doubt in result.doubts)
+    assert len("; ".join(result.doubts)) < 400 and study_results.ranges([7]) == "frame 7"
+    row = study_results.study_row("p", [result] * 20)
+    study_results.write_tables(str(tmp_path), [row], {})
+    with open(tmp_path / "ef.csv") as stream:
+        (line,) = csv.DictReader(stream)
+    assert len(line["doubts"]) <= 200 and line["doubts"].endswith("(more in studies.json)") and len(line["reason"]) <= 200
+    (whole,) = json.loads((tmp_path / "studies.json").read_text())["patients"]
+    assert whole["doubts"] == row["doubts"] and len(study_results.headline(row)) < 230
+
+
 def test_the_tables_hold_every_patient_and_say_what_they_are_not_for(hearts, tmp_path):
     rows = [study_results.study_row(patient, found) for patient, found in finished(hearts, str(tmp_path)).items()]
-    study_results.write_tables(str(tmp_path), rows, [], [{"input": "x", "reason": "is empty"}], {"epoch": 1})
+    study_results.write_tables(str(tmp_path), rows, {"damaged": [{"input": "x", "reason": "is empty"}]})
     with open(tmp_path / "ef.csv") as stream:
         table = list(csv.DictReader(stream))
     assert [line["patient"] for line in table] == ["patient0001", "patient0002"]

@@ -1,0 +1,205 @@
+"""DICOM files to upright grey frames, the millimetres of a pixel, and what identifies a study.
+
+The only file that imports pydicom, which `pip install heartseg[formats]` brings: import it only where a DICOM is read.
+Nothing that a file holds about its patient leaves it: frames, spacing and keyed digests are all that it returns, and no message
+quotes a value.
+"""
+
+import hmac
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pydicom
+
+from heartseg.datasets.grey import Unreadable, as_grey
+from heartseg.datasets.readers import NO_PICTURE, Frames
+
+# pydicom's warnings quote the values that they complain about, a patient's name among them.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module=r"pydicom|heartseg\.datasets\.dicom")
+
+# What a file is (SOP classes, DICOM PS3.6): ultrasound pictures and loops with their retired forms, screenshots; volumes.
+STORAGE = "1.2.840.10008.5.1.4.1.1."
+ULTRASOUND = tuple(STORAGE + kind for kind in ("3", "3.1", "6", "6.1"))
+SCREENSHOT, VOLUME = STORAGE + "7", STORAGE + "6.2"
+# DICOM PS3.3 C.8.5.5.1: spatial formats of a region (M-mode and Doppler are curves over time), its type, its unit.
+TWO_DIMENSIONAL, CURVES, TISSUE, CENTIMETRES = 1, {2, 3}, 1, 3
+# A region may end this share of a picture's side beyond its edge: writers count from 0 or from 1, and round.
+BEYOND_EDGE = 0.02
+# What must agree in all files of a study, where they have it.
+IDENTIFIERS = ("PatientID", "StudyInstanceUID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate")
+# A generator's UIDs are longer than this; an anonymiser's placeholder, such as 1.2.3, is not.
+SHORTEST_UID = 20
+
+
+def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -> Frames:
+    """A DICOM image or loop in grey, cut to its 2-D tissue region if the file names one that fits its picture.
+
+    The spacing is that of the region (0018,6011: PhysicalDeltaX and PhysicalDeltaY, in cm if the unit's code is 3),
+    otherwise PixelSpacing, otherwise None. `admit` gets the number of pixels before they are decoded. Raises Unreadable for
+    what is not a 2-D picture or loop, and whatever pydicom does.
+    """
+    dataset = pydicom.dcmread(io.BytesIO(raw), force=True)
+    check_is_loop(dataset)
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    (top, left, bottom, right), spacing_mm, notes = find_region(dataset, rows, columns)
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    admit(frames * (bottom - top) * (right - left))
+    pixels, grey = as_grey(decode(dataset, frames, (slice(top, bottom), slice(left, right))))
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        pixels = np.invert(pixels)
+    is_whole = pixels.shape[1:] == (rows, columns)
+    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it.
+    may_show_text = is_whole or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
+    box = None if is_whole else (top, left, rows, columns)
+    return Frames(pixels, spacing_mm, box=box, notes=notes, grey=grey, may_show_text=may_show_text)
+
+
+def check_is_loop(dataset) -> None:
+    """Raise Unreadable for a file that holds no ultrasound picture or loop of one plane."""
+    kind = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+    if "PixelData" not in dataset:
+        if "Rows" in dataset or kind in ULTRASOUND:
+            raise Unreadable("it is cut off before its pixels")
+        raise Unreadable(NO_PICTURE if re.fullmatch(r"[\d.]+", kind) else "it is damaged or not a DICOM file")
+    if kind == VOLUME or str(dataset.get("DimensionOrganizationType", "")).startswith("3D"):
+        raise Unreadable("its frames are planes of a volume, not a loop of one plane")
+    if kind.startswith(STORAGE) and not (kind in ULTRASOUND or kind.startswith(SCREENSHOT)):
+        raise Unreadable("it is not an ultrasound picture")
+
+
+def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, float] | None, tuple[str, ...]]:
+    """The part of the picture to outline (top, left, bottom, right; the last two excluded), its spacing in mm, and notes.
+
+    That is the largest 2-D tissue region, and the whole picture if there is none or it does not fit.
+    """
+    whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
+    formats = {region.get("RegionSpatialFormat") for region in regions}
+    if formats & CURVES and TWO_DIMENSIONAL not in formats:
+        raise Unreadable("it shows no 2-D picture, but a curve over time (M-mode or Doppler)")
+    tissue = [
+        (_corners(region), region)
+        for region in regions
+        if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE
+    ]
+    if not tissue:
+        spacing_mm = _positive(dataset.get("PixelSpacing") or ())
+        ratio = [float(value) for value in dataset.get("PixelAspectRatio") or (1, 1)]
+        odd = not spacing_mm and ratio[0] != ratio[1]
+        return whole, spacing_mm, ("its pixels are not square, and it has no millimetres: give --spacing-mm",) if odd else ()
+    corners, region = max(tissue, key=lambda found: _area(found[0]))
+    top, left, bottom, right = corners
+    if not fits(corners, rows, columns):
+        note = (
+            f"its ultrasound region does not fit its picture of {rows} x {columns} pixels: it is not cut and has no millimetres"
+        )
+        return whole, None, (note,)
+    apart = [other for other, _ in tissue if (other[1] >= right or other[3] <= left or other[0] >= bottom or other[2] <= top)]
+    beside = sum(_area(other) > _area(corners) / 4 for other in apart)
+    note = f"it shows {beside + 1} planes at once, and only that of columns {left} to {right - 1} is outlined"
+    is_in_cm = region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == CENTIMETRES
+    deltas = [abs(float(region.get(tag, 0))) * 10 for tag in ("PhysicalDeltaY", "PhysicalDeltaX")] if is_in_cm else ()
+    return (top, left, min(bottom, rows), min(right, columns)), _positive(deltas), (note,) if beside else ()
+
+
+def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
+    """True if a region (top, left, bottom, right) lies in a picture, or in one that was cropped along one side.
+
+    A picture that was made smaller without its regions ends before them both ways. One that was cropped along one side kept its
+    other size, which shows if the region ends at its edge.
+    """
+    top, left, bottom, right = corners
+    if not (0 <= top < bottom and 0 <= left < right and top + 1 < rows and left + 1 < columns):
+        return False
+    too_deep, too_wide = bottom > rows * (1 + BEYOND_EDGE), right > columns * (1 + BEYOND_EDGE)
+    ends_below, ends_right = bottom >= rows * (1 - BEYOND_EDGE), right >= columns * (1 - BEYOND_EDGE)
+    return not (too_deep or too_wide) or (too_deep != too_wide and ends_below and ends_right)
+
+
+def _corners(region) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right of a region, in pixels; the last two are excluded."""
+    top, left, bottom, right = (int(region.get(f"RegionLocation{end}", 0)) for end in ("MinY0", "MinX0", "MaxY1", "MaxX1"))
+    return top, left, bottom + 1, right + 1
+
+
+def _area(corners: tuple[int, int, int, int]) -> int:
+    return (corners[2] - corners[0]) * (corners[3] - corners[1])
+
+
+def _positive(spacing_mm) -> tuple[float, float] | None:
+    """A spacing (depth, lateral) as numbers; None if it is not two positive ones."""
+    values = tuple(float(value) for value in spacing_mm)
+    return values if len(values) == 2 and all(np.isfinite(values)) and min(values) > 0 else None
+
+
+def decode(dataset, frames: int, window: tuple[slice, slice]) -> np.ndarray:
+    """Pixel values [T,h,w] in a window of every frame, one frame after the other; colours become luminance."""
+    values, decoder = None, _decoder(dataset)
+    found = decoder.iter_array(dataset, raw=False)
+    if dataset.PhotometricInterpretation == "YBR_FULL_422" and not decoder.is_encapsulated:
+        whole, meta = decoder.as_array(dataset, raw=False)  # iter_array counts its bytes wrongly (pydicom 3.0)
+        found = ((frame, meta) for frame in whole.reshape(frames, *whole.shape[-3:]))
+    for index, (frame, meta) in enumerate(found):
+        colours = meta["photometric_interpretation"]
+        frame = frame[window]
+        if colours == "PALETTE COLOR":
+            frame = pydicom.pixels.apply_color_lut(frame, dataset)
+            frame = (frame >> 8).astype(np.uint8) if frame.dtype == np.uint16 else frame
+        if frame.ndim == 3:
+            frame = _luminance(frame)
+        if values is None:
+            values = np.empty((frames, *frame.shape), frame.dtype)
+        values[index] = frame
+    return values
+
+
+def _decoder(dataset):
+    """pydicom's decoder of a file's pixels; raises Unreadable, with what to install, for a compression that has none here."""
+    if "TransferSyntaxUID" not in dataset.file_meta:  # a bare data set
+        names = {(True, True): "ImplicitVRLittleEndian", (False, False): "ExplicitVRBigEndian"}
+        syntax = getattr(pydicom.uid, names.get(dataset.original_encoding, "ExplicitVRLittleEndian"))
+        dataset.file_meta.TransferSyntaxUID = syntax
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax.name.startswith("MPEG") or syntax.name.startswith("HEVC"):
+        raise Unreadable("it holds a video (MPEG): export it as MP4 or AVI")
+    try:
+        decoder = pydicom.pixels.get_decoder(syntax)
+    except NotImplementedError as error:
+        raise Unreadable("it is compressed in a way that is not known here: export it uncompressed") from error
+    is_deep = syntax == pydicom.uid.JPEGExtended12Bit and int(dataset.BitsStored) > 8
+    if not decoder.is_available or (is_deep and decoder.available_plugins == ("pillow",)):
+        packages = " ".join(re.findall(r"py\w+(?:-\w+)?(?=>=)", decoder.missing_dependencies[-1]))
+        name = "12-bit JPEG" if is_deep else syntax.name
+        raise Unreadable(f"it is compressed as {name}, which is not decoded here: run `pip install {packages}`")
+    return decoder
+
+
+def _luminance(colours: np.ndarray) -> np.ndarray:
+    """[...,3] to [...] by the weights of ITU-R BT.601; grey stays the grey it was."""
+    red, green, blue = (colours[..., channel].astype(np.uint32) for channel in range(3))
+    return ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(colours.dtype)
+
+
+def identify(raw: bytes, secret: bytes) -> dict[str, str]:
+    """Digests of what identifies a file's study, by tag, those that it has: IDENTIFIERS and SeriesInstanceUID.
+
+    They are keyed by `secret`, without which no one can find out whose they are by trying names. Empty for a damaged file.
+    """
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(raw), force=True, stop_before_pixels=True)
+        values = {tag: str(dataset.get(tag) or "").strip(" ^\0") for tag in (*IDENTIFIERS, "SeriesInstanceUID")}
+    except Exception:  # damage is reported when the pixels are read
+        return {}
+    if len(values["StudyInstanceUID"]) < SHORTEST_UID:
+        values["SeriesInstanceUID"] = ""
+    return {tag: digest(secret, value.encode()) for tag, value in values.items() if value}
+
+
+def digest(secret: bytes, value: bytes) -> str:
+    """A keyed digest, hexadecimal."""
+    return hmac.new(secret, value, "sha256").hexdigest()
