@@ -1,4 +1,4 @@
-"""What many tests share: a small phantom tree, its shards, one S3 server and one Ray per process, and the closing tables."""
+"""What many tests share: a small phantom tree, its shards, one S3 server and one Ray per process, and the measurements."""
 
 import os
 import sys
@@ -20,6 +20,14 @@ os.environ.pop("WANDB_API_KEY", None)
 settings.register_profile("quick", max_examples=20, deadline=None)
 settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HEARTSEG_HYPOTHESIS", "quick"))
+
+
+def pytest_collection_modifyitems(items):
+    """Let pytest-xdist keep the tests of a file in one process, and all that use Ray in another, so that it starts once."""
+    for item in items:
+        uses_ray = "ray_session" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("ray" if uses_ray else item.path.name))
+    items.sort(key=lambda item: "ray_session" not in item.fixturenames)
 
 
 @pytest.fixture(autouse=True)
@@ -99,21 +107,10 @@ def measurement(record_property):
     return lambda line: record_property("measurement", line)
 
 
-@pytest.fixture()
-def fault_table(record_property):
-    """Adds a row to the closing table of faults: the fault, recorded epochs trained again, seconds."""
-    return lambda fault, again, seconds: record_property("fault", (fault, again, seconds))
-
-
 def pytest_terminal_summary(terminalreporter):
-    """Print what tests recorded; xdist brings the properties of its processes' reports here."""
+    """Print the measurements; xdist brings the properties of its processes' reports here."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
-    recorded = [entry for report in reports if report.when == "call" for entry in report.user_properties]
-    if lines := [line for name, line in recorded if name == "measurement"]:
+    properties = [entry for report in reports if report.when == "call" for entry in report.user_properties]
+    if lines := [line for name, line in properties if name == "measurement"]:
         terminalreporter.section("measurements")
         terminalreporter.write("".join(f"{line}\n" for line in lines))
-    if rows := [row for name, row in recorded if name == "fault"]:
-        terminalreporter.section("faults: recorded epochs trained again, seconds to the next recorded epoch")
-        for fault, again, seconds in rows:
-            numbers = f"{'-' if again is None else again:>3} {'-' if seconds is None else f'{seconds:.1f} s':>9}"
-            terminalreporter.write_line(f"{fault:<60} {numbers}")

@@ -58,13 +58,12 @@ def test_a_server_that_never_answers_costs_no_row_even_if_a_parent_process_uses_
 
 
 @pytest.mark.parametrize("failure", ["silent", "error"])
-def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure, fault_table):
+def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure):
     with serving(fail_after_rows=1, fail_with=failure) as server:
         environment = server.environment() | {"WANDB_FINISH_TIMEOUT": "2"}
         run, took, said = track(shards, tmp_path, 12, 0.3, **environment)
         assert server.failed_requests, said
         # A call hands over to a process of wandb's own: 5 ms where the machine is idle. The end waits as long as it is told.
-        fault_table(f"wandb's server: {failure} in mid run, longest wait of an epoch", None, took["slowest_log_s"])
         assert took["slowest_log_s"] < 1 and 2 <= took["finish_s"] < 6
         assert_sent_later(server, run, said)
 

@@ -13,20 +13,24 @@ from heartseg.training import run_directory
 from helpers.experiments import ROOT
 
 EPOCHS = 10
-MARK = "HEARTSEG_TEST_MARK"
 
 
 class Job:
     """A process of `jobs/train.py`; a mark in their environment identifies its child processes."""
 
     def __init__(self, shards: str, folder: Path, *arguments: str, launcher: str = "ray", prefix: tuple[str, ...] = ()):
-        self.runs, self.mark = folder, uuid.uuid4().hex
+        self.runs = folder
         command = [*prefix, sys.executable, str(ROOT / "jobs" / "train.py"), "quick", "--data", shards, "--runs", str(folder)]
         command += ["--image.height", "64", "--image.width", "64", "--train.epochs", str(EPOCHS), "--train.batch-size", "8"]
         command += ["--train.precision", "fp32", "--tracking.wandb", "off", "--launcher", launcher, *arguments]
         # Plain SGD without averaged weights: checkpoints of 130 MB, a third of AdamW's.
         command += ["--optim.kind", "sgd", "--optim.ema-decay", "0"]
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+        self.start(command)
+
+    def start(self, command: list[str]) -> None:
+        """Start the process."""
+        self.mark = uuid.uuid4().hex
+        environment = os.environ | {"HEARTSEG_TEST_MARK": self.mark, "OMP_NUM_THREADS": "1"}
         environment["RAY_DEDUP_LOGS"] = "0"  # trained_again counts every line of an epoch
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -38,7 +42,7 @@ class Job:
 
     def wait_for_epoch(self, epoch: int) -> None:
         """Return once an epoch is recorded."""
-        wait_for(lambda: len(run_directory.read_record(self.run())) >= epoch, self.process)
+        wait_for(lambda: self.num_epochs() >= epoch, self.process)
 
     def kill(self, title: str) -> int:
         """SIGKILL one of this job's processes by its title; returns the number of recorded epochs."""

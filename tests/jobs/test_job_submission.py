@@ -12,8 +12,8 @@ import ray
 from ray.train import WorkerGroupError
 
 from heartseg.errors import StorageError, UserError
-from helpers.local_cluster import free_port
 from jobs.support import command_line, job_submission, ray_training
+from jobs.support.ray_runtime import free_port
 
 JOB = "train-0404abcd"
 
