@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import uuid
 
 import pytest
 from hypothesis import settings
@@ -12,9 +13,11 @@ from heartseg.datasets.source import open_source
 from heartseg.shards.preprocessing import write_shards
 from helpers import s3_server
 from helpers.experiments import CAMUS, skip_or_fail, tiny_experiment
+from helpers.job_process import MARK
 
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # 2 s by default, and each report waits for the next check
 os.environ.pop("WANDB_API_KEY", None)
+os.environ[MARK] = uuid.uuid4().hex
 
 # A property test that sets its own max_examples says why.
 settings.register_profile("quick", max_examples=20, deadline=None)
