@@ -14,7 +14,7 @@ from heartseg.training import run_directory
 from helpers import two_hosts
 from helpers.experiments import ROOT, skip_or_fail, tiny_experiment
 
-NOTICE_S = 8
+NOTICE_S = 12
 CLUSTER = {"RAY_ADDRESS": f"10.77.0.1:{two_hosts.PORT}"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +34,7 @@ def hosts(phantom):
         yield first, second, config.name
 
 
-# jobs/train.py, which checks every 5 s instead of 30 for nodes to grow onto.
+# jobs/train.py, which checks every 10 s instead of 30 for nodes to grow onto.
 JOB = """
 import sys
 
@@ -42,7 +42,7 @@ sys.path.insert(0, sys.argv.pop(1))
 from jobs import train
 from jobs.support import command_line, ray_runtime
 
-ray_runtime.SECONDS_TO_GROW = 5
+ray_runtime.SECONDS_TO_GROW = 10
 sys.argv[0] = "train.py"
 command_line.main(train.job)
 """
