@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes share out the tests file by file: half of the tests' time is waiting for a Ray or a command to start.
-PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes share the tests: half of their time is waiting for a Ray or a command to start. `make test FILE=…` runs one file.
+FILE :=
+PYTEST = $(BIN)/python -m pytest -q --durations 10 $(if $(FILE),$(FILE),-n 2 --dist loadgroup --no-loadscope-reorder)
 
 .PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints architecture clean
 
 help:
 	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
 	@echo "make cluster   a Ray cluster on this machine; make cluster-demo submits the demo to it, stage by stage"
-	@echo "make test      the fast tests"
+	@echo "make test      the fast tests, the ten slowest and their time; FILE=tests/... runs those of one file"
 	@echo "make test-all  that, and what is slow or needs the real data"
 	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade takes newer ones)"
 	@echo "make lint | format | wheel | clean"

@@ -1,8 +1,9 @@
-"""What many tests share: a small phantom tree, its shards, one S3 server and one Ray per process, and the closing tables."""
+"""What many tests share: a small phantom tree, its shards, one S3 server and one Ray per process, and the measurements."""
 
 import os
 import sys
 import time
+import uuid
 
 import pytest
 from hypothesis import settings
@@ -12,15 +13,27 @@ from heartseg.datasets.source import open_source
 from heartseg.shards.preprocessing import write_shards
 from helpers import s3_server
 from helpers.experiments import CAMUS, skip_or_fail, tiny_experiment
+from helpers.job_process import MARK
 
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # 2 s by default, and each report waits for the next check
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["HEARTSEG_NAME_KEY"] = "the tests'"  # otherwise predictions would keep a secret in the user's home
+os.environ[MARK] = uuid.uuid4().hex
 
 # A property test that sets its own max_examples says why.
 settings.register_profile("quick", max_examples=20, deadline=None)
 settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HEARTSEG_HYPOTHESIS", "quick"))
+
+
+def pytest_collection_modifyitems(items):
+    """Let pytest-xdist keep the tests of a file in one process, and all that use Ray in another, so that it starts once.
+
+    Ray's come first, and then the files from the last name to the first: training and jobs, which take long, before the rest.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if "ray_session" in item.fixturenames else item.path.stem))
+    items.sort(key=lambda item: ("ray_session" in item.fixturenames, item.path), reverse=True)
 
 
 @pytest.fixture(autouse=True)
@@ -100,21 +113,10 @@ def measurement(record_property):
     return lambda line: record_property("measurement", line)
 
 
-@pytest.fixture()
-def fault_table(record_property):
-    """Adds a row to the closing table of faults: the fault, recorded epochs trained again, seconds."""
-    return lambda fault, again, seconds: record_property("fault", (fault, again, seconds))
-
-
 def pytest_terminal_summary(terminalreporter):
-    """Print what tests recorded; xdist brings the properties of its processes' reports here."""
+    """Print the measurements; xdist brings the properties of its processes' reports here."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
-    recorded = [entry for report in reports if report.when == "call" for entry in report.user_properties]
-    if lines := [line for name, line in recorded if name == "measurement"]:
+    properties = [entry for report in reports if report.when == "call" for entry in report.user_properties]
+    if lines := [line for name, line in properties if name == "measurement"]:
         terminalreporter.section("measurements")
         terminalreporter.write("".join(f"{line}\n" for line in lines))
-    if rows := [row for name, row in recorded if name == "fault"]:
-        terminalreporter.section("faults: recorded epochs trained again, seconds to the next recorded epoch")
-        for fault, again, seconds in rows:
-            numbers = f"{'-' if again is None else again:>3} {'-' if seconds is None else f'{seconds:.1f} s':>9}"
-            terminalreporter.write_line(f"{fault:<60} {numbers}")

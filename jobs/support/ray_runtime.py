@@ -31,8 +31,7 @@ RAY_PRIVATE = {
     UPLOAD_LOGGER: "A logger to silence: find what logs `Ignoring upload to cluster`.",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
     "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
-    "ray.core.generated.autoscaler_pb2": "Tests describe nodes to Ray's autoscaler: find the new protobuf module.",
-    "ray.core.generated.instance_manager_pb2": "Tests describe nodes to Ray's autoscaler: find the new protobuf module.",
+    "ray.core.generated.autoscaler_pb2": "Tests announce an autoscaler's plan: find the new protobuf module.",
     "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT": "Kubernetes' probes: see `ray start --help`.",
 }
 

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from helpers.experiments import ROOT
-from jobs.support import ray_runtime
 
 SECRET_NAME = r"(?:[\w-]*[_-])?(?:secret|password|passwd|token|api_?key|access_?key(?:_id)?|private_?key)"
 SECRET = re.compile(
@@ -40,42 +39,19 @@ def prepared(path: str) -> dict:
 
 
 def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -> dict[str, int]:
-    """The nodes that Ray's autoscaler starts for a training of so many workers, with a head that is up."""
+    """The nodes that Ray's autoscaler starts for a training of so many workers, beside the head."""
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-    from ray.autoscaler.v2.schema import AutoscalerInstance
     from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-    autoscaler_pb2 = ray_runtime.ray_private("ray.core.generated.autoscaler_pb2")
-    instance_manager_pb2 = ray_runtime.ray_private("ray.core.generated.instance_manager_pb2")
     config = AutoscalingConfig(yaml.safe_load((ROOT / path).read_text()), skip_content_hash=True)
-    node_types, head_type = config.get_node_type_configs(), config.get_head_node_type()
-    head_resources = dict(node_types[head_type].resources)
-    head = AutoscalerInstance(
-        cloud_instance_id="head",
-        ray_node=autoscaler_pb2.NodeState(
-            node_id=b"head",
-            instance_id="head",
-            ray_node_type_name=head_type,
-            available_resources=head_resources,
-            total_resources=head_resources,
-            status=autoscaler_pb2.NodeStatus.RUNNING,
-        ),
-        im_instance=instance_manager_pb2.Instance(
-            instance_id="head",
-            instance_type=head_type,
-            status=instance_manager_pb2.Instance.RAY_RUNNING,
-            node_kind=instance_manager_pb2.NodeKind.HEAD,
-        ),
-    )
     workers = [ResourceRequestUtil.make({"GPU": 1, "CPU": 1}) for _ in range(gpu_workers)]
     reply = ResourceDemandScheduler(None).schedule(
         SchedulingRequest(
             disable_launch_config_check=True,
-            node_type_configs=node_types,
-            max_num_nodes=config.get_max_num_nodes(),
+            node_type_configs=config.get_node_type_configs(),
+            max_num_nodes=config.get_max_num_nodes() - 1,
             resource_requests=ResourceRequestUtil.group_by_count(workers),
-            current_instances=[head],
             recoverable_resource_availabilities={name: 0.0 for name in failed_lately},
         )
     )
@@ -110,28 +86,21 @@ def test_a_job_starts_spot_nodes_up_to_the_limit_or_on_demand_ones_in_their_plac
     assert launched(path, gpu_workers, failed_lately) == nodes
 
 
-def test_every_node_requires_the_token_and_the_dashboard_listens_on_loopback(path):
+def test_every_node_requires_the_token_has_a_role_and_its_owners_labels_and_uses_an_object_store(path):
     config = prepared(path)
     starts = [
         line for key in ("head_start_ray_commands", "worker_start_ray_commands") for line in config[key] if "ray start" in line
     ]
     assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line for line in starts)
     assert "--dashboard-host 127.0.0.1" in starts[0] and "0.0.0.0" not in str(config)
-    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
-
-
-def test_nodes_get_their_rights_from_a_role_and_carry_the_labels_of_their_owner(path):
-    for kind in prepared(path)["available_node_types"].values():
+    options = config["docker"]["run_options"]
+    assert "-e RAY_AUTH_MODE=token" in options
+    for place in ("HEARTSEG_DATA", "HEARTSEG_RUNS"):
+        assert any(re.match(rf"-e {place}=(s3|gs)://your-bucket/", option) for option in options)
+    for kind in config["available_node_types"].values():
         node = kind["node_config"]
         assert node.get("IamInstanceProfile") or node.get("serviceAccounts")
         assert node.get("labels") or {tag["Key"] for tag in node["TagSpecifications"][0]["Tags"]} >= {"project", "owner"}
-
-
-def test_shards_and_results_are_on_an_object_store(path):
-    options = prepared(path)["docker"]["run_options"]
-    places = dict(option.removeprefix("-e ").split("=", 1) for option in options if option.startswith("-e HEARTSEG_"))
-    assert places.keys() == {"HEARTSEG_DATA", "HEARTSEG_RUNS"}
-    assert all(place.startswith(("s3://your-bucket/", "gs://your-bucket/")) for place in places.values())
 
 
 @pytest.fixture()
@@ -164,13 +133,8 @@ def test_on_aws_nodes_open_only_ssh_and_ray_grants_no_rights_and_keeps_its_key_a
     assert boto3.client("iam", region_name="us-east-1").list_roles()["Roles"] == []
     key = config["auth"]["ssh_private_key"]
     assert key.startswith(str(aws)) and os.stat(key).st_mode & 0o077 == 0
-
-
-def test_on_aws_only_the_market_differs_between_spot_and_on_demand():
-    config = prepared(CLOUDS["aws"])
-    spot, fallback = (config["available_node_types"][name]["node_config"] for name in ("gpu_spot", "gpu_on_demand"))
-    assert spot.pop("InstanceMarketOptions") == {"MarketType": "spot"}
-    assert spot == fallback
+    assert nodes["gpu_spot"].pop("InstanceMarketOptions")["MarketType"] == "spot"
+    assert nodes["gpu_spot"] == nodes["gpu_on_demand"]
 
 
 def tracked_files() -> list[str]:

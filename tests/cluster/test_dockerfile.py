@@ -11,11 +11,12 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
+import time
 import tomllib
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -30,26 +31,18 @@ PIN = re.compile(r"^([a-z0-9][a-z0-9._-]*)==([0-9][\w.+!-]*)( ; [^\\]*)? \\$")
 HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$")
 
 
-def parse() -> list[list[tuple[str, str]]]:
-    """The Dockerfile's stages, each as its instructions."""
-    # A copy in memory: the parser opens a path for writing.
-    parser = DockerfileParser(fileobj=io.BytesIO((ROOT / "Dockerfile").read_bytes()))
-    found: list[list[tuple[str, str]]] = []
-    for part in parser.structure:
-        if part["instruction"] == "FROM":
-            found.append([])
-        if found and part["instruction"] != "COMMENT":
-            found[-1].append((part["instruction"], part["value"]))
-    return found
+# A copy in memory: the parser opens a path for writing.
+INSTRUCTIONS = [
+    (part["instruction"], part["value"])
+    for part in DockerfileParser(fileobj=io.BytesIO((ROOT / "Dockerfile").read_bytes())).structure
+]
+FIRST, LAST = (place for place, (keyword, _) in enumerate(INSTRUCTIONS) if keyword == "FROM")
+BUILDER, IMAGE = INSTRUCTIONS[FIRST:LAST], INSTRUCTIONS[LAST:]
 
 
-STAGES = parse()
-
-
-def copies(stage: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
-    """(sources, target) of what a stage copies from the context."""
-    lines = [shlex.split(value) for keyword, value in stage if keyword == "COPY"]
-    return [(words[:-1], words[-1]) for words in lines if not any(word.startswith("--from") for word in words)]
+def values(stage: list[tuple[str, str]], keyword: str) -> list[str]:
+    """The values of a stage's instructions of one kind."""
+    return [value for name, value in stage if name == keyword]
 
 
 def admitted(path: str) -> bool:
@@ -74,11 +67,11 @@ def pins() -> dict[str, str]:
 
 def test_every_tracked_file_that_is_copied_is_in_the_context():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for sources, _ in (copy for stage in STAGES for copy in copies(stage)):
-        for source in sources:
-            files = [name for name in listed if name == source or name.startswith(source.rstrip("/") + "/")]
-            assert files, f"{source} is not in the repository"
-            assert all(admitted(name) for name in files), source
+    copies = [shlex.split(value) for value in values(INSTRUCTIONS, "COPY") if not value.startswith("--from")]
+    for source in (source for *sources, _ in copies for source in sources):
+        files = [name for name in listed if name == source or name.startswith(source.rstrip("/") + "/")]
+        assert files, f"{source} is not in the repository"
+        assert all(admitted(name) for name in files), source
 
 
 def test_data_results_secrets_and_history_stay_out_of_the_context():
@@ -86,47 +79,41 @@ def test_data_results_secrets_and_history_stay_out_of_the_context():
     assert [path for path in [*outside, "heartseg/x.parquet", "tests/x.py"] if admitted(path)] == []
 
 
-def test_the_last_stage_has_no_build_tools_and_runs_as_an_ordinary_user():
-    keywords = [keyword for keyword, _ in STAGES[-1]]
-    assert [value for keyword, value in STAGES[-1] if keyword == "USER"] == ["1000:1000"]
-    assert keywords.index("USER") < min(keywords.index("CMD"), keywords.index("HEALTHCHECK")) and "ADD" not in keywords
-    commands = " ".join(value for keyword, value in STAGES[-1] if keyword == "RUN")
+def test_the_last_stage_has_no_build_tools_runs_as_an_ordinary_user_and_checks_its_health():
+    keywords = [keyword for keyword, _ in IMAGE]
+    assert values(IMAGE, "USER") == ["1000:1000"] and "ADD" not in keywords
+    assert keywords.index("USER") < min(keywords.index("CMD"), keywords.index("HEALTHCHECK"))
+    commands = " ".join(values(IMAGE, "RUN"))
     tools = {"build-essential", "gcc", "g++", "clang", "make", "cmake", "ninja", "git", "python3-dev", "pip"}
     assert not tools & set(re.findall(r"[\w+-]+", commands))
     assert "--no-install-recommends" in commands and "rm -rf /var/lib/apt/lists" in commands
-
-
-def test_both_stages_have_one_base_with_its_version():
-    bases = {next(value for keyword, value in stage if keyword == "FROM").split(" AS ")[0] for stage in STAGES}
-    assert len(STAGES) == 2 and bases == {"python:3.11-slim"}
-    assert "--python-version 3.11" in (ROOT / "Makefile").read_text()
-
-
-def test_the_image_is_labelled_with_its_origin_and_version():
-    labels = " ".join(value for keyword, value in STAGES[-1] if keyword == "LABEL")
-    for name in ("title", "description", "version", "revision", "source", "licenses"):
-        assert f"org.opencontainers.image.{name}=" in labels
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"ARG VERSION={project['version']}" in (ROOT / "Dockerfile").read_text()
-
-
-def test_the_health_check_is_in_the_image():
-    (health,) = [value for keyword, value in STAGES[-1] if keyword == "HEALTHCHECK"]
-    script = json.loads(health.split("CMD ", 1)[1])[1]
+    script = json.loads(values(IMAGE, "HEALTHCHECK")[0].split("CMD ", 1)[1])[1]
     assert (ROOT / script).is_file() and admitted(script)
 
 
-def health(port: int, *folders: str) -> int:
-    """The health check's exit code, with Ray's agent expected on this port."""
-    environment = os.environ | {"PYTHONPATH": ":".join([*folders, str(ROOT)]), "HEARTSEG_CLUSTER_AGENT_PORT": str(port)}
-    command = [sys.executable, str(ROOT / "cluster" / "health.py")]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=120).returncode
+def test_both_stages_have_one_base_and_the_image_is_labelled_with_its_origin_and_version():
+    assert {base.split(" AS ")[0] for base in values(INSTRUCTIONS, "FROM")} == {"python:3.11-slim"}
+    assert "--python-version 3.11" in (ROOT / "Makefile").read_text()
+    for name in ("title", "description", "version", "revision", "source", "licenses"):
+        assert f"org.opencontainers.image.{name}=" in values(IMAGE, "LABEL")[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"VERSION={project['version']}" in values(IMAGE, "ARG")
 
 
-@pytest.mark.parametrize(("answer", "code"), [(200, 0), (503, 1)])
-def test_a_container_with_a_ray_node_is_as_healthy_as_the_node(answer, code):
+def health_check(port: int, monkeypatch) -> Callable[[], int]:
+    """The health check, with Ray's agent expected on this port."""
+    monkeypatch.setenv("HEARTSEG_CLUSTER_AGENT_PORT", str(port))
+    check = runpy.run_path(str(ROOT / "cluster" / "health.py"))["main"]
+    check.__globals__["SECONDS"] = 0.3
+    return check
+
+
+@pytest.mark.parametrize(("answer", "code"), [(200, 0), (503, 1), (None, 1)])
+def test_a_container_with_a_ray_node_is_as_healthy_as_the_node(answer, code, monkeypatch):
     class Agent(BaseHTTPRequestHandler):
         def do_GET(self):
+            if answer is None:
+                return time.sleep(1)
             self.send_response(answer if self.path == "/api/healthz" else 404)
             self.end_headers()
 
@@ -135,24 +122,15 @@ def test_a_container_with_a_ray_node_is_as_healthy_as_the_node(answer, code):
 
     with HTTPServer(("127.0.0.1", 0), Agent) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        assert health(server.server_address[1]) == code
+        assert health_check(server.server_address[1], monkeypatch)() == code
 
 
-def test_a_container_whose_node_accepts_the_request_and_never_answers_is_unhealthy(monkeypatch):
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        monkeypatch.setenv("HEARTSEG_CLUSTER_AGENT_PORT", str(silent.getsockname()[1]))
-        check = runpy.run_path(str(ROOT / "cluster" / "health.py"))["main"]
-        check.__globals__["SECONDS"] = 0.3
-        assert check() == 1
-
-
-@pytest.mark.slow
-def test_a_container_without_a_node_is_healthy_if_its_imports_work(tmp_path):
-    assert health(9) == 0
-    (tmp_path / "torchvision.py").write_text("raise ImportError('broken')\n")
-    assert health(9, str(tmp_path)) == 1
+def test_a_container_without_a_node_is_healthy_if_its_imports_work(monkeypatch):
+    check = health_check(9, monkeypatch)
+    assert check() == 0
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match="torchvision"):
+        check()
 
 
 def test_the_constraints_hold_only_names_versions_and_hashes():
@@ -181,7 +159,7 @@ def test_the_installation_of_the_builder_works_in_a_clean_environment(tmp_path):
     environment["PATH"] = f"{target}/bin:{environment['PATH']}"
     environment["PIP_CONSTRAINT"] = os.devnull  # the constraints of this machine's pip are not the image's
     ran = []
-    for keyword, value in STAGES[0]:
+    for keyword, value in BUILDER:
         if keyword == "COPY":
             *sources, place = shlex.split(value)
             for source in sources:

@@ -96,13 +96,12 @@ def test_a_tracker_that_wandb_refuses_at_the_start_is_kept_offline_with_all_rows
 
 
 @pytest.mark.parametrize("failure", ["silent", pytest.param("error", marks=pytest.mark.slow)])
-def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure, fault_table):
+def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure):
     with serving(fail_after_rows=1, fail_with=failure) as server:
         run = tracked_run(shards, tmp_path)
         took, said = track(run, 12, 0.3, **server.environment() | {"WANDB_FINISH_TIMEOUT": "2"})
         assert server.failed_requests, said
         # A call hands over to a process of wandb's own: 5 ms where the machine is idle. The end waits as long as it is told.
-        fault_table(f"wandb's server: {failure} in mid run, longest wait of an epoch", None, took["slowest_log_s"])
         assert took["slowest_log_s"] < 1 and 2 <= took["finish_s"] < 6
         assert_sent_later(server, Path(run.path), said)
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -12,21 +11,30 @@ from pathlib import Path
 from heartseg.training import run_directory
 from helpers.experiments import ROOT
 
-EPOCHS = 10
+# An environment variable that a process passes to its children, Ray's workers among them: its value identifies them.
 MARK = "HEARTSEG_TEST_MARK"
+
+
+def train_arguments(shards: str, folder: Path, launcher: str, epochs: int) -> list[str]:
+    """A small training as arguments of `jobs/train.py`."""
+    small = ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8", "--train.precision", "fp32"]
+    # Plain SGD without averaged weights: checkpoints of 130 MB, a third of AdamW's.
+    small += ["--optim.kind", "sgd", "--optim.ema-decay", "0", "--tracking.wandb", "off"]
+    return ["quick", "--data", shards, "--runs", str(folder), "--launcher", launcher, "--train.epochs", str(epochs), *small]
 
 
 class Job:
     """A process of `jobs/train.py`; a mark in their environment identifies its child processes."""
 
-    def __init__(self, shards: str, folder: Path, *arguments: str, launcher: str = "ray", prefix: tuple[str, ...] = ()):
-        self.runs, self.mark = folder, uuid.uuid4().hex
-        command = [*prefix, sys.executable, str(ROOT / "jobs" / "train.py"), "quick", "--data", shards, "--runs", str(folder)]
-        command += ["--image.height", "64", "--image.width", "64", "--train.epochs", str(EPOCHS), "--train.batch-size", "8"]
-        command += ["--train.precision", "fp32", "--tracking.wandb", "off", "--launcher", launcher, *arguments]
-        # Plain SGD without averaged weights: checkpoints of 130 MB, a third of AdamW's.
-        command += ["--optim.kind", "sgd", "--optim.ema-decay", "0"]
-        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    def __init__(self, shards: str, folder: Path, launcher: str = "ray", epochs: int = 6, prefix: tuple[str, ...] = ()):
+        self.runs = folder
+        arguments = train_arguments(shards, folder, launcher, epochs)
+        self.start([*prefix, sys.executable, str(ROOT / "jobs" / "train.py"), *arguments])
+
+    def start(self, command: list[str]) -> None:
+        """Start the process."""
+        self.mark = uuid.uuid4().hex
+        environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
         environment["RAY_DEDUP_LOGS"] = "0"  # trained_again counts every line of an epoch
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -38,33 +46,35 @@ class Job:
 
     def wait_for_epoch(self, epoch: int) -> None:
         """Return once an epoch is recorded."""
-        wait_for(lambda: len(run_directory.read_record(self.run())) >= epoch, self.process)
-
-    def kill(self, title: str) -> int:
-        """SIGKILL one of this job's processes by its title; returns the number of recorded epochs."""
-        os.kill(next(iter(self.pids(title))), signal.SIGKILL)
-        return self.num_epochs()
+        wait_for(lambda: len(epochs_of(self.run())) >= epoch, self.process)
 
     def pids(self, title: str) -> set[int]:
         """This job's processes whose title contains some words."""
-        return {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid, title)}
-
-    def num_epochs(self) -> int:
-        """The number of recorded epochs."""
-        return len(run_directory.read_record(self.run()))
-
-    def _is_ours(self, pid: int, title: str) -> bool:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/comm").read_bytes()
-            return title.encode() in words and self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:
-            return False
+        return marked_pids(title, self.mark)
 
     def finish(self, seconds: float = 200) -> str:
         """Wait for the end; returns what was printed and asserts success."""
         output, _ = self.process.communicate(timeout=seconds)
         assert self.process.returncode == 0, output[-3000:]
         return output
+
+
+def marked_pids(title: str, mark: str) -> set[int]:
+    """The processes whose title contains some words and whose environment holds a mark."""
+
+    def is_one(pid: str) -> bool:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/comm").read_bytes()
+            return title.encode() in words and mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+
+    return {int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_one(pid)}
+
+
+def epochs_of(run: str) -> list[int]:
+    """The recorded epochs of a run."""
+    return [epoch["epoch"] for epoch in run_directory.read_record(run)]
 
 
 def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120):

@@ -3,22 +3,15 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.experiments import ROOT
+from jobs.support.ray_runtime import free_port
 
 SCRIPT = str(ROOT / "cluster" / "local.sh")
-
-
-def free_port() -> int:
-    """A port of loopback on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

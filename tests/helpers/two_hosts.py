@@ -6,17 +6,16 @@ their own, which Ray does not use. Needs root, iproute2 and util-linux.
 
 import contextlib
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers import s3_server
+from helpers.job_process import wait_for
 
 RAY = str(Path(sys.executable).with_name("ray"))
 PORT, S3_PORT = 6379, 5005
@@ -44,15 +43,8 @@ def ip(*words: str) -> str:
 
 def missing() -> str:
     """Why this machine cannot make two hosts; empty if it can."""
-    probe = f"hs-probe-{os.getpid()}"
-    try:
-        ip("netns", "add", probe)
-        ip("netns", "del", probe)
-        subprocess.run(["unshare", "-m", "true"], check=True, capture_output=True)
-        subprocess.run(["nsenter", "--version"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"cannot create namespaces ({getattr(error, 'stderr', '') or error})"
-    return ""
+    programs = [name for name in ("ip", "unshare", "nsenter") if not shutil.which(name)]
+    return f"needs root and {', '.join(programs) or 'nothing else'}" if programs or os.geteuid() else ""
 
 
 @dataclass
@@ -71,15 +63,7 @@ class Host:
         """Start the host: files and processes of its own."""
         command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", OWN_FILES]
         self.keeper = subprocess.Popen(["ip", "netns", "exec", self.name, *command])
-        children = Path(f"/proc/{self.keeper.pid}/task/{self.keeper.pid}/children")
-        end = time.monotonic() + 10
-        while True:
-            if found := children.read_text().split():
-                self.init = int(found[0])
-                if Path(f"/proc/{self.init}/comm").read_text().strip() == "sleep":
-                    return
-            assert time.monotonic() < end, "the host has not started"
-            time.sleep(0.05)
+        (self.init,) = wait_for(lambda: [pid for pid in children(self.keeper) if is_sleep(pid)], self.keeper, seconds=10)
 
     def start(self, *command: str, output: int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
         """Start a command on this host; the caller must read its output, or the command blocks."""
@@ -102,8 +86,8 @@ class Host:
     def stop(self, process: subprocess.Popen) -> str:
         """Ask a command of this host to end (SIGTERM), and return its output."""
         # nsenter does not pass signals to the command that it waits for.
-        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGTERM)
+        for child in children(process):
+            os.kill(child, signal.SIGTERM)
         return process.communicate(timeout=100)[0]
 
     def kill(self) -> None:
@@ -141,11 +125,7 @@ def joined() -> Iterator[tuple[Host, Host]]:
     environment |= s3_server.KEYS | {"AWS_ENDPOINT_URL": f"http://10.77.0.1:{S3_PORT}", "OMP_NUM_THREADS": "1"}
     # A link that is down is noticed in seconds and not in half a minute.
     environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
-    environment |= {
-        "RAY_health_check_failure_threshold": "3",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_DEDUP_LOGS": "0",
-    }
+    environment |= {"RAY_health_check_failure_threshold": "3", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     first = Host(f"{tag}a", "10.77.0.1", f"{tag}x", environment)
     second = Host(f"{tag}b", "10.77.0.2", f"{tag}y", environment)
     with contextlib.ExitStack() as stack:
@@ -167,22 +147,26 @@ def joined() -> Iterator[tuple[Host, Host]]:
             ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.link)
             ip("-n", host.name, "link", "set", host.link, "up")
         first.start(sys.executable, "-c", S3, str(S3_PORT), output=subprocess.DEVNULL)
-        wait_for_port("10.78.0.1", S3_PORT)
-        s3_server.make_bucket(f"http://10.78.0.1:{S3_PORT}", "bucket")
+        wait_for(lambda: has_bucket(f"http://10.78.0.1:{S3_PORT}"), seconds=30)
         stack.enter_context(s3_server.environment(**s3_server.KEYS, AWS_ENDPOINT_URL=f"http://10.78.0.1:{S3_PORT}"))
         first.join(first)
         second.join(first)
         yield first, second
 
 
-def wait_for_port(host: str, port: int, seconds: float = 30) -> None:
-    """Wait until a server listens there."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-            urllib.request.urlopen(f"http://{host}:{port}/", timeout=5).close()
-            return
-        except OSError:
-            assert time.monotonic() < end, f"nothing listens on {host}:{port}"
-            time.sleep(0.2)
+def children(process: subprocess.Popen) -> list[int]:
+    """The ids of a process's children."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_sleep(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "sleep"
+
+
+def has_bucket(url: str) -> bool:
+    """True once the S3 server answers and has created its bucket."""
+    try:
+        s3_server.make_bucket(url, "bucket")
+        return True
+    except OSError:
+        return False

@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from heartseg.errors import StorageError, UserError
-from helpers.local_cluster import free_port
 from jobs.support import command_line, job_submission
+from jobs.support.ray_runtime import free_port
 
 JOB = "train-0404abcd"
 

@@ -8,8 +8,8 @@ from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
 from heartseg.errors import StorageError, UserError
-from helpers.local_cluster import free_port
 from jobs.support import ray_runtime, ray_training
+from jobs.support.ray_runtime import free_port
 from jobs.support.ray_training import WorkersDied
 
 

@@ -30,7 +30,7 @@ SEED = 20261123
 
 def pipeline_command(camus: str, out: Path) -> list[str]:
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", camus, "--out", str(out)]
-    return [*command, "--workers", "2", "--train.epochs", "2"]
+    return [*command, "--workers", "2", "--train.epochs", "2", "--image.height", "64", "--image.width", "64"]
 
 
 def summary_of(report: str) -> dict:
@@ -51,13 +51,13 @@ def finished(camus, tmp_path_factory) -> tuple[Path, str]:
 def test_two_epochs_on_real_hearts_learn_and_the_same_command_repeats_nothing(camus, finished):
     out, report = finished
     assert os.path.getsize(report) > 100_000
-    shards = open_shards(str(out / "shards-128x128-official"))
+    shards = open_shards(str(out / "shards-64x64-official"))
     assert {group: len(names) for group, names in shards.groups.items()} == {"train": 400, "val": 50}
     assert shards.manifest["rows"] == 1800 and shards.manifest["quarantined"] == []
     assert shards.manifest["dataset"] == "CAMUS"
     summary = summary_of(report)
     assert summary["images"] == 200 and summary["patients"] == 50
-    # Sixteen epochs reach 0.889, and the first two of that longer schedule 0.837; a broken pipeline learns nothing.
+    # XX
     assert summary["scores"]["dice"]["mean"] > 0.70
     again = subprocess.run(pipeline_command(camus, out), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == report
@@ -68,7 +68,7 @@ def test_two_epochs_on_real_hearts_learn_and_the_same_command_repeats_nothing(ca
 # than the stage takes on a fast machine.
 STAGES = {
     "preprocess": ("submitted preprocess", 3.0),
-    "train": ("epoch 1/2  step", 30.0),
+    "train": ("epoch 1/2  step", 8.0),
     "evaluate": ("submitted evaluate", 5.0),
 }
 
@@ -98,7 +98,7 @@ def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one
     reached, undisturbed = (summary_of(path)["scores"]["dice"]["mean"] for path in (report, finished[1]))
     measurement(f"killed in every stage it reached a mean Dice of {reached:.4f}, undisturbed {undisturbed:.4f}")
     assert reached == pytest.approx(undisturbed, abs=0.005)
-    assert open_shards(str(tmp_path / "out" / "shards-128x128-official")).fingerprint == shards_of(finished[0]).fingerprint
+    assert open_shards(str(tmp_path / "out" / "shards-64x64-official")).fingerprint == shards_of(finished[0]).fingerprint
     run = os.path.dirname(os.path.dirname(report))
     assert [row["epoch"] for row in run_directory.read_record(run)] == [1, 2]
     stages = filesystem.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]
@@ -109,7 +109,7 @@ def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one
 
 
 def shards_of(out: Path) -> Shards:
-    return open_shards(str(out / "shards-128x128-official"))
+    return open_shards(str(out / "shards-64x64-official"))
 
 
 def wait_for_work(out: Path, stage: str) -> None:

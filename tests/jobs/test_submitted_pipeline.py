@@ -23,9 +23,10 @@ from heartseg.training import engine, run_directory
 from heartseg.training.distributed import Ranks
 from helpers import local_cluster
 from helpers.experiments import ROOT, tiny_experiment
-from helpers.local_cluster import begin_until, free_port
+from helpers.local_cluster import begin_until
 from jobs import preprocess
 from jobs.support.pipeline_state import PipelineState
+from jobs.support.ray_runtime import free_port
 
 # Looks like a key of Weights & Biases, and is found in what a run leaves if it is anywhere there.
 SECRET = "5ec7e7" + "0123456789abcdef" * 2 + "17"
