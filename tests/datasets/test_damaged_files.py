@@ -171,7 +171,7 @@ MASK_DAMAGE = {
     "fractional label": (pixels(changed(1.5)), "labels that are not 0 to 3: 1.5"),
     "negative label": (pixels(changed(-1)), "labels that are not 0 to 3: -1"),
     "label 257": (pixels(changed(257).astype(np.int16)), "labels that are not 0 to 3: 257"),
-    "NaN label": (pixels(changed(np.nan)), "not finite"),
+    "NaN label": (pixels(changed(np.nan)), "labels that are not 0 to 3: nan"),
     "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (1, 4, 6) is not the image's (1, 6, 4)"),
     "missing": (os.remove, "cannot be read: No such file"),
 }
