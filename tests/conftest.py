@@ -5,6 +5,8 @@ import sys
 import time
 import uuid
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of two threads each wait for one another: five times as long
+
 import pytest
 from hypothesis import settings
 
