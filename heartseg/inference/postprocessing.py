@@ -5,7 +5,8 @@ from scipy import ndimage
 
 from heartseg.config.experiment import PredictConfig
 from heartseg.labels import BACKGROUND, ENDO, LA
-from heartseg.metrics.anatomy_checks import STRUCTURE_NAMES, connected_components, enclosed_holes
+from heartseg.metrics.anatomy_checks import STRUCTURE_NAMES
+from heartseg.metrics.regions import enclosed_holes, largest_component
 
 # A larger hole, as a share of the whole heart, is a missed structure, not a flaw to repair.
 LARGEST_HOLE = 0.10
@@ -22,9 +23,7 @@ def largest_components(mask: np.ndarray) -> np.ndarray:
     """The mask [H,W] with only the largest connected piece of cavity, wall and atrium; the others become background."""
     kept = np.full_like(mask, BACKGROUND)
     for label in STRUCTURE_NAMES:
-        pieces, sizes = connected_components(mask == label)
-        if len(sizes):
-            kept[pieces == 1 + sizes.argmax()] = label
+        kept[largest_component(mask == label)] = label
     return kept
 
 

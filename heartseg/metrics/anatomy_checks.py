@@ -11,10 +11,9 @@ from scipy import ndimage
 
 from heartseg.errors import UserError
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, bounding_box
+from heartseg.metrics.regions import connected_components, enclosed_holes
 
 STRUCTURE_NAMES = {ENDO: "cavity", MYO: "wall", LA: "atrium"}
-# Pieces are connected over corners too; the outside is not.
-CORNERS_TOO = np.ones((3, 3), bool)
 # Smaller pieces and holes change no measurement.
 SPECK_MM2 = 5.0
 # Shares of the cavity's contour; among experts up to 1 % is open, and 7 to 24 % faces the atrium. So near to the atrium
@@ -25,23 +24,6 @@ MOST_OPEN, LEAST_BASE, MOST_BASE = 0.025, 0.03, 0.35
 CAVITY_CM2, VENTRICLE_CM2 = (2.0, 110.0), (8.0, 190.0)
 # The cavity's share of the ventricle (experts: 0.13 to 0.68) and the atrium's size in cavities (experts: up to 3.8).
 CAVITY_SHARE, MOST_ATRIUM = (0.11, 0.75), 5.0
-
-
-def connected_components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Connected pieces of a region, numbered from 1, int [H,W], and the pixels of each."""
-    pieces, _ = ndimage.label(region, CORNERS_TOO)
-    return pieces, np.bincount(pieces.ravel())[1:]
-
-
-def enclosed_holes(region: np.ndarray, largest: float = np.inf) -> np.ndarray:
-    """The pixels, bool [H,W], that a region encloses, in holes of at most `largest` pixels."""
-    # Outside of it, pieces are connected over edges alone: a diagonal line of the region separates them.
-    pieces, _ = ndimage.label(~region)
-    sizes = np.bincount(pieces.ravel())
-    enclosed = sizes <= largest
-    enclosed[0] = False
-    enclosed[np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])] = False
-    return enclosed[pieces]
 
 
 def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[str]:
@@ -108,7 +90,10 @@ def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]
 
 
 def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
-    """The wall surrounds the cavity but at its base, where the atrium is, below it."""
+    """The wall surrounds the cavity but at its base, where the atrium is, below it: the apex points to the probe.
+
+    In experts' masks the line from the cavity's centre to the atrium's is at most 44 degrees off the vertical.
+    """
     cavity = bounding_box(mask == ENDO, (1, 1))  # with its neighbours: a contour has two sides
     closed, atrium = mask.copy(), bounding_box(mask == LA, tuple(int(BASE_MM / mm) + 1 for mm in spacing_mm))
     at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM
@@ -121,9 +106,10 @@ def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[st
         yield "the atrium does not lie at the cavity's base"
     elif base > MOST_BASE:
         yield f"the atrium takes {base:.0%} of the cavity's contour"
-    rows = np.arange(len(whole))
-    centre = {label: np.average(rows, weights=np.count_nonzero(whole == label, axis=1)) for label in (ENDO, LA)}
-    if centre[LA] <= centre[ENDO]:
+    down_mm, aside_mm = np.subtract(*ndimage.center_of_mass(whole > 0, whole, (LA, ENDO))) * spacing_mm
+    if abs(aside_mm) > abs(down_mm):
+        yield "the atrium lies beside the cavity, not below it: the mask may be transposed"
+    elif down_mm < 0:
         yield "the atrium lies above the cavity"
 
 

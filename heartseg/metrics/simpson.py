@@ -7,9 +7,9 @@ same shape on another grid gives the same answer (up to a pixel's edge), and all
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 from heartseg.labels import ENDO, LA, MYO, bounding_box
+from heartseg.metrics.regions import largest_component
 
 DISKS = 20  # Lang et al. 2015, figure of the biplane method of disks
 MIN_PIXELS = 30  # a chamber of fewer has no shape
@@ -38,14 +38,6 @@ class Chamber:
 def crop(mask: np.ndarray) -> np.ndarray:
     """The part of a label map that is not background, with one pixel of background around it."""
     return np.pad(mask[bounding_box(mask)], 1)
-
-
-def largest_part(region: np.ndarray) -> np.ndarray:
-    """The largest connected part of a boolean region [h,w]; neighbours share an edge, the first of two equals wins."""
-    parts, count = ndimage.label(region)
-    if count < 2:
-        return region
-    return parts == 1 + np.bincount(parts.ravel())[1:].argmax()
 
 
 def _where(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,9 +118,9 @@ def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spac
 
 def _chambers(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ventricle and atrium, the largest part of each, of labels framed by background; and the labels without other atria."""
-    atrium = largest_part(labels == LA)
+    atrium = largest_component(labels == LA)
     stray = (labels == LA) & ~atrium  # a stray speck of atrium is not a mitral plane
-    return largest_part(labels == ENDO), atrium, np.where(stray, 0, labels)
+    return largest_component(labels == ENDO), atrium, np.where(stray, 0, labels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Strays and holes are mended and nothing else; experts' masks pass the anatomical checks and twelve kinds of defect do not."""
+"""Strays and holes are removed and nothing else; experts' masks pass the anatomical checks, thirteen kinds of defect do not."""
 
 import os
 
@@ -136,7 +136,7 @@ def tiny_ventricle(rng, mask, spacing_mm):
     return changed
 
 
-# The twelve kinds: each takes a generator, a mask and its spacing.
+# The thirteen kinds: each takes a generator, a mask and its spacing.
 DEFECTS = {
     "missing cavity": lambda rng, mask, mm: lose(mask, ENDO),
     "missing wall": lambda rng, mask, mm: lose(mask, MYO),
@@ -148,6 +148,7 @@ DEFECTS = {
     "cavity cut by the border": cut_by_border,
     "cavity and atrium swapped": lambda rng, mask, mm: np.array([BACKGROUND, LA, MYO, ENDO], np.uint8)[mask],
     "upside down": lambda rng, mask, mm: np.ascontiguousarray(mask[::-1]),
+    "transposed": lambda rng, mask, mm: np.ascontiguousarray(mask.T),
     "cavity spills through the wall": spill,
     "tiny ventricle": tiny_ventricle,
 }
@@ -166,18 +167,18 @@ def caught(masks) -> dict[str, float]:
 
 
 def test_sound_phantoms_pass_and_every_kind_of_defect_is_caught(phantoms):
-    assert len(DEFECTS) == 12 and flagged(phantoms) == 0
+    assert flagged(phantoms) == 0
     found = caught(phantoms)
-    assert sum(share >= 0.9 for share in found.values()) == 12, found
+    assert min(found.values()) >= 0.9, found
 
 
 @pytest.mark.real_data
-def test_at_most_2_percent_of_expert_masks_are_flagged_and_11_of_12_kinds_of_defect_caught(experts):
+def test_at_most_2_percent_of_expert_masks_are_flagged_and_12_of_13_kinds_of_defect_caught(experts):
     share = flagged(experts)
     found = caught(experts[::13])
     print(f"\n{share:.2%} of {len(experts)} expert masks flagged; caught: {found}")
     assert len(experts) == 1800 and share <= 0.02
-    assert sum(value >= 0.9 for value in found.values()) >= 11
+    assert sum(value >= 0.9 for value in found.values()) >= 12 and found["transposed"] == 1
 
 
 @pytest.mark.real_data
@@ -193,6 +194,8 @@ def test_reasons_are_sentences_that_name_the_structure(phantoms):
         f"the {name} is missing" for name in ("cavity", "wall", "atrium")
     ]
     assert "the atrium lies above the cavity" in implausibilities(mask[::-1], spacing_mm)
+    beside = "the atrium lies beside the cavity, not below it: the mask may be transposed"
+    assert all(beside in implausibilities(turned, spacing_mm[::-1]) for turned in (mask.T, np.rot90(mask), np.rot90(mask, 3)))
     small = [mm / 10 for mm in spacing_mm]
     assert any(reason.startswith("the cavity has 0.") for reason in implausibilities(mask, small))
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from heartseg.datasets import phantom
+from heartseg.inference.postprocessing import largest_components
 from heartseg.labels import ENDO, LA, MYO, PHASES, VIEWS, Phase, View
 from heartseg.metrics import cardiac_indices, simpson
 
@@ -190,6 +191,28 @@ def test_an_atrium_that_touches_at_a_corner_does_not_move_the_mitral_plane():
     touching[base : base + 8, 63:71] = LA
     assert (apart[base - 1, 63:71] == ENDO).all()
     assert length_mm(touching, SPACING_MM) == pytest.approx(length_mm(mask, SPACING_MM), rel=0.01)
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0.4, 0.95))
+def test_the_area_of_what_cleaning_keeps_is_the_area_that_is_measured(seed, share):
+    """Whatever touches at corners alone: a heart with pixels missing at random."""
+    mask = ellipsoid_mask((70, 45), (2.0, 2.8))
+    mask[np.random.default_rng(seed).random(mask.shape) > share] = 0
+    kept, frame = largest_components(mask), simpson.measure(mask, (2.0, 2.8))
+    assert frame.ventricle.area_mm2 == pytest.approx((kept == ENDO).sum() * 5.6)
+    assert frame.atrium_area_mm2 == pytest.approx((kept == LA).sum() * 5.6)
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_a_diagonal_cut_of_one_pixel_does_not_halve_the_ventricle(falls):
+    whole, cut = ellipsoid_mask(cut=0.6), ellipsoid_mask(cut=0.6)
+    steps = np.arange(180)
+    cut[40 + steps, steps[::-1] if falls else steps] = 0
+    assert simpson.measure(cut, SPACING_MM).ventricle.area_mm2 < (whole == ENDO).sum() * 0.35  # the cut runs through it
+    areas = [simpson.measure(mask, SPACING_MM).ventricle.area_mm2 for mask in (whole, cut)]
+    assert areas[1] == pytest.approx(areas[0], rel=0.03)
+    volumes = [cardiac_indices.frame_volume_ml(mask, SPACING_MM) for mask in (whole, cut)]
+    assert volumes[1] == pytest.approx(volumes[0], rel=0.05)
 
 
 def test_of_two_lengths_disks_take_the_longer_and_area_length_the_shorter():

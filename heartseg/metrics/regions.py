@@ -1,0 +1,32 @@
+"""Connected pieces and enclosed holes of a region, by one rule for cleaning, checking and measuring.
+
+Pixels of a region are neighbours over edges and over corners, pixels outside it over edges alone: then a diagonal line, of
+the region or of what cuts it, either connects or separates, and never both.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+CORNERS_TOO = np.ones((3, 3), bool)
+
+
+def connected_components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Connected pieces of a region, numbered from 1, int [H,W], and the pixels of each."""
+    pieces, _ = ndimage.label(region, CORNERS_TOO)
+    return pieces, np.bincount(pieces.ravel())[1:]
+
+
+def largest_component(region: np.ndarray) -> np.ndarray:
+    """The largest connected piece of a region, bool [H,W], the first of two equals; an empty region as it is."""
+    pieces, sizes = connected_components(region)
+    return pieces == 1 + sizes.argmax() if len(sizes) > 1 else region
+
+
+def enclosed_holes(region: np.ndarray, largest: float = np.inf) -> np.ndarray:
+    """The pixels, bool [H,W], that a region encloses, in holes of at most `largest` pixels."""
+    pieces, _ = ndimage.label(~region)
+    sizes = np.bincount(pieces.ravel())
+    enclosed = sizes <= largest
+    enclosed[0] = False
+    enclosed[np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])] = False
+    return enclosed[pieces]
