@@ -92,6 +92,6 @@ def files_to_masks(segmenter: Segmenter, clips: list[study_files.Clip], out: str
         if overlays:
             write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in outcome.phases.items()})
 
-    for _, result in outline(segmenter, clips, lambda clip: readers.read(clip.path, clip.kind), finish, batch_size):
+    for _, result in outline(segmenter, clips, lambda clip, _: readers.read(clip.path, clip.kind), finish, batch_size):
         if isinstance(result, DamagedRecording):
             raise UserError(f"{result.file} {result.reason}.")
