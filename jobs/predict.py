@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -100,8 +100,8 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[C
     if others := study_files.clear(out, clips):
         print(f"{out} held the results of {others} files that are not among the inputs: they were removed.")
 
-    def read(clip: Clip) -> Frames:
-        return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip])
+    def read(clip: Clip, admit: Callable[[int], None]) -> Frames:
+        return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)
 
     def finish(clip: Clip, frames: Frames, masks: np.ndarray, confidences: list[float]) -> ClipResult:
         result = study_results.finish(out, clip, frames, masks, confidences)

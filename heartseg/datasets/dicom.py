@@ -49,11 +49,11 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     (top, left, bottom, right), spacing_mm, notes = find_region(dataset, rows, columns)
     frames = int(dataset.get("NumberOfFrames") or 1)
-    admit(frames * (bottom - top) * (right - left))
+    is_whole = (bottom - top, right - left) == (rows, columns)
+    admit(frames * rows * columns * (2 if is_whole else 3) // 2)  # masks of a part are written in whole pictures
     pixels, grey = as_grey(decode(dataset, frames, (slice(top, bottom), slice(left, right))))
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         pixels = np.invert(pixels)
-    is_whole = pixels.shape[1:] == (rows, columns)
     # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it.
     may_show_text = is_whole or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
     box = None if is_whole else (top, left, rows, columns)

@@ -4,6 +4,7 @@ The only file that imports nibabel. On disk, axis 0 of an array is lateral and a
 columns are lateral, and the NIfTI order comes back only on writing.
 """
 
+import io
 import math
 import os
 import zlib
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import nibabel
 import numpy as np
-from isal import isal_zlib
+from isal import igzip, isal_zlib
 from nibabel.volumeutils import apply_read_scaling
 
 from heartseg.labels import NUM_CLASSES
@@ -21,6 +22,7 @@ from heartseg.storage import filesystem
 MAX_VALUES = 2**27
 MAX_FILE_BYTES = 2**30
 MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
+MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
 CUT_OFF = "the gzip stream is cut off"
@@ -175,15 +177,18 @@ def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
     What follows the last member is ignored, as nibabel does. ISA-L inflates float pixels three times as fast as zlib, and that
     was half of all the time of a picture of the release.
     """
-    parts, size = [], 0
-    while packed[:2] == GZIP and size < at_most:
-        member = isal_zlib.decompressobj(wbits=31)
-        parts.append(member.decompress(packed, at_most - size))
-        size += len(parts[-1])
-        if not member.eof and size < at_most:
-            raise ValueError(CUT_OFF)
-        packed = member.unused_data.lstrip(b"\0")
-    return b"".join(parts)
+    try:
+        with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
+            return stream.read(min(at_most, MAX_DEFLATE_RATIO * len(packed)))  # it allocates what it is asked for
+    except (EOFError, igzip.BadGzipFile) as error:  # damage, which raises here too, or something else behind the last member
+        parts = []
+        while packed and GZIP.startswith(packed[:2]):
+            member = isal_zlib.decompressobj(wbits=31)
+            parts.append(member.decompress(packed, at_most))
+            if not member.eof and len(parts[-1]) < at_most:
+                raise ValueError(CUT_OFF) from error
+            packed = member.unused_data.lstrip(b"\0")
+        return b"".join(parts)[:at_most]
 
 
 def read_header(raw: bytes) -> nibabel.Nifti1Header:
@@ -243,7 +248,7 @@ def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
     image.header.set_slope_inter(1, 0)
     image.header["vox_offset"] = 0  # right behind the header, for no extension stands between
     image.header["cal_min"] = image.header["cal_max"] = 0  # the picture's display range would show labels 0-3 as black
-    filesystem.publish(path, compress(image.to_bytes(), level=1))  # small anyway
+    filesystem.publish(path, pack(image, level=1))  # small anyway
 
 
 def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
@@ -269,14 +274,41 @@ def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | 
     """
     depth, lateral = spacing_mm or (1.0, 1.0)
     disk = array[0] if len(array) == 1 else array  # a sequence of one frame is a still
-    image = nibabel.Nifti1Image(np.ascontiguousarray(disk.T), np.diag([lateral, depth, 1.0, 1.0]))
+    image = nibabel.Nifti1Image(disk.T, np.diag([lateral, depth, 1.0, 1.0]))
     image.header.set_zooms((lateral, depth) + (1.0,) * (disk.ndim - 2))
     image.header.set_xyzt_units("mm" if spacing_mm else "unknown")
     image.header["descrip"] = b"" if spacing_mm else b"pixel spacing unknown"
-    filesystem.publish(path, compress(image.to_bytes()))
+    filesystem.publish(path, pack(image))
 
 
 def compress(raw: bytes, level: int = 6) -> bytes:
     """Gzip without a time stamp, so that equal pixels make equal files."""
     packer = zlib.compressobj(level=level, wbits=31)
     return packer.compress(raw) + packer.flush()
+
+
+class _GzipStream(io.RawIOBase):
+    """A file that nibabel writes an image to, gzipped as it comes: a long one is never in memory twice."""
+
+    def __init__(self, level: int):
+        self.packer, self.parts, self.waiting, self.place = zlib.compressobj(level=level, wbits=31), [], bytearray(), 0
+
+    def write(self, data) -> None:
+        self.waiting += data
+        self.place += memoryview(data).nbytes
+        if len(self.waiting) > MAX_EXTRA_BYTES:  # nibabel writes lines, and each call costs
+            self.parts.append(self.packer.compress(self.waiting))
+            self.waiting.clear()
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, place: int, whence: int = 0) -> None:
+        self.write(bytes(place - self.place))
+
+
+def pack(image: nibabel.Nifti1Image, level: int = 6) -> bytes:
+    """An image's bytes, gzipped as `compress` does."""
+    stream = _GzipStream(level)
+    image.to_stream(stream)
+    return b"".join([*stream.parts, stream.packer.compress(stream.waiting), stream.packer.flush()])

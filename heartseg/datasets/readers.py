@@ -96,12 +96,12 @@ def read(
     """Read one file; `spacing_mm` is used if the file has none, `flips` are the axes to reverse (1 depth, 2 lateral).
 
     `admit` gets the bytes that the frames and as many masks will take, before they are decoded; it may wait, or raise
-    Unreadable. Raises DamagedRecording with the reason, and UserError if a package is missing.
+    DamagedRecording. Raises DamagedRecording with the reason, and UserError if a package is missing.
     """
     raw = nifti.read_source(path, MAX_FILE_BYTES)
     try:
         found = decode(raw, kind, admit)
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, DamagedRecording):
         raise
     except Exception as error:  # the readers raise dozens of kinds for damaged bytes
         # Others' messages may quote what a tag holds, or name nothing that a user knows.
@@ -127,7 +127,7 @@ def decode(raw: bytes, kind: str, admit: Callable[[int], None]) -> Frames:
     def admit_pixels(count: int) -> None:
         if count > MAX_PIXELS:
             raise Unreadable("it claims more pixels than two minutes of large pictures have: cut it to the beats that count")
-        admit(2 * count + 2 * len(raw))
+        admit(2 * count + len(raw))
 
     if kind == "dicom":
         _package("pydicom")

@@ -1,10 +1,17 @@
-"""Many clips to masks at the speed of the model: threads read and write files while it runs, in batches across clips."""
+"""Many clips to masks at the speed of the model: threads read and write files while it runs, in batches across clips.
 
+What clips in flight hold is bounded in bytes, so that long films take turns.
+"""
+
+import contextlib
 import itertools
+import resource
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -14,10 +21,79 @@ from heartseg.config.experiment import PredictConfig
 from heartseg.datasets.nifti import DamagedRecording
 from heartseg.datasets.readers import Frames
 from heartseg.inference.segmenter import NO_POSTPROCESSING, Ensemble, Segmenter, confidence, scores_of, to_grid, to_mask
+from heartseg.training.data_loading import free_on_machine
 
 Clip, Result = TypeVar("Clip"), TypeVar("Result")
-# Clips in memory on either side of the model; a long video is some 100 MB.
-READERS, WRITERS, AHEAD = 2, 2, 12
+# Clips in memory on either side of the model, and batches whose scores wait to be resampled.
+READERS, WRITERS, AHEAD, BATCHES = 2, 2, 12, 8
+# Of the memory that is free at the start, all clips in flight share this, and no more than so many bytes but for one clip.
+SHARE, MOST_BYTES = 0.5, 4 << 30
+TOO_LARGE = "cut it to the beats that count, or use a machine with more memory"
+
+
+class Room:
+    """The bytes that clips in flight may hold together; they are admitted in the order of their numbers, each when it fits."""
+
+    def __init__(self, free: float):
+        self.alone, self.together = SHARE * free, min(SHARE * free, MOST_BYTES)
+        self.changed, self.is_closed = threading.Condition(), False
+        self.outside: set[int] = set()
+        self.waiting: set[int] = set()
+        self.held: dict[int, int] = {}
+
+    def admit(self, number: int, num_bytes: int) -> None:
+        """Wait until a clip's bytes, or more of them, fit beside the others'; raises DamagedRecording if they never will."""
+        total = self.held.get(number, 0) + num_bytes
+        if total > self.alone:
+            raise DamagedRecording(f"needs {total / 1e9:.1f} GB of memory, and has {self.alone / 1e9:.1f} GB: {TOO_LARGE}", "")
+
+        def is_next() -> bool:
+            fits = number <= min(self.held, default=number) or sum(self.held.values()) + num_bytes <= self.together
+            return self.is_closed or (fits and number <= min(self.outside, default=number))
+
+        with self.changed:
+            if not is_next():
+                self.waiting.add(number)
+                self.changed.notify_all()
+                self.changed.wait_for(is_next)
+                self.waiting.discard(number)
+            self.outside.discard(number)
+            self.held[number] = total
+            self.changed.notify_all()
+
+    def leave(self, number: int) -> None:
+        """Give a clip's bytes back."""
+        with self.changed:
+            self.outside.discard(number)
+            self.held.pop(number, None)
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Let all in, since nothing will leave any more."""
+        with self.changed:
+            self.is_closed = True
+            self.changed.notify_all()
+
+    def is_read(self, one: "ClipInFlight", reading: Future) -> bool:
+        """Wait until a clip is read, and return True, or False if it waits for others to leave."""
+
+        def notify(_) -> None:
+            with self.changed:
+                self.changed.notify_all()
+
+        reading.add_done_callback(notify)
+        with self.changed:
+            self.changed.wait_for(lambda: reading.done() or one.number in self.waiting)
+        return reading.done()
+
+
+def free_bytes() -> float:
+    """Bytes that this process may still take: of the machine's, of its container's, of its address space."""
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY:
+        return free_on_machine()
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return min(free_on_machine(), most - taken)
 
 
 @dataclass(eq=False)
@@ -27,71 +103,103 @@ class ClipInFlight:
     A damaged clip has its `damage` and no frames.
     """
 
+    number: int
     clip: object
-    frames: Frames | None
-    small: torch.Tensor
+    frames: Frames | None = None
+    small: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    masks: np.ndarray | None = None
     damage: DamagedRecording | None = None
     parts: list[Future] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
-
-    def masks(self) -> np.ndarray:
-        """Labels uint8 [T,H,W] on the frames' own grid; waits for them."""
-        return np.concatenate([part.result() for part in self.parts])
 
 
 def outline(
     segmenter: Segmenter | Ensemble,
     clips: Iterable[Clip],
-    read: Callable[[Clip], Frames],
+    read: Callable[[Clip, Callable[[int], None]], Frames],
     finish: Callable[[Clip, Frames, np.ndarray, list[float]], Result],
     batch_size: int = 8,
     options: PredictConfig = NO_POSTPROCESSING,
 ) -> Iterator[tuple[Clip, Result | DamagedRecording]]:
     """Segment every frame of every clip; yields each clip, in order, with the result of `finish`.
 
-    `read` and `finish` are called in threads; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the
-    network's confidence in each. A clip whose `read` raises DamagedRecording comes with it instead of a result; any other
-    error ends the iteration.
+    `read` and `finish` are called in threads; `read` gets a clip, and a function to call with the bytes of its frames and masks
+    before it decodes them; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each. A
+    clip that is damaged or does not fit into memory comes with a DamagedRecording instead of a result; any other error ends the
+    iteration.
     """
+    room, numbers = Room(free_bytes()), itertools.count()
 
-    def prepare(clip):
-        try:
-            frames = read(clip)
-        except DamagedRecording as damage:
-            return ClipInFlight(clip, None, torch.empty(0), damage)
-        return ClipInFlight(clip, frames, to_grid(segmenter, frames.pixels))
+    def enter(clip) -> ClipInFlight:
+        one = ClipInFlight(next(numbers), clip)
+        room.outside.add(one.number)
+        return one
+
+    def prepare(one: ClipInFlight) -> ClipInFlight:
+        with _memory_errors(one):
+            one.frames = read(one.clip, lambda num_bytes: room.admit(one.number, num_bytes))
+            one.small = to_grid(segmenter, one.frames.pixels)
+            one.masks = np.empty(one.frames.pixels.shape, np.uint8)
+        if one.damage:
+            one.frames, one.small = None, torch.empty(0)
+            room.leave(one.number)
+        return one
 
     def complete(one: ClipInFlight):
-        return one.clip, one.damage or finish(one.clip, one.frames, one.masks(), one.confidences)
+        result = None
+        try:
+            with _memory_errors(one):
+                for part in one.parts:
+                    part.result()
+                result = None if one.damage else finish(one.clip, one.frames, one.masks, one.confidences)
+        finally:
+            room.leave(one.number)
+        return one.clip, one.damage or result
 
     torch.get_num_threads()  # fixes this thread's share of the cores before the others ask for one each
     with _pool(READERS) as readers, _pool(WRITERS) as writers:
         waiting: deque[Future] = deque()
+        parts: deque[Future] = deque()
         try:
-            for batch in batches(_in_order(readers, prepare, clips), batch_size):
-                for one in _forward(segmenter, batch, writers, options):
+            for batch in batches(_in_order(readers, prepare, map(enter, clips), room), batch_size):
+                for one in _forward(segmenter, batch, writers, parts, options):
                     waiting.append(writers.submit(complete, one))
+                while len(parts) > BATCHES:
+                    wait([parts.popleft()])
                 while waiting and (waiting[0].done() or len(waiting) > AHEAD):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            room.close()
             for future in waiting:
                 future.cancel()
 
 
-def to_masks(logits: torch.Tensor, shape: tuple[int, int], options: PredictConfig) -> np.ndarray:
-    """Labels uint8 [b,H,W] on the native grid of class scores [b,4,h,w]."""
-    return np.stack([to_mask(scores, shape, options) for scores in logits])
+@contextlib.contextmanager
+def _memory_errors(one: ClipInFlight) -> Iterator[None]:
+    """Keep a clip's damage, to which belongs that memory ran out."""
+    try:
+        yield
+    except DamagedRecording as damage:
+        one.damage = damage
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "alloc" in str(error)):
+            raise
+        one.damage = DamagedRecording(f"does not fit into memory: {TOO_LARGE}", "")
 
 
-def batches(clips: Iterable[ClipInFlight], size: int) -> Iterator[list[tuple[ClipInFlight, int, int]]]:
+def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tuple[ClipInFlight, int, int]]]:
     """Frames of successive clips in batches of `size`: lists of (clip, its first frame in the batch, one past its last).
 
-    A clip without frames (a damaged one) is (clip, 0, 0), so that the order is kept.
+    A clip without frames (a damaged one) is (clip, 0, 0), so that the order is kept. None in a clip's place ends a batch.
     """
     batch, room = [], size
     for one in clips:
+        if one is None:
+            yield batch
+            batch, room = [], size
+            continue
         start, frames = 0, len(one.small)
         while True:
             stop = min(frames, start + room)
@@ -107,7 +215,9 @@ def batches(clips: Iterable[ClipInFlight], size: int) -> Iterator[list[tuple[Cli
         yield batch
 
 
-def _forward(segmenter: Segmenter | Ensemble, batch: list[tuple], writers: ThreadPoolExecutor, options: PredictConfig) -> list:
+def _forward(
+    segmenter: Segmenter | Ensemble, batch: list[tuple], writers: ThreadPoolExecutor, parts: deque, options: PredictConfig
+) -> list[ClipInFlight]:
     """Run the model on a batch and let `writers` resample its scores; returns the clips that it completes, in order."""
     images = [one.small[start:stop] for one, start, stop in batch if stop]
     if images:
@@ -119,21 +229,32 @@ def _forward(segmenter: Segmenter | Ensemble, batch: list[tuple], writers: Threa
         if stop:
             chosen = slice(position, position := position + stop - start)
             one.confidences += sure[chosen]
-            one.parts.append(writers.submit(to_masks, logits[chosen], one.frames.pixels.shape[1:], options))
+            parts.append(writers.submit(_fill, one.masks[start:stop], logits[chosen], options))
+            one.parts.append(parts[-1])
     return [one for one, _, stop in batch if stop == len(one.small)]
 
 
-def _in_order(pool: ThreadPoolExecutor, job: Callable, values: Iterable) -> Iterator:
-    """Results of a job in the values' order, a few of them computed ahead."""
-    values, ahead = iter(values), deque()
+def _fill(masks: np.ndarray, logits: torch.Tensor, options: PredictConfig) -> None:
+    """Write the labels of class scores [b,4,h,w] into masks uint8 [b,H,W], a part of a clip's."""
+    for mask, scores in zip(masks, logits, strict=True):
+        mask[:] = to_mask(scores, mask.shape, options)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, prepare: Callable, clips: Iterable[ClipInFlight], room: Room
+) -> Iterator[ClipInFlight | None]:
+    """The clips in their order, a few of them prepared ahead; None if the next one waits until those before it are finished."""
+    clips, ahead = iter(clips), deque()
     try:
         while True:
-            ahead.extend(pool.submit(job, value) for value in itertools.islice(values, AHEAD - len(ahead)))
+            ahead.extend((one, pool.submit(prepare, one)) for one in itertools.islice(clips, AHEAD - len(ahead)))
             if not ahead:
                 return
-            yield ahead.popleft().result()
+            if not room.is_read(*ahead[0]):
+                yield None
+            yield ahead.popleft()[1].result()
     finally:
-        for future in ahead:
+        for _, future in ahead:
             future.cancel()
 
 

@@ -63,7 +63,7 @@ def run(options: Options) -> Table:
 
 def files_to_masks(segmenter: Segmenter, clips: list[study_files.Clip], out: str, batch_size: int) -> None:
     """What jobs/predict.py does with its clips; overlays and the EF table come after it."""
-    read, finish = lambda clip: readers.read(clip.path, clip.kind), partial(study_results.finish, out)
+    read, finish = lambda clip, _: readers.read(clip.path, clip.kind), partial(study_results.finish, out)
     for _, result in outline(segmenter, clips, read, finish, batch_size):
         if isinstance(result, DamagedRecording):
             raise UserError(f"{result.file} {result.reason}.")

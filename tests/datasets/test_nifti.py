@@ -98,6 +98,12 @@ def test_what_was_packed_is_unpacked_and_a_changed_or_cut_stream_never_is(data, 
         nifti.inflate(bytes(damaged))
 
 
+@pytest.mark.parametrize("junk", [b"junk", b"\0\0junk", b"x"])
+def test_what_follows_the_last_member_is_ignored_as_nibabel_does(junk):
+    packed = gzip.compress(b"frames" * 1000)
+    assert nifti.inflate(packed * 2 + junk) == b"frames" * 2000 and nifti.inflate(packed + junk, 99) == (b"frames" * 17)[:99]
+
+
 def test_a_file_of_very_many_gzip_members_such_as_bgzip_writes_is_read():
     content = bytes(range(250)) * 4000
     blocks = b"".join(gzip.compress(content[start : start + 1000]) for start in range(0, len(content), 1000))

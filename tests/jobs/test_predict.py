@@ -18,8 +18,8 @@ from heartseg.config.experiment import to_json
 from heartseg.datasets import readers
 from heartseg.errors import UserError
 from heartseg.inference import study_files
-from heartseg.inference.batch_inference import outline, to_masks
-from heartseg.inference.segmenter import NO_POSTPROCESSING
+from heartseg.inference.batch_inference import outline
+from heartseg.inference.segmenter import NO_POSTPROCESSING, to_mask
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from helpers.echo_files import LOOP, dicom, movie
@@ -94,7 +94,7 @@ def test_masks_do_not_depend_on_the_batch_which_may_hold_several_clips_or_a_part
     lengths = [1, 6, 1, 2]
     clips = [readers.Frames(rng.integers(0, 255, (length, 40, 30)).astype(np.uint8), None) for length in lengths]
     segmenter = heartseg.load(trained)
-    found = list(outline(segmenter, clips, lambda clip: clip, lambda clip, frames, masks, sure: masks, batch_size=4))
+    found = list(outline(segmenter, clips, lambda clip, _: clip, lambda clip, frames, masks, sure: masks, batch_size=4))
     assert [clip for clip, _ in found] == clips
     for clip, masks in found:
         expected = np.stack([segmenter.predict(frame) for frame in clip.pixels])
@@ -185,7 +185,7 @@ def test_an_error_in_a_thread_is_not_swallowed(trained):
 
     clip = readers.Frames(np.zeros((1, 40, 30), np.uint8), None)
     with pytest.raises(OSError, match="disk full"):
-        list(outline(heartseg.load(trained), [clip] * 20, lambda clip: clip, fail))
+        list(outline(heartseg.load(trained), [clip] * 20, lambda clip, _: clip, fail))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (397, 250), (1, 1)])
@@ -196,7 +196,8 @@ def test_masks_are_the_largest_scores_after_resampling(shape, background):
     logits[:, 0] += background
     expected = torch.nn.functional.interpolate(logits, shape, mode="bilinear").argmax(dim=1).numpy()
     # Sums in another order decide a pixel between two equal scores.
-    assert (to_masks(logits, shape, NO_POSTPROCESSING) != expected).sum() <= 1e-4 * expected.size
+    masks = np.stack([to_mask(scores, shape, NO_POSTPROCESSING) for scores in logits])
+    assert (masks != expected).sum() <= 1e-4 * expected.size
 
 
 def test_damaged_files_are_listed_and_the_others_predicted(trained, tree, tmp_path, capsys):
