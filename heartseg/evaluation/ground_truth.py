@@ -177,7 +177,7 @@ class FilePredictions:
         files = {}
         for path in filesystem.walk(folder):
             if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
-                files.setdefault(match["stem"], {}).setdefault((match["suffix"] or "").lower(), []).append(path)
+                files.setdefault(match["stem"] + (match["suffix"] or "").lower(), []).append(path)
         if not files:
             raise UserError(f"{folder} holds no NIfTI file: give the folder that holds the masks.")
         return cls(folder, pattern, files)
