@@ -176,6 +176,11 @@ def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, held
     assert sweeps.open_sweep(base, held, SweepPlan(), fresh=True).name == f"{sweep.name}-2"
     with pytest.raises(UserError, match="--sweep-name"):
         sweeps.open_sweep(base, held, SweepPlan(), "../up")
+    with pytest.raises(UserError, match=r"not a run's folder \(it has sweep.json\): give another --run-name"):
+        run_directory.open_run(base, held, name=sweep.name)
+    run_directory.open_run(base, held, name="a-run")
+    with pytest.raises(UserError, match="not a sweep's folder"):
+        sweeps.open_sweep(base, held, SweepPlan(), "a-run")
 
 
 @pytest.mark.parametrize(
