@@ -118,7 +118,7 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Ev
     asked = evaluation_plan.Options(**shared, checkpoint=one.path, out=out)
     try:
         plan = evaluation_plan.plan_checkpoint(asked)
-        folder = find_evaluation([*evaluations_of(one), plan.out], plan.described)
+        folder = find_evaluation(one, plan.described, plan.out)
         if not folder:
             print(f"scoring {label}: {len(plan.patients)} patients ({plan.described['group']})", flush=True)
             evaluation_run.score(plan, asked)
@@ -132,16 +132,12 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Ev
     return Scored(one, label, record, images, patients, filesystem.read_json(filesystem.join(folder, SUMMARY))), plan
 
 
-def evaluations_of(one: Run) -> list[str]:
-    """Folders in a run that may hold an evaluation."""
-    return [filesystem.join(one.path, name) for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
-
-
-def find_evaluation(folders: Sequence[str], described: dict) -> str:
-    """The first complete evaluation that fits `described`, wherever its checkpoint was then; empty if there is none."""
+def find_evaluation(one: Run, described: dict, own: str = "") -> str:
+    """The first complete evaluation that fits `described`, in the run's folder or in `own`; empty if there is none."""
     # The same weights are the same checkpoint, whether it was called last or best.
     asked = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
-    for folder in folders:
+    names = [name for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
+    for folder in [*(filesystem.join(one.path, name) for name in names), *filter(None, [own])]:
         if all(filesystem.exists(filesystem.join(folder, name)) for name in (SUMMARY, IMAGES, PATIENTS)):
             summary = filesystem.read_json(filesystem.join(folder, SUMMARY))
             # An evaluation by an older version lacks scores.
@@ -158,7 +154,7 @@ def find_old_evaluation(one: Run, options: Options) -> str:
         described = {"group": group, "post": to_json(PredictConfig()), "data_fingerprint": one.description["data_fingerprint"]}
         with contextlib.suppress(UserError):
             weights = {"weights_sha256": [checkpoint.find(one.path, which).card["weights_sha256"]]}
-            if folder := find_evaluation(evaluations_of(one), described | weights):
+            if folder := find_evaluation(one, described | weights):
                 return folder
     return ""
 

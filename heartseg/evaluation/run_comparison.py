@@ -111,13 +111,9 @@ def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
         again = next(n for n in itertools.count() if texts[SEED] not in entries.get((alike, n), {}))
         entries.setdefault((alike, again), {})[texts[SEED]] = one
     by_seed = [tuple(mine[seed] for seed in sorted(mine, key=int)) for mine in entries.values()]
-    return [Entry(letter_of(place), runs) for place, runs in enumerate(by_seed)]
-
-
-def letter_of(place: int) -> str:
-    """A to Z, then A2 to Z2, and so on."""
-    again, letter = divmod(place, len(ascii_uppercase))
-    return ascii_uppercase[letter] + (str(again + 1) if again else "")
+    # A to Z, then A2 to Z2, and so on.
+    letters = [ascii_uppercase[place % 26] + (str(place // 26 + 1) if place > 25 else "") for place in range(len(by_seed))]
+    return [Entry(letter, runs) for letter, runs in zip(letters, by_seed, strict=True)]
 
 
 def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:

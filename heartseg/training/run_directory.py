@@ -24,7 +24,7 @@ from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 
 DESCRIPTION, RECORD, RECORD_CSV = "experiment.json", "metrics.jsonl", "metrics.csv"
-MODEL_CARD = "MODEL_CARD.md"
+MODEL_CARD, SWEEP = "MODEL_CARD.md", "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,15 @@ def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> 
 
 def read_matching(path: str, asked: dict, kind: str) -> dict | None:
     """The description of a run or a sweep in a file, or None; raises UserError naming the first difference to `asked`."""
+    folder, other = path.rpartition("/")[0], SWEEP if kind == "run" else DESCRIPTION
     if not filesystem.exists(path):
+        is_free = not filesystem.exists(filesystem.join(folder, other))
+        require(is_free, f"{folder} is not a {kind}'s folder (it has {other}): give another --{kind}-name.")
         return None
     there = filesystem.read_json(path)
     difference = first_difference({key: there.get(key) for key in asked}, asked)
     if difference:
-        folder, field = path.rpartition("/")[0], difference.removeprefix("identity.")
+        field = difference.removeprefix("identity.")
         raise UserError(f"{folder} holds another {kind} ({field}): give --fresh or --{kind}-name.")
     return there
 

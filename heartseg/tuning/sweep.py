@@ -23,7 +23,7 @@ from heartseg.training import run_directory
 from heartseg.training.run_directory import Run
 from heartseg.tuning.search_space import RATE, SearchSpace, apply, describe, draw, grid, listed, make_axes, values_of
 
-DESCRIPTION, OUTCOME, TRIALS = "sweep.json", "outcome.json", "trials"
+DESCRIPTION, OUTCOME, TRIALS = run_directory.SWEEP, "outcome.json", "trials"
 # The error that ended a trial's process.
 ERROR = "error.txt"
 # How a trial can have ended; one without an outcome is trained, or resumed.
@@ -104,8 +104,6 @@ def open_sweep(
     described = filesystem.join(path, DESCRIPTION)
     there = run_directory.read_matching(described, asked, "sweep")
     if there is None:
-        is_free = not filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION))
-        require(is_free, f"{path} is a run's folder: give another --sweep-name.")
         there = asked | {"dataset": shards.manifest["dataset"], "wandb_id": uuid.uuid4().hex[:12], "ingest": ingest}
         there |= {"groups": {group: len(patients) for group, patients in shards.groups.items()}}
         there |= {"experiment": to_json(base)}  # as it was begun

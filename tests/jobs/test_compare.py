@@ -265,7 +265,7 @@ def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied
     summary = filesystem.read_json(f"{path}/evaluation-train/summary.json")
     filesystem.publish_json(f"{path}/evaluation-train/summary.json", summary | {"weights_sha256": ["other"]})
     assert not compare.find_old_evaluation(one, options)
-    assert not compare.find_evaluation(compare.evaluations_of(one), plan.described)
+    assert not compare.find_evaluation(one, plan.described)
 
 
 def test_a_sweeps_folder_stands_for_its_trials_and_two_of_one_name_get_different_labels(copied, trained, tmp_path):
