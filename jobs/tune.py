@@ -190,7 +190,17 @@ def conclude(sweep: Sweep, options: Options) -> None:
 
 def job(argv: Sequence[str]) -> None:
     """The command line."""
-    run(*command_line.parse(Options(), argv, "tune.py", "Sweep the learning-rate schedule; the same command resumes."))
+    about = "Sweep the learning-rate schedule; the same command resumes."
+    experiment, options = command_line.parse(Options(), argv, "tune.py", about)
+    plan, unused = options.plan, {}
+    if plan.search != "changes":
+        unused["space.changes"] = "it is for --search changes"
+    if plan.search not in ("random", "optuna"):
+        unused["search_seed"] = f"--search {plan.search} draws nothing"
+    if not plan.stop_early:
+        unused |= dict.fromkeys(("grace_epochs", "reduction"), "--no-stop-early lets every trial end")
+    command_line.refuse_unused(SweepPlan(), plan, unused)
+    run(experiment, options)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def start(many: str, out: str, launcher: str, prefix: tuple[str, ...] = ()) -> s
     """The job as a user starts it, with two workers under Ray."""
     command = [*prefix, sys.executable, str(ROOT / "jobs" / "preprocess.py"), "quick", "--source", many, "--out", out]
     command += ["--image.height", "64", "--image.width", "64", "--split.kind", "ratio", "--split.test-share", "0.25"]
-    command += ["--launcher", launcher, "--workers", "2"]
+    command += ["--launcher", launcher, *(["--workers", "2"] if launcher == "ray" else [])]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
 
