@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from heartseg.config.experiment import Experiment, to_json
-from heartseg.errors import StorageError, UserError, require
+from heartseg.errors import StorageRefused, UserError, require
 from heartseg.inference import study_files
 from heartseg.models.deeplabv3 import check_installation
 from heartseg.shards.loader import check_shares
@@ -159,7 +159,7 @@ class Runner:
             try:
                 return self.attempt(stage, inputs, results, is_forced)
             except Exception as error:
-                if isinstance(error, UserError) and not isinstance(error, StorageError):
+                if isinstance(error, (UserError, StorageRefused)):
                     raise
                 log.warning("%s failed, trying again: %s", stage.name, _first_line(error))
             # Once the attempt is recorded, the state knows whether the stage still has to start from scratch.

@@ -17,7 +17,7 @@ import numpy as np
 
 from heartseg.datasets import nifti
 from heartseg.datasets.nifti import DamagedRecording
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.storage import filesystem
 
 KINDS = {
@@ -176,6 +176,8 @@ def study_key(path: str) -> str:
     try:
         dataset = pydicom.dcmread(io.BytesIO(filesystem.read_bytes(path)), stop_before_pixels=True)
         identifiers = [str(dataset.get(tag, "")) for tag in ("PatientID", "StudyInstanceUID")]
+    except StorageError:
+        raise
     except Exception:  # damage is reported when the pixels are read
         identifiers = []
     key = "|".join(identifiers) if any(identifiers) else os.path.dirname(path)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from heartseg.config.experiment import Experiment
-from heartseg.errors import OutOfMemory, StorageError, UserError, io_errors_as_user_errors
+from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
@@ -62,7 +62,7 @@ def train_rank(
     """Train this rank's share of a run, from its last checkpoint if it has one.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
-    is being written. Raises UserError on every rank at once, but OutOfMemory on the rank that it happens to. With `profile`,
+    is being written. Raises UserError on every rank at once, but OneRankError on the rank that it happens to. With `profile`,
     rank 0 traces a few steps.
     """
     try:
@@ -70,7 +70,7 @@ def train_rank(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_out_of_memory_message(experiment, ranks)) from error
+        raise OneRankError(_out_of_memory_message(experiment, ranks)) from error
 
 
 def _train(
@@ -142,8 +142,6 @@ def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
     try:
         with io_errors_as_user_errors():
             yield
-    except StorageError:
-        raise
     except UserError as error:
         problem = str(error)
     raise_first_problem(problem, ranks)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pandas
 from tqdm import tqdm
 
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.evaluation import scoring
 from heartseg.inference.postprocessing import clean
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
@@ -104,7 +104,7 @@ class PredictTask(Predictor):
         index = int(batch["id"][0])
         try:
             predicted = self.predict(self.tasks[index])
-        except UserError as error:
+        except (UserError, StorageError) as error:
             predicted = error  # returned as a value: if it were raised, Ray would wrap it in a traceback
         return {"index": [index], "predicted": [pickle.dumps(predicted)]}
 
@@ -112,7 +112,7 @@ class PredictTask(Predictor):
 def score_task(batch: dict) -> dict:
     """Score what an actor predicted, on a CPU, while the actor predicts the next patients."""
     predicted = pickle.loads(batch["predicted"][0])
-    scored = predicted if isinstance(predicted, UserError) else score_predicted(*predicted)
+    scored = predicted if isinstance(predicted, Exception) else score_predicted(*predicted)
     return {"index": batch["index"], "scored": [pickle.dumps(scored)]}
 
 
@@ -139,6 +139,6 @@ def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> 
     )
     for row in stream.iter_rows():
         scored = pickle.loads(row["scored"])
-        if isinstance(scored, UserError):
+        if isinstance(scored, Exception):
             raise scored
         yield row["index"], scored

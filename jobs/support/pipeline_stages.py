@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from heartseg.config.experiment import Experiment, from_json, identity, to_json
 from heartseg.datasets.source import open_source
-from heartseg.errors import StorageError, UserError, require
+from heartseg.errors import UserError, require
 from heartseg.inference import study_files
 from heartseg.models import checkpoint
 from heartseg.shards.preprocessing import MAX_QUARANTINED, check_same, check_split
@@ -165,8 +165,6 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
             source = open_source(experiment.source)
             manifest = check_same(source, experiment.data, experiment.image, frames)
             open_shards(experiment.data)
-        except StorageError:
-            raise  # a store that cannot be reached says nothing about the shards
         except UserError:
             return {"overwrite": True}
         try:

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 
 from heartseg.config.experiment import first_difference
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import UserError
 from heartseg.storage import filesystem
 from jobs.support.pipeline_stages import Result, Stage
 
@@ -40,8 +40,6 @@ class PipelineState:
             metadata = filesystem.read_json(path)
             stages = metadata.pop("stages")
             is_readable = all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values())
-        except StorageError:
-            raise  # a store that is away says nothing about the record
         except (UserError, AttributeError, KeyError, TypeError):
             is_readable = False
         if not is_readable:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heartseg.errors import UserError, io_errors_as_user_errors
+from heartseg.errors import StorageError, UserError, io_errors_as_user_errors
 from heartseg.storage import filesystem
 
 GIB = 1 << 30
@@ -50,7 +50,9 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
             found.extend(check())
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        wrong = reason if isinstance(error, UserError) else f"This check failed ({type(error).__name__}: {reason})."
+        wrong = (
+            reason if isinstance(error, (UserError, StorageError)) else f"This check failed ({type(error).__name__}: {reason})."
+        )
         found.append(Finding(name, "–", wrong, "Fix this, then run the doctor again."))
     return found
 
@@ -162,7 +164,7 @@ def round_trip(path: str, megabytes: int) -> Iterator[Finding]:
         speeds = {"write_mb_per_s": megabytes / (written - started)}
         speeds["read_mb_per_s"] = megabytes / (time.perf_counter() - written)
     finally:
-        with contextlib.suppress(UserError, OSError):  # a storage that refuses is reported already
+        with contextlib.suppress(UserError, StorageError, OSError):  # a storage that refuses is reported already
             filesystem.remove(probe)
     found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
     wrong = (f"{path} returned other bytes than were written.", "Use another storage: this one loses data.")
