@@ -1,4 +1,4 @@
-"""The errors that a user is to read, not a programmer."""
+"""The errors that a user is to read, not a programmer. They have two roots: a mistake is none of an outage's kinds."""
 
 import contextlib
 import errno
@@ -7,18 +7,27 @@ from collections.abc import Iterator
 
 # A full disk, a used-up quota, a read-only or forbidden folder: the user can fix these; they are no bug of ours.
 USER_FIXABLE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+# A disk or a network file system that does not answer.
+OUTAGE_ERRNOS = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENXIO, errno.ENODEV,
+}  # fmt: skip
 
 
 class UserError(Exception):
     """Something that the user can fix; the message is one line: what is wrong, with its value, and what to do."""
 
 
-class StorageError(UserError):
-    """An object store that cannot be reached or that refuses; unlike a user's mistake, the next attempt may succeed."""
+class OneRankError(UserError):
+    """A UserError that one rank alone has met, such as memory that ran out; the other ranks do not know."""
 
 
-class OutOfMemory(UserError):
-    """Memory ran out on one rank; the other ranks do not know."""
+class StorageError(Exception):
+    """Storage did not answer: what it holds is neither missing nor damaged, and the next attempt may succeed. One line."""
+
+
+class StorageRefused(StorageError):
+    """Storage that answers and refuses: the credentials or the bucket are the user's to fix."""
 
 
 def format_write_error(error: OSError, path: str) -> str:
@@ -27,12 +36,23 @@ def format_write_error(error: OSError, path: str) -> str:
     return f"{path} cannot be written ({reason}): make room or give another folder, then rerun the same command to resume."
 
 
+def outage(error: OSError, path: str) -> StorageError:
+    """The StorageError for an OSError of OUTAGE_ERRNOS."""
+    fix = "check its disk or network, then rerun the same command to resume"
+    return StorageError(f"{path} cannot be reached ({os.strerror(error.errno)}): {fix}.")
+
+
 @contextlib.contextmanager
 def io_errors_as_user_errors(path: str = "A file") -> Iterator[None]:
-    """Turn an OSError of USER_FIXABLE_ERRNOS into a UserError that names its file, or `path` if it has none."""
+    """Turn an OSError of USER_FIXABLE_ERRNOS into a UserError that names its file, or `path` if it has none.
+
+    One of OUTAGE_ERRNOS becomes a StorageError.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in OUTAGE_ERRNOS:
+            raise outage(error, error.filename or path) from error
         if error.errno not in USER_FIXABLE_ERRNOS:
             raise
         raise UserError(format_write_error(error, error.filename or path)) from error

@@ -19,7 +19,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heartseg.errors import UserError, require
+from heartseg.errors import StorageError, UserError, require
 from heartseg.storage import filesystem
 from jobs.support import command_line, ray_runtime, system_checks
 from jobs.support.command_line import first_line
@@ -118,7 +118,7 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
         yield Finding("workers", f"{number} asked for", f"They could not exchange anything: {first_line(error)}", fix)
         return
     finally:
-        with contextlib.suppress(UserError, OSError):
+        with contextlib.suppress(UserError, StorageError, OSError):
             filesystem.remove(folder)
     yield bandwidth(number, report)
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from heartseg.config.experiment import Experiment, to_json
 from heartseg.datasets.source import open_source
-from heartseg.errors import StorageError, UserError, require
+from heartseg.errors import StorageRefused, UserError, require
 from heartseg.inference import study_files
 from heartseg.models.deeplabv3 import check_installation
 from heartseg.shards.loader import check_shares
@@ -126,7 +126,7 @@ class Runner:
             try:
                 return self.attempt(stage, inputs, results, is_forced)
             except Exception as error:
-                if not retries_left or (isinstance(error, UserError) and not isinstance(error, StorageError)):
+                if not retries_left or isinstance(error, (UserError, StorageRefused)):
                     raise
                 log.warning("%s failed, trying again: %s", stage.name, first_line(error))
             with contextlib.suppress(Exception):  # the stage may have left this process's Ray in any state

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from heartseg.datasets import camus, nifti
 from heartseg.datasets.splits import QUALITIES
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS, Phase, View
 from heartseg.storage import filesystem
 
@@ -291,6 +291,6 @@ def write_phantom(
 if __name__ == "__main__":
     try:
         tyro.cli(write_phantom, prog="python -m heartseg.datasets.phantom", config=(tyro.conf.PositionalRequiredArgs,))
-    except UserError as error:
+    except (UserError, StorageError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas
 import pyarrow as pa
 
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import UserError
 from heartseg.labels import NUM_CLASSES
 from heartseg.shards import reader, writer
 from heartseg.shards.reader import Shards
@@ -30,7 +30,7 @@ def find_damage(path: str) -> Iterator[tuple[str, str]]:
             if reason := part_damage(opened, part):
                 yield name, reason
     except (UserError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, StorageError) or not filesystem.exists(filesystem.join(path, writer.MANIFEST)):
+        if not filesystem.exists(filesystem.join(path, writer.MANIFEST)):
             raise
         yield writer.MANIFEST, f"is not a manifest of ours ({error})"
         return
@@ -39,8 +39,6 @@ def find_damage(path: str) -> Iterator[tuple[str, str]]:
             yield name, "is not in the manifest"
     try:
         reader.open_shards(path)
-    except StorageError:
-        raise
     except UserError as error:
         yield writer.SPLITS, str(error)
 
@@ -49,8 +47,6 @@ def part_damage(opened: Shards, part: dict) -> str | None:
     """How a part differs from what the manifest records, or why its rows are not valid; None if all is well."""
     try:
         check_rows(reader.read_part(opened, part), opened, part)
-    except StorageError:
-        raise  # a store that cannot be reached says nothing about the part
     except UserError as error:
         return str(error)
     except (pa.ArrowException, OSError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import OneRankError, StorageError, UserError
 from heartseg.shards.loader import Batch, Batches, epoch_seed, lanes_of, steps_per_epoch, to_device
 from heartseg.shards.reader import PartRows, Shards, as_frames, read_part_rows
 from heartseg.storage import filesystem
@@ -96,7 +96,7 @@ def _wait_for(future: Future, name: str) -> Batch:
 class Stream(Batches):
     """A group that is read again each epoch; its rows are numbered as in a `Loader`.
 
-    Batches raise StorageError for a part that cannot be read or is damaged: the other ranks may not know.
+    Batches raise OneRankError for a damaged part, and StorageError for one that does not come: the other ranks do not know.
     """
 
     shards: Shards
@@ -136,7 +136,7 @@ class Stream(Batches):
         try:
             table = read_part_rows(self.shards, self.index[piece[0]], piece[1], COLUMNS)
         except UserError as error:
-            raise StorageError(str(error)) from error
+            raise OneRankError(str(error)) from error
         frames = as_frames(table, self.shards.image)
         return frames.images, frames.masks
 

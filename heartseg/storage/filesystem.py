@@ -1,8 +1,8 @@
 """Reads, lists and publishes files on local paths and object-store URIs alike.
 
 The only file that uses pyarrow's file systems and its Parquet. A path is a `str` everywhere (`pathlib` turns `s3://b/x` into
-`s3:/b/x`); whatever is published appears complete or not at all. A store that cannot be reached or refuses raises
-StorageError; a file that does not exist raises FileNotFoundError.
+`s3:/b/x`); whatever is published appears complete or not at all. Storage that does not answer or that refuses raises
+StorageError, whatever it is asked; a file that does not exist raises FileNotFoundError when it is read.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet
 
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import OUTAGE_ERRNOS, StorageError, StorageRefused, UserError, outage
 
 # An object store that does not answer takes about a minute to give up on, one that refuses connections 3 s.
 TRIES, CONNECT_S, REQUEST_S = 4, 5, 15
@@ -45,7 +46,10 @@ def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
                 raise UserError(f"The path {path} names no bucket: write it as s3://bucket/folder.")
             settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
             return _s3(inner.partition("/")[0], settings), inner
-        return pyarrow.fs.FileSystem.from_uri(path)
+        try:
+            return pyarrow.fs.FileSystem.from_uri(path)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"The path {path} cannot be used: {str(error).rstrip('.')}.") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,29 +79,32 @@ def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3File
 
 @contextlib.contextmanager
 def _storage_errors(path: str) -> Iterator[None]:
-    """Turn an object store's errors into a one-line StorageError; local errors and FileNotFoundError pass unchanged."""
+    """Turn what an object store or a mounted disk does not answer into a StorageError; other local errors pass unchanged."""
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
-        if not is_uri(path):
-            raise
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
-        raise StorageError(f"{path} {_problem(str(error))}.") from error
+        if is_uri(path):
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+            raise _store_error(path, str(error)) from error
+        if isinstance(error, OSError) and error.errno in OUTAGE_ERRNOS:
+            raise outage(error, path) from error
+        raise
 
 
-def _problem(answer: str) -> str:
-    """What an object store's answer means and how to fix it, as the end of a message that begins with the path."""
+def _store_error(path: str, answer: str) -> StorageError:
+    """What an object store's answer means and how to fix it."""
     if "NO_SUCH_BUCKET" in answer or ("Bucket" in answer and "not found" in answer):
-        return "is in a bucket that does not exist: create it, or check its name and AWS_ENDPOINT_URL"
+        return StorageRefused(f"{path} is in a bucket that does not exist: create it, or check its name and AWS_ENDPOINT_URL.")
     if "NETWORK_CONNECTION" in answer:
-        reason = answer.rpartition("Details: ")[2] if "Details: " in answer else "no answer"
-        reason = reason.strip(" .")
-        return f"cannot be reached ({reason}): check the network and AWS_ENDPOINT_URL, then rerun the same command to resume"
+        reason = answer.rpartition("Details: ")[2].strip(" .") if "Details: " in answer else "no answer"
+        fix = "check the network and AWS_ENDPOINT_URL, then rerun the same command to resume"
+        return StorageError(f"{path} cannot be reached ({reason}): {fix}.")
     refusals = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "HTTP status 403")
     if any(refusal in answer for refusal in refusals):
-        return "is refused by its store: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for access to the bucket"
-    return "cannot be used: " + answer.partition(" (Request ID")[0].partition("\n")[0].rstrip(". ")
+        fix = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for access to the bucket"
+        return StorageRefused(f"{path} is refused by its store: {fix}.")
+    return StorageError(f"{path} cannot be used: {answer.partition(' (Request ID')[0].partition(chr(10))[0].rstrip('. ')}.")
 
 
 def join(base: str, *parts: str) -> str:
@@ -117,7 +124,7 @@ def absolute(path: str) -> str:
 
 def exists(path: str) -> bool:
     """True if a file or a folder exists."""
-    return _info(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else os.path.exists(path)
+    return _info(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else _stat(path) is not None
 
 
 def _info(path: str) -> pyarrow.fs.FileInfo:
@@ -126,11 +133,24 @@ def _info(path: str) -> pyarrow.fs.FileInfo:
         return fs.get_file_info(inner)
 
 
+def _stat(path: str) -> os.stat_result | None:
+    """Of a local file or folder; None if it does not exist or leads nowhere. os.path.exists would say so of an outage too."""
+    try:
+        with _storage_errors(path):
+            return os.stat(path)
+    except (OSError, ValueError):
+        return None
+
+
 def list_names(path: str) -> list[str]:
     """Sorted names of the entries of a folder; empty if it does not exist."""
-    if not is_uri(path):
-        return sorted(os.listdir(path)) if os.path.isdir(path) else []
-    return sorted(entry.base_name for entry in _entries(path))
+    if is_uri(path):
+        return sorted(entry.base_name for entry in _entries(path))
+    try:
+        with _storage_errors(path):
+            return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
@@ -140,9 +160,8 @@ def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
     """
     if is_uri(path):
         return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in _entries(path))
-    paths = {name: join(path, name) for name in list_names(path)}
-    stats = {name: os.stat(file) if os.path.isfile(file) else None for name, file in paths.items()}
-    return [(name, stat and stat.st_size, stat and stat.st_mtime_ns) for name, stat in stats.items()]
+    stats = {name: _stat(join(path, name)) for name in list_names(path)}
+    return [(n, s.st_size, s.st_mtime_ns) if s and stat.S_ISREG(s.st_mode) else (n, None, None) for n, s in stats.items()]
 
 
 def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
@@ -153,14 +172,17 @@ def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
 
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None if the path is not a file."""
-    return _info(path).size if is_uri(path) else os.path.getsize(path) if os.path.isfile(path) else None
+    if is_uri(path):
+        return _info(path).size
+    found = _stat(path)
+    return found.st_size if found and stat.S_ISREG(found.st_mode) else None
 
 
 def walk(path: str) -> list[str]:
     """Sorted paths of all files below a folder, each folder once, links to folders followed; empty if it does not exist."""
     if not is_uri(path):
         found, seen = [], set()
-        for folder, folders, names in os.walk(path, followlinks=True):
+        for folder, folders, names in os.walk(path, followlinks=True, onerror=_raise_outage):
             folders[:] = [] if os.path.realpath(folder) in seen else sorted(folders)
             if os.path.realpath(folder) not in seen:
                 found += [os.path.join(folder, name) for name in names]
@@ -171,10 +193,15 @@ def walk(path: str) -> list[str]:
     return sorted(join(path, name.removeprefix(inner).lstrip("/")) for name in files)
 
 
+def _raise_outage(error: OSError) -> None:
+    if error.errno in OUTAGE_ERRNOS:
+        raise outage(error, error.filename)
+
+
 def read_bytes(path: str, at_most: int = -1) -> bytes:
     """The whole of a file, or its first `at_most` bytes; raises OSError, FileNotFoundError among them, and StorageError."""
     if not is_uri(path):
-        with open(path, "rb") as stream:
+        with _storage_errors(path), open(path, "rb") as stream:
             return stream.read(at_most)
     fs, inner = resolve(path)
     with _storage_errors(path):

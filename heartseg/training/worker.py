@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from heartseg.config.experiment import Experiment
-from heartseg.errors import OutOfMemory, StorageError, UserError, io_errors_as_user_errors
+from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
@@ -63,7 +63,7 @@ def train_rank(
     """Train this rank's share of a run, from its last checkpoint if it has one.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
-    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OutOfMemory on the rank
+    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OneRankError on the rank
     that it happens to. With `profile`, rank 0 traces a few steps.
     """
     try:
@@ -73,7 +73,7 @@ def train_rank(
             raise
         train, image = experiment.train, experiment.image
         mine = share(train.batch_size, ranks.rank, ranks.world_size)
-        raise OutOfMemory(
+        raise OneRankError(
             f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {mine.stop - mine.start} of a batch's "
             f"{train.batch_size} images of {image.height} x {image.width}: raise --train.accumulate, use more --workers, "
             "or a smaller --train.batch-size or --model.backbone; complete checkpoints are kept."
@@ -155,8 +155,6 @@ def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
     try:
         with io_errors_as_user_errors():
             yield
-    except StorageError:
-        raise
     except UserError as error:
         problem = str(error)
     raise_first_problem(problem, ranks)

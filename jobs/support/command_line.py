@@ -20,7 +20,7 @@ import tyro
 
 from heartseg.config.experiment import Experiment, flatten, from_json, to_json
 from heartseg.config.recipes import RECIPES
-from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
+from heartseg.errors import StorageError, StorageRefused, UserError, io_errors_as_user_errors, require
 from heartseg.storage import filesystem
 
 log = logging.getLogger("heartseg.jobs")
@@ -40,7 +40,7 @@ MEANINGLESS_IF_EMPTY = ("HEARTSEG_", "RAY_", "WANDB_", "AWS_", "TMPDIR", "WORLD_
 # A UNIX socket's path has at most 107 bytes, of which Ray's own folders below TMPDIR take 68.
 LONGEST_TMPDIR = 39
 EXIT_USER_ERROR = 2
-# EX_TEMPFAIL of sysexits.h; tells the pipeline that follows a submitted job that another attempt may help.
+# EX_TEMPFAIL of sysexits.h: the storage does not answer, and another attempt may help.
 EXIT_STORAGE_ERROR = 75
 
 
@@ -49,10 +49,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
-    """Run a job; a user's mistake or a failed write becomes a one-line message and exit code 2.
-
-    A submitted job whose object store cannot be reached ends with 75 instead.
-    """
+    """Run a job; a user's mistake or a refused write becomes a one-line message and exit code 2, an outage one and 75."""
     if job.__module__ == "__main__":
         # What Ray sends to workers must be importable there: it would pickle the classes of a script by value.
         job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
@@ -63,9 +60,10 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     try:
         with io_errors_as_user_errors():
             job(sys.argv[1:])
-    except UserError as error:
-        is_worth_a_try = isinstance(error, StorageError) and JOB_CONFIG in os.environ
-        exit_with_message(str(error), EXIT_STORAGE_ERROR if is_worth_a_try else EXIT_USER_ERROR)
+    except (UserError, StorageRefused) as error:
+        exit_with_message(str(error), EXIT_USER_ERROR)
+    except StorageError as error:
+        exit_with_message(str(error), EXIT_STORAGE_ERROR)
     except KeyboardInterrupt:
         # Ray may raise a KeyboardInterrupt of its own instead of ours; our handler has left SIG_IGN behind.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN

@@ -12,7 +12,7 @@ import pandas
 import torch
 from tqdm import tqdm
 
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.evaluation import scoring
 from heartseg.inference.postprocessing import clean
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
@@ -112,4 +112,4 @@ def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> 
         cause = error
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause
-        raise (cause if isinstance(cause, UserError) else error) from None
+        raise (cause if isinstance(cause, (UserError, StorageError)) else error) from None

@@ -12,7 +12,7 @@ import tyro
 
 from heartseg.config.experiment import Experiment, from_json, identity, to_json
 from heartseg.datasets.source import open_source
-from heartseg.errors import StorageError, UserError, require
+from heartseg.errors import UserError, require
 from heartseg.inference import study_files
 from heartseg.models import checkpoint
 from heartseg.shards.preprocessing import MAX_QUARANTINED, check_same
@@ -171,8 +171,6 @@ def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions
             if filesystem.exists(filesystem.join(path, MANIFEST)):
                 check_same(open_source(experiment.source), path, experiment.image, frames)
                 open_shards(path)
-        except StorageError:
-            raise  # a store that cannot be reached says nothing about the shards
         except UserError:
             return True
         return False

@@ -7,7 +7,7 @@ import datetime
 from dataclasses import asdict, dataclass, field
 
 from heartseg.config.experiment import first_difference
-from heartseg.errors import StorageError, UserError, require
+from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
 from jobs.support.pipeline_stages import Result, Stage
 
@@ -39,8 +39,6 @@ class PipelineState:
             metadata = filesystem.read_json(path)
             stages = metadata.pop("stages")
             is_readable = all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values())
-        except StorageError:
-            raise  # a store that is away says nothing about the record
         except (UserError, AttributeError, KeyError, TypeError):
             is_readable = False
         fix = "remove it and rerun pipeline.py, which keeps what is complete."

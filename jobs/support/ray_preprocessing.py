@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Iterator
 
-from heartseg.errors import UserError, io_errors_as_user_errors, require
+from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
 from heartseg.shards import writer
 from jobs.support import ray_runtime
 from jobs.support.command_line import log
@@ -35,12 +35,12 @@ def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
 
 
 def _write_part(source, out: str, *rest) -> dict:
-    """A part's record, or a UserError under `error`: Ray would wrap it in a traceback if it were raised."""
+    """A part's record, or an error for the user under `error`: Ray would wrap it in a traceback if it were raised."""
     try:
         with io_errors_as_user_errors(out):
             # On another machine, a source that is not mounted would look like patients without files.
             node = socket.gethostname()
             require(source.is_there(), f"The source {source.path} is not there on {node}: every node must see --source.")
             return writer.write_part(source, out, *rest)
-    except UserError as error:
+    except (UserError, StorageError) as error:
         return {"error": error}

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from heartseg.config.experiment import Experiment, from_json, to_json
-from heartseg.errors import OutOfMemory, StorageError, UserError
+from heartseg.errors import OneRankError, StorageError, UserError
 from heartseg.shards.reader import open_shards
 from heartseg.storage import filesystem
 from heartseg.training import distributed, run_directory
@@ -74,8 +74,8 @@ def dead_workers(error: Exception) -> list[int]:
 def raise_user_error(error: Exception, workers: int, resources: dict[str, float]) -> NoReturn:
     """Raise a UserError for a failure that the user can fix, and the failure itself for any other."""
     for failure in getattr(error, "worker_failures", {}).values():
-        if isinstance(failure, (StorageError, OutOfMemory)):
-            raise (StorageError if isinstance(failure, StorageError) else UserError)(str(failure)) from error
+        if isinstance(failure, (StorageError, OneRankError)):
+            raise type(failure)(str(failure)) from error
     if "worker group startup timed out" in str(error):
         each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
         raise UserError(
@@ -113,7 +113,7 @@ def worker(config: dict) -> dict:
                 ray_runtime.note_placement(run.path)
         # What reads a trial's reports may end it at any of them: what it reports is on disk.
         train_rank(experiment, run, ranks, wrap, ray.train.report, config["profile"], saves_first=config["is_trial"])
-    except (StorageError, OutOfMemory):
+    except OneRankError:
         raise  # only this rank knows, and the others would wait for it: Ray ends them all and resumes from the checkpoint
     except UserError as error:
         return {"error": str(error)}

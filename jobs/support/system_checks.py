@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heartseg.errors import UserError, io_errors_as_user_errors
+from heartseg.errors import StorageError, UserError, io_errors_as_user_errors
 from heartseg.storage import filesystem
 from jobs.support.command_line import first_line
 
@@ -53,7 +53,8 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
             found.extend(check())
     except Exception as error:
         reason = first_line(error)
-        wrong = reason if isinstance(error, UserError) else f"This check failed ({type(error).__name__}: {reason})."
+        is_known = isinstance(error, (UserError, StorageError))
+        wrong = reason if is_known else f"This check failed ({type(error).__name__}: {reason})."
         found.append(Finding(name, "–", wrong, "Fix this, then run the doctor again."))
     return found
 
@@ -158,7 +159,7 @@ def round_trip(path: str, megabytes: int) -> Iterator[Finding]:
         is_same = filesystem.read_bytes(probe) == data
         read = time.perf_counter()
     finally:
-        with contextlib.suppress(UserError, OSError):  # a storage that refuses is reported already
+        with contextlib.suppress(UserError, StorageError, OSError):  # a storage that refuses is reported already
             filesystem.remove(probe)
     speeds = {"write_mb_per_s": megabytes / (written - started), "read_mb_per_s": megabytes / (read - written)}
     found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"

@@ -3,6 +3,7 @@
 The dashboard is a plain HTTP server that replies with what a test tells it to; test_submitted_pipeline.py asks a real one.
 """
 
+import errno
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import ray
 
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import StorageError, StorageRefused, UserError
 from jobs.support import command_line, job_submission
 from jobs.support.ray_runtime import free_port
 
@@ -111,16 +112,21 @@ def test_a_secret_in_a_jobs_runtime_env_is_warned_of_by_its_name(monkeypatch, ca
     assert [message.partition(" ")[0] for message in caplog.messages] == ["MY_API_KEY"]
 
 
-@pytest.mark.parametrize(("submitted", "code"), [(True, 75), (False, 2)])
-def test_only_a_submitted_job_tells_a_store_that_was_away_from_a_mistake(submitted, code, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StorageError("s3://bucket does not answer."), 75),
+        (StorageRefused("s3://bucket does not answer."), 2),
+        (UserError("s3://bucket does not answer."), 2),
+        (OSError(errno.ESTALE, "stale", "s3://bucket"), 75),
+    ],
+)
+def test_a_job_whose_storage_is_away_exits_with_a_code_of_its_own(error, code, monkeypatch, capsys):
     def job(argv):
-        raise StorageError("s3://bucket does not answer.")
+        raise error
 
     monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.delenv(command_line.JOB_CONFIG, raising=False)
-    if submitted:
-        monkeypatch.setenv(command_line.JOB_CONFIG, "{}")
     monkeypatch.setattr(command_line, "install_sigterm_handler", lambda: None)  # the test's own process keeps its signals
     with pytest.raises(SystemExit) as left:
         command_line.main(job)
-    assert left.value.code == code and capsys.readouterr().err == "train.py: s3://bucket does not answer.\n"
+    assert left.value.code == code and capsys.readouterr().err.startswith("train.py: s3://bucket ")

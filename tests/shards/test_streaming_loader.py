@@ -21,7 +21,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from heartseg.config.experiment import to_json
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import OneRankError, StorageError, UserError
 from heartseg.models import checkpoint
 from heartseg.shards import reader, streaming_loader, writer
 from heartseg.shards.loader import LANES, share
@@ -174,7 +174,7 @@ def test_a_damaged_part_is_named_when_it_is_read_and_a_missing_one_before(parted
     part.write_bytes(raw)
     streamed = opened_as("stream", str(copied))
     # An error of one rank, which is tried again: the others do not know of it.
-    with pytest.raises(StorageError, match="part-00002.parquet is damaged"):
+    with pytest.raises(OneRankError, match="part-00002.parquet is damaged"):
         list(streamed.loaders["train"].training_batches(7, 0, 0))
     part.write_bytes(raw[:-1])
     with pytest.raises(UserError, match="part-00002.parquet is damaged .not the size"):

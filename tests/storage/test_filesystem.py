@@ -1,5 +1,6 @@
 """Local and remote storage alike: what is published is complete or absent, and a folder has one writer."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -104,6 +105,22 @@ def test_json_reads_back_and_a_missing_damaged_or_unreadable_file_is_a_named_err
     os.symlink("loop.json", tmp_path / "loop.json")
     with pytest.raises(StorageError, match=r"loop\.json cannot be read \(Too many levels"):
         filesystem.read_json(str(tmp_path / "loop.json"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [filesystem.exists, filesystem.size_or_none, filesystem.list_names, filesystem.list_files, filesystem.walk,
+     filesystem.read_bytes, filesystem.read_json, lambda path: filesystem.publish(path + "/a", b"x")],
+)  # fmt: skip
+def test_a_mounted_disk_that_does_not_answer_is_an_outage_and_not_an_empty_one(call, tmp_path, monkeypatch):
+    def away(path, *arguments, **options):
+        raise OSError(errno.ESTALE, "Stale file handle", str(tmp_path))
+
+    for name in ("stat", "listdir", "scandir", "open", "fsync"):
+        monkeypatch.setattr(os, name, away)
+    monkeypatch.setattr("builtins.open", away)
+    with pytest.raises(StorageError, match="cannot be reached .Stale file handle.: check its disk or network"):
+        call(str(tmp_path))
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/key", "gs://bucket", "file:///tmp/x"])

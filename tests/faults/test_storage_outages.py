@@ -1,0 +1,172 @@
+"""An outage of the storage at any call of any job: the job stops, and nothing is deleted, overwritten or called damaged."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from heartseg.errors import StorageError
+from heartseg.shards import preprocessing
+from heartseg.storage import filesystem, locks
+from helpers.experiments import tiny_experiment
+from jobs import compare, evaluate, export, inspect_shards, pipeline, predict, preprocess, train
+from jobs.support import ray_preprocessing
+
+PLAIN = {"launcher": "plain"}
+# Advice that would cost a user data, and words for what an outage is not.
+DESTRUCTIVE = re.compile(
+    r"--(overwrite|fresh|force|resplit)|remove|delete|damaged|missing|not valid|does not exist|no finished"
+)
+
+
+class Flaky:
+    """A file system that counts calls; the `fail_at`-th raises what pyarrow raises if a store does not answer."""
+
+    def __init__(self, fail_at: int = 0):
+        self.calls, self.fail_at, self.real = 0, fail_at, filesystem.resolve
+
+    def resolve(self, path: str) -> tuple["Flaky", str]:
+        self.fs, inner = self.real(path)
+        return self, inner
+
+    def __getattr__(self, name: str) -> Callable:
+        method = getattr(self.fs, name)
+
+        def call(*arguments, **options):
+            self.calls += 1
+            if self.calls == self.fail_at:
+                raise OSError(f"When {name}: AWS Error NETWORK_CONNECTION. Details: injected")
+            return method(*arguments, **options)
+
+        return call
+
+
+def experiment(at: str, **changes):
+    base = tiny_experiment(source=f"{at}/source", data=f"{at}/shards", runs=f"{at}/runs", **changes)
+    return replace(base, train=replace(base.train, epochs=1))
+
+
+def run_pipeline(at: str) -> str:
+    options = pipeline.PipelineOptions(retries=0, until="preprocess")
+    return pipeline.run(replace(experiment(at, out=f"{at}/results"), data=""), options)
+
+
+# Each works below a folder that `world` has filled, and gets its URI.
+CHEAP = {
+    "preprocess": lambda at: preprocess.run(experiment(at, out=f"{at}/new"), preprocess.Options(**PLAIN)),
+    "preprocess, complete": lambda at: preprocess.run(experiment(at, out=f"{at}/shards"), preprocess.Options(**PLAIN)),
+    "inspect_shards --verify": lambda at: inspect_shards.run(inspect_shards.Options(f"{at}/shards", verify=True)),
+    "pipeline, preprocess": run_pipeline,
+    "pipeline status": lambda at: pipeline.show_status(f"{at}/results"),
+}
+DEAR = {
+    "train": lambda at: train.run(other(at), train.Options(**PLAIN)),
+    "train, finished": lambda at: train.run(experiment(at), train.Options(**PLAIN)),
+    "evaluate": lambda at: evaluate.run(evaluate.Options(checkpoint=one_run(at), out=f"{at}/scores", **PLAIN)),
+    "predict": lambda at: predict.run(predict.Options(one_run(at), f"{at}/source", f"{at}/predictions", overlays="off")),
+    "compare": lambda at: compare.run(compare.Options((f"{at}/runs",), out=f"{at}/compared")),
+    "export": lambda at: export.run(export.Options(one_run(at), f"{at}/exported")),
+}
+
+
+def other(at: str):
+    """An experiment that no run is of yet."""
+    base = experiment(at)
+    return replace(base, train=replace(base.train, seed=7))
+
+
+def one_run(at: str) -> str:
+    folder = Path(at.removeprefix("file://"), "runs")
+    return f"{at}/runs/{min(os.listdir(folder))}"
+
+
+@pytest.fixture(scope="module")
+def world(phantom, tmp_path_factory) -> Path:
+    """A source, its shards, a pipeline that has made them, and the place of runs."""
+    folder = tmp_path_factory.mktemp("world")
+    at = f"file://{folder}"
+    shutil.copytree(phantom, folder / "source")
+    preprocess.run(experiment(at, out=f"{at}/shards"), preprocess.Options(**PLAIN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_preprocessing, "write_parts_with_ray", write_here)
+        run_pipeline(at)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(world) -> Path:
+    """The same with two runs."""
+    at = f"file://{world}"
+    path = train.run(experiment(at), train.Options(**PLAIN)).removeprefix("file://")
+    shutil.copytree(path, path + "-copy")
+    return world
+
+
+def write_here(tasks: list[tuple], workers: int):
+    return preprocessing.write_parts_here(tasks)
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """SHA-256 of every file but claims, and the halves of what did not get its name; of a part also when it was written."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and locks.LOCK_NAME not in path.parts and path.suffix != ".part":
+            written = path.stat().st_mtime_ns if path.suffix == ".parquet" else 0
+            found[str(path.relative_to(folder))] = filesystem.sha256(path.read_bytes()), written
+    return found
+
+
+def check_outages(name: str, job: Callable, world: Path, monkeypatch, measurement, tries: int) -> None:
+    """Run a job undisturbed and counted, then again with the outage at some of its calls, evenly spread."""
+    monkeypatch.setattr(ray_preprocessing, "write_parts_with_ray", write_here)
+    before, kept = contents(world), world.with_name(f"{world.name}-kept")
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(world, kept)
+
+    def attempt(fail_at: int) -> tuple[Flaky, Exception | None]:
+        shutil.rmtree(world)
+        shutil.copytree(kept, world)
+        flaky, error = Flaky(fail_at), None
+        with monkeypatch.context() as patch:
+            patch.setattr(filesystem, "resolve", flaky.resolve)
+            try:
+                job(f"file://{world}")
+            except StorageError as caught:
+                error = caught
+        return flaky, error
+
+    undisturbed, error = attempt(0)
+    assert error is None
+    after, calls, stopped = contents(world), undisturbed.calls, 0
+    numbers = sorted({1 + round(part * (calls - 1) / max(1, tries - 1)) for part in range(min(tries, calls))})
+    for number in numbers:
+        _, error = attempt(number)
+        found = contents(world)
+        changed = [file for file in before if found.get(file) != before[file] and not file.endswith("pipeline.json")]
+        assert not changed, f"call {number} of {name} changed {changed}"
+        if error is None:  # a call whose failure changes nothing, such as the removal of a claim
+            assert found.keys() == after.keys(), f"call {number} of {name} hides that it failed"
+            continue
+        stopped += 1
+        assert not DESTRUCTIVE.search(str(error)) and "cannot be reached" in str(error), f"call {number} of {name}: {error}"
+    measurement(f"outage in {name}: {calls} calls, {len(numbers)} tried, {stopped} stopped the job, 0 changed a file")
+    assert stopped
+    shutil.rmtree(world)
+    shutil.copytree(kept, world)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_an_outage_at_any_call_stops_a_job_and_changes_nothing(name, world, monkeypatch, measurement):
+    check_outages(name, CHEAP[name], world, monkeypatch, measurement, tries=8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [*CHEAP, *DEAR])
+def test_an_outage_at_any_of_many_calls_stops_any_job_and_changes_nothing(name, trained, monkeypatch, measurement):
+    tries = 10_000 if name in CHEAP else 6
+    check_outages(name, (CHEAP | DEAR)[name], trained, monkeypatch, measurement, tries)
