@@ -155,7 +155,8 @@ def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
     here = {one.name: one.found for one in system_checks.versions()}
     for one in found:
         if not one.wrong and one.found != here.get(one.name, one.found):
-            one = replace(one, wrong=f"{one.name} is {one.found} there and {here[one.name]} here.", fix="Use one image.")
+            wrong = f"{one.name} is {one.found} there and {here[one.name]} here."
+            one = replace(one, wrong=wrong, fix="Give every node the same image.")
         if one.wrong:
             yield replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}")
 

@@ -106,7 +106,7 @@ def prepare_environment() -> None:
         del os.environ[name]
     for name in ("TMPDIR", "RAY_TMPDIR"):
         if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
-            log.info("%s=%s is too long for the sockets in it: using /tmp.", name, os.environ[name])
+            print(f"{name}={os.environ[name]} is too long for sockets below it: using /tmp.", file=sys.stderr)
             os.environ[name], tempfile.tempdir = "/tmp", None
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if given != "*":
