@@ -185,17 +185,20 @@ def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
 def flags(images: pandas.DataFrame) -> dict:
     """The warnings a user would have had: implausible masks, and how well the confidence separates the images of low Dice.
 
-    `spearman` is the rank correlation of confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower
-    confidence of two, one under and one not; both None if there is no such pair. `unsure` are the images under
-    REVIEW_THRESHOLD, which prediction tells a user to review, and how many of them are under LOW_DICE.
+    `reasons` are the most frequent ones of the implausible masks, each with its number of masks. `spearman` is the rank
+    correlation of confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower confidence of two, one
+    under and one not; both None if there is no such pair. `unsure` are the images under REVIEW_THRESHOLD, which prediction
+    tells a user to review, and how many of them are under LOW_DICE.
     """
     doubted = images["implausible"] != ""
+    reasons = images.loc[doubted, "implausible"].str.split("; ").explode().value_counts().head(3)
     known = images[["confidence", "dice"]].dropna()
     low, unsure = known["dice"] < LOW_DICE, known["confidence"] < REVIEW_THRESHOLD
     spearman = known["confidence"].rank().corr(known["dice"].rank()) if len(known) > 2 else np.nan
     order = {"spearman": none_if_nan(spearman), "auc": none_if_nan(auc(known["confidence"].to_numpy(), ~low.to_numpy()))}
     return {
         "implausible": int(doubted.sum()),
+        "reasons": {str(reason): int(count) for reason, count in reasons.items()},
         "dice_implausible": none_if_nan(images.loc[doubted, "dice"].mean()),
         "dice_others": none_if_nan(images.loc[~doubted, "dice"].mean()),
         "confidence": order | {"low_dice": LOW_DICE, "low_images": int(low.sum())},

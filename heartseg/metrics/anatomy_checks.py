@@ -106,11 +106,17 @@ def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[st
         yield "the atrium does not lie at the cavity's base"
     elif base > MOST_BASE:
         yield f"the atrium takes {base:.0%} of the cavity's contour"
-    down_mm, aside_mm = np.subtract(*ndimage.center_of_mass(whole > 0, whole, (LA, ENDO))) * spacing_mm
+    down_mm, aside_mm = (_centre(whole == LA) - _centre(whole == ENDO)) * spacing_mm
     if abs(aside_mm) > abs(down_mm):
         yield "the atrium lies beside the cavity, not below it: the mask may be transposed"
     elif down_mm < 0:
         yield "the atrium lies above the cavity"
+
+
+def _centre(region: np.ndarray) -> np.ndarray:
+    """Mean row and column of a region; from counts by line, which are faster than the pixels' positions."""
+    counts = (np.count_nonzero(region, axis=axis) for axis in (1, 0))
+    return np.array([np.average(np.arange(len(count)), weights=count) for count in counts])
 
 
 def _out_of_proportion(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def table_text(table: Table) -> str:
 
 
 def summary_text(summary: dict) -> str:
-    """The summary of an evaluation as tables: scores, distances, and agreement of the clinical indices."""
+    """The summary of an evaluation as tables: scores, distances, agreement of the clinical indices; and what is implausible."""
     scores, pooled, clinical = summary["scores"], summary["pooled"], summary["clinical"]
     names = ["dice", "iou", "accuracy", "dice4", *(name for name in SCORES if name.startswith("dice_"))]
     overlaps = [_score_row(name, scores[name], pooled[name], 4) for name in names if scores[name]["mean"] is not None]
@@ -49,7 +49,11 @@ def summary_text(summary: dict) -> str:
         ("", ("distance", "mean", "95 % interval", "median"), distances),
         ("", ("against masks", "n", "r", "bias", "sd", "MAE"), agreement),
     ]
-    return "\n".join(table_text(table) for table in tables if table[2])
+    texts, flags = [table_text(table) for table in tables if table[2]], summary["flags"]
+    if flags["implausible"]:
+        why = next((f"; most often: {reason}" for reason in flags.get("reasons", ())), "")
+        texts.append(f"{flags['implausible']} of {summary['images']} masks cannot be a whole left heart{why}.")
+    return "\n".join(texts)
 
 
 def _score_row(name: str, score: dict, last: float | None, digits: int) -> tuple[str, ...]:

@@ -14,11 +14,13 @@ from heartseg.config import recipes
 from heartseg.config.experiment import identity, to_json
 from heartseg.errors import UserError
 from heartseg.evaluation import scoring
-from heartseg.labels import ENDO, LA, MYO
+from heartseg.evaluation.ground_truth import Case
+from heartseg.inference.segmenter import Segmented
+from heartseg.labels import ENDO, LA, MYO, PHASES, VIEWS
 from heartseg.metrics.agreement import agree
 from heartseg.metrics.cardiac_indices import INDICES
 from heartseg.metrics.segmentation import DISTANCES, SCORES
-from heartseg.reporting import contours, pages, plots, published_results, report
+from heartseg.reporting import contours, pages, plots, published_results, report, text_tables
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from helpers.pages import Reader, look_at, outside_links
@@ -264,8 +266,16 @@ def test_too_few_patients_for_agreement_still_say_why_they_have_no_ejection_frac
 def test_missing_images_and_indices_are_shown_with_reasons_and_warnings_with_their_worth(page):
     words = Reader(page()).words
     assert "patient0009 2CH EDthe gzip is cut off" in words and "patient0005: no 2CH ES mask" in words
-    assert "1 of 20 masks cannot be a whole left heart" in words
+    assert "1 of 20 masks cannot be a whole left heart" in words and "Most often: the cavity is missing (1)." in words
     assert "a Spearman correlation of" in words and "with an AUC of" in words
+
+
+def test_predictions_that_lie_on_their_side_are_named_although_their_shape_and_ejection_fraction_fit():
+    cases = [Case("p", view, phase, fake_mask(), (2.5, 2.5)) for view in VIEWS for phase in PHASES]
+    predictions = [Segmented(np.ascontiguousarray(case.truth.T), 0.9) for case in cases]
+    summary = scoring.summarise(*map(pandas.DataFrame, scoring.score_patients(cases, predictions)))
+    printed = text_tables.summary_text(summary)
+    assert "4 of 4 masks cannot be a whole left heart; most often: the atrium lies beside the cavity" in printed
 
 
 # --- figures
