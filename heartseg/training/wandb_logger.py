@@ -27,9 +27,6 @@ from heartseg.training.run_directory import Run
 log = logging.getLogger(__name__)
 # Datasets whose images may be sent by default: one is public, the other is synthetic.
 SHAREABLE = ("CAMUS", "phantom")
-# What shows that someone has logged in; and all that names the server and opens it.
-KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-CONNECTION = (*KEYS, "WANDB_BASE_URL", "WANDB_MODE")
 # Marks a run of the dashboard that was ended on behalf of a process that could not do it.
 CLOSED = "wandb_closed"
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
@@ -116,9 +113,10 @@ class Tracker:
                 self.run_path,
             )
             self.wandb.teardown()  # its service holds the run's id for the attempt that failed
-            with patch.dict(os.environ):  # a key or an address that is not valid is refused offline as well
-                for name in CONNECTION:
-                    os.environ.pop(name, None)
+            with patch.dict(os.environ):  # wandb refuses a key, an address or a number that is not valid offline as well
+                for name in _variables():
+                    if not name.endswith(("_DIR", "_REPORTING")):
+                        del os.environ[name]
                 started = init(mode="offline")
         started.define_metric("*", step_metric="epoch")
         started.define_metric("val/dice", step_metric="epoch", summary="max")
@@ -126,7 +124,7 @@ class Tracker:
 
     def has_key(self) -> bool:
         """True if there is a key for wandb's server: in the environment, or from `wandb login`."""
-        if any(os.environ.get(name) for name in KEYS):
+        if os.environ.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"}:
             return True
         path = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
         server = urlsplit(self.wandb.setup().settings.base_url).netloc
@@ -217,10 +215,11 @@ class Tracker:
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:
     """The tracker of this rank; `record` holds the epochs that the run has already."""
+    for name in _variables():  # a secret that is mounted as a file ends with a line end; an empty variable is an unset one
+        if value := os.environ.pop(name).strip():
+            os.environ[name] = value
     if not is_main or _asked_mode(experiment) in ("off", "disabled"):
         return Tracker()
-    if key := os.environ.pop("WANDB_API_KEY", "").strip():  # a secret that is mounted as a file ends with a line end
-        os.environ["WANDB_API_KEY"] = key
     try:
         tracker = Tracker(experiment, run)
     except Exception as error:
@@ -255,7 +254,11 @@ def track_sweep(experiment: Experiment, run: Run, table: pandas.DataFrame, page:
 def _asked_mode(experiment: Experiment) -> str:
     """`online`, `offline`, `off` or `auto`; for `auto`, WANDB_MODE decides if it is set."""
     asked = experiment.tracking.wandb
-    return os.environ.get("WANDB_MODE", "").strip() or asked if asked == "auto" else asked
+    return os.environ.get("WANDB_MODE", asked) if asked == "auto" else asked
+
+
+def _variables() -> list[str]:
+    return [name for name in os.environ if name.startswith("WANDB_")]
 
 
 def _first_line(error: Exception) -> str:

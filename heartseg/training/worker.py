@@ -16,10 +16,9 @@ from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
-from heartseg.shards.reader import FrameRows, Shards, hold_out, open_shards
+from heartseg.shards.reader import Shards, hold_out, open_shards
 from heartseg.storage import filesystem
 from heartseg.training import callbacks, data_loading, engine, run_directory
-from heartseg.training.data_loading import TrainingData
 from heartseg.training.distributed import Ranks, from_main, raise_first_problem
 from heartseg.training.finetune import load_initial
 from heartseg.training.profiling import trace_steps
@@ -44,11 +43,6 @@ def check_plan(experiment: Experiment, shards: Shards) -> None:
 def open_data(experiment: Experiment) -> Shards:
     """The shards that a run trains on, in its groups: those of the split, or `train.holdout` taken from the training group."""
     return hold_out(open_shards(experiment.data), experiment.train.holdout)
-
-
-def intensity_of(experiment: Experiment, shards: Shards) -> Intensity:
-    """The normalisation of a run: none beyond / 255, or the training group's mean and deviation."""
-    return Intensity(*shards.intensity) if experiment.train.intensity == "standard" else Intensity()
 
 
 def train_rank(
@@ -82,8 +76,15 @@ def train_rank(
 
 def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile: bool, saves_first: bool) -> None:
     shards = open_data(experiment)
-    run, data, samples = _open_training_data(experiment, run, shards, ranks)
-    intensity = intensity_of(experiment, shards)
+    # Before there was a choice, all runs read from memory.
+    begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
+    ingest = data_loading.choose(experiment, shards, begun, ranks)
+    with _problems_on_every_rank(ranks):
+        run = run_directory.record_ingest(run, ingest, ranks.is_main)
+        data = data_loading.open_groups(shards, ingest, ranks)
+        sampled = "val" if "val" in shards.groups else "test"
+        samples = data.rows(sampled, callbacks.sample_rows(shards.num_rows(sampled)))
+    intensity = Intensity(*shards.intensity) if experiment.train.intensity == "standard" else Intensity()
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model)
     if run.description.get("initial") and checkpoint.last(run.path) is None:  # its own checkpoint replaces them
@@ -130,19 +131,6 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
         with suppress(Exception):
             on_main.wait()
         tracker.finish(exit_code)
-
-
-def _open_training_data(experiment: Experiment, run: Run, shards: Shards, ranks: Ranks) -> tuple[Run, TrainingData, FrameRows]:
-    """The run with how it reads its shards, the opened groups, and the images whose predictions are kept."""
-    # Before there was a choice, all runs read from memory.
-    begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
-    ingest = data_loading.choose(experiment, shards, begun, ranks)
-    group = "val" if "val" in shards.groups else "test"
-    with _problems_on_every_rank(ranks):
-        run = run_directory.record_ingest(run, ingest, ranks.is_main)
-        data = data_loading.open_groups(shards, ingest, ranks)
-        samples = data.rows(group, callbacks.sample_rows(shards.num_rows(group)))
-    return run, data, samples
 
 
 @contextmanager

@@ -4,15 +4,23 @@ import os
 import threading
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import wandb
 
-from heartseg.config.experiment import from_json
 from heartseg.training import run_directory, wandb_logger
-from heartseg.training.run_directory import Run
-from helpers.tracked_runs import FAST, assert_same, finish, kept_rows, start, sync, the_run, track, tracked_run, without_key
+from helpers.tracked_runs import (
+    assert_same,
+    finish,
+    kept_rows,
+    start,
+    start_tracking,
+    sync,
+    the_run,
+    track,
+    tracked_run,
+    without_key,
+)
 from helpers.wandb_server import KEY, Server, serving
 
 
@@ -56,64 +64,56 @@ def test_a_server_that_never_answers_costs_no_row_even_if_a_parent_process_uses_
     with serving(failure="silent") as server:
         # 2 s instead of the 10 that the slow test waits.
         run = tracked_run(shards, tmp_path)
-        _, said = track(run, 3, 0, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"})
+        said, _ = start_tracking(run, 3, 0, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"}).communicate(timeout=200)
         assert server.failed_requests
     assert_kept_offline(Path(run.path), said)
-
-
-def track_one_epoch(shards: str, folder: Path, **environment: str) -> Run:
-    """Track a run of one epoch in this process."""
-    run = tracked_run(shards, folder)
-    with patch.dict(os.environ, FAST | environment):
-        tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, [])
-        tracker.log({"epoch": 1, "test/dice": 0.5})
-        tracker.finish()
-        wandb.teardown()
-    return run
 
 
 @pytest.mark.parametrize("login", ["a key with a line end", "a login on this machine"])
 def test_a_key_is_found_and_opens_the_server(shards, tmp_path, login):
     with serving() as server:
-        environment = server.environment() | {"WANDB_API_KEY": f" {KEY}\n"}
+        environment = {"WANDB_BASE_URL": f"{server.url}\n", "WANDB_API_KEY": f" {KEY}\n", "WANDB_MODE": ""}
         if login == "a login on this machine":
             logins = tmp_path / "netrc"  # as `wandb login` writes it
             logins.write_text(f"machine {server.url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
             environment = {"WANDB_BASE_URL": server.url, "NETRC": str(logins)}
-        run = track_one_epoch(shards, tmp_path, **environment)
+        run = tracked_run(shards, tmp_path)
+        track(run, 1, **environment)
         assert [row["epoch"] for row in server.runs[run.description["wandb_id"]].rows()] == [1]
 
 
 BAD_SETTINGS = [{"WANDB_API_KEY": "short"}, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "nonsense"}, {"WANDB_MODE": "onlin"}]
+BAD_SETTINGS += [{"WANDB_MODE": "offline", "WANDB_FINISH_TIMEOUT": "soon"}]
 
 
 @pytest.mark.parametrize("settings", BAD_SETTINGS, ids=lambda settings: list(settings)[-1])
 def test_a_tracker_that_wandb_refuses_at_the_start_is_kept_offline_with_all_rows(shards, tmp_path, settings, caplog):
-    run = track_one_epoch(shards, tmp_path, **settings)
+    run = tracked_run(shards, tmp_path)
+    track(run, 1, **settings)
     (fragment,) = Path(run.path).glob("wandb/offline-run-*/*.wandb")
     assert [row["epoch"] for row in kept_rows(fragment)] == [1]
     assert caplog.text.count("kept offline") == 1 and "not tracked" not in caplog.text
 
 
 @pytest.mark.parametrize("failure", ["silent", pytest.param("error", marks=pytest.mark.slow)])
-def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure):
+def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure, caplog):
     with serving(fail_after_rows=1, fail_with=failure) as server:
         run = tracked_run(shards, tmp_path)
-        took, said = track(run, 12, 0.3, **server.environment() | {"WANDB_FINISH_TIMEOUT": "2"})
-        assert server.failed_requests, said
+        took = track(run, 12, 0.3, **server.environment() | {"WANDB_FINISH_TIMEOUT": "2"})
+        assert server.failed_requests
         # A call hands over to a process of wandb's own: 5 ms where the machine is idle. The end waits as long as it is told.
         assert took["slowest_log_s"] < 1 and 2 <= took["finish_s"] < 6
-        assert_sent_later(server, Path(run.path), said)
+        assert_sent_later(server, Path(run.path), caplog.text)
 
 
 @pytest.mark.slow
-def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_path):
+def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_path, caplog):
     with serving(fail_after_rows=1, fail_with="error") as server:
         threading.Thread(target=recover, args=[server], daemon=True).start()
         run = tracked_run(shards, tmp_path)
-        _, said = track(run, 8, 0.3, **server.environment())
+        track(run, 8, 0.3, **server.environment())
         (sent,) = server.runs.values()
-        assert server.failed_requests and "wandb sync" not in said
+        assert server.failed_requests and "wandb sync" not in caplog.text
         assert_same(sent.rows(), run_directory.read_record(run.path))
 
 
@@ -134,7 +134,7 @@ def test_a_fragment_that_a_kill_left_empty_does_not_stop_wandb_sync(shards, tmp_
     broken = Path(run.path, "wandb", f"offline-run-20260101_000000-{name}", f"run-{name}.wandb")
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b":W&B\xef\xbe\x00")
-    track(run, 2, 0, WANDB_MODE="offline")
+    track(run, 2, WANDB_MODE="offline")
     with serving() as server:
         sync(server, *map(str, sorted(Path(run.path).glob("wandb/offline-run-*"))))
         assert [row["epoch"] for row in server.runs[name].rows()] == [1, 2]

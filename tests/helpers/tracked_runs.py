@@ -6,39 +6,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import wandb
 
-from heartseg.config.experiment import TrackingConfig
+from heartseg.config.experiment import TrackingConfig, from_json
+from heartseg.models import checkpoint
 from heartseg.shards.reader import open_shards
-from heartseg.training import run_directory
+from heartseg.training import run_directory, wandb_logger
 from heartseg.training.run_directory import Run
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.wandb_server import KEY, Server
 
 EPOCHS = 10
-# A process that tracks as a training does, without the training: what each call costs, it prints.
-TRACKS = """
-import json, logging, sys, time
-from heartseg.config.experiment import from_json
-from heartseg.models import checkpoint
-from heartseg.training import run_directory, wandb_logger
-logging.basicConfig(level=logging.INFO)
-run, epochs, pause_s = run_directory.find_run(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-record, slowest_s = run_directory.read_record(run.path), 0.0
-tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, record)
-for epoch in range(len(record) + 1, epochs + 1):
-    record.append({"epoch": epoch, "test/dice": epoch / epochs})
-    run_directory.write_record(run.path, record)
-    began = time.monotonic()
-    tracker.log(record[-1])
-    slowest_s = max(slowest_s, time.monotonic() - began)
-    time.sleep(pause_s)
-tracker.artifact(checkpoint.save(run.path, {}, {}, {"epoch": epochs}).path, "of no shards")
-began = time.monotonic()
-tracker.finish()
-print(json.dumps({"slowest_log_s": slowest_s, "finish_s": time.monotonic() - began}))
-"""
 WANDB = str(Path(sys.executable).with_name("wandb"))
 # What tests cannot wait for: wandb sends every 15 s, and tries again after 2 s. It takes whole seconds.
 FAST = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_X_FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "1"}
@@ -63,19 +44,35 @@ def tracked_run(shards: str, folder: Path) -> Run:
     return run_directory.open_run(experiment, open_shards(shards))
 
 
+def track(run: Run, epochs: int, pause_s: float = 0, artifact: bool = False, **environment: str) -> dict[str, float]:
+    """Track a run as a training does, without the training, or resume it: the seconds that calls took."""
+    record, slowest_s = run_directory.read_record(run.path), 0.0
+    with patch.dict(os.environ, FAST | environment):
+        tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, record)
+        for epoch in range(len(record) + 1, epochs + 1):
+            record.append({"epoch": epoch, "test/dice": epoch / epochs})
+            run_directory.write_record(run.path, record)
+            began = time.monotonic()
+            tracker.log(record[-1])
+            slowest_s = max(slowest_s, time.monotonic() - began)
+            time.sleep(pause_s)
+        if artifact:  # a server that is silent holds it for 20 s
+            tracker.artifact(checkpoint.save(run.path, {}, {}, {"epoch": epochs}).path, "of no shards")
+        began = time.monotonic()
+        tracker.finish()
+        finish_s = time.monotonic() - began
+        wandb.teardown()
+    return {"slowest_log_s": slowest_s, "finish_s": finish_s}
+
+
 def start_tracking(run: Run, epochs: int, pause_s: float, **environment: str) -> subprocess.Popen:
-    """Track a run in a process of its own, or resume it."""
-    command = [sys.executable, "-c", TRACKS, run.path, str(epochs), str(pause_s)]
+    """Track a run in a process of its own."""
+    asked = f"track(find_run({run.path!r}), {epochs}, {pause_s})"
+    code = f"from helpers.tracked_runs import track\nfrom heartseg.training.run_directory import find_run\n{asked}"
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=os.environ | FAST | environment, **pipes)
-
-
-def track(run: Run, epochs: int, pause_s: float, **environment: str) -> tuple[dict, str]:
-    """Track a run until its end: the seconds that calls took, and the output."""
-    process = start_tracking(run, epochs, pause_s, **environment)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    return json.loads(said.splitlines()[-1]), said
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:

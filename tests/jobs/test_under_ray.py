@@ -84,6 +84,7 @@ def test_two_workers_keep_one_wandb_run_with_configuration_curves_and_overlays(t
     assert len(list(file.parent.glob("files/media/images/**/*.png"))) >= 4
 
 
+@pytest.mark.slow
 def test_a_users_mistake_in_a_worker_comes_back_as_a_user_error(shards, tmp_path):
     part = Path(shutil.copytree(shards, tmp_path / "shards")) / "part-00000.parquet"
     raw = bytearray(part.read_bytes())

@@ -14,10 +14,14 @@ import pytest
 import torch
 
 import heartseg
+from heartseg.config import recipes
 from heartseg.config.experiment import to_json
+from heartseg.datasets.phantom import write_phantom
+from heartseg.datasets.source import open_source
 from heartseg.errors import UserError
 from heartseg.models import checkpoint
 from heartseg.shards import reader
+from heartseg.shards.preprocessing import write_shards
 from heartseg.training import run_directory, worker
 from heartseg.training.distributed import Ranks
 from helpers.experiments import ROOT, tiny_experiment
@@ -62,6 +66,24 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(shards, tmp_path):
     assert scores(resumed) == scores(undisturbed)
     one, other = checkpoint.last(undisturbed.path).weights(), checkpoint.last(resumed.path).weights()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_the_demo_scores_its_first_epoch_as_it_trained_it(tmp_path):
+    write_phantom(str(tmp_path / "phantom"), patients=40, scale=0.25)
+    recipe = recipes.quick()
+    data = write_shards(open_source(str(tmp_path / "phantom")), str(tmp_path / "shards"), recipe.image, recipe.split).path
+    twenty = replace(recipe.train, epochs=20, batch_size=8)
+    seen = []
+
+    def stop(metrics):
+        seen.append(metrics)
+        raise Stopped
+
+    off = replace(recipe.tracking, wandb="off")
+    with pytest.raises(Stopped):
+        train(replace(recipe, data=data, runs=str(tmp_path / "runs"), train=twenty, tracking=off), stop)
+    assert seen[0]["val/dice"] > 0.3 and seen[0]["test/dice"] > 0.3, seen
 
 
 @pytest.fixture(scope="module")
