@@ -68,6 +68,7 @@ def run(options: Options) -> str:
         with locks.lock(out):
             try:
                 ids = list_patients(server, numbers)
+                filesystem.publish_json(filesystem.join(out, camus.DOWNLOAD_NOTE), {"server": server.base})
                 failed = fetch_all(server, out, ids)
             finally:
                 filesystem.remove(filesystem.join(out, UNFINISHED))

@@ -4,15 +4,17 @@ The only file that imports nibabel. On disk, axis 0 of an array is lateral and a
 columns are lateral, and the NIfTI order comes back only on writing.
 """
 
+import contextlib
 import io
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import nibabel
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import igzip
 from nibabel.volumeutils import apply_read_scaling
 
 from heartseg.labels import NUM_CLASSES
@@ -25,7 +27,6 @@ MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
-CUT_OFF = "the gzip stream is cut off"
 MAX_FORM_CODE = 5  # of the kinds of affine that NIfTI names
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
@@ -159,9 +160,14 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
 
     What the header claims is checked before anything is allocated, and little more than that is inflated.
     """
-    header = read_header(raw)
-    end = claimed_end(header)
-    content = inflate(raw, end + MAX_EXTRA_BYTES) if raw[:2] == GZIP else raw
+    if raw[:2] == GZIP:
+        with unpacking(raw) as stream:
+            header = read_header(block := stream.read(HEADER_BYTES))
+            end = claimed_end(header)
+            content = block + stream.read(min(end + MAX_EXTRA_BYTES, MAX_DEFLATE_RATIO * len(raw)))
+    else:
+        header, content = read_header(raw[:HEADER_BYTES]), raw
+        end = claimed_end(header)
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
         found = "many more" if len(content) > end else len(content)
         raise ValueError(f"the header claims {end} bytes, and {found} are there")
@@ -171,28 +177,27 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     return header, apply_read_scaling(values.reshape(shape, order="F"), *header.get_slope_inter())
 
 
-def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
-    """The first `at_most` bytes in a gzip file, of several members too; raises ValueError if it is cut off, and zlib's errors.
+@contextlib.contextmanager
+def unpacking(packed: bytes) -> Iterator[io.BufferedIOBase]:
+    """A stream of what a gzip file holds, of several members too; ValueError if it is cut off, otherwise zlib's errors.
 
-    ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a picture of the release.
+    ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a picture of the release. A
+    read allocates what it asks for.
     """
     try:
         with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
-            return stream.read(min(at_most, MAX_DEFLATE_RATIO * len(packed)))  # it allocates what it is asked for
+            yield stream
     except EOFError as error:
-        raise ValueError(CUT_OFF) from error
+        raise ValueError("the gzip stream is cut off") from error
 
 
-def read_header(raw: bytes) -> nibabel.Nifti1Header:
-    """The header of a `.nii` or `.nii.gz`, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
-    block = raw[:HEADER_BYTES]
-    if raw[:2] == GZIP:
-        block = isal_zlib.decompressobj(wbits=31).decompress(raw[: 2**12], HEADER_BYTES)
+def read_header(block: bytes) -> nibabel.Nifti1Header:
+    """The header in a file's first bytes, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
     is_second = 540 in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize
     if len(block) < size:
-        raise ValueError(CUT_OFF if raw[:2] == GZIP else f"{len(block)} bytes are no header")
+        raise ValueError(f"{len(block)} bytes are no header")
     header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing by 1 mm
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
         raise ValueError("it does not begin as one")

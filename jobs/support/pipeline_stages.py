@@ -41,6 +41,10 @@ class Work:
     """Resume the sweep's failed trials."""
     max_quarantined: float = MAX_QUARANTINED
     """Largest share of the recordings that may be damaged."""
+    patient_pattern: str = ""
+    """Where a plain folder's file names hold the patient: a regular expression for their beginning, or its first group."""
+    dataset: Literal["", "camus"] = ""
+    """`camus`: the source is the CAMUS release, fetched by other means than jobs/download.py; all others are private."""
     predict: str = ""
     """New studies to outline with the trained model (with those of all folds together): a file or a folder."""
 
@@ -148,11 +152,12 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
     written = replace(experiment, out=experiment.data, data="")
 
     def inputs(results: Results) -> dict:
-        source = open_source(experiment.source)
+        source = open_source(experiment.source, work.patient_pattern, work.dataset)
         listing = source.list_files(source.patients())
         return {
             "source files": listing_hash([patients for _, patients in part_names(list(listing), frames)], listing),
             "groups": source.groups(),
+            "dataset": source.dataset_name(),
             "image": to_json(experiment.image),
             "split": to_json(experiment.split),
             "frames": frames,
@@ -162,7 +167,7 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
         if not filesystem.exists(filesystem.join(experiment.data, MANIFEST)):
             return {}
         try:
-            source = open_source(experiment.source)
+            source = open_source(experiment.source, work.patient_pattern, work.dataset)
             manifest = check_same(source, experiment.data, experiment.image, frames)
             open_shards(experiment.data)
         except StorageError:
@@ -178,6 +183,7 @@ def preprocess_stage(name: str, experiment: Experiment, work: Work) -> Stage:
     def command(results: Results, from_scratch: bool) -> Command:
         changed = {"overwrite": True} if from_scratch else outdated()
         flags = {"frames": frames, "max_quarantined": work.max_quarantined} | changed
+        flags |= {"patient_pattern": work.patient_pattern, "dataset": work.dataset}
         return Command(flags, experiment.data, written)
 
     def read_fingerprint(path: str) -> str | None:
