@@ -68,6 +68,8 @@ def run(options: Options) -> str:
         with locks.lock(out):
             try:
                 ids = list_patients(server, numbers)
+                if not filesystem.exists(filesystem.join(out, camus.IMAGES_FOLDER)):  # what is there may be a hospital's
+                    filesystem.publish_json(filesystem.join(out, camus.DOWNLOAD_NOTE), {"server": server.base})
                 failed = fetch_all(server, out, ids)
             finally:
                 filesystem.remove(filesystem.join(out, UNFINISHED))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from heartseg.config.experiment import Experiment
-from heartseg.datasets import image_folder
+from heartseg.datasets import camus, image_folder
 from heartseg.datasets.source import open_source
 from heartseg.errors import require
 from heartseg.shards import preprocessing, writer
@@ -36,6 +36,10 @@ class Options:
     """Largest share of the recordings that may be damaged, 0 to 1."""
     resplit: bool = False
     """Split existing shards in another way, also without --source; runs on the old groups will not resume on them."""
+    patient_pattern: str = ""
+    """Where a plain folder's file names hold the patient: a regular expression for their beginning, or its first group."""
+    dataset: Literal["", "camus"] = ""
+    """`camus`: the source is the CAMUS release, fetched by other means than jobs/download.py; all others are private."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
@@ -58,7 +62,8 @@ def run(experiment: Experiment, options: Options) -> None:
         shards = preprocessing.split_again(out, experiment.split)
     else:
         meaning = f"the folder of the CAMUS release, or one that holds {image_folder.LAYOUT}"
-        source = open_source(command_line.require_flag(experiment.source, "--source", meaning))
+        path = command_line.require_flag(experiment.source, "--source", meaning)
+        source = open_source(path, options.patient_pattern, options.dataset)
         write = preprocessing.write_parts_here
         if options.launcher == "ray":
             write = partial(ray_preprocessing.write_parts_with_ray, workers=experiment.workers)
@@ -67,6 +72,7 @@ def run(experiment: Experiment, options: Options) -> None:
             map_parts=lambda tasks: show_progress(tasks, write(tasks)),
         )  # fmt: skip
         manifest = shards.manifest
+        show_ignored(source.unnamed(), [file for record in manifest["patients"].values() for file in record.get("ignored", [])])
         done = f"{out} is complete: {manifest['rows']} images."
         written = f"{manifest['rows']} images of {len(manifest['patients'])} patients in {len(manifest['parts'])} parts: {out}"
         print(done if complete else written)
@@ -84,6 +90,16 @@ def show_progress(tasks: list[tuple], records: Iterable[dict]) -> Iterator[dict]
     for entry in sorted(quarantined, key=lambda entry: entry["file"]):
         named = " ".join(entry[key] for key in ("patient", "view", "phase") if entry[key])
         print(f"quarantined  {named}  {entry['file']}: {entry['reason']}")
+
+
+def show_ignored(unnamed: list[str], of_patients: list[str]) -> None:
+    """Print how many entries of the source were not read, and one of each kind."""
+    kinds = {"files of half sequences": [], "other files of patients": [], "other entries": unnamed}
+    for file in of_patients:
+        kinds["files of half sequences" if camus.HALF_SEQUENCE in file.lower() else "other files of patients"].append(file)
+    for what, names in kinds.items():
+        if names:
+            print(f"ignored  {len(names)} {what}, such as {names[0]}")
 
 
 def job(argv: Sequence[str]) -> None:

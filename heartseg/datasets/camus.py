@@ -1,5 +1,6 @@
 """Reads and writes the official CAMUS folder tree; returns upright `Recording`s."""
 
+import codecs
 import contextlib
 import re
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from heartseg.storage import filesystem
 
 IMAGES_FOLDER = "database_nifti"
 SPLIT_FOLDER = "database_split"
-# A tree with this file beside database_nifti/ was made by phantom.py.
-PHANTOM_NOTE = "phantom.json"
+# A tree with one of these files beside database_nifti/ was made by phantom.py, or by jobs/download.py.
+PHANTOM_NOTE, DOWNLOAD_NOTE = "phantom.json", "camus.json"
 HALF_SEQUENCE = "half_sequence"  # stands in a phase's place in a file's name
 SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt", "test": "subgroup_testing.txt"}
 PATIENT_PATTERN = re.compile(r"patient\d+")
@@ -69,6 +70,7 @@ CFG_FIELDS = {
     "ImageQuality": ("quality", str), "EF": ("ef", float), "FrameRate": ("frame_rate", float),
     "EFConvention": ("ef_convention", str),
 }  # fmt: skip
+CFG_NOISE = " \t,;\"'"  # what spreadsheets put around a value
 # A view, a phase, and a function that reads the frames of that recording; it raises DamagedRecording.
 Readable = tuple[View | None, Phase | None, Callable[[], list[Recording]]]
 
@@ -78,6 +80,8 @@ class CamusTree:
     """The official folder tree as a source of shards; `image_folder.ImageFolder` has the same methods."""
 
     path: str
+    dataset: str = ""
+    """`camus` if the user says that the tree is the release."""
 
     def is_there(self) -> bool:
         """True if this machine sees the tree; a disk that is not mounted is an empty folder."""
@@ -96,29 +100,34 @@ class CamusTree:
         for group, name in SPLIT_FILES.items():
             path = filesystem.join(self.path, SPLIT_FOLDER, name)
             if filesystem.exists(path):
-                try:
-                    text = filesystem.read_bytes(path).decode("utf-8-sig")  # Windows puts a mark before it
-                except (OSError, UnicodeDecodeError) as error:
-                    raise UserError(f"{path} cannot be read as UTF-8 text: save it as that, one patient a line.") from error
-                groups[group] = sorted(text.split())
+                names = re.split(r"[\s,;\"']+", read_text(path))
+                groups[group] = sorted(name for name in names if name)
         return groups
 
-    def dataset_name(self, patients: list[str]) -> str:
-        """`phantom` if the tree's note names it so, `CAMUS` for the release's own patient names, otherwise `other`."""
-        if filesystem.exists(filesystem.join(self.path, PHANTOM_NOTE)):
-            return "phantom"
-        is_camus = all(re.fullmatch(r"patient0\d{3}", name) and name <= "patient0500" for name in patients)
-        return "CAMUS" if is_camus else "other"
+    def dataset_name(self) -> str:
+        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or if the user says `camus`; otherwise `other`.
+
+        Patients' names prove nothing: a hospital may number its own as CAMUS does, and other people's pictures are private.
+        """
+        for note, name in ((PHANTOM_NOTE, "phantom"), (DOWNLOAD_NOTE, "CAMUS")):
+            if filesystem.exists(filesystem.join(self.path, note)):
+                return name
+        return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
         """Name, size and modification time (ns) of each file of some patients: a changed source shows without reading it."""
         return {patient: list_folder(filesystem.join(self.path, IMAGES_FOLDER, patient)) for patient in patients}
 
+    def unnamed(self) -> list[str]:
+        """Entries beside the patients that are no patient's, hidden ones left out."""
+        names = filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER))
+        return [name for name in names if not (name.startswith(".") or PATIENT_PATTERN.fullmatch(name))]
+
     def check_frames(self, patients: list[str], frames: str) -> None:
         """Raise UserError if sequences are asked for and no patient has one."""
         folders = (filesystem.join(self.path, IMAGES_FOLDER, patient) for patient in patients)
         names = (name for folder in folders for name in filesystem.list_names(folder))
-        if frames == "sequence" and not any(HALF_SEQUENCE in name for name in names):
+        if frames == "sequence" and not any(HALF_SEQUENCE in name.lower() for name in names):
             raise UserError(f"{self.path} holds no *_{HALF_SEQUENCE}.nii.gz: use --frames stills.")
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
@@ -221,9 +230,14 @@ def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | No
     raw = read_source(path)
     if hashes is not None:
         hashes[path] = filesystem.sha256(raw)
-    pairs = (line.split(":", 1) for line in raw.decode(errors="replace").splitlines() if ":" in line)
-    texts = {key.strip(): value.strip() for key, value in pairs}
-    return Info(**{name: parse_value(texts[key], kind) for key, (name, kind) in CFG_FIELDS.items() if key in texts})
+    try:
+        text = decode_text(raw, "replace")  # keys and numbers are ASCII: a remark in another encoding does no harm
+    except ValueError as error:
+        raise DamagedRecording("is not text in UTF-8 or UTF-16", path) from error
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    texts = {key.strip(CFG_NOISE).lower(): value.strip(CFG_NOISE) for key, value in pairs}
+    known = ((name, kind, texts.get(key.lower(), "")) for key, (name, kind) in CFG_FIELDS.items())
+    return Info(**{name: parse_value(value, kind) for name, kind, value in known if value})
 
 
 def parse_value(text: str, kind: type) -> str | int | float | None:
@@ -231,8 +245,25 @@ def parse_value(text: str, kind: type) -> str | int | float | None:
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
-        number = float(text)
+        number = float(text.replace(",", "."))  # half of the world's spreadsheets write 48,4
         return kind(number) if abs(number) < 2**31 else None
+
+
+def decode_text(raw: bytes, errors: str = "strict") -> str:
+    """Text as Windows, spreadsheets and shells save it: in UTF-8, or in UTF-16 with its mark. Raises ValueError for others."""
+    encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    text = raw.decode(encoding, errors)
+    if "\0" in text:  # UTF-16 without its mark, or no text at all
+        raise ValueError("it has zero bytes")
+    return text
+
+
+def read_text(path: str) -> str:
+    """The text of a small file that a user wrote; raises UserError that names it."""
+    try:
+        return decode_text(filesystem.read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: save it as that.") from error
 
 
 def stills_of() -> Iterator[tuple[View, Phase]]:

@@ -4,9 +4,9 @@
     FOLDER/masks/NAME.nii.gz      its labels 0 to 3, on the same grid, under the same name
     FOLDER/groups.csv             optional: a line `patient,group`, then one line a patient; groups train, val, test
 
-NAME begins with the patient, up to the first `_`: `anna_2CH_ED`, `anna_2CH_ES`, `bert_visit2_4CH`. A part of it that is
-2CH or 4CH gives the view, one that is ED or ES the phase; without them both are unknown. Files that are not NIfTI are
-ignored.
+NAME begins with the patient, up to the first `_` (`patient_pattern` may show another place): `anna_2CH_ED`, `anna_2CH_ES`,
+`bert_visit2_4CH`. A part of it that is 2CH or 4CH gives the view, one that is ED or ES the phase; without them both are
+unknown. Files that are not NIfTI are ignored, and counted.
 
 In a file, axis 0 is lateral and axis 1 is depth (then time), as in CAMUS, unless its affine has them the other way round
 (`nifti.decode_nifti` describes how axes are found).
@@ -26,7 +26,9 @@ from heartseg.storage import filesystem
 
 IMAGES, MASKS, GROUPS = "images", "masks", "groups.csv"
 LAYOUT = f"{IMAGES}/PATIENT_ANYTHING.nii.gz and {MASKS}/PATIENT_ANYTHING.nii.gz"
-NAME = re.compile(r"(?P<patient>[^_.][^_]*?)(?P<rest>_.+?)?\.nii(\.gz)?", re.IGNORECASE)
+NAME = re.compile(r"(?P<stem>[^_.].*?)\.nii(\.gz)?", re.IGNORECASE)
+BEFORE_UNDERSCORE = "[^_]+"
+SEPARATOR = re.compile(r"[-_. ]")
 
 
 @dataclass(frozen=True)
@@ -34,42 +36,62 @@ class ImageFolder:
     """A plain folder as a source of shards; `camus.CamusTree` has the same methods and describes them."""
 
     path: str
+    patient_pattern: str = ""
+    """Regular expression for the beginning of a name: its first group, or all that it matches, is the patient."""
+    dataset: str = ""
+    """`camus` if the user says so."""
 
     def is_there(self) -> bool:
         """True if this machine sees the folder of images/ and masks/."""
         return all(filesystem.exists(filesystem.join(self.path, name)) for name in (IMAGES, MASKS))
 
     def patients(self) -> list[str]:
-        """Names of the patients, sorted; raises UserError if there are none."""
-        return list(self._files())
+        """Names of the patients, sorted; raises UserError if there are none, or if one person's images may count as several."""
+        files = self._files()
+        if not self.patient_pattern:
+            parts = {name: SEPARATOR.split(name) for name in files}
+            odd = [name for name in files if not {part.upper() for part in parts[name]}.isdisjoint([*VIEWS, *PHASES])]
+            people = {found[0] for found in parts.values()}
+            has_one_each = all(len(found) <= 2 for found in files.values())  # an image and its mask
+            if odd or has_one_each and 1 < len(people) < len(files):
+                example = (odd or list(files))[0]
+                raise UserError(
+                    f"{self.path} would have {len(files)} patients, {example!r} among them, but {len(people)} by "
+                    "what stands before the first - or dot: give --patient-pattern '[^-.]+', or '[^_]+' if all are different."
+                )
+        return list(files)
 
     def groups(self) -> dict[str, list[str]]:
         """Group to patients, from groups.csv; empty if there is none. Raises UserError for whatever is wrong with it."""
         path = filesystem.join(self.path, GROUPS)
         if not filesystem.exists(path):
             return {}
-        rows = csv.DictReader(filesystem.read_bytes(path).decode("utf-8-sig", errors="replace").splitlines())
-        if set(rows.fieldnames or []) != {"patient", "group"}:
+        lines = camus.read_text(path).splitlines()
+        delimiter = next((mark for mark in ";\t" if mark in "".join(lines[:1])), ",")  # by the spreadsheet's language
+        rows = [[cell.strip() for cell in row if cell.strip()] for row in csv.reader(lines, delimiter=delimiter)]
+        if not rows or [cell.lower() for cell in rows[0]] != ["patient", "group"]:
             raise UserError(f"{path} must begin with the line `patient,group`.")
         groups: dict[str, list[str]] = {}
-        patients = set(self.patients())
-        for row in rows:
-            patient, group = (row["patient"] or "").strip(), (row["group"] or "").strip()
-            if group not in camus.SPLIT_FILES:
+        for row in filter(None, rows[1:]):
+            patient, group = (*row, "")[:2]
+            if group not in camus.SPLIT_FILES or len(row) > 2:
                 raise UserError(f"{path} puts {patient} into group {group!r}: use one of {', '.join(camus.SPLIT_FILES)}.")
-            if patient not in patients:
-                raise UserError(f"{path} names {patient!r}, who has no file: the patient is a name up to its first _.")
             groups.setdefault(group, []).append(patient)
         return {group: sorted(names) for group, names in groups.items()}
 
-    def dataset_name(self, patients: list[str]) -> str:
-        """`other`."""
-        return "other"
+    def dataset_name(self) -> str:
+        """`other` unless the user says `camus`."""
+        return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
         """Path below the folder, size and modification time (ns) of each file of some patients."""
         found = self._files()
         return {patient: found.get(patient, []) for patient in patients}
+
+    def unnamed(self) -> list[str]:
+        """Files beside the images and masks that are not NIfTI, hidden ones left out."""
+        names = (name for folder in (IMAGES, MASKS) for name in filesystem.list_names(filesystem.join(self.path, folder)))
+        return [name for name in names if not (name.startswith(".") or NAME.fullmatch(name))]
 
     def check_frames(self, patients: list[str], frames: str) -> None:
         """Any file may be a sequence."""
@@ -81,7 +103,7 @@ class ImageFolder:
         the phase stays unknown. A mask without an image is as damaged as an image without a mask.
         """
         for name in sorted({re.sub(r"(?i)\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
-            parts = name.upper().split("_")[1:]
+            parts = SEPARATOR.split(name.upper())[1:]
             view = next((View(part) for part in parts if part in VIEWS), None)
             phase = next((Phase(part) for part in parts if part in PHASES), None) if frames == "stills" else None
             yield view, phase, partial(self._read, name, patient, view, phase, frames, hashes)
@@ -98,7 +120,15 @@ class ImageFolder:
         for folder in (IMAGES, MASKS):
             for name, *rest in camus.list_folder(filesystem.join(self.path, folder)):
                 if match := NAME.fullmatch(name):
-                    found.setdefault(match["patient"], []).append([f"{folder}/{name}", *rest])
+                    found.setdefault(self._patient(match["stem"]), []).append([f"{folder}/{name}", *rest])
         if not found:
             raise UserError(f"{self.path} holds no NIfTI file: give a folder of {LAYOUT}.")
         return dict(sorted(found.items()))
+
+    def _patient(self, stem: str) -> str:
+        """The patient in a file's name; raises UserError if the pattern does not find one."""
+        match = re.match(self.patient_pattern or BEFORE_UNDERSCORE, stem)
+        patient = match and match[1 if match.re.groups else 0]
+        if not patient:
+            raise UserError(f"--patient-pattern {self.patient_pattern!r} finds no patient in {stem!r}: give another.")
+        return patient

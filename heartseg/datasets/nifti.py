@@ -8,7 +8,9 @@ import io
 import math
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -25,7 +27,6 @@ MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
-CUT_OFF = "the gzip stream is cut off"
 MAX_FORM_CODE = 5  # of the kinds of affine that NIfTI names
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
@@ -159,9 +160,17 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
 
     What the header claims is checked before anything is allocated, and little more than that is inflated.
     """
-    header = read_header(raw)
+    if raw[:2] == GZIP:
+
+        def read(stream: io.BufferedIOBase) -> tuple[nibabel.Nifti1Header, bytes]:
+            header = read_header(block := stream.read(HEADER_BYTES))
+            left = min(claimed_end(header) + MAX_EXTRA_BYTES, MAX_DEFLATE_RATIO * len(raw))
+            return header, block + stream.read(left)
+
+        header, content = unpack(raw, read)
+    else:
+        header, content = read_header(raw[:HEADER_BYTES]), raw
     end = claimed_end(header)
-    content = inflate(raw, end + MAX_EXTRA_BYTES) if raw[:2] == GZIP else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
         found = "many more" if len(content) > end else len(content)
         raise ValueError(f"the header claims {end} bytes, and {found} are there")
@@ -171,36 +180,33 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     return header, apply_read_scaling(values.reshape(shape, order="F"), *header.get_slope_inter())
 
 
-def inflate(packed: bytes, at_most: int = MAX_FILE_BYTES) -> bytes:
-    """The first `at_most` bytes in a gzip file, of several members too; raises ValueError if it is cut off, and zlib's errors.
+def unpack(packed: bytes, read: Callable[[io.BufferedIOBase], Any]) -> Any:
+    """What `read` takes from the stream that a gzip file holds, of several members too; what follows the last is ignored.
 
-    What follows the last member is ignored, as nibabel does. ISA-L inflates float pixels three times as fast as zlib, and that
-    was half of all the time of a picture of the release.
+    nibabel ignores it as well. ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a
+    picture of the release. A read allocates what it asks for. Raises ValueError if the file is cut off, otherwise zlib's errors.
     """
     try:
         with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
-            return stream.read(min(at_most, MAX_DEFLATE_RATIO * len(packed)))  # it allocates what it is asked for
+            return read(stream)
     except (EOFError, igzip.BadGzipFile) as error:  # damage, which raises here too, or something else behind the last member
         parts = []
         while packed and GZIP.startswith(packed[:2]):
             member = isal_zlib.decompressobj(wbits=31)
-            parts.append(member.decompress(packed, at_most))
-            if not member.eof and len(parts[-1]) < at_most:
-                raise ValueError(CUT_OFF) from error
+            parts.append(member.decompress(packed, MAX_FILE_BYTES))
+            if not member.eof:
+                raise ValueError("the gzip stream is cut off") from error
             packed = member.unused_data.lstrip(b"\0")
-        return b"".join(parts)[:at_most]
+        return read(io.BytesIO(b"".join(parts)))
 
 
-def read_header(raw: bytes) -> nibabel.Nifti1Header:
-    """The header of a `.nii` or `.nii.gz`, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
-    block = raw[:HEADER_BYTES]
-    if raw[:2] == GZIP:
-        block = isal_zlib.decompressobj(wbits=31).decompress(raw[: 2**12], HEADER_BYTES)
+def read_header(block: bytes) -> nibabel.Nifti1Header:
+    """The header in a file's first bytes, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
     is_second = 540 in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize
     if len(block) < size:
-        raise ValueError(CUT_OFF if raw[:2] == GZIP else f"{len(block)} bytes are no header")
+        raise ValueError(f"{len(block)} bytes are no header")
     header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing by 1 mm
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
         raise ValueError("it does not begin as one")

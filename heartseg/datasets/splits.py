@@ -1,6 +1,8 @@
 """Divides patients into groups, always by patient: a heart's other views and phases never cross a group's border."""
 
+import difflib
 import random
+import re
 
 from heartseg.config.experiment import SplitConfig
 from heartseg.errors import UserError
@@ -40,6 +42,23 @@ def official_groups(patients: list[str], official: dict[str, list[str]]) -> dict
     there = set(patients)
     groups = {group: sorted(there & set(names)) for group, names in official.items()}
     return {group: names for group, names in groups.items() if names}
+
+
+def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
+    """Raise UserError if the source's split names a stranger.
+
+    Only a part of CAMUS, whose split files name all 500, is no mistake; it leaves no patient without a group.
+    """
+    named = {name for names in official.values() for name in names}
+    left_out = sorted(set(patients) - named)
+    strangers = [name for name in sorted(named - set(patients)) if left_out or not re.fullmatch(r"patient\d{4}", name)]
+    if strangers:
+        nearest = difflib.get_close_matches(strangers[0], left_out or patients, 3, 0.0)
+        counts = f"{len(strangers)} such names, {len(left_out)} patients in no group"
+        raise UserError(
+            f"The split of the source names {strangers[0]!r}, who has no file (nearest: {', '.join(nearest)}; {counts}): "
+            "correct its groups, or take --split.kind ratio."
+        )
 
 
 def stratum(known: dict) -> str:

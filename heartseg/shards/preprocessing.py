@@ -39,6 +39,8 @@ def write_shards(
     """
     patients, official = source.patients(), source.groups()
     source.check_frames(patients, frames)
+    if split.kind == "official":
+        splits.check_official(patients, official)
     splits.make_groups(split, patients, official)
     with locks.lock(out):
         writer.remove_leftovers(out, shards=overwrite)
@@ -46,14 +48,15 @@ def write_shards(
             manifest = check_same(source, out, image, frames)
             if not resplit:
                 check_split(out, split, manifest, official)
-            if manifest["official_groups"] != official:
-                manifest |= {"official_groups": official}
+            now = {"official_groups": official, "dataset": source.dataset_name(), "dataset_is_marked": True}
+            if manifest != manifest | now:
+                manifest |= now
                 filesystem.publish_json(filesystem.join(out, writer.MANIFEST), manifest)
         else:
             listing = source.list_files(patients)
             parts = write_parts(source, listing, out, image, frames, map_parts)
             check_quarantine(parts, max_quarantined)
-            manifest = writer.write_manifest(out, source.dataset_name(patients), image, parts, listing, frames, official)
+            manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
 
 

@@ -169,6 +169,7 @@ def read_patient(
             file = path_below(source.path, error.file)
             damaged.append({"patient": patient, "view": view, "phase": phase, "file": file, "reason": error.reason})
     by_file = {path_below(source.path, path): digest for path, digest in hashes.items()}
+    used = set(map(filesystem.last_part, by_file)) | {stem_of(entry["file"]) for entry in damaged}
     record = {
         "rows": len(rows),
         "recordings": recordings,
@@ -177,9 +178,16 @@ def read_patient(
         "ef": next((row["ef"] for row in rows if row["ef"] is not None), None),
         "grey_levels": levels,
         "quality": {row["view"]: row["quality"] for row in rows if row["quality"]},
+        # Neither read nor in quarantine: of the other kind of frames, or of another name.
+        "ignored": [file for file in files if used.isdisjoint([filesystem.last_part(file), stem_of(file)])],
         "intensity_sums": [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)],
     }
     return rows, record, damaged
+
+
+def stem_of(file: str) -> str:
+    """What an image and its mask have in common in their names."""
+    return re.sub(r"(_gt)?\.nii(\.gz)?$", "", filesystem.last_part(file).lower())
 
 
 def path_below(folder: str, path: str) -> str:
@@ -211,6 +219,7 @@ def write_manifest(
     manifest = {
         "format": FORMAT,
         "dataset": dataset,
+        "dataset_is_marked": True,  # by a note in the source or by the user; older shards guessed it from patients' names
         "frames": frames,
         "image": to_json(image),
         "classes": list(CLASSES),

@@ -25,6 +25,8 @@ class ScoringOptions:
     """Folder or URI of the shards; each run's own if neither this nor --truth is given."""
     truth: str = ""
     """Folder of a CAMUS tree to score on, instead of shards."""
+    dataset: Literal["", "camus"] = ""
+    """`camus`: the tree of --truth is the CAMUS release, fetched by other means than jobs/download.py."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
     """Group of patients; `auto` is test if there is one, otherwise val. `holdout`: the patients that --train.holdout took from
     the training group."""
@@ -103,13 +105,14 @@ class ScoredImages:
 
 def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
     """The tree of --truth, or the shards of --data, or those that the run was trained on."""
+    require(bool(options.truth) or not options.dataset, "--dataset is of the tree of --truth; shards know theirs.")
     if not options.truth:
         shards = open_shards(command_line.absolute(options.data or trained_on, "data"))
         return ScoredImages(shards.path, shards.groups, shards.manifest["dataset"], shards)
     path = command_line.absolute(options.truth, "truth")
-    tree = camus.CamusTree(path)
+    tree = camus.CamusTree(path, options.dataset)
     names = tree.patients()
-    return ScoredImages(path, tree.groups() | {"all": names}, tree.dataset_name(names))
+    return ScoredImages(path, tree.groups() | {"all": names}, tree.dataset_name())
 
 
 def choose_group(asked: str, images: ScoredImages) -> str:
@@ -124,8 +127,9 @@ def choose_group(asked: str, images: ScoredImages) -> str:
 def refuse_trained(run: run_directory.Run, group: str, images: ScoredImages) -> None:
     """Raise UserError for a group other than train that has patients whom the run was trained on."""
     seen = set(run.description["train_patients"]) & set(images.groups[group])
-    # The phantom's patients and CAMUS's have the same names.
-    if seen and run.description["dataset"] == images.dataset and group != "train":
+    # The phantom's patients and CAMUS's have the same names; those of a data set without a mark may be either's.
+    known = {run.description["dataset"], images.dataset} - {"other"}
+    if seen and len(known) < 2 and group != "train":
         raise UserError(
             f"{run.path} was trained on {len(seen)} patients of this {group} group: give another --group, "
             "or as --data the shards it was trained on."

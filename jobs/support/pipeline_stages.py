@@ -43,6 +43,10 @@ class PipelineOptions:
     """Resume the sweep's failed trials."""
     max_quarantined: float = MAX_QUARANTINED
     """Largest share of the recordings that may be damaged."""
+    patient_pattern: str = ""
+    """Where a plain folder's file names hold the patient: a regular expression for their beginning, or its first group."""
+    dataset: Literal["", "camus"] = ""
+    """`camus`: the source is the CAMUS release, fetched by other means than jobs/download.py; all others are private."""
     predict: str = ""
     """New studies to outline with the trained model (with those of all folds together): a file or a folder."""
     submit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -156,11 +160,12 @@ def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions
     path, frames = experiment.data, options.frames
 
     def inputs(results: Results) -> dict:
-        source = open_source(experiment.source)
+        source = open_source(experiment.source, options.patient_pattern, options.dataset)
         listing = source.list_files(source.patients())
         return {
             "source files": listing_hash([patients for _, patients in part_names(list(listing), frames)], listing),
             "groups": source.groups(),
+            "dataset": source.dataset_name(),
             "image": to_json(experiment.image),
             "split": to_json(experiment.split),
             "frames": frames,
@@ -169,7 +174,8 @@ def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions
     def is_outdated() -> bool:
         try:
             if filesystem.exists(filesystem.join(path, MANIFEST)):
-                check_same(open_source(experiment.source), path, experiment.image, frames)
+                source = open_source(experiment.source, options.patient_pattern, options.dataset)
+                check_same(source, path, experiment.image, frames)
                 open_shards(path)
         except UserError:
             return True
@@ -177,6 +183,7 @@ def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions
 
     def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
         flags = {"config": replace(experiment, out=path, data=""), "frames": frames, "resplit": True}
+        flags |= {"patient_pattern": options.patient_pattern, "dataset": options.dataset}
         return path, flags | {"max_quarantined": options.max_quarantined, "overwrite": from_scratch or is_outdated()}
 
     def read_fingerprint(path: str) -> str | None:

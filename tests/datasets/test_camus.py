@@ -8,7 +8,7 @@ import pytest
 
 from heartseg.datasets import camus
 from heartseg.datasets.camus import Info, read_still, recording_path
-from heartseg.datasets.nifti import read_nifti, write_nifti
+from heartseg.datasets.nifti import DamagedRecording, read_nifti, write_nifti
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
 
@@ -72,11 +72,33 @@ def test_equal_pixels_make_equal_files(tree, tmp_path):
         assert first.read() == (tmp_path / "again.nii.gz").read_bytes()
 
 
-def test_a_cfg_gives_every_field_and_the_frame_of_the_phase(tree):
-    text = "ED: 3\nES: 18\nNbFrame: 20\nSex: F\nAge: 56\nImageQuality: Good\nEF: 54.5\nFrameRate: 48.4\n"
-    put(cfg_path(tree), text.encode())
+CFG = "ED: 3\nES: 18\nNbFrame: 20\nSex: F\nAge: 56\nImageQuality: Good\nEF: 54.5\nFrameRate: 48.4\n"
+SAVED = {
+    "as it is": CFG.encode(),
+    "by Notepad": CFG.replace("\n", "\r\n").encode("utf-8-sig"),
+    "as Unicode": CFG.replace("\n", "\r\n").encode("utf-16"),
+    "in big-endian Unicode": b"\xfe\xff" + CFG.encode("utf-16-be"),
+    "with blanks and tabs": CFG.replace(": ", "\t : ").replace("\n", " \t\n").encode(),
+    "by a spreadsheet": "".join(f'"{line}",,\r\n' for line in CFG.splitlines()).encode(),
+    "by a German spreadsheet": CFG.replace(".", ",").replace("\n", ";;\r\n").encode("cp1252"),
+    "by an old Mac, in small letters": CFG.lower().replace("f\n", "F\n").replace("good", "Good").replace("\n", "\r").encode(),
+    "with a remark in Latin-1": CFG.encode() + "Reader: Müller\n".encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("way", SAVED)
+def test_a_cfg_gives_every_field_and_the_frame_of_the_phase_however_it_was_saved(way, tree):
+    put(cfg_path(tree), SAVED[way])
     still = read(tree)
     assert still.info == Info(3, 18, 20, "F", 56, "Good", 54.5, 48.4, "camus") and still.frame == 3
+
+
+def test_a_cfg_that_is_no_text_is_a_reason(tree):
+    for raw in (CFG.encode("utf-16-le"), b"\0" * 50):
+        put(cfg_path(tree), raw)
+        with pytest.raises(DamagedRecording, match="is not text in UTF-8 or UTF-16") as caught:
+            read(tree)
+        assert caught.value.file == cfg_path(tree)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +136,24 @@ def test_groups_read_back_and_a_group_without_a_file_is_absent(tmp_path):
     assert camus.CamusTree(str(tmp_path)).groups() == {"train": ["patient0001", "patient0003"], "test": ["patient0002"]}
 
 
-def test_a_split_file_that_windows_wrote_keeps_its_first_patient_and_one_that_is_no_text_is_refused(tmp_path):
+def test_a_split_file_is_read_however_it_was_saved_and_one_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / camus.SPLIT_FOLDER / camus.SPLIT_FILES["test"]
     path.parent.mkdir()
-    path.write_bytes("patient0001\r\npatient0002\r\n".encode("utf-8-sig"))
-    assert camus.CamusTree(str(tmp_path)).groups() == {"test": ["patient0001", "patient0002"]}
-    for damage in ("patient0001\n".encode("utf-16"), b"d\xf6ra\n", None):
+    text = "patient0001\r\npatient0002 \r\n"
+    quoted = b'"patient0001",\n"patient0002";\n'
+    for raw in (text.encode("utf-8-sig"), text.encode("utf-16"), quoted, b"patient0001\tpatient0002"):
+        path.write_bytes(raw)
+        assert camus.CamusTree(str(tmp_path)).groups() == {"test": ["patient0001", "patient0002"]}
+    for damage in (text.encode("utf-16-le"), b"d\xf6ra\n", None):
         path.unlink()
         path.write_bytes(damage) if damage else path.mkdir()
         with pytest.raises(UserError, match=r"subgroup_testing\.txt cannot be read as UTF-8 text"):
             camus.CamusTree(str(tmp_path)).groups()
 
 
-def test_the_dataset_is_named_by_its_note_or_its_patients(phantom, tmp_path):
-    assert camus.CamusTree(phantom).dataset_name(camus.find_patients(phantom)) == "phantom"
-    assert camus.CamusTree(str(tmp_path)).dataset_name(["patient0001", "patient0500"]) == "CAMUS"
-    for foreign in ("patient0501", "patient1", "patient00001"):
-        assert camus.CamusTree(str(tmp_path)).dataset_name(["patient0001", foreign]) == "other"
+def test_a_tree_is_private_unless_its_writer_or_its_user_says_what_it_is(phantom, tree):
+    assert camus.CamusTree(phantom).dataset_name() == "phantom"
+    assert camus.CamusTree(tree).dataset_name() == "other"  # patient0001, as CAMUS and as anyone may name a patient
+    assert camus.CamusTree(tree, "camus").dataset_name() == "CAMUS"
+    put(os.path.join(tree, camus.DOWNLOAD_NOTE), b"{}")
+    assert camus.CamusTree(tree).dataset_name() == "CAMUS"

@@ -1,11 +1,12 @@
 """Anyone's images and masks in a plain folder become shards, are split by their own file, trained on and scored."""
 
+import gzip
 import os
 
 import numpy as np
 import pytest
 
-from heartseg.datasets import nifti
+from heartseg.datasets import camus, nifti, phantom
 from heartseg.datasets.source import open_source
 from heartseg.errors import UserError
 from heartseg.shards import writer
@@ -44,7 +45,7 @@ def put(folder: str, name: str, ending: str = ".nii.gz") -> None:
         path = os.path.join(folder, kind, f"{name}.nii.gz")
         nifti.write_nifti(path, array, (0.5, 0.25))
         if ending == ".nii":
-            filesystem.publish(path.removesuffix(".gz"), nifti.inflate(filesystem.read_bytes(path)))
+            filesystem.publish(path.removesuffix(".gz"), gzip.decompress(filesystem.read_bytes(path)))
             os.remove(path)
 
 
@@ -85,10 +86,20 @@ def test_names_tell_patient_view_and_phase_and_the_pixels_are_theirs(folder, tmp
     )
 
 
-def test_a_groups_file_is_the_official_split(folder, tmp_path):
-    filesystem.publish(os.path.join(folder, "groups.csv"), b"patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n")
-    opened = open_shards(write(folder, tmp_path / "out", kind="official"))
-    assert opened.groups == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
+GROUPS = "patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        GROUPS.encode(), GROUPS.replace("\n", "\r\n").encode("utf-8-sig"), GROUPS.encode("utf-16"),
+        GROUPS.replace(",", ";").encode(), GROUPS.replace(",", "\t").encode(), GROUPS.replace("\n", ",\n").encode() + b",,\n\n",
+        GROUPS.replace("patient,group", '"Patient" ,"Group"').encode(),
+    ],
+)  # fmt: skip
+def test_a_groups_file_is_the_official_split_however_it_was_saved(raw, folder):
+    filesystem.publish(os.path.join(folder, "groups.csv"), raw)
+    assert open_source(folder).groups() == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
 
 
 @pytest.mark.parametrize(
@@ -96,12 +107,13 @@ def test_a_groups_file_is_the_official_split(folder, tmp_path):
     [
         ("anna,train\n", "must begin with the line `patient,group`"),
         ("patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
-        ("patient,group\nanna,train\nzoe,test\n", "names 'zoe', who has no file"),
+        ("patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
+        (b"patient,group\nd\xf6ra,train\n", "groups.csv cannot be read as UTF-8 text"),
         ("patient,group\nanna,train\nanna,test\n", "anna is in both"),
     ],
 )
 def test_a_wrong_groups_file_is_refused_by_what_is_wrong(text, said, folder, tmp_path):
-    filesystem.publish(os.path.join(folder, "groups.csv"), text.encode())
+    filesystem.publish(os.path.join(folder, "groups.csv"), text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         write(folder, tmp_path / "out", kind="official")
 
@@ -158,3 +170,62 @@ def test_a_folder_is_listed_as_often_however_many_parts_it_makes(folder, tmp_pat
     put(folder, "hugo_1")
     with pytest.raises(UserError, match=r"other shards \(images/hugo_1.nii.gz of hugo is new\)"):
         write(folder, tmp_path / "1")
+
+
+HYPHENS = [f"p{number:02d}-{view}-{phase}" for number in range(6) for view in ("2CH", "4CH") for phase in ("ED", "ES")]
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "patients"),
+    [
+        (HYPHENS, "", None), (HYPHENS, "[^-]+", 6), (HYPHENS, "p([0-9]+)", 6),
+        (["ann.1", "ann.2", "bob.1", "bob.2"], "", None), (["2CH_ann", "2CH_bob"], "", None),
+        (["2CH_ann", "2CH_bob"], "2CH_(.+)", 2),
+        (["s-01", "s-02", "s-03"], "", 3), (["a-01_1", "a-01_2", "b-01_1", "b-02_1"], "", 3), (["ann", "bob"], "b.*", None),
+        (["ann", "bob"], "(", None),
+    ],
+)  # fmt: skip
+def test_names_that_may_count_one_person_as_several_are_asked_about_before_any_writing(names, pattern, patients, tmp_path):
+    source, out = str(tmp_path / "own"), str(tmp_path / "out")
+    for name in names:
+        put(source, name)
+    options = preprocess.Options(launcher="plain", patient_pattern=pattern)
+    if patients is None:
+        with pytest.raises(UserError, match="--patient-pattern"):
+            preprocess.run(tiny_experiment(source=source, out=out), options)
+        assert not os.path.exists(out)
+    else:
+        assert len(open_source(source, pattern).patients()) == patients
+
+
+def test_every_file_is_used_or_in_quarantine_or_counted_as_ignored(tmp_path, capsys):
+    source, out = str(tmp_path / "tree"), str(tmp_path / "out")
+    phantom.write_phantom(source, patients=3, scale=0.1, sequences=True)
+    images = os.path.join(source, "database_nifti")
+    os.rename(os.path.join(images, "patient0001"), os.path.join(images, "Patient_one"))
+    folder = os.path.join(images, "patient0002")
+    for name in os.listdir(folder):  # as an old file server hands them out
+        os.rename(os.path.join(folder, name), os.path.join(folder, name.upper().replace("PATIENT", "patient")))
+    folder = os.path.join(images, "patient0003")
+    os.rename(os.path.join(folder, "patient0003_2CH_ED.nii.gz"), os.path.join(folder, "2ch.nii.gz"))
+    split = type(tiny_experiment().split)("ratio", test_share=0.5)
+    options = preprocess.Options(launcher="plain", max_quarantined=0.5)
+    preprocess.run(tiny_experiment(source=source, out=out, split=split), options)
+    shown = capsys.readouterr().out
+    assert "ignored  8 files of half sequences" in shown and "ignored  1 other files of patients, such as 2ch.nii.gz" in shown
+    assert "ignored  1 other entries, such as Patient_one" in shown and "quarantined  patient0003 2CH ED" in shown
+    patients = open_shards(out).manifest["patients"]
+    assert {name: record["rows"] for name, record in patients.items()} == {"patient0002": 4, "patient0003": 3}
+    assert all(record["ef"] for record in patients.values())
+
+
+def test_a_split_that_names_a_stranger_is_refused_with_the_nearest_name_and_a_part_of_camus_is_not(tmp_path):
+    source, out = str(tmp_path / "tree"), str(tmp_path / "out")
+    phantom.write_phantom(source, patients=3, scale=0.05)
+    experiment = tiny_experiment(source=source, out=out, split=type(tiny_experiment().split)("official"))
+    for train in (["patient4", "patient0001"], ["patient0001", "patient4", "patient0003"]):
+        camus.write_groups(source, {"train": train, "val": [], "test": ["patient0002"]})
+        with pytest.raises(UserError, match=r"names 'patient4', who has no file \(nearest: patient000"):
+            preprocess.run(experiment, PLAIN)
+    camus.write_groups(source, {"train": ["patient0001", "patient0004", "patient0003"], "val": [], "test": ["patient0002"]})
+    preprocess.run(experiment, PLAIN)

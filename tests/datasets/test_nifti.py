@@ -83,28 +83,31 @@ def test_an_uncompressed_file_beside_is_read_where_there_is_no_compressed_one(tm
     assert caught.value.file.endswith("c.nii.gz")
 
 
+def inflate(packed: bytes) -> bytes:
+    with nifti.unpacking(packed) as stream:
+        return stream.read(1) + stream.read()
+
+
 @given(data=st.data(), size=st.integers(0, 5000), members=st.integers(1, 3), padding=st.integers(0, 20))
 def test_what_was_packed_is_unpacked_and_a_changed_or_cut_stream_never_is(data, size, members, padding):
     content = np.random.default_rng(size).integers(0, 9, size, dtype=np.uint8).tobytes()
     packed = b"".join(gzip.compress(content, mtime=0) for _ in range(members))
-    assert nifti.inflate(packed + b"\0" * padding) == content * members
-    at_most = data.draw(st.integers(1, size * members + 10))
-    assert nifti.inflate(packed, at_most) == (content * members)[:at_most]
+    assert inflate(packed + b"\0" * padding) == content * members
     with pytest.raises(Exception):  # noqa: B017  whatever is raised becomes the reason of a quarantine
-        nifti.inflate(packed[: data.draw(st.integers(1, len(packed) - 1).filter(lambda n: n % (len(packed) // members)))])
+        inflate(packed[: data.draw(st.integers(1, len(packed) - 1).filter(lambda n: n % (len(packed) // members)))])
     damaged = bytearray(packed)
     damaged[-data.draw(st.integers(1, 8))] ^= data.draw(st.integers(1, 255))  # the last member's checksum and length
     with pytest.raises(Exception):  # noqa: B017
-        nifti.inflate(bytes(damaged))
+        inflate(bytes(damaged))
 
 
 @pytest.mark.parametrize("junk", [b"junk", b"\0\0junk", b"x"])
 def test_what_follows_the_last_member_is_ignored_as_nibabel_does(junk):
     packed = gzip.compress(b"frames" * 1000)
-    assert nifti.inflate(packed * 2 + junk) == b"frames" * 2000 and nifti.inflate(packed + junk, 99) == (b"frames" * 17)[:99]
+    assert inflate(packed * 2 + junk) == b"frames" * 2000
 
 
 def test_a_file_of_very_many_gzip_members_such_as_bgzip_writes_is_read():
     content = bytes(range(250)) * 4000
     blocks = b"".join(gzip.compress(content[start : start + 1000]) for start in range(0, len(content), 1000))
-    assert nifti.inflate(blocks + gzip.compress(b"") * 900) == content
+    assert inflate(blocks + gzip.compress(b"") * 900) == content

@@ -53,7 +53,11 @@ def fetch(running: GirderServer, folder: str, **changes) -> str:
 
 def assert_same(tree: str, out: str, patients: list[str]) -> None:
     """These patients and the split are there byte for byte, and nothing else is."""
-    assert [name for name in sorted(os.listdir(out)) if name != ".heartseg.lock"] == ["database_nifti", "database_split"]
+    assert [name for name in sorted(os.listdir(out)) if name != ".heartseg.lock"] == [
+        "camus.json",
+        "database_nifti",
+        "database_split",
+    ]
     assert sorted(os.listdir(os.path.join(out, "database_nifti"))) == patients
     for folder in ["database_split", *(f"database_nifti/{patient}" for patient in patients)]:
         names = sorted(os.listdir(os.path.join(tree, folder)))
@@ -66,6 +70,7 @@ def test_the_tree_that_arrives_is_the_servers_and_is_what_preprocess_reads(serve
     fetch(server, out)
     assert_same(tree, out, PATIENTS)
     assert camus.find_patients(out) == PATIENTS and camus.CamusTree(out).groups() == camus.CamusTree(tree).groups()
+    assert camus.CamusTree(out).dataset_name() == "CAMUS"
     assert server.count("list") == 3  # two pages of at most two, and an empty one
     assert "non-commercial" in capsys.readouterr().out
 
@@ -126,7 +131,7 @@ def test_a_patient_without_a_still_is_refused_and_one_without_a_sequence_is_note
     assert camus.find_patients(out) == ["patient0002"]
 
 
-@pytest.mark.parametrize(("name", "data"), [("testing", b"../../etc\n"), ("validation", b"\xff\xfe"), ("training", b"")])
+@pytest.mark.parametrize(("name", "data"), [("testing", b"../../etc\n"), ("validation", b"\xff\xfe\xff"), ("training", b"")])
 def test_a_split_that_lists_anything_but_patients_is_refused(name, data, server, out):
     files = server.files_of("database_split") | {f"database_split/subgroup_{name}.txt": data}
     server.faults["database_split"] = zip_of(files)

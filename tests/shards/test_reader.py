@@ -28,7 +28,7 @@ def write(source: str, out: str, patients: list[str]) -> None:
         writer.write_part(CamusTree(source), out, f"part-{i:05d}.parquet", patients[s : s + PATIENTS_IN_A_PART], GRID)
         for i, s in enumerate(starts)
     ]
-    manifest = writer.write_manifest(out, camus.CamusTree(source).dataset_name(patients), GRID, parts, {})
+    manifest = writer.write_manifest(out, camus.CamusTree(source).dataset_name(), GRID, parts, {})
     writer.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
 
 
