@@ -142,7 +142,8 @@ def write_curve(out: str, found: study_results.ClipResult) -> None:
 def write_key(path: str, clips: list[Clip]) -> None:
     """Write which file got which name."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
+    rows = [(clip.stem, filesystem.printable(clip.path)) for clip in clips]
+    csv.writer(text, lineterminator="\n").writerows([("name", "path"), *rows])
     filesystem.publish(path, text.getvalue().encode())
 
 

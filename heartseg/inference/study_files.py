@@ -58,7 +58,9 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
         raise UserError(f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
     for kind in {clip.kind for clip in found}:
         readers.check_package_installed(kind)
-    found = [replace(clip, view=clip.view or view, phase=clip.phase or phase) for clip in found]
+    names = [{name: filesystem.printable(getattr(clip, name)) for name in ("patient", "stem", "shown")} for clip in found]
+    seen = [{"view": clip.view or view, "phase": clip.phase or phase} for clip in found]
+    found = [replace(clip, **name, **known) for clip, name, known in zip(found, names, seen, strict=True)]
     check_outputs_differ(found)
     return sorted(found, key=lambda clip: (clip.patient, clip.stem))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from heartseg.errors import StorageError
@@ -142,7 +143,7 @@ def check_outages(name: str, job: Callable, world: Path, monkeypatch, measuremen
     undisturbed, error = attempt(0)
     assert error is None
     after, calls, stopped = contents(world), undisturbed.calls, 0
-    numbers = sorted({1 + round(part * (calls - 1) / max(1, tries - 1)) for part in range(min(tries, calls))})
+    numbers = sorted({round(number) for number in np.linspace(1, calls, min(tries, calls))})
     for number in numbers:
         _, error = attempt(number)
         found = contents(world)
@@ -168,5 +169,5 @@ def test_an_outage_at_any_call_stops_a_job_and_changes_nothing(name, world, monk
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [*CHEAP, *DEAR])
 def test_an_outage_at_any_of_many_calls_stops_any_job_and_changes_nothing(name, trained, monkeypatch, measurement):
-    tries = 10_000 if name in CHEAP else 6
+    tries = 10_000 if name in CHEAP else 4
     check_outages(name, (CHEAP | DEAR)[name], trained, monkeypatch, measurement, tries)

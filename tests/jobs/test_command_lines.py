@@ -1,5 +1,6 @@
 """What a user sees of a mistake: a one-line message, exit code 2, and no cluster."""
 
+import io
 import json
 import os
 import subprocess
@@ -93,3 +94,11 @@ def test_mismatched_builds_of_torch_and_torchvision_are_a_one_line_error(tmp_pat
     (fake / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     done = run_job("train.py", "quick", "--data", "/nowhere", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "install both together" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_is_not_utf_8_gets_every_line(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", terminal)
+    command_line.configure_logging()
+    print("jos\udce9  ███  12 – 15 …")
+    assert terminal.buffer.getvalue() == b"jos?  ???  12 ? 15 ?\n"
