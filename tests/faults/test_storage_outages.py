@@ -69,7 +69,7 @@ DEAR = {
     "train, finished": lambda at: train.run(experiment(at), train.Options(**PLAIN)),
     "evaluate": lambda at: evaluate.run(evaluate.Options(checkpoint=one_run(at), out=f"{at}/scores", **PLAIN)),
     "predict": lambda at: predict.run(predict.Options(one_run(at), f"{at}/source", f"{at}/predictions", overlays="off")),
-    "compare": lambda at: compare.run(compare.Options((f"{at}/runs",), out=f"{at}/compared")),
+    "compare": lambda at: compare.run(compare.Options(runs=(f"{at}/runs",), out=f"{at}/compared")),
     "export": lambda at: export.run(export.Options(one_run(at), f"{at}/exported")),
 }
 
