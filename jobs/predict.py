@@ -122,7 +122,9 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[C
             write_curve(out, result)
     if options.key:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([("name", "path"), *((clip.stem, clip.path) for clip in clips)])
+        csv.writer(text, lineterminator="\n").writerows(
+            [("name", "path"), *((clip.stem, filesystem.printable(clip.path)) for clip in clips)]
+        )
         filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
     if not done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE

@@ -184,7 +184,7 @@ def unpack(packed: bytes, read: Callable[[io.BufferedIOBase], Any]) -> Any:
     """What `read` takes from the stream that a gzip file holds, of several members too; what follows the last is ignored.
 
     nibabel ignores it as well. ISA-L inflates float pixels three times as fast as zlib, and that was half of all the time of a
-    picture of the release. A read allocates what it asks for. Raises ValueError if the file is cut off, otherwise zlib's errors.
+    picture of the release. A read allocates what it asks for. Raises ValueError for a file that is cut off, or zlib's errors.
     """
     try:
         with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:

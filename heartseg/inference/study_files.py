@@ -63,7 +63,9 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
         raise UserError(f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
     for kind in {clip.kind for clip in found}:
         readers.check_package_installed(kind)
-    found = [replace(clip, view=clip.view or view, phase=clip.phase or phase) for clip in tell_stems_apart(found)]
+    clips = tell_stems_apart(found)
+    names = [{name: filesystem.printable(getattr(clip, name)) for name in ("patient", "stem", "shown")} for clip in clips]
+    found = [replace(c, view=c.view or view, phase=c.phase or phase, **named) for c, named in zip(clips, names, strict=True)]
     # A study's clips in the order of their files, not of their digests.
     return sorted(found, key=lambda clip: (clip.patient, clip.path if clip.kind == "dicom" else clip.stem))
 

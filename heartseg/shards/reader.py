@@ -36,7 +36,10 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the parts' hashes and the groups: equal for equal pixels in equal groups."""
+        """SHA-256 over the parts' hashes and the groups: equal for equal pixels, however their source is compressed.
+
+        Another version of pyarrow may pack equal pixels into other bytes.
+        """
         hashes = [part["sha256"] for part in self.manifest["parts"]]
         return filesystem.sha256(canonical([hashes, self.groups]))
 

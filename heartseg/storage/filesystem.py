@@ -11,6 +11,8 @@ import functools
 import hashlib
 import json
 import os
+import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -32,13 +34,11 @@ def is_uri(path: str) -> bool:
 
 
 def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system that holds a path, and the path as that file system spells it.
+    """The file system that a URI names, and the path as that file system spells it.
 
     S3 credentials, region and endpoint come from the AWS_* variables (AWS_ENDPOINT_URL for a store other than Amazon's) or
-    from the AWS profile. Raises UserError for an invalid path or a bucket that does not exist.
+    from the AWS profile. Raises UserError for an invalid path. A local path needs none: pyarrow takes only names in UTF-8.
     """
-    if not is_uri(path):
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(path)
     with _storage_errors(path):
         if path.startswith("s3://"):
             inner = path.removeprefix("s3://").rstrip("/")
@@ -115,6 +115,11 @@ def join(base: str, *parts: str) -> str:
 def last_part(path: str) -> str:
     """The name of a file or folder: what follows the last slash of its path or URI."""
     return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def printable(name: str) -> str:
+    """A name that can be written as UTF-8: a byte of it that is not becomes %E9, for example."""
+    return re.sub("[\udc80-\udcff]", lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 
 def absolute(path: str) -> str:
@@ -228,30 +233,48 @@ def read_json(path: str) -> dict:
 def publish(path: str, data: bytes) -> None:
     """Write a file that appears complete or not at all; its folder is created.
 
-    Raises OSError (a full disk, for example), or StorageError if an object store refuses.
+    Raises OSError (a full disk, for example), or StorageError if the storage does not answer or an object store refuses.
     """
+    with _storage_errors(path):
+        (_publish_on_store if is_uri(path) else _publish_locally)(path, data)
+
+
+def _publish_locally(path: str, data: bytes) -> None:
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, OSError):
+            error.filename = path  # not the temporary name, or none
+        raise
+
+
+def _publish_on_store(path: str, data: bytes) -> None:
     fs, inner = resolve(path)
     parent, name = inner.rsplit("/", 1)
     temporary = f"{parent}/.{name}.{uuid.uuid4().hex[:8]}.part"
-    with _storage_errors(path):
-        if not isinstance(fs, pyarrow.fs.S3FileSystem):
-            fs.create_dir(parent, recursive=True)
-        try:
-            with fs.open_output_stream(temporary, compression=None) as stream:
-                stream.write(data)
-            if is_uri(path):
-                # A stream that an exception drops still leaves a visible object: read it back before it gets its name.
-                with fs.open_input_file(temporary) as stream:
-                    if stream.read() != data:
-                        raise OSError("the bytes that arrived are not those that were sent")
-            else:
-                with open(temporary, "rb") as stream:
-                    os.fsync(stream.fileno())
-            fs.move(temporary, inner)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                fs.delete_file(temporary)
-            raise
+    if not isinstance(fs, pyarrow.fs.S3FileSystem):
+        fs.create_dir(parent, recursive=True)
+    try:
+        with fs.open_output_stream(temporary, compression=None) as stream:
+            stream.write(data)
+        # A stream that an exception drops still leaves a visible object: read it back before it gets its name.
+        with fs.open_input_file(temporary) as stream:
+            if stream.read() != data:
+                raise OSError("the bytes that arrived are not those that were sent")
+        fs.move(temporary, inner)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.delete_file(temporary)
+        raise
 
 
 def publish_json(path: str, value: object) -> None:
@@ -266,12 +289,12 @@ def json_bytes(value: object) -> bytes:
 
 def remove(path: str) -> None:
     """Delete a file or a whole folder, if it exists."""
-    fs, inner = resolve(path)
-    with _storage_errors(path), contextlib.suppress(FileNotFoundError):
-        if fs.get_file_info(inner).type == pyarrow.fs.FileType.Directory:
-            fs.delete_dir(inner)
-        else:
-            fs.delete_file(inner)
+    with _storage_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not is_uri(path):
+            (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)
+            return
+        fs, inner = resolve(path)
+        (fs.delete_dir if fs.get_file_info(inner).type == pyarrow.fs.FileType.Directory else fs.delete_file)(inner)
 
 
 def sha256(data: bytes) -> str:

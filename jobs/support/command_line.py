@@ -114,7 +114,10 @@ def prepare_environment() -> None:
 
 
 def configure_logging() -> None:
-    """Print the log lines of heartseg, here and in Ray's workers."""
+    """Print the log lines of heartseg, here and in Ray's workers; what a terminal cannot show becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(message)s")
     logging.getLogger("heartseg").setLevel(logging.INFO)
 

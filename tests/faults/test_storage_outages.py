@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from heartseg.errors import StorageError
@@ -68,7 +69,7 @@ DEAR = {
     "train, finished": lambda at: train.run(experiment(at), train.Options(**PLAIN)),
     "evaluate": lambda at: evaluate.run(evaluate.Options(checkpoint=one_run(at), out=f"{at}/scores", **PLAIN)),
     "predict": lambda at: predict.run(predict.Options(one_run(at), f"{at}/source", f"{at}/predictions", overlays="off")),
-    "compare": lambda at: compare.run(compare.Options((f"{at}/runs",), out=f"{at}/compared")),
+    "compare": lambda at: compare.run(compare.Options(runs=(f"{at}/runs",), out=f"{at}/compared")),
     "export": lambda at: export.run(export.Options(one_run(at), f"{at}/exported")),
 }
 
@@ -142,8 +143,7 @@ def check_outages(name: str, job: Callable, world: Path, monkeypatch, measuremen
     undisturbed, error = attempt(0)
     assert error is None
     after, calls, stopped = contents(world), undisturbed.calls, 0
-    tries = min(tries, calls)
-    numbers = sorted({1 + round(part * (calls - 1) / max(1, tries - 1)) for part in range(tries)})
+    numbers = sorted({round(number) for number in np.linspace(1, calls, min(tries, calls))})
     for number in numbers:
         _, error = attempt(number)
         found = contents(world)

@@ -1,5 +1,6 @@
 """What a user sees of a mistake: a one-line message, exit code 2, and no cluster."""
 
+import io
 import json
 import os
 import re
@@ -193,3 +194,11 @@ def test_mismatched_builds_of_torch_and_torchvision_are_a_one_line_error(monkeyp
     monkeypatch.setattr(sys, "meta_path", [Mismatched(), *sys.meta_path])
     with pytest.raises(UserError, match="install both together"):
         train.job(["quick", "--data", "/nowhere"])
+
+
+def test_a_terminal_that_is_not_utf_8_gets_every_line(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", terminal)
+    command_line.configure_logging()
+    print("jos\udce9  ███  12 – 15 …")
+    assert terminal.buffer.getvalue() == b"jos?  ???  12 ? 15 ?\n"

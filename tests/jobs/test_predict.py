@@ -22,6 +22,7 @@ from heartseg.inference.batch_inference import outline
 from heartseg.inference.segmenter import NO_POSTPROCESSING, to_mask
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
+from heartseg.storage import filesystem
 from helpers.echo_files import LOOP, dicom, movie
 from helpers.experiments import ROOT, tiny_experiment
 from jobs import predict
@@ -63,6 +64,20 @@ def files_of(folder) -> dict[str, bytes]:
         for at, _, names in os.walk(folder)
         for name in names
     }
+
+
+def test_names_that_are_not_utf_8_have_masks_and_rows_and_so_has_their_folder(trained, tree, tmp_path, capsys):
+    source, out = os.path.join(os.fsencode(tree), b"r\xe9sum\xe9"), os.fsdecode(bytes(tmp_path) + b"/\xe9")
+    os.mkdir(source)
+    for phase in (b"ED", b"ES"):
+        still = os.path.join(os.fsencode(tree), b"patient0001", b"patient0001_4CH_%b.nii.gz" % phase)
+        os.rename(still, os.path.join(source, b"jos\xe9_4CH_%b.nii.gz" % phase))
+    run(trained, tree, out, key=os.path.join(out, "key.csv"))
+    assert "jos%E9" in capsys.readouterr().out
+    table = filesystem.read_bytes(os.path.join(out, "ef.csv")).decode()
+    assert [line.split(",")[0] for line in table.splitlines()[1:]] == ["jos%E9", "patient0001", "patient0002"]
+    assert os.path.exists(os.path.join(out, "jos%E9", "jos%E9_4CH_ED_pred.nii.gz"))
+    assert "r%E9sum%E9/jos%E9_4CH_ED.nii.gz" in filesystem.read_bytes(os.path.join(out, "key.csv")).decode()
 
 
 def test_each_still_has_the_mask_that_the_model_predicts_on_the_still_s_own_grid(trained, tree, tmp_path):

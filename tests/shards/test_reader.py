@@ -1,5 +1,6 @@
 """Shards hold exactly what was read, and nothing that reads them trusts what is there."""
 
+import gzip
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ from heartseg.datasets.camus import CamusTree
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
 from heartseg.shards import reader, writer
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from helpers.experiments import tiny_experiment
 
 GRID = ImageConfig(height=48, width=40)
 PATIENTS_IN_A_PART = 3
@@ -192,9 +196,17 @@ def test_a_folder_without_a_manifest_or_with_a_truncated_one_is_refused(copied):
         reader.open_shards(copied)
 
 
-def test_the_fingerprint_follows_pixels_and_groups(phantom, patients, written, copied, tmp_path):
-    write(phantom, str(tmp_path / "again"), patients)
-    original = reader.open_shards(written).fingerprint
-    assert reader.open_shards(str(tmp_path / "again")).fingerprint == original
+def test_the_fingerprint_follows_pixels_and_groups_and_no_compression_of_the_source(
+    phantom, patients, written, copied, tmp_path
+):
+    source = shutil.copytree(phantom, str(tmp_path / "source"))
+    path = camus.recording_path(source, patients[0], View.FOUR_CHAMBER, Phase.ED)
+    packed = filesystem.read_bytes(path)
+    filesystem.publish(path, gzip.compress(gzip.decompress(packed), 1))
+    assert filesystem.read_bytes(path) != packed
+    write(source, str(tmp_path / "again"), patients)
+    original, again = reader.open_shards(written), reader.open_shards(str(tmp_path / "again"))
+    assert again.fingerprint == original.fingerprint
+    assert run_directory.run_name(tiny_experiment(), again) == run_directory.run_name(tiny_experiment(), original)
     change_json(os.path.join(copied, writer.SPLITS), lambda v: v["groups"]["test"].pop())
-    assert reader.open_shards(copied).fingerprint != original
+    assert reader.open_shards(copied).fingerprint != original.fingerprint

@@ -116,7 +116,7 @@ def test_a_mounted_disk_that_does_not_answer_is_an_outage_and_not_an_empty_one(c
     def away(path, *arguments, **options):
         raise OSError(errno.ESTALE, "Stale file handle", str(tmp_path))
 
-    for name in ("stat", "listdir", "scandir", "open", "fsync"):
+    for name in ("stat", "listdir", "scandir", "mkdir", "open"):
         monkeypatch.setattr(os, name, away)
     monkeypatch.setattr("builtins.open", away)
     with pytest.raises(StorageError, match="cannot be reached .Stale file handle.: check its disk or network"):
