@@ -27,7 +27,7 @@ Clip, Result = TypeVar("Clip"), TypeVar("Result")
 # Clips in memory on either side of the model, and batches whose scores wait to be resampled.
 READERS, WRITERS, AHEAD, BATCHES = 2, 2, 12, 8
 # Of the memory that is free at the start, all clips in flight share this, and no more than so many bytes but for one clip.
-SHARE, MOST_BYTES = 0.5, 4 << 30
+SHARE, MOST_BYTES = 0.75, 4 << 30
 TOO_LARGE = "cut it to the beats that count, or use a machine with more memory"
 
 
