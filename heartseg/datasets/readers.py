@@ -3,6 +3,7 @@
 The only file that imports PyAV; dicom.py reads DICOM, and no message quotes what a tag holds.
 """
 
+import errno
 import importlib
 import io
 import os
@@ -104,6 +105,8 @@ def read(
     except (UserError, MemoryError, DamagedRecording):
         raise
     except Exception as error:  # the readers raise dozens of kinds for damaged bytes
+        if getattr(error, "errno", None) in (errno.EAGAIN, errno.ENOMEM):  # no thread, no buffer: FFmpeg's want of memory
+            raise MemoryError from error
         # Others' messages may quote what a tag holds, or name nothing that a user knows.
         message = str(error) if kind == "nifti" or isinstance(error, Unreadable) else ""
         raise DamagedRecording(f"is not a readable {kind}: {message or 'it is damaged'}", path) from error
@@ -165,11 +168,13 @@ def read_video(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     `admit` gets the number of pixels before they are decoded.
     """
     av = _package("av")
+    reformatter = av.video.reformatter.VideoReformatter()  # a frame's own would be made anew for each
     pixels, count = np.empty((0, 0, 0), np.uint8), 0
     with av.open(io.BytesIO(raw)) as container:
         stream = container.streams.video[0]
         for frame in container.decode(stream):
-            picture = upright(frame.to_ndarray(format="gray"), frame.side_data.get("DISPLAYMATRIX"))
+            grey = reformatter.reformat(frame, format="gray").to_ndarray()
+            picture = upright(grey, frame.side_data.get("DISPLAYMATRIX"))
             if count == len(pixels):  # twice as long, without a copy; the first time as long as the file claims
                 more = max(count, stream.frames - count, 1)
                 admit(more * picture.size)

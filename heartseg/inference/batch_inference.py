@@ -27,7 +27,7 @@ Clip, Result = TypeVar("Clip"), TypeVar("Result")
 # Clips in memory on either side of the model, and batches whose scores wait to be resampled.
 READERS, WRITERS, AHEAD, BATCHES = 2, 2, 12, 8
 # Of the memory that is free at the start, all clips in flight share this, and no more than so many bytes but for one clip.
-SHARE, MOST_BYTES = 0.5, 4 << 30
+SHARE, MOST_BYTES = 0.75, 4 << 30
 TOO_LARGE = "cut it to the beats that count, or use a machine with more memory"
 
 
@@ -38,7 +38,7 @@ class Room:
         self.alone, self.together = SHARE * free, min(SHARE * free, MOST_BYTES)
         self.changed, self.is_closed = threading.Condition(), False
         self.outside: set[int] = set()
-        self.waiting: set[int] = set()
+        self.waiting: dict[int, int] = {}
         self.held: dict[int, int] = {}
 
     def admit(self, number: int, num_bytes: int) -> None:
@@ -46,20 +46,20 @@ class Room:
         total = self.held.get(number, 0) + num_bytes
         if total > self.alone:
             raise DamagedRecording(f"needs {total / 1e9:.1f} GB of memory, and has {self.alone / 1e9:.1f} GB: {TOO_LARGE}", "")
-
-        def is_next() -> bool:
-            fits = number <= min(self.held, default=number) or sum(self.held.values()) + num_bytes <= self.together
-            return self.is_closed or (fits and number <= min(self.outside, default=number))
-
         with self.changed:
-            if not is_next():
-                self.waiting.add(number)
-                self.changed.notify_all()
-                self.changed.wait_for(is_next)
-                self.waiting.discard(number)
+            self.waiting[number] = num_bytes
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.may_enter(number))
+            del self.waiting[number]
             self.outside.discard(number)
             self.held[number] = total
             self.changed.notify_all()
+
+    def may_enter(self, number: int) -> bool:
+        """True if a clip that waits has room, and none before it is outside."""
+        together = sum(self.held.values()) + self.waiting[number]
+        fits = number <= min(self.held, default=number) or together <= self.together
+        return self.is_closed or (fits and number <= min(self.outside, default=number))
 
     def leave(self, number: int) -> None:
         """Give a clip's bytes back."""
@@ -83,8 +83,8 @@ class Room:
 
         reading.add_done_callback(notify)
         with self.changed:
-            self.changed.wait_for(lambda: reading.done() or one.number in self.waiting)
-        return reading.done()
+            self.changed.wait_for(lambda: reading.done() or (one.number in self.waiting and not self.may_enter(one.number)))
+            return reading.done()
 
 
 def free_bytes() -> float:

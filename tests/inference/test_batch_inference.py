@@ -53,7 +53,7 @@ def outlined(lengths: list[int], free: float, monkeypatch, finish=None, fails: t
 def test_long_clips_take_turns_within_the_bytes_that_are_there(monkeypatch):
     frame = 2 * SIDE * SIDE
     lengths = [1, 30, 2, 50, 50, 1, 1, 40, 3, 1]
-    found, most = outlined(lengths, 2 * 60 * frame, monkeypatch)
+    found, most = outlined(lengths, 60 * frame / batch_inference.SHARE, monkeypatch)
     assert found == [(number, (length, SIDE, SIDE)) for number, length in enumerate(lengths)]
     assert most <= 60 * frame
     _, most = outlined(lengths, 1e9, monkeypatch)
@@ -62,7 +62,7 @@ def test_long_clips_take_turns_within_the_bytes_that_are_there(monkeypatch):
 
 def test_a_clip_that_does_not_fit_is_left_out_with_a_reason_and_the_rest_is_finished(monkeypatch):
     frame = 2 * SIDE * SIDE
-    found, _ = outlined([1, 99, 2, 3, 1], 2 * 60 * frame, monkeypatch, fails=(3,))
+    found, _ = outlined([1, 99, 2, 3, 1], 60 * frame / batch_inference.SHARE, monkeypatch, fails=(3,))
     reasons = {number: result.reason for number, result in found if isinstance(result, DamagedRecording)}
     assert reasons.keys() == {1, 3} and "GB of memory" in reasons[1] and "does not fit into memory" in reasons[3]
     assert [result for _, result in found if isinstance(result, tuple)] == [(length, SIDE, SIDE) for length in (1, 2, 1)]
@@ -84,11 +84,11 @@ def test_an_error_ends_the_iteration_although_other_clips_wait_for_room(monkeypa
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        outlined([50] * 8, 2 * 60 * 2 * SIDE * SIDE, monkeypatch, finish)
+        outlined([50] * 8, 60 * 2 * SIDE * SIDE / batch_inference.SHARE, monkeypatch, finish)
 
 
 def test_more_bytes_of_the_first_clip_never_wait_for_later_ones():
-    room = Room(200)
+    room = Room(100 / batch_inference.SHARE)
     for number in (0, 1):
         room.outside.add(number)
         room.admit(number, 50)
