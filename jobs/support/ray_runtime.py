@@ -29,6 +29,7 @@ RAY_PRIVATE = {
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
     "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
     "ray.core.generated.autoscaler_pb2": "Tests announce an autoscaler's plan: find the new protobuf module.",
+    "ray._private.ray_constants": "Reaches a cluster on 127.0.0.1: see what ray.init makes of that address.",
     "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT": "Kubernetes' probes: see `ray start --help`.",
 }
 
@@ -74,6 +75,8 @@ def start_ray(workers: int) -> None:
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{own['dashboard_port']}"
     elif JOB_CONFIG not in os.environ:
         own = {"runtime_env": {"working_dir": str(ROOT)}}  # as a submitted job has it: every node runs this code
+    if is_only_on_loopback(address):  # otherwise Ray looks for it at the machine's address
+        ray_private("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
     ray.init(address=address, logging_level=logging.WARNING, **own)
     if address == "local":  # and children of this process, which may join another cluster, not this one
         os.environ.pop("RAY_API_SERVER_ADDRESS")
@@ -85,6 +88,20 @@ def start_ray(workers: int) -> None:
     slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
     if workers > slots:
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
+
+
+def is_only_on_loopback(address: str) -> bool:
+    """True for a cluster's address on loopback whose port does not answer on the machine's own address."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
+    except OSError:
+        return True
+    return False
 
 
 def free_port() -> int:
