@@ -146,7 +146,8 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Ev
     if not folder:
         return Scored(one, label, record, problem=problem), None
     images, patients = (
-        filesystem.read_table(filesystem.read_bytes(filesystem.join(folder, name))).to_pandas() for name in (IMAGES, PATIENTS)
+        filesystem.read_table(filesystem.read_bytes(filesystem.join(folder, name))).to_pandas(use_threads=False)
+        for name in (IMAGES, PATIENTS)
     )
     return Scored(one, label, record, images, patients, filesystem.read_json(filesystem.join(folder, SUMMARY))), plan
 
