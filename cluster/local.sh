@@ -209,13 +209,16 @@ submit() {
 }
 
 status() {
-    local pid
+    local pid words address
     pid=$(our_pid) || fail "not running."
     answers "$dashboard_port" /api/version || fail "process $pid runs, but its dashboard, $dashboard, does not answer."
     echo "running: process $pid, dashboard $dashboard, token in $dir/token, log in $dir/log"
     find_ray
     set_environment
-    "$RAY" status --address "127.0.0.1:$port"
+    words=$(ps -ww -p "$pid" -o args=)
+    address=${words##*--node-ip-address[= ]} # the last one counts
+    # Without this variable Ray asks the machine's address where it is given 127.0.0.1.
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "$RAY" status --address "${address%% *}:$port"
 }
 
 # The token itself is never printed.

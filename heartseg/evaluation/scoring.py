@@ -179,7 +179,7 @@ def write_results(out: str, images: pandas.DataFrame, patients: pandas.DataFrame
 def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
     """The table IMAGES or PATIENTS of an evaluation; None if it has none."""
     path = filesystem.join(evaluation, name)
-    return filesystem.read_table(filesystem.read_bytes(path)).to_pandas() if filesystem.exists(path) else None
+    return filesystem.read_table(filesystem.read_bytes(path)).to_pandas(use_threads=False) if filesystem.exists(path) else None
 
 
 def flags(images: pandas.DataFrame) -> dict:

@@ -312,5 +312,9 @@ def write_table(path: str, table: pa.Table, **options) -> tuple[int, str]:
 
 
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The table in a Parquet file's bytes; raises ArrowInvalid or OSError for a damaged one."""
-    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=columns)
+    """The table in a Parquet file's bytes; raises ArrowInvalid or OSError for a damaged one.
+
+    On this thread alone: one of pyarrow's own may drop the last reference to `data`, which needs Python's lock, and aborts a
+    process that is about to exit.
+    """
+    return pyarrow.parquet.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)

@@ -32,6 +32,7 @@ RAY_PRIVATE = {
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
     "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
     "ray.core.generated.autoscaler_pb2": "Tests announce an autoscaler's plan: find the new protobuf module.",
+    "ray._private.ray_constants": "Reaches a cluster on 127.0.0.1: see what ray.init makes of that address.",
     "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT": "Kubernetes' probes: see `ray start --help`.",
 }
 
@@ -112,12 +113,28 @@ def _join_cluster(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
         # Every node runs this code, as a submitted job's does.
         code = {} if JOB_CONFIG in os.environ else {"runtime_env": {"working_dir": str(ROOT)}}
+        if is_only_on_loopback(found):  # otherwise Ray looks for it at the machine's address
+            ray_private("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
         ray.init(address=found, logging_level=logging.WARNING, **code)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). Correct the address, start the "
             "cluster, or unset RAY_ADDRESS to use this machine alone."
         ) from error
+
+
+def is_only_on_loopback(address: str) -> bool:
+    """True for a cluster's address on loopback whose port does not answer on the machine's own address."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
+    except OSError:
+        return True
+    return False
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from helpers import local_cluster
 from helpers.experiments import ROOT
 
 SCRIPT = ROOT / "cluster" / "local.sh"
@@ -64,3 +65,28 @@ def test_stop_removes_no_directory_but_its_own(tmp_path):
     (state / "temp_dir").write_text(str(precious))
     assert local_sh("stop", HEARTSEG_CLUSTER_DIR=str(state)).returncode == 0
     assert precious.is_dir()
+
+
+EVERY_VERB = """
+cluster/local.sh start --num-cpus 1 "$@"
+cluster/local.sh status
+cluster/local.sh submit -- python -c 'print("SUBMITTED")'
+eval "$(cluster/local.sh env)"
+RAY_ADDRESS=$ADDRESS:$HEARTSEG_CLUSTER_PORT python jobs/doctor.py --workers 1 --seconds 0.1
+cluster/local.sh stop
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["127.0.0.1", local_cluster.OTHER_ADDRESS])
+def test_every_verb_and_the_doctor_reach_the_cluster_on_a_machine_with_a_network(address, tmp_path):
+    options = [] if address == "127.0.0.1" else ["--node-ip-address", address]
+    command = [*local_cluster.ON_A_NETWORK, "bash", "-uc", EVERY_VERB, "bash", *options]
+    environment = os.environ | local_cluster.settings(tmp_path) | {"ADDRESS": address}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    finally:
+        subprocess.run([str(SCRIPT), "stop"], env=environment, check=True, timeout=100)
+    shown = done.stdout + done.stderr
+    assert "1.0 CPU" in shown and "\nSUBMITTED\n" in shown and "nodes 1, CPUs 1" in shown, shown
+    assert "1 on 1 host (CPU), gloo" in shown and "\nstopped: process" in shown and "Traceback" not in shown, shown

@@ -20,6 +20,7 @@ import pytest
 
 from heartseg.config.experiment import to_json
 from heartseg.training import run_directory
+from helpers import local_cluster
 from helpers.experiments import ROOT, tiny_experiment
 
 SCRIPT = ROOT / "cluster" / "slurm.sbatch"
@@ -49,8 +50,8 @@ def test_slurm_is_asked_to_signal_the_script_and_to_allow_a_requeue():
 class Job:
     """The script as a job of one node; `log` is its output over all its starts."""
 
-    def __init__(self, folder: Path, *command: str):
-        self.number, self.folder, self.command = str(700 + os.getpid() % 100), folder, command
+    def __init__(self, folder: Path, *command: str, prefix: tuple[str, ...] = ()):
+        self.number, self.folder, self.command = str(700 + os.getpid() % 100), folder, [*prefix, "bash", str(SCRIPT), *command]
         self.token = folder / "shared" / self.number / "token"
         (folder / "scontrol").write_text(f'#!/bin/sh\nif [ "$1" = requeue ]; then touch {folder}/requeue; else hostname; fi\n')
         (folder / "scontrol").chmod(0o755)
@@ -64,9 +65,7 @@ class Job:
         environment |= {"SLURM_JOB_ID": self.number, "SLURM_RESTART_COUNT": str(restarts)}
         environment |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": socket.gethostname()}
         with open(self.folder / "log", "a") as log:
-            self.process = subprocess.Popen(
-                ["bash", str(SCRIPT), *self.command], env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     @property
     def log(self) -> str:
@@ -102,9 +101,9 @@ def submit(tmp_path):
     """Starts the script with a command; a job that a failed test left is ended."""
     jobs = []
 
-    def start(*command: str) -> Job:
+    def start(*command: str, **options) -> Job:
         (tmp_path / "job").mkdir()
-        jobs.append(Job(tmp_path / "job", *command))
+        jobs.append(Job(tmp_path / "job", *command, **options))
         return jobs[-1]
 
     yield start
@@ -142,9 +141,15 @@ def test_a_training_that_runs_out_of_time_is_queued_again_and_resumes(submit, sh
 
 
 @pytest.mark.slow
-def test_a_failed_command_is_a_failed_job(submit):
-    job = submit("python", "-c", "raise SystemExit(3)")
+def test_a_failed_command_is_a_failed_job_and_one_node_listens_on_loopback_alone(submit):
+    code = f"""
+import os, socket
+port, hosts = int(os.environ["RAY_ADDRESS"].rpartition(":")[2]), ("127.0.0.1", "{local_cluster.OTHER_ADDRESS}")
+print("LISTENS ON", [host for host in hosts if not socket.socket().connect_ex((host, port))])
+raise SystemExit(3)"""
+    job = submit("python", "-c", code, prefix=local_cluster.ON_A_NETWORK)
     assert job.wait() == 1, job.log
+    assert "LISTENS ON ['127.0.0.1']" in job.log, job.log
     assert job.leftovers() == []
 
 

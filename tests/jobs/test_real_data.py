@@ -69,7 +69,6 @@ def test_two_epochs_on_real_hearts_learn_and_the_same_command_repeats_nothing(ca
     assert shards.manifest["dataset"] == "CAMUS"
     summary = summary_of(report)
     assert summary["images"] == 200 and summary["patients"] == 50
-    # XX
     assert summary["scores"]["dice"]["mean"] > 0.70
     again = subprocess.run(pipeline_command(camus, out), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == report

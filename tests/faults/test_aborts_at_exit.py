@@ -1,0 +1,51 @@
+"""A job that ends while a thread of a library still holds an object of Python's aborts with -6: no such thread is left."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers.experiments import ROOT
+
+TABLE = """
+import os, sys
+from heartseg.storage import filesystem
+
+data = filesystem.read_bytes(sys.argv[1])
+before = os.listdir("/proc/self/task")
+assert filesystem.read_table(data).to_pandas(use_threads=False).shape[0] > 0
+assert os.listdir("/proc/self/task") == before
+"""
+# Each child runs the job's command line, and ends as Python ends.
+JOB = """
+import os, sys
+from jobs import inspect_shards
+from jobs.support import command_line
+
+codes = []
+for _ in range(17):
+    if not (child := os.fork()):
+        command_line.main(inspect_shards.job)
+        sys.exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+assert codes == [0] * 17, codes
+"""
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_reading_a_table_starts_no_thread(shards):
+    done = start(TABLE, os.path.join(shards, "part-00000.parquet"))
+    assert done.wait(60) == 0, done.communicate()
+
+
+@pytest.mark.slow
+def test_a_job_that_reads_shards_exits_with_0_each_of_51_times_on_a_busy_machine(shards):
+    jobs = [start(JOB, "--data", shards, "--verify") for _ in range(3)]
+    for job in jobs:
+        _, errors = job.communicate(timeout=250)
+        assert job.returncode == 0 and "terminate called" not in errors, errors[-2000:]
