@@ -128,6 +128,6 @@ class Loader(Batches):
         return epoch_order(len(self), seed, epoch)[: steps * batch_size].view(steps, batch_size)
 
     def batches(self, rows: torch.Tensor, lanes: torch.Tensor) -> Iterator[Batch]:
-        for mine in to_device(rows, self.images.device).split(len(lanes)):
+        for mine in to_device(rows, self.images.device).split(len(lanes)) if len(rows) else ():  # a split of none is not none
             # Copies whole images: indexing with a tensor copies single bytes, at twenty times the price on a CPU.
             yield self.images.index_select(0, mine).float().div_(255), self.masks.index_select(0, mine)

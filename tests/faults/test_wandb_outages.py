@@ -53,6 +53,7 @@ def assert_sent_later(server: Server, run: Path, said: str) -> None:
 @pytest.fixture
 def parents_service():
     """A service of wandb's that this process started, which wandb offers to every child through the environment."""
+    wandb.teardown()  # of earlier tests
     wandb.setup().ensure_service()
     assert "WANDB_SERVICE" in os.environ
     yield

@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from heartseg.training import engine, run_directory
 from heartseg.training.distributed import Ranks
 from helpers import local_cluster
 from helpers.experiments import ROOT, tiny_experiment
+from helpers.job_process import wait_for
 from helpers.local_cluster import begin_until
 from jobs import preprocess
 from jobs.support.pipeline_state import PipelineState
@@ -120,11 +122,17 @@ def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(clu
     assert "SEEN /elsewhere /mine" in done.stdout  # both what the script hands on and what is given
 
 
+def answers(port: int) -> bool:
+    """True if something listens at a port of loopback."""
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_every_port_of_the_cluster_is_on_loopback_and_on_no_other_address(cluster):
     others = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
     for name in ("PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT"):
         port = int(cluster[f"HEARTSEG_CLUSTER_{name}"])
-        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+        wait_for(partial(answers, port))  # the client's server comes up after the rest
         for address in others:
             with pytest.raises(OSError):
                 socket.create_connection((address, port), timeout=10)
