@@ -204,7 +204,8 @@ class Tracker:
     def move_to_store(self) -> None:
         """Move wandb's files to the run on an object store; they stay where they are if it refuses."""
         try:
-            for local in filter(os.path.isfile, filesystem.walk(os.path.join(self.folder, "wandb"))):  # no dead links
+            found = [os.path.join(at, name) for at, _, names in os.walk(os.path.join(self.folder, "wandb")) for name in names]
+            for local in filter(os.path.isfile, found):  # neither the link to the latest run's folder nor dead ones
                 target = filesystem.join(self.run_path, os.path.relpath(local, self.folder))
                 filesystem.publish(target, filesystem.read_bytes(local))
             self.mark_superseded()
