@@ -28,6 +28,7 @@ settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HEARTSEG_HYPOTHESIS", "quick"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Let pytest-xdist keep the tests of a file in one process, and all that use Ray in another, so that it starts once.
 
