@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two processes share the tests: half of their time is waiting for a Ray or a command to start. `make test FILE=…` runs one file.
 FILE :=
-PYTEST = $(BIN)/python -m pytest -q --durations 10 $(if $(FILE),$(FILE),-n 2 --dist loadgroup --no-loadscope-reorder)
+PYTEST = $(BIN)/python -m pytest -q --durations 10 $(if $(FILE),$(FILE),-n 2 --dist loadfile --no-loadscope-reorder)
 
 .PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints architecture clean
 

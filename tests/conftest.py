@@ -28,14 +28,8 @@ settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("HEARTSEG_HYPOTHESIS", "quick"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Let pytest-xdist keep the tests of a file in one process, and all that use Ray in another, so that it starts once.
-
-    Ray's come first, and then the files from the last name to the first: training and jobs, which take long, before the rest.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if "ray_session" in item.fixturenames else item.path.stem))
+    """Tests that use Ray first, then the files from the last name to the first: what takes long is not left to the end."""
     items.sort(key=lambda item: ("ray_session" in item.fixturenames, item.path), reverse=True)
 
 
