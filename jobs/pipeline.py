@@ -46,7 +46,7 @@ def run(experiment: Experiment, options: PipelineOptions) -> str:
     stages = build_graph(experiment, out, options)
     chosen, forced = choose_stages(stages, options)
     if chosen[0].kind == "preprocess":
-        open_source(experiment.source)
+        open_source(experiment.source, options.patient_pattern, options.dataset)
     if any(stage.kind in ("tune", "train") for stage in chosen):
         check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     if options.dry_run:

@@ -287,12 +287,6 @@ def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | 
     filesystem.publish(path, pack(image))
 
 
-def compress(raw: bytes, level: int = 6) -> bytes:
-    """Gzip without a time stamp, so that equal pixels make equal files."""
-    packer = zlib.compressobj(level=level, wbits=31)
-    return packer.compress(raw) + packer.flush()
-
-
 class _GzipStream(io.RawIOBase):
     """A file that nibabel writes an image to, gzipped as it comes: a long one is never in memory twice."""
 
@@ -314,7 +308,7 @@ class _GzipStream(io.RawIOBase):
 
 
 def pack(image: nibabel.Nifti1Image, level: int = 6) -> bytes:
-    """An image's bytes, gzipped as `compress` does."""
+    """An image's bytes, gzipped without a time stamp, so that equal pixels make equal files."""
     stream = _GzipStream(level)
     image.to_stream(stream)
     return b"".join([*stream.parts, stream.packer.compress(stream.waiting), stream.packer.flush()])

@@ -168,7 +168,7 @@ def read_video(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     `admit` gets the number of pixels before they are decoded.
     """
     av = _package("av")
-    reformatter = av.video.reformatter.VideoReformatter()  # a frame's own would be made anew for each
+    reformatter = av.video.reformatter.VideoReformatter()  # a frame's own would be made again for each
     pixels, count = np.empty((0, 0, 0), np.uint8), 0
     with av.open(io.BytesIO(raw)) as container:
         stream = container.streams.video[0]

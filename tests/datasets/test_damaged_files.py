@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from heartseg.config.experiment import ImageConfig
 from heartseg.datasets import camus
 from heartseg.datasets.camus import read_still, recording_path
-from heartseg.datasets.nifti import DamagedRecording, compress, read_nifti, write_nifti
+from heartseg.datasets.nifti import DamagedRecording, read_nifti, write_nifti
 from heartseg.labels import Phase, View
 from heartseg.shards import writer
 
@@ -72,7 +72,7 @@ def header_with(offset: int, fmt: str, *values):
     def damage(path: str) -> None:
         raw = header_bytes(path)
         raw[offset : offset + struct.calcsize(fmt)] = struct.pack(fmt, *values)
-        put(path, compress(bytes(raw)))
+        put(path, gzip.compress(bytes(raw)))
 
     return damage
 
@@ -103,7 +103,7 @@ def instead(make):
 
 def rgb(path: str) -> None:
     colours = np.zeros((LATERAL, DEPTH), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    put(path, compress(nibabel.Nifti1Image(colours, np.eye(4)).to_bytes()))
+    put(path, gzip.compress(nibabel.Nifti1Image(colours, np.eye(4)).to_bytes()))
 
 
 def gzip_bomb(path: str) -> None:
@@ -115,11 +115,11 @@ def gzip_bomb(path: str) -> None:
 
 def many_members(path: str) -> None:
     """A gzip file of very many empty members, slow for a reader that copies the rest at each one."""
-    put(path, compress(b"") * 50_000)
+    put(path, gzip.compress(b"") * 50_000)
 
 
 def values(array: np.ndarray):
-    return lambda path: put(path, compress(nibabel.Nifti1Image(array, np.eye(4), dtype=array.dtype).to_bytes()))
+    return lambda path: put(path, gzip.compress(nibabel.Nifti1Image(array, np.eye(4), dtype=array.dtype).to_bytes()))
 
 
 IMAGE_DAMAGE = {
@@ -127,7 +127,7 @@ IMAGE_DAMAGE = {
     "empty file": (lambda path: put(path, b""), "no readable NIfTI"),
     "text": (lambda path: put(path, b"hello" * 200), "no readable NIfTI"),
     "wrong magic": (header_with(344, "4s", b"abc\0"), "no readable NIfTI"),
-    "pixels cut off": (lambda path: put(path, compress(bytes(header_bytes(path)[:-5]))), "no readable NIfTI"),
+    "pixels cut off": (lambda path: put(path, gzip.compress(bytes(header_bytes(path)[:-5]))), "no readable NIfTI"),
     "NaN pixel": (pixels(changed(np.nan)), "not finite"),
     "infinite pixel": (pixels(changed(np.inf)), "not finite"),
     "above 16 bits": (pixels(changed(70000)), "its grey levels, 0 to 70000, fit no known range"),
@@ -152,11 +152,11 @@ IMAGE_DAMAGE = {
     "NaN intercept": (header_with(112, "<ff", 2.0, float("nan")), "no readable NIfTI"),
     "unknown type": (header_with(70, "<h", 9999), "no readable NIfTI"),
     "random bytes": (lambda path: put(path, np.random.default_rng(0).bytes(5000)), "no readable NIfTI"),
-    "gzip of nothing": (lambda path: put(path, compress(b"")), "no readable NIfTI"),
+    "gzip of nothing": (lambda path: put(path, gzip.compress(b"")), "no readable NIfTI"),
     "gzip bomb": (gzip_bomb, "many more are there"),
     "gzip of very many members": (many_members, "no readable NIfTI"),
     "wrong gzip checksum": (
-        lambda path: put(path, compress(bytes(header_bytes(path)))[:-8] + bytes(8)),
+        lambda path: put(path, gzip.compress(bytes(header_bytes(path)))[:-8] + bytes(8)),
         "hecksum",
     ),
     "link to itself": (
@@ -248,10 +248,10 @@ VALID = nibabel.Nifti1Image(IMAGE.T.astype(np.float32), np.diag([0.25, 0.5, 1, 1
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_changed_bytes_of_a_sound_file_or_random_ones_never_crash_the_reader(changes, start, cut, packed, tmp_path):
-    raw = bytearray(compress(VALID) if packed == "before" else VALID[:start])
+    raw = bytearray(gzip.compress(VALID) if packed == "before" else VALID[:start])
     for position, new in changes:
         position %= len(raw)
         raw[position : position + len(new)] = new
     path = str(tmp_path / "a.nii.gz")
-    put(path, compress(bytes(raw[:cut])) if packed == "after" else bytes(raw[:cut]))
+    put(path, gzip.compress(bytes(raw[:cut])) if packed == "after" else bytes(raw[:cut]))
     read_or_refuse(path)

@@ -70,7 +70,7 @@ def write(path, axes: str, dtype: str, signs: tuple[int, int], slope: tuple[floa
     if slope:  # as a scanner's exporter writes them: the stored numbers are not the intensities
         order = ">" if dtype.startswith(">") else "<"
         raw = raw[:112] + struct.pack(f"{order}2f", *slope) + raw[120:]
-    path.write_bytes(nifti.compress(raw) if path.name.endswith("gz") else raw)
+    path.write_bytes(gzip.compress(raw) if path.name.endswith("gz") else raw)
 
 
 @pytest.mark.parametrize(("axes", "dtype", "signs", "slope", "suffix"), geometries())

@@ -1,5 +1,6 @@
 """Whatever a NIfTI's encoding, training, evaluation and prediction see one picture of it, with its mask on it, or refuse it."""
 
+import gzip
 import os
 import re
 
@@ -45,7 +46,7 @@ def save(path: str, array: np.ndarray, affine: np.ndarray | None, order: str = "
     header = nibabel.Nifti1Header(endianness=order)
     header.set_data_dtype(array.dtype.newbyteorder(order))
     raw = nibabel.Nifti1Image(array.astype(array.dtype.newbyteorder(order)), affine, header).to_bytes()
-    filesystem.publish(path, nifti.compress(raw) if path.lower().endswith("gz") else raw)
+    filesystem.publish(path, gzip.compress(raw) if path.lower().endswith("gz") else raw)
 
 
 @settings(max_examples=60)  # of 10,000 combinations
