@@ -21,6 +21,8 @@ from heartseg.training.worker import train_rank
 from jobs.support import command_line, ray_runtime
 
 log = logging.getLogger("heartseg.jobs")
+# In the error of Ray Train whose workers found no room in time.
+TIMED_OUT = "worker group startup timed out"
 
 
 class WorkersDied(UserError):
@@ -51,11 +53,13 @@ def train_with_ray(
         try:
             result = ray_runtime.build_trainer(worker, config, workers, resources, folder, callbacks=callbacks).fit()
         except TrainingFailedError as error:
-            # Ray counts the restarts of a whole run. On nodes that come and go, a long run needs many and still advances.
+            # Ray counts the restarts of a whole run. On nodes that come and go, a long run needs many and still advances: an
+            # elastic one also asks for workers on a node that has just gone, until the cluster has noticed.
             has_advanced = len(run_directory.read_record(run.path)) > epochs
-            if not has_advanced or callbacks or not dead_workers(error):
+            may_continue = dead_workers(error) or (experiment.min_workers and TIMED_OUT in str(error))
+            if not has_advanced or callbacks or not may_continue:
                 raise_user_error(error, experiment.workers, resources)
-            log.info("Workers died %d times; the run continues, since it advanced in between.", ray_runtime.MAX_TRIES + 1)
+            log.info("Workers were lost %d times; the run continues, since it advanced in between.", ray_runtime.MAX_TRIES + 1)
     # A worker returns a user's mistake as a value: if it raised it, Ray would restart the worker.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])
@@ -76,7 +80,7 @@ def raise_user_error(error: Exception, workers: int, resources: dict[str, float]
     for failure in getattr(error, "worker_failures", {}).values():
         if isinstance(failure, (StorageError, OneRankError)):
             raise type(failure)(str(failure)) from error
-    if "worker group startup timed out" in str(error):
+    if TIMED_OUT in str(error):
         each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
         raise UserError(
             f"The cluster had no room for {workers} workers of {each} ({ray_runtime.MAX_TRIES + 1} tries): "

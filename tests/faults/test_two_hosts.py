@@ -2,9 +2,11 @@
 
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import pytest
 
@@ -60,11 +62,11 @@ def record(name: str) -> list[dict]:
     return run_directory.read_record(filesystem.join(folder, found[0])) if found else []
 
 
-def wait_until(condition, failure: str, seconds: float = 150) -> float:
-    """Wait for a condition; returns how long it took."""
+def wait_until(condition, host: two_hosts.Host, training: subprocess.Popen, seconds: float = 150) -> float:
+    """Wait for a condition of a training; returns how long it took, or fails with what the training printed."""
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < seconds, failure
+        assert time.monotonic() - started < seconds and training.poll() is None, host.output(training)[-5000:]
         time.sleep(0.3)
     return time.monotonic() - started
 
@@ -99,18 +101,19 @@ def test_the_doctor_checks_both_hosts_and_the_link_between_them(hosts):
 def test_an_elastic_run_continues_without_the_second_host_and_grows_when_it_returns(hosts, measurement):
     first, second, config = hosts
     training = first.start(*command(config, "elastic", "1:2", 2000), **CLUSTER, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10")
-    wait_until(lambda: len(record("elastic")) >= 3 and record("elastic")[-1]["workers"] == 2, "no two workers")
+    wait = partial(wait_until, host=first, training=training)
+    wait(lambda: len(record("elastic")) >= 3 and record("elastic")[-1]["workers"] == 2)
     second.kill()
     before = len(record("elastic"))
-    lost_s = wait_until(lambda: len(record("elastic")) > before, "no epoch without the second host")
+    lost_s = wait(lambda: len(record("elastic")) > before)
     assert record("elastic")[-1]["workers"] == 1
     second.boot()
     second.join(first)
-    back_s = wait_until(lambda: record("elastic")[-1]["workers"] == 2, "no second worker")
+    back_s = wait(lambda: record("elastic")[-1]["workers"] == 2)
     second.announce_end(first, NOTICE_S)
     time.sleep(NOTICE_S)
     second.kill()
-    taken_s = wait_until(lambda: record("elastic")[-1]["workers"] == 1, "it has not gone on without the host that was taken")
+    taken_s = wait(lambda: record("elastic")[-1]["workers"] == 1)
     output = first.stop(training)
     assert "stopped; rerun the same command to resume" in output
     measurement(f"--workers 1:2, seconds to the next epoch: a host's power cut {lost_s:.1f}, the host back {back_s:.1f}")
@@ -124,11 +127,12 @@ def test_an_elastic_run_continues_without_the_second_host_and_grows_when_it_retu
 def test_a_run_that_is_not_elastic_ends_with_a_one_line_error_when_the_link_is_cut(hosts, measurement):
     first, second, config = hosts
     training = first.start(*command(config, "fixed", "2", 2000), **CLUSTER, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5")
-    wait_until(lambda: len(record("fixed")) >= 2, "no two workers")
+    wait_until(lambda: len(record("fixed")) >= 2, first, training)
     two_hosts.ip("-n", first.name, "link", "set", first.link, "down")
     started = time.monotonic()
-    output, _ = training.communicate(timeout=250)
+    training.wait(timeout=250)
     measurement(f"the link cut, --workers 2: reported after {time.monotonic() - started:.1f} s")
+    output = first.output(training)
     assert training.returncode == 2, output
     assert "\ntrain.py: The cluster had no room for 2 workers of 1 CPU" in output, output
     two_hosts.ip("-n", first.name, "link", "set", first.link, "up")

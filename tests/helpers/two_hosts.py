@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +57,10 @@ class Host:
     address: str
     link: str
     environment: dict[str, str]
+    logs: Path
     keeper: subprocess.Popen | None = None
     init: int = 0
-    started: list[subprocess.Popen] = field(default_factory=list)
+    outputs: dict[subprocess.Popen, Path] = field(default_factory=dict)
 
     def boot(self) -> None:
         """Start the host: files and processes of its own."""
@@ -65,38 +68,44 @@ class Host:
         self.keeper = subprocess.Popen(["ip", "netns", "exec", self.name, *command])
         (self.init,) = wait_for(lambda: [pid for pid in children(self.keeper) if is_sleep(pid)], self.keeper, seconds=10)
 
-    def start(self, *command: str, output: int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
-        """Start a command on this host; the caller must read its output, or the command blocks."""
+    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+        """Start a command on this host; its output goes to a file, for a pipe that is not read would block it."""
         inside = ["nsenter", "--target", str(self.init), "--mount", "--net", "--pid", "--", *command]
         variables = self.environment | {"GLOO_SOCKET_IFNAME": self.link} | environment
-        process = subprocess.Popen(inside, env=variables, stdout=output, stderr=subprocess.STDOUT, text=True)
-        self.started.append(process)
+        path = self.logs / str(time.monotonic_ns())
+        with path.open("w") as output:
+            process = subprocess.Popen(inside, env=variables, stdout=output, stderr=subprocess.STDOUT)
+        self.outputs[process] = path
         return process
+
+    def output(self, process: subprocess.Popen) -> str:
+        """What a command has printed so far."""
+        return self.outputs[process].read_text()
 
     def run(self, *command: str, timeout: float = 250, **environment: str) -> tuple[int, str]:
         """Run a command to its end: exit code and output."""
         process = self.start(*command, **environment)
         try:
-            output, _ = process.communicate(timeout=timeout)
+            return process.wait(timeout), self.output(process)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(process.communicate()[0]) from None
-        return process.returncode, output
+            raise AssertionError(self.output(process)) from None
 
     def stop(self, process: subprocess.Popen) -> str:
         """Ask a command of this host to end (SIGTERM), and return its output."""
         # nsenter does not pass signals to the command that it waits for.
         for child in children(process):
             os.kill(child, signal.SIGTERM)
-        return process.communicate(timeout=100)[0]
+        process.wait(timeout=100)
+        return self.output(process)
 
     def kill(self) -> None:
         """Cut the power: with the host's first process all others die at once."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.init, signal.SIGKILL)
-        for process in (self.keeper, *self.started):
+        for process in (self.keeper, *self.outputs):
             process.wait()
-        self.started.clear()
+        self.outputs.clear()
 
     def join(self, head: "Host") -> None:
         """Start Ray on this host, as the head or as a node of it; one CPU, so that each takes one worker."""
@@ -126,9 +135,10 @@ def joined() -> Iterator[tuple[Host, Host]]:
     # A link that is down is noticed in seconds and not in half a minute.
     environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
     environment |= {"RAY_health_check_failure_threshold": "3", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    first = Host(f"{tag}a", "10.77.0.1", f"{tag}x", environment)
-    second = Host(f"{tag}b", "10.77.0.2", f"{tag}y", environment)
     with contextlib.ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        first = Host(f"{tag}a", "10.77.0.1", f"{tag}x", environment, logs)
+        second = Host(f"{tag}b", "10.77.0.2", f"{tag}y", environment, logs)
         for host in (first, second):
             ip("netns", "add", host.name)
             stack.callback(ip, "netns", "del", host.name)
@@ -146,7 +156,7 @@ def joined() -> Iterator[tuple[Host, Host]]:
         for host in (first, second):
             ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.link)
             ip("-n", host.name, "link", "set", host.link, "up")
-        first.start(sys.executable, "-c", S3, str(S3_PORT), output=subprocess.DEVNULL)
+        first.start(sys.executable, "-c", S3, str(S3_PORT))
         wait_for(lambda: has_bucket(f"http://10.78.0.1:{S3_PORT}"), seconds=30)
         stack.enter_context(s3_server.environment(**s3_server.KEYS, AWS_ENDPOINT_URL=f"http://10.78.0.1:{S3_PORT}"))
         first.join(first)
