@@ -9,18 +9,20 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from heartseg.config.experiment import canonical
+from heartseg.config.experiment import SplitConfig, canonical
 from heartseg.config.recipes import seed
 from heartseg.datasets import splits
 from heartseg.shards.reader import Shards, open_shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from helpers import local_cluster
-from helpers.experiments import ROOT
+from helpers.experiments import ROOT, tiny_experiment
+from jobs import preprocess
 from jobs.benchmarks import data, scores
 from jobs.benchmarks.two_sides import peak_memory_gb
 
@@ -28,21 +30,26 @@ SEED_GROUPS = "ad5f11a49a894929157d04ab329be1f12d43955057655ca47d9b3b1a864ec4a4"
 SEED = 20261123
 
 
-def pipeline_command(camus: str, out: Path) -> list[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", camus, "--out", str(out)]
-    return [
-        *command,
-        "--dataset",
-        "camus",
-        "--workers",
-        "2",
-        "--train.epochs",
-        "2",
-        "--image.height",
-        "64",
-        "--image.width",
-        "64",
-    ]
+@pytest.fixture(scope="module")
+def few(camus, tmp_path_factory) -> str:
+    """A CAMUS tree of 120 real patients to train and 20 to validate, linked and not copied."""
+    tree = tmp_path_factory.mktemp("few")
+    for folder in ("database_nifti", "database_split"):
+        (tree / folder).mkdir()
+    for group, count in (("training", 120), ("validation", 20)):
+        file = Path("database_split", f"subgroup_{group}.txt")
+        names = Path(camus, file).read_text().split()[:count]
+        (tree / file).write_text("\n".join(names))
+        for name in names:
+            (tree / "database_nifti" / name).symlink_to(Path(camus, "database_nifti", name))
+    return str(tree)
+
+
+def pipeline_command(few: str, out: Path) -> list[str]:
+    """A pipeline of three epochs on small pictures of these patients."""
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", few, "--out", str(out)]
+    command += ["--dataset", "camus", "--workers", "2", "--train.epochs", "3"]
+    return [*command, "--image.height", "64", "--image.width", "64"]
 
 
 def summary_of(report: str) -> dict:
@@ -50,44 +57,51 @@ def summary_of(report: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(camus, tmp_path_factory) -> tuple[Path, str]:
+def finished(few, tmp_path_factory) -> tuple[Path, str]:
     """The folder of an undisturbed pipeline on real hearts, and its report."""
     out = tmp_path_factory.mktemp("undisturbed")
-    first = subprocess.run(pipeline_command(camus, out), capture_output=True, text=True, timeout=1200)
+    first = subprocess.run(pipeline_command(few, out), capture_output=True, text=True, timeout=1200)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     return out, first.stdout.splitlines()[-1]
 
 
 @pytest.mark.real_data
 @pytest.mark.timeout(1500)
-def test_two_epochs_on_real_hearts_learn_and_the_same_command_repeats_nothing(camus, finished):
+def test_three_epochs_on_real_hearts_learn_and_the_same_command_repeats_nothing(few, finished):
     out, report = finished
     assert os.path.getsize(report) > 100_000
-    shards = open_shards(str(out / "shards-64x64-official"))
+    summary = summary_of(report)
+    assert summary["images"] == 80 and summary["patients"] == 20
+    assert summary["scores"]["dice"]["mean"] > 0.60
+    again = subprocess.run(pipeline_command(few, out), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == report
+    assert len(run_directory.read_record(os.path.dirname(os.path.dirname(report)))) == 3
+
+
+@pytest.mark.real_data
+def test_every_real_patient_becomes_a_row_an_image_in_the_official_groups(camus, tmp_path):
+    experiment = tiny_experiment(source=camus, out=str(tmp_path))
+    options = preprocess.Options(launcher="plain", dataset="camus")
+    preprocess.run(replace(experiment, split=SplitConfig("official")), options)
+    shards = open_shards(str(tmp_path))
     assert {group: len(names) for group, names in shards.groups.items()} == {"train": 400, "val": 50}
     assert shards.manifest["rows"] == 1800 and shards.manifest["quarantined"] == []
     assert shards.manifest["dataset"] == "CAMUS"
-    summary = summary_of(report)
-    assert summary["images"] == 200 and summary["patients"] == 50
-    assert summary["scores"]["dice"]["mean"] > 0.70
-    again = subprocess.run(pipeline_command(camus, out), capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and again.stdout.splitlines()[-1] == report
-    assert len(run_directory.read_record(os.path.dirname(os.path.dirname(report)))) == 2
 
 
 # What a submitted pipeline prints when a stage starts, and the latest moment to kill it once it is at work, in seconds: less
 # than the stage takes on a fast machine.
 STAGES = {
-    "preprocess": ("submitted preprocess", 3.0),
-    "train": ("epoch 1/2  step", 8.0),
-    "evaluate": ("submitted evaluate", 5.0),
+    "preprocess": ("submitted preprocess", 1.0),
+    "train": ("epoch 1/3  step", 6.0),
+    "evaluate": ("submitted evaluate", 3.0),
 }
 
 
 @pytest.mark.real_data
 @pytest.mark.timeout(1500)
-def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one(camus, finished, tmp_path, measurement):
-    command, draw = [*pipeline_command(camus, tmp_path / "out"), "--submit"], random.Random(SEED)
+def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one(few, finished, tmp_path, measurement):
+    command, draw = [*pipeline_command(few, tmp_path / "out"), "--submit"], random.Random(SEED)
     with local_cluster.started(tmp_path / "cluster") as environment:
         for stage, (line, latest) in STAGES.items():
             moment = draw.uniform(0, latest)
@@ -111,7 +125,7 @@ def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one
     assert reached == pytest.approx(undisturbed, abs=0.005)
     assert open_shards(str(tmp_path / "out" / "shards-64x64-official")).fingerprint == shards_of(finished[0]).fingerprint
     run = os.path.dirname(os.path.dirname(report))
-    assert [row["epoch"] for row in run_directory.read_record(run)] == [1, 2]
+    assert [row["epoch"] for row in run_directory.read_record(run)] == [1, 2, 3]
     stages = filesystem.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]
     for stage in stages.values():
         ends = [attempt["state"] for attempt in stage["attempts"]]
