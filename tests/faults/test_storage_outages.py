@@ -169,5 +169,5 @@ def test_an_outage_at_any_call_stops_a_job_and_changes_nothing(name, world, monk
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [*CHEAP, *DEAR])
 def test_an_outage_at_any_of_many_calls_stops_any_job_and_changes_nothing(name, trained, monkeypatch, measurement):
-    tries = 40 if name in CHEAP else 6
+    tries = 20 if name in CHEAP else 4
     check_outages(name, (CHEAP | DEAR)[name], trained, monkeypatch, measurement, tries)

