@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from heartseg.errors import StorageError
+from heartseg.errors import StorageError, UserError
 from heartseg.shards import preprocessing
 from heartseg.storage import filesystem, locks
+from heartseg.tuning.search_space import SearchSpace
+from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import tiny_experiment
-from jobs import compare, evaluate, export, inspect_shards, pipeline, predict, preprocess, train
+from jobs import compare, doctor, evaluate, export, inspect_shards, pipeline, predict, preprocess, train, tune
 from jobs.support import ray_preprocessing
 
 PLAIN = {"launcher": "plain"}
@@ -71,7 +73,21 @@ DEAR = {
     "predict": lambda at: predict.run(predict.Options(one_run(at), f"{at}/source", f"{at}/predictions", overlays="off")),
     "compare": lambda at: compare.run(compare.Options(runs=(f"{at}/runs",), out=f"{at}/compared")),
     "export": lambda at: export.run(export.Options(one_run(at), f"{at}/exported")),
+    "tune": lambda at: sweep(at, "another"),
+    "tune, finished": lambda at: sweep(at, "sweep"),
+    "doctor": lambda at: doctor.run(doctor.Options(f"{at}/shards", f"{at}/runs", megabytes=1, **PLAIN)),
 }
+
+
+def sweep(at: str, name: str) -> None:
+    """A sweep of two trials of one epoch on Ray; the outage is the driver's."""
+    base = experiment(at)
+    held_out = replace(base, train=replace(base.train, holdout=0.3), runs=f"{at}/sweeps")
+    plan = SweepPlan(SearchSpace(schedules=("cosine",), lr_points=2), search="grid", stop_early=False)
+    try:
+        tune.run(held_out, tune.Options(plan, trials=2, sweep_name=name))
+    except UserError as error:
+        assert "There is no winner" in str(error)  # after one epoch
 
 
 def other(at: str):
@@ -99,9 +115,10 @@ def world(phantom, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(world) -> Path:
-    """The same with two runs."""
+def trained(world, ray_session) -> Path:
+    """The same with two runs and a sweep."""
     at = f"file://{world}"
+    sweep(at, "sweep")
     path = train.run(experiment(at), train.Options(**PLAIN)).removeprefix("file://")
     shutil.copytree(path, path + "-copy")
     return world
