@@ -58,7 +58,7 @@ constraints: $(VENV)/ready
 		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --only-binary :all: \
 		--generate-hashes --custom-compile-command "make constraints" --no-annotate --output-file constraints.txt
 
-# The picture of docs/architecture.md, from the imports.
+# The picture of docs/explanation/architecture.md, from the imports.
 architecture: $(VENV)/ready
 	$(BIN)/python docs/draw_rooms.py
 

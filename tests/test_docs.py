@@ -1,4 +1,4 @@
-"""The documentation: every link leads somewhere, and what docs/shards.md promises to readers other than ours holds."""
+"""The documentation: every link leads somewhere, and what the reference promises to readers of shards holds."""
 
 import re
 
@@ -9,7 +9,7 @@ from heartseg.shards.reader import load_groups, open_shards
 from heartseg.shards.writer import schema
 from helpers.experiments import ROOT
 
-SHARDS_PAGE = (ROOT / "docs" / "shards.md").read_text()
+SHARDS_PAGE = (ROOT / "docs" / "reference" / "shard-format.md").read_text()
 
 
 def anchors(page: str) -> set[str]:
