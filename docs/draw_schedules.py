@@ -1,4 +1,4 @@
-"""Draws every learning-rate schedule into docs/explanation/schedules.png: `python docs/draw_schedules.py` where heartseg is installed."""
+"""Draws every learning-rate schedule into docs/explanation/schedules.png: `python docs/draw_schedules.py`."""
 
 from pathlib import Path
 
