@@ -68,7 +68,7 @@ reference: $(VENV)/ready
 	$(BIN)/python docs/list_flags.py
 
 # The site's own packages are installed for it alone. The pages keep their places, and so their links.
-PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE cluster/README.md docs
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE CITATION.cff cluster/README.md docs
 MKDOCS = $(BIN)/mkdocs
 
 $(VENV)/docs-ready: $(VENV)/ready
