@@ -163,7 +163,7 @@ def columns_of(path: Path) -> list[str]:
 def undescribed(names) -> set[str]:
     """The names that the reference does not have, groups and sides of an index as it writes them."""
     general = {re.sub(r"^(train|val|test)/", "GROUP/", re.sub(r"_(prediction|truth)$", "", name)) for name in names}
-    return {name for name in general - {"reason"} if f"`{name}`" not in FILES}
+    return {name for name in general if f"`{name}`" not in FILES}
 
 
 def test_every_file_and_column_that_the_lesson_writes_is_described(lesson):
