@@ -77,7 +77,7 @@ $(VENV)/docs-ready: $(VENV)/ready
 
 docs: $(VENV)/docs-ready
 	rm -rf build/pages && mkdir -p build/pages && tar -cf - $(PAGES) | tar -xf - -C build/pages
-	NO_MKDOCS_2_WARNING=true $(MKDOCS) build --strict --quiet
+	NO_MKDOCS_2_WARNING=true $(MKDOCS) build --strict
 	@echo build/site/index.html
 
 clean:
