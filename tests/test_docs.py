@@ -6,8 +6,10 @@ import functools
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -149,6 +151,22 @@ def test_the_lesson_ends_with_a_report_a_comparison_and_an_ejection_fraction_tab
         "check/shards.html",
     ):
         assert (lesson / name).stat().st_size > 300, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_ends_with_the_path_of_a_report(tmp_path):
+    smaller = {"--patients 40": "--patients 8", "--train.epochs 20": "--train.epochs 1"}
+    smaller |= {"$(BIN)/python": sys.executable, "jobs/": f"{ROOT}/jobs/"}
+    recipe = (ROOT / "Makefile").read_text().split("\ndemo: ")[1].split("\n\n")[0].splitlines()[1:]
+    for line in recipe:
+        for written, run in smaller.items():
+            line = line.replace(written, run)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    report = Path(done.stdout.splitlines()[-1])
+    assert report.name == "report.html" and report.is_relative_to(tmp_path) and report.stat().st_size > 100_000
 
 
 def columns_of(path: Path) -> list[str]:
