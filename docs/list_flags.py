@@ -167,7 +167,7 @@ def experiment_section() -> list[str]:
     for group in dict.fromkeys(flag.group for flag in by_recipe[0]):
         rows = [flags for flags in zip(*by_recipe, strict=True) if flags[0].group == group]
         about = hints[group].__doc__.splitlines()[0] if group else "Where it reads and writes, and on how many processes."
-        lines += [f"### {f'`--{group}.…`' if group else 'Paths and workers'}", "", about, ""]
+        lines += [f"### {group or 'Paths and workers'}", "", about, ""]
         lines += table([flags[0] for flags in rows], [recipe_default([flag.default for flag in flags]) for flags in rows])
     return lines
 

@@ -228,6 +228,12 @@ def test_every_variable_of_ours_is_described():
     assert len(found) > 10 and not {name for name in found if f"`{name}`" not in page}
 
 
+def test_the_design_names_files_that_exist():
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "docs" / "explanation" / "architecture.md").read_text())
+    assert len(named) > 30
+    assert not [name for name in named if not any((ROOT / top / name).exists() for top in ("", "heartseg"))]
+
+
 def test_every_public_name_of_the_library_has_a_docstring():
     bare, found = [], [(path, ast.parse(path.read_text())) for path in (ROOT / "heartseg").rglob("*.py")]
     while found:
