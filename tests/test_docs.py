@@ -166,6 +166,8 @@ def test_the_demo_ends_with_the_path_of_a_report(tmp_path):
         done = subprocess.run(shlex.split(line), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
     report = Path(done.stdout.splitlines()[-1])
+    state = json.loads((tmp_path / "demo" / "pipeline.json").read_text())
+    assert not undescribed([*state, *state["stages"]["train"], *state["stages"]["train"]["attempts"][0]])
     assert report.name == "report.html" and report.is_relative_to(tmp_path) and report.stat().st_size > 100_000
 
 
