@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FILE :=
 PYTEST = $(BIN)/python -m pytest -q --durations 10 $(if $(FILE),$(FILE),-n 2 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints architecture clean
+.PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints architecture reference docs clean
 
 help:
 	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test      the fast tests, the ten slowest and their time; FILE=tests/... runs those of one file"
 	@echo "make test-all  that, and what is slow or needs the real data"
 	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade takes newer ones)"
+	@echo "make docs      the documentation as a site in build/site; make reference rewrites the list of flags"
 	@echo "make lint | format | wheel | clean"
 
 $(VENV)/ready: pyproject.toml
@@ -58,9 +59,26 @@ constraints: $(VENV)/ready
 		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --only-binary :all: \
 		--generate-hashes --custom-compile-command "make constraints" --no-annotate --output-file constraints.txt
 
-# The picture of docs/architecture.md, from the imports.
+# The picture of docs/explanation/architecture.md, from the imports.
 architecture: $(VENV)/ready
 	$(BIN)/python docs/draw_rooms.py
+
+# The list of all flags in docs/reference/flags.md, from the dataclasses.
+reference: $(VENV)/ready
+	$(BIN)/python docs/list_flags.py
+
+# The site's own packages are installed for it alone. The pages keep their places, and so their links.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE CITATION.cff cluster/README.md docs
+MKDOCS = $(BIN)/mkdocs
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs-ready
+	rm -rf build/pages && mkdir -p build/pages && tar -cf - $(PAGES) | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=true $(MKDOCS) build --strict
+	@echo build/site/index.html
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

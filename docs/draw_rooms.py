@@ -1,4 +1,4 @@
-"""Draws which package imports which into docs/architecture.md, from the imports themselves: `make architecture`."""
+"""Draws which package imports which into docs/explanation/architecture.md, from the imports themselves: `make architecture`."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
+PAGE = ROOT / "docs" / "explanation" / "architecture.md"
 PICTURE = re.compile(r"```mermaid\n.*?```", re.DOTALL)
 EVERYBODYS = {"errors", "labels", "config"}  # every package imports them: their arrows would hide the others
 

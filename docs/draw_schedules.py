@@ -1,4 +1,4 @@
-"""Draws every learning-rate schedule into docs/schedules.png: `python docs/draw_schedules.py` where heartseg is installed."""
+"""Draws every learning-rate schedule into docs/explanation/schedules.png: `python docs/draw_schedules.py`."""
 
 from pathlib import Path
 
@@ -21,4 +21,4 @@ for axes, (kind, colour) in zip(figure.subplots(3, 3, sharex=True, sharey=True).
     axes.grid(color=INK, alpha=0.12, linewidth=0.7)
 figure.supxlabel("epoch", color=INK, fontsize=9)
 figure.supylabel("learning rate / base rate", color=INK, fontsize=9)
-Path(__file__).with_name("schedules.png").write_bytes(save_png(figure, dpi=100))
+Path(__file__).with_name("explanation").joinpath("schedules.png").write_bytes(save_png(figure, dpi=100))

@@ -61,7 +61,7 @@ class ScheduleConfig:
     """The learning rate over the run, as a multiplier of the base rate."""
 
     kind: ScheduleKind
-    """Shape after the warm-up; docs/sweeps.md draws them."""
+    """Shape after the warm-up; docs/explanation/sweeps.md draws them."""
     warmup_epochs: float = 0.0
     """Epochs of linear rise at the start."""
     power: float = 0.9
