@@ -27,10 +27,7 @@ UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a na
 
 @dataclass(frozen=True)
 class Info:
-    """What an `Info_*.cfg` holds about one view; a field is None if the file lacks it.
-
-    `ed` and `es` count frames from 1; `ef` is in percent, by the `camus` convention unless `ef_convention` is another.
-    """
+    """What an `Info_*.cfg` holds about one view, None for what it lacks; `ed`, `es` count from 1, `ef` is in percent."""
 
     ed: int | None = None
     es: int | None = None
@@ -80,22 +77,18 @@ class CamusTree:
     """The official folder tree as a source of shards; `image_folder.ImageFolder` has the same methods."""
 
     path: str
-    dataset: str = ""
-    """`camus` if the user says that the tree is the release."""
+    dataset: str = ""  # `camus` if the user declares that the tree is the release
 
     def is_there(self) -> bool:
         """True if this machine sees the tree; a disk that is not mounted is an empty folder."""
         return filesystem.exists(filesystem.join(self.path, IMAGES_FOLDER))
 
     def patients(self) -> list[str]:
-        """Names of the patients, sorted; raises UserError if there are none."""
+        """Sorted names; raises UserError if there are none."""
         return find_patients(self.path)
 
     def groups(self) -> dict[str, list[str]]:
-        """The split that the source comes with: group (`train`, `val`, `test`) to patients; empty without split files.
-
-        Raises UserError for a split file that is not text.
-        """
+        """The source's own split: group (`train`, `val`, `test`) to patients; raises UserError for a file that is not text."""
         groups = {}
         for group, name in SPLIT_FILES.items():
             path = filesystem.join(self.path, SPLIT_FOLDER, name)
@@ -105,9 +98,9 @@ class CamusTree:
         return groups
 
     def dataset_name(self) -> str:
-        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or if the user says `camus`; otherwise `other`.
+        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or by the user's word; otherwise `other`: private.
 
-        Patients' names prove nothing: a hospital may number its own as CAMUS does, and other people's pictures are private.
+        Patients' names prove nothing: a hospital may number its own as CAMUS does.
         """
         for note, name in ((PHANTOM_NOTE, "phantom"), (DOWNLOAD_NOTE, "CAMUS")):
             if filesystem.exists(filesystem.join(self.path, note)):
@@ -115,39 +108,32 @@ class CamusTree:
         return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
-        """Name, size and modification time (ns) of each file of some patients: a changed source shows without reading it."""
+        """Name, size and modification time (ns) of each file of some patients: shows a changed source without reading it."""
         return {patient: list_folder(filesystem.join(self.path, IMAGES_FOLDER, patient)) for patient in patients}
 
     def unnamed(self) -> list[str]:
-        """Entries beside the patients that are no patient's, hidden ones left out."""
+        """Visible entries beside the patients' folders."""
         names = filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER))
         return [name for name in names if not (name.startswith(".") or PATIENT_PATTERN.fullmatch(name))]
 
     def check_frames(self, patients: list[str], frames: str) -> None:
         """Raise UserError if sequences are asked for and no patient has one."""
-        folders = (filesystem.join(self.path, IMAGES_FOLDER, patient) for patient in patients)
-        names = (name for folder in folders for name in filesystem.list_names(folder))
+        names = (name for p in patients for name in filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER, p)))
         if frames == "sequence" and not any(HALF_SEQUENCE in name.lower() for name in names):
             raise UserError(f"{self.path} holds no *_{HALF_SEQUENCE}.nii.gz: use --frames stills.")
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
-        """Each still, or each sequence, that a patient should have, whatever its `files` are.
-
-        Reading puts the SHA-256 of each file into `hashes`, by path.
-        """
+        """Each still or sequence that a patient should have; reading puts the SHA-256 of each file into `hashes`, by path."""
         if frames == "sequence":
             for view in VIEWS:
                 yield view, None, partial(read_half_sequence, self.path, patient, view, hashes)
         else:
-            for view, phase in stills_of():
-                yield view, phase, partial(self._read_still, patient, view, phase, hashes)
-
-    def _read_still(self, *still) -> list[Recording]:
-        return [read_still(self.path, *still)]
+            for still in stills_of():
+                yield *still, lambda still=still: [read_still(self.path, patient, *still, hashes)]
 
 
 def find_patients(source: str) -> list[str]:
-    """Names of the patients below `source`, sorted; raises UserError for a folder that holds none."""
+    """Sorted names of the patients of a tree; raises UserError if it has none."""
     require(filesystem.exists(source), f"The source {source} does not exist: give the folder that holds {IMAGES_FOLDER}/.")
     names = filesystem.list_names(filesystem.join(source, IMAGES_FOLDER))
     patients = [name for name in names if PATIENT_PATTERN.fullmatch(name)]
@@ -161,10 +147,7 @@ def recording_path(source: str, patient: str, view: View, phase: Phase | str, su
 
 
 def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict[str, str] | None = None) -> Recording:
-    """Read one ED or ES image with its mask and cfg; raises DamagedRecording with the reason and the file.
-
-    The SHA-256 of each file read goes into `hashes`, by path.
-    """
+    """One ED or ES image with its mask and cfg; raises DamagedRecording. `hashes` gets the SHA-256 of each file, by path."""
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
     (pixels,) = read_pair(*paths, "stills", hashes)
     info = read_info(source, patient, view, hashes)
@@ -173,9 +156,9 @@ def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict
 
 
 def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[dict]:
-    """The frames of an image file and its mask file, in the image's order: `Recording`'s fields that files give.
+    """`Recording`'s fields that an image file and its mask file hold, frame by frame; raises DamagedRecording.
 
-    `frames` is `stills` (one frame) or `sequence` (the third axis of the file is time). Raises DamagedRecording.
+    `frames` is `stills` (one frame) or `sequence` (the third axis of the file is time).
     """
     values, spacing_mm, place = read_nifti(image_path, hashes)
     masks, *_ = read_nifti(mask_path, hashes, place)
@@ -186,17 +169,15 @@ def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, st
     try:
         images, grey = as_grey(values)
     except Unreadable as error:
-        raise DamagedRecording(f"is no readable NIfTI: {error}", image_path) from error
+        raise DamagedRecording(f"is not a readable NIfTI: {error}", image_path) from error
     shared = {"spacing_mm": spacing_mm, "grey": grey, "place": place}
     return [{"image": image, "mask": mask} | shared for image, mask in zip(images, as_labels(masks, mask_path), strict=True)]
 
 
 def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
-    """All frames of half a beat, from end-diastole to end-systole; raises DamagedRecording with the reason and the file.
+    """All frames of half a beat, reversed if the file runs from ES to ED, so that `frame`, from 1, counts towards end-systole.
 
-    A file that runs from ES to ED is reversed, so that `frame`, from 1, always counts towards end-systole. A frame has a
-    phase if the cfg names it as ED or ES. Without a cfg, or with one that names frames that do not exist, the ends of the
-    file are ED and ES, ED the one with the larger cavity; if both are equally large, no frame has a phase.
+    Raises DamagedRecording.
     """
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
     frames = read_pair(*paths, "sequence", hashes)
@@ -211,7 +192,10 @@ def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, 
 
 
 def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
-    """Which frames of a file, from 1, are ED and ES; (None, None) if that is unknown."""
+    """Which frames of a file, from 1, are ED and ES: by the cfg, if it names two that exist, otherwise the ends of the file.
+
+    ED is the end with the larger cavity; (None, None) if both are equally large.
+    """
     last = len(masks)
     named = (info.ed, info.es) if info else (None, None)
     if None not in named and named[0] != named[1] and all(1 <= frame <= last for frame in named):
@@ -227,16 +211,14 @@ def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | No
     path = find_file(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"))
     if not filesystem.exists(path):
         return None
-    raw = read_source(path)
-    if hashes is not None:
-        hashes[path] = filesystem.sha256(raw)
     try:
-        text = decode_text(raw, "replace")  # keys and numbers are ASCII: a remark in another encoding does no harm
+        # Keys and numbers are ASCII: a remark in another encoding does no harm.
+        text = decode_text(read_source(path, hashes), "replace")
     except ValueError as error:
         raise DamagedRecording("is not text in UTF-8 or UTF-16", path) from error
     pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
     texts = {key.strip(CFG_NOISE).lower(): value.strip(CFG_NOISE) for key, value in pairs}
-    known = ((name, kind, texts.get(key.lower(), "")) for key, (name, kind) in CFG_FIELDS.items())
+    known = ((name, kind, texts.get(key.lower())) for key, (name, kind) in CFG_FIELDS.items())
     return Info(**{name: parse_value(value, kind) for name, kind, value in known if value})
 
 
@@ -289,10 +271,10 @@ def write_groups(source: str, groups: dict[str, list[str]]) -> None:
 
 def list_folder(path: str) -> list[list]:
     """Name, size and modification time of a folder's entries; raises UserError for a name that is not UTF-8."""
-    found = filesystem.list_files(path)
+    found = [list(entry) for entry in filesystem.list_files(path)]
     for name, *_ in found:
         require(not UNREADABLE.search(name), f"{path} holds {ascii(name)}, a name that is not UTF-8: rename it.")
-    return [list(entry) for entry in found]
+    return found
 
 
 def names_and_sizes(listing: dict[str, list[list]]) -> dict[str, list[list]]:

@@ -9,10 +9,7 @@ from heartseg.storage import filesystem
 
 
 def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> CamusTree | ImageFolder:
-    """The source at a path; both kinds have the same methods.
-
-    Raises UserError if neither is there, or for a pattern that is not one or that a tree of folders has no use for.
-    """
+    """The source at a path; raises UserError if none is there, or for a pattern that is wrong or of no use."""
     try:
         re.compile(patient_pattern)
     except re.error as error:

@@ -12,7 +12,6 @@ QUALITIES = ("Good", "Medium", "Poor")
 
 
 def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
-    """The group of each patient."""
     return {patient: group for group, patients in groups.items() for patient in patients}
 
 
@@ -22,33 +21,23 @@ def make_groups(
     """Group names to sorted patients; `official` is the split that the source's own files give.
 
     `known` holds a patient's `ef` in percent and `quality` by view, as a manifest keeps them; patients of whom nothing is
-    known are one stratum. Raises UserError if an official split is asked for and missing, or if no patient is left to
-    train on.
+    known are one stratum. Raises UserError if an official split is missing, or if no patient is left to train on.
     """
     if config.kind == "official":
-        groups = official_groups(patients, official)
+        if not official:
+            raise UserError("The source has no database_split/subgroup_*.txt and no groups.csv: take --split.kind ratio.")
+        groups = {group: sorted({*patients} & {*names}) for group, names in official.items()}
     else:
         groups = draw_groups(config, draw_strata(config, patients, known or {}))
+    groups = {group: names for group, names in groups.items() if names}
     if len(groups) < 2 or "train" not in groups:
         raise UserError(f"{len(patients)} patients give no training group and another one: give more, or another split.")
     assert_disjoint(groups)
     return groups
 
 
-def official_groups(patients: list[str], official: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The source's own groups, kept to the patients that are there; patients in no file are left out."""
-    if not official:
-        raise UserError("The source has no database_split/subgroup_*.txt and no groups.csv: take --split.kind ratio.")
-    there = set(patients)
-    groups = {group: sorted(there & set(names)) for group, names in official.items()}
-    return {group: names for group, names in groups.items() if names}
-
-
 def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
-    """Raise UserError if the source's split names a stranger.
-
-    Only a part of CAMUS, whose split files name all 500, is no mistake; it leaves no patient without a group.
-    """
+    """Raise UserError if the source's split names a stranger, unless it is a part of CAMUS, whose files name all 500."""
     named = {name for names in official.values() for name in names}
     left_out = sorted(set(patients) - named)
     strangers = [name for name in sorted(named - set(patients)) if left_out or not re.fullmatch(r"patient\d{4}", name)]
@@ -62,7 +51,7 @@ def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
 
 
 def stratum(known: dict) -> str:
-    """What patients of a stratum share: the class of the ejection fraction, and the worst image quality of the views."""
+    """What patients of a stratum share: the class of the ejection fraction and the worst image quality."""
     ef, qualities = known.get("ef"), set((known.get("quality") or {}).values())
     worst = max(qualities, key=lambda quality: (quality in QUALITIES and QUALITIES.index(quality), quality), default="")
     return f"{'' if ef is None else EF_CLASSES[int(ef_class(ef))]}/{worst}"
@@ -79,7 +68,7 @@ def draw_strata(config: SplitConfig, patients: list[str], known: dict[str, dict]
 
 
 def draw_groups(config: SplitConfig, strata: list[list[str]]) -> dict[str, list[str]]:
-    """The groups that have patients, sorted: shares are rounded to whole patients, and what remains trains.
+    """The groups, sorted: shares are rounded to whole patients, and what remains trains.
 
     Folds are dealt like cards, stratum after stratum: they differ by one patient at most, in each stratum too. The share of
     the validation group is one of all patients, with folds one of those that are not in the test fold.
@@ -95,21 +84,20 @@ def draw_groups(config: SplitConfig, strata: list[list[str]]) -> dict[str, list[
         rest = [[patient for patient in patients if patient not in test] for patients in strata]
         num_val = round(config.val_share * (len(dealt) - len(test)))
     val, rest = take(rest, num_val, config.seed)
-    groups = {"train": [patient for patients in rest for patient in patients], "val": val, "test": test}
-    return {group: sorted(patients) for group, patients in groups.items() if patients}
+    return {"train": sorted(patient for patients in rest for patient in patients), "val": sorted(val), "test": sorted(test)}
 
 
 def take(strata: list[list[str]], count: int, seed: int) -> tuple[list[str], list[list[str]]]:
     """The first few of every stratum, `count` in all, and the others by stratum.
 
     Each gives its share, rounded up or down: the share of the running total is cut at whole patients, from a start that
-    the seed draws so that small strata are not rounded the same way each time. One stratum just gives its first `count`.
+    the seed draws so that small strata are not rounded the same way each time.
     """
-    everybody = sum(map(len, strata))
-    start, taken, rest, before = random.Random(seed).randrange(max(1, everybody)), [], [], 0
+    total = max(1, sum(map(len, strata)))
+    start, taken, rest, before = random.Random(seed).randrange(total), [], [], 0
     for patients in strata:
         after = before + len(patients)
-        number = (after * count + start) // everybody - (before * count + start) // everybody if everybody else 0
+        number = (after * count + start) // total - (before * count + start) // total
         taken += patients[:number]
         rest.append(patients[number:])
         before = after

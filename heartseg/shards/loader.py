@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from heartseg.errors import UserError
+from heartseg.errors import require
 from heartseg.shards.reader import FrameRows
 
 # Images [b,1,H,W] and labels [b,H,W].
@@ -22,41 +22,33 @@ LANES = 16
 
 @dataclass(frozen=True)
 class Intensity:
-    """How 0-255 becomes what the network sees: (value / 255 - mean) / std."""
+    """How images with values from 0 to 1 become what the network sees: (value - mean) / std."""
 
     mean: float = 0.0
     std: float = 1.0
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise images whose values lie between 0 and 1."""
         return images if (self.mean, self.std) == (0.0, 1.0) else (images - self.mean) / self.std
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     """Training steps of an epoch: the last incomplete batch is dropped. Raises UserError if none is complete."""
-    if num_rows < batch_size:
-        raise UserError(
-            f"The training group has {num_rows} images, fewer than a batch of {batch_size}: lower --train.batch-size."
-        )
+    fix = "lower --train.batch-size"
+    require(num_rows >= batch_size, f"The training group has {num_rows} images, fewer than a batch of {batch_size}: {fix}.")
     return num_rows // batch_size
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
     """Raise UserError if a worker's share, or one of its parts, is under two images: batch normalisation needs two."""
-    if batch_size // world_size < 2:
-        raise UserError(
-            f"A batch of {batch_size} over {world_size} workers leaves one of them under 2 images: "
-            f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size."
-        )
-    if batch_size // world_size // accumulate < 2:
-        raise UserError(
-            f"A batch of {batch_size} over {world_size} workers, each in {accumulate} parts, leaves a part under 2 images: "
-            f"use --train.accumulate {batch_size // world_size // 2} or less, or a larger --train.batch-size."
-        )
+    each, batch = batch_size // world_size, f"A batch of {batch_size} over {world_size} workers"
+    fix = f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size"
+    require(each >= 2, f"{batch} leaves one of them under 2 images: {fix}.")
+    fix = f"use --train.accumulate {each // 2} or less, or a larger --train.batch-size"
+    require(each // accumulate >= 2, f"{batch}, each in {accumulate} parts, leaves a part under 2 images: {fix}.")
 
 
 def share(batch_size: int, rank: int, world_size: int) -> slice:
-    """A rank's rows of a global batch: contiguous, and at most one row more than any other rank's."""
+    """A rank's rows of a global batch: contiguous, at most one more than any other rank's."""
     return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
@@ -77,12 +69,11 @@ def epoch_seed(seed: int, epoch: int, among: int = 1, place: int = 0) -> int:
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of an epoch, the same on every rank: int64 [num_rows]."""
-    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-    return torch.randperm(num_rows, generator=generator)
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 
 
 class Batches:
-    """What feeds the engine, which cannot tell its kinds apart: a `Loader` in memory, and a `streaming_loader.Stream`.
+    """What feeds the engine, which does not know the kind: a `Loader` in memory, or a `Stream`.
 
     Each kind has a length; `order(batch_size, seed, epoch)`, the rows of each global batch, int64 [steps, batch_size]; and
     `batches(rows, lanes)`, these rows in batches of `len(lanes)`, the place of a batch being filled from its lane.
@@ -97,7 +88,7 @@ class Batches:
         return self.batches(self.order(batch_size, seed, epoch)[:, mine].flatten(), lanes_of(batch_size)[mine])
 
     def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
-        """The rows of one global batch, to name what was in it."""
+        """The rows of one global batch."""
         return self.order(batch_size, seed, epoch)[step].tolist()
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:

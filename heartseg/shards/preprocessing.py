@@ -5,23 +5,21 @@ from collections.abc import Callable, Iterable
 
 from heartseg.config.experiment import ImageConfig, SplitConfig, first_difference, from_json, to_json
 from heartseg.datasets import splits
-from heartseg.datasets.camus import CamusTree
-from heartseg.datasets.image_folder import ImageFolder
 from heartseg.errors import UserError
 from heartseg.shards import reader, writer
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem, locks
 
 MAX_QUARANTINED = 0.01  # largest share of the recordings that may be damaged
+MapParts = Callable[[list[tuple]], Iterable[dict]]
 
 
 def write_parts_here(tasks: list[tuple]) -> Iterable[dict]:
-    """The records of all parts, written by this process one after the other."""
     return itertools.starmap(writer.write_part, tasks)
 
 
 def write_shards(
-    source: CamusTree | ImageFolder,
+    source: writer.Source,
     out: str,
     image: ImageConfig,
     split: SplitConfig,
@@ -29,13 +27,13 @@ def write_shards(
     max_quarantined: float = MAX_QUARANTINED,
     overwrite: bool = False,
     resplit: bool = False,
-    map_parts: Callable[[list[tuple]], Iterable[dict]] = write_parts_here,
+    map_parts: MapParts = write_parts_here,
 ) -> Shards:
     """Write what is missing of a source's shards, and their split.
 
-    `map_parts` calls `writer.write_part` with each of some arguments and returns the records in any order. Raises UserError
-    if a complete folder was made from something else, if it is split differently and `resplit` is False, or if a larger
-    share than `max_quarantined` of the recordings is damaged.
+    `map_parts` calls `writer.write_part` with each tuple of arguments and returns the records in any order. Raises UserError
+    if a complete folder was made from something else or is split differently (unless `resplit`), or if more than
+    `max_quarantined` of the recordings is damaged.
     """
     patients, official = source.patients(), source.groups()
     source.check_frames(patients, frames)
@@ -61,26 +59,19 @@ def write_shards(
 
 
 def write_parts(
-    source: CamusTree | ImageFolder,
-    listing: dict[str, list],
-    out: str,
-    image: ImageConfig,
-    frames: str,
-    map_parts: Callable[[list[tuple]], Iterable[dict]],
+    source: writer.Source, listing: dict[str, list], out: str, image: ImageConfig, frames: str, map_parts: MapParts
 ) -> list[dict]:
     """Write the parts of all patients of a listing; returns their records, in order."""
     parts = dict(writer.part_names(list(listing), frames))
     for name in filesystem.list_names(out):
         if writer.PART_NAME.fullmatch(name) and name not in parts:
-            path = filesystem.join(out, name)
-            raise UserError(f"{path} is a part of other shards: remove it, or give --overwrite or another --out.")
+            raise UserError(f"{out}/{name} is a part of other shards: remove it, or give --overwrite or another --out.")
     tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk}) for name, chunk in parts.items()]
     records = {record["file"]: record for record in map_parts(tasks)}
     sizes = {name: size for name, size, _ in filesystem.list_files(out)}
     for name, record in records.items():
         if sizes.get(name) != record["bytes"]:
-            path = filesystem.join(out, name)
-            raise UserError(f"{path} is not there as it was written: every node must see --out, so give a folder they share.")
+            raise UserError(f"{out}/{name} is not there as it was written: every node must see --out, so give a shared folder.")
     return [records[name] for name in parts]
 
 
@@ -89,13 +80,11 @@ def check_quarantine(parts: list[dict], max_quarantined: float) -> None:
     damaged = sum(len(part["quarantined"]) for part in parts)
     total = sum(record["recordings"] for part in parts for record in part["patients"].values())
     if damaged > max_quarantined * total:
-        raise UserError(
-            f"{damaged} of {total} recordings are damaged, more than --max-quarantined {max_quarantined:g}: "
-            "repair them and rerun the same command, or allow more with --max-quarantined."
-        )
+        allowed = f"more than --max-quarantined {max_quarantined:g}"
+        raise UserError(f"{damaged} of {total} recordings are damaged, {allowed}: repair them and rerun, or allow more.")
 
 
-def check_same(source: CamusTree | ImageFolder, out: str, image: ImageConfig, frames: str) -> dict:
+def check_same(source: writer.Source, out: str, image: ImageConfig, frames: str) -> dict:
     """The manifest of a complete folder; raises UserError if it has other settings, or its source or a part has changed."""
     manifest = reader.read_manifest(out)
     there = {"image": manifest["image"], "frames": manifest.get("frames")}
@@ -107,7 +96,7 @@ def check_same(source: CamusTree | ImageFolder, out: str, image: ImageConfig, fr
 
 
 def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | None:
-    """The first file of the source that is new, gone or changed since the shards were made; None if there is none."""
+    """The first file of the source that is new, gone or changed since the shards were made, if any."""
     sidecars = [writer.read_sidecar(filesystem.join(out, part["file"])) for part in manifest["parts"]]
     if not all(sidecars):  # written by a version that kept one hash of all names and sizes
         now = writer.listing_hash([part["patients"] for part in manifest["parts"]], listing)
@@ -125,10 +114,7 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
 
 
 def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str, list[str]]) -> None:
-    """Raise UserError if a complete folder is split in another way than asked.
-
-    `official` is the source's own split: its files may have been edited since.
-    """
+    """Raise UserError if a complete folder is split in another way than asked, or than by the source's `official` split now."""
     path = filesystem.join(out, writer.SPLITS)
     if not filesystem.exists(path):
         return

@@ -1,13 +1,12 @@
 """The batches of a group that is too large for memory, read from its shards as they are needed, on threads of this process.
 
 Threads instead of Ray Data: the order follows from (seed, epoch) alone, it works under every launcher, and it needs no CPU
-that a scheduler could withhold, so nothing can wait for one in silence.
+that a scheduler could withhold.
 
 The shuffle has two levels. The parts are permuted, the rows of each are permuted, and that sequence is cut into up to
-`LANES` equal lanes that run side by side: a batch takes its rows from all of them. Against the full permutation of a group in
-memory, the images of a part (16 patients' stills) stay in one lane and so come within as many steps as it has of them, and
-seldom two in one batch; which parts run beside each other is drawn again each epoch. A worker reads the lanes of its share
-and holds a part of each: its memory depends on the lanes, not on the group.
+`LANES` equal lanes that run side by side: a batch takes its rows from all of them. Unlike in memory, the images of a part
+(16 patients' stills) come within as many steps as it has of them, and seldom two in one batch; which parts run beside each
+other is drawn again each epoch. A worker holds a part of each lane of its share, however large the group.
 """
 
 import concurrent.futures
@@ -40,7 +39,7 @@ Piece = tuple[int, np.ndarray]
 def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """The rows of each global batch of an epoch, int64 [steps, batch_size], for parts of so many rows; on every rank the same.
 
-    Columns are places in the batch; the columns of a lane hold its rows one after the other.
+    The columns (places in a batch) of a lane hold its rows one after the other.
     """
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     starts = np.cumsum([0, *rows_of_parts])
@@ -56,29 +55,24 @@ def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: in
 def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of: Callable[[Piece], str]) -> Iterator[Batch]:
     """What `read` returns for each piece, in order; a few are read before they are needed, each on a thread of its own.
 
-    Raises what `read` raised, and StorageError for a piece that never comes. The threads are daemons that pass their result
-    by a future: a read that never returns keeps neither the training nor its end waiting.
+    Raises what `read` raised, and StorageError for a piece that never comes. The threads are daemons: a read that never returns
+    keeps neither the training nor its end waiting.
     """
-    waiting, pending = iter(pieces), deque()
-    while True:
-        for piece in itertools.islice(waiting, PARTS_AHEAD + 1 - len(pending)):
-            pending.append((_start_reading(read, piece), name_of(piece)))
-        if not pending:
-            return
-        yield _wait_for(*pending.popleft())
 
-
-def _start_reading(read: Callable[[Piece], Batch], piece: Piece) -> Future:
-    future = Future()
-
-    def fulfil() -> None:
+    def fulfil(future: Future, piece: Piece) -> None:
         try:
             future.set_result(read(piece))
         except BaseException as error:  # whoever waits for the piece must get it, whatever it is
             future.set_exception(error)
 
-    threading.Thread(target=fulfil, name="stream", daemon=True).start()
-    return future
+    waiting, pending = iter(pieces), deque()
+    while True:
+        for piece in itertools.islice(waiting, PARTS_AHEAD + 1 - len(pending)):
+            pending.append((future := Future(), name_of(piece)))
+            threading.Thread(target=fulfil, args=(future, piece), name="stream", daemon=True).start()
+        if not pending:
+            return
+        yield _wait_for(*pending.popleft())
 
 
 def _wait_for(future: Future, name: str) -> Batch:
@@ -86,17 +80,15 @@ def _wait_for(future: Future, name: str) -> Batch:
         if concurrent.futures.wait([future], SAY_AFTER_S).done:
             return future.result()
         log.warning("%s has not come for %d s: waiting for its disk or network.", name, waits * SAY_AFTER_S)
-    raise StorageError(
-        f"The shard {name} did not come within {GIVE_UP_AFTER_S} s: check its disk or network; "
-        "rerun the same command to resume."
-    )
+    fix = "check its disk or network, then rerun the same command to resume"
+    raise StorageError(f"The shard {name} did not come within {GIVE_UP_AFTER_S} s: {fix}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Stream(Batches):
     """A group that is read again each epoch; its rows are numbered as in a `Loader`.
 
-    Batches raise OneRankError for a damaged part, and StorageError for one that does not come: the other ranks do not know.
+    Raises OneRankError for a damaged part, and StorageError for one that does not come.
     """
 
     shards: Shards
@@ -137,8 +129,7 @@ class Stream(Batches):
             table = read_part_rows(self.shards, self.index[piece[0]], piece[1], COLUMNS)
         except UserError as error:
             raise OneRankError(str(error)) from error
-        frames = as_frames(table, self.shards.image)
-        return frames.images, frames.masks
+        return (frames := as_frames(table, self.shards.image)).images, frames.masks
 
     def _name(self, piece: Piece) -> str:
         return filesystem.join(self.shards.path, self.index[piece[0]].part["file"])

@@ -89,7 +89,7 @@ def test_frames_are_upright_and_masks_return_to_the_very_grid(axes, dtype, signs
     assert mask.header.get_zooms() == image.header.get_zooms()
     assert mask.header["descrip"] == b"kept" and mask.header.endianness == image.header.endianness
     assert (mask.dataobj.slope, mask.dataobj.inter) == (1, 0) and mask.header["cal_max"] == 0
-    again = readers.read_nifti((tmp_path / "mask.nii.gz").read_bytes())
+    again = readers.decode((tmp_path / "mask.nii.gz").read_bytes(), "nifti")
     np.testing.assert_array_equal(again.pixels, masks)
 
 
@@ -100,7 +100,7 @@ def test_nifti_2_without_any_transform_is_kept_and_a_dicom_header_in_it_does_not
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"DOE^JANE"))  # as some converters do
     raw = image.to_bytes()
     assert b"DOE^JANE" in raw
-    found = readers.read_nifti(raw)
+    found = readers.decode(raw, "nifti")
     nifti.write_frames(str(tmp_path / "mask.nii.gz"), found.pixels % 4, found.place)
     assert b"DOE^JANE" not in gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
     mask = nibabel.load(tmp_path / "mask.nii.gz")
@@ -177,5 +177,5 @@ def test_a_missing_package_is_reported_with_the_command_that_installs_it(kind, p
 
     monkeypatch.setattr(readers.importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"pip install 'heartseg\[formats\]'"):
-        readers.check_package_installed(kind)
-    readers.check_package_installed("nifti")
+        readers.import_package(kind)
+    readers.import_package("nifti")
