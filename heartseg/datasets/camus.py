@@ -44,9 +44,8 @@ class Info:
 class Recording:
     """One annotated frame, upright.
 
-    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is
-    (depth, lateral) for one pixel. `frame` counts from 1. `frame`, `view` and `phase` are None if unknown: a frame between
-    ED and ES has no phase. `grey` is the range of the file's values that became 0 to 255, `place` how the file holds it.
+    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is (depth, lateral).
+    `frame` counts from 1; a frame between ED and ES has no phase. `grey` is the range of values that became 0 to 255.
     """
 
     patient: str
@@ -61,8 +60,7 @@ class Recording:
     place: Place | None = None
 
 
-# The lines of a cfg: key, field, type.
-CFG_FIELDS = {
+CFG_FIELDS = {  # the lines of a cfg: key, field, type
     "ED": ("ed", int), "ES": ("es", int), "NbFrame": ("num_frames", int), "Sex": ("sex", str), "Age": ("age", int),
     "ImageQuality": ("quality", str), "EF": ("ef", float), "FrameRate": ("frame_rate", float),
     "EFConvention": ("ef_convention", str),
@@ -98,10 +96,7 @@ class CamusTree:
         return groups
 
     def dataset_name(self) -> str:
-        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or by the user's word; otherwise `other`: private.
-
-        Patients' names prove nothing: a hospital may number its own as CAMUS does.
-        """
+        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or by the user's word; otherwise `other`: private."""
         for note, name in ((PHANTOM_NOTE, "phantom"), (DOWNLOAD_NOTE, "CAMUS")):
             if filesystem.exists(filesystem.join(self.path, note)):
                 return name
@@ -156,10 +151,7 @@ def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict
 
 
 def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[dict]:
-    """`Recording`'s fields that an image file and its mask file hold, frame by frame; raises DamagedRecording.
-
-    `frames` is `stills` (one frame) or `sequence` (the third axis of the file is time).
-    """
+    """`Recording`'s fields that an image file and its mask file hold, frame by frame; raises DamagedRecording."""
     values, spacing_mm, place = read_nifti(image_path, hashes)
     masks, *_ = read_nifti(mask_path, hashes, place)
     if frames == "stills" and len(values) > 1:
@@ -175,10 +167,7 @@ def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, st
 
 
 def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
-    """All frames of half a beat, reversed if the file runs from ES to ED, so that `frame`, from 1, counts towards end-systole.
-
-    Raises DamagedRecording.
-    """
+    """All frames of half a beat, `frame` counting from 1 at ED, whichever way the file runs; raises DamagedRecording."""
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
     frames = read_pair(*paths, "sequence", hashes)
     info = read_info(source, patient, view, hashes)
@@ -192,10 +181,7 @@ def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, 
 
 
 def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
-    """Which frames of a file, from 1, are ED and ES: by the cfg, if it names two that exist, otherwise the ends of the file.
-
-    ED is the end with the larger cavity; (None, None) if both are equally large.
-    """
+    """Which frames, from 1, are ED and ES: by the cfg, otherwise the ends, the larger cavity being ED; None if unknown."""
     last = len(masks)
     named = (info.ed, info.es) if info else (None, None)
     if None not in named and named[0] != named[1] and all(1 <= frame <= last for frame in named):
@@ -255,10 +241,8 @@ def stills_of() -> Iterator[tuple[View, Phase]]:
 
 def write_info(source: str, patient: str, view: View, info: Info) -> None:
     """Write a cfg as the release does, with one more line if the EF is by another convention."""
-    values = {key: getattr(info, name) for key, (name, _) in CFG_FIELDS.items()}
-    if info.ef_convention == "camus":
-        del values["EFConvention"]
-    text = "".join(f"{key}: {value}\n" for key, value in values.items() if value is not None)
+    values = ((key, getattr(info, name)) for key, (name, _) in CFG_FIELDS.items())
+    text = "".join(f"{key}: {value}\n" for key, value in values if value not in (None, Info.ef_convention))
     filesystem.publish(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"), text.encode())
 
 

@@ -1,7 +1,6 @@
 """DICOM files to upright grey frames, the millimetres of a pixel, and keyed digests of what identifies a study.
 
-The only file that imports pydicom, which `pip install heartseg[formats]` brings: import it only where a DICOM is read.
-Nothing else that a file holds about its patient leaves it, and no message quotes a value.
+The only file that imports pydicom (`pip install heartseg[formats]`). No message quotes a value of a file.
 """
 
 import hmac
@@ -28,12 +27,11 @@ ULTRASOUND = tuple(STORAGE + kind for kind in ("3", "3.1", "6", "6.1"))
 SCREENSHOT, VOLUME = STORAGE + "7", STORAGE + "6.2"
 # DICOM PS3.3 C.8.5.5.1: spatial formats of a region (M-mode and Doppler are curves over time), its type, its unit.
 TWO_DIMENSIONAL, CURVES, TISSUE, CENTIMETRES = 1, {2, 3}, 1, 3
-# A region may end this share of a picture's side beyond its edge: writers count from 0 or from 1, and round.
-BEYOND_EDGE = 0.02
+CORNERS = ("MinY0", "MinX0"), ("MaxY1", "MaxX1")
+BEYOND_EDGE = 0.02  # share of a picture's side that a region may exceed it by: writers count from 0 or from 1, and round
 # What must agree in all files of a study, where they have it.
 IDENTIFIERS = ("PatientID", "StudyInstanceUID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate")
-# A generator's UIDs are longer than this; an anonymiser's placeholder, such as 1.2.3, is not.
-SHORTEST_UID = 20
+SHORTEST_UID = 20  # a generator's are longer; an anonymiser's placeholder, such as 1.2.3, is not
 
 
 def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -> Frames:
@@ -72,19 +70,16 @@ def check_is_loop(dataset) -> None:
 
 
 def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, float] | None, tuple[str, ...]]:
-    """The part of the picture to outline (top, left, bottom, right; the last two excluded), its spacing in mm, and notes.
-
-    That is the largest 2-D tissue region, and the whole picture without one or if it does not fit.
-    """
+    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole picture; its spacing; notes."""
     whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
     formats = {region.get("RegionSpatialFormat") for region in regions}
     if formats & CURVES and TWO_DIMENSIONAL not in formats:
         raise Unreadable("it shows no 2-D picture, but a curve over time (M-mode or Doppler)")
-    tissue = [
-        (_corners(region), region)
-        for region in regions
-        if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE
-    ]
+    tissue = []
+    for region in regions:
+        if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE:
+            first, last = ([int(region.get(f"RegionLocation{end}", 0)) for end in ends] for ends in CORNERS)
+            tissue.append(((*first, last[0] + 1, last[1] + 1), region))
     if not tissue:
         spacing_mm = _positive(dataset.get("PixelSpacing") or ())
         ratio = [float(value) for value in dataset.get("PixelAspectRatio") or (1, 1)]
@@ -104,21 +99,13 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
 
 
 def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
-    """True if a region (top, left, bottom, right) lies in a picture, or in one that was cropped along one side.
-
-    A cropped picture kept its other size, where the region ends at its edge; one made smaller ends before it both ways.
-    """
+    """True if a region (top, left, bottom, right) lies in a picture, or in one that was cropped along one side."""
     top, left, bottom, right = corners
     if not (0 <= top < bottom and 0 <= left < right and top + 1 < rows and left + 1 < columns):
         return False
     too_deep, too_wide = bottom > rows * (1 + BEYOND_EDGE), right > columns * (1 + BEYOND_EDGE)
     ends_below, ends_right = bottom >= rows * (1 - BEYOND_EDGE), right >= columns * (1 - BEYOND_EDGE)
     return not (too_deep or too_wide) or (too_deep != too_wide and ends_below and ends_right)
-
-
-def _corners(region) -> tuple[int, int, int, int]:
-    top, left, bottom, right = (int(region.get(f"RegionLocation{end}", 0)) for end in ("MinY0", "MinX0", "MaxY1", "MaxX1"))
-    return top, left, bottom + 1, right + 1
 
 
 def _area(corners: tuple[int, int, int, int]) -> int:
@@ -174,10 +161,7 @@ def _decoder(dataset):
 
 
 def identify(raw: bytes, secret: bytes) -> dict[str, str]:
-    """Digests of a file's IDENTIFIERS and SeriesInstanceUID, by tag; empty for a damaged file.
-
-    Without the `secret` that keys them, no one can find out whose they are by trying names.
-    """
+    """Digests, keyed by `secret`, of a file's IDENTIFIERS and SeriesInstanceUID, by tag; empty for a damaged file."""
     try:
         dataset = pydicom.dcmread(io.BytesIO(raw), force=True, stop_before_pixels=True)
         values = {tag: str(dataset.get(tag) or "").strip(" ^\0") for tag in (*IDENTIFIERS, "SeriesInstanceUID")}

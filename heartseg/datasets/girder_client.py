@@ -23,8 +23,7 @@ T = TypeVar("T")
 PAGE = 100
 CONNECT_TIMEOUT_S = 15
 BUSY_STATUSES = (408, 425, 429, *range(500, 600))
-# A patient's folder has 14 files and some 10 to 100 MB; an answer or a zip that claims more than this is not one.
-MAX_BYTES = 2**30
+MAX_BYTES = 2**30  # of an answer or a zip; a patient's folder has 14 files and some 10 to 100 MB
 
 
 class FailedDownload(Exception):
@@ -54,10 +53,7 @@ class Server:
         return found
 
     def fetch(self, path: str, use: Callable[[bytes], T], params: dict | None = None) -> T:
-        """`use` of the body of an answer, fetched again while that or `use` raises DamagedDownload and tries are left.
-
-        Raises FailedDownload, and UserError for a certificate that is refused.
-        """
+        """`use` of an answer's body, again while that raises DamagedDownload and tries are left; raises FailedDownload."""
         for wait_s in [self.wait_s * 2**earlier for earlier in range(self.tries - 1)]:
             try:
                 return use(self._body(path, params))
@@ -105,10 +101,7 @@ def parse_listing(body: bytes) -> dict[str, str]:
 
 
 def unpack(packed: bytes, target: str) -> None:
-    """Unpack a zip into the folder `target` and flush it to the disk; raises DamagedDownload before anything is written.
-
-    zipfile writes nothing outside that folder.
-    """
+    """Unpack a zip into the folder `target`, flushed to the disk; raises DamagedDownload before anything is written."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(packed))
         size, damaged = sum(entry.file_size for entry in archive.infolist()), archive.testzip()

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from heartseg.datasets import camus
-from heartseg.datasets.camus import Readable, Recording
-from heartseg.errors import UserError
+from heartseg.datasets.camus import IMAGES_FOLDER, CamusTree, Readable, Recording
+from heartseg.errors import UserError, require
 from heartseg.labels import PHASES, VIEWS, Phase, View
 from heartseg.storage import filesystem
 
@@ -38,7 +38,6 @@ class ImageFolder:
     dataset: str = ""
 
     def is_there(self) -> bool:
-        """True if this machine sees images/ and masks/."""
         return all(filesystem.exists(filesystem.join(self.path, name)) for name in (IMAGES, MASKS))
 
     def patients(self) -> list[str]:
@@ -92,11 +91,7 @@ class ImageFolder:
         """Any file may be a sequence."""
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
-        """Each picture of a patient, by its `files` below the folder.
-
-        In a `sequence`, the third axis is time, in the file's own order, and the phase stays unknown. Half a pair is damaged,
-        with or without its image.
-        """
+        """Each picture of a patient, by its `files`; in a `sequence`, the third axis is time, and the phase stays unknown."""
         for name in sorted({re.sub(r"(?i)\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
             parts = SEPARATOR.split(name.upper())[1:]
             view = next((View(part) for part in parts if part in VIEWS), None)
@@ -126,3 +121,19 @@ class ImageFolder:
         if not patient:
             raise UserError(f"--patient-pattern {self.patient_pattern!r} finds no patient in {stem!r}: give another.")
         return patient
+
+
+def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> CamusTree | ImageFolder:
+    """The source at a path; raises UserError if none is there, or for a pattern that is wrong or of no use."""
+    try:
+        re.compile(patient_pattern)
+    except re.error as error:
+        raise UserError(f"--patient-pattern {patient_pattern!r} is not a regular expression: {error}.") from error
+    if (tree := CamusTree(path, dataset)).is_there():
+        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} has a folder for each patient.")
+        return tree
+    if (folder := ImageFolder(path, patient_pattern, dataset)).is_there():
+        return folder
+    if not filesystem.exists(path):
+        raise UserError(f"The source {path} does not exist: give the folder that holds {IMAGES_FOLDER}/ or {LAYOUT}.")
+    raise UserError(f"{path} holds no {IMAGES_FOLDER}/ (the CAMUS release), and no {LAYOUT} either.")

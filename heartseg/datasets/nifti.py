@@ -3,10 +3,10 @@
 The only file that imports nibabel. On disk, axis 0 of an array is lateral and axis 1 is depth.
 """
 
+import gzip
 import io
 import math
 import os
-import zlib
 from dataclasses import dataclass
 
 import nibabel
@@ -17,8 +17,7 @@ from nibabel.volumeutils import apply_read_scaling
 from heartseg.labels import NUM_CLASSES
 from heartseg.storage import filesystem
 
-# A sequence of the release has under 80 million values; a header that claims more than this is damaged.
-MAX_VALUES = 2**27
+MAX_VALUES = 2**27  # a header that claims more is damaged; a sequence of the release has under 80 million
 MAX_FILE_BYTES = 2**30
 MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
@@ -38,10 +37,7 @@ class DamagedRecording(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """How a file's array holds upright frames, so that masks go back onto the same grid.
-
-    `order` is the array's axes as (time if there is one, depth, lateral, axes of one element); `axes` are depth and lateral.
-    """
+    """How a file's array holds frames: `order` is its axes as (time, depth, lateral, single ones), `axes` depth and lateral."""
 
     header: nibabel.Nifti1Header
     affine: np.ndarray
@@ -68,10 +64,7 @@ class Place:
 def read_nifti(
     path: str, hashes: dict[str, str] | None = None, onto: Place | None = None
 ) -> tuple[np.ndarray, tuple[float, float], Place]:
-    """`decode_nifti` of a file under this name, or as `find_file` finds it; raises DamagedRecording.
-
-    `hashes` gets the SHA-256 of the file, by path.
-    """
+    """`decode_nifti` of a file as `find_file` finds it, with its SHA-256 put into `hashes`; raises DamagedRecording."""
     path = find_file(path)
     raw = read_source(path, hashes)
     try:
@@ -111,16 +104,17 @@ def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tup
     """Scaled values [T,H,W] upright, (depth, lateral) spacing in mm, and place of a `.nii` or `.nii.gz`.
 
     Axes of one element are skipped; of the others the first is lateral, the second depth, the third time, as in CAMUS. The
-    first two change places if the affine shows that the second alone runs along the world's x; its signs mean nothing, since
-    writers differ in which way the world's axes point. With `onto`, the place of its image, a mask lies as that image does
-    (see `register`). Raises ValueError and whatever nibabel does.
+    first two change places if the affine shows that the second alone runs along the world's x; writers differ in its signs, so
+    these mean nothing. With `onto`, the place of its image, a mask is turned onto that. Raises ValueError and others.
     """
     header, values = open_nifti(raw)
     wide = [axis for axis, size in enumerate(values.shape) if size > 1]
     if len(wide) not in (2, 3):
         raise ValueError(f"shape {values.shape} is neither an image nor a sequence of images")
     lateral, depth = wide[:2]
-    affine = affine_of(header)
+    if not 0 < header["sform_code"] <= MAX_FORM_CODE:  # slow, and only needed then
+        header.check_fix()
+    affine = header.get_best_affine()
     along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
     if onto.axes[0] < onto.axes[1] if onto else depth < 3 and along[depth] == 0 and along[lateral] != 0:
         lateral, depth = depth, lateral
@@ -132,10 +126,7 @@ def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tup
 
 
 def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
-    """Masks [T,H,W] turned as the affines of both files show, unless these agree in direction, or one is missing or plain.
-
-    Raises ValueError if two real ones disagree and do not put mask and image on the same rectangle of the world.
-    """
+    """Masks [T,H,W] turned onto their image as both affines show; raises ValueError if two real ones disagree on the place."""
     is_same = place.axes == onto.axes and np.array_equal(place.affine, onto.affine)
     if is_same or not (place.has_affine() and onto.has_affine()):
         return masks
@@ -155,21 +146,27 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     """Header and scaled values, axes as on disk; what the header claims is checked before anything is allocated or inflated."""
     is_packed = raw[:2] == GZIP
     header = read_header(unpack(raw, HEADER_BYTES) if is_packed else raw[:HEADER_BYTES])
-    end = claimed_end(header)
+    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+    if dtype.kind not in "iuf":
+        raise ValueError(f"the pixels are {dtype}, not plain numbers")
+    num_values = math.prod(int(size) for size in shape)
+    if min(shape, default=0) < 1 or num_values > MAX_VALUES:
+        raise ValueError(f"the header claims shape {shape}")
+    if not header.single_vox_offset <= offset <= MAX_EXTRA_BYTES:
+        raise ValueError(f"the header claims that pixels begin at byte {offset}")
+    end = offset + num_values * dtype.itemsize
     content = unpack(raw, min(end + MAX_EXTRA_BYTES, MAX_DEFLATE_RATIO * len(raw))) if is_packed else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
         raise ValueError(f"the header claims {end} bytes, and {'many more' if len(content) > end else len(content)} are there")
     # An image of nibabel's would do the same, copy the pixels, and keep extensions, which may be a patient's DICOM text.
-    shape = header.get_data_shape()
-    values = np.frombuffer(content, header.get_data_dtype(), math.prod(shape), header.get_data_offset())
+    values = np.frombuffer(content, dtype, num_values, offset)
     return header, apply_read_scaling(values.reshape(shape, order="F"), *header.get_slope_inter())
 
 
 def unpack(packed: bytes, most: int) -> bytes:
-    """The first `most` bytes in a gzip file of one or several members; like nibabel, ignores what follows the last.
+    """The first `most` bytes in a gzip file, allocated at once; like nibabel, ignores what follows the last member.
 
-    ISA-L inflates float pixels three times as fast as zlib, which took half of all the time of a picture of the release. Memory
-    for `most` is allocated at once. Raises ValueError for a file that is cut off, or zlib's errors.
+    ISA-L inflates float pixels three times as fast as zlib, which took half of all the time of a picture of the release.
     """
     try:
         with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
@@ -198,19 +195,6 @@ def read_header(block: bytes) -> nibabel.Nifti1Header:
     return header
 
 
-def claimed_end(header: nibabel.Nifti1Header) -> int:
-    """The byte after the pixels by the header's claim; raises ValueError for a claim that no echocardiogram makes."""
-    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-    if dtype.kind not in "iuf":
-        raise ValueError(f"the pixels are {dtype}, not plain numbers")
-    num_values = math.prod(int(size) for size in shape)
-    if min(shape, default=0) < 1 or num_values > MAX_VALUES:
-        raise ValueError(f"the header claims shape {shape}")
-    if not header.single_vox_offset <= offset <= MAX_EXTRA_BYTES:
-        raise ValueError(f"the header claims that pixels begin at byte {offset}")
-    return offset + num_values * dtype.itemsize
-
-
 def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[float, float]:
     """Pixel sizes along two axes in mm, whatever unit of length the header names; raises ValueError if it has none."""
     unit_mm = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)
@@ -218,14 +202,6 @@ def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[f
     if not all(0 < size < math.inf for size in sizes):
         raise ValueError(f"the pixel spacing {sizes} is not positive")
     return tuple(sizes)
-
-
-def affine_of(header: nibabel.Nifti1Header) -> np.ndarray:
-    """The affine [4,4] as nibabel reads it; a header without an sform is repaired first, which is slow."""
-    if 0 < header["sform_code"] <= MAX_FORM_CODE:
-        return header.get_sform()
-    header.check_fix()
-    return header.get_best_affine()
 
 
 def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
@@ -255,10 +231,7 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
 
 
 def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | None) -> None:
-    """Write an upright image [H,W] or sequence [T,H,W] in CAMUS's axis order, gzipped, whole or not at all.
-
-    Without `spacing_mm` a pixel counts as one of an unknown unit.
-    """
+    """Publish an upright image [H,W] or sequence [T,H,W] in CAMUS's axis order; without `spacing_mm` its unit is unknown."""
     depth, lateral = spacing_mm or (1.0, 1.0)
     disk = array[0] if len(array) == 1 else array  # a sequence of one frame is a still
     image = nibabel.Nifti1Image(disk.T, np.diag([lateral, depth, 1.0, 1.0]))
@@ -268,28 +241,10 @@ def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | 
     filesystem.publish(path, pack(image))
 
 
-class _GzipStream(io.RawIOBase):
-    """A file that nibabel writes to, gzipped as it comes: a long one is never in memory twice."""
-
-    def __init__(self, level: int):
-        self.packer, self.parts, self.waiting, self.place = zlib.compressobj(level=level, wbits=31), [], bytearray(), 0
-
-    def write(self, data) -> None:
-        self.waiting += data
-        self.place += memoryview(data).nbytes
-        if len(self.waiting) > MAX_EXTRA_BYTES:  # nibabel writes lines, and each call costs
-            self.parts.append(self.packer.compress(self.waiting))
-            self.waiting.clear()
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, place: int, whence: int = 0) -> None:
-        self.write(bytes(place - self.place))
-
-
 def pack(image: nibabel.Nifti1Image, level: int = 6) -> bytes:
     """An image's bytes, gzipped without a time stamp, so that equal pixels make equal files."""
-    stream = _GzipStream(level)
-    image.to_stream(stream)
-    return b"".join([*stream.parts, stream.packer.compress(stream.waiting), stream.packer.flush()])
+    packed = io.BytesIO()
+    file = gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=level, mtime=0)
+    with io.BufferedWriter(file, MAX_EXTRA_BYTES) as stream:  # nibabel writes lines, and each call costs
+        image.to_stream(stream)
+    return packed.getvalue()

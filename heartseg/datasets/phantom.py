@@ -1,7 +1,6 @@
 """A synthetic CAMUS tree with known geometry, so that everything runs and is tested without the data.
 
-The ventricle is a truncated ellipsoid whose volume has a closed form; the pictures are speckle made in beam space.
-`write_phantom`, or `python -m heartseg.datasets.phantom OUT`, writes a folder that reads like the release.
+The ventricle is a truncated ellipsoid, the pictures are speckle made in beam space; `python -m heartseg.datasets.phantom OUT`.
 """
 
 import multiprocessing
@@ -39,8 +38,7 @@ TISSUE_GREY, HISS = 109, 0.01
 class Geometry:
     """A heart at one moment, and the probe that images it; pairs are in the order of `VIEWS`.
 
-    The cavity is an ellipsoid with semi-axes `radii_mm` across and `half_length_mm` along, cut by the mitral plane at
-    `truncation` half lengths below its centre.
+    The cavity is an ellipsoid that the mitral plane cuts at `truncation` half lengths below its centre.
     """
 
     patient: str
@@ -100,8 +98,7 @@ def geometry_at(geometry: Geometry, contraction: float) -> Geometry:
 def volume_ml(geometry: Geometry, phase: Phase) -> float:
     """Volume of a patient's cavity in ml, in closed form.
 
-    At height z from its centre the ellipsoid's slice is an ellipse of area pi a b (1 - z^2 / c^2). From the apex, -c,
-    to the mitral plane, t c, that integrates to pi a b c (2/3 + t - t^3 / 3); t = 1 gives the whole's 4/3 pi a b c.
+    The slice at height z is an ellipse of area pi a b (1 - z^2 / c^2), integrated from the apex, -c, to the mitral plane, t c.
     """
     heart = geometry_at(geometry, CONTRACTION[phase])
     (a, b), c, t = heart.radii_mm, heart.half_length_mm, heart.truncation
@@ -264,8 +261,8 @@ def write_phantom(
     """
     if patients < 1 or workers < 1 or seed < 0 or not 0.05 <= scale <= 1:
         raise UserError("A phantom needs at least one patient, one worker, a seed from 0 and a scale of 0.05 to 1.")
-    marker, made_with = filesystem.join(source, camus.PHANTOM_NOTE), {"patients": patients, "seed": seed}
-    made_with |= {"sequences": sequences, "scale": scale}
+    marker = filesystem.join(source, camus.PHANTOM_NOTE)
+    made_with = {"patients": patients, "seed": seed, "sequences": sequences, "scale": scale}
     if filesystem.exists(marker):
         require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom made with other settings: remove it.")
     elif filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):

@@ -22,16 +22,12 @@ from heartseg.storage import filesystem
 
 Admit = Callable[[int], None]
 Spacing = tuple[float, float]  # depth and lateral size of a pixel in mm
-KINDS = {
-    **{".nii": "nifti", ".nii.gz": "nifti", ".dcm": "dicom", ".dicom": "dicom", ".png": "picture"},
-    **{".avi": "video", ".mp4": "video", ".mov": "video", ".m4v": "video"},
-}
+KINDS = {".nii": "nifti", ".nii.gz": "nifti", ".dcm": "dicom", ".dicom": "dicom", ".png": "picture"}
+KINDS |= dict.fromkeys((".avi", ".mp4", ".mov", ".m4v"), "video")
 PACKAGES = {"dicom": "pydicom", "video": "av"}
-# Grey pixels of one file: two minutes of a large video. More is a whole examination, or a damaged header.
-MAX_PIXELS = 2**31
+MAX_PIXELS = 2**31  # of one file: two minutes of a large video; more is a whole examination, or a damaged header
 MAX_FILE_BYTES = 2**33
-# The depth that a scanner shows; a spacing that gives another was not measured (1 mm is what headers hold by default).
-PLAUSIBLE_DEPTH_MM = (30, 400)
+PLAUSIBLE_DEPTH_MM = (30, 400)  # a spacing that gives another was not measured (1 mm is what headers hold by default)
 NO_PICTURE = "it holds no picture, as reports and measurements do"
 # The first element of a DICOM without preamble is of group 2 or 8, with its type or the length of its value behind it.
 BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)", re.DOTALL)
@@ -41,9 +37,8 @@ BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)",
 class Frames:
     """What a file holds: uint8 [T,H,W], upright (row = depth), and (depth, lateral) `spacing_mm` or None.
 
-    `place` is where a NIfTI file has them. `box` is (top, left, height, width): where in the file's whole pictures, of
-    that height and width, the frames were cut out. `flips` are the axes that were reversed to bring them upright. `grey` is the
-    range of the file's values that became 0 to 255. `notes` are for the user. `may_show_text`: a name may be burned in.
+    `box` is (top, left, height, width): where in the file's whole pictures, of that height and width, the frames were cut out.
+    `flips` are the axes that were reversed, `grey` is the range of values that became 0 to 255, `may_show_text`: a name, say.
     """
 
     pixels: np.ndarray
@@ -57,11 +52,7 @@ class Frames:
 
 
 def kind_of(path: str) -> str | None:
-    """`nifti`, `dicom`, `video` or `picture`; None for what is not an input.
-
-    DICOM files may have any name: one without a known suffix is DICOM if it begins as such, or may not be read, so that it is
-    reported.
-    """
+    """`nifti`, `dicom`, `video` or `picture`; None for what is not an input. DICOM files may have any name."""
     name = filesystem.last_part(path).lower()
     if known := [kind for suffix, kind in KINDS.items() if name.endswith(suffix)]:
         return known[0]
@@ -146,10 +137,7 @@ def decode_png(raw: bytes) -> np.ndarray:
 
 
 def read_video(raw: bytes, admit: Admit = lambda _: None) -> Frames:
-    """Every frame of the first video stream, in grey, turned as its display matrix asks.
-
-    `admit` gets the number of pixels before they are decoded.
-    """
+    """Every frame of the first video stream, in grey, turned as its display matrix asks; `admit` gets numbers of pixels."""
     av = import_package("video")
     reformatter = av.video.reformatter.VideoReformatter()  # a frame's own would be made again for each
     pixels, count = np.empty((0, 0, 0), np.uint8), 0

@@ -21,12 +21,12 @@ import torch
 from heartseg.config.experiment import PredictConfig
 from heartseg.datasets.nifti import DamagedRecording
 from heartseg.datasets.readers import Frames
-from heartseg.inference.segmenter import NO_POSTPROCESSING, Ensemble, Segmenter, confidence, scores_of, to_grid, to_mask
+from heartseg.inference.segmenter import NO_POSTPROCESSING, Model, confidence, scores_of, to_grid, to_mask
 from heartseg.training.data_loading import free_on_machine
 
 Clip, Result = TypeVar("Clip"), TypeVar("Result")
-# Clips in memory on either side of the model, and batches whose scores wait to be resampled.
-READERS, WRITERS, AHEAD, BATCHES = 2, 2, 12, 8
+READERS, WRITERS = 2, 2
+AHEAD, BATCHES = 12, 8  # clips in memory on either side of the model; batches whose scores wait to be resampled
 # Of the memory that is free at the start, all clips in flight share this, and no more than so many bytes but for one clip.
 SHARE, MOST_BYTES = 0.75, 4 << 30
 TOO_LARGE = "cut it to the beats that count, or use a machine with more memory"
@@ -90,10 +90,7 @@ def free_bytes() -> float:
 
 @dataclass(eq=False)
 class ClipInFlight:
-    """A clip that is being segmented: its frames, the same on the model's grid [T,1,h,w], and its masks and confidences so far.
-
-    A damaged clip has its `damage` and no frames.
-    """
+    """A clip that is being segmented; `small` [T,1,h,w] are its frames on the model's grid, none of a damaged one."""
 
     number: int
     clip: object
@@ -118,20 +115,19 @@ class ClipInFlight:
 
 
 def outline(
-    segmenter: Segmenter | Ensemble,
+    segmenter: Model,
     clips: Iterable[Clip],
     read: Callable[[Clip, Callable[[int], None]], Frames],
     finish: Callable[[Clip, Frames, np.ndarray, list[float]], Result],
     batch_size: int = 8,
     options: PredictConfig = NO_POSTPROCESSING,
 ) -> Iterator[tuple[Clip, Result | DamagedRecording]]:
-    """Segment every frame of every clip; yields each clip, in order, with the result of `finish`.
+    """Segment every frame of every clip; yields each clip, in order, with the result of `finish`, or with its DamagedRecording.
 
     `read` and `finish` are called in threads; `read` gets a clip, and a function to call with the bytes of its frames and masks
-    before it decodes them; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each. A
-    clip that is damaged or does not fit into memory comes with a DamagedRecording; any other error ends the iteration.
+    before it decodes them; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each.
     """
-    room = Room(free_bytes())
+    room, waiting, parts = Room(free_bytes()), deque(), deque()
 
     def prepare(one: ClipInFlight) -> ClipInFlight:
         with one.keeps_damage():
@@ -160,6 +156,18 @@ def outline(
             for _, future in ahead:
                 future.cancel()
 
+    def forward(batch: list[tuple[ClipInFlight, int, int]], writers: ThreadPoolExecutor) -> None:
+        """Run the model on a batch and let `writers` resample its scores."""
+        held, position = [(one, start, stop) for one, start, stop in batch if stop], 0
+        if held:
+            logits = scores_of(segmenter, torch.cat([one.small[start:stop] for one, start, stop in held]), options)
+            sure, logits = confidence(logits), logits.float().cpu()
+        for one, start, stop in held:
+            chosen = slice(position, position := position + stop - start)
+            one.confidences += sure[chosen]
+            parts.append(writers.submit(_fill, one.masks[start:stop], logits[chosen], options))
+            one.parts.append(parts[-1])
+
     def complete(one: ClipInFlight) -> tuple:
         try:
             with one.keeps_damage():
@@ -174,11 +182,11 @@ def outline(
     torch.get_num_threads()  # fixes this thread's share of the cores before the others ask for one each
     # Threads that each start as many of torch's own as there are cores would take them from the model.
     pool = partial(ThreadPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))
-    waiting, parts = deque(), deque()
     with pool(READERS) as readers, pool(WRITERS) as writers:
         try:
             for batch in batches(prepared(readers), batch_size):
-                for one in _forward(segmenter, batch, writers, parts, options):
+                forward(batch, writers)
+                for one in (one for one, _, stop in batch if stop == len(one.small)):  # complete
                     waiting.append(writers.submit(complete, one))
                 while len(parts) > BATCHES:
                     wait([parts.popleft()])
@@ -213,24 +221,6 @@ def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tu
             yield batch
             batch, room = [], size
     yield batch
-
-
-def _forward(
-    segmenter: Segmenter | Ensemble, batch: list[tuple], writers: ThreadPoolExecutor, parts: deque, options: PredictConfig
-) -> list[ClipInFlight]:
-    """Run the model on a batch and let `writers` resample its scores; returns the clips that it completes, in order."""
-    if images := [one.small[start:stop] for one, start, stop in batch if stop]:
-        logits = scores_of(segmenter, torch.cat(images), options)
-        sure = confidence(logits)
-        logits = logits.float().cpu()
-    position = 0
-    for one, start, stop in batch:
-        if stop:
-            chosen = slice(position, position := position + stop - start)
-            one.confidences += sure[chosen]
-            parts.append(writers.submit(_fill, one.masks[start:stop], logits[chosen], options))
-            one.parts.append(parts[-1])
-    return [one for one, _, stop in batch if stop == len(one.small)]
 
 
 def _fill(masks: np.ndarray, logits: torch.Tensor, options: PredictConfig) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints and images to masks on the images' own grid, each with the network's confidence in it.
+"""Checkpoints and images to masks on the images' own grid, cleaned if asked, each with the network's confidence in it.
 
 Scoring and prediction share `scores_of`, `confidence` and `to_mask`, so that both get the same masks.
 """
@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import nn
 from torch.nn.functional import interpolate
 
 from heartseg.config.experiment import Experiment, PredictConfig, from_json
 from heartseg.errors import UserError, require
-from heartseg.inference.postprocessing import clean
-from heartseg.labels import NUM_CLASSES
+from heartseg.labels import BACKGROUND, ENDO, LA, NUM_CLASSES
+from heartseg.metrics.anatomy_checks import STRUCTURE_NAMES
+from heartseg.metrics.regions import enclosed_holes, largest_component
 from heartseg.metrics.segmentation import predicted_labels
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
@@ -26,8 +28,10 @@ from heartseg.shards.writer import resize_image
 # last map is 8 or 16 times coarser than its input, and shifted copies fall on it differently; changes of size or
 # brightness gained less (jobs/benchmarks/postprocess.py), and flips would exchange the heart's sides.
 TTA_SHIFT = 0.05
+LEAST = 1e-12  # probability whose log is taken: finite for a class that is certain, also after resampling
 TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 NO_POSTPROCESSING = PredictConfig()
+LARGEST_HOLE = 0.10  # of the heart; a larger one is a missed structure, not a flaw to repair
 # A mask of less confidence needs review: `confidence` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
 REVIEW_THRESHOLD = 0.83
 
@@ -74,9 +78,13 @@ class Ensemble:
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logs of the members' mean class probabilities [B,4,H,W], whose softmax is that mean."""
-        return _log(sum(member.logits(images).softmax(dim=1) for member in self.members) / len(self.members))
+        mean = sum(member.logits(images).softmax(dim=1) for member in self.members) / len(self.members)
+        return mean.clamp_min(LEAST).log()
 
     predict = Segmenter.predict
+
+
+Model = Segmenter | Ensemble
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +96,7 @@ class Segmented:
 
 
 def segment_images(
-    segmenter: Segmenter | Ensemble,
-    images: Sequence[np.ndarray],
-    options: PredictConfig = NO_POSTPROCESSING,
-    shapes: Sequence[tuple[int, int]] | None = None,
+    segmenter: Model, images: Sequence[np.ndarray], options: PredictConfig = NO_POSTPROCESSING, shapes: Sequence | None = None
 ) -> list[Segmented]:
     """Masks of upright uint8 images [H,W] of any sizes on the grids of `shapes`, by default the images' own."""
     shapes, size, found = shapes or [image.shape for image in images], segmenter.experiment.train.eval_batch_size, []
@@ -103,12 +108,12 @@ def segment_images(
     return found
 
 
-def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
+def scores_of(segmenter: Model, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
     """Class scores [B,4,H,W], whose softmax is the class probabilities, of uint8 images [B,1,H,W] on the stored grid."""
     return shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
 
 
-def to_grid(segmenter: Segmenter | Ensemble, images: Sequence[np.ndarray]) -> torch.Tensor:
+def to_grid(segmenter: Model, images: Sequence[np.ndarray]) -> torch.Tensor:
     """Images uint8 [H,W] of any sizes on the model's grid: [B,1,h,w]."""
     grid = segmenter.experiment.image
     stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in images]
@@ -116,11 +121,8 @@ def to_grid(segmenter: Segmenter | Ensemble, images: Sequence[np.ndarray]) -> to
 
 
 @torch.inference_mode()
-def shifted_logits(segmenter: Segmenter | Ensemble, images: torch.Tensor) -> torch.Tensor:
-    """Logs of the class probabilities [B,4,H,W], averaged over TTA_STEPS shifts of uint8 images [B,1,H,W] by whole pixels.
-
-    Pixels that a shift brings in repeat the image's edge, and pixels that it moves out do not count.
-    """
+def shifted_logits(segmenter: Model, images: torch.Tensor) -> torch.Tensor:
+    """Logs of class probabilities [B,4,H,W], averaged over TTA_STEPS shifts of uint8 images [B,1,H,W] by whole pixels."""
     height, width = images.shape[-2:]
     down, right = round(TTA_SHIFT * height), round(TTA_SHIFT * width)
     rows = torch.arange(-down, height + down, device=images.device).clamp(0, height - 1)
@@ -135,12 +137,7 @@ def shifted_logits(segmenter: Segmenter | Ensemble, images: torch.Tensor) -> tor
     for step in TTA_STEPS:
         total[window(*step)] += segmenter.logits(wider[window(*step)]).softmax(dim=1)
         seen[window(*step)] += 1
-    return _log(total[window(0, 0)] / seen[window(0, 0)])
-
-
-def _log(probabilities: torch.Tensor) -> torch.Tensor:
-    """Logs that stay finite for a class that is certain, also after resampling."""
-    return probabilities.clamp_min(1e-12).log()
+    return (total[window(0, 0)] / seen[window(0, 0)]).clamp_min(LEAST).log()
 
 
 def confidence(scores: torch.Tensor) -> list[float]:
@@ -162,6 +159,37 @@ def to_mask(logits: torch.Tensor, shape: tuple[int, int], options: PredictConfig
     return clean(predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy(), options)
 
 
+def clean(mask: np.ndarray, options: PredictConfig) -> np.ndarray:
+    """The mask uint8 [H,W], postprocessed as `options` ask: stray pieces first, so that the holes they leave are closed too."""
+    if options.largest_component:
+        mask = largest_components(mask)
+    return fill_holes(mask) if options.fill_holes else mask
+
+
+def largest_components(mask: np.ndarray) -> np.ndarray:
+    """The mask [H,W] with only the largest connected piece of cavity, wall and atrium; the others become background."""
+    kept = np.full_like(mask, BACKGROUND)
+    for label in STRUCTURE_NAMES:
+        kept[largest_component(mask == label)] = label
+    return kept
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """The mask [H,W] without holes up to LARGEST_HOLE of the heart.
+
+    All that the cavity or the atrium encloses becomes theirs; enclosed background takes the label of the nearest structure.
+    """
+    filled, largest = mask.copy(), LARGEST_HOLE * np.count_nonzero(mask)
+    for label in (ENDO, LA):
+        filled[enclosed_holes(filled == label, largest)] = label
+    gaps = enclosed_holes(filled != BACKGROUND, largest)
+    if gaps.any():
+        empty = filled == BACKGROUND
+        nearest = ndimage.distance_transform_edt(empty, return_distances=False, return_indices=True)
+        filled[gaps] = filled[tuple(nearest[:, gaps])]
+    return filled
+
+
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
     """The trained model in a run's folder (its checkpoint `last` or `best`), or a checkpoint's; raises UserError if damaged."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,7 +201,7 @@ def load(path: str, which: str = "last", device: str | torch.device | None = Non
     return Segmenter(model, experiment, Intensity(*found.card["intensity"]), found.card, torch.device(device))
 
 
-def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Segmenter | Ensemble:
+def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Model:
     """One checkpoint as a Segmenter, several as an Ensemble; raises UserError as `load` does, and if their grids differ."""
     require(len(paths) > 0, "An ensemble needs at least one checkpoint: give the folders of runs.")
     members = tuple(load(path, which, device) for path in paths)

@@ -1,7 +1,6 @@
 """Studies (a patient's clips) on disk: which files are inputs, what their outputs are called, and the outputs themselves.
 
-Names come from file names, except for DICOM, whose files are often named by what identifies a patient: there they are keyed
-digests, study3f9a2c71d04e.
+Names come from file names, except for DICOM, whose files are often named by what identifies a patient.
 """
 
 import contextlib
@@ -31,10 +30,7 @@ ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png")
 
 @dataclass(frozen=True)
 class Clip:
-    """One input file, a still or a sequence, whose outputs are `patient/stem_pred.nii.gz` and the like.
-
-    `shown` is its name in messages; for a DICOM the `stem`, which reveals nothing. `remark` is a doubt about its study.
-    """
+    """An input, a still or a sequence; `shown` is its name in messages, `remark` a doubt about the study that it belongs to."""
 
     path: str
     kind: str
@@ -47,11 +43,7 @@ class Clip:
 
 
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
-    """The inputs in a file, a folder or a tree, sorted, those of one patient together; no two have one patient and stem.
-
-    `view` and `phase` are used for a file whose name does not show them. Raises UserError without any input, or if a package is
-    missing.
-    """
+    """The inputs in a file or a tree, by patient; `view` and `phase` serve where a name shows none; raises UserError."""
     require(filesystem.exists(source), f"--input {source} does not exist: give a file, or a folder of patients or of files.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
     visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(stem_of(path))))
@@ -90,10 +82,7 @@ def name_clip(path: str, source: str, kind: str) -> Clip:
 
 
 def separate_folders(clips: list[Clip]) -> list[Clip]:
-    """Clips whose patient's name occurs in several folders are named by folder and file: ann/rest_2CH, bob/rest_2CH.
-
-    Folders of one name have those above them in their name, as many as make all differ: ann_visit1, bob_visit1.
-    """
+    """Patients whose name occurs in several folders are named by these: ann/rest_2CH, bob/rest_2CH, ann_visit1, bob_visit1."""
     folders = defaultdict(set)
     for clip in clips:
         folders[clip.patient].add(os.path.dirname(clip.path))
@@ -114,9 +103,8 @@ def separate_folders(clips: list[Clip]) -> list[Clip]:
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
     """DICOM clips by study, study3f9a2c71d04e_4CH_clip0b61e7: nothing of a path but view and phase is kept.
 
-    The names are keyed digests of what identifies the study and of the file's bytes, whatever lies beside it. Files are of one
-    study if their identifiers agree, and they lie in one folder or their StudyInstanceUID can be trusted: it is a long one, and
-    no series lies in several folders.
+    The names are keyed digests of a study's identifiers and of a file's bytes. Files are of one study if their identifiers
+    agree, and they lie in one folder or their StudyInstanceUID can be trusted: a long one, no series of it in several folders.
     """
     if not paths:
         return []
@@ -153,10 +141,7 @@ def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
 
 
 def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_folders: int) -> str:
-    """Why a study's files are not of another one, or how little shows that they are of one.
-
-    `group` are the studies, with their tags, that share its StudyInstanceUID or, without any, its PatientID.
-    """
+    """Why a study's files are not of another of the `group` that shares its identifier, or how little shows that they are."""
     shared = "StudyInstanceUID" if "StudyInstanceUID" in tags else "PatientID"
     for other, others in group:
         differ = [tag for tag in tags | others if tags.get(tag) != others.get(tag)]
@@ -217,10 +202,7 @@ def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
 
 
 def clear(out: str, clips: Iterable[Clip]) -> int:
-    """Remove an earlier call's results, so that none lies beside another call's tables; returns how many were not asked for.
-
-    Until the tables of this call replace it, `studies.json` lists the masks of both, so that the next call finds them.
-    """
+    """Remove an earlier call's results, which another call's tables would not list; returns how many were not asked for."""
     tables, asked = filesystem.join(out, "studies.json"), {f"{clip.patient}/{clip.stem}_pred.nii.gz" for clip in clips}
     earlier = {clip["mask"] for clip in filesystem.read_json(tables).get("clips", [])} if filesystem.exists(tables) else set()
     filesystem.publish_json(tables, {"unfinished": True, "clips": [{"mask": mask} for mask in sorted(asked | earlier)]})

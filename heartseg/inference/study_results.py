@@ -21,16 +21,14 @@ from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
 from heartseg.storage import filesystem
 
-# For a file without a scale, the anatomical checks assume the usual depth of apical views.
-USUAL_DEPTH_MM = 145.0
+USUAL_DEPTH_MM = 145.0  # of apical views: what the anatomical checks assume of a file without a scale
 INTENDED_USE = "research use only, not a medical device"
 # The first columns of ef.csv; the other indices follow.
 FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_camus", "esv_ml_camus")
 FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
 # Characters of a cell of ef.csv and of what a line in the terminal holds beside a name; studies.json has all.
 MAX_TEXT, MORE = 200, " … (more in studies.json)"
-# Two views of one heart whose EFs are further apart than this, in points, do not describe one heart.
-MOST_APART = 20.0
+MOST_APART = 20.0  # points of EF between two views of one heart
 
 
 @dataclass(frozen=True, eq=False)

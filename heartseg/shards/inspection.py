@@ -19,10 +19,7 @@ EF_EDGES = (30, 40, 50, 60, 70)  # percent; bins of a histogram, finer than labe
 
 
 def find_damage(path: str) -> Iterator[tuple[str, str]]:
-    """Every file of a folder of shards that is damaged, missing or not in the manifest, and why.
-
-    Raises UserError without a manifest, since then nothing is known about the parts.
-    """
+    """Each file that is damaged, missing or not in the manifest, and why; raises UserError without a manifest."""
     try:
         opened = Shards(path, reader.read_manifest(path), {})
         parts = {part["file"]: part for part in opened.manifest["parts"]}

@@ -31,9 +31,8 @@ def write_shards(
 ) -> Shards:
     """Write what is missing of a source's shards, and their split.
 
-    `map_parts` calls `writer.write_part` with each tuple of arguments and returns the records in any order. Raises UserError
-    if a complete folder was made from something else or is split differently (unless `resplit`), or if more than
-    `max_quarantined` of the recordings is damaged.
+    `map_parts` calls `writer.write_part` with each tuple of arguments and returns the records in any order. Raises UserError if
+    a complete folder is of something else or split differently (unless `resplit`), or if too many recordings are damaged.
     """
     patients, official = source.patients(), source.groups()
     source.check_frames(patients, frames)
@@ -53,7 +52,11 @@ def write_shards(
         else:
             listing = source.list_files(patients)
             parts = write_parts(source, listing, out, image, frames, map_parts)
-            check_quarantine(parts, max_quarantined)
+            damaged = sum(len(part["quarantined"]) for part in parts)
+            total = sum(record["recordings"] for part in parts for record in part["patients"].values())
+            if damaged > max_quarantined * total:
+                problem = f"{damaged} of {total} recordings are damaged, more than --max-quarantined {max_quarantined:g}"
+                raise UserError(f"{problem}: repair them and rerun the same command, or allow more.")
             manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
 
@@ -73,15 +76,6 @@ def write_parts(
         if sizes.get(name) != record["bytes"]:
             raise UserError(f"{out}/{name} is not there as it was written: every node must see --out, so give a shared folder.")
     return [records[name] for name in parts]
-
-
-def check_quarantine(parts: list[dict], max_quarantined: float) -> None:
-    """Raise UserError if more than the allowed share of the recordings is damaged."""
-    damaged = sum(len(part["quarantined"]) for part in parts)
-    total = sum(record["recordings"] for part in parts for record in part["patients"].values())
-    if damaged > max_quarantined * total:
-        allowed = f"more than --max-quarantined {max_quarantined:g}"
-        raise UserError(f"{damaged} of {total} recordings are damaged, {allowed}: repair them and rerun, or allow more.")
 
 
 def check_same(source: writer.Source, out: str, image: ImageConfig, frames: str) -> dict:
@@ -115,14 +109,14 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
 
 def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str, list[str]]) -> None:
     """Raise UserError if a complete folder is split in another way than asked, or than by the source's `official` split now."""
-    path = filesystem.join(out, writer.SPLITS)
+    path, patients = filesystem.join(out, writer.SPLITS), manifest["patients"]
     if not filesystem.exists(path):
         return
     written = reader.read_split(out)
     difference = first_difference(to_json(from_json(written.get("config", {}), SplitConfig, path)), to_json(split), "split.")
     if not difference:
         there = splits.group_of(written["groups"])
-        by_source = splits.group_of(writer.make_groups(split, manifest["patients"], official))
+        by_source = splits.group_of(splits.make_groups(split, list(patients), official, patients))
         if moved := sorted(there.items() ^ by_source.items()):
             name = moved[0][0]
             difference = f"{name}: {there.get(name)} there, {by_source.get(name)} by the source"

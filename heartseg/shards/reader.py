@@ -1,8 +1,7 @@
-"""Folders of shards: their manifest, their groups of patients, and their rows as tensors.
+"""Folders of shards: their manifest, their groups of patients, and their rows (one a frame) as tensors.
 
-A folder of shards holds `part-00000.parquet …`, a record of what each was made from, `splits.json` (patients by group) and,
-written last, `manifest.json`: a folder with a manifest is complete. A row is one frame. Sizes and hashes are checked on
-reading, and a damaged part is named.
+A folder holds `part-00000.parquet …`, a record of what each was made from, `splits.json` (patients by group) and, written
+last, `manifest.json`: with a manifest it is complete. Sizes and hashes are checked on reading, and a damaged part is named.
 """
 
 import math
@@ -32,7 +31,6 @@ class Shards:
 
     @property
     def image(self) -> ImageConfig:
-        """The grid of the stored images."""
         return ImageConfig(**self.manifest["image"])
 
     @property
@@ -79,7 +77,7 @@ def read_split(path: str) -> dict:
     is_split = all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in names)
     if not is_split or "train" not in groups:
         raise UserError(f"{path}/{SPLITS} names no training group: preprocess again with --resplit.")
-    splits.assert_disjoint(groups)
+    splits.group_of(groups)
     return split
 
 
@@ -92,10 +90,7 @@ def open_shards(path: str) -> Shards:
 
 
 def hold_out(shards: Shards, share: float) -> Shards:
-    """The training group alone, with a seeded and stratified `share` of its patients as validation group; unchanged for 0.
-
-    Raises UserError if a group would be empty.
-    """
+    """The training group alone, with a seeded and stratified `share` of its patients as validation group; unchanged for 0."""
     if not share:
         return shards
     split = SplitConfig("ratio", test_share=0.0, val_share=share)

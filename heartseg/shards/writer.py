@@ -33,27 +33,22 @@ LEFTOVER = re.compile(rf"\.({OURS.pattern})\.[0-9a-f]{{8}}\.part")
 # statistics pay for pixels.
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
 PACKING = "zstd"  # of native masks: a seventh of zlib's time for a third of the bytes
-# A worker holds one part in memory: 64 stills, or 8 sequences of 10 to 40 frames.
-PATIENTS_PER_PART = {"stills": 16, "sequence": 4}
+PATIENTS_PER_PART = {"stills": 16, "sequence": 4}  # a worker holds a part: 64 stills, or 8 sequences of 10 to 40 frames
 INFO_COLUMNS = {
     "quality": pa.string(), "ef": pa.float64(), "ef_convention": pa.string(),
     "sex": pa.string(), "age": pa.int32(), "frame_rate": pa.float64(),
 }  # fmt: skip
 
 
-def pair_of(kind: pa.DataType) -> pa.DataType:
-    """Two values of a kind, under the name that Parquet gives them: a part has the schema that was written."""
-    return pa.list_(pa.field("element", kind), 2)
-
-
 def schema(image: ImageConfig) -> pa.Schema:
     """Columns of a part; dtype and shape of the pixel columns stand in the metadata."""
     pixels = image.height * image.width
+    # Under the name that Parquet gives them: a part has the schema that was written.
+    reals, sizes = (pa.list_(pa.field("element", kind), 2) for kind in (pa.float64(), pa.int32()))
     columns = {
         "patient": pa.string(), "view": pa.string(), "phase": pa.string(), "frame": pa.int32(),
-        "image": pa.binary(pixels), "mask": pa.binary(pixels), "spacing_mm": pair_of(pa.float64()),
-        "native_mask": pa.binary(), "native_shape": pair_of(pa.int32()),
-        "native_spacing_mm": pair_of(pa.float64()),
+        "image": pa.binary(pixels), "mask": pa.binary(pixels), "spacing_mm": reals,
+        "native_mask": pa.binary(), "native_shape": sizes, "native_spacing_mm": reals,
     } | INFO_COLUMNS  # fmt: skip
     tensors = {
         "image": {"dtype": "uint8", "shape": [1, image.height, image.width]},
@@ -103,8 +98,7 @@ def write_part(
 ) -> dict:
     """Write one part and its sidecar, or keep what an interrupted job has finished; returns the part's record.
 
-    `frames` is `stills` or `sequence`, `listing` the patients' `list_files` if the caller has it. A part that lacks
-    recordings is always written again: their files may have been repaired.
+    A part that lacks recordings is always written again: their files may have been repaired.
     """
     path = filesystem.join(out, name)
     listing = listing or source.list_files(patients)
@@ -123,18 +117,14 @@ def write_part(
     num_bytes, digest = filesystem.write_table(path, pa.Table.from_pylist(rows, schema(image)), **PARQUET)
     record = {"file": name, "rows": len(rows), "bytes": num_bytes, "sha256": digest}
     record |= {"patients": records, "quarantined": quarantined}
-    filesystem.publish(sidecar_path(path), canonical({"made_from": made_from, "record": record}))
+    filesystem.publish(path.removesuffix(".parquet") + ".json", canonical({"made_from": made_from, "record": record}))
     return record
-
-
-def sidecar_path(part_path: str) -> str:
-    return part_path.removesuffix(".parquet") + ".json"
 
 
 def read_sidecar(part_path: str) -> dict | None:
     """What a part was `made_from`, and its `record`; None without a readable sidecar, as in older shards."""
     try:
-        sidecar = json.loads(filesystem.read_bytes(sidecar_path(part_path)))
+        sidecar = json.loads(filesystem.read_bytes(part_path.removesuffix(".parquet") + ".json"))
     except (FileNotFoundError, ValueError):
         return None
     return sidecar if isinstance(sidecar, dict) and {"made_from", "record"} <= sidecar.keys() else None
@@ -172,12 +162,10 @@ def read_patient(
 
 
 def stem_of(file: str) -> str:
-    """What an image and its mask have in common in their names."""
     return re.sub(r"(_gt)?\.nii(\.gz)?$", "", filesystem.last_part(file).lower())
 
 
 def path_below(folder: str, path: str) -> str:
-    """A path without the folder of the source, so that a moved source is the same one."""
     return path.removeprefix(folder).lstrip("/")
 
 
@@ -191,10 +179,7 @@ def intensity_sums(row: dict) -> tuple[int, int, int]:
 def write_manifest(
     out: str, dataset: str, image: ImageConfig, parts: list[dict], listing: dict, frames: str = "stills", official=None
 ) -> dict:
-    """Write the manifest of finished parts (records of `write_part`, in order): the folder is complete with it.
-
-    `official` is the source's own split, kept so that shards can be split again without their source.
-    """
+    """Write the manifest of finished parts (records of `write_part`, in order), which makes the folder complete."""
     patients = {patient: record for part in parts for patient, record in part["patients"].items()}
     manifest = {
         "format": FORMAT,
@@ -233,15 +218,9 @@ def part_names(patients: list[str], frames: str = "stills") -> list[tuple[str, l
 
 def write_splits(out: str, config: SplitConfig, manifest_patients: dict, official: dict[str, list[str]]) -> dict:
     """Write `splits.json` for the patients that have rows; returns the groups."""
-    groups = make_groups(config, manifest_patients, official)
+    groups = splits.make_groups(config, list(manifest_patients), official, manifest_patients)
     filesystem.publish_json(filesystem.join(out, SPLITS), {"config": to_json(config), "groups": groups})
     return groups
-
-
-def make_groups(config: SplitConfig, manifest_patients: dict, official: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The groups of the patients that have rows."""
-    patients = [name for name, record in manifest_patients.items() if record["rows"]]
-    return splits.make_groups(config, patients, official, manifest_patients)
 
 
 def remove_leftovers(out: str, shards: bool = False) -> None:

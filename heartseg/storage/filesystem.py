@@ -1,7 +1,6 @@
-"""Reads, lists and publishes files on local paths and object-store URIs alike.
+"""Reads, lists and publishes files on local paths and object-store URIs alike: the only file that uses pyarrow's for it.
 
-The only file that uses pyarrow's file systems and its Parquet. A path is a `str` everywhere (`pathlib` turns `s3://b/x` into
-`s3:/b/x`). Storage that does not answer or that refuses raises StorageError, whatever it is asked.
+A path is a `str` everywhere (`pathlib` turns `s3://b/x` into `s3:/b/x`). Storage that does not answer raises StorageError.
 """
 
 import contextlib
@@ -22,8 +21,7 @@ import pyarrow.parquet
 
 from heartseg.errors import OUTAGE_ERRNOS, StorageError, StorageRefused, UserError, outage
 
-# An object store that does not answer takes about a minute to give up on, one that refuses connections 3 s.
-TRIES, CONNECT_S, REQUEST_S = 4, 5, 15
+TRIES, CONNECT_S, REQUEST_S = 4, 5, 15  # an object store without an answer is given up after a minute or so
 READS = 5  # attempts at a file on an object store that is replaced while it is read
 
 
@@ -35,8 +33,7 @@ def is_uri(path: str) -> bool:
 def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The file system that a URI names, and the path as it spells it; raises UserError for an invalid one.
 
-    S3 credentials, region and endpoint come from the AWS_* variables (AWS_ENDPOINT_URL for a store other than Amazon's) or
-    from the AWS profile. Local paths do without: pyarrow takes only names in UTF-8.
+    S3 credentials, region and endpoint come from the AWS_* variables or from the AWS profile.
     """
     with _storage_errors(path):
         if path.startswith("s3://"):

@@ -1,7 +1,6 @@
 """One writer per folder: a file lock on a local disk, a claim with a heartbeat on an object store.
 
-Claims are advisory: a holder that cannot renew its claim for a minute (the network is down, the machine sleeps) counts as dead,
-and is not notified.
+Claims are advisory: a holder that cannot renew its claim for a minute counts as dead, and is not notified.
 """
 
 import contextlib
@@ -28,17 +27,22 @@ HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 
 
 def lock(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Be the only writer of a folder; raises UserError if another process is.
-
-    A local lock dies with its process; a claim on an object store blocks the next job for `DEAD_AFTER_S` seconds.
-    """
+    """Be the only writer of a folder; raises UserError if another process is, or was on a store `DEAD_AFTER_S` ago."""
     return _claim(folder) if filesystem.is_uri(folder) else _lock_file(folder)
 
 
 def is_held(folder: str) -> bool:
     """True if a process is writing a folder at the moment."""
     if filesystem.is_uri(folder):
-        return _is_claimed(filesystem.join(folder, LOCK_NAME))
+        claims = filesystem.join(folder, LOCK_NAME)
+        if not _ages_of_claims(claims):
+            return False
+        clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # not a claim: it only shows what time it is there
+        try:
+            filesystem.publish(clock, b"")
+            return any(age_s < DEAD_AFTER_S for age_s in _ages_of_claims(claims).values())
+        finally:
+            filesystem.remove(clock)
     try:
         with open(os.path.join(folder, LOCK_NAME)) as file:  # for reading: whoever asks need not be allowed to write
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -66,10 +70,7 @@ def _lock_file(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claim(folder: str) -> Iterator[None]:
-    """Write a claim, then list all claims: of two jobs that start at once, neither misses the other.
-
-    Both may then be refused, but never both admitted: a listing on S3 shows every earlier write.
-    """
+    """Write a claim, then list all claims: of two jobs that start at once, at most one is admitted."""
     claims, mine = filesystem.join(folder, LOCK_NAME), f"{uuid.uuid4().hex[:12]}.json"
     path, stop, started = filesystem.join(claims, mine), threading.Event(), _now()
 
@@ -101,11 +102,11 @@ def _claim(folder: str) -> Iterator[None]:
 
 def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
     """Raise UserError, naming the holder, if a claim other than `mine` is alive; remove dead ones."""
-    for name, age_s in _ages_of_claims(claims).items():  # mine is the newest
+    others = {name: age_s for name, age_s in _ages_of_claims(claims).items() if name != mine}  # mine is the newest
+    for name, age_s in others.items():
         path = filesystem.join(claims, name)
-        if name != mine and age_s >= DEAD_AFTER_S:
+        if age_s >= DEAD_AFTER_S:
             filesystem.remove(path)
-        if name == mine or age_s >= DEAD_AFTER_S:
             continue
         with contextlib.suppress(FileNotFoundError):  # released in between
             holder = json.loads(filesystem.read_bytes(path))
@@ -113,17 +114,6 @@ def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
                 f"Another job is writing {folder} (process {holder['pid']} on {holder['host']}, since {holder['started']}): "
                 f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s."
             )
-
-
-def _is_claimed(claims: str) -> bool:
-    if not _ages_of_claims(claims):
-        return False
-    clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # not a claim: it only shows what time it is there
-    try:
-        filesystem.publish(clock, b"")
-        return any(age_s < DEAD_AFTER_S for age_s in _ages_of_claims(claims).values())
-    finally:
-        filesystem.remove(clock)
 
 
 def _ages_of_claims(claims: str) -> dict[str, float]:

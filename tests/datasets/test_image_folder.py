@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from heartseg.datasets import camus, nifti, phantom
-from heartseg.datasets.source import open_source
+from heartseg.datasets.image_folder import open_source
 from heartseg.errors import UserError
 from heartseg.shards import writer
 from heartseg.shards.reader import load_groups, open_shards

@@ -12,7 +12,7 @@ from heartseg.config.experiment import PredictConfig
 from heartseg.datasets import camus, phantom
 from heartseg.datasets.nifti import as_labels, read_nifti
 from heartseg.errors import UserError
-from heartseg.inference.postprocessing import clean, fill_holes, largest_components
+from heartseg.inference.segmenter import clean, fill_holes, largest_components
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS
 from heartseg.metrics.anatomy_checks import contact_mm, implausibilities
 from helpers.experiments import ROOT

@@ -23,10 +23,9 @@ from hypothesis import strategies as st
 from heartseg.config.experiment import to_json
 from heartseg.errors import OneRankError, StorageError, UserError
 from heartseg.models import checkpoint
-from heartseg.shards import reader, streaming_loader, writer
-from heartseg.shards.loader import LANES, share
+from heartseg.shards import loader, reader, writer
+from heartseg.shards.loader import LANES, Stream, share
 from heartseg.shards.reader import PartRows, Shards
-from heartseg.shards.streaming_loader import Stream
 from heartseg.storage import filesystem
 from heartseg.training import data_loading, run_directory, worker
 from heartseg.training.distributed import Ranks
@@ -79,12 +78,12 @@ def test_every_row_is_evaluated_once_over_all_ranks_and_in_order(parts, size, wo
 
 def test_the_order_changes_with_epoch_and_seed_and_mixes_parts_in_a_batch():
     parts = [64] * 40
-    orders = {tuple(streaming_loader.stream_order(parts, 12, seed, epoch)[:3].ravel()) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {tuple(loader.stream_order(parts, 12, seed, epoch)[:3].ravel()) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
-    batches = streaming_loader.stream_order(parts, 12, 0, 0) // 64
+    batches = loader.stream_order(parts, 12, 0, 0) // 64
     # 12 lanes: a batch of 12 has 12 parts, but where two lanes meet in one.
     assert np.mean([len(set(batch)) for batch in batches]) > 11.5
-    first_rows = streaming_loader.stream_order(parts, 12, 0, 0)[:64] % 64
+    first_rows = loader.stream_order(parts, 12, 0, 0)[:64] % 64
     assert not any((np.diff(lane) > 0).all() for lane in first_rows.T)
 
 
@@ -111,7 +110,7 @@ def test_a_worker_reads_its_lanes_and_holds_a_part_of_each_however_many_parts_th
     for parts in (40, 400):
         assert parts <= reads[parts, 1] <= parts + LANES
         assert reads[parts, 4] <= parts / 4 + 2 * LANES / 4
-    bound = streaming_loader.PARTS_AHEAD + 3
+    bound = loader.PARTS_AHEAD + 3
     assert most[400, 1] <= LANES + bound and most[400, 4] <= LANES / 4 + bound
 
 
@@ -190,8 +189,8 @@ def test_a_part_that_never_comes_is_spoken_of_and_then_given_up(parted, tmp_path
     part = copied / "part-00001.parquet"
     part.unlink()
     os.mkfifo(part)  # whoever opens it waits for somebody to write
-    monkeypatch.setattr(streaming_loader, "SAY_AFTER_S", 0.2)
-    monkeypatch.setattr(streaming_loader, "GIVE_UP_AFTER_S", 0.6)
+    monkeypatch.setattr(loader, "SAY_AFTER_S", 0.2)
+    monkeypatch.setattr(loader, "GIVE_UP_AFTER_S", 0.6)
     with pytest.raises(StorageError, match="part-00001.parquet did not come within"):
         list(streamed.loaders["train"].training_batches(7, 0, 0))
     assert caplog.text.count("part-00001.parquet has not come for") == 3
