@@ -33,8 +33,7 @@ STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, M
 # Classes of ejection fraction in percent as heart failure is classed by it (McDonagh et al. 2021, Eur Heart J 42:3599):
 # reduced, mildly reduced, preserved. 40 is mildly reduced here, and so is 50: neither is below 40 or above 50.
 EF_CLASSES = ("<40", "40-50", ">50")
-# Below this mean Dice a model outlines nothing yet: its scores choose no winner and show no difference.
-UNTRAINED_DICE = 0.05
+UNTRAINED_DICE = 0.05  # below this mean a model outlines nothing yet: its scores choose no winner and show no difference
 
 
 def frame_name(row: dict) -> str:

@@ -77,10 +77,8 @@ class Server:
         except requests.exceptions.SSLError as error:
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise DamagedDownload(f"breaks off the encrypted connection ({cause(error)})") from error
-            raise UserError(
-                f"The certificate of {self.base} is refused ({cause(error)}): check the clock and the address, or name "
-                "your network's own certificates in REQUESTS_CA_BUNDLE."
-            ) from error
+            fix = "check the clock and the address, or name your network's own certificates in REQUESTS_CA_BUNDLE"
+            raise UserError(f"The certificate of {self.base} is refused ({cause(error)}): {fix}.") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:  # the second for an odd host name
             kind = FailedDownload if isinstance(error, ValueError) else DamagedDownload  # a bad address stays one
             what = f"breaks off after {body.tell()} bytes" if body.tell() else f"cannot be reached ({cause(error)})"

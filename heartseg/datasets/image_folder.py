@@ -49,10 +49,11 @@ class ImageFolder:
             people = {found[0] for found in parts.values()}
             has_one_each = all(len(found) <= 2 for found in files.values())  # an image and its mask
             if odd or has_one_each and 1 < len(people) < len(files):
-                raise UserError(
-                    f"{self.path} would have {len(files)} patients, {(odd or list(files))[0]!r} among them, but {len(people)} "
-                    "by what precedes the first - or dot: give --patient-pattern '[^-.]+', or '[^_]+' if all are different."
+                counts = (
+                    f"{len(files)} patients, {(odd or list(files))[0]!r} among them, but {len(people)} by the first - or dot"
                 )
+                fix = "give --patient-pattern '[^-.]+', or '[^_]+' if all are different"
+                raise UserError(f"{self.path} would have {counts}: {fix}.")
         return list(files)
 
     def groups(self) -> dict[str, list[str]]:

@@ -58,7 +58,6 @@ class Geometry:
 
     @property
     def length_mm(self) -> float:
-        """From apex to mitral plane."""
         return self.half_length_mm * (1 + self.truncation)
 
 

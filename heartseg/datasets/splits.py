@@ -52,10 +52,8 @@ def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
     if strangers:
         nearest = difflib.get_close_matches(strangers[0], left_out or patients, 3, 0.0)
         counts = f"{len(strangers)} such names, {len(left_out)} patients in no group"
-        raise UserError(
-            f"The split of the source names {strangers[0]!r}, who has no file (nearest: {', '.join(nearest)}; {counts}): "
-            "correct its groups, or take --split.kind ratio."
-        )
+        problem = f"The split of the source names {strangers[0]!r}, who has no file (nearest: {', '.join(nearest)}; {counts})"
+        raise UserError(f"{problem}: correct its groups, or take --split.kind ratio.")
 
 
 def stratum(known: dict) -> str:

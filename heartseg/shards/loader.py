@@ -97,7 +97,6 @@ class Batches:
         return self.batches(self.order(batch_size, seed, epoch)[:, mine].flatten(), lanes_of(batch_size)[mine])
 
     def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
-        """The rows of one global batch."""
         return self.order(batch_size, seed, epoch)[step].tolist()
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:

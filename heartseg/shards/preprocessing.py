@@ -97,10 +97,8 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
         same = now == manifest["source_listing"] and listing.keys() == manifest["patients"].keys()
         return None if same else "files of the source are new, gone or have another size"
     recorded = {name: files for sidecar in sidecars for name, files in sidecar["made_from"]["listing"].items()}
-    old, new = (
-        {f"{name} of {patient}": rest for patient, files in found.items() for name, *rest in files}
-        for found in (recorded, listing)
-    )
+    both = (recorded, listing)
+    old, new = ({f"{name} of {p}": rest for p, files in found.items() for name, *rest in files} for found in both)
     for file in sorted(old.keys() | new.keys()):
         if old.get(file) != new.get(file):
             return f"{file} {'is new' if file not in old else 'is gone' if file not in new else 'has changed'}"

@@ -202,9 +202,6 @@ def as_frames(table: pa.Table, image: ImageConfig) -> FrameRows:
 
 def column_tensor(column: pa.ChunkedArray, shape: tuple[int, ...]) -> torch.Tensor:
     """A fixed-size binary column as one uint8 tensor [N, *shape] of its own memory."""
-    rows = []
-    for chunk in column.chunks:
-        width = chunk.type.byte_width
-        raw = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
-        rows.append(raw[chunk.offset * width : (chunk.offset + len(chunk)) * width].reshape(-1, *shape))
-    return torch.from_numpy(np.concatenate(rows) if rows else np.empty((0, *shape), np.uint8))
+    size = math.prod(shape)
+    chunks = (np.frombuffer(one.buffers()[1], np.uint8)[one.offset * size :][: len(one) * size] for one in column.chunks)
+    return torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *chunks])).view(len(column), *shape)

@@ -89,7 +89,6 @@ def _storage_errors(path: str) -> Iterator[None]:
 
 
 def _store_error(path: str, answer: str) -> StorageError:
-    """What an object store's answer means and how to fix it."""
     if "NO_SUCH_BUCKET" in answer or ("Bucket" in answer and "not found" in answer):
         return StorageRefused(f"{path} is in a bucket that does not exist: create it, or check its name and AWS_ENDPOINT_URL.")
     if "NETWORK_CONNECTION" in answer:
@@ -122,13 +121,7 @@ def absolute(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    return _info(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else _stat(path) is not None
-
-
-def _info(path: str) -> pyarrow.fs.FileInfo:
-    fs, inner = resolve(path)
-    with _storage_errors(path):
-        return fs.get_file_info(inner)
+    return _ask_store(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else _stat(path) is not None
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -143,7 +136,7 @@ def _stat(path: str) -> os.stat_result | None:
 def list_names(path: str) -> list[str]:
     """Sorted names of the entries of a folder; empty if it does not exist."""
     if is_uri(path):
-        return sorted(entry.base_name for entry in _entries(path))
+        return sorted(entry.base_name for entry in _ask_store(path, recursive=False))
     try:
         with _storage_errors(path):
             return sorted(os.listdir(path))
@@ -154,21 +147,23 @@ def list_names(path: str) -> list[str]:
 def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
     """Sorted names of a folder's entries with size and modification time (ns), None for what is not a file; one request."""
     if is_uri(path):
-        return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in _entries(path))
+        entries = _ask_store(path, recursive=False)
+        return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in entries)
     stats = {name: _stat(join(path, name)) for name in list_names(path)}
     return [(n, s.st_size, s.st_mtime_ns) if s and stat.S_ISREG(s.st_mode) else (n, None, None) for n, s in stats.items()]
 
 
-def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
+def _ask_store(path: str, **below):
+    """The FileInfo of a path on an object store; of the entries below it if `recursive` is given."""
     fs, inner = resolve(path)
     with _storage_errors(path):
-        return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=recursive))
+        return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, **below) if below else inner)
 
 
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None if the path is not a file."""
     if is_uri(path):
-        return _info(path).size
+        return _ask_store(path).size
     found = _stat(path)
     return found.st_size if found and stat.S_ISREG(found.st_mode) else None
 
@@ -177,7 +172,7 @@ def walk(path: str) -> list[str]:
     """Sorted paths of all files below a folder, each folder once, links to folders followed; empty if it does not exist."""
     if is_uri(path):
         inner = resolve(path)[1]
-        files = (entry.path for entry in _entries(path, recursive=True) if entry.is_file)
+        files = (entry.path for entry in _ask_store(path, recursive=True) if entry.is_file)
         return sorted(join(path, name.removeprefix(inner).lstrip("/")) for name in files)
 
     def raise_outage(error: OSError) -> None:
@@ -276,7 +271,7 @@ def json_bytes(value: object) -> bytes:
 
 
 def remove(path: str) -> None:
-    """Delete a file or a whole folder, if it exists."""
+    """Delete a file or a folder, if it exists."""
     with _storage_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not is_uri(path):
             (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)

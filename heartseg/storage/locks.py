@@ -110,10 +110,9 @@ def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
             continue
         with contextlib.suppress(FileNotFoundError):  # released in between
             holder = json.loads(filesystem.read_bytes(path))
-            raise UserError(
-                f"Another job is writing {folder} (process {holder['pid']} on {holder['host']}, since {holder['started']}): "
-                f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s."
-            )
+            fix = f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s"
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
+            raise UserError(f"Another job is writing {folder} ({who}): {fix}.")
 
 
 def _ages_of_claims(claims: str) -> dict[str, float]:
