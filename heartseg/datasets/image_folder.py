@@ -49,9 +49,7 @@ class ImageFolder:
             people = {found[0] for found in parts.values()}
             has_one_each = all(len(found) <= 2 for found in files.values())  # an image and its mask
             if odd or has_one_each and 1 < len(people) < len(files):
-                counts = (
-                    f"{len(files)} patients, {(odd or list(files))[0]!r} among them, but {len(people)} by the first - or dot"
-                )
+                counts = f"{len(files)} patients, such as {(odd or list(files))[0]!r}, but {len(people)} by the first - or dot"
                 fix = "give --patient-pattern '[^-.]+', or '[^_]+' if all are different"
                 raise UserError(f"{self.path} would have {counts}: {fix}.")
         return list(files)
