@@ -14,36 +14,50 @@ from heartseg.datasets.dicom import fits, read_dicom
 from heartseg.datasets.nifti import DamagedRecording
 from helpers.echo_files import LOOP, dicom, movie
 
+SMOOTH = (np.mgrid[:48, :64] * [[[3]], [[1]]]).sum(axis=0) + 20 * np.arange(3)[:, None, None]
+SMOOTH = SMOOTH.clip(0, 255).astype(np.uint8)
+
 
 @pytest.mark.parametrize(("suffix", "codec"), [(".avi", "mjpeg"), (".mp4", "mpeg4")])
 def test_a_video_gives_every_frame_in_grey(suffix, codec, tmp_path):
-    rows, columns = np.mgrid[:48, :64]
-    frames = np.stack([(rows * 3 + columns + 20 * t).clip(0, 255) for t in range(6)]).astype(np.uint8)
-    (tmp_path / f"a{suffix}").write_bytes(movie(suffix, codec, frames))
+    (tmp_path / f"a{suffix}").write_bytes(movie(suffix, codec, SMOOTH))
     found = readers.read(str(tmp_path / f"a{suffix}"), "video")
-    assert found.pixels.shape == frames.shape and found.spacing_mm is None
-    assert np.abs(found.pixels.astype(int) - frames).mean() < 4
+    assert found.pixels.shape == SMOOTH.shape and found.spacing_mm is None
+    assert np.abs(found.pixels.astype(int) - SMOOTH).mean() < 4
+
+
+def region(top: int, left: int, bottom: int, right: int) -> dict:
+    """A tissue region, its last row and column included."""
+    names = ("RegionLocationMinY0", "RegionLocationMinX0", "RegionLocationMaxY1", "RegionLocationMaxX1")
+    return dict(zip(names, (top, left, bottom, right), strict=True))
+
+
+def written(data: pydicom.Dataset) -> bytes:
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, data)
+    return buffer.getvalue()
+
+
+def packed(pixels: np.ndarray, frame: bytes, syntax: str) -> pydicom.Dataset:
+    """A data set whose only frame is compressed."""
+    data = pydicom.dcmread(io.BytesIO(dicom(pixels)))
+    data.PixelData = pydicom.encaps.encapsulate([frame])
+    data["PixelData"].is_undefined_length = True
+    data.file_meta.TransferSyntaxUID = syntax
+    return data
 
 
 def test_a_dicom_loop_is_cut_to_its_region_and_has_its_spacing():
-    corners = {"RegionLocationMinX0": 10, "RegionLocationMinY0": 20, "RegionLocationMaxX1": 69, "RegionLocationMaxY1": 94}
-    found = read_dicom(dicom(LOOP, region=corners))
+    found = read_dicom(dicom(LOOP, region=region(20, 10, 94, 69)))
     np.testing.assert_array_equal(found.pixels, LOOP[:, 20:95, 10:70])
     assert found.spacing_mm == pytest.approx((0.4, 0.5)) and found.box == (20, 10, 100, 80)
 
 
-@pytest.mark.parametrize(
-    ("region", "spacing_mm", "is_cut"),
-    [
-        ({"PhysicalUnitsXDirection": 4}, None, True),
-        ({"PhysicalDeltaX": 0}, None, True),
-        ({"RegionDataType": 2}, None, False),
-        ({"RegionSpatialFormat": 5}, None, False),
-    ],
-)
-def test_a_region_in_other_units_or_of_no_tissue_gives_no_spacing(region, spacing_mm, is_cut):
-    found = read_dicom(dicom(LOOP, region={"RegionLocationMinX0": 10} | region))
-    assert found.spacing_mm is None and (found.box is not None) == is_cut
+def test_a_region_in_other_units_or_of_no_tissue_gives_no_spacing():
+    tags = {"PhysicalUnitsXDirection": 4, "PhysicalDeltaX": 0, "RegionDataType": 2, "RegionSpatialFormat": 5}
+    for tag, value in tags.items():
+        found = read_dicom(dicom(LOOP, region={"RegionLocationMinX0": 10, tag: value}))
+        assert found.spacing_mm is None and (found.box is not None) == tag.startswith("Physical")
 
 
 def test_colours_of_every_kind_are_the_grey_they_show():
@@ -60,19 +74,11 @@ def test_colours_of_every_kind_are_the_grey_they_show():
 
 
 def test_a_jpeg_dicom_is_read():
-    from pydicom.encaps import encapsulate
-
     rows, columns = np.mgrid[:64, :64]
     smooth = (rows * 2 + columns).astype(np.uint8)[None]
-    packed = io.BytesIO()
-    Image.fromarray(smooth[0]).save(packed, "JPEG", quality=95)
-    dataset = pydicom.dcmread(io.BytesIO(dicom(smooth)))
-    dataset.PixelData = encapsulate([packed.getvalue()])
-    dataset["PixelData"].is_undefined_length = True
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, dataset)
-    found = read_dicom(buffer.getvalue())
+    frame = io.BytesIO()
+    Image.fromarray(smooth[0]).save(frame, "JPEG", quality=95)
+    found = read_dicom(written(packed(smooth, frame.getvalue(), pydicom.uid.JPEGBaseline8Bit)))
     assert np.abs(found.pixels.astype(int) - smooth).max() < 8
 
 
@@ -87,20 +93,11 @@ def test_dicom_is_known_by_what_is_in_it_where_the_name_does_not_say(tmp_path):
 
 @pytest.mark.parametrize(
     ("corners", "burned_in", "may_show"),
-    [((10, 10, 70, 60), "NO", False), ((0, 0, 79, 69), "NO", True), ((10, 10, 70, 60), "YES", True), (None, "NO", True)],
+    [((10, 10, 70, 60), "NO", False), ((0, 0, 99, 79), "NO", True), ((10, 10, 70, 60), "YES", True), (None, "NO", True)],
 )
 def test_a_frame_shows_no_name_only_if_it_was_cut_and_the_file_does_not_object(corners, burned_in, may_show):
-    pixels = np.random.default_rng(0).integers(0, 255, (2, 80, 70), dtype=np.uint8)
-    names = ("RegionLocationMinY0", "RegionLocationMinX0", "RegionLocationMaxY1", "RegionLocationMaxX1")
-    region = dict(zip(names, corners, strict=True)) if corners else None
-    frames = read_dicom(dicom(pixels, region=region, BurnedInAnnotation=burned_in))
+    frames = read_dicom(dicom(LOOP, region=corners and region(*corners), BurnedInAnnotation=burned_in))
     assert frames.may_show_text == may_show
-
-
-def region(top: int, left: int, bottom: int, right: int, **more) -> dict:
-    """A tissue region, its last row and column included."""
-    names = ("RegionLocationMinY0", "RegionLocationMinX0", "RegionLocationMaxY1", "RegionLocationMaxX1")
-    return dict(zip(names, (top, left, bottom, right), strict=True)) | more
 
 
 @pytest.mark.parametrize(
@@ -148,12 +145,6 @@ def test_a_second_plane_beside_the_first_is_noted():
     assert read_dicom(written(data)).notes == ()
 
 
-def written(data: pydicom.Dataset) -> bytes:
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, data)
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     ("tags", "reason"),
     [
@@ -182,10 +173,8 @@ def test_what_is_not_a_loop_of_one_plane_is_refused(tags, reason, tmp_path):
     ],
 )
 def test_a_compression_that_is_not_decoded_is_named_with_what_to_do(syntax, bits, reason, tmp_path):
-    data = pydicom.dcmread(io.BytesIO(dicom(LOOP[:1])))
-    data.PixelData = pydicom.encaps.encapsulate([b"no JPEG "])
-    data["PixelData"].is_undefined_length = True
-    data.file_meta.TransferSyntaxUID, data.BitsStored = syntax, bits
+    data = packed(LOOP[:1], b"no JPEG ", syntax)
+    data.BitsStored = bits
     (tmp_path / "a.dcm").write_bytes(written(data))
     with pytest.raises(DamagedRecording, match=reason) as caught:
         readers.read(str(tmp_path / "a.dcm"), "dicom")
@@ -207,15 +196,11 @@ def test_a_file_without_pixels_holds_no_picture_or_is_cut_off():
 def test_a_bare_data_set_without_preamble_is_known_and_read(implicit, tmp_path):
     data = pydicom.dcmread(io.BytesIO(dicom(LOOP)))
     with open(tmp_path / "IM_0001", "wb") as stream:
-        pydicom.filewriter.write_dataset(bare_file(stream, implicit), pydicom.Dataset({e.tag: e for e in data}))
+        file = pydicom.filebase.DicomFileLike(stream)
+        file.is_little_endian, file.is_implicit_VR = True, implicit
+        pydicom.filewriter.write_dataset(file, pydicom.Dataset({e.tag: e for e in data}))
     assert readers.kind_of(str(tmp_path / "IM_0001")) == "dicom"
     np.testing.assert_array_equal(readers.read(str(tmp_path / "IM_0001"), "dicom").pixels, LOOP)
-
-
-def bare_file(stream, implicit: bool):
-    file = pydicom.filebase.DicomFileLike(stream)
-    file.is_little_endian, file.is_implicit_VR = True, implicit
-    return file
 
 
 def test_uncompressed_colours_at_half_the_width_are_the_grey_they_show():
@@ -239,15 +224,13 @@ SHOWN = {
 
 @pytest.mark.parametrize("matrix", SHOWN)
 def test_an_mp4_is_read_as_players_show_it(matrix, tmp_path):
-    rows, columns = np.mgrid[:48, :64]
-    stored = np.stack([(rows * 3 + columns + 20 * t).clip(0, 255) for t in range(3)]).astype(np.uint8)
-    data = bytearray(movie(".mp4", "mpeg4", stored))
+    data = bytearray(movie(".mp4", "mpeg4", SMOOTH))
     at = data.index(b"tkhd") + 4 + 40
     a, b, c, d = matrix
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(data)
     found = readers.read(str(tmp_path / "a.mp4"), "video").pixels
-    expected = np.stack([SHOWN[matrix](picture) for picture in stored])
+    expected = np.stack([SHOWN[matrix](picture) for picture in SMOOTH])
     assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 4
 
 

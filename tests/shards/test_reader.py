@@ -1,7 +1,6 @@
 """Shards hold exactly what was read, and nothing that reads them trusts what is there."""
 
 import gzip
-import json
 import os
 import shutil
 
@@ -13,7 +12,6 @@ from hypothesis.extra.numpy import arrays
 
 from heartseg.config.experiment import ImageConfig, SplitConfig
 from heartseg.datasets import camus
-from heartseg.datasets.camus import CamusTree
 from heartseg.errors import UserError
 from heartseg.labels import Phase, View
 from heartseg.shards import reader, writer
@@ -22,17 +20,13 @@ from heartseg.training import run_directory
 from helpers.experiments import tiny_experiment
 
 GRID = ImageConfig(height=48, width=40)
-PATIENTS_IN_A_PART = 3
 
 
 def write(source: str, out: str, patients: list[str]) -> None:
     """Shards of some patients in parts of three, with manifest and split."""
-    starts = range(0, len(patients), PATIENTS_IN_A_PART)
-    parts = [
-        writer.write_part(CamusTree(source), out, f"part-{i:05d}.parquet", patients[s : s + PATIENTS_IN_A_PART], GRID)
-        for i, s in enumerate(starts)
-    ]
-    manifest = writer.write_manifest(out, camus.CamusTree(source).dataset_name(), GRID, parts, {})
+    tree, chunks = camus.CamusTree(source), enumerate([patients[:3], patients[3:]])
+    parts = [writer.write_part(tree, out, f"part-{i:05d}.parquet", chunk, GRID) for i, chunk in chunks]
+    manifest = writer.write_manifest(out, tree.dataset_name(), GRID, parts, {})
     writer.write_splits(out, SplitConfig(kind="ratio", test_share=0.34), manifest["patients"], {})
 
 
@@ -76,26 +70,18 @@ def test_rows_read_back_exactly_as_the_tree_has_them(phantom, patients, written)
         np.testing.assert_array_equal(frames.masks[index].numpy(), mask)
         np.testing.assert_array_equal(frames.native_mask(index), still.mask)
         assert row["native_spacing_mm"] == list(still.spacing_mm) and row["native_shape"] == list(still.image.shape)
+        size_mm = np.multiply(row["native_spacing_mm"], row["native_shape"])
+        np.testing.assert_allclose(np.multiply(row["spacing_mm"], [48, 40]), size_mm)
         assert (row["frame"], row["ef"], row["sex"]) == (still.frame, still.info.ef, still.info.sex)
         assert row["ef_convention"] == still.info.ef_convention
     assert seen == {(p, view, phase) for p in patients for view, phase in camus.stills_of()}
 
 
-def test_the_spacing_of_the_stored_grid_keeps_the_size_in_mm(written):
-    for _, _, row in rows_of(written):
-        stored = np.multiply(row["spacing_mm"], [48, 40])
-        np.testing.assert_allclose(stored, np.multiply(row["native_spacing_mm"], row["native_shape"]))
-
-
-def test_groups_are_by_patient_and_every_row_is_in_one(written):
+def test_groups_are_by_patient_every_row_is_in_one_and_intensity_is_that_of_the_training_pixels(written):
     opened = reader.open_shards(written)
     found = {group: {row["patient"] for _, _, row in rows_of(written, (group,))} for group in opened.groups}
     assert found == {group: set(names) for group, names in opened.groups.items()}
     assert (opened.num_rows("train"), opened.num_rows("test")) == (16, 8) and opened.image == GRID
-
-
-def test_intensity_is_mean_and_deviation_of_the_training_pixels(written):
-    opened = reader.open_shards(written)
     pixels = reader.load_groups(opened, ("train",))["train"].images.numpy() / 255.0
     assert opened.intensity == pytest.approx((pixels.mean(), pixels.std()), rel=1e-9)
 
@@ -118,20 +104,11 @@ def test_a_resized_image_is_antialiased():
 @given(number=st.integers(0, 1), where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_one_changed_byte_anywhere_is_refused_by_the_name_of_its_part(written, number, where, flip, tmp_path_factory):
     folder = shutil.copytree(written, str(tmp_path_factory.mktemp("flip") / "s"))
-    with open(part_path(folder, number), "r+b") as stream:
-        position = int(where * os.path.getsize(stream.name))
-        stream.seek(position)
-        byte = stream.read(1)[0]
-        stream.seek(position)
-        stream.write(bytes([byte ^ flip]))
+    data = bytearray(filesystem.read_bytes(part_path(folder, number)))
+    data[int(where * len(data))] ^= flip
+    filesystem.publish(part_path(folder, number), bytes(data))
     with pytest.raises(UserError, match=rf"part-0000{number}\.parquet is damaged"):
         list(rows_of(folder))
-
-
-def test_a_missing_part_is_refused_by_name(copied):
-    os.remove(part_path(copied, 1))
-    with pytest.raises(UserError, match=r"part-00001\.parquet cannot be read \(No such file"):
-        list(rows_of(copied))
 
 
 def test_damaged_recordings_go_to_quarantine_and_the_good_ones_stay(phantom, patients, tmp_path):
@@ -159,11 +136,9 @@ def test_damaged_recordings_go_to_quarantine_and_the_good_ones_stay(phantom, pat
 
 
 def change_json(path: str, change) -> None:
-    with open(path) as stream:
-        value = json.load(stream)
+    value = filesystem.read_json(path)
     change(value)
-    with open(path, "w") as stream:
-        json.dump(value, stream)
+    filesystem.publish_json(path, value)
 
 
 def name_a_part(name: str):
@@ -187,7 +162,10 @@ def test_a_manifest_or_split_that_cannot_be_ours_is_refused(kind, copied):
         reader.open_shards(copied)
 
 
-def test_a_folder_without_a_manifest_or_with_a_truncated_one_is_refused(copied):
+def test_a_folder_without_a_part_or_a_manifest_or_with_a_truncated_one_is_refused(copied):
+    os.remove(part_path(copied, 1))
+    with pytest.raises(UserError, match=r"part-00001\.parquet cannot be read \(No such file"):
+        list(rows_of(copied))
     os.truncate(os.path.join(copied, writer.MANIFEST), 20)
     with pytest.raises(UserError, match=r"manifest\.json is missing or not valid JSON"):
         reader.open_shards(copied)
@@ -196,16 +174,14 @@ def test_a_folder_without_a_manifest_or_with_a_truncated_one_is_refused(copied):
         reader.open_shards(copied)
 
 
-def test_the_fingerprint_follows_pixels_and_groups_and_no_compression_of_the_source(
-    phantom, patients, written, copied, tmp_path
-):
+def test_the_fingerprint_follows_pixels_and_groups_and_no_compression_of_the_source(phantom, patients, copied, tmp_path):
     source = shutil.copytree(phantom, str(tmp_path / "source"))
     path = camus.recording_path(source, patients[0], View.FOUR_CHAMBER, Phase.ED)
     packed = filesystem.read_bytes(path)
     filesystem.publish(path, gzip.compress(gzip.decompress(packed), 1))
     assert filesystem.read_bytes(path) != packed
     write(source, str(tmp_path / "again"), patients)
-    original, again = reader.open_shards(written), reader.open_shards(str(tmp_path / "again"))
+    original, again = reader.open_shards(copied), reader.open_shards(str(tmp_path / "again"))
     assert again.fingerprint == original.fingerprint
     assert run_directory.run_name(tiny_experiment(), again) == run_directory.run_name(tiny_experiment(), original)
     change_json(os.path.join(copied, writer.SPLITS), lambda v: v["groups"]["test"].pop())
