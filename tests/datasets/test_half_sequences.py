@@ -26,7 +26,6 @@ VIEW = View.FOUR_CHAMBER
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> str:
-    """Four patients with sequences; some of them run from ES to ED."""
     folder = str(tmp_path_factory.mktemp("beats"))
     write_phantom(folder, patients=4, seed=1, sequences=True, scale=0.1)
     return folder
@@ -34,7 +33,6 @@ def tree(tmp_path_factory) -> str:
 
 @pytest.fixture
 def copied(tree, tmp_path) -> str:
-    """The same tree, to change."""
     return shutil.copytree(tree, str(tmp_path / "tree"))
 
 
@@ -115,13 +113,11 @@ def test_a_sequence_of_one_frame_or_with_a_fourth_axis_is_read(copied):
     np.testing.assert_array_equal(single.image, frames[0].image)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda mask: mask[1:], "is not the image's"),
-        (lambda mask: np.where(np.arange(len(mask))[:, None, None] == 4, 7, mask), "has label 7"),
-    ],
-)
+def spoil_a_label(mask: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(len(mask))[:, None, None] == 4, 7, mask)
+
+
+@pytest.mark.parametrize(("change", "reason"), [(lambda mask: mask[1:], "not the image's"), (spoil_a_label, "has label 7")])
 def test_a_damaged_sequence_goes_to_quarantine_whole(change, reason, copied, tmp_path):
     path = recording_path(copied, FORWARDS, VIEW, HALF_SEQUENCE, "_gt")
     masks, spacing_mm, _ = nifti.read_nifti(path)

@@ -89,20 +89,17 @@ def test_a_groups_file_is_the_official_split_however_it_was_saved(raw, folder):
     assert open_source(folder).groups() == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("anna,train\n", "must begin with the line `patient,group`"),
-        ("patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
-        ("patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
+def test_a_wrong_groups_file_is_refused_by_what_is_wrong(folder, tmp_path):
+    for text, message in (
+        (b"anna,train\n", "must begin with the line `patient,group`"),
+        (b"patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
+        (b"patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
         (b"patient,group\nd\xf6ra,train\n", "groups.csv cannot be read as UTF-8 text"),
-        ("patient,group\nanna,train\nanna,test\n", "anna is in both"),
-    ],
-)
-def test_a_wrong_groups_file_is_refused_by_what_is_wrong(text, said, folder, tmp_path):
-    filesystem.publish(os.path.join(folder, "groups.csv"), text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=said):
-        write(folder, tmp_path / "out", "official")
+        (b"patient,group\nanna,train\nanna,test\n", "anna is in both"),
+    ):
+        filesystem.publish(os.path.join(folder, "groups.csv"), text)
+        with pytest.raises(UserError, match=message):
+            write(folder, tmp_path / "out", "official")
 
 
 def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_path):

@@ -27,7 +27,6 @@ GRID = 224
 
 
 def files_of(folder) -> dict[str, str]:
-    """Relative path to SHA-256 of every file."""
     paths = filesystem.walk(str(folder))
     return {os.path.relpath(path, folder): filesystem.sha256(filesystem.read_bytes(path)) for path in paths}
 
@@ -88,7 +87,6 @@ def picture_statistics(recording: camus.Recording) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> str:
-    """Six patients at full size."""
     source = str(tmp_path_factory.mktemp("phantom"))
     phantom.write_phantom(source, patients=6, seed=3)
     return source
@@ -96,7 +94,6 @@ def tree(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def stills(tree) -> dict:
-    """Every still of the tree by (patient, view, phase)."""
     return {
         (patient, view, phase): camus.read_still(tree, patient, view, phase)
         for patient in camus.find_patients(tree)

@@ -28,7 +28,6 @@ def phantoms() -> list[tuple[np.ndarray, tuple[float, float]]]:
 
 @pytest.fixture(scope="module")
 def experts(camus) -> list[tuple[np.ndarray, tuple[float, float]]]:
-    """Every expert mask of CAMUS."""
     found = []
     for patient in find_patients(camus):
         for still in stills_of():
@@ -52,7 +51,6 @@ def lose(mask, label) -> np.ndarray:
 
 
 def pick(rng, region) -> np.ndarray:
-    """A pixel of a region."""
     return rng.choice(np.argwhere(region))
 
 
