@@ -51,7 +51,7 @@ class Shards:
 
 
 def read_manifest(path: str) -> dict:
-    """The manifest of a complete folder; raises UserError for anything else."""
+    """The manifest of a complete folder; raises UserError if it is incomplete or of another format."""
     manifest_path, again = filesystem.join(path, MANIFEST), "preprocess again with --overwrite."
     if not filesystem.exists(manifest_path):
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
@@ -70,7 +70,7 @@ def read_manifest(path: str) -> dict:
 
 
 def read_split(path: str) -> dict:
-    """The split of a folder of shards: `groups`, and the `config` that made them; raises UserError for anything else."""
+    """The split of a folder of shards: `groups`, and the `config` that made them; raises UserError if it is damaged."""
     split = filesystem.read_json(filesystem.join(path, SPLITS))
     groups = split.get("groups") if isinstance(split, dict) else None
     names = groups.values() if isinstance(groups, dict) else [None]
@@ -82,7 +82,7 @@ def read_split(path: str) -> dict:
 
 
 def open_shards(path: str) -> Shards:
-    """Open a complete folder of shards; raises UserError for anything else."""
+    """Open a complete folder of shards; raises UserError if it is incomplete or damaged."""
     manifest, groups = read_manifest(path), read_split(path)["groups"]
     if unknown := splits.group_of(groups).keys() - manifest["patients"].keys():
         raise UserError(f"{path}/{SPLITS} names {min(unknown)}, who has no shards: preprocess again with --resplit.")

@@ -1,5 +1,6 @@
 """Groups are by patient, disjoint, balanced where something is known, and drawn as before where nothing is."""
 
+import itertools
 import os
 import random
 import shutil
@@ -136,10 +137,7 @@ def test_the_manifest_keeps_what_groups_are_balanced_by_and_a_split_from_before_
 
 
 def test_a_pipeline_keeps_every_grid_kind_of_frames_and_fold_in_a_folder_of_its_own():
-    folders = [
-        shards_name(tiny_experiment(split=split, image=ImageConfig(side, 64)), frames)
-        for split in (SplitConfig("official"), *(SplitConfig("kfold", folds=3, fold=fold) for fold in range(3)))
-        for side in (32, 64)
-        for frames in ("stills", "sequence")
-    ]
+    kinds = [SplitConfig("official"), *(SplitConfig("kfold", folds=3, fold=fold) for fold in range(3))]
+    asked = itertools.product(kinds, (32, 64), ("stills", "sequence"))
+    folders = [shards_name(tiny_experiment(split=kind, image=ImageConfig(side, 64)), frames) for kind, side, frames in asked]
     assert len(set(folders)) == 16 and "shards-64x64-official" in folders and "shards-64x64-kfold-1of3" in folders

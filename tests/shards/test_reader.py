@@ -313,8 +313,8 @@ def test_the_page_and_the_sheet_show_the_drawn_images_and_the_seed_draws_them_ag
     page = filesystem.read_bytes(os.path.join(outs[0], inspect_shards.PAGE)).decode()
     assert "http" not in page.replace("http-equiv", "") and page.count("<img") == 1 and "5 images drawn" in page
     assert "_2CH_ES.nii.gz" in page  # what is in quarantine
-    said = capsys.readouterr().out
-    assert "23 images of 6 patients" in said and "is intact" in said and "Left atrium" in said
+    shown = capsys.readouterr().out
+    assert "23 images of 6 patients" in shown and "is intact" in shown and "Left atrium" in shown
 
 
 def test_drawn_rows_are_the_rows_at_their_positions(written):
