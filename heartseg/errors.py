@@ -1,11 +1,11 @@
-"""The errors that a user is to read, not a programmer. They have two roots: a mistake is none of an outage's kinds."""
+"""The errors that a user is to read, not a programmer: mistakes (UserError) and outages (StorageError)."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Iterator
 
-# A full disk, a used-up quota, a read-only or forbidden folder: the user can fix these; they are no bug of ours.
+# A full disk, a used-up quota, a read-only or forbidden folder: the user can fix these; they are not bugs.
 USER_FIXABLE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 # A disk or a network file system that does not answer.
 OUTAGE_ERRNOS = {
@@ -31,7 +31,6 @@ class StorageRefused(StorageError):
 
 
 def format_write_error(error: OSError, path: str) -> str:
-    """The one-line message for a full disk or a storage that refuses a write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return f"{path} cannot be written ({reason}): make room or give another folder, then rerun the same command to resume."
 
@@ -44,10 +43,7 @@ def outage(error: OSError, path: str) -> StorageError:
 
 @contextlib.contextmanager
 def io_errors_as_user_errors(path: str = "A file") -> Iterator[None]:
-    """Turn an OSError of USER_FIXABLE_ERRNOS into a UserError that names its file, or `path` if it has none.
-
-    One of OUTAGE_ERRNOS becomes a StorageError.
-    """
+    """Turn an OSError of USER_FIXABLE_ERRNOS into a UserError, one of OUTAGE_ERRNOS into a StorageError, with a file's name."""
     try:
         yield
     except OSError as error:
@@ -59,6 +55,5 @@ def io_errors_as_user_errors(path: str = "A file") -> Iterator[None]:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError with a message unless a condition holds."""
     if not condition:
         raise UserError(message)

@@ -6,8 +6,6 @@ import numpy as np
 
 
 class View(StrEnum):
-    """Apical view of the heart."""
-
     TWO_CHAMBER = "2CH"
     FOUR_CHAMBER = "4CH"
 
@@ -35,8 +33,7 @@ STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, M
 # Classes of ejection fraction in percent as heart failure is classed by it (McDonagh et al. 2021, Eur Heart J 42:3599):
 # reduced, mildly reduced, preserved. 40 is mildly reduced here, and so is 50: neither is below 40 or above 50.
 EF_CLASSES = ("<40", "40-50", ">50")
-# Below this mean Dice a model outlines nothing yet: its scores choose no winner and show no difference.
-UNTRAINED_DICE = 0.05
+UNTRAINED_DICE = 0.05  # below this mean a model outlines nothing yet: its scores choose no winner and show no difference
 
 
 def frame_name(row: dict) -> str:
@@ -48,18 +45,13 @@ def frame_name(row: dict) -> str:
 
 
 def bounding_box(region: np.ndarray, margins: tuple[int, int] = (0, 0)) -> tuple[slice, slice]:
-    """Rows and columns of the smallest box around what is not 0 in [H,W], with margins as far as the image reaches.
-
-    Both slices are empty for an empty region.
-    """
+    """Rows and columns of the smallest box around what is not 0 in [H,W], with margins as far as the image reaches."""
     lines = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
-    return tuple(
-        slice(max(at[0] - margin, 0), at[-1] + margin + 1) if len(at) else slice(0)
-        for at, margin in zip(lines, margins, strict=True)
-    )
+    pairs = zip(lines, margins, strict=True)
+    return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) if len(at) else slice(0) for at, margin in pairs)
 
 
 def ef_class(ef: np.ndarray) -> np.ndarray:
-    """Index into EF_CLASSES of each ejection fraction in percent: 0 below 40, 1 from 40 to 50, both included, 2 above."""
+    """Index into EF_CLASSES of each ejection fraction in percent: 0 below 40, 1 from 40 to 50, 2 above."""
     ef = np.asarray(ef, float)
     return (ef >= 40).astype(int) + (ef > 50)

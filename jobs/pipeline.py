@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from heartseg.config.experiment import Experiment, to_json
-from heartseg.datasets.source import open_source
+from heartseg.datasets.image_folder import open_source
 from heartseg.errors import StorageRefused, UserError, require
 from heartseg.inference import study_files
 from heartseg.models.deeplabv3 import check_installation

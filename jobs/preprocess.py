@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from heartseg.config.experiment import Experiment
 from heartseg.datasets import camus, image_folder
-from heartseg.datasets.source import open_source
+from heartseg.datasets.image_folder import open_source
 from heartseg.errors import require
 from heartseg.shards import preprocessing, writer
 from heartseg.storage import filesystem

@@ -10,8 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of two threads ea
 import pytest
 from hypothesis import settings
 
+from heartseg.datasets.image_folder import open_source
 from heartseg.datasets.phantom import write_phantom
-from heartseg.datasets.source import open_source
 from heartseg.shards.preprocessing import write_shards
 from helpers import s3_server
 from helpers.experiments import CAMUS, skip_or_fail, tiny_experiment

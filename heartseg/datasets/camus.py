@@ -27,10 +27,7 @@ UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a na
 
 @dataclass(frozen=True)
 class Info:
-    """What an `Info_*.cfg` holds about one view; a field is None if the file lacks it.
-
-    `ed` and `es` count frames from 1; `ef` is in percent, by the `camus` convention unless `ef_convention` is another.
-    """
+    """What an `Info_*.cfg` holds about one view, None for what it lacks; `ed`, `es` count from 1, `ef` is in percent."""
 
     ed: int | None = None
     es: int | None = None
@@ -47,9 +44,8 @@ class Info:
 class Recording:
     """One annotated frame, upright.
 
-    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is
-    (depth, lateral) for one pixel. `frame` counts from 1. `frame`, `view` and `phase` are None if unknown: a frame between
-    ED and ES has no phase. `grey` is the range of the file's values that became 0 to 255, `place` how the file holds it.
+    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is (depth, lateral).
+    `frame` counts from 1; a frame between ED and ES has no phase. `grey` is the range of values that became 0 to 255.
     """
 
     patient: str
@@ -64,8 +60,7 @@ class Recording:
     place: Place | None = None
 
 
-# The lines of a cfg: key, field, type.
-CFG_FIELDS = {
+CFG_FIELDS = {  # the lines of a cfg: key, field, type
     "ED": ("ed", int), "ES": ("es", int), "NbFrame": ("num_frames", int), "Sex": ("sex", str), "Age": ("age", int),
     "ImageQuality": ("quality", str), "EF": ("ef", float), "FrameRate": ("frame_rate", float),
     "EFConvention": ("ef_convention", str),
@@ -80,22 +75,18 @@ class CamusTree:
     """The official folder tree as a source of shards; `image_folder.ImageFolder` has the same methods."""
 
     path: str
-    dataset: str = ""
-    """`camus` if the user says that the tree is the release."""
+    dataset: str = ""  # `camus` if the user declares that the tree is the release
 
     def is_there(self) -> bool:
         """True if this machine sees the tree; a disk that is not mounted is an empty folder."""
         return filesystem.exists(filesystem.join(self.path, IMAGES_FOLDER))
 
     def patients(self) -> list[str]:
-        """Names of the patients, sorted; raises UserError if there are none."""
+        """Sorted names; raises UserError if there are none."""
         return find_patients(self.path)
 
     def groups(self) -> dict[str, list[str]]:
-        """The split that the source comes with: group (`train`, `val`, `test`) to patients; empty without split files.
-
-        Raises UserError for a split file that is not text.
-        """
+        """The source's own split: group (`train`, `val`, `test`) to patients; raises UserError for a file that is not text."""
         groups = {}
         for group, name in SPLIT_FILES.items():
             path = filesystem.join(self.path, SPLIT_FOLDER, name)
@@ -105,49 +96,39 @@ class CamusTree:
         return groups
 
     def dataset_name(self) -> str:
-        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or if the user says `camus`; otherwise `other`.
-
-        Patients' names prove nothing: a hospital may number its own as CAMUS does, and other people's pictures are private.
-        """
+        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or by the user's word; otherwise `other`: private."""
         for note, name in ((PHANTOM_NOTE, "phantom"), (DOWNLOAD_NOTE, "CAMUS")):
             if filesystem.exists(filesystem.join(self.path, note)):
                 return name
         return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
-        """Name, size and modification time (ns) of each file of some patients: a changed source shows without reading it."""
+        """Name, size and modification time (ns) of each file of some patients: shows a changed source without reading it."""
         return {patient: list_folder(filesystem.join(self.path, IMAGES_FOLDER, patient)) for patient in patients}
 
     def unnamed(self) -> list[str]:
-        """Entries beside the patients that are no patient's, hidden ones left out."""
+        """Visible entries beside the patients' folders."""
         names = filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER))
         return [name for name in names if not (name.startswith(".") or PATIENT_PATTERN.fullmatch(name))]
 
     def check_frames(self, patients: list[str], frames: str) -> None:
         """Raise UserError if sequences are asked for and no patient has one."""
-        folders = (filesystem.join(self.path, IMAGES_FOLDER, patient) for patient in patients)
-        names = (name for folder in folders for name in filesystem.list_names(folder))
+        names = (name for p in patients for name in filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER, p)))
         if frames == "sequence" and not any(HALF_SEQUENCE in name.lower() for name in names):
             raise UserError(f"{self.path} holds no *_{HALF_SEQUENCE}.nii.gz: use --frames stills.")
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
-        """Each still, or each sequence, that a patient should have, whatever its `files` are.
-
-        Reading puts the SHA-256 of each file into `hashes`, by path.
-        """
+        """Each still or sequence that a patient should have; reading puts the SHA-256 of each file into `hashes`, by path."""
         if frames == "sequence":
             for view in VIEWS:
                 yield view, None, partial(read_half_sequence, self.path, patient, view, hashes)
         else:
-            for view, phase in stills_of():
-                yield view, phase, partial(self._read_still, patient, view, phase, hashes)
-
-    def _read_still(self, *still) -> list[Recording]:
-        return [read_still(self.path, *still)]
+            for still in stills_of():
+                yield *still, lambda still=still: [read_still(self.path, patient, *still, hashes)]
 
 
 def find_patients(source: str) -> list[str]:
-    """Names of the patients below `source`, sorted; raises UserError for a folder that holds none."""
+    """Sorted names of the patients of a tree; raises UserError if it has none."""
     require(filesystem.exists(source), f"The source {source} does not exist: give the folder that holds {IMAGES_FOLDER}/.")
     names = filesystem.list_names(filesystem.join(source, IMAGES_FOLDER))
     patients = [name for name in names if PATIENT_PATTERN.fullmatch(name)]
@@ -161,10 +142,7 @@ def recording_path(source: str, patient: str, view: View, phase: Phase | str, su
 
 
 def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict[str, str] | None = None) -> Recording:
-    """Read one ED or ES image with its mask and cfg; raises DamagedRecording with the reason and the file.
-
-    The SHA-256 of each file read goes into `hashes`, by path.
-    """
+    """One ED or ES image with its mask and cfg; raises DamagedRecording. `hashes` gets the SHA-256 of each file, by path."""
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
     (pixels,) = read_pair(*paths, "stills", hashes)
     info = read_info(source, patient, view, hashes)
@@ -173,10 +151,7 @@ def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict
 
 
 def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[dict]:
-    """The frames of an image file and its mask file, in the image's order: `Recording`'s fields that files give.
-
-    `frames` is `stills` (one frame) or `sequence` (the third axis of the file is time). Raises DamagedRecording.
-    """
+    """`Recording`'s fields that an image file and its mask file hold, frame by frame; raises DamagedRecording."""
     values, spacing_mm, place = read_nifti(image_path, hashes)
     masks, *_ = read_nifti(mask_path, hashes, place)
     if frames == "stills" and len(values) > 1:
@@ -186,18 +161,13 @@ def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, st
     try:
         images, grey = as_grey(values)
     except Unreadable as error:
-        raise DamagedRecording(f"is no readable NIfTI: {error}", image_path) from error
+        raise DamagedRecording(f"is not a readable NIfTI: {error}", image_path) from error
     shared = {"spacing_mm": spacing_mm, "grey": grey, "place": place}
     return [{"image": image, "mask": mask} | shared for image, mask in zip(images, as_labels(masks, mask_path), strict=True)]
 
 
 def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
-    """All frames of half a beat, from end-diastole to end-systole; raises DamagedRecording with the reason and the file.
-
-    A file that runs from ES to ED is reversed, so that `frame`, from 1, always counts towards end-systole. A frame has a
-    phase if the cfg names it as ED or ES. Without a cfg, or with one that names frames that do not exist, the ends of the
-    file are ED and ES, ED the one with the larger cavity; if both are equally large, no frame has a phase.
-    """
+    """All frames of half a beat, `frame` counting from 1 at ED, whichever way the file runs; raises DamagedRecording."""
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
     frames = read_pair(*paths, "sequence", hashes)
     info = read_info(source, patient, view, hashes)
@@ -211,7 +181,7 @@ def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, 
 
 
 def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
-    """Which frames of a file, from 1, are ED and ES; (None, None) if that is unknown."""
+    """Which frames, from 1, are ED and ES: by the cfg, otherwise the ends, the larger cavity being ED; None if unknown."""
     last = len(masks)
     named = (info.ed, info.es) if info else (None, None)
     if None not in named and named[0] != named[1] and all(1 <= frame <= last for frame in named):
@@ -227,16 +197,14 @@ def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | No
     path = find_file(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"))
     if not filesystem.exists(path):
         return None
-    raw = read_source(path)
-    if hashes is not None:
-        hashes[path] = filesystem.sha256(raw)
     try:
-        text = decode_text(raw, "replace")  # keys and numbers are ASCII: a remark in another encoding does no harm
+        # Keys and numbers are ASCII: a remark in another encoding does no harm.
+        text = decode_text(read_source(path, hashes), "replace")
     except ValueError as error:
         raise DamagedRecording("is not text in UTF-8 or UTF-16", path) from error
     pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
     texts = {key.strip(CFG_NOISE).lower(): value.strip(CFG_NOISE) for key, value in pairs}
-    known = ((name, kind, texts.get(key.lower(), "")) for key, (name, kind) in CFG_FIELDS.items())
+    known = ((name, kind, texts.get(key.lower())) for key, (name, kind) in CFG_FIELDS.items())
     return Info(**{name: parse_value(value, kind) for name, kind, value in known if value})
 
 
@@ -273,15 +241,12 @@ def stills_of() -> Iterator[tuple[View, Phase]]:
 
 def write_info(source: str, patient: str, view: View, info: Info) -> None:
     """Write a cfg as the release does, with one more line if the EF is by another convention."""
-    values = {key: getattr(info, name) for key, (name, _) in CFG_FIELDS.items()}
-    if info.ef_convention == "camus":
-        del values["EFConvention"]
-    text = "".join(f"{key}: {value}\n" for key, value in values.items() if value is not None)
+    values = ((key, getattr(info, name)) for key, (name, _) in CFG_FIELDS.items())
+    text = "".join(f"{key}: {value}\n" for key, value in values if value not in (None, Info.ef_convention))
     filesystem.publish(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"), text.encode())
 
 
 def write_groups(source: str, groups: dict[str, list[str]]) -> None:
-    """Write the split files of the release: one patient a line."""
     for group, patients in groups.items():
         path = filesystem.join(source, SPLIT_FOLDER, SPLIT_FILES[group])
         filesystem.publish(path, "".join(f"{patient}\n" for patient in patients).encode())
@@ -289,10 +254,10 @@ def write_groups(source: str, groups: dict[str, list[str]]) -> None:
 
 def list_folder(path: str) -> list[list]:
     """Name, size and modification time of a folder's entries; raises UserError for a name that is not UTF-8."""
-    found = filesystem.list_files(path)
+    found = [list(entry) for entry in filesystem.list_files(path)]
     for name, *_ in found:
         require(not UNREADABLE.search(name), f"{path} holds {ascii(name)}, a name that is not UTF-8: rename it.")
-    return [list(entry) for entry in found]
+    return found
 
 
 def names_and_sizes(listing: dict[str, list[list]]) -> dict[str, list[list]]:

@@ -1,8 +1,6 @@
-"""DICOM files to upright grey frames, the millimetres of a pixel, and what identifies a study.
+"""DICOM files to upright grey frames, the millimetres of a pixel, and keyed digests of what identifies a study.
 
-The only file that imports pydicom, which `pip install heartseg[formats]` brings: import it only where a DICOM is read.
-Nothing that a file holds about its patient leaves it: frames, spacing and keyed digests are all that it returns, and no message
-quotes a value.
+The only file that imports pydicom (`pip install heartseg[formats]`). No message quotes a value of a file.
 """
 
 import hmac
@@ -29,20 +27,18 @@ ULTRASOUND = tuple(STORAGE + kind for kind in ("3", "3.1", "6", "6.1"))
 SCREENSHOT, VOLUME = STORAGE + "7", STORAGE + "6.2"
 # DICOM PS3.3 C.8.5.5.1: spatial formats of a region (M-mode and Doppler are curves over time), its type, its unit.
 TWO_DIMENSIONAL, CURVES, TISSUE, CENTIMETRES = 1, {2, 3}, 1, 3
-# A region may end this share of a picture's side beyond its edge: writers count from 0 or from 1, and round.
-BEYOND_EDGE = 0.02
+CORNERS = ("MinY0", "MinX0"), ("MaxY1", "MaxX1")
+BEYOND_EDGE = 0.02  # share of a picture's side that a region may exceed it by: writers count from 0 or from 1, and round
 # What must agree in all files of a study, where they have it.
 IDENTIFIERS = ("PatientID", "StudyInstanceUID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate")
-# A generator's UIDs are longer than this; an anonymiser's placeholder, such as 1.2.3, is not.
-SHORTEST_UID = 20
+SHORTEST_UID = 20  # a generator's are longer; an anonymiser's placeholder, such as 1.2.3, is not
 
 
 def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -> Frames:
     """A DICOM image or loop in grey, cut to its 2-D tissue region if the file names one that fits its picture.
 
-    The spacing is that of the region (0018,6011: PhysicalDeltaX and PhysicalDeltaY, in cm if the unit's code is 3),
-    otherwise PixelSpacing, otherwise None. `admit` gets the number of pixels before they are decoded. Raises Unreadable for
-    what is not a 2-D picture or loop, and whatever pydicom does.
+    The spacing is that of the region (0018,6011), otherwise PixelSpacing. `admit` gets the number of pixels before they are
+    decoded. Raises Unreadable for what is not a 2-D picture or loop, and whatever pydicom does.
     """
     dataset = pydicom.dcmread(io.BytesIO(raw), force=True)
     check_is_loop(dataset)
@@ -61,7 +57,7 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
 
 
 def check_is_loop(dataset) -> None:
-    """Raise Unreadable for a file that holds no ultrasound picture or loop of one plane."""
+    """Raise Unreadable unless a file holds an ultrasound picture or loop of one plane."""
     kind = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
     if "PixelData" not in dataset:
         if "Rows" in dataset or kind in ULTRASOUND:
@@ -74,19 +70,16 @@ def check_is_loop(dataset) -> None:
 
 
 def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, float] | None, tuple[str, ...]]:
-    """The part of the picture to outline (top, left, bottom, right; the last two excluded), its spacing in mm, and notes.
-
-    That is the largest 2-D tissue region, and the whole picture if there is none or it does not fit.
-    """
+    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole picture; its spacing; notes."""
     whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
     formats = {region.get("RegionSpatialFormat") for region in regions}
     if formats & CURVES and TWO_DIMENSIONAL not in formats:
         raise Unreadable("it shows no 2-D picture, but a curve over time (M-mode or Doppler)")
-    tissue = [
-        (_corners(region), region)
-        for region in regions
-        if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE
-    ]
+    tissue = []
+    for region in regions:
+        if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE:
+            first, last = ([int(region.get(f"RegionLocation{end}", 0)) for end in ends] for ends in CORNERS)
+            tissue.append(((*first, last[0] + 1, last[1] + 1), region))
     if not tissue:
         spacing_mm = _positive(dataset.get("PixelSpacing") or ())
         ratio = [float(value) for value in dataset.get("PixelAspectRatio") or (1, 1)]
@@ -95,10 +88,8 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
     corners, region = max(tissue, key=lambda found: _area(found[0]))
     top, left, bottom, right = corners
     if not fits(corners, rows, columns):
-        note = (
-            f"its ultrasound region does not fit its picture of {rows} x {columns} pixels: it is not cut and has no millimetres"
-        )
-        return whole, None, (note,)
+        note = f"its ultrasound region does not fit its picture of {rows} x {columns} pixels"
+        return whole, None, (f"{note}: it is not cut and has no millimetres",)
     apart = [other for other, _ in tissue if (other[1] >= right or other[3] <= left or other[0] >= bottom or other[2] <= top)]
     beside = sum(_area(other) > _area(corners) / 4 for other in apart)
     note = f"it shows {beside + 1} planes at once, and only that of columns {left} to {right - 1} is outlined"
@@ -108,11 +99,7 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
 
 
 def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
-    """True if a region (top, left, bottom, right) lies in a picture, or in one that was cropped along one side.
-
-    A picture that was made smaller without its regions ends before them both ways. One that was cropped along one side kept its
-    other size, which shows if the region ends at its edge.
-    """
+    """True if a region (top, left, bottom, right) lies in a picture, or in one that was cropped along one side."""
     top, left, bottom, right = corners
     if not (0 <= top < bottom and 0 <= left < right and top + 1 < rows and left + 1 < columns):
         return False
@@ -121,18 +108,12 @@ def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
     return not (too_deep or too_wide) or (too_deep != too_wide and ends_below and ends_right)
 
 
-def _corners(region) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right of a region, in pixels; the last two are excluded."""
-    top, left, bottom, right = (int(region.get(f"RegionLocation{end}", 0)) for end in ("MinY0", "MinX0", "MaxY1", "MaxX1"))
-    return top, left, bottom + 1, right + 1
-
-
 def _area(corners: tuple[int, int, int, int]) -> int:
     return (corners[2] - corners[0]) * (corners[3] - corners[1])
 
 
 def _positive(spacing_mm) -> tuple[float, float] | None:
-    """A spacing (depth, lateral) as numbers; None if it is not two positive ones."""
+    """A spacing as numbers; None if it is not two positive ones."""
     values = tuple(float(value) for value in spacing_mm)
     return values if len(values) == 2 and all(np.isfinite(values)) and min(values) > 0 else None
 
@@ -145,13 +126,13 @@ def decode(dataset, frames: int, window: tuple[slice, slice]) -> np.ndarray:
         whole, meta = decoder.as_array(dataset, raw=False)  # iter_array counts its bytes wrongly (pydicom 3.0)
         found = ((frame, meta) for frame in whole.reshape(frames, *whole.shape[-3:]))
     for index, (frame, meta) in enumerate(found):
-        colours = meta["photometric_interpretation"]
         frame = frame[window]
-        if colours == "PALETTE COLOR":
+        if meta["photometric_interpretation"] == "PALETTE COLOR":
             frame = pydicom.pixels.apply_color_lut(frame, dataset)
             frame = (frame >> 8).astype(np.uint8) if frame.dtype == np.uint16 else frame
-        if frame.ndim == 3:
-            frame = _luminance(frame)
+        if frame.ndim == 3:  # luminance by the weights of ITU-R BT.601; grey stays the grey it was
+            red, green, blue = (frame[..., channel].astype(np.uint32) for channel in range(3))
+            frame = ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(frame.dtype)
         if values is None:
             values = np.empty((frames, *frame.shape), frame.dtype)
         values[index] = frame
@@ -159,13 +140,13 @@ def decode(dataset, frames: int, window: tuple[slice, slice]) -> np.ndarray:
 
 
 def _decoder(dataset):
-    """pydicom's decoder of a file's pixels; raises Unreadable, with what to install, for a compression that has none here."""
+    """pydicom's decoder of a file's pixels; raises Unreadable, with what to install, if there is none here."""
     if "TransferSyntaxUID" not in dataset.file_meta:  # a bare data set
         names = {(True, True): "ImplicitVRLittleEndian", (False, False): "ExplicitVRBigEndian"}
         syntax = getattr(pydicom.uid, names.get(dataset.original_encoding, "ExplicitVRLittleEndian"))
         dataset.file_meta.TransferSyntaxUID = syntax
     syntax = dataset.file_meta.TransferSyntaxUID
-    if syntax.name.startswith("MPEG") or syntax.name.startswith("HEVC"):
+    if syntax.name.startswith(("MPEG", "HEVC")):
         raise Unreadable("it holds a video (MPEG): export it as MP4 or AVI")
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
@@ -179,17 +160,8 @@ def _decoder(dataset):
     return decoder
 
 
-def _luminance(colours: np.ndarray) -> np.ndarray:
-    """[...,3] to [...] by the weights of ITU-R BT.601; grey stays the grey it was."""
-    red, green, blue = (colours[..., channel].astype(np.uint32) for channel in range(3))
-    return ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(colours.dtype)
-
-
 def identify(raw: bytes, secret: bytes) -> dict[str, str]:
-    """Digests of what identifies a file's study, by tag, those that it has: IDENTIFIERS and SeriesInstanceUID.
-
-    They are keyed by `secret`, without which no one can find out whose they are by trying names. Empty for a damaged file.
-    """
+    """Digests, keyed by `secret`, of a file's IDENTIFIERS and SeriesInstanceUID, by tag; empty for a damaged file."""
     try:
         dataset = pydicom.dcmread(io.BytesIO(raw), force=True, stop_before_pixels=True)
         values = {tag: str(dataset.get(tag) or "").strip(" ^\0") for tag in (*IDENTIFIERS, "SeriesInstanceUID")}
@@ -201,5 +173,4 @@ def identify(raw: bytes, secret: bytes) -> dict[str, str]:
 
 
 def digest(secret: bytes, value: bytes) -> str:
-    """A keyed digest, hexadecimal."""
     return hmac.new(secret, value, "sha256").hexdigest()

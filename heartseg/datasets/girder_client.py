@@ -1,7 +1,7 @@
 """Folders of a Girder server (the REST interface of girder.readthedocs.io): listed, fetched as zips, unpacked.
 
-The only file that imports requests. Such a zip is made while it is sent, so it has neither a fixed checksum nor a part to
-resume from: whoever fetches one opens what arrived, and fetches the whole of it again if it is damaged.
+The only file that imports requests. Such a zip is made while it is sent: without a checksum to compare or a part to resume
+from, a damaged one is fetched again as a whole.
 """
 
 import io
@@ -23,8 +23,7 @@ T = TypeVar("T")
 PAGE = 100
 CONNECT_TIMEOUT_S = 15
 BUSY_STATUSES = (408, 425, 429, *range(500, 600))
-# A patient's folder has 14 files and some 10 to 100 MB; an answer or a zip that claims more than this is not one.
-MAX_BYTES = 2**30
+MAX_BYTES = 2**30  # of an answer or a zip; a patient's folder has 14 files and some 10 to 100 MB
 
 
 class FailedDownload(Exception):
@@ -45,20 +44,16 @@ class Server:
     timeout_s: float  # of silence, after which a connection is given up
 
     def list_folders(self, parent: str) -> dict[str, str]:
-        """Name to id of the folders in a folder, page by page; raises FailedDownload."""
-        found: dict[str, str] = {}
-        while True:
-            params = {"parentType": "folder", "parentId": parent, "limit": PAGE, "offset": len(found), "sort": "lowerName"}
+        """Name to id of the folders in a folder; raises FailedDownload."""
+        found, before = {}, -1
+        while len(found) > before:  # the last page is empty; a server that ignores the offset repeats one
             before = len(found)
+            params = {"parentType": "folder", "parentId": parent, "limit": PAGE, "offset": before, "sort": "lowerName"}
             found |= self.fetch("folder", parse_listing, params)
-            if len(found) == before:  # the last page is empty; a server that ignores the offset repeats one
-                return found
+        return found
 
     def fetch(self, path: str, use: Callable[[bytes], T], params: dict | None = None) -> T:
-        """`use` of the body of an answer, fetched again while that or `use` raises DamagedDownload and tries are left.
-
-        Raises FailedDownload for whatever the network or the server did, and UserError for a certificate that is refused.
-        """
+        """`use` of an answer's body, again while that raises DamagedDownload and tries are left; raises FailedDownload."""
         for wait_s in [self.wait_s * 2**earlier for earlier in range(self.tries - 1)]:
             try:
                 return use(self._body(path, params))
@@ -67,7 +62,6 @@ class Server:
         return use(self._body(path, params))
 
     def _body(self, path: str, params: dict | None) -> bytes:
-        """The body of one answer; raises FailedDownload, as DamagedDownload where another try may help, and UserError."""
         body, url = io.BytesIO(), f"{self.base.rstrip('/')}/{path}"
         headers = {"Accept-Encoding": "identity", "User-Agent": "heartseg"}
         timeout = (min(CONNECT_TIMEOUT_S, self.timeout_s), self.timeout_s)
@@ -83,10 +77,8 @@ class Server:
         except requests.exceptions.SSLError as error:
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise DamagedDownload(f"breaks off the encrypted connection ({cause(error)})") from error
-            raise UserError(
-                f"The certificate of {self.base} is refused ({cause(error)}): check the clock and the address, or name "
-                "your network's own certificates in REQUESTS_CA_BUNDLE."
-            ) from error
+            fix = "check the clock and the address, or name your network's own certificates in REQUESTS_CA_BUNDLE"
+            raise UserError(f"The certificate of {self.base} is refused ({cause(error)}): {fix}.") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:  # the second for an odd host name
             kind = FailedDownload if isinstance(error, ValueError) else DamagedDownload  # a bad address stays one
             what = f"breaks off after {body.tell()} bytes" if body.tell() else f"cannot be reached ({cause(error)})"
@@ -95,12 +87,11 @@ class Server:
 
 
 def cause(error: Exception) -> str:
-    """What a failed request failed of, without the wrappers that requests and urllib3 put around it."""
+    """Why a request failed, without the wrappers that requests and urllib3 put around it."""
     return str(getattr(error.args[0], "reason", error) if error.args else error).rpartition(": ")[2]
 
 
 def parse_listing(body: bytes) -> dict[str, str]:
-    """Name to id of the folders in a page; raises DamagedDownload."""
     try:
         return {str(entry["name"]): str(entry["_id"]) for entry in json.loads(body)}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -108,10 +99,7 @@ def parse_listing(body: bytes) -> dict[str, str]:
 
 
 def unpack(packed: bytes, target: str) -> None:
-    """Unpack a zip into the folder `target` and flush it to the disk; zipfile writes nothing outside that folder.
-
-    Raises DamagedDownload before anything is written, or OSError if `target` cannot be written.
-    """
+    """Unpack a zip into the folder `target`, flushed to the disk; raises DamagedDownload before anything is written."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(packed))
         size, damaged = sum(entry.file_size for entry in archive.infolist()), archive.testzip()

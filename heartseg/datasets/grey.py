@@ -5,27 +5,25 @@ import numpy as np
 BYTE = (0, 255)
 UNSIGNED = (BYTE, (0, 4095), (0, 65535))
 SIGNED = ((-128, 127), (-2048, 2047), (-32768, 32767))
-ADVICE = "store whole numbers from 0 to 255, or fractions from 0 to 1"
 
 
 class Unreadable(ValueError):
-    """Why bytes are not a picture, in our own words: it quotes nothing else from the file."""
+    """Why bytes are not a picture, in our own words: the message quotes nothing from the file."""
 
 
 def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """The values of a whole file as a uint8 array of its own, and the range that became 0 to 255.
 
-    Bytes stay as they are. Other types have the first range that holds all their values: 8, 12 or 16 bits, unsigned or
-    signed, and for fractions 0 to 1, -1 to 1, or percent. Raises Unreadable if no range does, or if several might.
+    Bytes stay; other values have the first range that holds all of them: 8, 12 or 16 bits, unsigned or signed, and for
+    fractions 0 to 1, -1 to 1, or percent. Raises Unreadable if no range does, or if several might.
     """
     if values.dtype == np.uint8:
         return values.copy(order="C"), BYTE
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise Unreadable("it has pixels that are not finite")
-    found = find_range(values, low, high)
-    if found is None:
-        raise Unreadable(f"its grey levels, {low:g} to {high:g}, fit no known range: {ADVICE}")
+    if (found := find_range(values, low, high)) is None:
+        raise Unreadable(f"its grey levels, {low:g} to {high:g}, fit no known range: store 0 to 255, or fractions from 0 to 1")
     if found == BYTE:
         return np.rint(values).astype(np.uint8, order="C"), BYTE
     first, last = found
@@ -49,4 +47,4 @@ def find_range(values: np.ndarray, low: float, high: float) -> tuple[int, int] |
         return (-1, 1) if -1.001 < low < -0.9 and high < 1.001 else None
     if low < 0:
         return next((each for each in SIGNED if each[0] <= low < 0.9 * each[0] and high <= each[1]), None)
-    return BYTE if 1 < high < 100 else None  # 0 and 1 alone are no picture, and up to 100 may be percent
+    return BYTE if 1 < high < 100 else None  # 0 and 1 alone do not make a picture, and up to 100 may be percent

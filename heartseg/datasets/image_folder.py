@@ -5,22 +5,20 @@
     FOLDER/groups.csv             optional: a line `patient,group`, then one line a patient; groups train, val, test
 
 NAME begins with the patient, up to the first `_` (`patient_pattern` may show another place): `anna_2CH_ED`, `anna_2CH_ES`,
-`bert_visit2_4CH`. A part of it that is 2CH or 4CH gives the view, one that is ED or ES the phase; without them both are
-unknown. Files that are not NIfTI are ignored, and counted.
-
-In a file, axis 0 is lateral and axis 1 is depth (then time), as in CAMUS, unless its affine has them the other way round
-(`nifti.decode_nifti` describes how axes are found).
+`bert_visit2_4CH`. A part of it that is 2CH or 4CH gives the view, one that is ED or ES the phase. Files that are not NIfTI are
+ignored, and counted. `nifti.decode_nifti` describes which axis of a file is which.
 """
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from heartseg.datasets import camus
-from heartseg.datasets.camus import Readable, Recording
-from heartseg.errors import UserError
+from heartseg.datasets.camus import IMAGES_FOLDER, CamusTree, Readable, Recording
+from heartseg.errors import UserError, require
 from heartseg.labels import PHASES, VIEWS, Phase, View
 from heartseg.storage import filesystem
 
@@ -36,17 +34,14 @@ class ImageFolder:
     """A plain folder as a source of shards; `camus.CamusTree` has the same methods and describes them."""
 
     path: str
-    patient_pattern: str = ""
-    """Regular expression for the beginning of a name: its first group, or all that it matches, is the patient."""
+    patient_pattern: str = ""  # for the beginning of a name: its first group, or all that it matches, is the patient
     dataset: str = ""
-    """`camus` if the user says so."""
 
     def is_there(self) -> bool:
-        """True if this machine sees the folder of images/ and masks/."""
         return all(filesystem.exists(filesystem.join(self.path, name)) for name in (IMAGES, MASKS))
 
     def patients(self) -> list[str]:
-        """Names of the patients, sorted; raises UserError if there are none, or if one person's images may count as several."""
+        """Sorted names; raises UserError if there are none, or if one person's images may count as several people's."""
         files = self._files()
         if not self.patient_pattern:
             parts = {name: SEPARATOR.split(name) for name in files}
@@ -54,15 +49,13 @@ class ImageFolder:
             people = {found[0] for found in parts.values()}
             has_one_each = all(len(found) <= 2 for found in files.values())  # an image and its mask
             if odd or has_one_each and 1 < len(people) < len(files):
-                example = (odd or list(files))[0]
-                raise UserError(
-                    f"{self.path} would have {len(files)} patients, {example!r} among them, but {len(people)} by "
-                    "what stands before the first - or dot: give --patient-pattern '[^-.]+', or '[^_]+' if all are different."
-                )
+                counts = f"{len(files)} patients, such as {(odd or list(files))[0]!r}, but {len(people)} by the first - or dot"
+                fix = "give --patient-pattern '[^-.]+', or '[^_]+' if all are different"
+                raise UserError(f"{self.path} would have {counts}: {fix}.")
         return list(files)
 
     def groups(self) -> dict[str, list[str]]:
-        """Group to patients, from groups.csv; empty if there is none. Raises UserError for whatever is wrong with it."""
+        """Group to patients, from groups.csv if there is one; raises UserError for whatever is wrong with it."""
         path = filesystem.join(self.path, GROUPS)
         if not filesystem.exists(path):
             return {}
@@ -71,16 +64,16 @@ class ImageFolder:
         rows = [[cell.strip() for cell in row if cell.strip()] for row in csv.reader(lines, delimiter=delimiter)]
         if not rows or [cell.lower() for cell in rows[0]] != ["patient", "group"]:
             raise UserError(f"{path} must begin with the line `patient,group`.")
-        groups: dict[str, list[str]] = {}
+        groups = defaultdict(list)
         for row in filter(None, rows[1:]):
             patient, group = (*row, "")[:2]
             if group not in camus.SPLIT_FILES or len(row) > 2:
                 raise UserError(f"{path} puts {patient} into group {group!r}: use one of {', '.join(camus.SPLIT_FILES)}.")
-            groups.setdefault(group, []).append(patient)
+            groups[group].append(patient)
         return {group: sorted(names) for group, names in groups.items()}
 
     def dataset_name(self) -> str:
-        """`other` unless the user says `camus`."""
+        """`other`, or `CAMUS` by the user's word."""
         return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
@@ -89,7 +82,7 @@ class ImageFolder:
         return {patient: found.get(patient, []) for patient in patients}
 
     def unnamed(self) -> list[str]:
-        """Files beside the images and masks that are not NIfTI, hidden ones left out."""
+        """Visible files beside the images and masks that are not NIfTI."""
         names = (name for folder in (IMAGES, MASKS) for name in filesystem.list_names(filesystem.join(self.path, folder)))
         return [name for name in names if not (name.startswith(".") or NAME.fullmatch(name))]
 
@@ -97,11 +90,7 @@ class ImageFolder:
         """Any file may be a sequence."""
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
-        """Each picture of a patient, of its `files` below the folder.
-
-        With `frames` "stills" a file is one picture; with "sequence" its third axis is time, in the file's own order, and
-        the phase stays unknown. A mask without an image is as damaged as an image without a mask.
-        """
+        """Each picture of a patient, by its `files`; in a `sequence`, the third axis is time, and the phase stays unknown."""
         for name in sorted({re.sub(r"(?i)\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
             parts = SEPARATOR.split(name.upper())[1:]
             view = next((View(part) for part in parts if part in VIEWS), None)
@@ -116,19 +105,34 @@ class ImageFolder:
 
     def _files(self) -> dict[str, list[list]]:
         """All images and masks, by patient; both sorted. Raises UserError if there are none."""
-        found: dict[str, list[list]] = {}
+        found = defaultdict(list)
         for folder in (IMAGES, MASKS):
             for name, *rest in camus.list_folder(filesystem.join(self.path, folder)):
                 if match := NAME.fullmatch(name):
-                    found.setdefault(self._patient(match["stem"]), []).append([f"{folder}/{name}", *rest])
+                    found[self._patient(match["stem"])].append([f"{folder}/{name}", *rest])
         if not found:
             raise UserError(f"{self.path} holds no NIfTI file: give a folder of {LAYOUT}.")
         return dict(sorted(found.items()))
 
     def _patient(self, stem: str) -> str:
-        """The patient in a file's name; raises UserError if the pattern does not find one."""
         match = re.match(self.patient_pattern or BEFORE_UNDERSCORE, stem)
         patient = match and match[1 if match.re.groups else 0]
         if not patient:
             raise UserError(f"--patient-pattern {self.patient_pattern!r} finds no patient in {stem!r}: give another.")
         return patient
+
+
+def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> CamusTree | ImageFolder:
+    """The source at a path; raises UserError if none is there, or for a pattern that is wrong or of no use."""
+    try:
+        re.compile(patient_pattern)
+    except re.error as error:
+        raise UserError(f"--patient-pattern {patient_pattern!r} is not a regular expression: {error}.") from error
+    if (tree := CamusTree(path, dataset)).is_there():
+        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} has a folder for each patient.")
+        return tree
+    if (folder := ImageFolder(path, patient_pattern, dataset)).is_there():
+        return folder
+    if not filesystem.exists(path):
+        raise UserError(f"The source {path} does not exist: give the folder that holds {IMAGES_FOLDER}/ or {LAYOUT}.")
+    raise UserError(f"{path} holds no {IMAGES_FOLDER}/ (the CAMUS release), and no {LAYOUT} either.")

@@ -1,7 +1,6 @@
 """A synthetic CAMUS tree with known geometry, so that everything runs and is tested without the data.
 
-The ventricle is a truncated ellipsoid whose volume has a closed form; the pictures are speckle made in beam space.
-`write_phantom` writes a folder that reads like the release; `python -m heartseg.datasets.phantom OUT` does the same.
+The ventricle is a truncated ellipsoid, the pictures are speckle made in beam space; `python -m heartseg.datasets.phantom OUT`.
 """
 
 import multiprocessing
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from heartseg.datasets import camus, nifti
 from heartseg.datasets.splits import QUALITIES
-from heartseg.errors import StorageError, UserError
+from heartseg.errors import StorageError, UserError, require
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS, Phase, View
 from heartseg.storage import filesystem
 
@@ -39,8 +38,7 @@ TISSUE_GREY, HISS = 109, 0.01
 class Geometry:
     """A heart at one moment, and the probe that images it; pairs are in the order of `VIEWS`.
 
-    The cavity is an ellipsoid with semi-axes `radii_mm` across (one per view) and `half_length_mm` along, cut by the
-    mitral plane at `truncation` half lengths below its centre.
+    The cavity is an ellipsoid that the mitral plane cuts at `truncation` half lengths below its centre.
     """
 
     patient: str
@@ -60,7 +58,6 @@ class Geometry:
 
     @property
     def length_mm(self) -> float:
-        """From the cavity's apex to the mitral plane."""
         return self.half_length_mm * (1 + self.truncation)
 
 
@@ -73,8 +70,7 @@ def patient_geometry(patient_index: int, seed: int = 0) -> Geometry:
 
     poor = rng.random() < 0.3  # hearts that pump poorly are dilated
     half_length, radius = bell(46, 4.5, 37, 56), bell(27 if poor else 23.5, 2.5, 18, 32)
-    truncation = rng.uniform(0.55, 0.75)
-    length = half_length * (1 + truncation)
+    length = half_length * (1 + (truncation := rng.uniform(0.55, 0.75)))
     apex_depth = length * rng.uniform(0.28, 0.46)
     tilt_deg = (bell(9, 7, -6, 22), bell(9, 7, -6, 22))
     return Geometry(
@@ -101,8 +97,7 @@ def geometry_at(geometry: Geometry, contraction: float) -> Geometry:
 def volume_ml(geometry: Geometry, phase: Phase) -> float:
     """Volume of a patient's cavity in ml, in closed form.
 
-    At height z from its centre the ellipsoid's slice is an ellipse of area pi a b (1 - z^2 / c^2). From the apex, -c,
-    to the mitral plane, t c, that integrates to pi a b c (2/3 + t - t^3 / 3); t = 1 gives the whole's 4/3 pi a b c.
+    The slice at height z is an ellipse of area pi a b (1 - z^2 / c^2), integrated from the apex, -c, to the mitral plane, t c.
     """
     heart = geometry_at(geometry, CONTRACTION[phase])
     (a, b), c, t = heart.radii_mm, heart.half_length_mm, heart.truncation
@@ -128,7 +123,7 @@ def heart_coordinates(heart: Geometry, view: View, depth_mm, lateral_mm):
 
 
 def labels_at(heart: Geometry, view: View, along, across) -> np.ndarray:
-    """Labels 0-3, uint8, at heart coordinates in mm: exact, a point is inside a shape or it is not."""
+    """Labels 0-3, uint8, at heart coordinates in mm."""
     radius, half_length, wall_mm = heart.radii_mm[VIEWS.index(view)], heart.half_length_mm, heart.wall_mm
     from_centre, from_plane, (wide, long) = along - half_length, along - heart.length_mm, heart.atrium_mm
     cavity = (across / radius) ** 2 + (from_centre / half_length) ** 2 <= 1
@@ -159,10 +154,8 @@ class Scanner:
         self.angle = np.linspace(-half_angle, half_angle, BEAMS, dtype=np.float32)[None]
         self.sigmas = (PULSE_MM / reach * (SAMPLES - 1), BEAM_RAD / (2 * half_angle) * (BEAMS - 1))
         self.noise = rng.standard_normal((2, 2, SAMPLES, BEAMS), dtype=np.float32)
-        self.draw_look(rng, QUALITIES.index(patient_info(patient_index, seed).quality))
-
-    def draw_look(self, rng: np.random.Generator, worse: int) -> None:
-        """Draw what differs from picture to picture, in dB: gain, blood, texture, attenuation, dropouts, clutter."""
+        # What differs from picture to picture, in dB: gain, blood, texture, attenuation, dropouts, clutter.
+        worse = QUALITIES.index(patient_info(patient_index, seed).quality)
         white = rng.standard_normal((2, SAMPLES, BEAMS), dtype=np.float32)
         # Interfaces across the beam shine: fine along it, long across it.
         coarse, streaks = gaussian_filter(white[0], (30, 18)), gaussian_filter(white[1], (4, 11))
@@ -222,13 +215,12 @@ class Scanner:
         return image
 
     def mask(self, contraction: float) -> np.ndarray:
-        """The labels, uint8 [H,W], exact at pixel centres; like the experts' contours they continue outside the sector."""
+        """The labels, uint8 [H,W]; like the experts' contours they continue outside the sector."""
         heart = geometry_at(self.geometry, contraction)
         return labels_at(heart, self.view, *heart_coordinates(heart, self.view, self.depth, self.lateral))
 
 
 def write_patient(source: str, seed: int, sequences: bool, scale: float, patient_index: int) -> None:
-    """Write one patient's folder: four stills with masks, two cfg files and, if asked for, two half sequences."""
     info = patient_info(patient_index, seed)
     dtype = (np.float32, np.uint8)[patient_index // 2 % 2]  # the release has both; at every kind of spacing
     for view in VIEWS:
@@ -246,21 +238,11 @@ def write_patient(source: str, seed: int, sequences: bool, scale: float, patient
 
 
 def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:
-    """Groups `train`, `val` and `test`, about 80:10:10; from three patients on none is empty."""
+    """About 80:10:10; from three patients on no group is empty."""
     held_out = max(1, round(len(patients) / 10)) if len(patients) >= 3 else 0
     shuffled = np.random.default_rng(seed).permutation(patients).tolist()
     val, test, train = shuffled[:held_out], shuffled[held_out : 2 * held_out], shuffled[2 * held_out :]
     return {"train": sorted(train), "val": sorted(val), "test": sorted(test)}
-
-
-def claim_folder(source: str, made_with: dict) -> None:
-    """Mark `source` as synthetic; raises UserError if it holds other patients, who would be overwritten."""
-    marker = filesystem.join(source, camus.PHANTOM_NOTE)
-    if filesystem.exists(marker) and filesystem.read_json(marker) != made_with:
-        raise UserError(f"{source} holds a phantom made with other settings: give an empty folder, or remove it.")
-    if not filesystem.exists(marker) and filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):
-        raise UserError(f"{source} holds patients that are not a phantom's: give an empty folder.")
-    filesystem.publish_json(marker, made_with)
 
 
 def write_phantom(
@@ -278,7 +260,13 @@ def write_phantom(
     """
     if patients < 1 or workers < 1 or seed < 0 or not 0.05 <= scale <= 1:
         raise UserError("A phantom needs at least one patient, one worker, a seed from 0 and a scale of 0.05 to 1.")
-    claim_folder(source, {"patients": patients, "seed": seed, "sequences": sequences, "scale": scale})
+    marker = filesystem.join(source, camus.PHANTOM_NOTE)
+    made_with = {"patients": patients, "seed": seed, "sequences": sequences, "scale": scale}
+    if filesystem.exists(marker):
+        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom made with other settings: remove it.")
+    elif filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):
+        raise UserError(f"{source} holds patients that are not a phantom's: give an empty folder.")
+    filesystem.publish_json(marker, made_with)
     job, numbers = partial(write_patient, source, seed, sequences, scale), range(1, patients + 1)
     # Spawned, for a forked child would inherit the locks of pyarrow's threads; one worker needs no process of its own.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

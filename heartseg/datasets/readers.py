@@ -1,6 +1,6 @@
-"""Files that hold echocardiograms to upright grey frames: NIfTI, and with `pip install heartseg[formats]` DICOM and video.
+"""Files of any kind to upright grey frames: NIfTI, PNG, and with `pip install heartseg[formats]` DICOM (dicom.py) and video.
 
-The only file that imports PyAV; dicom.py reads DICOM, and no message quotes what a tag holds.
+The only file that imports PyAV. No message quotes what a tag holds.
 """
 
 import errno
@@ -20,16 +20,14 @@ from heartseg.datasets.nifti import DamagedRecording
 from heartseg.errors import UserError
 from heartseg.storage import filesystem
 
-KINDS = {
-    **{".nii": "nifti", ".nii.gz": "nifti", ".dcm": "dicom", ".dicom": "dicom", ".png": "picture"},
-    **{".avi": "video", ".mp4": "video", ".mov": "video", ".m4v": "video"},
-}
+Admit = Callable[[int], None]
+Spacing = tuple[float, float]  # depth and lateral size of a pixel in mm
+KINDS = {".nii": "nifti", ".nii.gz": "nifti", ".dcm": "dicom", ".dicom": "dicom", ".png": "picture"}
+KINDS |= dict.fromkeys((".avi", ".mp4", ".mov", ".m4v"), "video")
 PACKAGES = {"dicom": "pydicom", "video": "av"}
-# Grey pixels of one file: two minutes of a large video. More is a whole examination, or a damaged header.
-MAX_PIXELS = 2**31
+MAX_PIXELS = 2**31  # of one file: two minutes of a large video; more is a whole examination, or a damaged header
 MAX_FILE_BYTES = 2**33
-# The depth that a scanner shows; a spacing that gives another was not measured (1 mm is what headers hold by default).
-PLAUSIBLE_DEPTH_MM = (30, 400)
+PLAUSIBLE_DEPTH_MM = (30, 400)  # a spacing that gives another was not measured (1 mm is what headers hold by default)
 NO_PICTURE = "it holds no picture, as reports and measurements do"
 # The first element of a DICOM without preamble is of group 2 or 8, with its type or the length of its value behind it.
 BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)", re.DOTALL)
@@ -39,14 +37,12 @@ BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)",
 class Frames:
     """What a file holds: uint8 [T,H,W], upright (row = depth), and (depth, lateral) `spacing_mm` or None.
 
-    `place` is where a NIfTI file has them. `box` is (top, left, height, width): where in the file's whole pictures, of
-    that height and width, the frames were cut out; None if they are whole. `flips` are the axes of [T,H,W] that were
-    reversed to bring them upright. `grey` is the range of the file's values that became 0 to 255. `notes` are remarks for the
-    user. `may_show_text`: a name may be burned in.
+    `box` is (top, left, height, width): where in the file's whole pictures, of that height and width, the frames were cut out.
+    `flips` are the axes that were reversed, `grey` is the range of values that became 0 to 255, `may_show_text`: a name, say.
     """
 
     pixels: np.ndarray
-    spacing_mm: tuple[float, float] | None
+    spacing_mm: Spacing | None
     place: nifti.Place | None = None
     box: tuple[int, int, int, int] | None = None
     flips: tuple[int, ...] = ()
@@ -56,14 +52,10 @@ class Frames:
 
 
 def kind_of(path: str) -> str | None:
-    """`nifti`, `dicom`, `video` or `picture`; None for what is not an input. DICOM files may have any name.
-
-    A file without a telling suffix is DICOM if it begins as one, or may not be read, so that it is reported.
-    """
+    """`nifti`, `dicom`, `video` or `picture`; None for what is not an input. DICOM files may have any name."""
     name = filesystem.last_part(path).lower()
-    for suffix, kind in KINDS.items():
-        if name.endswith(suffix):
-            return kind
+    if known := [kind for suffix, kind in KINDS.items() if name.endswith(suffix)]:
+        return known[0]
     has_free_name = re.fullmatch(r"\.?\d*", os.path.splitext(name)[1]) and name != "dicomdir"  # im_0001, 1.2.840.113619.2
     if not has_free_name or filesystem.size_or_none(path) is None:  # a dead link is not a file
         return None
@@ -74,32 +66,23 @@ def kind_of(path: str) -> str | None:
         return "dicom"
 
 
-def check_package_installed(kind: str) -> None:
-    """Raise UserError if the package that reads this kind of file is not installed."""
-    if kind in PACKAGES:
-        _package(PACKAGES[kind])
-
-
-def _package(name: str):
+def import_package(kind: str):
+    """The package that reads this kind of file, if one does; raises UserError if it is not installed."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(PACKAGES[kind]) if kind in PACKAGES else None
     except ImportError as error:
-        raise UserError(f"{name} is not installed: run `pip install 'heartseg[formats]'` for DICOM and video.") from error
+        raise UserError(f"{PACKAGES[kind]} is not installed: run `pip install 'heartseg[formats]'`.") from error
 
 
 def read(
-    path: str,
-    kind: str,
-    spacing_mm: tuple[float, float] | None = None,
-    flips: tuple[int, ...] = (),
-    admit: Callable[[int], None] = lambda num_bytes: None,
+    path: str, kind: str, spacing_mm: Spacing | None = None, flips: tuple[int, ...] = (), admit: Admit = lambda _: None
 ) -> Frames:
     """Read one file; `spacing_mm` is used if the file has none, `flips` are the axes to reverse (1 depth, 2 lateral).
 
     `admit` gets the bytes that the frames and as many masks will take, before they are decoded; it may wait, or raise
     DamagedRecording. Raises DamagedRecording with the reason, and UserError if a package is missing.
     """
-    raw = nifti.read_source(path, MAX_FILE_BYTES)
+    raw = nifti.read_source(path, most=MAX_FILE_BYTES)
     try:
         found = decode(raw, kind, admit)
     except (UserError, MemoryError, DamagedRecording):
@@ -112,19 +95,18 @@ def read(
         raise DamagedRecording(f"is not a readable {kind}: {message or 'it is damaged'}", path) from error
     if found.pixels.size and found.pixels.min() == found.pixels.max():
         raise DamagedRecording("is empty: all its pixels have one value", path)
+    notes, own_mm = [*found.notes], found.spacing_mm
     if found.grey != BYTE:
-        note = "grey levels {} to {} were scaled to 0 to 255".format(*found.grey)
-        found = replace(found, notes=(*found.notes, note))
-    if found.spacing_mm is not None:
-        depth_mm = found.spacing_mm[0] * found.pixels.shape[1]
-        if not PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
-            note = f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is not used"
-            found = replace(found, spacing_mm=None, notes=(*found.notes, note))
+        notes.append("grey levels {} to {} were scaled to 0 to 255".format(*found.grey))
+    depth_mm = own_mm and own_mm[0] * found.pixels.shape[1]
+    if own_mm and not PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
+        notes.append(f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is not used")
+        own_mm = None
     upright = np.require(np.flip(found.pixels, flips), requirements="CW")
-    return replace(found, pixels=upright, flips=flips, spacing_mm=found.spacing_mm or spacing_mm)
+    return replace(found, pixels=upright, flips=flips, spacing_mm=own_mm or spacing_mm, notes=tuple(notes))
 
 
-def decode(raw: bytes, kind: str, admit: Callable[[int], None]) -> Frames:
+def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:
     """The frames in a file's bytes; raises Unreadable, UserError and what the libraries raise."""
 
     def admit_pixels(count: int) -> None:
@@ -132,42 +114,31 @@ def decode(raw: bytes, kind: str, admit: Callable[[int], None]) -> Frames:
             raise Unreadable("it claims more pixels than two minutes of large pictures have: cut it to the beats that count")
         admit(2 * count + len(raw))
 
+    import_package(kind)
     if kind == "dicom":
-        _package("pydicom")
         from heartseg.datasets.dicom import read_dicom
 
         return read_dicom(raw, admit_pixels)
     if kind == "video":
         return read_video(raw, admit_pixels)
-    found = read_nifti(raw) if kind == "nifti" else read_picture(raw)
-    admit_pixels(found.pixels.size)
-    return found
-
-
-def read_nifti(raw: bytes) -> Frames:
-    """An image or a sequence, with where it lies in its file (`nifti.decode_nifti` describes how axes are found)."""
-    values, spacing_mm, place = nifti.decode_nifti(raw)
+    values, spacing_mm, place = nifti.decode_nifti(raw) if kind == "nifti" else (decode_png(raw), None, None)
     pixels, grey = as_grey(values)
+    admit_pixels(pixels.size)
     return Frames(pixels, spacing_mm, place, grey=grey)
 
 
-def read_picture(raw: bytes) -> Frames:
-    """A PNG of any depth; colours become grey. It has no spacing."""
+def decode_png(raw: bytes) -> np.ndarray:
+    """Values [1,H,W] of a PNG of any depth; colours become grey."""
     from PIL import Image
 
     with Image.open(io.BytesIO(raw), formats=["PNG"]) as picture:
         is_deep = picture.mode.startswith("I") or picture.mode == "F"
-        values = np.asarray(picture if is_deep else picture.convert("L"))
-    pixels, grey = as_grey(values[None])
-    return Frames(pixels, None, grey=grey)
+        return np.asarray(picture if is_deep else picture.convert("L"))[None]
 
 
-def read_video(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -> Frames:
-    """Every frame of the first video stream, in grey, turned as its display matrix asks. It has no spacing.
-
-    `admit` gets the number of pixels before they are decoded.
-    """
-    av = _package("av")
+def read_video(raw: bytes, admit: Admit = lambda _: None) -> Frames:
+    """Every frame of the first video stream, in grey, turned as its display matrix asks; `admit` gets numbers of pixels."""
+    av = import_package("video")
     reformatter = av.video.reformatter.VideoReformatter()  # a frame's own would be made again for each
     pixels, count = np.empty((0, 0, 0), np.uint8), 0
     with av.open(io.BytesIO(raw)) as container:
@@ -187,12 +158,11 @@ def read_video(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     if not count:
         raise Unreadable("it has no frames")
     pixels.resize((count, *pixels.shape[1:]), refcheck=False)
-    odd = ratio and ratio != 1
-    return Frames(pixels, None, notes=("its pixels are not square: give --spacing-mm",) if odd else ())
+    return Frames(pixels, None, notes=("its pixels are not square: give --spacing-mm",) if ratio and ratio != 1 else ())
 
 
 def upright(picture: np.ndarray, matrix) -> np.ndarray:
-    """A picture [H,W] as a player shows it: turned and mirrored as the file's display matrix, 36 bytes or None, asks."""
+    """A picture [H,W] turned and mirrored as a player does it by the file's display matrix (36 bytes, or None)."""
     if matrix is None:
         return picture
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # ISO 14496-12: x' = a x + c y, y' = b x + d y

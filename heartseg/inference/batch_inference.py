@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,12 +21,12 @@ import torch
 from heartseg.config.experiment import PredictConfig
 from heartseg.datasets.nifti import DamagedRecording
 from heartseg.datasets.readers import Frames
-from heartseg.inference.segmenter import NO_POSTPROCESSING, Ensemble, Segmenter, confidence, scores_of, to_grid, to_mask
+from heartseg.inference.segmenter import NO_POSTPROCESSING, Model, confidence, scores_of, to_grid, to_mask
 from heartseg.training.data_loading import free_on_machine
 
 Clip, Result = TypeVar("Clip"), TypeVar("Result")
-# Clips in memory on either side of the model, and batches whose scores wait to be resampled.
-READERS, WRITERS, AHEAD, BATCHES = 2, 2, 12, 8
+READERS, WRITERS = 2, 2
+AHEAD, BATCHES = 12, 8  # clips in memory on either side of the model; batches whose scores wait to be resampled
 # Of the memory that is free at the start, all clips in flight share this, and no more than so many bytes but for one clip.
 SHARE, MOST_BYTES = 0.75, 4 << 30
 TOO_LARGE = "cut it to the beats that count, or use a machine with more memory"
@@ -37,9 +38,7 @@ class Room:
     def __init__(self, free: float):
         self.alone, self.together = SHARE * free, min(SHARE * free, MOST_BYTES)
         self.changed, self.is_closed = threading.Condition(), False
-        self.outside: set[int] = set()
-        self.waiting: dict[int, int] = {}
-        self.held: dict[int, int] = {}
+        self.outside, self.waiting, self.held = set(), {}, {}  # numbers not admitted yet; bytes by number
 
     def admit(self, number: int, num_bytes: int) -> None:
         """Wait until a clip's bytes, or more of them, fit beside the others'; raises DamagedRecording if they never will."""
@@ -68,40 +67,30 @@ class Room:
             self.held.pop(number, None)
             self.changed.notify_all()
 
-    def close(self) -> None:
-        """Let all in, since nothing will leave any more."""
+    def wake(self, *_) -> None:
+        """Let all who wait look again."""
         with self.changed:
-            self.is_closed = True
             self.changed.notify_all()
 
-    def is_read(self, one: "ClipInFlight", reading: Future) -> bool:
+    def is_read(self, number: int, reading: Future) -> bool:
         """Wait until a clip is read, and return True, or False if it waits for others to leave."""
-
-        def notify(_) -> None:
-            with self.changed:
-                self.changed.notify_all()
-
-        reading.add_done_callback(notify)
+        reading.add_done_callback(self.wake)
         with self.changed:
-            self.changed.wait_for(lambda: reading.done() or (one.number in self.waiting and not self.may_enter(one.number)))
+            self.changed.wait_for(lambda: reading.done() or (number in self.waiting and not self.may_enter(number)))
             return reading.done()
 
 
 def free_bytes() -> float:
     """Bytes that this process may still take: of the machine's, of its container's, of its address space."""
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    free, (most, _) = free_on_machine(), resource.getrlimit(resource.RLIMIT_AS)
     if most == resource.RLIM_INFINITY:
-        return free_on_machine()
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    return min(free_on_machine(), most - taken)
+        return free
+    return min(free, most - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
 
 
 @dataclass(eq=False)
 class ClipInFlight:
-    """A clip that is being segmented: its frames, the same on the model's grid [T,1,h,w], and its masks and confidences so far.
-
-    A damaged clip has its `damage` and no frames.
-    """
+    """A clip that is being segmented; `small` [T,1,h,w] are its frames on the model's grid, none of a damaged one."""
 
     number: int
     clip: object
@@ -112,32 +101,37 @@ class ClipInFlight:
     parts: list[Future] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
 
+    @contextlib.contextmanager
+    def keeps_damage(self) -> Iterator[None]:
+        """Keep what is wrong with the clip, to which belongs that memory ran out."""
+        try:
+            yield
+        except DamagedRecording as damage:
+            self.damage = damage
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or "alloc" in str(error)):
+                raise
+            self.damage = DamagedRecording(f"does not fit into memory: {TOO_LARGE}", "")
+
 
 def outline(
-    segmenter: Segmenter | Ensemble,
+    segmenter: Model,
     clips: Iterable[Clip],
     read: Callable[[Clip, Callable[[int], None]], Frames],
     finish: Callable[[Clip, Frames, np.ndarray, list[float]], Result],
     batch_size: int = 8,
     options: PredictConfig = NO_POSTPROCESSING,
 ) -> Iterator[tuple[Clip, Result | DamagedRecording]]:
-    """Segment every frame of every clip; yields each clip, in order, with the result of `finish`.
+    """Segment every frame of every clip; yields each clip, in order, with the result of `finish`, or with its DamagedRecording.
 
     `read` and `finish` are called in threads; `read` gets a clip, and a function to call with the bytes of its frames and masks
-    before it decodes them; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each. A
-    clip that is damaged or does not fit into memory comes with a DamagedRecording instead of a result; any other error ends the
-    iteration.
+    before it decodes them; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each.
     """
-    room, numbers = Room(free_bytes()), itertools.count()
-
-    def enter(clip) -> ClipInFlight:
-        one = ClipInFlight(next(numbers), clip)
-        room.outside.add(one.number)
-        return one
+    room, waiting, parts = Room(free_bytes()), deque(), deque()
 
     def prepare(one: ClipInFlight) -> ClipInFlight:
-        with _memory_errors(one):
-            one.frames = read(one.clip, lambda num_bytes: room.admit(one.number, num_bytes))
+        with one.keeps_damage():
+            one.frames = read(one.clip, partial(room.admit, one.number))
             one.small = to_grid(segmenter, one.frames.pixels)
             one.masks = np.empty(one.frames.pixels.shape, np.uint8)
         if one.damage:
@@ -145,24 +139,54 @@ def outline(
             room.leave(one.number)
         return one
 
-    def complete(one: ClipInFlight):
-        result = None
+    def prepared(readers: ThreadPoolExecutor) -> Iterator[ClipInFlight | None]:
+        """The clips in order, a few of them read ahead; None if the next one waits until those before it are finished."""
+        coming, ahead = (ClipInFlight(number, clip) for number, clip in enumerate(clips)), deque()
         try:
-            with _memory_errors(one):
+            while True:
+                for one in itertools.islice(coming, AHEAD - len(ahead)):
+                    room.outside.add(one.number)
+                    ahead.append((one.number, readers.submit(prepare, one)))
+                if not ahead:
+                    return
+                if not room.is_read(*ahead[0]):
+                    yield None
+                yield ahead.popleft()[1].result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+    def forward(batch: list[tuple[ClipInFlight, int, int]], writers: ThreadPoolExecutor) -> None:
+        """Run the model on a batch and let `writers` resample its scores."""
+        held, position = [(one, start, stop) for one, start, stop in batch if stop], 0
+        if held:
+            logits = scores_of(segmenter, torch.cat([one.small[start:stop] for one, start, stop in held]), options)
+            sure, logits = confidence(logits), logits.float().cpu()
+        for one, start, stop in held:
+            chosen = slice(position, position := position + stop - start)
+            one.confidences += sure[chosen]
+            parts.append(writers.submit(_fill, one.masks[start:stop], logits[chosen], options))
+            one.parts.append(parts[-1])
+
+    def complete(one: ClipInFlight) -> tuple:
+        try:
+            with one.keeps_damage():
                 for part in one.parts:
                     part.result()
-                result = None if one.damage else finish(one.clip, one.frames, one.masks, one.confidences)
+                if not one.damage:
+                    return one.clip, finish(one.clip, one.frames, one.masks, one.confidences)
         finally:
             room.leave(one.number)
-        return one.clip, one.damage or result
+        return one.clip, one.damage
 
     torch.get_num_threads()  # fixes this thread's share of the cores before the others ask for one each
-    with _pool(READERS) as readers, _pool(WRITERS) as writers:
-        waiting: deque[Future] = deque()
-        parts: deque[Future] = deque()
+    # Threads that each start as many of torch's own as there are cores would take them from the model.
+    pool = partial(ThreadPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))
+    with pool(READERS) as readers, pool(WRITERS) as writers:
         try:
-            for batch in batches(_in_order(readers, prepare, map(enter, clips), room), batch_size):
-                for one in _forward(segmenter, batch, writers, parts, options):
+            for batch in batches(prepared(readers), batch_size):
+                forward(batch, writers)
+                for one in (one for one, _, stop in batch if stop == len(one.small)):  # complete
                     waiting.append(writers.submit(complete, one))
                 while len(parts) > BATCHES:
                     wait([parts.popleft()])
@@ -171,22 +195,10 @@ def outline(
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            room.close()
+            room.is_closed = True  # nothing will leave any more
+            room.wake()
             for future in waiting:
                 future.cancel()
-
-
-@contextlib.contextmanager
-def _memory_errors(one: ClipInFlight) -> Iterator[None]:
-    """Keep a clip's damage, to which belongs that memory ran out."""
-    try:
-        yield
-    except DamagedRecording as damage:
-        one.damage = damage
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "alloc" in str(error)):
-            raise
-        one.damage = DamagedRecording(f"does not fit into memory: {TOO_LARGE}", "")
 
 
 def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tuple[ClipInFlight, int, int]]]:
@@ -196,68 +208,22 @@ def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tu
     """
     batch, room = [], size
     for one in clips:
-        if one is None:
-            yield batch
-            batch, room = [], size
-            continue
-        start, frames = 0, len(one.small)
-        while True:
-            stop = min(frames, start + room)
+        stop, is_whole = 0, one is None
+        while not is_whole:
+            start, stop = stop, min(len(one.small), stop + room)
             batch.append((one, start, stop))
             room -= stop - start
-            start = stop
+            is_whole = stop == len(one.small)
             if room == 0:
                 yield batch
                 batch, room = [], size
-            if stop == frames:
-                break
-    if batch:
-        yield batch
-
-
-def _forward(
-    segmenter: Segmenter | Ensemble, batch: list[tuple], writers: ThreadPoolExecutor, parts: deque, options: PredictConfig
-) -> list[ClipInFlight]:
-    """Run the model on a batch and let `writers` resample its scores; returns the clips that it completes, in order."""
-    images = [one.small[start:stop] for one, start, stop in batch if stop]
-    if images:
-        logits = scores_of(segmenter, torch.cat(images), options)
-        sure = confidence(logits)
-        logits = logits.float().cpu()
-    position = 0
-    for one, start, stop in batch:
-        if stop:
-            chosen = slice(position, position := position + stop - start)
-            one.confidences += sure[chosen]
-            parts.append(writers.submit(_fill, one.masks[start:stop], logits[chosen], options))
-            one.parts.append(parts[-1])
-    return [one for one, _, stop in batch if stop == len(one.small)]
+        if one is None:
+            yield batch
+            batch, room = [], size
+    yield batch
 
 
 def _fill(masks: np.ndarray, logits: torch.Tensor, options: PredictConfig) -> None:
     """Write the labels of class scores [b,4,h,w] into masks uint8 [b,H,W], a part of a clip's."""
     for mask, scores in zip(masks, logits, strict=True):
         mask[:] = to_mask(scores, mask.shape, options)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, prepare: Callable, clips: Iterable[ClipInFlight], room: Room
-) -> Iterator[ClipInFlight | None]:
-    """The clips in their order, a few of them prepared ahead; None if the next one waits until those before it are finished."""
-    clips, ahead = iter(clips), deque()
-    try:
-        while True:
-            ahead.extend((one, pool.submit(prepare, one)) for one in itertools.islice(clips, AHEAD - len(ahead)))
-            if not ahead:
-                return
-            if not room.is_read(*ahead[0]):
-                yield None
-            yield ahead.popleft()[1].result()
-    finally:
-        for _, future in ahead:
-            future.cancel()
-
-
-def _pool(workers: int) -> ThreadPoolExecutor:
-    # Threads that each start as many of torch's own as there are cores would take them from the model.
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))

@@ -1,4 +1,4 @@
-"""Checkpoints and images to masks on the images' own grid, each with the network's confidence in it.
+"""Checkpoints and images to masks on the images' own grid, cleaned if asked, each with the network's confidence in it.
 
 Scoring and prediction share `scores_of`, `confidence` and `to_mask`, so that both get the same masks.
 """
@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import nn
 from torch.nn.functional import interpolate
 
 from heartseg.config.experiment import Experiment, PredictConfig, from_json
-from heartseg.errors import UserError
-from heartseg.inference.postprocessing import clean
-from heartseg.labels import NUM_CLASSES
+from heartseg.errors import UserError, require
+from heartseg.labels import BACKGROUND, ENDO, LA, NUM_CLASSES
+from heartseg.metrics.anatomy_checks import STRUCTURE_NAMES
+from heartseg.metrics.regions import enclosed_holes, largest_component
 from heartseg.metrics.segmentation import predicted_labels
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
@@ -24,10 +26,12 @@ from heartseg.shards.writer import resize_image
 
 # Test-time augmentation: the image as it is and shifted up, down, left and right by this share of its side. The network's
 # last map is 8 or 16 times coarser than its input, and shifted copies fall on it differently; changes of size or
-# brightness gained less (jobs/benchmarks/postprocess.py), and hearts have sides, so there are no flips.
+# brightness gained less (jobs/benchmarks/postprocess.py), and flips would exchange the heart's sides.
 TTA_SHIFT = 0.05
+LEAST = 1e-12  # probability whose log is taken: finite for a class that is certain, also after resampling
 TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 NO_POSTPROCESSING = PredictConfig()
+LARGEST_HOLE = 0.10  # of the heart; a larger one is a missed structure, not a flaw to repair
 # A mask of less confidence needs review: `confidence` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
 REVIEW_THRESHOLD = 0.83
 
@@ -44,7 +48,6 @@ class Segmenter:
 
     @property
     def members(self) -> tuple["Segmenter", ...]:
-        """Itself, as an ensemble has several."""
         return (self,)
 
     @torch.inference_mode()
@@ -66,20 +69,22 @@ class Ensemble:
 
     @property
     def experiment(self) -> Experiment:
-        """The first member's: all have its grid."""
         return self.members[0].experiment
 
     @property
     def device(self) -> torch.device:
-        """The members' device."""
         return self.members[0].device
 
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logs of the members' mean class probabilities [B,4,H,W], whose softmax is that mean."""
-        return _log(sum(member.logits(images).softmax(dim=1) for member in self.members) / len(self.members))
+        mean = sum(member.logits(images).softmax(dim=1) for member in self.members) / len(self.members)
+        return mean.clamp_min(LEAST).log()
 
     predict = Segmenter.predict
+
+
+Model = Segmenter | Ensemble
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +96,9 @@ class Segmented:
 
 
 def segment_images(
-    segmenter: Segmenter | Ensemble,
-    images: Sequence[np.ndarray],
-    options: PredictConfig = NO_POSTPROCESSING,
-    shapes: Sequence[tuple[int, int]] | None = None,
+    segmenter: Model, images: Sequence[np.ndarray], options: PredictConfig = NO_POSTPROCESSING, shapes: Sequence | None = None
 ) -> list[Segmented]:
-    """Masks of upright uint8 images [H,W] of any sizes, in batches of the experiment's `eval_batch_size`.
-
-    Each is on its own grid of `shapes`, by default the images' own.
-    """
+    """Masks of upright uint8 images [H,W] of any sizes on the grids of `shapes`, by default the images' own."""
     shapes, size, found = shapes or [image.shape for image in images], segmenter.experiment.train.eval_batch_size, []
     for start in range(0, len(images), size):
         chosen = slice(start, start + size)
@@ -109,12 +108,12 @@ def segment_images(
     return found
 
 
-def scores_of(segmenter: Segmenter | Ensemble, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
-    """Class scores [B,4,H,W] of uint8 images [B,1,H,W] on the stored grid; their softmax is the class probabilities."""
+def scores_of(segmenter: Model, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
+    """Class scores [B,4,H,W], whose softmax is the class probabilities, of uint8 images [B,1,H,W] on the stored grid."""
     return shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
 
 
-def to_grid(segmenter: Segmenter | Ensemble, images: Sequence[np.ndarray]) -> torch.Tensor:
+def to_grid(segmenter: Model, images: Sequence[np.ndarray]) -> torch.Tensor:
     """Images uint8 [H,W] of any sizes on the model's grid: [B,1,h,w]."""
     grid = segmenter.experiment.image
     stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in images]
@@ -122,12 +121,8 @@ def to_grid(segmenter: Segmenter | Ensemble, images: Sequence[np.ndarray]) -> to
 
 
 @torch.inference_mode()
-def shifted_logits(segmenter: Segmenter | Ensemble, images: torch.Tensor) -> torch.Tensor:
-    """Logs of the class probabilities [B,4,H,W], averaged over TTA_STEPS shifts of uint8 images [B,1,H,W].
-
-    Shifts are whole pixels, so that nothing is interpolated; pixels that a shift brings in repeat the image's edge, and pixels
-    that it moves out do not count.
-    """
+def shifted_logits(segmenter: Model, images: torch.Tensor) -> torch.Tensor:
+    """Logs of class probabilities [B,4,H,W], averaged over TTA_STEPS shifts of uint8 images [B,1,H,W] by whole pixels."""
     height, width = images.shape[-2:]
     down, right = round(TTA_SHIFT * height), round(TTA_SHIFT * width)
     rows = torch.arange(-down, height + down, device=images.device).clamp(0, height - 1)
@@ -142,46 +137,62 @@ def shifted_logits(segmenter: Segmenter | Ensemble, images: torch.Tensor) -> tor
     for step in TTA_STEPS:
         total[window(*step)] += segmenter.logits(wider[window(*step)]).softmax(dim=1)
         seen[window(*step)] += 1
-    return _log(total[window(0, 0)] / seen[window(0, 0)])
-
-
-def _log(probabilities: torch.Tensor) -> torch.Tensor:
-    """Logs that stay finite for a class that is certain, also after resampling."""
-    return probabilities.clamp_min(1e-12).log()
+    return (total[window(0, 0)] / seen[window(0, 0)]).clamp_min(LEAST).log()
 
 
 def confidence(scores: torch.Tensor) -> list[float]:
     """The network's confidence in its own labels, from 0 to 1, by class scores [B,4,H,W]: the Dice that it expects of them.
 
-    With class probabilities p and labels m, the expected overlap of a structure is 2 sum(p m) / (sum p + sum m); the mean
-    over the three structures is taken, and a structure that was not found counts 0. Doubt at the contours lowers it in
-    proportion to the structure's size, and so does disagreement of shifted copies or ensemble members, whose mean p is. It
-    ranks images; it is not a calibrated Dice: on CAMUS it is about 0.03 too high.
+    With class probabilities p (averaged over shifted copies and ensemble members) and labels m, a structure's is
+    2 sum(p m) / (sum p + sum m), and 0 if it was not found; the mean over the three structures is taken. It ranks images; it is
+    not a calibrated Dice: on CAMUS it is about 0.03 too high.
     """
     probabilities = scores[..., ::2, ::2].softmax(dim=1)  # every second pixel both ways: a sum needs no more
     labels = torch.arange(1, NUM_CLASSES, device=scores.device).view(1, -1, 1, 1)
-    chosen = predicted_labels(probabilities)[:, None] == labels
-    found = probabilities[:, 1:]
-    both = (found * chosen).sum(dim=(2, 3))
-    expected = 2 * both / (found.sum(dim=(2, 3)) + chosen.sum(dim=(2, 3))).clamp_min(1e-9)
+    chosen, found = predicted_labels(probabilities)[:, None] == labels, probabilities[:, 1:]
+    expected = 2 * (found * chosen).sum(dim=(2, 3)) / (found.sum(dim=(2, 3)) + chosen.sum(dim=(2, 3))).clamp_min(1e-9)
     return expected.mean(dim=1).tolist()
 
 
 def to_mask(logits: torch.Tensor, shape: tuple[int, int], options: PredictConfig) -> np.ndarray:
-    """Labels uint8 [H,W] on the native grid: class scores [4,h,w] are resampled, the largest taken, and the mask cleaned.
-
-    Labels are never resampled, so that contours stay smooth.
-    """
+    """Labels uint8 [H,W] on the native grid: class scores [4,h,w], not labels, are resampled, and the mask is cleaned."""
     return clean(predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy(), options)
 
 
-def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
-    """Rebuild a trained model from a run's folder or a checkpoint's, from its files alone.
+def clean(mask: np.ndarray, options: PredictConfig) -> np.ndarray:
+    """The mask uint8 [H,W], postprocessed as `options` ask: stray pieces first, so that the holes they leave are closed too."""
+    if options.largest_component:
+        mask = largest_components(mask)
+    return fill_holes(mask) if options.fill_holes else mask
 
-    `which` is `last` or `best`. Raises UserError if the checkpoint is missing or damaged.
+
+def largest_components(mask: np.ndarray) -> np.ndarray:
+    """The mask [H,W] with only the largest connected piece of cavity, wall and atrium; the others become background."""
+    kept = np.full_like(mask, BACKGROUND)
+    for label in STRUCTURE_NAMES:
+        kept[largest_component(mask == label)] = label
+    return kept
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """The mask [H,W] without holes up to LARGEST_HOLE of the heart.
+
+    All that the cavity or the atrium encloses becomes theirs; enclosed background takes the label of the nearest structure.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    filled, largest = mask.copy(), LARGEST_HOLE * np.count_nonzero(mask)
+    for label in (ENDO, LA):
+        filled[enclosed_holes(filled == label, largest)] = label
+    gaps = enclosed_holes(filled != BACKGROUND, largest)
+    if gaps.any():
+        empty = filled == BACKGROUND
+        nearest = ndimage.distance_transform_edt(empty, return_distances=False, return_indices=True)
+        filled[gaps] = filled[tuple(nearest[:, gaps])]
+    return filled
+
+
+def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
+    """The trained model in a run's folder (its checkpoint `last` or `best`), or a checkpoint's; raises UserError if damaged."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = checkpoint.find(path, which)
     experiment = from_json(found.card["experiment"], origin=found.path)
     model = build_model(experiment.model)
@@ -190,16 +201,12 @@ def load(path: str, which: str = "last", device: str | torch.device | None = Non
     return Segmenter(model, experiment, Intensity(*found.card["intensity"]), found.card, torch.device(device))
 
 
-def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Segmenter | Ensemble:
+def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Model:
     """One checkpoint as a Segmenter, several as an Ensemble; raises UserError as `load` does, and if their grids differ."""
-    if not paths:
-        raise UserError("An ensemble needs at least one checkpoint: give the folders of runs.")
+    require(len(paths) > 0, "An ensemble needs at least one checkpoint: give the folders of runs.")
     members = tuple(load(path, which, device) for path in paths)
-    grids = [member.experiment.image for member in members]
-    for path, grid in zip(paths, grids, strict=True):
-        if grid != grids[0]:
-            raise UserError(
-                f"{path} takes {grid.height} x {grid.width} images and {paths[0]} takes {grids[0].height} x {grids[0].width}: "
-                "an ensemble needs runs of one grid."
-            )
+    sizes = [f"{member.experiment.image.height} x {member.experiment.image.width}" for member in members]
+    for path, size in zip(paths, sizes, strict=True):
+        if size != sizes[0]:
+            raise UserError(f"{path} takes {size} images and {paths[0]} takes {sizes[0]}: an ensemble needs runs of one grid.")
     return Ensemble(members) if len(members) > 1 else members[0]

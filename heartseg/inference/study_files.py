@@ -1,7 +1,6 @@
-"""Studies on disk: which files are inputs and what their outputs are called, and the outputs themselves.
+"""Studies (a patient's clips) on disk: which files are inputs, what their outputs are called, and the outputs themselves.
 
-A study is a patient's clips. Names come from file names, except for DICOM, whose files are often named by what
-identifies a patient: there they are keyed digests, study3f9a2c71d04e.
+Names come from file names, except for DICOM, whose files are often named by what identifies a patient.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import numpy as np
 
 from heartseg.datasets import nifti, readers
 from heartseg.datasets.readers import Frames
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.labels import Phase, View
 from heartseg.storage import filesystem
 
@@ -31,11 +30,7 @@ ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png")
 
 @dataclass(frozen=True)
 class Clip:
-    """One input file, a still or a sequence: its outputs are `patient/stem_pred.nii.gz` and the like below the output.
-
-    `shown` is its name in messages; for a DICOM it is the `stem`, which reveals nothing. `remark` is what a user should know
-    about the way its study was put together.
-    """
+    """An input, a still or a sequence; `shown` is its name in messages, `remark` a doubt about the study that it belongs to."""
 
     path: str
     kind: str
@@ -48,51 +43,33 @@ class Clip:
 
 
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
-    """The inputs in a file, a folder or a tree, sorted, those of one patient together; no two have one patient and stem.
-
-    `view` and `phase` are used if a file's name has none. Raises UserError if there is no input, or if a package is missing.
-    """
-    if not filesystem.exists(source):
-        raise UserError(f"--input {source} does not exist: give a file, a patient's folder or a folder of folders.")
-    is_file = filesystem.size_or_none(source) is not None
-    paths = [source] if is_file else filesystem.walk(source)
-    kinds = {path: readers.kind_of(path) for path in paths if is_input(path)}
+    """The inputs in a file or a tree, by patient; `view` and `phase` serve where a name shows none; raises UserError."""
+    require(filesystem.exists(source), f"--input {source} does not exist: give a file, or a folder of patients or of files.")
+    paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
+    visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(stem_of(path))))
+    kinds = {path: readers.kind_of(path) for path in visible}
+    for kind in set(kinds.values()):
+        readers.import_package(kind)
     found = [name_clip(path, source, kind) for path, kind in kinds.items() if kind not in (None, "dicom")]
-    found = tell_folders_apart(found) + name_dicoms([path for path, kind in kinds.items() if kind == "dicom"], view)
-    if not found:
-        raise UserError(f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
-    for kind in {clip.kind for clip in found}:
-        readers.check_package_installed(kind)
-    clips = tell_stems_apart(found)
+    found = separate_folders(found) + name_dicoms([path for path, kind in kinds.items() if kind == "dicom"], view)
+    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
+    clips = separate_stems(found)
     names = [{name: filesystem.printable(getattr(clip, name)) for name in ("patient", "stem", "shown")} for clip in clips]
     found = [replace(c, view=c.view or view, phase=c.phase or phase, **named) for c, named in zip(clips, names, strict=True)]
     # A study's clips in the order of their files, not of their digests.
     return sorted(found, key=lambda clip: (clip.patient, clip.path if clip.kind == "dicom" else clip.stem))
 
 
-def is_input(path: str) -> bool:
-    """False for masks, for pictures that were made from inputs, and for hidden files."""
-    name = os.path.basename(path)
-    return not name.startswith(".") and not NO_INPUT.search(stem_of(path))
-
-
 def stem_of(path: str) -> str:
     """A file's name without the suffixes that its kind is known by."""
     name = os.path.basename(path)
-    suffix = next((suffix for suffix in sorted(readers.KINDS, key=len, reverse=True) if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(suffix)]
+    return name[: len(name) - max(len(suffix) for suffix in ("", *readers.KINDS) if name.lower().endswith(suffix))]
 
 
-def view_of(stem: str) -> View | None:
-    """The view in a name, or None."""
-    match = VIEW_IN_NAME.search(stem)
-    return View(f"{match[1] or match[2]}CH") if match else None
-
-
-def phase_of(stem: str) -> Phase | None:
-    """The phase in a name, or None."""
-    match = PHASE_IN_NAME.search(stem)
-    return Phase(match[1].upper()) if match else None
+def view_and_phase(stem: str) -> tuple[View | None, Phase | None]:
+    """What a name shows of them."""
+    view, phase = VIEW_IN_NAME.search(stem), PHASE_IN_NAME.search(stem)
+    return view and View(f"{view[1] or view[2]}CH"), phase and Phase(phase[1].upper())
 
 
 def name_clip(path: str, source: str, kind: str) -> Clip:
@@ -101,47 +78,36 @@ def name_clip(path: str, source: str, kind: str) -> Clip:
     folder = os.path.basename(os.path.dirname(path))
     patient = (stem[: match.start()] or folder) if match else (PHASE_IN_NAME.sub("", stem) or folder)
     shown = path[len(source) :].lstrip("/") or os.path.basename(path)
-    return Clip(path, kind, patient.strip("_-. ") or stem, stem, view_of(stem), phase_of(stem), shown)
+    return Clip(path, kind, patient.strip("_-. ") or stem, stem, *view_and_phase(stem), shown)
 
 
-def tell_folders_apart(clips: list[Clip]) -> list[Clip]:
-    """Clips whose patient's name occurs in several folders are named by folder and file: ann/rest_2CH, bob/rest_2CH.
-
-    Folders of one name have those above them in their name, as many as it takes: ann_visit1, bob_visit1.
-    """
+def separate_folders(clips: list[Clip]) -> list[Clip]:
+    """Patients whose name occurs in several folders are named by these: ann/rest_2CH, bob/rest_2CH, ann_visit1, bob_visit1."""
     folders = defaultdict(set)
     for clip in clips:
         folders[clip.patient].add(os.path.dirname(clip.path))
-    names = short_names(set().union(*(found for found in folders.values() if len(found) > 1)))
-
-    def renamed(clip: Clip) -> Clip:
-        folder = names[os.path.dirname(clip.path)]
-        return replace(clip, patient=folder, stem=f"{folder}_{clip.stem}")
-
-    return [renamed(clip) if len(folders[clip.patient]) > 1 else clip for clip in clips]
-
-
-def short_names(folders: Iterable[str]) -> dict[str, str]:
-    """A name for each folder: as many of its last parts as make all of them differ."""
-    parts = {folder: [part for part in folder.split("/") if part] for folder in folders}
-    names: dict[str, str] = {}
-    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+    shared = set().union(*(found for found in folders.values() if len(found) > 1))
+    parts, names = {folder: [part for part in folder.split("/") if part] for folder in shared}, {}
+    for depth in range(1, 1 + max(map(len, parts.values()), default=0)):
         names = {folder: "_".join(found[-depth:]) for folder, found in parts.items()}
         if len(set(names.values())) == len(names):
             break
-    return names
+
+    def renamed(clip: Clip) -> Clip:
+        folder = names.get(os.path.dirname(clip.path))
+        return replace(clip, patient=folder, stem=f"{folder}_{clip.stem}") if len(folders[clip.patient]) > 1 else clip
+
+    return [renamed(clip) for clip in clips]
 
 
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
     """DICOM clips by study, study3f9a2c71d04e_4CH_clip0b61e7: nothing of a path but view and phase is kept.
 
-    The names are keyed digests of what identifies the study and of the file's bytes, so that they stay the same whatever lies
-    beside it. Files are of one study if their identifiers agree and their StudyInstanceUID can be trusted: otherwise (none, a
-    placeholder, no series, or one series in several folders) only if they lie in one folder, too.
+    The names are keyed digests of a study's identifiers and of a file's bytes. Files are of one study if their identifiers
+    agree, and they lie in one folder or their StudyInstanceUID can be trusted: a long one, no series of it in several folders.
     """
     if not paths:
         return []
-    readers.check_package_installed("dicom")
     from heartseg.datasets import dicom
 
     secret, found, folders = name_secret(), [], defaultdict(set)
@@ -162,8 +128,8 @@ def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
         studies[patient] = tags
         places[patient].add(os.path.dirname(path))
         related[tags.get("StudyInstanceUID") or tags.get("PatientID")].add(patient)
-        name = os.path.splitext(os.path.basename(path))[0]
-        named = view_of(name) or view, phase_of(name)
+        shown_view, phase = view_and_phase(os.path.splitext(os.path.basename(path))[0])
+        named = shown_view or view, phase
         stem = "_".join(filter(None, [patient, *named, f"clip{number}"]))
         clips.append(Clip(path, "dicom", patient, stem, *named, stem))
     remarks = {}
@@ -175,10 +141,7 @@ def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
 
 
 def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_folders: int) -> str:
-    """What a user should know about a study: why its files are not of another one, or how little shows that they are of one.
-
-    `group` are the studies, with their tags, that share its StudyInstanceUID or, without any, its PatientID.
-    """
+    """Why a study's files are not of another of the `group` that shares its identifier, or how little shows that they are."""
     shared = "StudyInstanceUID" if "StudyInstanceUID" in tags else "PatientID"
     for other, others in group:
         differ = [tag for tag in tags | others if tags.get(tag) != others.get(tag)]
@@ -192,10 +155,7 @@ def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_fo
 
 
 def name_secret() -> bytes:
-    """The secret that keys the names of DICOM studies: HEARTSEG_NAME_KEY, otherwise a file of the user's, created if missing.
-
-    Raises UserError if it can be neither read nor created.
-    """
+    """The secret that keys the names of DICOM studies: HEARTSEG_NAME_KEY, or a file of the user's, created if missing."""
     if given := os.environ.get("HEARTSEG_NAME_KEY"):
         return given.encode()
     folder = os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "heartseg")
@@ -211,13 +171,11 @@ def name_secret() -> bytes:
             os.unlink(temporary)
         return filesystem.read_bytes(path)
     except OSError as error:
-        raise UserError(
-            f"DICOM studies are named by a secret in {path}, which cannot be used ({error.strerror}): "
-            "set HEARTSEG_NAME_KEY to a secret text of your own."
-        ) from error
+        problem = f"DICOM studies are named by a secret in {path}, which cannot be used ({error.strerror})"
+        raise UserError(f"{problem}: set HEARTSEG_NAME_KEY to a secret text of your own.") from error
 
 
-def tell_stems_apart(clips: list[Clip]) -> list[Clip]:
+def separate_stems(clips: list[Clip]) -> list[Clip]:
     """Clips of one patient whose outputs would have one name are named by their suffix too, x_avi and x_mp4, or numbered."""
     counts, taken, named = Counter((clip.patient, clip.stem) for clip in clips), set(), []
     for clip in clips:
@@ -239,16 +197,12 @@ def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
         return
     inside = os.path.realpath(source) + os.sep
     folders = {out} | {filesystem.join(out, clip.patient) for clip in clips}
-    if any((os.path.realpath(folder) + os.sep).startswith(inside) for folder in folders):
-        raise UserError(f"--out {out} would put files inside --input {source}: give a folder outside it.")
+    is_inside = any((os.path.realpath(folder) + os.sep).startswith(inside) for folder in folders)
+    require(not is_inside, f"--out {out} would put files inside --input {source}: give a folder outside it.")
 
 
 def clear(out: str, clips: Iterable[Clip]) -> int:
-    """Remove an earlier call's results, so that none lies beside another call's tables; returns how many were not asked for.
-
-    `studies.json` lists the masks of both calls until the tables of this one replace it: an interrupted call leaves masks, but
-    no table that could be another file's, and the next call finds them.
-    """
+    """Remove an earlier call's results, which another call's tables would not list; returns how many were not asked for."""
     tables, asked = filesystem.join(out, "studies.json"), {f"{clip.patient}/{clip.stem}_pred.nii.gz" for clip in clips}
     earlier = {clip["mask"] for clip in filesystem.read_json(tables).get("clips", [])} if filesystem.exists(tables) else set()
     filesystem.publish_json(tables, {"unfinished": True, "clips": [{"mask": mask} for mask in sorted(asked | earlier)]})
@@ -270,19 +224,16 @@ def clear(out: str, clips: Iterable[Clip]) -> int:
 
 
 def output(out: str, clip: Clip, ending: str) -> str:
-    """Path of one of a clip's outputs, `_pred.nii.gz` for example."""
     return filesystem.join(out, clip.patient, clip.stem + ending)
 
 
 def write_masks(path: str, masks: np.ndarray, frames: Frames) -> None:
     """Masks uint8 [T,H,W] on the grid of the whole file: a NIfTI's own, otherwise CAMUS's order at the pictures' full size."""
+    whole = np.flip(masks, frames.flips)
     if frames.box:
         top, left, height, width = frames.box
-        whole = np.zeros((len(masks), height, width), np.uint8)
-        cut = whole[:, top : top + masks.shape[1], left : left + masks.shape[2]]
-        cut[:] = np.flip(masks, frames.flips)
-    else:
-        whole = np.flip(masks, frames.flips)
+        cut, whole = whole, np.zeros((len(masks), height, width), np.uint8)
+        whole[:, top : top + cut.shape[1], left : left + cut.shape[2]] = cut
     if frames.place:
         nifti.write_frames(path, whole, frames.place)
     else:

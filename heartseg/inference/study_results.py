@@ -21,26 +21,23 @@ from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
 from heartseg.storage import filesystem
 
-# For a file without a scale, the anatomical checks assume the usual depth of apical views.
-USUAL_DEPTH_MM = 145.0
+USUAL_DEPTH_MM = 145.0  # of apical views: what the anatomical checks assume of a file without a scale
 INTENDED_USE = "research use only, not a medical device"
 # The first columns of ef.csv; the other indices follow.
 FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_camus", "esv_ml_camus")
 FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
 # Characters of a cell of ef.csv and of what a line in the terminal holds beside a name; studies.json has all.
 MAX_TEXT, MORE = 200, " … (more in studies.json)"
-# Two views of one heart whose EFs are further apart than this, in points, do not describe one heart.
-MOST_APART = 20.0
+MOST_APART = 20.0  # points of EF between two views of one heart
 
 
 @dataclass(frozen=True, eq=False)
 class ClipResult:
     """What is kept of a clip once its files are written; small, so that thousands can be.
 
-    `doubts` lists what is implausible in the masks that were measured and whether the network is unsure of them; `confidence`
-    is the lowest of theirs. `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES: both of a sequence if its curve
-    shows them, the one of a still if its phase is known. `volumes_ml` [T] is a sequence's single-plane curve, in no unit
-    without `spacing_mm`.
+    `doubts` lists what is implausible in the masks that were measured; `confidence` is the lowest of theirs. `phases` holds
+    (frame from 0, mask uint8 [H,W]) of ED and ES, as far as they are known. `volumes_ml` [T] is a sequence's single-plane
+    curve, without a unit if there is no `spacing_mm`.
     """
 
     clip: Clip
@@ -89,18 +86,12 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
 
 def ranges(frames: Sequence[int]) -> str:
     """Ascending numbers of frames in words: `frame 7`, `frames 3-41, 50`."""
-    runs = []
-    for frame in frames:
-        if runs and frame == runs[-1][1] + 1:
-            runs[-1][1] = frame
-        else:
-            runs.append([frame, frame])
-    words = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    runs = np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1)
+    words = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"frame{'s' if len(frames) > 1 else ''} {words}"
 
 
 def shorten(text: str) -> str:
-    """A text of at most MAX_TEXT characters for a cell or a line."""
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rstrip(" ;,") + MORE
 
 
@@ -141,21 +132,20 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
 def _views_apart(row: dict) -> list[str]:
     """A doubt if the single-plane EFs of the two views disagree."""
     four, two = row["ef_4ch_ase"], row["ef_2ch_ase"]
-    if not abs(four - two) > MOST_APART:
-        return []
-    return [f"the views disagree by {abs(four - two):.0f} points: EF is {four:.0f} % in 4CH alone and {two:.0f} % in 2CH alone"]
+    doubt = f"the views disagree by {abs(four - two):.0f} points: EF is {four:.0f} % in 4CH alone and {two:.0f} % in 2CH alone"
+    return [doubt] if abs(four - two) > MOST_APART else []
 
 
 def clip_record(result: ClipResult) -> dict:
     """A clip's entry in studies.json; frames count from 1."""
-    clip, sequence = result.clip, result.volumes_ml is not None
+    clip = result.clip
     record = {
         "patient": clip.patient, "mask": f"{clip.patient}/{clip.stem}_pred.nii.gz", "input": clip.shown,
         "view": clip.view and str(clip.view), "phase": clip.phase and str(clip.phase), "frames": result.frames,
         "spacing_mm": result.spacing_mm and list(result.spacing_mm), "notes": list(result.notes),
         "doubts": list(result.doubts), "confidence": none_if_nan(result.confidence),
     }  # fmt: skip
-    if sequence:
+    if result.volumes_ml is not None:
         record |= {f"{phase.lower()}_frame": at + 1 for phase, (at, _) in result.phases.items()}
         record["implausible_frames"] = (np.flatnonzero(ed_es_detection.implausible(result.volumes_ml)) + 1).tolist()
         record["ef_single_plane"] = none_if_nan(result.ef_single_plane)
@@ -165,13 +155,12 @@ def clip_record(result: ClipResult) -> dict:
 
 
 def write_tables(out: str, rows: list[dict], everything: dict) -> None:
-    """Write `ef.csv`, a line a patient, and `studies.json` with that and `everything` else; each whole or not at all."""
+    """Write `ef.csv`, a line a patient, and `studies.json` with that and `everything` besides."""
     columns = [*FIRST, *(name for name in INDICES if name not in FIRST), "intended_use"]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
-    for row in rows:
-        table.writerow({name: _cell(value) for name, value in row.items()} | {"intended_use": INTENDED_USE})
+    table.writerows({name: _cell(value) for name, value in row.items()} | {"intended_use": INTENDED_USE} for row in rows)
     filesystem.publish(filesystem.join(out, "ef.csv"), text.getvalue().encode())
     patients = [{name: none_if_nan(value) for name, value in row.items()} for row in rows]
     whole = {"intended_use": INTENDED_USE, "patients": patients} | everything
@@ -179,7 +168,6 @@ def write_tables(out: str, rows: list[dict], everything: dict) -> None:
 
 
 def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
-    """ClipResults by patient, in their order."""
     found = defaultdict(list)
     for result in results:
         found[result.clip.patient].append(result)
@@ -199,6 +187,6 @@ def headline(row: dict) -> str:
 
 def _cell(value):
     """Empty for NaN; two decimals, which are more than a mask can resolve; of a long text the beginning."""
-    if isinstance(value, str):
-        return shorten(value)
-    return ("" if not math.isfinite(value) else f"{value:.2f}") if isinstance(value, (float, np.floating)) else value
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.2f}" if math.isfinite(value) else ""
+    return shorten(value) if isinstance(value, str) else value

@@ -19,16 +19,17 @@ EF_EDGES = (30, 40, 50, 60, 70)  # percent; bins of a histogram, finer than labe
 
 
 def find_damage(path: str) -> Iterator[tuple[str, str]]:
-    """Every file of a folder of shards that is damaged, missing or not in the manifest, and why; continues after each one.
-
-    Raises UserError if there is no manifest at all, since then nothing is known about the parts.
-    """
+    """Each file that is damaged, missing or not in the manifest, and why; raises UserError without a manifest."""
     try:
         opened = Shards(path, reader.read_manifest(path), {})
         parts = {part["file"]: part for part in opened.manifest["parts"]}
         for name, part in parts.items():
-            if reason := part_damage(opened, part):
-                yield name, reason
+            try:
+                check_rows(reader.read_part(opened, part), opened, part)
+            except UserError as error:
+                yield name, str(error)
+            except (pa.ArrowException, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+                yield name, f"does not hold the rows that the manifest describes ({error or type(error).__name__})"
     except (UserError, AttributeError, LookupError, TypeError, ValueError) as error:
         if not filesystem.exists(filesystem.join(path, writer.MANIFEST)):
             raise
@@ -43,25 +44,13 @@ def find_damage(path: str) -> Iterator[tuple[str, str]]:
         yield writer.SPLITS, str(error)
 
 
-def part_damage(opened: Shards, part: dict) -> str | None:
-    """How a part differs from what the manifest records, or why its rows are not valid; None if all is well."""
-    try:
-        check_rows(reader.read_part(opened, part), opened, part)
-    except UserError as error:
-        return str(error)
-    except (pa.ArrowException, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"does not hold the rows that the manifest describes ({error or type(error).__name__})"
-    return None
-
-
 def check_rows(table: pa.Table, opened: Shards, part: dict) -> None:
     """Raise ValueError if rows have other columns, labels, shapes or patients than they may."""
     if not table.schema.equals(writer.schema(opened.image)):
         raise ValueError("the columns differ")
     if table.num_rows != part["rows"]:
         raise ValueError(f"{table.num_rows} rows instead of {part['rows']}")
-    strangers = set(table["patient"].to_pylist()) - opened.manifest["patients"].keys()
-    if strangers:
+    if strangers := set(table["patient"].to_pylist()) - opened.manifest["patients"].keys():
         raise ValueError(f"{min(strangers)} is not in the manifest")
     frames = reader.as_frames(table, opened.image)
     for index in range(len(frames)):
@@ -93,17 +82,14 @@ class Survey:
 
 def ef_counts(ef: pandas.Series) -> dict[str, int]:
     """Patients by their ejection fraction in percent; the last entry counts those whose is not known."""
-    pairs = itertools.pairwise(EF_EDGES)
-    names = [f"below {EF_EDGES[0]}", *(f"{low} to {high}" for low, high in pairs), f"{EF_EDGES[-1]} and above"]
+    inner = (f"{low} to {high}" for low, high in itertools.pairwise(EF_EDGES))
+    names = [f"below {EF_EDGES[0]}", *inner, f"{EF_EDGES[-1]} and above"]
     bins = pandas.cut(ef, [-math.inf, *EF_EDGES, math.inf], right=False, labels=names)
     return bins.value_counts(sort=False).to_dict() | {"not known": int(ef.isna().sum())}
 
 
 def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[dict]]:
-    """Count every row, and keep the rows at some positions: the table's columns, `image` [H,W] and `mask` [H,W].
-
-    Raises UserError for the first part that is damaged.
-    """
+    """Count every row, and keep the rows at some positions with their `image` and `mask` [H,W]; raises UserError for damage."""
     grey, labels, tables, kept, first, positions = 0, 0, [], [], 0, set(positions)
     for part in opened.manifest["parts"]:
         frames = reader.as_frames(reader.read_part(opened, part), opened.image)
@@ -119,5 +105,5 @@ def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[
 
 
 def draw_rows(num_rows: int, num_images: int, seed: int) -> list[int]:
-    """Positions of some rows, drawn without repetition; the same seed draws the same ones."""
+    """Positions of some rows, drawn without repetition."""
     return sorted(np.random.default_rng(seed).choice(num_rows, min(num_images, num_rows), replace=False).tolist())

@@ -1,62 +1,63 @@
-"""Rows to global batches to this rank's share of them on its device.
+"""Rows to global batches to this rank's share of them on its device: of a group in memory, or of one that is streamed.
 
-One permutation an epoch, from (seed, epoch) alone, is cut into global batches; each rank takes its slice of each, so that
-several workers follow one.
+One permutation an epoch, from (seed, epoch) alone, is cut into global batches, and each rank takes its slice of each.
 """
 
-from collections.abc import Iterator
+import concurrent.futures
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from heartseg.errors import UserError
-from heartseg.shards.reader import FrameRows
+from heartseg.errors import OneRankError, StorageError, UserError, require
+from heartseg.shards.reader import FrameRows, PartRows, Shards, as_frames, read_part_rows
+from heartseg.storage import filesystem
 
-# Images [b,1,H,W] and labels [b,H,W].
-Batch = tuple[torch.Tensor, torch.Tensor]
-# A generator of torch takes this many seeds; what is mixed from a large one wraps around.
-SEEDS = 2**64
-# Parts that feed a batch of a stream side by side, and so parts in memory; a smaller batch has as many lanes as images.
-LANES = 16
+log = logging.getLogger(__name__)
+Batch = tuple[torch.Tensor, torch.Tensor]  # images [b,1,H,W] and labels [b,H,W]
+SEEDS = 2**64  # of a generator of torch; what is mixed from a large one wraps around
+LANES = 16  # parts that feed a batch of a stream side by side, and so parts in memory
+PARTS_AHEAD = 4  # parts that are read before they are needed
+SAY_AFTER_S, GIVE_UP_AFTER_S = 30, 300  # until the log names a part that does not come, and until it is given up
+COLUMNS = ["patient", "image", "mask"]
+Piece = tuple[int, np.ndarray]  # a part's number in the group's index, and the rows of the group in it to be read
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """How 0-255 becomes what the network sees: (value / 255 - mean) / std."""
+    """How images with values from 0 to 1 become what the network sees: (value - mean) / std."""
 
     mean: float = 0.0
     std: float = 1.0
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise images whose values lie between 0 and 1."""
         return images if (self.mean, self.std) == (0.0, 1.0) else (images - self.mean) / self.std
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     """Training steps of an epoch: the last incomplete batch is dropped. Raises UserError if none is complete."""
-    if num_rows < batch_size:
-        raise UserError(
-            f"The training group has {num_rows} images, fewer than a batch of {batch_size}: lower --train.batch-size."
-        )
+    fix = "lower --train.batch-size"
+    require(num_rows >= batch_size, f"The training group has {num_rows} images, fewer than a batch of {batch_size}: {fix}.")
     return num_rows // batch_size
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
     """Raise UserError if a worker's share, or one of its parts, is under two images: batch normalisation needs two."""
-    if batch_size // world_size < 2:
-        raise UserError(
-            f"A batch of {batch_size} over {world_size} workers leaves one of them under 2 images: "
-            f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size."
-        )
-    if batch_size // world_size // accumulate < 2:
-        raise UserError(
-            f"A batch of {batch_size} over {world_size} workers, each in {accumulate} parts, leaves a part under 2 images: "
-            f"use --train.accumulate {batch_size // world_size // 2} or less, or a larger --train.batch-size."
-        )
+    each, batch = batch_size // world_size, f"A batch of {batch_size} over {world_size} workers"
+    fix = f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size"
+    require(each >= 2, f"{batch} leaves one of them under 2 images: {fix}.")
+    fix = f"use --train.accumulate {each // 2} or less, or a larger --train.batch-size"
+    require(each // accumulate >= 2, f"{batch}, each in {accumulate} parts, leaves a part under 2 images: {fix}.")
 
 
 def share(batch_size: int, rank: int, world_size: int) -> slice:
-    """A rank's rows of a global batch: contiguous, and at most one row more than any other rank's."""
+    """A rank's rows of a global batch: contiguous, at most one more than any other rank's."""
     return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
@@ -77,12 +78,11 @@ def epoch_seed(seed: int, epoch: int, among: int = 1, place: int = 0) -> int:
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
     """The permutation of an epoch, the same on every rank: int64 [num_rows]."""
-    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-    return torch.randperm(num_rows, generator=generator)
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 
 
 class Batches:
-    """What feeds the engine, which cannot tell its kinds apart: a `Loader` in memory, and a `streaming_loader.Stream`.
+    """What feeds the engine, which does not know the kind: a `Loader` in memory, or a `Stream`.
 
     Each kind has a length; `order(batch_size, seed, epoch)`, the rows of each global batch, int64 [steps, batch_size]; and
     `batches(rows, lanes)`, these rows in batches of `len(lanes)`, the place of a batch being filled from its lane.
@@ -97,7 +97,6 @@ class Batches:
         return self.batches(self.order(batch_size, seed, epoch)[:, mine].flatten(), lanes_of(batch_size)[mine])
 
     def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
-        """The rows of one global batch, to name what was in it."""
         return self.order(batch_size, seed, epoch)[step].tolist()
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
@@ -131,3 +130,104 @@ class Loader(Batches):
         for mine in to_device(rows, self.images.device).split(len(lanes)) if len(rows) else ():  # a split of none is not none
             # Copies whole images: indexing with a tensor copies single bytes, at twenty times the price on a CPU.
             yield self.images.index_select(0, mine).float().div_(255), self.masks.index_select(0, mine)
+
+
+def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows of each global batch of an epoch, int64 [steps, batch_size], lane beside lane, for parts of so many rows."""
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    starts = np.cumsum([0, *rows_of_parts])
+    order = torch.randperm(len(rows_of_parts), generator=generator).tolist()
+    drawn = [starts[part] + torch.randperm(rows_of_parts[part], generator=generator).numpy() for part in order]
+    steps = steps_per_epoch(int(starts[-1]), batch_size)
+    sequence = np.concatenate(drawn)[: steps * batch_size]
+    widths = np.bincount(lanes_of(batch_size))
+    lanes = np.split(sequence, steps * np.cumsum(widths)[:-1])
+    return np.concatenate([lane.reshape(steps, -1) for lane in lanes], axis=1)
+
+
+def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of: Callable[[Piece], str]) -> Iterator[Batch]:
+    """What `read` returns (or raises) for each piece, in order; a few are read ahead, each on a thread of its own.
+
+    The threads are daemons: a read that never returns keeps neither the training nor its end waiting.
+    """
+
+    def fulfil(future: Future, piece: Piece) -> None:
+        try:
+            future.set_result(read(piece))
+        except BaseException as error:  # whoever waits for the piece must get it, whatever it is
+            future.set_exception(error)
+
+    waiting, pending = iter(pieces), deque()
+    while True:
+        for piece in itertools.islice(waiting, PARTS_AHEAD + 1 - len(pending)):
+            pending.append((future := Future(), name_of(piece)))
+            threading.Thread(target=fulfil, args=(future, piece), name="stream", daemon=True).start()
+        if not pending:
+            return
+        future, name, waited_s = *pending.popleft(), 0
+        while not concurrent.futures.wait([future], SAY_AFTER_S).done:
+            waited_s += SAY_AFTER_S
+            log.warning("%s has not come for %d s: waiting for its disk or network.", name, waited_s)
+            if waited_s > GIVE_UP_AFTER_S - SAY_AFTER_S / 2:
+                fix = "check its disk or network, then rerun the same command to resume"
+                raise StorageError(f"The shard {name} did not come within {GIVE_UP_AFTER_S} s: {fix}.")
+        yield future.result()
+
+
+@dataclass(frozen=True, eq=False)
+class Stream(Batches):
+    """A group that is too large for memory, read from its shards each epoch, on threads of this process.
+
+    Threads instead of Ray Data: the order follows from (seed, epoch) alone, it works under every launcher, and it needs no CPU
+    that a scheduler could withhold.
+
+    The shuffle has two levels. The parts are permuted, the rows of each are permuted, and that sequence is cut into up to
+    `LANES` equal lanes that run side by side: a batch takes its rows from all of them. Unlike in memory, the images of a part
+    (16 patients' stills) come within as many steps as it has of them, and seldom two in one batch. A worker holds a part of
+    each lane of its share, however large the group.
+
+    Raises OneRankError for a damaged part, and StorageError for one that does not come.
+    """
+
+    shards: Shards
+    index: list[PartRows]
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return sum(held.rows for held in self.index)
+
+    def order(self, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
+        return torch.from_numpy(stream_order([held.rows for held in self.index], batch_size, seed, epoch))
+
+    def batches(self, rows: torch.Tensor, lanes: torch.Tensor) -> Iterator[Batch]:
+        rows, size, lanes = rows.numpy(), len(lanes), np.resize(lanes, len(rows))
+        starts = np.cumsum([0, *(held.rows for held in self.index)])
+        parts = np.searchsorted(starts, rows, side="right") - 1
+        # A piece is what a lane takes from a part, read at once. Pieces are read in the order in which batches need them.
+        _, first, piece_of = np.unique(lanes * len(starts) + parts, return_index=True, return_inverse=True)
+        places = np.split(np.argsort(piece_of, kind="stable"), np.cumsum(np.bincount(piece_of))[:-1])
+        schedule = [(int(parts[first[p]]), rows[places[p]] - starts[parts[first[p]]]) for p in np.argsort(first)]
+        ahead = read_ahead(schedule, self._read, self._name)
+        left: dict[int, Batch] = {}
+        for start in range(0, len(rows), size):
+            taken: list[Batch] = []
+            for piece, run in itertools.groupby(piece_of[start : start + size].tolist()):
+                count = len(list(run))
+                images, masks = left.pop(piece, None) or next(ahead)
+                taken.append((images[:count], masks[:count]))
+                if len(images) > count:
+                    left[piece] = images[count:], masks[count:]
+            images, masks = (torch.cat(tensors) for tensors in zip(*taken, strict=True))
+            yield to_device(images, self.device).float().div_(255), to_device(masks, self.device)
+
+    def _read(self, piece: Piece) -> Batch:
+        try:
+            table = read_part_rows(self.shards, self.index[piece[0]], piece[1], COLUMNS)
+        except UserError as error:
+            raise OneRankError(str(error)) from error
+        return (frames := as_frames(table, self.shards.image)).images, frames.masks
+
+    def _name(self, piece: Piece) -> str:
+        return filesystem.join(self.shards.path, self.index[piece[0]].part["file"])

@@ -5,23 +5,21 @@ from collections.abc import Callable, Iterable
 
 from heartseg.config.experiment import ImageConfig, SplitConfig, first_difference, from_json, to_json
 from heartseg.datasets import splits
-from heartseg.datasets.camus import CamusTree
-from heartseg.datasets.image_folder import ImageFolder
 from heartseg.errors import UserError
 from heartseg.shards import reader, writer
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem, locks
 
 MAX_QUARANTINED = 0.01  # largest share of the recordings that may be damaged
+MapParts = Callable[[list[tuple]], Iterable[dict]]
 
 
 def write_parts_here(tasks: list[tuple]) -> Iterable[dict]:
-    """The records of all parts, written by this process one after the other."""
     return itertools.starmap(writer.write_part, tasks)
 
 
 def write_shards(
-    source: CamusTree | ImageFolder,
+    source: writer.Source,
     out: str,
     image: ImageConfig,
     split: SplitConfig,
@@ -29,13 +27,12 @@ def write_shards(
     max_quarantined: float = MAX_QUARANTINED,
     overwrite: bool = False,
     resplit: bool = False,
-    map_parts: Callable[[list[tuple]], Iterable[dict]] = write_parts_here,
+    map_parts: MapParts = write_parts_here,
 ) -> Shards:
     """Write what is missing of a source's shards, and their split.
 
-    `map_parts` calls `writer.write_part` with each of some arguments and returns the records in any order. Raises UserError
-    if a complete folder was made from something else, if it is split differently and `resplit` is False, or if a larger
-    share than `max_quarantined` of the recordings is damaged.
+    `map_parts` calls `writer.write_part` with each tuple of arguments and returns the records in any order. Raises UserError if
+    a complete folder is of something else or split differently (unless `resplit`), or if too many recordings are damaged.
     """
     patients, official = source.patients(), source.groups()
     source.check_frames(patients, frames)
@@ -55,47 +52,33 @@ def write_shards(
         else:
             listing = source.list_files(patients)
             parts = write_parts(source, listing, out, image, frames, map_parts)
-            check_quarantine(parts, max_quarantined)
+            damaged = sum(len(part["quarantined"]) for part in parts)
+            total = sum(record["recordings"] for part in parts for record in part["patients"].values())
+            if damaged > max_quarantined * total:
+                problem = f"{damaged} of {total} recordings are damaged, more than --max-quarantined {max_quarantined:g}"
+                raise UserError(f"{problem}: repair them and rerun the same command, or allow more.")
             manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
 
 
 def write_parts(
-    source: CamusTree | ImageFolder,
-    listing: dict[str, list],
-    out: str,
-    image: ImageConfig,
-    frames: str,
-    map_parts: Callable[[list[tuple]], Iterable[dict]],
+    source: writer.Source, listing: dict[str, list], out: str, image: ImageConfig, frames: str, map_parts: MapParts
 ) -> list[dict]:
     """Write the parts of all patients of a listing; returns their records, in order."""
     parts = dict(writer.part_names(list(listing), frames))
     for name in filesystem.list_names(out):
         if writer.PART_NAME.fullmatch(name) and name not in parts:
-            path = filesystem.join(out, name)
-            raise UserError(f"{path} is a part of other shards: remove it, or give --overwrite or another --out.")
+            raise UserError(f"{out}/{name} is a part of other shards: remove it, or give --overwrite or another --out.")
     tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk}) for name, chunk in parts.items()]
     records = {record["file"]: record for record in map_parts(tasks)}
     sizes = {name: size for name, size, _ in filesystem.list_files(out)}
     for name, record in records.items():
         if sizes.get(name) != record["bytes"]:
-            path = filesystem.join(out, name)
-            raise UserError(f"{path} is not there as it was written: every node must see --out, so give a folder they share.")
+            raise UserError(f"{out}/{name} is not there as it was written: every node must see --out, so give a shared folder.")
     return [records[name] for name in parts]
 
 
-def check_quarantine(parts: list[dict], max_quarantined: float) -> None:
-    """Raise UserError if more than the allowed share of the recordings is damaged."""
-    damaged = sum(len(part["quarantined"]) for part in parts)
-    total = sum(record["recordings"] for part in parts for record in part["patients"].values())
-    if damaged > max_quarantined * total:
-        raise UserError(
-            f"{damaged} of {total} recordings are damaged, more than --max-quarantined {max_quarantined:g}: "
-            "repair them and rerun the same command, or allow more with --max-quarantined."
-        )
-
-
-def check_same(source: CamusTree | ImageFolder, out: str, image: ImageConfig, frames: str) -> dict:
+def check_same(source: writer.Source, out: str, image: ImageConfig, frames: str) -> dict:
     """The manifest of a complete folder; raises UserError if it has other settings, or its source or a part has changed."""
     manifest = reader.read_manifest(out)
     there = {"image": manifest["image"], "frames": manifest.get("frames")}
@@ -107,17 +90,15 @@ def check_same(source: CamusTree | ImageFolder, out: str, image: ImageConfig, fr
 
 
 def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | None:
-    """The first file of the source that is new, gone or changed since the shards were made; None if there is none."""
+    """The first file of the source that is new, gone or changed since the shards were made, if any."""
     sidecars = [writer.read_sidecar(filesystem.join(out, part["file"])) for part in manifest["parts"]]
     if not all(sidecars):  # written by a version that kept one hash of all names and sizes
         now = writer.listing_hash([part["patients"] for part in manifest["parts"]], listing)
         same = now == manifest["source_listing"] and listing.keys() == manifest["patients"].keys()
         return None if same else "files of the source are new, gone or have another size"
     recorded = {name: files for sidecar in sidecars for name, files in sidecar["made_from"]["listing"].items()}
-    old, new = (
-        {f"{name} of {patient}": rest for patient, files in found.items() for name, *rest in files}
-        for found in (recorded, listing)
-    )
+    both = (recorded, listing)
+    old, new = ({f"{name} of {p}": rest for p, files in found.items() for name, *rest in files} for found in both)
     for file in sorted(old.keys() | new.keys()):
         if old.get(file) != new.get(file):
             return f"{file} {'is new' if file not in old else 'is gone' if file not in new else 'has changed'}"
@@ -125,18 +106,15 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
 
 
 def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str, list[str]]) -> None:
-    """Raise UserError if a complete folder is split in another way than asked.
-
-    `official` is the source's own split: its files may have been edited since.
-    """
-    path = filesystem.join(out, writer.SPLITS)
+    """Raise UserError if a complete folder is split in another way than asked, or than by the source's `official` split now."""
+    path, patients = filesystem.join(out, writer.SPLITS), manifest["patients"]
     if not filesystem.exists(path):
         return
     written = reader.read_split(out)
     difference = first_difference(to_json(from_json(written.get("config", {}), SplitConfig, path)), to_json(split), "split.")
     if not difference:
         there = splits.group_of(written["groups"])
-        by_source = splits.group_of(writer.make_groups(split, manifest["patients"], official))
+        by_source = splits.group_of(splits.make_groups(split, list(patients), official, patients))
         if moved := sorted(there.items() ^ by_source.items()):
             name = moved[0][0]
             difference = f"{name}: {there.get(name)} there, {by_source.get(name)} by the source"

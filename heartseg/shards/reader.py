@@ -1,10 +1,10 @@
-"""Folders of shards: their manifest, their groups of patients, and their rows as tensors.
+"""Folders of shards: their manifest, their groups of patients, and their rows (one a frame) as tensors.
 
-A folder of shards holds `part-00000.parquet …`, a record of what each was made from, `splits.json` (patients by group) and,
-written last, `manifest.json`: a folder with a manifest is complete. A row is one frame. Sizes and hashes are checked on
-reading, and a damaged part is named.
+A folder holds `part-00000.parquet …`, a record of what each was made from, `splits.json` (patients by group) and, written
+last, `manifest.json`: with a manifest it is complete. Sizes and hashes are checked on reading, and a damaged part is named.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ import torch
 
 from heartseg.config.experiment import ImageConfig, SplitConfig, canonical
 from heartseg.datasets import splits
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.shards.writer import FORMAT, MANIFEST, PACKING, PART_NAME, SPLITS, schema
 from heartseg.storage import filesystem
 
@@ -31,15 +31,11 @@ class Shards:
 
     @property
     def image(self) -> ImageConfig:
-        """The grid of the stored images."""
         return ImageConfig(**self.manifest["image"])
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the parts' hashes and the groups: equal for equal pixels, however their source is compressed.
-
-        Another version of pyarrow may pack equal pixels into other bytes.
-        """
+        """SHA-256 over the parts' hashes and the groups: equal for equal pixels that one version of pyarrow packed."""
         hashes = [part["sha256"] for part in self.manifest["parts"]]
         return filesystem.sha256(canonical([hashes, self.groups]))
 
@@ -51,57 +47,50 @@ class Shards:
         return float(mean / 255), float(np.sqrt(sums[1] / sums[2] - mean * mean) / 255)
 
     def num_rows(self, group: str) -> int:
-        """Images in a group."""
         return sum(self.manifest["patients"][patient]["rows"] for patient in self.groups[group])
 
 
 def read_manifest(path: str) -> dict:
-    """The manifest of a complete folder; raises UserError for anything else."""
-    manifest_path = filesystem.join(path, MANIFEST)
+    """The manifest of a complete folder; raises UserError if it is incomplete or of another format."""
+    manifest_path, again = filesystem.join(path, MANIFEST), "preprocess again with --overwrite."
     if not filesystem.exists(manifest_path):
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
     manifest = filesystem.read_json(manifest_path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} has shard format {found}, this version reads {FORMAT}: preprocess again with --overwrite.")
-    if missing := MANIFEST_KEYS - manifest.keys():
-        raise UserError(f"{manifest_path} has no {min(missing)}: preprocess again with --overwrite.")
-    if not (isinstance(manifest["patients"], dict) and isinstance(manifest["parts"], list)):
-        raise UserError(f"{manifest_path} is not a manifest: preprocess again with --overwrite.")
+    require(found == FORMAT, f"{path} has shard format {found}, this version reads {FORMAT}: {again}")
+    missing = MANIFEST_KEYS - manifest.keys()
+    require(not missing, f"{manifest_path} has no {min(missing, default='')}: {again}")
+    is_ours = isinstance(manifest["patients"], dict) and isinstance(manifest["parts"], list)
+    require(is_ours, f"{manifest_path} is not a manifest: {again}")
     if manifest["dataset"] == "CAMUS" and not manifest.get("dataset_is_marked"):
         manifest["dataset"] = "other"  # a guess from patients' names: other people's hearts are private
-    for part in manifest["parts"]:
-        if not PART_NAME.fullmatch(part["file"]):  # no path of a manifest leaves its folder
-            raise UserError(f"{manifest_path} names a part {part['file']!r}, which is not one.")
+    for part in manifest["parts"]:  # no path of a manifest leaves its folder
+        require(PART_NAME.fullmatch(part["file"]), f"{manifest_path} names a part {part['file']!r}, which is not one.")
     return manifest
 
 
 def read_split(path: str) -> dict:
-    """The split of a folder of shards: `groups`, and the `config` that made them; raises UserError for anything else."""
+    """The split of a folder of shards: `groups`, and the `config` that made them; raises UserError if it is damaged."""
     split = filesystem.read_json(filesystem.join(path, SPLITS))
     groups = split.get("groups") if isinstance(split, dict) else None
     names = groups.values() if isinstance(groups, dict) else [None]
     is_split = all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in names)
     if not is_split or "train" not in groups:
         raise UserError(f"{path}/{SPLITS} names no training group: preprocess again with --resplit.")
-    splits.assert_disjoint(groups)
+    splits.group_of(groups)
     return split
 
 
 def open_shards(path: str) -> Shards:
-    """Open a complete folder of shards; raises UserError for anything else."""
+    """Open a complete folder of shards; raises UserError if it is incomplete or damaged."""
     manifest, groups = read_manifest(path), read_split(path)["groups"]
-    unknown = {patient for names in groups.values() for patient in names} - manifest["patients"].keys()
-    if unknown:
+    if unknown := splits.group_of(groups).keys() - manifest["patients"].keys():
         raise UserError(f"{path}/{SPLITS} names {min(unknown)}, who has no shards: preprocess again with --resplit.")
     return Shards(path, manifest, groups)
 
 
 def hold_out(shards: Shards, share: float) -> Shards:
-    """The training group alone, with a seeded and stratified `share` of its patients as validation group; unchanged for 0.
-
-    Choices made on that group leave the reported ones untouched. Raises UserError if a group would be empty.
-    """
+    """The training group alone, with a seeded and stratified `share` of its patients as validation group; unchanged for 0."""
     if not share:
         return shards
     split = SplitConfig("ratio", test_share=0.0, val_share=share)
@@ -122,28 +111,30 @@ class FrameRows:
 
     def native_mask(self, index: int) -> np.ndarray:
         """The label mask of a row as the expert drew it, uint8 [H,W] on the native grid."""
-        height, width = self.table["native_shape"][index].as_py()
-        packed = self.table["native_mask"][index].as_py()
-        raw = pa.decompress(packed, decompressed_size=height * width, codec=PACKING, asbytes=True)
-        return np.frombuffer(raw, dtype=np.uint8).reshape(height, width)
+        packed, shape = (self.table[name][index].as_py() for name in ("native_mask", "native_shape"))
+        raw = pa.decompress(packed, decompressed_size=math.prod(shape), codec=PACKING, asbytes=True)
+        return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
 
 
 def read_part(shards: Shards, part: dict, columns: list[str] | None = None) -> pa.Table:
     """The rows of one part, all columns or some; raises UserError that names it if it is not what the manifest records."""
-    path = filesystem.join(shards.path, part["file"])
     try:
-        data = filesystem.read_bytes(path)
+        data = filesystem.read_bytes(filesystem.join(shards.path, part["file"]))
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"The shard {path} cannot be read ({reason}): preprocess again with --overwrite.") from error
+        raise _bad_part(shards, part, f"cannot be read ({error.strerror or error})") from error
     if len(data) != part["bytes"] or filesystem.sha256(data) != part["sha256"]:
-        raise UserError(f"The shard {path} is damaged (not the bytes that were written): preprocess again with --overwrite.")
+        raise _bad_part(shards, part, "is damaged (not the bytes that were written)")
     return filesystem.read_table(data, columns)
+
+
+def _bad_part(shards: Shards, part: dict, problem: str) -> UserError:
+    path = filesystem.join(shards.path, part["file"])
+    return UserError(f"The shard {path} {problem}: preprocess again with --overwrite.")
 
 
 def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, FrameRows]:
     """Read the rows of some groups into memory, each part once."""
-    wanted = {patient: group for group in groups for patient in shards.groups[group]}
+    wanted = splits.group_of({group: shards.groups[group] for group in groups})
     kept: dict[str, list[pa.Table]] = {group: [] for group in groups}
     for part in shards.manifest["parts"]:
         table = read_part(shards, part)
@@ -155,7 +146,7 @@ def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, FrameRows]:
 
 @dataclass(frozen=True)
 class PartRows:
-    """What one part holds of a group: the part's record in the manifest, the group's patients in it, and their rows."""
+    """What one part holds of a group: the part's record in the manifest, the group's patients, and their rows."""
 
     part: dict
     patients: list[str]
@@ -164,15 +155,11 @@ class PartRows:
 
 def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
     """Which parts hold the rows of each group, in the order in which `load_groups` has them; reads no part."""
-    group_of = splits.group_of(shards.groups)
-    index: dict[str, list[PartRows]] = {group: [] for group in shards.groups}
-    for part in shards.manifest["parts"]:
-        inside: dict[str, list[str]] = {}
-        for patient in part["patients"]:
-            inside.setdefault(group_of.get(patient, ""), []).append(patient)
-        for group in index.keys() & inside.keys():
-            rows = sum(shards.manifest["patients"][patient]["rows"] for patient in inside[group])
-            index[group] += [PartRows(part, inside[group], rows)] if rows else []
+    index: dict[str, list[PartRows]] = {}
+    for group, names in shards.groups.items():
+        inside = [(part, sorted({*names} & {*part["patients"]})) for part in shards.manifest["parts"]]
+        found = (PartRows(part, p, sum(shards.manifest["patients"][name]["rows"] for name in p)) for part, p in inside)
+        index[group] = [held for held in found if held.rows]
     return index
 
 
@@ -181,9 +168,8 @@ def check_sizes(shards: Shards) -> None:
     sizes = {name: size for name, size, _ in filesystem.list_files(shards.path)}
     for part in shards.manifest["parts"]:
         if sizes.get(part["file"]) != part["bytes"]:
-            path = filesystem.join(shards.path, part["file"])
-            problem = "damaged (not the size that was written)" if part["file"] in sizes else "missing"
-            raise UserError(f"The shard {path} is {problem}: preprocess again with --overwrite.")
+            problem = "is damaged (not the size that was written)" if part["file"] in sizes else "is missing"
+            raise _bad_part(shards, part, problem)
 
 
 def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns: list[str] | None = None) -> pa.Table:
@@ -191,8 +177,7 @@ def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns:
     table = read_part(shards, held.part, columns)
     (places,) = np.nonzero(np.isin(np.array(table["patient"].to_pylist(), dtype=str), held.patients))
     if len(places) != held.rows:
-        path = filesystem.join(shards.path, held.part["file"])
-        raise UserError(f"The shard {path} lacks rows that its manifest names: preprocess again with --overwrite.")
+        raise _bad_part(shards, held.part, "lacks rows that its manifest names")
     return table.take(pa.array(places[np.asarray(rows, dtype=np.int64)]))
 
 
@@ -217,9 +202,6 @@ def as_frames(table: pa.Table, image: ImageConfig) -> FrameRows:
 
 def column_tensor(column: pa.ChunkedArray, shape: tuple[int, ...]) -> torch.Tensor:
     """A fixed-size binary column as one uint8 tensor [N, *shape] of its own memory."""
-    rows = []
-    for chunk in column.chunks:
-        width = chunk.type.byte_width
-        raw = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
-        rows.append(raw[chunk.offset * width : (chunk.offset + len(chunk)) * width].reshape(-1, *shape))
-    return torch.from_numpy(np.concatenate(rows) if rows else np.empty((0, *shape), np.uint8))
+    size = math.prod(shape)
+    chunks = (np.frombuffer(one.buffers()[1], np.uint8)[one.offset * size :][: len(one) * size] for one in column.chunks)
+    return torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *chunks])).view(len(column), *shape)

@@ -3,6 +3,7 @@
 Beside `part-00000.parquet`, `part-00000.json` records what the part was made from, so that an interrupted job keeps it.
 """
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -21,38 +22,32 @@ from heartseg.datasets.nifti import DamagedRecording
 from heartseg.labels import CLASSES
 from heartseg.storage import filesystem
 
+Source = CamusTree | ImageFolder
 FORMAT = 3
 MANIFEST, SPLITS = "manifest.json", "splits.json"
 PART_NAME = re.compile(r"part-\d{5}\.parquet")
 OURS = re.compile(rf"{PART_NAME.pattern}|part-\d{{5}}\.json|{re.escape(MANIFEST)}|{re.escape(SPLITS)}")
 # What a killed job may leave: a file that did not get its name yet.
 LEFTOVER = re.compile(rf"\.({OURS.pattern})\.[0-9a-f]{{8}}\.part")
-# Measured: fixed-size binary columns read back 5 to 9 times faster than Arrow's tensor type, and neither a dictionary nor
-# statistics pay for pixels.
+# Measured: fixed-size binary reads back 5 to 9 times faster than Arrow's tensor type; a dictionary, statistics do not pay.
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
-# Native masks are packed one by one; zstd takes a seventh of zlib's time for a third of the bytes.
-PACKING = "zstd"
-# A worker holds one part in memory: 64 stills, or 8 sequences of 10 to 40 frames.
-PATIENTS_PER_PART = {"stills": 16, "sequence": 4}
+PACKING = "zstd"  # of native masks: a seventh of zlib's time for a third of the bytes
+PATIENTS_PER_PART = {"stills": 16, "sequence": 4}  # a worker holds a part: 64 stills, or 8 sequences of 10 to 40 frames
 INFO_COLUMNS = {
     "quality": pa.string(), "ef": pa.float64(), "ef_convention": pa.string(),
     "sex": pa.string(), "age": pa.int32(), "frame_rate": pa.float64(),
 }  # fmt: skip
 
 
-def pair_of(kind: pa.DataType) -> pa.DataType:
-    """Two values of a kind, under the name that Parquet gives them: a part has the schema that was written."""
-    return pa.list_(pa.field("element", kind), 2)
-
-
 def schema(image: ImageConfig) -> pa.Schema:
     """Columns of a part; dtype and shape of the pixel columns stand in the metadata."""
     pixels = image.height * image.width
+    # Under the name that Parquet gives them: a part has the schema that was written.
+    reals, sizes = (pa.list_(pa.field("element", kind), 2) for kind in (pa.float64(), pa.int32()))
     columns = {
         "patient": pa.string(), "view": pa.string(), "phase": pa.string(), "frame": pa.int32(),
-        "image": pa.binary(pixels), "mask": pa.binary(pixels), "spacing_mm": pair_of(pa.float64()),
-        "native_mask": pa.binary(), "native_shape": pair_of(pa.int32()),
-        "native_spacing_mm": pair_of(pa.float64()),
+        "image": pa.binary(pixels), "mask": pa.binary(pixels), "spacing_mm": reals,
+        "native_mask": pa.binary(), "native_shape": sizes, "native_spacing_mm": reals,
     } | INFO_COLUMNS  # fmt: skip
     tensors = {
         "image": {"dtype": "uint8", "shape": [1, image.height, image.width]},
@@ -98,25 +93,20 @@ def make_row(recording: Recording, image: ImageConfig) -> dict:
 
 
 def write_part(
-    source: CamusTree | ImageFolder,
-    out: str,
-    name: str,
-    patients: list[str],
-    image: ImageConfig,
-    frames: str = "stills",
-    listing: dict[str, list] | None = None,
+    source: Source, out: str, name: str, patients: list[str], image: ImageConfig, frames: str = "stills", listing=None
 ) -> dict:
     """Write one part and its sidecar, or keep what an interrupted job has finished; returns the part's record.
 
-    `frames` is `stills` or `sequence`, `listing` the patients' `list_files` if the caller has it. A part that lacks
-    recordings is always written again: their files may have been repaired, or made readable.
+    A part that lacks recordings is always written again: their files may have been repaired.
     """
     path = filesystem.join(out, name)
     listing = listing or source.list_files(patients)
     made_from = {"format": FORMAT, "image": to_json(image), "frames": frames, "listing": listing}
     sidecar = read_sidecar(path)
-    if sidecar and sidecar["made_from"] == made_from and is_reusable(path, sidecar["record"]):
-        return sidecar["record"]
+    if sidecar and sidecar["made_from"] == made_from and not sidecar["record"]["quarantined"]:
+        with contextlib.suppress(FileNotFoundError):
+            if filesystem.sha256(filesystem.read_bytes(path)) == sidecar["record"]["sha256"]:
+                return sidecar["record"]
     rows, records, quarantined = [], {}, []
     for patient in patients:
         files = [file for file, *_ in listing[patient]]
@@ -124,38 +114,23 @@ def write_part(
         rows += patient_rows
         quarantined += damaged
     num_bytes, digest = filesystem.write_table(path, pa.Table.from_pylist(rows, schema(image)), **PARQUET)
-    record = {
-        "file": name, "rows": len(rows), "bytes": num_bytes, "sha256": digest, "patients": records,
-        "quarantined": quarantined,
-    }  # fmt: skip
-    filesystem.publish(sidecar_path(path), canonical({"made_from": made_from, "record": record}))
+    record = {"file": name, "rows": len(rows), "bytes": num_bytes, "sha256": digest}
+    record |= {"patients": records, "quarantined": quarantined}
+    filesystem.publish(path.removesuffix(".parquet") + ".json", canonical({"made_from": made_from, "record": record}))
     return record
 
 
-def sidecar_path(part_path: str) -> str:
-    """Path of the record beside a part."""
-    return part_path.removesuffix(".parquet") + ".json"
-
-
 def read_sidecar(part_path: str) -> dict | None:
-    """What a part was `made_from`, and its `record`; None for a part that has no readable sidecar, as in older shards."""
+    """What a part was `made_from`, and its `record`; None without a readable sidecar, as in older shards."""
     try:
-        sidecar = json.loads(filesystem.read_bytes(sidecar_path(part_path)))
+        sidecar = json.loads(filesystem.read_bytes(part_path.removesuffix(".parquet") + ".json"))
     except (FileNotFoundError, ValueError):
         return None
     return sidecar if isinstance(sidecar, dict) and {"made_from", "record"} <= sidecar.keys() else None
 
 
-def is_reusable(path: str, record: dict) -> bool:
-    """True for a part that lacks no recording and has the bytes of its record."""
-    try:
-        return not record["quarantined"] and filesystem.sha256(filesystem.read_bytes(path)) == record["sha256"]
-    except FileNotFoundError:
-        return False
-
-
 def read_patient(
-    source: CamusTree | ImageFolder, patient: str, files: list[str], image: ImageConfig, frames: str
+    source: Source, patient: str, files: list[str], image: ImageConfig, frames: str
 ) -> tuple[list[dict], dict, list[dict]]:
     """A patient's shard rows, what the manifest keeps about the patient, and the damaged recordings."""
     rows, damaged, hashes, recordings, levels = [], [], {}, 0, Counter()
@@ -186,35 +161,24 @@ def read_patient(
 
 
 def stem_of(file: str) -> str:
-    """What an image and its mask have in common in their names."""
     return re.sub(r"(_gt)?\.nii(\.gz)?$", "", filesystem.last_part(file).lower())
 
 
 def path_below(folder: str, path: str) -> str:
-    """A path without the folder of the source, so that a moved source is the same one."""
     return path.removeprefix(folder).lstrip("/")
 
 
 def intensity_sums(row: dict) -> tuple[int, int, int]:
-    """Sum, sum of squares and number of a row's pixels: exact, so that any split's mean and deviation follow from them."""
+    """Exact sum, sum of squares and number of a row's pixels: any split's mean and deviation follow from them."""
     pixels = np.frombuffer(row["image"], dtype=np.uint8).astype(np.float64)  # whole numbers far below 2**53
     # Not `@`: BLAS would wake a thread on each core for every picture.
     return int(pixels.sum()), int(np.einsum("i,i", pixels, pixels)), pixels.size
 
 
 def write_manifest(
-    out: str,
-    dataset: str,
-    image: ImageConfig,
-    parts: list[dict],
-    listing: dict[str, list],
-    frames: str = "stills",
-    official: dict | None = None,
+    out: str, dataset: str, image: ImageConfig, parts: list[dict], listing: dict, frames: str = "stills", official=None
 ) -> dict:
-    """Write the manifest of finished parts (records of `write_part`, in order): the folder is complete with it.
-
-    `official` is the split that the source comes with, kept so that shards can be split again without their source.
-    """
+    """Write the manifest of finished parts (records of `write_part`, in order), which makes the folder complete."""
     patients = {patient: record for part in parts for patient, record in part["patients"].items()}
     manifest = {
         "format": FORMAT,
@@ -240,29 +204,22 @@ def write_manifest(
 
 
 def listing_hash(patients_of_parts: Iterable[Iterable[str]], listing: dict[str, list]) -> str:
-    """One hash of a source's file names and sizes, for the patients of each part; times would tie it to one copy."""
+    """One hash of a source's file names and sizes, by part; times would tie it to one copy."""
     found = names_and_sizes(listing)
-    chunks = [{patient: found.get(patient, []) for patient in patients} for patients in patients_of_parts]
-    return filesystem.sha256(canonical(chunks))
+    return filesystem.sha256(canonical([{p: found.get(p, []) for p in patients} for patients in patients_of_parts]))
 
 
 def part_names(patients: list[str], frames: str = "stills") -> list[tuple[str, list[str]]]:
-    """The parts that a source's patients fall into: file name and patients, in order."""
+    """File name and patients of the parts that a source's patients fall into."""
     size = PATIENTS_PER_PART[frames]
     return [(f"part-{i:05d}.parquet", patients[s : s + size]) for i, s in enumerate(range(0, len(patients), size))]
 
 
 def write_splits(out: str, config: SplitConfig, manifest_patients: dict, official: dict[str, list[str]]) -> dict:
     """Write `splits.json` for the patients that have rows; returns the groups."""
-    groups = make_groups(config, manifest_patients, official)
+    groups = splits.make_groups(config, list(manifest_patients), official, manifest_patients)
     filesystem.publish_json(filesystem.join(out, SPLITS), {"config": to_json(config), "groups": groups})
     return groups
-
-
-def make_groups(config: SplitConfig, manifest_patients: dict, official: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The groups of the patients that have rows."""
-    patients = [name for name, record in manifest_patients.items() if record["rows"]]
-    return splits.make_groups(config, patients, official, manifest_patients)
 
 
 def remove_leftovers(out: str, shards: bool = False) -> None:

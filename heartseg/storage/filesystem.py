@@ -1,8 +1,6 @@
-"""Reads, lists and publishes files on local paths and object-store URIs alike.
+"""Reads, lists and publishes files on local paths and object-store URIs alike: the only file that uses pyarrow's for it.
 
-The only file that uses pyarrow's file systems and its Parquet. A path is a `str` everywhere (`pathlib` turns `s3://b/x` into
-`s3:/b/x`); whatever is published appears complete or not at all. Storage that does not answer or that refuses raises
-StorageError, whatever it is asked; a file that does not exist raises FileNotFoundError when it is read.
+A path is a `str` everywhere (`pathlib` turns `s3://b/x` into `s3:/b/x`). Storage that does not answer raises StorageError.
 """
 
 import contextlib
@@ -23,21 +21,19 @@ import pyarrow.parquet
 
 from heartseg.errors import OUTAGE_ERRNOS, StorageError, StorageRefused, UserError, outage
 
-# An object store that does not answer takes about a minute to give up on, one that refuses connections 3 s.
-TRIES, CONNECT_S, REQUEST_S = 4, 5, 15
+TRIES, CONNECT_S, REQUEST_S = 4, 5, 15  # an object store without an answer is given up after a minute or so
 READS = 5  # attempts at a file on an object store that is replaced while it is read
 
 
 def is_uri(path: str) -> bool:
-    """True for `s3://…` and other URIs, False for a local path."""
+    """False for a local path."""
     return "://" in path
 
 
 def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system that a URI names, and the path as that file system spells it.
+    """The file system that a URI names, and the path as it spells it; raises UserError for an invalid one.
 
-    S3 credentials, region and endpoint come from the AWS_* variables (AWS_ENDPOINT_URL for a store other than Amazon's) or
-    from the AWS profile. Raises UserError for an invalid path. A local path needs none: pyarrow takes only names in UTF-8.
+    S3 credentials, region and endpoint come from the AWS_* variables or from the AWS profile.
     """
     with _storage_errors(path):
         if path.startswith("s3://"):
@@ -93,7 +89,6 @@ def _storage_errors(path: str) -> Iterator[None]:
 
 
 def _store_error(path: str, answer: str) -> StorageError:
-    """What an object store's answer means and how to fix it."""
     if "NO_SUCH_BUCKET" in answer or ("Bucket" in answer and "not found" in answer):
         return StorageRefused(f"{path} is in a bucket that does not exist: create it, or check its name and AWS_ENDPOINT_URL.")
     if "NETWORK_CONNECTION" in answer:
@@ -108,12 +103,10 @@ def _store_error(path: str, answer: str) -> StorageError:
 
 
 def join(base: str, *parts: str) -> str:
-    """`base` with parts added, for a path or a URI."""
     return "/".join([base.rstrip("/"), *parts]) if is_uri(base) else os.path.join(base, *parts)
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder: what follows the last slash of its path or URI."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -123,23 +116,16 @@ def printable(name: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute; a URI unchanged. Ray workers have a working directory of their own."""
+    """A local path made absolute, since Ray workers have a working directory of their own; a URI unchanged."""
     return path if is_uri(path) else os.path.abspath(path)
 
 
 def exists(path: str) -> bool:
-    """True if a file or a folder exists."""
-    return _info(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else _stat(path) is not None
-
-
-def _info(path: str) -> pyarrow.fs.FileInfo:
-    fs, inner = resolve(path)
-    with _storage_errors(path):
-        return fs.get_file_info(inner)
+    return _ask_store(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else _stat(path) is not None
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """Of a local file or folder; None if it does not exist or leads nowhere. os.path.exists would say so of an outage too."""
+    """None if a local path does not exist or leads nowhere, which os.path.exists would report of an outage too."""
     try:
         with _storage_errors(path):
             return os.stat(path)
@@ -150,7 +136,7 @@ def _stat(path: str) -> os.stat_result | None:
 def list_names(path: str) -> list[str]:
     """Sorted names of the entries of a folder; empty if it does not exist."""
     if is_uri(path):
-        return sorted(entry.base_name for entry in _entries(path))
+        return sorted(entry.base_name for entry in _ask_store(path, recursive=False))
     try:
         with _storage_errors(path):
             return sorted(os.listdir(path))
@@ -159,52 +145,53 @@ def list_names(path: str) -> list[str]:
 
 
 def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
-    """Sorted names of a folder's entries with size and modification time (ns), None for what is not a file.
-
-    Empty if the folder does not exist. An object store needs one request.
-    """
+    """Sorted names of a folder's entries with size and modification time (ns), None for what is not a file; one request."""
     if is_uri(path):
-        return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in _entries(path))
+        entries = _ask_store(path, recursive=False)
+        return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in entries)
     stats = {name: _stat(join(path, name)) for name in list_names(path)}
     return [(n, s.st_size, s.st_mtime_ns) if s and stat.S_ISREG(s.st_mode) else (n, None, None) for n, s in stats.items()]
 
 
-def _entries(path: str, recursive: bool = False) -> list[pyarrow.fs.FileInfo]:
+def _ask_store(path: str, **below):
+    """The FileInfo of a path on an object store; of the entries below it if `recursive` is given."""
     fs, inner = resolve(path)
     with _storage_errors(path):
-        return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, recursive=recursive))
+        return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, **below) if below else inner)
 
 
 def size_or_none(path: str) -> int | None:
     """Size of a file in bytes; None if the path is not a file."""
     if is_uri(path):
-        return _info(path).size
+        return _ask_store(path).size
     found = _stat(path)
     return found.st_size if found and stat.S_ISREG(found.st_mode) else None
 
 
 def walk(path: str) -> list[str]:
     """Sorted paths of all files below a folder, each folder once, links to folders followed; empty if it does not exist."""
-    if not is_uri(path):
-        found, seen = [], set()
-        for folder, folders, names in os.walk(path, followlinks=True, onerror=_raise_outage):
-            folders[:] = [] if os.path.realpath(folder) in seen else sorted(folders)
-            if os.path.realpath(folder) not in seen:
-                found += [os.path.join(folder, name) for name in names]
-            seen.add(os.path.realpath(folder))
-        return sorted(found)
-    inner = resolve(path)[1]
-    files = (entry.path for entry in _entries(path, recursive=True) if entry.is_file)
-    return sorted(join(path, name.removeprefix(inner).lstrip("/")) for name in files)
+    if is_uri(path):
+        inner = resolve(path)[1]
+        files = (entry.path for entry in _ask_store(path, recursive=True) if entry.is_file)
+        return sorted(join(path, name.removeprefix(inner).lstrip("/")) for name in files)
 
+    def raise_outage(error: OSError) -> None:
+        if error.errno in OUTAGE_ERRNOS:
+            raise outage(error, error.filename)
 
-def _raise_outage(error: OSError) -> None:
-    if error.errno in OUTAGE_ERRNOS:
-        raise outage(error, error.filename)
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=raise_outage):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [os.path.join(folder, name) for name in names]
+    return sorted(found)
 
 
 def read_bytes(path: str, at_most: int = -1) -> bytes:
-    """The whole of a file, or its first `at_most` bytes; raises OSError, FileNotFoundError among them, and StorageError."""
+    """The whole of a file, or its first `at_most` bytes; raises StorageError and OSError, such as FileNotFoundError."""
     if not is_uri(path):
         with _storage_errors(path), open(path, "rb") as stream:
             return stream.read(at_most)
@@ -221,7 +208,7 @@ def read_bytes(path: str, at_most: int = -1) -> bytes:
 
 
 def read_json(path: str) -> dict:
-    """The content of a JSON file; raises UserError if it is missing or damaged, and StorageError if it cannot be read."""
+    """Raises UserError if the file is missing or damaged, and StorageError if it cannot be read."""
     try:
         return json.loads(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
@@ -231,10 +218,7 @@ def read_json(path: str) -> dict:
 
 
 def publish(path: str, data: bytes) -> None:
-    """Write a file that appears complete or not at all; its folder is created.
-
-    Raises OSError (a full disk, for example), or StorageError if the storage does not answer or an object store refuses.
-    """
+    """Write a file that appears complete or not at all, and its folder; raises OSError, a full disk's say, and StorageError."""
     with _storage_errors(path):
         (_publish_on_store if is_uri(path) else _publish_locally)(path, data)
 
@@ -278,17 +262,16 @@ def _publish_on_store(path: str, data: bytes) -> None:
 
 
 def publish_json(path: str, value: object) -> None:
-    """Write a value as indented JSON with sorted keys, complete or not at all."""
     publish(path, json_bytes(value))
 
 
 def json_bytes(value: object) -> bytes:
-    """The bytes that `publish_json` writes for a value; raises ValueError for NaN."""
+    """Indented JSON with sorted keys; raises ValueError for NaN."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def remove(path: str) -> None:
-    """Delete a file or a whole folder, if it exists."""
+    """Delete a file or a folder, if it exists."""
     with _storage_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not is_uri(path):
             (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)
@@ -298,12 +281,11 @@ def remove(path: str) -> None:
 
 
 def sha256(data: bytes) -> str:
-    """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
 
 
 def write_table(path: str, table: pa.Table, **options) -> tuple[int, str]:
-    """Publish an Arrow table as Parquet; returns its bytes and SHA-256. `options` go to pyarrow's writer."""
+    """Publish a table as Parquet, with pyarrow's `options`; returns size and SHA-256 of the file."""
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(table, sink, **options)
     data = sink.getvalue().to_pybytes()
@@ -312,9 +294,6 @@ def write_table(path: str, table: pa.Table, **options) -> tuple[int, str]:
 
 
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The table in a Parquet file's bytes; raises ArrowInvalid or OSError for a damaged one.
-
-    On this thread alone: one of pyarrow's own may drop the last reference to `data`, which needs Python's lock, and aborts a
-    process that is about to exit.
-    """
+    """The table in a Parquet file's bytes; raises ArrowInvalid or OSError for a damaged one."""
+    # On this thread alone: if a thread of pyarrow's drops the last reference to `data`, a process about to exit aborts.
     return pyarrow.parquet.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)

@@ -1,7 +1,6 @@
 """One writer per folder: a file lock on a local disk, a claim with a heartbeat on an object store.
 
-Claims are advisory: a holder that cannot renew its claim for a minute (the network is down, the machine sleeps) counts as dead,
-and is not notified.
+Claims are advisory: a holder that cannot renew its claim for a minute counts as dead, and is not notified.
 """
 
 import contextlib
@@ -28,23 +27,24 @@ HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 
 
 def lock(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Be the only writer of a folder; raises UserError if another process is.
-
-    A local lock dies with its process, so a killed job never blocks the next; a claim on an object store blocks it for
-    `DEAD_AFTER_S` seconds.
-    """
+    """Be the only writer of a folder; raises UserError if another process is, or was on a store `DEAD_AFTER_S` ago."""
     return _claim(folder) if filesystem.is_uri(folder) else _lock_file(folder)
 
 
 def is_held(folder: str) -> bool:
     """True if a process is writing a folder at the moment."""
     if filesystem.is_uri(folder):
-        return _is_claimed(filesystem.join(folder, LOCK_NAME))
-    path = os.path.join(folder, LOCK_NAME)
-    if not os.path.exists(path):
-        return False
+        claims = filesystem.join(folder, LOCK_NAME)
+        if not _ages_of_claims(claims):
+            return False
+        clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # not a claim: it only shows what time it is there
+        try:
+            filesystem.publish(clock, b"")
+            return any(age_s < DEAD_AFTER_S for age_s in _ages_of_claims(claims).values())
+        finally:
+            filesystem.remove(clock)
     try:
-        with open(path) as file:  # for reading: nothing is written, and who asks need not be allowed to
+        with open(os.path.join(folder, LOCK_NAME)) as file:  # for reading: whoever asks need not be allowed to write
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)
@@ -70,17 +70,25 @@ def _lock_file(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claim(folder: str) -> Iterator[None]:
-    """Write a claim, then list all claims: of two jobs that start at once, neither misses the other.
-
-    Both may then be refused, but never both admitted: a listing on S3 shows every earlier write.
-    """
+    """Write a claim, then list all claims: of two jobs that start at once, at most one is admitted."""
     claims, mine = filesystem.join(folder, LOCK_NAME), f"{uuid.uuid4().hex[:12]}.json"
-    path, stop = filesystem.join(claims, mine), threading.Event()
-    started = _now()
+    path, stop, started = filesystem.join(claims, mine), threading.Event(), _now()
+
+    def renew() -> None:
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "renewed": _now()}
+        filesystem.publish_json(path, who)
+
+    def keep_renewing() -> None:
+        while not stop.wait(HEARTBEAT_S):
+            try:
+                renew()
+            except StorageError as error:  # an outage of the store does not end the job
+                log.warning("This job's claim as the only writer could not be renewed: %s", error)
+
     try:
-        _beat(path, started)
+        renew()
         _refuse_if_claimed(folder, claims, mine)
-        beating = threading.Thread(target=_keep_beating, args=(path, started, stop), daemon=True)
+        beating = threading.Thread(target=keep_renewing, daemon=True)
         beating.start()
         try:
             yield
@@ -94,49 +102,23 @@ def _claim(folder: str) -> Iterator[None]:
 
 def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
     """Raise UserError, naming the holder, if a claim other than `mine` is alive; remove dead ones."""
-    for name, age_s in _ages_of_claims(claims).items():  # mine is the newest
+    others = {name: age_s for name, age_s in _ages_of_claims(claims).items() if name != mine}  # mine is the newest
+    for name, age_s in others.items():
         path = filesystem.join(claims, name)
-        if name == mine:
-            continue
         if age_s >= DEAD_AFTER_S:
             filesystem.remove(path)
             continue
         with contextlib.suppress(FileNotFoundError):  # released in between
             holder = json.loads(filesystem.read_bytes(path))
-            raise UserError(
-                f"Another job is writing {folder} (process {holder['pid']} on {holder['host']}, since {holder['started']}): "
-                f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s."
-            )
-
-
-def _is_claimed(claims: str) -> bool:
-    if not _ages_of_claims(claims):
-        return False
-    clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # no claim: it only shows what time it is there
-    try:
-        filesystem.publish(clock, b"")
-        return any(age_s < DEAD_AFTER_S for age_s in _ages_of_claims(claims).values())
-    finally:
-        filesystem.remove(clock)
+            fix = f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s"
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
+            raise UserError(f"Another job is writing {folder} ({who}): {fix}.")
 
 
 def _ages_of_claims(claims: str) -> dict[str, float]:
     """Seconds since each claim was renewed, counted from the newest file there: by the store's clock, never this machine's."""
     times = {name: time_ns for name, _, time_ns in filesystem.list_files(claims) if time_ns is not None}
     return {name: (max(times.values()) - time_ns) / 1e9 for name, time_ns in times.items() if CLAIM.fullmatch(name)}
-
-
-def _beat(path: str, started: str) -> None:
-    filesystem.publish_json(path, {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "renewed": _now()})
-
-
-def _keep_beating(path: str, started: str, stop: threading.Event) -> None:
-    """Renew a claim until `stop` is set; an outage of the store does not end the job."""
-    while not stop.wait(HEARTBEAT_S):
-        try:
-            _beat(path, started)
-        except StorageError as error:
-            log.warning("This job's claim as the only writer could not be renewed: %s", error)
 
 
 def _now() -> str:

@@ -14,9 +14,8 @@ import pyarrow as pa
 import torch
 
 from heartseg.config.experiment import Experiment
-from heartseg.shards.loader import Batches, Loader
+from heartseg.shards.loader import Batches, Loader, Stream
 from heartseg.shards.reader import FrameRows, Shards, check_sizes, index_groups, load_groups, read_rows
-from heartseg.shards.streaming_loader import Stream
 from heartseg.training.distributed import Ranks, from_main, min_over_ranks
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from heartseg.config.experiment import Experiment, ImageConfig, TrackingConfig
 from heartseg.config.recipes import seed
 from heartseg.datasets import camus, phantom
-from heartseg.datasets.source import open_source
+from heartseg.datasets.image_folder import open_source
 from heartseg.labels import STRUCTURES
 from heartseg.metrics.segmentation import ScoreSums
 from heartseg.models.deeplabv3 import build_model

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from heartseg.errors import StorageError, UserError
 from heartseg.evaluation import scoring
-from heartseg.inference.postprocessing import clean
-from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
+from heartseg.inference.segmenter import Ensemble, Segmenter, clean, load_all
 from heartseg.reporting.report import write_report
 from jobs.support import command_line, ray_runtime
 from jobs.support.evaluation_plan import EvaluationPlan, Options

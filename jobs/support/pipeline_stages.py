@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from heartseg.config.experiment import Experiment, from_json, identity, to_json
-from heartseg.datasets.source import open_source
+from heartseg.datasets.image_folder import open_source
 from heartseg.errors import UserError, require
 from heartseg.inference import study_files
 from heartseg.models import checkpoint

@@ -26,7 +26,6 @@ VIEW = View.FOUR_CHAMBER
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> str:
-    """Four patients with sequences; some of them run from ES to ED."""
     folder = str(tmp_path_factory.mktemp("beats"))
     write_phantom(folder, patients=4, seed=1, sequences=True, scale=0.1)
     return folder
@@ -34,7 +33,6 @@ def tree(tmp_path_factory) -> str:
 
 @pytest.fixture
 def copied(tree, tmp_path) -> str:
-    """The same tree, to change."""
     return shutil.copytree(tree, str(tmp_path / "tree"))
 
 
@@ -46,14 +44,7 @@ def written(tree, tmp_path_factory) -> str:
     return folder
 
 
-def backwards(tree: str) -> str:
-    """A patient whose files run from ES to ED."""
-    return next(p for p in camus.find_patients(tree) if camus.read_info(tree, p, VIEW).ed > 1)
-
-
-def forwards(tree: str) -> str:
-    """A patient whose files run from ED to ES."""
-    return next(p for p in camus.find_patients(tree) if camus.read_info(tree, p, VIEW).ed == 1)
+FORWARDS, BACKWARDS = "patient0001", "patient0002"  # from ED to ES, from ES to ED
 
 
 def read(tree: str, patient: str) -> list[camus.Recording]:
@@ -65,7 +56,7 @@ def phases(frames: list[camus.Recording]) -> dict[int, Phase]:
 
 
 def test_every_frame_comes_once_from_ed_to_es_whichever_way_the_file_runs(tree):
-    for patient in (forwards(tree), backwards(tree)):
+    for patient in (FORWARDS, BACKWARDS):
         frames, info = read(tree, patient), camus.read_info(tree, patient, VIEW)
         assert [frame.frame for frame in frames] == list(range(1, info.num_frames + 1))
         assert phases(frames) == {1: Phase.ED, info.num_frames: Phase.ES}
@@ -80,7 +71,7 @@ def test_every_frame_comes_once_from_ed_to_es_whichever_way_the_file_runs(tree):
 
 @pytest.mark.parametrize("text", [None, "Sex: F\n", "ED: 1\nES: 999\n", "ED: 1\nES: 1\n", "ED: 0\nES: 5\n"])
 def test_without_a_cfg_that_names_the_frames_the_larger_cavity_is_ed(text, copied):
-    for patient in (forwards(copied), backwards(copied)):
+    for patient in (FORWARDS, BACKWARDS):
         before, cfg = read(copied, patient), os.path.join(copied, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg")
         os.remove(cfg)
         if text:
@@ -92,7 +83,7 @@ def test_without_a_cfg_that_names_the_frames_the_larger_cavity_is_ed(text, copie
 
 
 def test_phases_inside_the_file_are_the_cfgs_in_either_direction(copied):
-    for patient, ed, es in ((forwards(copied), 3, 7), (backwards(copied), 7, 3)):
+    for patient, ed, es in ((FORWARDS, 3, 7), (BACKWARDS, 7, 3)):
         last = camus.read_info(copied, patient, VIEW).num_frames
         camus.write_info(copied, patient, VIEW, camus.Info(ed=ed, es=es))
         shift = 0 if ed < es else last - 9  # turned round, frame 7 of the file is the one that 7 - 1 others follow
@@ -100,58 +91,52 @@ def test_phases_inside_the_file_are_the_cfgs_in_either_direction(copied):
 
 
 def test_frames_whose_ends_are_equally_large_have_no_phase(copied):
-    patient = forwards(copied)
-    os.remove(os.path.join(copied, camus.IMAGES_FOLDER, patient, f"Info_{VIEW}.cfg"))
-    path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, "_gt")
+    os.remove(os.path.join(copied, camus.IMAGES_FOLDER, FORWARDS, f"Info_{VIEW}.cfg"))
+    path = recording_path(copied, FORWARDS, VIEW, HALF_SEQUENCE, "_gt")
     masks, spacing_mm, _ = nifti.read_nifti(path)
     nifti.write_nifti(path, np.zeros_like(masks), spacing_mm)
-    assert phases(read(copied, patient)) == {}
+    assert phases(read(copied, FORWARDS)) == {}
 
 
 def test_a_sequence_of_one_frame_or_with_a_fourth_axis_is_read(copied):
-    patient = forwards(copied)
-    frames = read(copied, patient)
-    paths = [recording_path(copied, patient, VIEW, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
+    frames = read(copied, FORWARDS)
+    paths = [recording_path(copied, FORWARDS, VIEW, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
     for path in paths:  # [lateral, depth, 1, time], as some writers have it
         values, spacing_mm, _ = nifti.read_nifti(path)
         nibabel.save(nibabel.Nifti1Image(values.T[:, :, None], np.diag([*spacing_mm[::-1], 1, 1])), path)
-    for one, other in zip(frames, read(copied, patient), strict=True):
+    for one, other in zip(frames, read(copied, FORWARDS), strict=True):
         np.testing.assert_array_equal(one.image, other.image)
     for path in paths:
         values, spacing_mm, _ = nifti.read_nifti(path)
         nifti.write_nifti(path, values[:1], spacing_mm)
-    (single,) = read(copied, patient)
+    (single,) = read(copied, FORWARDS)
     np.testing.assert_array_equal(single.image, frames[0].image)
 
 
-DAMAGE = {
-    "another number of masks": (lambda mask: mask[1:], "is not the image's"),
-    "a bad label in one frame": (lambda mask: np.where(np.arange(len(mask))[:, None, None] == 4, 7, mask), "has label 7"),
-}
+def spoil_a_label(mask: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(len(mask))[:, None, None] == 4, 7, mask)
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_sequence_goes_to_quarantine_whole(name, copied, tmp_path):
-    change, reason = DAMAGE[name]
-    patient = forwards(copied)
-    path = recording_path(copied, patient, VIEW, HALF_SEQUENCE, "_gt")
+@pytest.mark.parametrize(("change", "reason"), [(lambda mask: mask[1:], "not the image's"), (spoil_a_label, "has label 7")])
+def test_a_damaged_sequence_goes_to_quarantine_whole(change, reason, copied, tmp_path):
+    path = recording_path(copied, FORWARDS, VIEW, HALF_SEQUENCE, "_gt")
     masks, spacing_mm, _ = nifti.read_nifti(path)
     nifti.write_nifti(path, change(masks).astype(np.uint8), spacing_mm)
     with pytest.raises(DamagedRecording, match=reason):
-        read(copied, patient)
+        read(copied, FORWARDS)
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="1 of 8 recordings are damaged"):
         preprocess.run(tiny_experiment(source=copied, out=out), SEQUENCE)
     preprocess.run(tiny_experiment(source=copied, out=out), replace(SEQUENCE, max_quarantined=0.2))
-    (entry,) = open_shards(out).manifest["quarantined"]
-    assert (entry["patient"], entry["view"], entry["phase"]) == (patient, "4CH", None) and entry["file"] in path
-    rows = [row for f in load_groups(open_shards(out), ["train", "test"]).values() for row in f.table.to_pylist()]
-    assert {(row["patient"], row["view"]) for row in rows if row["patient"] == patient} == {(patient, "2CH")}
+    opened = open_shards(out)
+    (entry,) = opened.manifest["quarantined"]
+    assert (entry["patient"], entry["view"], entry["phase"]) == (FORWARDS, "4CH", None) and entry["file"] in path
+    rows = [row for frames in load_groups(opened, opened.groups).values() for row in frames.table.to_pylist()]
+    assert {(row["patient"], row["view"]) for row in rows if row["patient"] == FORWARDS} == {(FORWARDS, "2CH")}
 
 
-def test_a_row_is_a_frame_and_the_manifest_says_so(tree, written):
+def test_a_row_is_a_frame_and_other_frames_in_the_same_folder_are_refused_by_name(tree, written, phantom, tmp_path):
     opened = open_shards(written)
-    assert opened.manifest["frames"] == "sequence"
     frames = load_groups(opened, ["train", "test"])
     rows = [(row, group.native_mask(i)) for group in frames.values() for i, row in enumerate(group.table.to_pylist())]
     expected = {p: [camus.read_half_sequence(tree, p, view) for view in View] for p in camus.find_patients(tree)}
@@ -160,9 +145,6 @@ def test_a_row_is_a_frame_and_the_manifest_says_so(tree, written):
         frame = expected[row["patient"]][list(View).index(row["view"])][row["frame"] - 1]
         assert row["phase"] == frame.phase
         np.testing.assert_array_equal(mask, frame.mask)
-
-
-def test_other_frames_in_the_same_folder_are_refused_by_name(tree, written, phantom, tmp_path):
     with pytest.raises(UserError, match="frames: sequence there, stills asked"):
         preprocess.run(tiny_experiment(source=tree, out=written), preprocess.Options(launcher="plain"))
     with pytest.raises(UserError, match=r"holds no \*_half_sequence\.nii\.gz: use --frames stills"):

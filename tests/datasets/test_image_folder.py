@@ -6,28 +6,18 @@ import os
 import numpy as np
 import pytest
 
+from heartseg.config.experiment import SplitConfig
 from heartseg.datasets import camus, nifti, phantom
-from heartseg.datasets.source import open_source
+from heartseg.datasets.image_folder import open_source
 from heartseg.errors import UserError
 from heartseg.shards import writer
-from heartseg.shards.reader import load_groups, open_shards
+from heartseg.shards.reader import Shards, load_groups, open_shards
 from heartseg.storage import filesystem
 from helpers.experiments import tiny_experiment
 from jobs import preprocess
 
-PLAIN = preprocess.Options(launcher="plain")
-NAMES = (
-    "anna_2CH_ED",
-    "anna_2CH_ES",
-    "anna_4ch_ed",
-    "bert_visit1",
-    "bert_visit2",
-    "cleo",
-    "dora_4CH_x",
-    "emil_1",
-    "finn_1",
-    "gwen_1",
-)
+NAMES = ["anna_2CH_ED", "anna_2CH_ES", "anna_4ch_ed", "bert_visit1", "bert_visit2", "cleo", "dora_4CH_x"]
+NAMES += ["emil_1", "finn_1", "gwen_1"]
 
 
 def picture(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +41,7 @@ def put(folder: str, name: str, ending: str = ".nii.gz") -> None:
 
 @pytest.fixture
 def folder(tmp_path) -> str:
-    """Seven patients; one of Cleo's files is not compressed, and there is a note in the folder."""
+    """Seven patients; Cleo's files are not compressed, and there is a note in the folder."""
     source = str(tmp_path / "own")
     for name in NAMES:
         put(source, name, ".nii" if name == "cleo" else ".nii.gz")
@@ -61,15 +51,14 @@ def folder(tmp_path) -> str:
     return source
 
 
-def write(folder: str, out, **split) -> str:
-    base = tiny_experiment()
-    experiment = tiny_experiment(source=folder, out=str(out), split=type(base.split)(**({"kind": "ratio"} | split)))
-    preprocess.run(experiment, PLAIN)
-    return str(out)
+def write(folder: str, out, kind: str = "ratio", **options) -> Shards:
+    experiment = tiny_experiment(source=folder, out=str(out), split=SplitConfig(kind, test_share=0.3))
+    preprocess.run(experiment, preprocess.Options(launcher="plain", **options))
+    return open_shards(str(out))
 
 
-def test_names_tell_patient_view_and_phase_and_the_pixels_are_theirs(folder, tmp_path):
-    opened = open_shards(write(folder, tmp_path / "out", test_share=0.3))
+def test_names_show_patient_view_and_phase_and_the_pixels_are_theirs(folder, tmp_path):
+    opened = write(folder, tmp_path / "out")
     assert opened.manifest["dataset"] == "other" and opened.manifest["quarantined"] == []
     assert list(opened.manifest["patients"]) == sorted({name.split("_")[0] for name in NAMES})
     found = []
@@ -79,52 +68,42 @@ def test_names_tell_patient_view_and_phase_and_the_pixels_are_theirs(folder, tmp
             assert row["native_spacing_mm"] == [0.5, 0.25] and row["frame"] is None and row["ef"] is None
             fits = [name for name in NAMES if name.split("_")[0] == row["patient"]]
             assert any(np.array_equal(frames.native_mask(index), picture(name)[1]) for name in fits)
-    assert sorted(found, key=str) == sorted(
-        [("anna", "2CH", "ED"), ("anna", "2CH", "ES"), ("anna", "4CH", "ED"), ("dora", "4CH", None)]
-        + [(name.split("_")[0], None, None) for name in NAMES if name[:4] not in ("anna", "dora")],
-        key=str,
-    )
+    expected = [("anna", "2CH", "ED"), ("anna", "2CH", "ES"), ("anna", "4CH", "ED"), ("dora", "4CH", None)]
+    expected += [(name.split("_")[0], None, None) for name in NAMES if name[:4] not in ("anna", "dora")]
+    assert sorted(found, key=str) == sorted(expected, key=str)
 
 
 GROUPS = "patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n"
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        GROUPS.encode(), GROUPS.replace("\n", "\r\n").encode("utf-8-sig"), GROUPS.encode("utf-16"),
-        GROUPS.replace(",", ";").encode(), GROUPS.replace(",", "\t").encode(), GROUPS.replace("\n", ",\n").encode() + b",,\n\n",
-        GROUPS.replace("patient,group", '"Patient" ,"Group"').encode(),
-    ],
-)  # fmt: skip
-def test_a_groups_file_is_the_official_split_however_it_was_saved(raw, folder):
-    filesystem.publish(os.path.join(folder, "groups.csv"), raw)
-    assert open_source(folder).groups() == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
+def test_a_groups_file_is_the_official_split_however_it_was_saved(folder):
+    quoted, longer = GROUPS.replace("patient,group", '"Patient" ,"Group"'), GROUPS.replace("\n", ",\n") + ",,\n\n"
+    others = [GROUPS.replace("\n", "\r\n").encode("utf-8-sig"), GROUPS.encode("utf-16")]
+    texts = [GROUPS, GROUPS.replace(",", ";"), GROUPS.replace(",", "\t"), longer, quoted]
+    for raw in [*others, *map(str.encode, texts)]:
+        filesystem.publish(os.path.join(folder, "groups.csv"), raw)
+        assert open_source(folder).groups() == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("anna,train\n", "must begin with the line `patient,group`"),
-        ("patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
-        ("patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
+def test_a_wrong_groups_file_is_refused_by_what_is_wrong(folder, tmp_path):
+    for text, message in (
+        (b"anna,train\n", "must begin with the line `patient,group`"),
+        (b"patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
+        (b"patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
         (b"patient,group\nd\xf6ra,train\n", "groups.csv cannot be read as UTF-8 text"),
-        ("patient,group\nanna,train\nanna,test\n", "anna is in both"),
-    ],
-)
-def test_a_wrong_groups_file_is_refused_by_what_is_wrong(text, said, folder, tmp_path):
-    filesystem.publish(os.path.join(folder, "groups.csv"), text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=said):
-        write(folder, tmp_path / "out", kind="official")
+        (b"patient,group\nanna,train\nanna,test\n", "anna is in both"),
+    ):
+        filesystem.publish(os.path.join(folder, "groups.csv"), text)
+        with pytest.raises(UserError, match=message):
+            write(folder, tmp_path / "out", "official")
 
 
 def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_path):
     os.remove(os.path.join(folder, "masks", "emil_1.nii.gz"))
     os.remove(os.path.join(folder, "images", "finn_1.nii.gz"))
     nifti.write_nifti(os.path.join(folder, "images", "gwen_1.nii.gz"), np.zeros((3, 9, 9), np.uint8), (1, 1))
-    options = preprocess.Options(launcher="plain", max_quarantined=0.5)
-    preprocess.run(tiny_experiment(source=folder, out=str(tmp_path / "out")), options)
-    found = {e["patient"]: e for e in open_shards(str(tmp_path / "out")).manifest["quarantined"]}
+    quarantined = write(folder, tmp_path / "out", max_quarantined=0.5).manifest["quarantined"]
+    found = {e["patient"]: e for e in quarantined}
     assert {name: entry["file"] for name, entry in found.items()} == {
         "emil": "masks/emil_1.nii.gz", "finn": "images/finn_1.nii.gz", "gwen": "images/gwen_1.nii.gz",
     }  # fmt: skip
@@ -132,8 +111,7 @@ def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_pa
 
 
 def test_a_name_that_is_not_utf_8_is_refused(folder, tmp_path):
-    with open(os.fsencode(folder) + b"/images/d\xf6ra_1.nii.gz", "wb"):
-        pass
+    os.mkdir(os.fsencode(folder) + b"/images/d\xf6ra_1.nii.gz")
     with pytest.raises(UserError, match=r"holds 'd\\udcf6ra_1\.nii\.gz', a name that is not UTF-8: rename it"):
         write(folder, tmp_path / "out")
 
@@ -141,9 +119,7 @@ def test_a_name_that_is_not_utf_8_is_refused(folder, tmp_path):
 def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):
     for kind in ("images", "masks"):
         nifti.write_nifti(os.path.join(folder, kind, "gwen_1.nii.gz"), np.ones((3, 50, 40), np.uint8), (1, 1))
-    options = preprocess.Options(launcher="plain", frames="sequence")
-    preprocess.run(tiny_experiment(source=folder, out=str(tmp_path / "out")), options)
-    opened = open_shards(str(tmp_path / "out"))
+    opened = write(folder, tmp_path / "out", frames="sequence")
     rows = [row for frames in load_groups(opened, opened.groups).values() for row in frames.table.to_pylist()]
     assert [row["frame"] for row in rows if row["patient"] == "gwen"] == [1, 2, 3]
     assert {row["phase"] for row in rows} == {None}
@@ -161,12 +137,11 @@ def test_a_folder_of_neither_layout_names_both(tmp_path):
 def test_a_folder_is_listed_as_often_however_many_parts_it_makes(folder, tmp_path, monkeypatch):
     calls, list_files = [], filesystem.list_files
     monkeypatch.setattr(filesystem, "list_files", lambda path: calls.append(path) or list_files(path))
-    counts = []
-    for patients in (16, 1):
-        monkeypatch.setitem(writer.PATIENTS_PER_PART, "stills", patients)
-        write(folder, tmp_path / str(patients))
-        counts.append(len(calls))
-    assert counts[1] == 2 * counts[0]
+    write(folder, tmp_path / "16")
+    at_once = len(calls)
+    monkeypatch.setitem(writer.PATIENTS_PER_PART, "stills", 1)
+    write(folder, tmp_path / "1")
+    assert len(calls) == 2 * at_once
     put(folder, "hugo_1")
     with pytest.raises(UserError, match=r"other shards \(images/hugo_1.nii.gz of hugo is new\)"):
         write(folder, tmp_path / "1")
@@ -189,10 +164,9 @@ def test_names_that_may_count_one_person_as_several_are_asked_about_before_any_w
     source, out = str(tmp_path / "own"), str(tmp_path / "out")
     for name in names:
         put(source, name)
-    options = preprocess.Options(launcher="plain", patient_pattern=pattern)
     if patients is None:
         with pytest.raises(UserError, match="--patient-pattern"):
-            preprocess.run(tiny_experiment(source=source, out=out), options)
+            write(source, out, patient_pattern=pattern)
         assert not os.path.exists(out)
     else:
         assert len(open_source(source, pattern).patients()) == patients
@@ -208,13 +182,10 @@ def test_every_file_is_used_or_in_quarantine_or_counted_as_ignored(tmp_path, cap
         os.rename(os.path.join(folder, name), os.path.join(folder, name.upper().replace("PATIENT", "patient")))
     folder = os.path.join(images, "patient0003")
     os.rename(os.path.join(folder, "patient0003_2CH_ED.nii.gz"), os.path.join(folder, "2ch.nii.gz"))
-    split = type(tiny_experiment().split)("ratio", test_share=0.5)
-    options = preprocess.Options(launcher="plain", max_quarantined=0.5)
-    preprocess.run(tiny_experiment(source=source, out=out, split=split), options)
+    patients = write(source, out, max_quarantined=0.5).manifest["patients"]
     shown = capsys.readouterr().out
     assert "ignored  8 files of half sequences" in shown and "ignored  1 other files of patients, such as 2ch.nii.gz" in shown
     assert "ignored  1 other entries, such as Patient_one" in shown and "quarantined  patient0003 2CH ED" in shown
-    patients = open_shards(out).manifest["patients"]
     assert {name: record["rows"] for name, record in patients.items()} == {"patient0002": 4, "patient0003": 3}
     assert all(record["ef"] for record in patients.values())
 
@@ -222,10 +193,9 @@ def test_every_file_is_used_or_in_quarantine_or_counted_as_ignored(tmp_path, cap
 def test_a_split_that_names_a_stranger_is_refused_with_the_nearest_name_and_a_part_of_camus_is_not(tmp_path):
     source, out = str(tmp_path / "tree"), str(tmp_path / "out")
     phantom.write_phantom(source, patients=3, scale=0.05)
-    experiment = tiny_experiment(source=source, out=out, split=type(tiny_experiment().split)("official"))
     for train in (["patient4", "patient0001"], ["patient0001", "patient4", "patient0003"]):
         camus.write_groups(source, {"train": train, "val": [], "test": ["patient0002"]})
         with pytest.raises(UserError, match=r"names 'patient4', who has no file \(nearest: patient000"):
-            preprocess.run(experiment, PLAIN)
+            write(source, out, "official")
     camus.write_groups(source, {"train": ["patient0001", "patient0004", "patient0003"], "val": [], "test": ["patient0002"]})
-    preprocess.run(experiment, PLAIN)
+    write(source, out, "official")

@@ -1,5 +1,6 @@
 """Groups are by patient, disjoint, balanced where something is known, and drawn as before where nothing is."""
 
+import itertools
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from heartseg.config.experiment import ImageConfig, SplitConfig
 from heartseg.datasets import splits
+from heartseg.datasets.phantom import patient_info
 from heartseg.errors import UserError
 from heartseg.shards import writer
 from heartseg.shards.reader import open_shards
@@ -94,12 +96,10 @@ def test_a_patients_stratum_is_the_class_of_the_ef_and_the_worst_quality():
     assert splits.stratum({"ef": None, "quality": {}}) == splits.stratum({}) == "/"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"), [({"folds": 1}, "split.folds"), ({"fold": 5}, "split.fold must"), ({"fold": -1}, "fold")]
-)
-def test_impossible_folds_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
-        SplitConfig("kfold", **changes)
+def test_impossible_folds_are_refused():
+    for changes, message in (({"folds": 1}, "split.folds"), ({"fold": 5}, "split.fold must"), ({"fold": -1}, "fold")):
+        with pytest.raises(UserError, match=message):
+            SplitConfig("kfold", **changes)
 
 
 @pytest.fixture
@@ -124,15 +124,10 @@ def test_shards_are_split_again_without_their_source_and_without_touching_a_part
     assert after == before
 
 
-def test_the_manifest_keeps_what_groups_are_balanced_by(copied, phantom):
-    from heartseg.datasets.phantom import patient_info
-
+def test_the_manifest_keeps_what_groups_are_balanced_by_and_a_split_from_before_there_were_folds_is_the_same(copied, phantom):
     for name, record in open_shards(copied).manifest["patients"].items():
         info = patient_info(int(name.removeprefix("patient")))
         assert record["ef"] == info.ef and record["quality"] == {"2CH": info.quality, "4CH": info.quality}
-
-
-def test_a_split_written_before_there_were_folds_is_the_same_split(copied, phantom):
     path = os.path.join(copied, writer.SPLITS)
     written = filesystem.read_json(path)
     for name in ("folds", "fold", "stratify"):
@@ -142,10 +137,7 @@ def test_a_split_written_before_there_were_folds_is_the_same_split(copied, phant
 
 
 def test_a_pipeline_keeps_every_grid_kind_of_frames_and_fold_in_a_folder_of_its_own():
-    folders = [
-        shards_name(tiny_experiment(split=split, image=ImageConfig(side, 64)), frames)
-        for split in (SplitConfig("official"), *(SplitConfig("kfold", folds=3, fold=fold) for fold in range(3)))
-        for side in (32, 64)
-        for frames in ("stills", "sequence")
-    ]
+    kinds = [SplitConfig("official"), *(SplitConfig("kfold", folds=3, fold=fold) for fold in range(3))]
+    asked = itertools.product(kinds, (32, 64), ("stills", "sequence"))
+    folders = [shards_name(tiny_experiment(split=kind, image=ImageConfig(side, 64)), frames) for kind, side, frames in asked]
     assert len(set(folders)) == 16 and "shards-64x64-official" in folders and "shards-64x64-kfold-1of3" in folders

@@ -17,7 +17,7 @@ def put(folder, *names: str) -> None:
 
 def truth_of(clip: Clip) -> np.ndarray:
     path = clip.path.replace(".nii.gz", "_gt.nii.gz")
-    return readers.read_nifti(filesystem.read_bytes(path)).pixels
+    return readers.decode(filesystem.read_bytes(path), "nifti").pixels
 
 
 def finished(hearts: str, out: str, keep=lambda clip: True) -> dict[str, list[study_results.ClipResult]]:

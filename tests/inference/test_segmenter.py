@@ -1,5 +1,7 @@
-"""From images to masks: batches, shifted copies and ensembles give what their definitions say, with a confidence that ranks."""
+"""Batches, shifted copies and ensembles give masks by their definitions, and what clips in flight hold is bounded in bytes."""
 
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,17 +10,12 @@ import torch
 from scipy import ndimage
 
 from heartseg.config.experiment import ImageConfig, PredictConfig, to_json
+from heartseg.datasets.nifti import DamagedRecording
+from heartseg.datasets.readers import Frames
 from heartseg.errors import UserError
-from heartseg.inference.segmenter import (
-    TTA_SHIFT,
-    Ensemble,
-    Segmenter,
-    confidence,
-    load,
-    load_all,
-    segment_images,
-    shifted_logits,
-)
+from heartseg.inference import batch_inference, segmenter
+from heartseg.inference.batch_inference import Room, outline
+from heartseg.inference.segmenter import TTA_SHIFT, Ensemble, Segmenter, confidence, load_all, segment_images
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity
@@ -47,8 +44,8 @@ def paths(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def segmenter(paths) -> Segmenter:
-    return load(paths[0], device="cpu")
+def trained(paths) -> Segmenter:
+    return segmenter.load(paths[0], device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +59,24 @@ class Fixed:
     experiment, device = tiny_experiment(), torch.device("cpu")
 
     def logits(self, images):
-        centres = torch.tensor([30.0, 95.0, 160.0, 225.0]).view(1, 4, 1, 1)
-        return -((images.float() - centres) / 40).square()
+        return -((images.float() - torch.tensor([30.0, 95.0, 160.0, 225.0]).view(1, 4, 1, 1)) / 40).square()
 
 
-def test_predict_is_the_same_alone_and_in_a_batch_of_other_sizes(segmenter):
+def test_predict_is_the_same_alone_and_in_a_batch_of_other_sizes(trained):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 70), (120, 200))]
-    together = segment_images(segmenter, pictures, ALL)
+    together = segment_images(trained, pictures, ALL)
     for picture, one in zip(pictures, together, strict=True):
-        alone = segmenter.predict(picture, ALL)
+        alone = trained.predict(picture, ALL)
         assert alone.shape == picture.shape and alone.dtype == np.uint8 and (alone != one.mask).mean() < 1e-3
     assert len(np.unique(np.concatenate([one.mask.ravel() for one in together]))) > 1
 
 
-def test_options_clean_the_mask_and_leave_the_confidence(segmenter, images):
+def test_options_clean_the_mask_and_leave_the_confidence(trained, images):
     shapes = [(80, 60), (100, 70), (37, 150), (64, 65), (200, 200)]
-    raw = segment_images(segmenter, images[:, 0].numpy(), shapes=shapes)
+    raw = segment_images(trained, images[:, 0].numpy(), shapes=shapes)
     options = PredictConfig(largest_component=True, fill_holes=True)
-    cleaned = segment_images(segmenter, images[:, 0].numpy(), options, shapes)
+    cleaned = segment_images(trained, images[:, 0].numpy(), options, shapes)
     assert [one.mask.shape for one in cleaned] == shapes
     assert any((a.mask != b.mask).any() for a, b in zip(raw, cleaned, strict=True))
     for one in cleaned:
@@ -92,7 +88,7 @@ def test_shifted_copies_come_back_to_their_place():
     # A model without context sees the same pixel in each copy: the average must be its own answer, at the edges too.
     images = torch.randint(0, 256, (3, 1, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     alone = Fixed().logits(images).softmax(dim=1)
-    assert torch.allclose(shifted_logits(Fixed(), images).softmax(dim=1), alone, atol=1e-6)
+    assert torch.allclose(segmenter.shifted_logits(Fixed(), images).softmax(dim=1), alone, atol=1e-6)
 
 
 def test_shifted_copies_are_the_mean_of_five_answers(images):
@@ -106,7 +102,7 @@ def test_shifted_copies_are_the_mean_of_five_answers(images):
     def answer(images):  # a pixel's neighbours count
         return Fixed().logits(torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2))
 
-    found = shifted_logits(Spy(), images[:2]).exp()
+    found = segmenter.shifted_logits(Spy(), images[:2]).exp()
     assert len(seen) == 5 and torch.equal(seen[0], images[:2])
     shift = round(TTA_SHIFT * 64)
     # The second copy's row r is the image's row r - shift.
@@ -151,7 +147,7 @@ def test_confidence_is_the_expected_dice():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_benchmark_prints_every_variant_and_what_the_confidence_tells(paths, shards, capsys):
+def test_the_benchmark_prints_every_variant_and_how_the_confidence_ranks(paths, shards, capsys):
     arguments = ["postprocess", "--checkpoint", paths[0], "--data", shards, "--group", "test"]
     benchmark.job(arguments)
     printed = capsys.readouterr().out
@@ -159,3 +155,78 @@ def test_the_benchmark_prints_every_variant_and_what_the_confidence_tells(paths,
     assert "Spearman" in printed and "8 images of 2 patients (test)" in printed
     with pytest.raises(UserError, match="no group val"):
         benchmark.job([*arguments[:-1], "val"])
+
+
+SIDE = 40
+ROOM = 60 * 2 * SIDE * SIDE  # bytes of 60 frames and their masks
+
+
+def outlined(lengths: list[int], free: float, monkeypatch, finish=None, fails: tuple[int, ...] = ()) -> tuple[list, int]:
+    """Results of clips of so many frames in memory of `free` bytes, and the most bytes that frames and masks held at a time."""
+    monkeypatch.setattr(batch_inference, "free_bytes", lambda: free)
+    held, most, lock = {}, [0], threading.Lock()
+
+    def read(number, admit) -> Frames:
+        pixels = lengths[number] * SIDE * SIDE
+        admit(2 * pixels)
+        if number in fails:
+            raise MemoryError
+        with lock:
+            held[number] = 2 * pixels
+            most[0] = max(most[0], sum(held.values()))
+        return Frames(np.random.default_rng(number).integers(0, 256, (lengths[number], SIDE, SIDE), dtype=np.uint8), None)
+
+    def done(number, frames, masks, confidences):
+        time.sleep(0.002)
+        with lock:
+            held.pop(number)
+        return (finish or (lambda masks: masks.shape))(masks)
+
+    return list(outline(Fixed(), range(len(lengths)), read, done, batch_size=4)), most[0]
+
+
+def test_long_clips_take_turns_within_the_bytes_that_are_there(monkeypatch):
+    lengths = [1, 30, 2, 50, 50, 1, 1, 40, 3, 1]
+    found, most = outlined(lengths, ROOM / batch_inference.SHARE, monkeypatch)
+    assert found == [(number, (length, SIDE, SIDE)) for number, length in enumerate(lengths)]
+    assert most <= ROOM < outlined(lengths, 1e9, monkeypatch)[1]
+
+
+def test_a_clip_that_does_not_fit_is_left_out_with_a_reason_and_the_rest_is_finished(monkeypatch):
+    found, _ = outlined([1, 99, 2, 3, 1], ROOM / batch_inference.SHARE, monkeypatch, fails=(3,))
+    reasons = {number: result.reason for number, result in found if isinstance(result, DamagedRecording)}
+    assert reasons.keys() == {1, 3} and "GB of memory" in reasons[1] and "does not fit into memory" in reasons[3]
+    assert [result for _, result in found if isinstance(result, tuple)] == [(length, SIDE, SIDE) for length in (1, 2, 1)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_while_masks_are_written_costs_that_clip_alone(error, monkeypatch):
+    def finish(masks):
+        if len(masks) == 5:
+            raise error
+        return len(masks)
+
+    found, _ = outlined([1, 5, 2], 1e9, monkeypatch, finish)
+    assert [result for _, result in found if not isinstance(result, DamagedRecording)] == [1, 2]
+
+
+def test_an_error_ends_the_iteration_although_other_clips_wait_for_room(monkeypatch):
+    def finish(masks):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        outlined([50] * 8, ROOM / batch_inference.SHARE, monkeypatch, finish)
+
+
+def test_more_bytes_of_the_first_clip_never_wait_for_later_ones():
+    room = Room(100 / batch_inference.SHARE)
+    for number in (0, 1):
+        room.outside.add(number)
+        room.admit(number, 50)
+    room.admit(0, 40)
+    assert room.held == {0: 90, 1: 50}
+    with pytest.raises(DamagedRecording, match="GB of memory"):
+        room.admit(0, 40)
+    room.leave(0)
+    room.leave(1)
+    assert not room.held

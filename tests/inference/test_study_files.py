@@ -1,6 +1,5 @@
 """Files are found and named so that nothing is taken twice or overwritten, and a patient's indices come from the right ones."""
 
-import contextlib
 import csv
 import io
 import itertools
@@ -11,14 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from heartseg.datasets import nifti, readers
 from heartseg.datasets.phantom import patient_info, write_phantom
 from heartseg.datasets.readers import Frames
 from heartseg.errors import UserError
-from heartseg.inference import study_files, study_results
+from heartseg.inference import segmenter, study_files, study_results
 from heartseg.inference.study_files import Clip, find_clips
-from heartseg.labels import CLASS_COLOURS, VIEWS, Phase, View
+from heartseg.labels import CLASS_COLOURS, PHASES, VIEWS, Phase
 from heartseg.metrics import ed_es_detection
 from heartseg.reporting import contours, overlays
 from helpers.echo_files import LOOP, dicom
@@ -35,11 +35,15 @@ def hearts(tmp_path_factory) -> str:
     return folder
 
 
+@pytest.fixture(scope="module")
+def stills(hearts, tmp_path_factory) -> list[study_results.ClipResult]:
+    """The first patient's four stills, the truth in the place of a model's masks."""
+    found = finished(hearts, str(tmp_path_factory.mktemp("stills")), lambda clip: clip.phase is not None)
+    return found["patient0001"]
+
+
 def named(clips: list[Clip]) -> list[tuple]:
     return [(clip.patient, clip.stem, clip.view, clip.phase) for clip in clips]
-
-
-# --- finding and naming
 
 
 def test_a_camus_tree_gives_each_still_and_sequence_once_and_no_mask(hearts):
@@ -80,34 +84,20 @@ def test_links_to_folders_are_followed_and_a_circle_of_them_ends(tmp_path):
     assert [clip.stem for clip in find_clips(str(tmp_path / "in"))] == ["a_2CH"]
 
 
-def test_view_and_phase_asked_for_serve_only_where_a_name_is_silent(tmp_path):
-    put(tmp_path, "a.nii.gz", "b_2CH_ES.nii.gz")
-    first, second = find_clips(str(tmp_path), FOUR, Phase.ED)
-    assert (first.view, first.phase, second.view, second.phase) == (FOUR, Phase.ED, TWO, Phase.ES)
-
-
-def test_masks_pictures_of_masks_and_hidden_files_are_no_inputs(tmp_path):
-    put(tmp_path, "a_gt.nii.gz", "a_pred.nii.gz", ".a.nii.gz", "a.nii.gz")
+def test_masks_pictures_of_masks_and_hidden_files_are_not_inputs_and_view_and_phase_serve_where_a_name_is_silent(tmp_path):
+    put(tmp_path, "a_gt.nii.gz", "a_pred.nii.gz", ".a.nii.gz", "a.nii.gz", "b_2CH_ES.nii.gz")
     (tmp_path / "a_overlay.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("")
-    assert [clip.stem for clip in find_clips(str(tmp_path))] == ["a"]
+    found = find_clips(str(tmp_path), FOUR, Phase.ED)
+    assert named(found) == [("a", "a", FOUR, Phase.ED), ("b", "b_2CH_ES", TWO, Phase.ES)]
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        (
-            ("ann/rest_2CH", "ann/rest_4CH", "bob/rest_2CH"),
-            [("ann", "ann_rest_2CH"), ("ann", "ann_rest_4CH"), ("bob", "bob_rest_2CH")],
-        ),
-        (
-            ("ann/visit1/4CH_a", "bob/visit1/2CH_b", "bob/visit1/4CH_c"),
-            [("ann_visit1", "ann_visit1_4CH_a"), ("bob_visit1", "bob_visit1_2CH_b"), ("bob_visit1", "bob_visit1_4CH_c")],
-        ),
-    ],
+    "files", [("ann/rest_2CH", "ann/rest_4CH", "bob/rest_2CH"), ("ann/visit1/4CH_a", "bob/visit1/2CH_b", "bob/visit1/4CH_c")]
 )
-def test_the_same_name_in_two_folders_is_told_apart_by_the_folders(files, expected, tmp_path):
+def test_patients_of_one_name_in_two_folders_are_named_by_the_folders(files, tmp_path):
     put(tmp_path, *(f"{file}.nii.gz" for file in files))
+    expected = [(file.rpartition("/")[0].replace("/", "_"), file.replace("/", "_")) for file in files]
     assert [(clip.patient, clip.stem) for clip in find_clips(str(tmp_path))] == expected
 
 
@@ -121,14 +111,14 @@ def test_files_of_one_stem_have_distinct_names(tmp_path):
     assert {clip.patient for clip in clips} == {"a", "b"}
 
 
-@pytest.mark.parametrize(
-    ("out", "is_refused"), [("tree", True), ("tree/out", True), (".", True), ("out", False), ("tree2", False)]
-)
-def test_an_output_among_the_inputs_is_refused(out, is_refused, tmp_path):
-    put(tmp_path / "tree", "tree_2CH.nii.gz")  # "." would put the patient's results into tree/
-    clips = find_clips(str(tmp_path / "tree"))
-    with pytest.raises(UserError, match="outside it") if is_refused else contextlib.nullcontext():
-        study_files.check_out(str(tmp_path / out), str(tmp_path / "tree"), clips)
+def test_an_output_among_the_inputs_is_refused(tmp_path):
+    put(tmp_path / "tree", "tree_2CH.nii.gz")
+    source, clips = str(tmp_path / "tree"), find_clips(str(tmp_path / "tree"))
+    for out in ("tree", "tree/out", "."):  # the last would put the patient's results into tree/
+        with pytest.raises(UserError, match="outside it"):
+            study_files.check_out(str(tmp_path / out), source, clips)
+    for out in ("out", "tree2"):
+        study_files.check_out(str(tmp_path / out), source, clips)
 
 
 LONG = "1.2.826.0.1.3680043.8.498.100200300"  # a UID as a generator makes it
@@ -156,9 +146,10 @@ def test_dicoms_are_named_by_digests_that_show_nothing_and_stay_the_same_whateve
     assert not names & {clip.stem for clip in find_clips(str(tmp_path), FOUR)}
 
 
-def test_two_copies_of_a_dicom_in_one_study_are_numbered(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.dcm").write_bytes(dicom(LOOP, StudyInstanceUID=LONG))
+def test_two_copies_of_a_dicom_in_one_study_are_numbered_and_a_dead_link_is_not_a_file(tmp_path):
+    for name in ("IM_0001", "b.dcm"):
+        (tmp_path / name).write_bytes(dicom(LOOP, StudyInstanceUID=LONG))
+    (tmp_path / "IM_0002").symlink_to(tmp_path / "nowhere")
     one, two = find_clips(str(tmp_path))
     assert two.stem == two.shown == f"{one.stem}_2" and one.patient == two.patient
 
@@ -171,20 +162,12 @@ BORN = PERSON | {"PatientBirthDate": "19500101"}
     ("first", "second", "why"),
     [
         ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID and another folder"),
-        (
-            PERSON | {"StudyInstanceUID": "1.2.3"},
-            PERSON | {"StudyInstanceUID": "1.2.3"},
-            "same StudyInstanceUID and another folder",
-        ),
+        (*[PERSON | {"StudyInstanceUID": "1.2.3"}] * 2, "same StudyInstanceUID and another folder"),
         (PERSON, PERSON, "same StudyInstanceUID and another folder"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "and another folder"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "2"}, "several folders"),
         (BORN | {"SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, ""),
-        (
-            PERSON | {"PatientSex": "F", "SeriesInstanceUID": "1"},
-            PERSON | {"PatientSex": "M", "SeriesInstanceUID": "2"},
-            "PatientSex",
-        ),
+        (BORN | {"PatientSex": "F", "SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, "PatientSex"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"PatientID": "2", "SeriesInstanceUID": "2"}, "another PatientID"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"StudyInstanceUID": LONG + "2", "SeriesInstanceUID": "2"}, None),
     ],
@@ -197,15 +180,10 @@ def test_files_of_two_folders_are_one_study_only_if_their_identifiers_can_be_tru
     assert not why or is_one or two.patient in one.remark
 
 
-def test_identifiers_that_contradict_each_other_in_one_folder_give_two_studies(tmp_path):
-    one, two = studies(
-        tmp_path, {"4CH": PERSON | {"PatientBirthDate": "19500101"}, "x2CH": PERSON | {"PatientBirthDate": "19600101"}}
-    ).values()
+def test_in_one_folder_contradicting_identifiers_give_two_studies_and_the_folder_alone_is_a_doubt(tmp_path):
+    one, two = studies(tmp_path / "a", {"4CH": BORN, "x2CH": BORN | {"PatientBirthDate": "19600101"}}).values()
     assert one.patient != two.patient and "another PatientBirthDate" in one.remark
-
-
-def test_without_a_studys_identifier_its_folder_alone_is_a_doubt(tmp_path):
-    one, two = studies(tmp_path, {"4CH": {"PatientID": "ANON"}, "x2CH": {"PatientID": "ANON"}}).values()
+    one, two = studies(tmp_path / "b", {"4CH": {"PatientID": "ANON"}, "x2CH": {"PatientID": "ANON"}}).values()
     assert one.patient == two.patient and "only their folder" in one.remark
 
 
@@ -230,17 +208,16 @@ def test_a_cut_and_turned_picture_has_its_mask_where_the_file_has_the_heart(tmp_
     assert found.shape == (10, 8) and np.argwhere(found).tolist() == [[5, 3]] and spacing_mm == (0.5, 0.25)
 
 
-# --- ED and ES
-
-
 def beat(frames: int, ed: int = 0) -> np.ndarray:
     """A whole cycle in ml, end-diastole at `ed`, end-systole half a cycle later."""
     return 90 + 40 * np.cos(2 * np.pi * (np.arange(frames) - ed) / frames)
 
 
-@pytest.mark.parametrize("ed", [0, 3, 10, 19])
-def test_ed_and_es_are_the_largest_and_the_smallest(ed):
-    assert ed_es_detection.find_ed_es(beat(20, ed)) == (ed, (ed + 10) % 20)
+def test_ed_and_es_are_the_largest_and_the_smallest():
+    for ed in (0, 3, 10, 19):
+        assert ed_es_detection.find_ed_es(beat(20, ed)) == (ed, (ed + 10) % 20)
+    for volumes in ([100.0, 70.0], [70.0, 100.0]):
+        assert ed_es_detection.find_ed_es(np.array(volumes)) == (np.argmax(volumes), np.argmin(volumes))
 
 
 @pytest.mark.parametrize("spoilt", itertools.combinations(range(0, 20, 4), 2))
@@ -260,16 +237,9 @@ def test_noise_of_a_few_percent_moves_ed_and_es_by_few_frames():
         assert abs(ed - 10) <= 5 and abs(es - 30) <= 5
 
 
-@pytest.mark.parametrize(
-    "volumes", [[], [80.0], [np.nan] * 5, [0.0] * 5, [100.0] * 10, [80.0, 80.0]]
-)  # fewer than two plausible frames, or no change
+@pytest.mark.parametrize("volumes", [[], [80.0], [np.nan] * 5, [0.0] * 5, [100.0] * 10, [80.0, 80.0]])
 def test_a_sequence_that_shows_no_beat_has_no_ed_and_no_es(volumes):
     assert ed_es_detection.find_ed_es(np.array(volumes)) is None
-
-
-@pytest.mark.parametrize("volumes", [[100.0, 70.0], [70.0, 100.0]])
-def test_of_a_clip_of_two_frames_the_larger_is_ed(volumes):
-    assert ed_es_detection.find_ed_es(np.array(volumes)) == (int(np.argmax(volumes)), int(np.argmin(volumes)))
 
 
 @pytest.mark.parametrize("kind", ["stills", "sequences"])
@@ -280,42 +250,68 @@ def test_ef_of_the_truth_is_the_closed_forms_from_stills_and_from_sequences(kind
         assert row["ef_ase"] == pytest.approx(patient_info(number).ef, abs=2)
         assert row["from_4CH"] == ("stills" if kind == "stills" else f"{patient}_4CH_half_sequence")
         assert row["edv_ml_ase"] > row["esv_ml_ase"] > 10 and not row["reason"]
-
-
-def test_the_ends_of_a_half_sequence_are_found_whichever_way_it_runs(hearts, tmp_path):
-    found = finished(hearts, str(tmp_path), lambda clip: "sequence" in clip.stem)
-    for number, results in enumerate(found.values(), start=1):
         info = patient_info(number)
-        for one in results:
+        for one in results if kind == "sequences" else ():  # whichever way they run
             assert {p: at + 1 for p, (at, _) in one.phases.items()} == {Phase.ED: info.ed, Phase.ES: info.es}
             assert one.ef_single_plane == pytest.approx(info.ef, abs=12)
 
 
-def test_one_view_alone_gives_its_single_plane_ef_and_says_what_is_missing(hearts, tmp_path):
-    (results, _) = finished(hearts, str(tmp_path), lambda clip: clip.view == View.FOUR_CHAMBER).values()
-    row = study_results.study_row("patient0001", results)
-    assert np.isfinite(row["ef_4ch_ase"]) and np.isnan(row["ef_ase"]) and "no 2CH ED mask" in row["reason"]
-    assert "4CH alone" in study_results.headline(row)
+def changed(stills: list[study_results.ClipResult], view, phase, change) -> list[study_results.ClipResult]:
+    return [change(one) if (one.clip.view, one.clip.phase) == (view, phase) else one for one in stills]
 
 
-def test_without_spacing_there_is_an_ef_and_no_volume(hearts, tmp_path):
-    (results, _) = finished(hearts, str(tmp_path), lambda clip: clip.phase is not None).values()
-    row = study_results.study_row("p", [replace(one, spacing_mm=None) for one in results])
+def bare(one: study_results.ClipResult) -> study_results.ClipResult:
+    return replace(one, spacing_mm=None)
+
+
+def test_a_view_without_spacing_or_without_masks_does_not_spoil_the_other(stills):
+    results = [bare(one) if one.clip.view == TWO else one for one in stills]
+    assert study_results.study_row("p", results)["ef_ase"] == pytest.approx(patient_info(1).ef, abs=3)
+    row = study_results.study_row("p", [one for one in results if one.clip.view == TWO])
+    assert np.isfinite(row["ef_2ch_ase"]) and np.isnan(row["ef_ase"]) and "2CH alone" in study_results.headline(row)
+    assert "no 4CH ED mask" in row["reason"] and "different scales" not in row["reason"]
+
+
+def test_without_spacing_there_is_an_ef_and_no_volume_unless_the_pictures_have_two_scales_or_one_has_a_spacing(stills):
+    row = study_results.study_row("p", list(map(bare, stills)))
     assert row["ef_ase"] == pytest.approx(patient_info(1).ef, abs=3) and np.isnan(row["edv_ml_ase"])
     assert "EF" in study_results.headline(row) and "ml" not in study_results.headline(row)
 
+    def halved(one: study_results.ClipResult) -> study_results.ClipResult:
+        return replace(one, phases={phase: (at, mask[::2, ::2]) for phase, (at, mask) in one.phases.items()})
 
-def test_views_that_disagree_are_a_doubt_and_names_without_a_phase_have_advice(hearts, tmp_path):
-    (results, _) = finished(hearts, str(tmp_path), lambda clip: clip.phase is not None).values()
-    row = study_results.study_row("patient0001", results)
+    one_phase_alone = [changed(stills, FOUR, phase, bare) for phase in PHASES]
+    for results in (changed(list(map(bare, stills)), FOUR, Phase.ES, halved), *one_phase_alone):
+        row = study_results.study_row("p", results)
+        assert np.isnan(row["ef_ase"]) and np.isnan(row["ef_4ch_ase"]) and np.isfinite(row["ef_2ch_ase"])
+        assert "4CH ED and ES have different scales" in row["reason"]
+
+
+def test_views_that_disagree_are_a_doubt_and_names_without_a_phase_have_advice(stills):
+    row = study_results.study_row("patient0001", stills)
     assert row["doubts"] == "" and row["confidence"] == 1 and "disagree" not in study_results.headline(row)
     # The four-chamber view's end-systole in the place of its end-diastole: a ventricle that does not move.
-    still = [one for one in results if (one.clip.view, one.clip.phase) == (FOUR, Phase.ES)][0]
-    frozen = [one for one in results if (one.clip.view, one.clip.phase) != (FOUR, Phase.ED)]
-    row = study_results.study_row("patient0001", [*frozen, replace(still, phases={Phase.ED: still.phases[Phase.ES]})])
+    (still,) = [one for one in stills if (one.clip.view, one.clip.phase) == (FOUR, Phase.ES)]
+    frozen = replace(still, phases={Phase.ED: still.phases[Phase.ES]})
+    row = study_results.study_row("patient0001", changed(stills, FOUR, Phase.ED, lambda _: frozen))
     assert "the views disagree by" in row["doubts"] and "the views disagree by" in study_results.headline(row)
     unnamed = replace(still, clip=replace(still.clip, phase=None), phases={})
     assert "give --phase" in study_results.study_row("patient0001", [unnamed])["reason"]
+
+
+def test_of_two_stills_of_one_view_and_phase_none_is_taken_and_both_are_named(stills):
+    (es,) = [one for one in stills if (one.clip.view, one.clip.phase) == (FOUR, Phase.ES)]
+    row = study_results.study_row("p", [*stills, replace(es, clip=replace(es.clip, stem="again_4CH_ES"))])
+    assert np.isnan(row["ef_ase"]) and np.isnan(row["ef_4ch_ase"]) and np.isfinite(row["ef_2ch_ase"])
+    assert f"{es.clip.stem} and again_4CH_ES all show 4CH ES" in row["reason"]
+
+
+def test_a_clip_that_shows_no_beat_is_named_only_where_its_view_is_wanting(stills):
+    clip = replace(stills[0].clip, view=FOUR, phase=None, stem="frozen_4CH")
+    frozen = replace(stills[0], clip=clip, frames=9, phases={}, volumes_ml=np.full(9, 80.0))
+    row = study_results.study_row("p", [*(one for one in stills if one.clip.view == TWO), frozen])
+    assert "frozen_4CH shows no beat" in row["reason"] and np.isfinite(row["ef_2ch_ase"])
+    assert study_results.study_row("p", [*stills, frozen])["reason"] == ""
 
 
 def test_a_sequence_of_an_unknown_view_is_measured_and_its_row_says_what_to_do(hearts, tmp_path):
@@ -325,13 +321,21 @@ def test_a_sequence_of_an_unknown_view_is_measured_and_its_row_says_what_to_do(h
     assert study_results.clip_record(nameless)["ef_single_plane"] > 0
 
 
-def test_what_a_study_was_put_together_by_is_a_doubt_or_why_it_has_no_ef(hearts, tmp_path):
-    (results, _) = finished(hearts, str(tmp_path), lambda clip: clip.phase is not None).values()
-    results = [replace(one, clip=replace(one.clip, remark="only their folder")) for one in results]
+def test_a_remark_on_a_study_is_a_doubt_or_why_it_has_no_ef(stills):
+    results = [replace(one, clip=replace(one.clip, remark="only their folder")) for one in stills]
     row = study_results.study_row("p", results)
     assert row["doubts"] == "only their folder" and row["reason"] == ""
     row = study_results.study_row("p", [one for one in results if one.clip.view == FOUR])
     assert row["doubts"] == "" and row["reason"].endswith("only their folder")
+
+
+def test_a_mask_under_the_review_threshold_is_a_doubt(stills, tmp_path):
+    clip, (_, mask) = stills[0].clip, stills[0].phases[stills[0].clip.phase]
+    frames = readers.read(clip.path, "nifti")
+    for confidence, is_doubted in ((segmenter.REVIEW_THRESHOLD - 0.01, True), (segmenter.REVIEW_THRESHOLD, False)):
+        found = study_results.finish(str(tmp_path), clip, frames, mask[None], [confidence])
+        assert ("the network is unsure of it" in "".join(found.doubts)) == is_doubted
+        assert ("the network is unsure of it" in study_results.study_row("p", [found])["doubts"]) == is_doubted
 
 
 def test_a_clip_that_fails_is_named_by_ranges_of_frames_and_cut_to_a_cell(hearts, tmp_path):
@@ -363,12 +367,7 @@ def test_the_tables_hold_every_patient_and_say_what_they_are_not_for(hearts, tmp
     assert whole["patients"][0]["ef_ase"] == pytest.approx(rows[0]["ef_ase"]) and whole["damaged"][0]["input"] == "x"
 
 
-# --- pictures
-
-
 def test_an_overlay_has_square_pixels_smooth_rims_in_the_classes_colours_and_names_them():
-    from PIL import Image
-
     rows, columns = np.mgrid[:100, :50]
     mask = (np.hypot(rows - 50, 2 * (columns - 25)) < 30).astype(np.uint8)  # a circle on pixels twice as wide as high
     picture = overlays.outlined(np.full((100, 50), 90, np.uint8), mask, (0.5, 1.0), "4CH ED")
@@ -382,8 +381,6 @@ def test_an_overlay_has_square_pixels_smooth_rims_in_the_classes_colours_and_nam
 
 
 def test_a_sequence_becomes_an_endless_gif_with_every_frame_and_few_of_a_long_one(hearts, tmp_path):
-    from PIL import Image
-
     clip = next(clip for clip in find_clips(hearts) if clip.stem.endswith("2CH_half_sequence"))
     frames, masks = readers.read(clip.path, "nifti"), truth_of(clip)
     overlays.write_overlays(str(tmp_path), clip, frames, masks, {0: "ED"})

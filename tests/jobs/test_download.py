@@ -112,7 +112,7 @@ def test_a_damaged_patient_is_named_at_the_end_and_the_others_are_there(server, 
     assert_same(tree, out, PATIENTS[1:2])
     printed = capsys.readouterr().out
     assert "failed  patient0001: sends a damaged zip" in printed
-    assert "failed  patient0003: arrives with patient0003_4CH_half_sequence_gt.nii.gz, which is no readable NIfTI" in printed
+    assert "failed  patient0003: arrives with patient0003_4CH_half_sequence_gt.nii.gz, which is not a readable NIfTI" in printed
     assert server.count("patient0001") == 3
     server.faults.clear()
     fetch(server, out)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from heartseg.datasets import phantom
-from heartseg.inference.postprocessing import largest_components
+from heartseg.inference.segmenter import largest_components
 from heartseg.labels import ENDO, LA, MYO, PHASES, VIEWS, Phase, View
 from heartseg.metrics import cardiac_indices, simpson
 

@@ -23,10 +23,9 @@ from hypothesis import strategies as st
 from heartseg.config.experiment import to_json
 from heartseg.errors import OneRankError, StorageError, UserError
 from heartseg.models import checkpoint
-from heartseg.shards import reader, streaming_loader, writer
-from heartseg.shards.loader import LANES, share
+from heartseg.shards import loader, reader, writer
+from heartseg.shards.loader import LANES, Stream, share
 from heartseg.shards.reader import PartRows, Shards
-from heartseg.shards.streaming_loader import Stream
 from heartseg.storage import filesystem
 from heartseg.training import data_loading, run_directory, worker
 from heartseg.training.distributed import Ranks
@@ -79,40 +78,30 @@ def test_every_row_is_evaluated_once_over_all_ranks_and_in_order(parts, size, wo
 
 def test_the_order_changes_with_epoch_and_seed_and_mixes_parts_in_a_batch():
     parts = [64] * 40
-    orders = {tuple(streaming_loader.stream_order(parts, 12, seed, epoch)[:3].ravel()) for seed in (0, 1) for epoch in (0, 1)}
-    assert len(orders) == 4
-    batches = streaming_loader.stream_order(parts, 12, 0, 0) // 64
+    orders = [loader.stream_order(parts, 12, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order[:3].ravel()) for order in orders}) == 4
     # 12 lanes: a batch of 12 has 12 parts, but where two lanes meet in one.
-    assert np.mean([len(set(batch)) for batch in batches]) > 11.5
-    first_rows = streaming_loader.stream_order(parts, 12, 0, 0)[:64] % 64
-    assert not any((np.diff(lane) > 0).all() for lane in first_rows.T)
+    assert np.mean([len(set(batch)) for batch in orders[0] // 64]) > 11.5
+    assert not any((np.diff(lane) > 0).all() for lane in (orders[0][:64] % 64).T)
 
 
 def test_a_worker_reads_its_lanes_and_holds_a_part_of_each_however_many_parts_there_are():
-    reads, most = {}, {}
-    for parts in (40, 400):
-        for rank, world in ((0, 1), (1, 4)):
-            source, alive, peak = numbered([8] * parts, rank, world), Counter(), [0]
-            read, lock = source._read, threading.Lock()
+    for parts, rank, world in ((40, 0, 1), (40, 1, 4), (400, 0, 1), (400, 1, 4)):
+        source, alive, most, lock = numbered([8] * parts, rank, world), Counter(), [0], threading.Lock()
 
-            def counted(piece, read=read, alive=alive, peak=peak, lock=lock):
-                images, masks = read(piece)
-                array = masks.numpy().copy()  # lives as long as any view of it, such as what is left of a piece
-                weakref.finalize(array, lambda: alive.update(now=-1))
-                with lock:
-                    alive.update(read=1, now=1)
-                    peak[0] = max(peak[0], alive["now"])
-                return images, torch.from_numpy(array)
+        def counted(piece, read=source._read, alive=alive, most=most, lock=lock):
+            images, masks = read(piece)
+            array = masks.numpy().copy()  # lives as long as any view of it, such as what is left of a piece
+            weakref.finalize(array, lambda: alive.update(now=-1))
+            with lock:
+                alive.update(read=1, now=1)
+                most[0] = max(most[0], alive["now"])
+            return images, torch.from_numpy(array)
 
-            object.__setattr__(source, "_read", counted)
-            for _ in source.training_batches(16, 0, 0):
-                pass
-            reads[parts, world], most[parts, world] = alive["read"], peak[0]
-    for parts in (40, 400):
-        assert parts <= reads[parts, 1] <= parts + LANES
-        assert reads[parts, 4] <= parts / 4 + 2 * LANES / 4
-    bound = streaming_loader.PARTS_AHEAD + 3
-    assert most[400, 1] <= LANES + bound and most[400, 4] <= LANES / 4 + bound
+        object.__setattr__(source, "_read", counted)
+        list(source.training_batches(16, 0, 0))
+        assert parts // world <= alive["read"] <= parts / world + (2 if world > 1 else 1) * LANES / world
+        assert most[0] <= LANES / world + loader.PARTS_AHEAD + 3
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +125,20 @@ def assert_same_pixels(found, wanted) -> None:
         assert torch.equal(images, other_images) and torch.equal(masks, other_masks)
 
 
-def test_a_stream_has_the_pixels_of_memory(parted):
+def test_a_stream_has_the_pixels_of_memory_and_the_rows_by_number(parted):
     memory, streamed = opened_as("memory", parted), opened_as("stream", parted)
     for group in ("train", "test"):
         one, other = memory.loaders[group], streamed.loaders[group]
         assert len(one) == len(other) > 0
         assert_same_pixels(other.evaluation_batches(5), one.evaluation_batches(5))
     frames = reader.load_groups(reader.open_shards(parted), ["train"])["train"]
-    rows = [other.batch_rows(7, 3, 1, step) for other in [streamed.loaders["train"]] for step in range(3)]
+    rows = [streamed.loaders["train"].batch_rows(7, 3, 1, step) for step in range(3)]
     wanted = [(frames.images[batch].float().div(255), frames.masks[batch]) for batch in rows]
     assert_same_pixels(streamed.loaders["train"].training_batches(7, 3, 1), wanted)
-
-
-def test_rows_by_number_are_those_of_memory_and_need_no_group_in_memory(parted):
-    opened = reader.open_shards(parted)
-    rows = [20, 0, 7, 23, 7]
-    sources = [data_loading.open_groups(opened, kind, ALONE).rows("train", rows) for kind in ("memory", "stream")]
-    assert torch.equal(sources[0].images, sources[1].images) and torch.equal(sources[0].masks, sources[1].masks)
-    assert sources[0].table.to_pylist() == sources[1].table.to_pylist()
-    assert len(reader.read_rows(opened, [], [])) == 0
+    one, other = (source.rows("train", [20, 0, 7, 23, 7]) for source in (memory, streamed))
+    assert torch.equal(one.images, other.images) and torch.equal(one.masks, other.masks)
+    assert one.table.to_pylist() == other.table.to_pylist()
+    assert len(reader.read_rows(reader.open_shards(parted), [], [])) == 0
 
 
 def test_a_stream_from_an_object_store_is_that_of_a_folder(parted, s3):
@@ -190,8 +174,8 @@ def test_a_part_that_never_comes_is_spoken_of_and_then_given_up(parted, tmp_path
     part = copied / "part-00001.parquet"
     part.unlink()
     os.mkfifo(part)  # whoever opens it waits for somebody to write
-    monkeypatch.setattr(streaming_loader, "SAY_AFTER_S", 0.2)
-    monkeypatch.setattr(streaming_loader, "GIVE_UP_AFTER_S", 0.6)
+    monkeypatch.setattr(loader, "SAY_AFTER_S", 0.2)
+    monkeypatch.setattr(loader, "GIVE_UP_AFTER_S", 0.6)
     with pytest.raises(StorageError, match="part-00001.parquet did not come within"):
         list(streamed.loaders["train"].training_batches(7, 0, 0))
     assert caplog.text.count("part-00001.parquet has not come for") == 3
@@ -223,28 +207,22 @@ def begin(experiment, report=lambda metrics: None) -> run_directory.Run:
 
 def scores(run: run_directory.Run) -> list[dict]:
     """The record without what depends on the clock."""
-    return [
-        {k: v for k, v in epoch.items() if k not in ("seconds", "images_per_s")}
-        for epoch in run_directory.read_record(run.path)
-    ]
+    record, clock = run_directory.read_record(run.path), ("seconds", "images_per_s")
+    return [{key: value for key, value in epoch.items() if key not in clock} for epoch in record]
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a process after an epoch."""
-
-
-def test_a_run_goes_on_as_it_began_whatever_the_machine_and_equals_an_undisturbed_one(parted, tmp_path, monkeypatch, caplog):
+def test_a_run_resumes_as_it_began_whatever_the_machine_and_equals_an_undisturbed_one(parted, tmp_path, monkeypatch, caplog):
     base = tiny_experiment(data=parted)
     asked = begin(replace(base, runs=str(tmp_path / "asked"), ingest="stream"))
 
     def stop_after_first(metrics):
         if metrics["epoch"] == 1:
-            raise Stopped
+            raise InterruptedError
 
     by_size = replace(base, runs=str(tmp_path / "auto"))
     monkeypatch.setattr(data_loading, "free_on_machine", lambda: 1e6)
     caplog.clear()
-    with pytest.raises(Stopped), caplog.at_level("INFO"):
+    with pytest.raises(InterruptedError), caplog.at_level("INFO"):
         begin(by_size, stop_after_first)
     assert "0.0 GB of pixels, and a worker may hold 0.0 GB, a quarter of what is free" in caplog.text
     monkeypatch.setattr(data_loading, "free_on_machine", lambda: 1e12)

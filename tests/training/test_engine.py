@@ -18,9 +18,8 @@ from heartseg.metrics.segmentation import ScoreSums
 from heartseg.models import checkpoint
 from heartseg.models.checkpoint import snapshot
 from heartseg.models.deeplabv3 import build_model
-from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share
+from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share, stream_order
 from heartseg.shards.reader import open_shards
-from heartseg.shards.streaming_loader import stream_order
 from heartseg.storage import filesystem
 from heartseg.training import distributed, engine, run_directory, worker
 from heartseg.training.distributed import Ranks

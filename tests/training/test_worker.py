@@ -16,8 +16,8 @@ import torch
 import heartseg
 from heartseg.config import recipes
 from heartseg.config.experiment import to_json
+from heartseg.datasets.image_folder import open_source
 from heartseg.datasets.phantom import write_phantom
-from heartseg.datasets.source import open_source
 from heartseg.errors import UserError
 from heartseg.models import checkpoint
 from heartseg.shards import reader
