@@ -12,8 +12,7 @@ from string import ascii_uppercase
 import numpy as np
 import pandas
 
-from heartseg.config.experiment import flatten, from_json, identity
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import flatten, from_json, identity, none_if_nan
 from heartseg.errors import UserError
 from heartseg.labels import UNTRAINED_DICE, frame_name
 from heartseg.metrics.agreement import mean_interval, paired_test

@@ -14,8 +14,7 @@ import pandas
 import pyarrow as pa
 import torch
 
-from heartseg.config.experiment import PredictConfig
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import PredictConfig, none_if_nan
 from heartseg.evaluation.ground_truth import Case, ShardTruth, TreeTruth
 from heartseg.inference.segmenter import REVIEW_THRESHOLD, Ensemble, Segmented, Segmenter, segment_images
 from heartseg.labels import EF_CLASSES

@@ -6,7 +6,7 @@ that a result is plain JSON; pairs with a NaN are left out.
 
 import numpy as np
 
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import none_if_nan
 from heartseg.labels import ef_class
 
 MIN_PAIRS = 3

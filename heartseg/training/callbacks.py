@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from heartseg.config.experiment import Experiment, to_json
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import Experiment, none_if_nan, to_json
 from heartseg.errors import UserError, format_write_error
 from heartseg.labels import frame_name
 from heartseg.metrics.segmentation import predicted_labels

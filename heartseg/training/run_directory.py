@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pandas
 
-from heartseg.config.experiment import Experiment, canonical, first_difference, identity, to_json
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import Experiment, canonical, first_difference, identity, none_if_nan, to_json
 from heartseg.errors import UserError, require
 from heartseg.models import checkpoint
 from heartseg.shards.reader import Shards
