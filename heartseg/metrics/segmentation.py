@@ -12,14 +12,7 @@ import torch
 
 from heartseg.labels import BACKGROUND, NUM_CLASSES, STRUCTURE_LABELS, STRUCTURES, bounding_box
 
-SCORES = (
-    "accuracy",
-    "dice",
-    "iou",
-    "dice4",
-    *(f"dice_{s}" for s in STRUCTURE_LABELS),
-    *(f"iou_{s}" for s in STRUCTURES),
-)
+SCORES = ("accuracy", "dice", "iou", "dice4", *(f"dice_{s}" for s in STRUCTURE_LABELS), *(f"iou_{s}" for s in STRUCTURES))
 DISTANCES = tuple(f"{kind}_{s}_mm" for s in STRUCTURE_LABELS for kind in ("hd", "hd95", "masd"))
 
 

@@ -13,10 +13,7 @@ from heartseg.reporting import contours, pages, plots, report, text_tables, trai
 from heartseg.storage import filesystem
 
 PAGE, NUMBERS = "compare.html", "comparison.json"
-EF_TITLES = {
-    "ef_camus_error": "EF, absolute error (camus), points",
-    "ef_ase_error": "EF, absolute error (ase), points",
-}
+EF_TITLES = {"ef_camus_error": "EF, absolute error (camus), points", "ef_ase_error": "EF, absolute error (ase), points"}
 DISTANCE_TITLES = {
     f"{kind}_{name}_mm": f"{title}: {distance}, mm"
     for name, title in report.STRUCTURE_TITLES.items()

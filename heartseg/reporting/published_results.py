@@ -21,11 +21,7 @@ CHALLENGE = (
         "dice": {"endo": (0.952, 0.935), "epi": (0.963, 0.959), "la": (0.902, 0.935)},
         "hd_mm": {},
     },
-    {
-        "name": "An expert's second reading, second-hand",
-        "dice": {"endo": (0.945, 0.930), "epi": (0.957, 0.951)},
-        "hd_mm": {},
-    },
+    {"name": "An expert's second reading, second-hand", "dice": {"endo": (0.945, 0.930), "epi": (0.957, 0.951)}, "hd_mm": {}},
 )
 
 # Official split (400 / 50 / 50), per image, myo is label 2 alone: Dice of endo, myo, la, their mean, mean IoU.

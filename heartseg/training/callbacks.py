@@ -1,7 +1,7 @@
 """What the first rank does after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
 
-Checkpoints are written by a thread while the next epoch trains. An epoch enters the record once its checkpoint is
-complete, so an interrupted run resumes from the last epoch of its record, without a gap and without a repeated epoch.
+A thread writes checkpoints while the next epoch trains. An epoch enters the record once its checkpoint is complete, so an
+interrupted run resumes from the last epoch of its record, without a gap or a repeated epoch.
 """
 
 import io
@@ -26,14 +26,8 @@ from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import Tracker
 
 log = logging.getLogger(__name__)
-NUM_SAMPLES = 4
 EPOCHS_PER_OVERLAY = 10
 SECONDS_PER_LINE = 10.0
-
-
-def sample_rows(num_rows: int) -> list[int]:
-    """The rows of a group's samples, spread over it."""
-    return np.linspace(0, num_rows - 1, min(NUM_SAMPLES, num_rows)).astype(int).tolist()
 
 
 @dataclass
@@ -52,8 +46,7 @@ class EpochCallbacks:
 
     def end_epoch(self, state: engine.TrainState, metrics: dict[str, float]) -> None:
         """Copy the epoch's states and start to write them; raises what writing the epoch before raised."""
-        # Once that one is written, memory holds one copy of the states, and its row is tracked.
-        self.wait()
+        self.wait()  # so that memory holds one copy of the states
         self.write_samples(state)
         copied = checkpoint.snapshot(state.state_dict())
         card = {
@@ -107,8 +100,8 @@ class EpochCallbacks:
 
     def print_epoch(self, metrics: dict[str, float]) -> None:
         """Print a line per epoch: scores, speed, and how long the rest will take."""
-        shown = (name for name in ("train/loss", "train/dice", "val/dice", "test/dice") if name in metrics)
-        scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown)
+        shown = ("train/loss", "train/dice", "val/dice", "test/dice")
+        scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
         epochs, rate = self.experiment.train.epochs, f"{metrics['images_per_s']:.0f} images/s"
         left = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
         log.info("epoch %d/%d  %s  %s  %.0f min left", metrics["epoch"], epochs, scores, rate, left / 60)
@@ -127,5 +120,5 @@ class EpochCallbacks:
         run_directory.write_record(self.run.path, self.record)
         card = run_directory.model_card(self.run, self.record[-1]).encode()
         filesystem.publish(filesystem.join(self.run.path, run_directory.MODEL_CARD), card)
-        best = checkpoint.find(self.run.path, "best")
-        self.tracker.artifact(best.path, self.run.description["data_fingerprint"])
+        best = checkpoint.find(self.run.path, "best").path
+        self.tracker.artifact(best, self.run.description["data_fingerprint"])

@@ -1,4 +1,4 @@
-"""Another run's weights as the first ones of a run: where they are, whether they fit, which patients they have seen."""
+"""Another run's weights as the first ones of a run."""
 
 from dataclasses import replace
 
@@ -26,8 +26,7 @@ def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
     # Names are only one dataset's: patient0001 of another one is another patient.
     seen = set(base["train_patients"]) if base["dataset"] == shards.manifest["dataset"] else set()
     for group in shards.groups.keys() - {"train"}:
-        both = seen.intersection(shards.groups[group])
-        if both:
+        if both := seen.intersection(shards.groups[group]):
             raise UserError(f"--init-from {path} was trained on {len(both)} patients of this {group} group: take its split.")
     return {"checkpoint": found.path, "weights_sha256": found.card["weights_sha256"], "train_patients": sorted(seen)}
 

@@ -56,11 +56,11 @@ def generation_name(runs: str, name: str, fresh: bool) -> str:
 
 
 def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> str:
-    """The folder of a run or a sweep: exactly the name that was asked for, otherwise the newest generation of `default`.
+    """The folder of a run or a sweep: the name that was asked for, otherwise the newest generation of `default`.
 
     With `fresh` the next generation of either. Raises UserError for a name that cannot be a folder's.
     """
-    is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked) is not None
+    is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked)
     require(is_name, f"--{kind}-name {asked!r} cannot be the name of a folder: use letters, digits, `-`, `_` and `.`.")
     return asked if asked and not fresh else generation_name(runs, asked or default, fresh)
 
@@ -73,8 +73,7 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
         require(is_free, f"{folder} is not a {kind}'s folder (it has {other}): give another --{kind}-name.")
         return None
     there = filesystem.read_json(path)
-    difference = first_difference({key: there.get(key) for key in asked}, asked)
-    if difference:
+    if difference := first_difference({key: there.get(key) for key in asked}, asked):
         field = difference.removeprefix("identity.")
         raise UserError(f"{folder} holds another {kind} ({field}): give --fresh or --{kind}-name.")
     return there
@@ -83,8 +82,7 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
 def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
     """Begin a run, or find the one that the same command began; `initial` is what finetune.find_initial returned.
 
-    Raises UserError if the directory holds a run of another configuration, other data or other first weights, naming
-    the first difference.
+    Raises UserError that names the first difference if the directory holds a run of another configuration, data or weights.
     """
     name = choose_name(experiment.runs, name, run_name(experiment, shards, initial), fresh, "run")
     path = filesystem.join(experiment.runs, name)
@@ -121,8 +119,8 @@ def record_ingest(run: Run, ingest: str, is_main: bool) -> Run:
 def find_run(path: str) -> Run:
     """The run in a directory, or the one that a checkpoint's directory belongs to; raises UserError."""
     inner = re.sub(rf"/{checkpoint.FOLDER}/epoch_\d+/?$", "", filesystem.absolute(path))
-    if not filesystem.exists(filesystem.join(inner, DESCRIPTION)):
-        raise UserError(f"{path} is not a run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
+    is_run = filesystem.exists(filesystem.join(inner, DESCRIPTION))
+    require(is_run, f"{path} is not a run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
     return Run(inner, filesystem.read_json(filesystem.join(inner, DESCRIPTION)))
 
 
@@ -165,22 +163,20 @@ TERMS = {
 
 def model_card(run: Run, metrics: dict[str, float]) -> str:
     """The model card of a finished run as Markdown."""
-    said = run.description
-    groups = "".join(f"- {g}: {n['patients']} patients, {n['images']} images\n" for g, n in said["groups"].items())
+    facts, initial, backbone = run.description, run.description.get("initial"), run.description["identity"]["model"]["backbone"]
+    groups = "".join(f"- {g}: {n['patients']} patients, {n['images']} images\n" for g, n in facts["groups"].items())
     shown = [name for name in metrics if "/dice" in name or name.endswith(("/iou", "/accuracy"))]
     scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
-    model = said["identity"]["model"]
-    initial = said.get("initial")
-    ingest = said.get("ingest") or "memory"
-    began = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
+    terms = TERMS.get(facts["dataset"], TERMS["other"])
+    weights = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
     return (
         f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
-        f"DeepLabv3 ({model['backbone']}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
+        f"DeepLabv3 ({backbone}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
         f"2- and 4-chamber echocardiograms.\n\n"
-        f"## Data\n\n{TERMS.get(said['dataset'], TERMS['other'])}\n\nSplit by patient ({said['split']['kind']}):\n\n{groups}\n"
+        f"## Data\n\n{terms}\n\nSplit by patient ({facts['split']['kind']}):\n\n{groups}\n"
         f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
         f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
         f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"
-        f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']} (from {ingest}), "
-        f"source {said['source_sha256']}{began}\n"
+        f"## Lineage\n\ncode {facts['code']}, data {facts['data_fingerprint']} (from {facts.get('ingest') or 'memory'}), "
+        f"source {facts['source_sha256']}{weights}\n"
     )

@@ -1,15 +1,14 @@
-"""One rank of a training run, from shards to finished checkpoints; the same under Ray, under torchrun and alone.
+"""One rank of a training run, from shards to finished checkpoints; the same under Ray, under torchrun and alone."""
 
-The engine trains; here its epochs become checkpoints, the run's record, samples and tracked metrics.
-"""
-
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, profiler
 
 from heartseg.config.experiment import Experiment
 from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors
@@ -21,9 +20,10 @@ from heartseg.storage import filesystem
 from heartseg.training import callbacks, data_loading, engine, run_directory
 from heartseg.training.distributed import Ranks, from_main, raise_first_problem
 from heartseg.training.finetune import load_initial
-from heartseg.training.profiling import trace_steps
 from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import build_tracker
+
+NUM_SAMPLES = 4  # images of which a run keeps its predictions
 
 
 def check_plan(experiment: Experiment, shards: Shards) -> None:
@@ -54,11 +54,10 @@ def train_rank(
     profile: bool = False,
     saves_first: bool = False,
 ) -> None:
-    """Train this rank's share of a run, from its last checkpoint if it has one.
+    """Train this rank's share of a run, from its last checkpoint if it has one; with `profile`, rank 0 traces a few steps.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
-    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OneRankError on the rank
-    that it happens to. With `profile`, rank 0 traces a few steps.
+    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OneRankError on one.
     """
     try:
         _train(experiment, run, ranks, wrap, report, profile, saves_first)
@@ -83,7 +82,8 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
         run = run_directory.record_ingest(run, ingest, ranks.is_main)
         data = data_loading.open_groups(shards, ingest, ranks)
         sampled = "val" if "val" in shards.groups else "test"
-        samples = data.rows(sampled, callbacks.sample_rows(shards.num_rows(sampled)))
+        count = shards.num_rows(sampled)
+        samples = data.rows(sampled, np.linspace(0, count - 1, min(NUM_SAMPLES, count)).astype(int).tolist())
     intensity = Intensity(*shards.intensity) if experiment.train.intensity == "standard" else Intensity()
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model)
@@ -121,7 +121,7 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
                 on_main.finish(state)
         exit_code = 0
     except engine.NonFiniteLoss as error:
-        names = sorted(set(data.rows("train", error.rows).table["patient"].to_pylist()))
+        names = sorted({*data.rows("train", error.rows).table["patient"].to_pylist()})
         kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
         raise UserError(
             f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower "
@@ -134,11 +134,24 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
 
 
 @contextmanager
-def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
-    """Raise a rank's UserError, or its disk's refusal, on every rank, or the others would wait for it.
+def trace_steps(run: str) -> Iterator[Callable[[], None]]:
+    """Trace steps 4 to 6 into a run's `profile/steps.json`, for https://ui.perfetto.dev; call the result after each step."""
 
-    A StorageError passes through: the store may answer at the next try.
-    """
+    def keep(trace: profiler.profile) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "steps.json")
+            trace.export_chrome_trace(file)
+            filesystem.publish(filesystem.join(run, "profile", "steps.json"), filesystem.read_bytes(file))
+
+    activities = [profiler.ProfilerActivity.CPU, *[profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()]
+    schedule = profiler.schedule(wait=2, warmup=1, active=3, repeat=1)  # compilation and the choice of kernels are left out
+    with profiler.profile(activities=activities, schedule=schedule, on_trace_ready=keep) as trace:
+        yield trace.step
+
+
+@contextmanager
+def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
+    """Raise a rank's UserError, or its disk's refusal, on every rank, or the others would wait for it."""
     problem = None
     try:
         with io_errors_as_user_errors():
@@ -149,7 +162,7 @@ def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for the several kinds of error that report that memory is short, on a GPU or a CPU."""
+    """True for the errors that report that memory is short, on a GPU or a CPU."""
     message = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 

@@ -9,15 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heartseg.config import recipes
-from heartseg.config.experiment import (
-    ImageConfig,
-    ModelConfig,
-    SplitConfig,
-    first_difference,
-    from_json,
-    identity,
-    to_json,
-)
+from heartseg.config.experiment import ImageConfig, ModelConfig, SplitConfig, first_difference, from_json, identity, to_json
 from heartseg.config.training import AugmentConfig, TrainConfig
 from heartseg.datasets import splits
 from heartseg.errors import UserError
