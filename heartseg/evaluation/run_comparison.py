@@ -1,6 +1,6 @@
-"""Runs side by side, as plain tables: which settings differ, how scores differ on the same patients, where runs disagree.
+"""Runs side by side: which settings differ, how scores differ on the same patients, where runs disagree.
 
-Result tables of evaluations in, tables out; nothing is read, scored or drawn here, and no winner is named.
+Result tables of evaluations in, plain tables out; no winner is named.
 """
 
 import functools
@@ -99,14 +99,12 @@ def settings(run: Run) -> dict[str, str]:
 
 
 def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
-    """Runs as entries A, B, C …, in their order; runs that differ only in their seed (and code revision) are one.
-
-    A seed that comes again with the same settings (`--fresh` makes such runs) starts another entry.
-    """
+    """Runs as entries A, B, C …, in their order; runs that differ only in their seed (and code revision) are one."""
     entries: dict[tuple, dict[str, Scored]] = {}
     for one in found:
         texts = settings(one.run)
         alike = tuple(sorted((name, text) for name, text in texts.items() if name not in (SEED, CODE)))
+        # A seed that comes again with the same settings, as with `--fresh`, starts another entry.
         again = next(n for n in itertools.count() if texts[SEED] not in entries.get((alike, n), {}))
         entries.setdefault((alike, again), {})[texts[SEED]] = one
     by_seed = [tuple(mine[seed] for seed in sorted(mine, key=int)) for mine in entries.values()]
@@ -134,11 +132,9 @@ def image_names(rows: Iterable[dict]) -> list[str]:
 def score_table(one: Scored) -> pandas.DataFrame:
     """A row an image and a row a patient, by name: `patient` and NAMES, NaN if a score is not of that kind."""
     images = one.images[["patient", *SCORES, *DISTANCES]].set_axis(image_names(one.images.to_dict("records")))
-    errors = {
-        name: (one.patients[f"{index}_prediction"] - one.patients[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()
-    }
-    patients = pandas.DataFrame({"patient": one.patients["patient"], **errors})
-    patients = patients.set_axis(one.patients["patient"] + ", EF")
+    known = one.patients
+    errors = {name: (known[f"{index}_prediction"] - known[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()}
+    patients = pandas.DataFrame({"patient": known["patient"], **errors}).set_axis(known["patient"] + ", EF")
     return pandas.concat([images.astype(dict.fromkeys((*SCORES, *DISTANCES), float)), patients])
 
 
@@ -181,10 +177,8 @@ def is_untrained(entry: Entry) -> bool:
 
 
 def reading(found: dict) -> str:
-    """A paired test in words: no difference unless interval and p agree on one, otherwise its direction.
-
-    A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
-    """
+    """A paired test in words: no difference unless interval and p agree on one, otherwise its direction."""
+    # A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
     if found["difference"] is None:
         return "too few patients"
     if found["low"] <= 0 <= found["high"] or found["p"] >= 0.05:
@@ -225,16 +219,11 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
         if left_out:
             lines.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
-            these, those = (
-                f"{e.letter} on the {found['group']} group of {found['dataset']} ({found['patients']} patients)"
-                for e in (entry, reference)
-                for found in [e.scored[0].summary]
-            )
+            where = "{letter} on the {group} group of {dataset} ({patients} patients)"
+            these, those = (where.format(letter=e.letter, **e.scored[0].summary) for e in (entry, reference))
             shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
-            lines.append(
-                f"Not the same hearts ({shared} names in common): {these}, {those}; "
-                "their scores stand side by side and are not paired."
-            )
+            unpaired = "their scores stand side by side and are not paired."
+            lines.append(f"Not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
     if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
         lines.append(
             f"There is nothing to compare in {', '.join(untrained)}: with a mean Dice below {UNTRAINED_DICE} the masks are "
@@ -243,9 +232,8 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
     groups = {one.summary["group"] for entry in entries for one in entry.scored}
     sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
     if groups == {"holdout"} and sweeps != {""}:
-        lines.append(
-            "A sweep's winner was chosen on these held-out patients: its lead here is part luck. Train both with new seeds."
-        )
+        chosen = "A sweep's winner was chosen on these held-out patients"
+        lines.append(f"{chosen}: its lead here is part luck. Train both with new seeds.")
     if not reference.scored:
         lines.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
     if len({settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}) > 1:

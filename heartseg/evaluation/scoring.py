@@ -1,7 +1,4 @@
-"""Scores on the native grid, clinical indices, and the summary that reports and tables use.
-
-One row an image, one row a patient; each missing image is a row of its own, with the reason.
-"""
+"""Scores on the native grid, clinical indices, and their summary: one row an image, one row a patient."""
 
 import io
 import zlib
@@ -155,10 +152,7 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
 
 
 def size_thirds(images: pandas.DataFrame) -> list[str | None]:
-    """For each image the third of them all that it belongs to by the share of it that the experts' heart fills.
-
-    None for all if there are fewer than nine images, or no three sizes.
-    """
+    """Each image's third of them all by the share that the experts' heart fills; None under nine images or three sizes."""
     counts = np.stack(images["confusion"].to_list()).reshape(-1, 4, 4).sum(axis=2)  # rows are the truth's classes
     shares = counts[:, 1:].sum(axis=1) / counts.sum(axis=1)
     low, high = np.quantile(shares, [1 / 3, 2 / 3])
@@ -184,10 +178,9 @@ def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
 def flags(images: pandas.DataFrame) -> dict:
     """The warnings a user would have had: implausible masks, and how well the confidence separates the images of low Dice.
 
-    `reasons` are the most frequent ones of the implausible masks, each with its number of masks. `spearman` is the rank
-    correlation of confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower confidence of two, one
-    under and one not; both None if there is no such pair. `unsure` are the images under REVIEW_THRESHOLD, which prediction
-    tells a user to review, and how many of them are under LOW_DICE.
+    `reasons` are the most frequent of the implausible masks, with their number. `spearman` is the rank correlation of
+    confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower confidence of two, one under and one not.
+    `unsure` are the images under REVIEW_THRESHOLD, which prediction asks a user to review, and how many are under LOW_DICE.
     """
     doubted = images["implausible"] != ""
     reasons = images.loc[doubted, "implausible"].str.split("; ").explode().value_counts().head(3)
@@ -208,31 +201,22 @@ def flags(images: pandas.DataFrame) -> dict:
 def clinical_agreement(patients: pandas.DataFrame) -> dict:
     """Predicted against the experts' masks' indices, and both against the cfg's EF in the cfg's own convention."""
     owner = patients["patient"].to_numpy()
-    found = {
-        name: agree(patients[f"{name}_prediction"].to_numpy(float), patients[f"{name}_truth"].to_numpy(float), owner)
-        for name in AGREEMENTS
-    }
-    classes = ef_confusion(patients["ef_camus_prediction"].to_numpy(float), patients["ef_camus_truth"].to_numpy(float))
+    found = {name: agree(patients[f"{name}_prediction"], patients[f"{name}_truth"], owner) for name in AGREEMENTS}
+    classes = ef_confusion(patients["ef_camus_prediction"], patients["ef_camus_truth"])
     reasons = patients["reason_prediction"].replace("", np.nan).dropna()
     return {
         "agreement": found,
-        "ef_classes": {"names": list(EF_CLASSES), "counts": np.asarray(classes).tolist(), "convention": "camus"},
-        "reference": _against_reference(patients, owner),
+        "ef_classes": {"names": list(EF_CLASSES), "counts": classes.tolist(), "convention": "camus"},
+        "reference": {name: _against_reference(mine) for name, mine in patients.groupby("ef_convention", sort=False)},
         "incomplete": dict(zip(patients.loc[reasons.index, "patient"], reasons, strict=True)),
     }
 
 
-def _against_reference(patients: pandas.DataFrame, owner: np.ndarray) -> dict[str, dict]:
-    """EF from masks against the cfg's, for each convention that the cfg files name."""
-    found = {}
-    for convention in patients["ef_convention"].dropna().unique():
-        chosen = (patients["ef_convention"] == convention).to_numpy()
-        reference = patients["ef_reference"].to_numpy(float)[chosen]
-        found[convention] = {
-            kind: agree(patients[f"ef_{convention}_{kind}"].to_numpy(float)[chosen], reference, owner[chosen])
-            for kind in ("prediction", "truth")
-        }
-    return found
+def _against_reference(patients: pandas.DataFrame) -> dict[str, dict]:
+    """EF from masks against that of the cfg files, of patients whose cfg has one convention."""
+    reference, convention = patients["ef_reference"], patients["ef_convention"].iloc[0]
+    kinds = ("prediction", "truth")
+    return {kind: agree(patients[f"ef_{convention}_{kind}"], reference, patients["patient"]) for kind in kinds}
 
 
 def _means_by(images: pandas.DataFrame, key: str) -> dict[str, dict]:

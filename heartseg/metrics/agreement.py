@@ -1,7 +1,6 @@
-"""How well two measurements agree, and how sure a mean is.
+"""How well two measurements agree, and how sure a mean is: a bootstrap over patients, whose images are not independent.
 
-Uncertainty is a bootstrap over patients, since a patient's images are not independent draws. A missing value is None, so
-that a result is plain JSON; pairs with a NaN are left out.
+Results are plain JSON: a missing value is None. Pairs with a NaN are left out.
 """
 
 import numpy as np
@@ -26,7 +25,7 @@ def _resampled(columns: list[np.ndarray], patients: np.ndarray, draws: int = DRA
 def bootstrap_interval(values: np.ndarray, patients: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
     """95 % percentile interval of the mean of `values` [N] (NaN left out), resampling whole `patients` [N].
 
-    Efron and Tibshirani 1993, the cluster bootstrap. Returns (nan, nan) for fewer than two patients.
+    The cluster bootstrap (Efron and Tibshirani 1993); (nan, nan) for fewer than two patients.
     """
     known = ~np.isnan(values)
     if len(np.unique(patients[known])) < 2:
@@ -99,12 +98,10 @@ def ef_confusion(estimate, reference) -> np.ndarray:
 def paired_test(a, b, patients) -> dict[str, float | int | None]:
     """Two methods on the same images: is one better? `a`, `b` [N] are their scores, `patients` [N] the images' owners.
 
-    `n` pairs of `patients`, the mean `difference` a - b over images with `low` and `high` of its `bootstrap_interval`, and
-    `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on each patient's mean difference, two-sided. Under
-    3 patients these four are None.
+    `n` pairs of `patients`, the mean `difference` a - b over images, `low` and `high` of its `bootstrap_interval` and two-sided
+    `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on patients' means. Under 3 patients these are None.
     """
-    # Every command and worker imports this file; scipy.stats would be a quarter of the time that they take to start.
-    from scipy.stats import wilcoxon
+    from scipy.stats import wilcoxon  # here, since every command imports this file: a quarter of the time to start
 
     x, y, owners = _pairs(a, b, patients)
     names, owner = np.unique(owners, return_inverse=True)
@@ -118,10 +115,7 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
 
 
 def auc(score: np.ndarray, is_good: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a good one has a higher score than a poor one, NaN without such a pair.
-
-    Hanley and McNeil 1982; equal scores count half.
-    """
+    """Area under the ROC curve (Hanley and McNeil 1982): the chance that a good one scores higher; NaN without a pair."""
     from scipy.stats import mannwhitneyu
 
     good, poor = score[is_good], score[~is_good]

@@ -1,7 +1,7 @@
 """Metrics to Weights & Biases; the only file that knows wandb.
 
-A tracked run is one wandb run with one row per epoch through kills, resumes and a server that does not answer; only a run that
-was online or synced before and is resumed offline sends its earlier rows again.
+A training run is one wandb run with one row per epoch through kills, resumes and a server that does not answer; only a run
+that was online or synced before and is resumed offline sends its earlier rows again.
 """
 
 import functools
@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Skip a method of a tracker without a run; report the first exception that wandb raises, and never stop a training."""
+    """Skip a method of a tracker without a run; log the first exception that wandb raises, and never stop a training."""
 
     @functools.wraps(method)
     def call(self: "Tracker", *arguments) -> None:
@@ -55,13 +55,8 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *arguments)
         except Exception as error:
             if not self.has_warned:
-                log.warning(
-                    "wandb did not accept all of this run (%s: %s): the rest is kept, `wandb sync --include-online %s/wandb` "
-                    "sends it later.",
-                    method.__name__,
-                    _first_line(error),
-                    self.run_path,
-                )
+                rest = f"the rest is kept, `wandb sync --include-online {self.run_path}/wandb` sends it later."
+                log.warning("wandb did not accept all of this run (%s: %s): %s", method.__name__, _first_line(error), rest)
             self.has_warned = True
 
     return call
@@ -75,8 +70,7 @@ class Tracker:
         self.run_path = self.folder = run.path if run else ""
         if run is None:
             return
-        if filesystem.is_uri(run.path):
-            # wandb writes local files only: `finish` copies them to the object store.
+        if filesystem.is_uri(run.path):  # wandb writes local files only: `finish` copies them to the object store
             self.folder = tempfile.mkdtemp(prefix="heartseg-wandb-")
         _keep_files_in(os.path.join(self.folder, "wandb"))
         import wandb
@@ -107,11 +101,8 @@ class Tracker:
         try:
             started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
         except Exception as error:
-            log.warning(
-                "wandb did not start (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
-                _first_line(error),
-                self.run_path,
-            )
+            later = f"this run is kept offline, `wandb sync {self.run_path}/wandb/offline-run-*` sends it later."
+            log.warning("wandb did not start (%s): %s", _first_line(error), later)
             self.wandb.teardown()  # its service holds the run's id for the attempt that failed
             with patch.dict(os.environ):  # wandb refuses a key, an address or a number that is not valid offline as well
                 for name in _variables():
@@ -137,8 +128,8 @@ class Tracker:
     def resume(self, record: list[dict]) -> None:
         """Log the epochs of a resumed run that the server does not have (all of them if offline).
 
-        With them, this process's files hold every row, so those of earlier processes are marked as synced; overlays that they
-        logged offline stay in them. On an object store `finish` marks them, once this process's files are there.
+        Then this process's files hold every row, and those of earlier processes are marked as synced; overlays that they logged
+        offline stay in them. On an object store `finish` marks them, once this process's files are there.
         """
         for row in record[self.run.starting_step :]:
             self.run.log(row)
@@ -163,8 +154,7 @@ class Tracker:
         """Record images uint8 [k,H,W] with true and predicted labels [k,H,W]."""
         if not self.sends_images:
             return
-        labels = dict(enumerate(CLASSES))
-        pictures = []
+        labels, pictures = dict(enumerate(CLASSES)), []
         for image, mask, prediction, name in zip(images, masks, predictions, names, strict=True):
             layers = {"prediction": prediction, "truth": mask}
             layers = {layer: {"mask_data": data, "class_labels": labels} for layer, data in layers.items()}
@@ -224,10 +214,8 @@ def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[
     try:
         tracker = Tracker(experiment, run)
     except Exception as error:
-        log.warning(
-            "wandb cannot be started (%s): this run is not tracked; metrics.jsonl and metrics.csv have all metrics.",
-            _first_line(error),
-        )
+        untracked = "this run is not tracked; metrics.jsonl and metrics.csv have all metrics."
+        log.warning("wandb cannot be started (%s): %s", _first_line(error), untracked)
         return Tracker()
     tracker.resume(record)
     return tracker
@@ -267,12 +255,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _keep_files_in(folder: str) -> None:
-    """Keep wandb's cache and artifact staging with the run; it would use the home directory.
-
-    Its own error reports are off: they leave the machine unasked, and delay the exit by 10 s if the server is silent.
-    A parent process's service is not shared: it would end with the parent, and keep the id of an attempt that failed.
-    """
+    """Keep wandb's cache and artifact staging with the run; it would use the home directory."""
+    # A parent process's service would end with the parent, and keeps the id of an attempt that failed.
     os.environ.pop("WANDB_SERVICE", None)
+    # Its reports on itself leave the machine unasked, and delay the exit by 10 s if the server is silent.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[variable] = os.path.join(folder, variable.removeprefix("WANDB_").removesuffix("_DIR").lower())

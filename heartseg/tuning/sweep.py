@@ -1,7 +1,4 @@
-"""A sweep's directory: its trials as runs in `trials/`, how each of them ended, the table of them all and the winner.
-
-A sweep has no other state, so the same command resumes one that was killed.
-"""
+"""A sweep's directory, its only state: trials as runs in `trials/`, how each ended, the table of them all and the winner."""
 
 import itertools
 import math
@@ -24,8 +21,7 @@ from heartseg.training.run_directory import Run
 from heartseg.tuning.search_space import RATE, SearchSpace, apply, describe, draw, grid, listed, make_axes, values_of
 
 DESCRIPTION, OUTCOME, TRIALS = run_directory.SWEEP, "outcome.json", "trials"
-# The error that ended a trial's process.
-ERROR = "error.txt"
+ERROR = "error.txt"  # the error that ended a trial's process
 # How a trial can have ended; one without an outcome is trained, or resumed.
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 METRIC = "val/dice"
@@ -94,8 +90,8 @@ def open_sweep(
 ) -> Sweep:
     """Begin a sweep, or find the one that the same command began; more trials or other workers are the same sweep.
 
-    All trials read shards the same way: as the sweep began, otherwise by `ingest`. Raises UserError if the directory holds
-    another sweep or a run, and for a name that cannot be a folder's.
+    All trials read shards as the sweep began, otherwise by `ingest`. Raises UserError for a directory of another sweep or a
+    run, and for a name that cannot be a folder's.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
     digest = filesystem.sha256(canonical(asked))[:8]
@@ -105,8 +101,8 @@ def open_sweep(
     there = run_directory.read_matching(described, asked, "sweep")
     if there is None:
         there = asked | {"dataset": shards.manifest["dataset"], "wandb_id": uuid.uuid4().hex[:12], "ingest": ingest}
-        there |= {"groups": {group: len(patients) for group, patients in shards.groups.items()}}
-        there |= {"experiment": to_json(base)}  # as it was begun
+        groups = {group: len(patients) for group, patients in shards.groups.items()}
+        there |= {"groups": groups, "experiment": to_json(base)}
         filesystem.publish_json(described, there)
     # Its trials are one group of the dashboard, and lie in its own folder.
     tracking = replace(base.tracking, group=base.tracking.group or name, job_type="trial")
@@ -151,8 +147,8 @@ def points_to_check(plan: SweepPlan, base: Experiment) -> list[dict]:
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
     """A trial that is to be trained; its folder is named by its number and its schedule."""
     experiment = apply(sweep.base, values)
-    run = run_directory.open_run(experiment, shards, name=f"{number:03d}-{experiment.schedule.kind}")
-    return Trial(run, number, values)
+    name = f"{number:03d}-{experiment.schedule.kind}"
+    return Trial(run_directory.open_run(experiment, shards, name), number, values)
 
 
 def read_trials(sweep: Sweep) -> list[Trial]:
@@ -183,8 +179,7 @@ def rungs(sweep: Sweep) -> list[int]:
 def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
     """Stop the trial of a run's folder if `epoch` is a rung and too many trials that reached it were better there.
 
-    Asynchronous successive halving (ASHA, arXiv 1810.05934). The trials' records are all it needs, so a resumed sweep decides
-    as an undisturbed one does.
+    Asynchronous successive halving (ASHA, arXiv 1810.05934) from the trials' records alone, so a resumed sweep decides alike.
     """
     if epoch not in rungs(sweep):
         return False
@@ -201,24 +196,21 @@ def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
 
 def end_trial(path: str, state: str, reason: str = "") -> None:
     """Record how a trial has ended: finished, stopped early, or failed for a reason; the first outcome stays."""
-    if filesystem.exists(filesystem.join(path, OUTCOME)):
-        return
-    filesystem.publish_json(filesystem.join(path, OUTCOME), {"state": state, "reason": reason})
+    if not filesystem.exists(filesystem.join(path, OUTCOME)):
+        filesystem.publish_json(filesystem.join(path, OUTCOME), {"state": state, "reason": reason})
 
 
 def forget_failures(sweep: Sweep) -> None:
     """Let failed trials be resumed."""
     for trial in read_trials(sweep):
-        if trial.state == FAILED:
-            # The error of the next try may be another.
-            filesystem.remove(filesystem.join(trial.run.path, ERROR))
-            filesystem.remove(filesystem.join(trial.run.path, OUTCOME))
+        for name in (ERROR, OUTCOME) if trial.state == FAILED else ():
+            filesystem.remove(filesystem.join(trial.run.path, name))
 
 
 def tabulate(sweep: Sweep) -> pandas.DataFrame:
-    """One row a trial, the best first: what it varied, how it ended, epochs, seconds, best and last validation Dice.
+    """A row a trial: what it varied, how it ended, epochs, seconds, best and last validation Dice.
 
-    `rank` counts finished trials before the others: a stopped one could not show its best.
+    The best come first, finished trials before the others: a stopped one could not show its best.
     """
     rows, own, best = [], recipe_values(sweep), f"best {METRIC}"
     for trial in read_trials(sweep):
@@ -257,10 +249,10 @@ def why_no_winner(table: pandas.DataFrame) -> str:
 
 
 def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
-    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner.
+    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner, None if no trial has learned.
 
-    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces, None if no finished trial has
-    learned anything. It was chosen on `val/dice` of patients held out of the training group, and on no reported group.
+    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces. It was chosen on `val/dice`
+    of patients held out of the training group, and on no reported group.
     """
     table = tabulate(sweep)
     filesystem.publish(filesystem.join(sweep.path, "sweep.csv"), table.to_csv(index=False).encode())
