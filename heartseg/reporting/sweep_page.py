@@ -32,9 +32,8 @@ def show_rows(table: pandas.DataFrame) -> tuple[tuple[str, ...], list[tuple[str,
     """Heading and rows of what a reader wants to see of each trial, the best first."""
     columns = [name for name in ["rank", "trial", *varied(table), *SHOWN] if name in table]
     shown = table[columns].copy()
-    for name in (SCORE, f"last {METRIC}"):
-        shown[name] = ["–" if pandas.isna(value) else f"{value:.4f}" for value in table[name]]
-    shown["seconds"] = [f"{seconds:.0f}" for seconds in table["seconds"]]
+    for name, digits in ((SCORE, 4), (f"last {METRIC}", 4), ("seconds", 0)):
+        shown[name] = [pages.show_number(value, digits) for value in table[name]]
     return tuple(columns), [tuple(map(show_cell, row)) for row in shown.itertuples(index=False)]
 
 
@@ -74,27 +73,22 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
 
 def against_recipe(table: pandas.DataFrame) -> str:
     """How far the winner is from the recipe itself, which is trial 0; empty if either has not finished."""
-    finished = table[table["state"] == FINISHED]
-    recipe = finished[finished["trial"].str.startswith("000-")]
-    if recipe.empty or finished.iloc[0]["trial"] == recipe.iloc[0]["trial"]:
+    finished = table[table["state"] == FINISHED].set_index("trial")[SCORE]
+    recipe = finished[finished.index.str.startswith("000-")]
+    if recipe.empty or finished.index[0] == recipe.index[0]:
         return "The recipe itself is the best." if len(recipe) else ""
-    reached = recipe.iloc[0][SCORE]
-    gap = finished.iloc[0][SCORE] - reached
-    return f"The recipe itself reached {reached:.4f} (trial {recipe.iloc[0]['trial']}): the winner is {gap:.4f} higher."
+    gap = finished.iloc[0] - recipe.iloc[0]
+    return f"The recipe itself reached {recipe.iloc[0]:.4f} (trial {recipe.index[0]}): the winner is {gap:.4f} higher."
 
 
 def facts(sweep: Sweep) -> list[tuple[str, str]]:
     """What a reader needs to judge the sweep by."""
-    plan, groups = sweep.plan, sweep.description["groups"]
-    compared = ", ".join(map(str, rungs(sweep)))
+    plan, groups, compared = sweep.plan, sweep.description["groups"], ", ".join(map(str, rungs(sweep)))
     low, high = (sweep.base.optim.lr * factor for factor in plan.space.lr_factors)
-    ranges = [
-        ("schedules", ", ".join(plan.space.schedules)),
-        ("base rates", f"{low:g} to {high:g} (recipe: {sweep.base.optim.lr:g})"),
-    ]
+    rates = f"{low:g} to {high:g} (recipe: {sweep.base.optim.lr:g})"
     return [
         ("search", f"{plan.search}, seed {plan.search_seed}; trial 000 is the recipe itself"),
-        *([] if plan.search == "changes" else ranges),
+        *([("schedules", ", ".join(plan.space.schedules)), ("base rates", rates)] if plan.search != "changes" else []),
         ("epochs of a trial", str(sweep.base.train.epochs)),
         ("early stopping", f"at epochs {compared}, about 1 in {plan.reduction:g} continues" if compared else "none"),
         ("patients", f"{groups['train']} to train, {groups['val']} held out to compare"),

@@ -32,10 +32,7 @@ def schedule_key(figure: Figure, kinds: Collection[str]) -> None:
 
 
 def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: str) -> Figure:
-    """A line a trial over what it varied and what it reached; finished trials strong, others faint, and not below the axis.
-
-    The values of `fields`, columns of `table`, stand evenly in their order.
-    """
+    """A line a trial over its values of `fields`, evenly in their order, and its score; those not finished are faint."""
     figure, axes = new_axes(max(5.0, 1.9 * (len(fields) + 1)), 3.6)
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -70,16 +67,12 @@ def pick_labels(values: pandas.Series, heights: pandas.Series) -> list[tuple[flo
 
 
 def sweep_curves(records: Sequence[tuple[str, str, list[dict]]], metric: str) -> Figure:
-    """The metric by epoch, one line a trial in its schedule's colour; `records` are (schedule, state, epochs).
-
-    A dot marks where a trial was stopped early.
-    """
+    """The metric by epoch of (schedule, state, epochs), a line a trial; a dot marks where one was stopped early."""
     figure, axes = new_axes(6.2, 3.6)
     for kind, state, record in records:
         known = [(row["epoch"], row[metric]) for row in record if row.get(metric) is not None]
         if known:
-            epochs, values = zip(*known, strict=True)
-            done = state == "finished"
+            (epochs, values), done = zip(*known, strict=True), state == "finished"
             axes.plot(epochs, values, color=SCHEDULE_COLOURS[kind], linewidth=1.8 if done else 1.2, alpha=1 if done else 0.7)
             if not done:
                 axes.plot(epochs[-1:], values[-1:], "o", color=SCHEDULE_COLOURS[kind], markersize=5)

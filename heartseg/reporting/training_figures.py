@@ -25,11 +25,8 @@ def run_curves(record: list[dict], marked: int | None) -> list[dict]:
     found = dict.fromkeys(key.split("/")[0] for epoch in record for key in epoch if key.endswith("/loss"))
     groups = sorted(found, key=lambda group: [*GROUP_TITLES, group].index(group))
     panels = {name: {group: (record, f"{group}/{name}") for group in groups} for name in CURVES} | {"lr": {"": (record, "lr")}}
-    return [
-        curve_figure(f"curve-{name}", CURVES.get(name, "Learning rate"), lines, marked)
-        for name, lines in panels.items()
-        if record
-    ]
+    titles = CURVES | {"lr": "Learning rate"}
+    return [curve_figure(f"curve-{name}", titles[name], lines, marked) for name, lines in panels.items() if record]
 
 
 def curve_figure(
