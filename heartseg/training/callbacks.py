@@ -22,7 +22,6 @@ from heartseg.shards.loader import Intensity
 from heartseg.shards.reader import FrameRows
 from heartseg.storage import filesystem
 from heartseg.training import engine, run_directory
-from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import Tracker
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ class EpochCallbacks:
     """What rank 0 does with an epoch's results; `samples` are the images whose predictions are kept."""
 
     experiment: Experiment
-    run: Run
+    run: run_directory.Run
     intensity: Intensity
     samples: FrameRows
     tracker: Tracker
@@ -83,15 +82,13 @@ class EpochCallbacks:
         is_first, is_last = state.epoch == 1, state.epoch == self.experiment.train.epochs
         if not (is_first or is_last or state.epoch % EPOCHS_PER_OVERLAY == 0):
             return
-        images, masks = self.samples.images, self.samples.masks
-        device = next(state.evaluated.parameters()).device
-        unit = images.to(device).float().div_(255)
+        images, model = self.samples.images, state.evaluated.eval()
+        unit = images.to(next(model.parameters()).device).float().div_(255)
         with torch.inference_mode():
-            state.evaluated.eval()
-            logits = precision.forward(self.experiment.train, state.evaluated, self.intensity.apply(unit))
-        predictions = predicted_labels(logits).cpu().numpy()
+            logits = precision.forward(self.experiment.train, model, self.intensity.apply(unit))
         names = [frame_name(row) for row in self.samples.table.select(["patient", "view", "phase", "frame"]).to_pylist()]
-        arrays = {"images": images[:, 0].numpy(), "masks": masks.numpy(), "predictions": predictions}
+        predictions = predicted_labels(logits).cpu().numpy()
+        arrays = {"images": images[:, 0].numpy(), "masks": self.samples.masks.numpy(), "predictions": predictions}
         self.tracker.overlays(state.epoch, *arrays.values(), names)
         for name in ["first"] * is_first + ["last"] * is_last:
             buffer = io.BytesIO()

@@ -11,7 +11,7 @@ from torch import nn
 
 from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import TrainConfig
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,9 @@ def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) 
     """The model, with batch statistics over all ranks' images if `sync_bn` says so; raises UserError for `on` on CPUs."""
     if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
         return model
-    if ranks.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if config.sync_bn == "on":
-        raise UserError("--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
-    return model
+    has_gpu = ranks.device.type == "cuda"
+    require(has_gpu or config.sync_bn == "auto", "--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if has_gpu else model
 
 
 @torch.no_grad()

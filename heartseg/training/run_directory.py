@@ -41,15 +41,13 @@ class Run:
 
 def run_name(experiment: Experiment, shards: Shards, initial: dict | None = None) -> str:
     """The recipe and eight hex digits of its configuration, data and first weights: the same command finds the same run."""
-    weights = [initial["weights_sha256"]] if initial else []
-    digest = filesystem.sha256(canonical([identity(experiment), shards.fingerprint, *weights]))
-    return f"{experiment.name}-{digest[:8]}"
+    parts = [identity(experiment), shards.fingerprint, *([initial["weights_sha256"]] if initial else [])]
+    return f"{experiment.name}-{filesystem.sha256(canonical(parts))[:8]}"
 
 
 def generation_name(runs: str, name: str, fresh: bool) -> str:
     """The newest of `name`, `name-2`, `name-3` …; with `fresh` the next one, so that nothing is ever overwritten."""
-    pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
-    found = [pattern.fullmatch(entry) for entry in filesystem.list_names(runs)]
+    found = [re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", entry) for entry in filesystem.list_names(runs)]
     newest = max((int(match[1] or 1) for match in found if match), default=0)
     wanted = newest + 1 if fresh else max(newest, 1)
     return name if wanted == 1 else f"{name}-{wanted}"

@@ -151,7 +151,7 @@ class Tracker:
 
     @_harmless
     def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
-        """Record images uint8 [k,H,W] with true and predicted labels [k,H,W]."""
+        """Record images uint8 [k,H,W] with true and predicted labels [k,H,W], in the row of the epoch's metrics."""
         if not self.sends_images:
             return
         labels, pictures = dict(enumerate(CLASSES)), []
@@ -159,7 +159,6 @@ class Tracker:
             layers = {"prediction": prediction, "truth": mask}
             layers = {layer: {"mask_data": data, "class_labels": labels} for layer, data in layers.items()}
             pictures.append(self.wandb.Image(image, caption=name, masks=layers))
-        # They wait for the epoch's metrics, so that an epoch is one row.
         self.run.log({"epoch": epoch, "overlays": pictures}, commit=False)
 
     @_harmless

@@ -11,7 +11,7 @@ import torch
 from torch import nn, profiler
 
 from heartseg.config.experiment import Experiment
-from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors
+from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors, require
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
@@ -20,7 +20,6 @@ from heartseg.storage import filesystem
 from heartseg.training import callbacks, data_loading, engine, run_directory
 from heartseg.training.distributed import Ranks, from_main, raise_first_problem
 from heartseg.training.finetune import load_initial
-from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import build_tracker
 
 NUM_SAMPLES = 4  # images of which a run keeps its predictions
@@ -28,26 +27,26 @@ NUM_SAMPLES = 4  # images of which a run keeps its predictions
 
 def check_plan(experiment: Experiment, shards: Shards) -> None:
     """Raise UserError for what would fail later: another grid than the recipe's, too small shares, too few images."""
-    if shards.image != experiment.image:
-        there, asked = shards.image, experiment.image
-        raise UserError(
-            f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
-            f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}."
-        )
+    there, asked = shards.image, experiment.image
+    require(
+        there == asked,
+        f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
+        f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}.",
+    )
     check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
-    if experiment.schedule.kind == "plateau" and "val" not in shards.groups:
-        raise UserError("schedule.kind plateau needs a validation group: give --train.holdout 0.1, or shards that have one.")
+    has_scores = experiment.schedule.kind != "plateau" or "val" in shards.groups
+    require(has_scores, "schedule.kind plateau needs a validation group: give --train.holdout 0.1, or shards that have one.")
 
 
 def open_data(experiment: Experiment) -> Shards:
-    """The shards that a run trains on, in its groups: those of the split, or `train.holdout` taken from the training group."""
+    """The shards that a run trains on, in the groups of their split, or with `train.holdout` of the training group held out."""
     return hold_out(open_shards(experiment.data), experiment.train.holdout)
 
 
 def train_rank(
     experiment: Experiment,
-    run: Run,
+    run: run_directory.Run,
     ranks: Ranks,
     wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
@@ -73,7 +72,7 @@ def train_rank(
         ) from error
 
 
-def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile: bool, saves_first: bool) -> None:
+def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, report, profile, saves_first) -> None:
     shards = open_data(experiment)
     # Before there was a choice, all runs read from memory.
     begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
@@ -91,9 +90,9 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
         load_initial(model, run.description["initial"])
     state = engine.start(experiment, model, ranks, wrap)
     record = resume(state, run)
-    card = filesystem.join(run.path, run_directory.MODEL_CARD)
-    is_finished = state.epoch >= experiment.train.epochs and filesystem.exists(card)
-    if from_main(is_finished, ranks):  # or one rank would leave because of a card that another has just written
+    has_card = filesystem.exists(filesystem.join(run.path, run_directory.MODEL_CARD))
+    # Not each rank by itself, or one would leave because of a card that another has just written.
+    if from_main(state.epoch >= experiment.train.epochs and has_card, ranks):
         return
     tracker = build_tracker(experiment, run, ranks.is_main, record)
     on_main = callbacks.EpochCallbacks(experiment, run, intensity, samples, tracker, record)
@@ -167,7 +166,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 
 
-def resume(state: engine.TrainState, run: Run) -> list[dict]:
+def resume(state: engine.TrainState, run: run_directory.Run) -> list[dict]:
     """Load the run's last checkpoint, if there is one; returns the record up to it."""
     found = checkpoint.last(run.path)
     if found is None:

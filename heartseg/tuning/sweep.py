@@ -17,7 +17,6 @@ from heartseg.labels import UNTRAINED_DICE
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from heartseg.training.run_directory import Run
 from heartseg.tuning.search_space import RATE, SearchSpace, apply, describe, draw, grid, listed, make_axes, values_of
 
 DESCRIPTION, OUTCOME, TRIALS = run_directory.SWEEP, "outcome.json", "trials"
@@ -73,7 +72,7 @@ class Sweep:
 class Trial:
     """A run of a sweep. `state` is empty while it is to be trained; `values` are those of the fields that the sweep varies."""
 
-    run: Run
+    run: run_directory.Run
     number: int
     values: dict
     state: str = ""
@@ -118,8 +117,8 @@ def find_sweep(path: str) -> Sweep:
 
 def recipe_values(sweep: Sweep) -> dict:
     """The recipe's own values of the fields in which trials may differ, the schedule's kind first."""
-    space, is_listed = sweep.plan.space, sweep.plan.search == "changes"
-    return listed(sweep.base, space.changes)[0] if is_listed else values_of(sweep.base, make_axes(space, sweep.base))
+    space, base = sweep.plan.space, sweep.base
+    return listed(base, space.changes)[0] if sweep.plan.search == "changes" else values_of(base, make_axes(space, base))
 
 
 def candidates(sweep: Sweep) -> Iterator[dict]:
@@ -157,9 +156,8 @@ def read_trials(sweep: Sweep) -> list[Trial]:
     for name in filesystem.list_names(sweep.base.runs):
         path = filesystem.join(sweep.base.runs, name)
         if filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION)):
-            outcome = filesystem.join(path, OUTCOME)
+            run, outcome = run_directory.find_run(path), filesystem.join(path, OUTCOME)
             ended = filesystem.read_json(outcome) if filesystem.exists(outcome) else {}
-            run = run_directory.find_run(path)
             settings = flatten(run.description["experiment"])
             trials.append(Trial(run, int(name.partition("-")[0]), {field: settings[field] for field in fields}, **ended))
     return sorted(trials, key=lambda trial: trial.number)
@@ -237,15 +235,12 @@ def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
 
 def why_no_winner(table: pandas.DataFrame) -> str:
     """Why no trial can be chosen; empty if one can: the first row."""
-    finished = table.loc[table["state"] == FINISHED, f"best {METRIC}"].dropna()
-    if finished.empty:
+    highest = table.loc[table["state"] == FINISHED, f"best {METRIC}"].max()
+    if pandas.isna(highest):
         return "No trial has finished."
-    if finished.max() >= UNTRAINED_DICE:
-        return ""
-    return (
-        f"There is no winner: the highest {METRIC} of the finished trials is {finished.max():.4f}, and below {UNTRAINED_DICE} "
-        "a model outlines nothing yet. Train longer (--train.epochs), or check the data."
-    )
+    fix = f"below {UNTRAINED_DICE} a model outlines nothing yet. Train longer (--train.epochs), or check the data."
+    low = f"There is no winner: the highest {METRIC} of the finished trials is {highest:.4f}, and {fix}"
+    return low if highest < UNTRAINED_DICE else ""
 
 
 def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
@@ -259,8 +254,8 @@ def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
     filesystem.write_table(filesystem.join(sweep.path, "sweep.parquet"), pa.Table.from_pandas(table, preserve_index=False))
     if why_no_winner(table):
         return table, None
-    best = next(trial for trial in read_trials(sweep) if trial.run.name == table.loc[0, "trial"])
-    experiment = from_json(best.run.description["experiment"])
+    best = run_directory.find_run(filesystem.join(sweep.base.runs, table.loc[0, "trial"]))
+    experiment = from_json(best.description["experiment"])
     alone = replace(experiment.tracking, group="", job_type="train")
     outside = sweep.path.removesuffix("/" + sweep.name)
     experiment = replace(experiment, data=sweep.base.data, runs=outside, tracking=alone)

@@ -25,15 +25,14 @@ def test_agreement_of_four_pairs_by_hand():
     assert found["r"] == pytest.approx(np.corrcoef([50, 62, 31, 45], [48, 60, 35, 41])[0, 1])
 
 
-def test_pairs_with_a_nan_are_left_out():
+def test_pairs_with_a_nan_are_left_out_under_three_have_no_value_and_what_is_not_paired_is_refused():
     whole, patients = agree([1.0, 2, 4], [1.5, 2, 3], ["a", "b", "c"]), ["a", "x", "b", "y", "c"]
     assert agree([1.0, NAN, 2, 9, 4], [1.5, 8, 2, NAN, 3], patients) == whole
-
-
-@pytest.mark.parametrize("pairs", [([], []), ([1.0], [2.0]), ([1.0, 2.0, NAN], [1.0, 2.0, 3.0])])
-def test_under_three_pairs_nothing_has_a_value(pairs):
-    found = agree(*pairs)
-    assert found.pop("n") < 3 and set(found.values()) == {None}
+    for pairs in (([], []), ([1.0], [2.0]), ([1.0, 2.0, NAN], [1.0, 2.0, 3.0])):
+        found = agree(*pairs)
+        assert found.pop("n") < 3 and set(found.values()) == {None}
+    with pytest.raises(ValueError, match="2 estimates, 3 references"):
+        agree([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(3, 30), offset=st.sampled_from([0.0, 50.0, 1e6]), same=st.booleans())
@@ -87,12 +86,9 @@ def test_auc_is_the_share_of_pairs_in_order():
     assert math.isnan(auc(score, good | True))
 
 
-def test_ef_of_40_and_of_50_percent_are_mildly_reduced():
+def test_ef_of_40_and_of_50_percent_are_mildly_reduced_and_the_confusion_has_the_reference_in_rows():
     assert EF_CLASSES == ("<40", "40-50", ">50")
     assert ef_class(np.array([12, 39.9, 40, 45, 50, 50.1, 70])).tolist() == [0, 0, 1, 1, 1, 2, 2]
-
-
-def test_the_confusion_has_the_reference_in_rows():
     found = ef_confusion([30, 45, 45, 60, NAN, 60], [30, 30, 50, 60, 60, 40])
     assert found.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]] and found.dtype.kind == "i"
     assert ef_confusion([], []).tolist() == [[0] * 3] * 3
@@ -117,8 +113,3 @@ def test_paired_scores_that_are_equal_or_too_few():
     assert equal["p"] == 1 and equal["difference"] == equal["low"] == equal["high"] == 0
     few = paired_test([0.9, 0.8, NAN, 0.6], [0.8, 0.7, 0.9, 0.6], ["a", "a", "c", "b"])
     assert few == {"n": 3, "patients": 2, "difference": None, "low": None, "high": None, "p": None}
-
-
-def test_what_is_not_paired_is_refused():
-    with pytest.raises(ValueError, match="2 estimates, 3 references"):
-        agree([1.0, 2.0], [1.0, 2.0, 3.0])

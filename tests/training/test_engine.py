@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from heartseg.config.experiment import ModelConfig
+from heartseg.config.training import AugmentConfig
 from heartseg.errors import UserError
 from heartseg.metrics import segmentation
-from heartseg.metrics.segmentation import ScoreSums
 from heartseg.models import checkpoint
 from heartseg.models.checkpoint import snapshot
 from heartseg.models.deeplabv3 import build_model
@@ -39,13 +39,11 @@ def network(norm: type[nn.Module] = nn.GroupNorm) -> nn.Module:
 
 
 def with_train(**changes):
-    base = tiny_experiment()
-    return replace(base, train=replace(base.train, **changes))
+    return tiny_experiment(train=replace(tiny_experiment().train, **changes))
 
 
 def with_average(decay: float):
-    base = tiny_experiment()
-    return replace(base, optim=replace(base.optim, ema_decay=decay))
+    return tiny_experiment(optim=replace(tiny_experiment().optim, ema_decay=decay))
 
 
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,23 +70,20 @@ def loader(rank: int = 0, world_size: int = 1, size: int = 28) -> Loader:
     return Loader((images * 255).byte(), masks, rank, world_size)
 
 
-def metrics_of(state: engine.TrainState, metrics: dict) -> dict:
-    """What `fit` keeps of an epoch, if nothing else is asked for."""
-    return metrics
-
-
-def fit(
-    experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None, ruin_after: int = 4, keep=metrics_of
-) -> list:
-    """What `keep` finds after each epoch; `ruin` gets the state after an update of the first one, by default its last."""
+def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=None, ruin_after: int = 4, keep=None) -> list:
+    """The metrics, or what `keep` finds, of each epoch; `ruin` gets the state after an update of the first epoch."""
     state, found = started(experiment, ranks, network(nn.BatchNorm2d)), []
 
     def after_step(epoch: int, step: int, steps: int) -> None:
-        if (epoch, step) == (1, ruin_after):
+        if ruin and (epoch, step) == (1, ruin_after):
             ruin(state)
 
+    def after_epoch(state: engine.TrainState, metrics: dict) -> None:
+        assert {group["lr"] for group in state.optimizer.param_groups} == {metrics["lr"]}
+        found.append(keep(state) if keep else metrics)
+
     loaders = dict.fromkeys(groups, loader(ranks.rank, ranks.world_size))
-    engine.fit(experiment, state, loaders, Intensity(), ranks, lambda *of_epoch: found.append(keep(*of_epoch)), after_step)
+    engine.fit(experiment, state, loaders, Intensity(), ranks, after_epoch, after_step)
     return found
 
 
@@ -99,18 +94,15 @@ def assert_same_weights(one: nn.Module, other: nn.Module, tolerance: float) -> N
 
 @pytest.mark.parametrize(("size", "parts"), [(12, 3), (7, 3), (7, 2)])
 def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
+    check_shares(12, 2, accumulate=3)
+    with pytest.raises(UserError, match="12 over 2 workers, each in 4 parts.*--train.accumulate 3 or less"):
+        check_shares(12, 2, accumulate=4)  # of which one would have one image
     whole, whole_steps = train(with_train(batch_size=size))
     split, split_steps = train(with_train(batch_size=size, accumulate=parts))
     assert_same_weights(whole.model, split.model, 1e-5)
     for one, other in zip(whole_steps, split_steps, strict=True):
         torch.testing.assert_close(one[0], other[0])
         assert one[1].shape == (size, 16, 16) and (one[1] == other[1]).float().mean() > 0.999
-
-
-def test_every_part_has_two_images():
-    check_shares(12, 2, accumulate=3)
-    with pytest.raises(UserError, match="12 over 2 workers, each in 4 parts.*--train.accumulate 3 or less"):
-        check_shares(12, 2, accumulate=4)
 
 
 def set_first(tensor: torch.Tensor, value: float) -> None:
@@ -188,7 +180,7 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
 
 def evaluated_models(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
     """The states that are scored after each epoch of a run without and of one with averaged weights."""
-    runs = (fit(with_average(decay), ranks, keep=lambda state, _: snapshot(state.evaluated.state_dict())) for decay in (0, 0.9))
+    runs = (fit(with_average(decay), ranks, keep=lambda state: snapshot(state.evaluated.state_dict())) for decay in (0, 0.9))
     return [epoch for run in runs for epoch in run]
 
 
@@ -217,17 +209,14 @@ def two_ranks(tmp_path_factory, shards) -> list[dict]:
     return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
 
 
-@pytest.mark.parametrize(("setting", "tolerance"), [("plain", 1e-6), ("parts", 1e-6), ("bf16", 1e-3)])
-def test_two_ranks_follow_one_with_parts_and_with_compressed_gradients(two_ranks, setting, tolerance):
-    alone = train(with_train(batch_size=13))[0].model.state_dict()
-    for name, value in alone.items():
-        torch.testing.assert_close(two_ranks[0][setting][name], value, rtol=0, atol=tolerance)
-        assert torch.equal(two_ranks[0][setting][name], two_ranks[1][setting][name])
-
-
-def test_gradients_travel_once_an_update_and_are_rounded_if_asked(two_ranks):
+def test_two_ranks_follow_one_and_gradients_travel_once_an_update_rounded_if_asked(two_ranks):
+    alone, (first, second) = train(with_train(batch_size=13))[0].model.state_dict(), two_ranks
+    for setting, tolerance in (("plain", 1e-6), ("parts", 1e-6), ("bf16", 1e-3)):
+        for name, value in alone.items():
+            torch.testing.assert_close(first[setting][name], value, rtol=0, atol=tolerance)
+            assert torch.equal(first[setting][name], second[setting][name])
     assert [rank["travelled"] for rank in two_ranks] == [1, 1]
-    assert not torch.equal(two_ranks[0]["bf16"]["0.weight"], two_ranks[0]["plain"]["0.weight"])
+    assert not torch.equal(first["bf16"]["0.weight"], first["plain"]["0.weight"])
 
 
 def test_ranks_evaluate_one_model_which_is_one_process_s_and_stop_together(two_ranks):
@@ -245,7 +234,7 @@ def test_ranks_evaluate_one_model_which_is_one_process_s_and_stop_together(two_r
 def test_a_young_model_is_scored_and_kept_with_the_batch_statistics_of_its_own_weights(ema_decay, monkeypatch):
     images = loader().images.float() / 255
 
-    def error(state: engine.TrainState, _: dict) -> float:
+    def error(state: engine.TrainState) -> float:
         """How far the variances are from those of the training images, at the worst channel."""
         with torch.no_grad():
             wanted = state.evaluated[0](images).transpose(0, 1).flatten(1).var(dim=1)
@@ -323,14 +312,6 @@ def test_predicted_labels_are_those_of_argmax_also_among_equals():
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), scores.argmax(dim=1))
 
 
-def test_sums_can_be_added_to_after_a_look_at_them():
-    labels, sums = torch.ones(2, 3, 3, dtype=torch.uint8), ScoreSums(torch.device("cpu"))
-    sums.add(torch.tensor(1.0), labels, labels)
-    assert sums.sums[1, 0] == 2
-    sums.add(torch.tensor(3.0), labels, 2 * labels)
-    assert sums.means()["loss"] == 2.0 and sums.means()["accuracy"] == 0.5
-
-
 def test_a_profile_is_a_trace_of_three_steps(shards, tmp_path):
     options = train_job.Options(launcher="plain", profile=True)
     path = train_job.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
@@ -341,8 +322,7 @@ def test_a_profile_is_a_trace_of_three_steps(shards, tmp_path):
 
 
 def test_the_largest_seed_draws():
-    base = tiny_experiment()
-    noisy = replace(base, augment=replace(base.augment, noise=0.1), train=replace(base.train, seed=2**63 - 1, epochs=1))
+    noisy = replace(with_train(seed=2**63 - 1, epochs=1), augment=AugmentConfig(noise=0.1))
     assert len(fit(noisy)) == 1
     assert sorted(stream_order([9, 9], 6, 2**63 - 1, 0).flatten().tolist()) == list(range(18))
     assert epoch_order(5, 2**40, 1).tolist() != epoch_order(5, 2**40, 2).tolist()

@@ -48,25 +48,16 @@ def test_a_run_begins_with_the_weights_of_another_and_remembers_them(base, shard
 
 
 @pytest.mark.parametrize(
-    ("change", "tensor"),
-    [
-        ({"aux_head": True}, "network.aux_classifier.0.weight is missing there"),
-        ({"backbone": "resnet50"}, "network.backbone.conv1.weight is missing there"),
-        ({"norm": "batch"}, "network.backbone.0.1.running_mean is missing there"),
-    ],
+    ("change", "tensor"), [({"aux_head": True}, "aux_classifier.0.weight"), ({"backbone": "resnet50"}, "backbone.conv1.weight")]
 )
 def test_weights_of_another_network_are_refused_by_the_first_tensor(base, shards, tmp_path, change, tensor):
     experiment = tiny_experiment(data=shards, runs=str(tmp_path))
-    with pytest.raises(UserError, match=tensor):
+    with pytest.raises(UserError, match=f"network.{tensor} is missing there"):
         run(replace(experiment, model=replace(experiment.model, **change)), init_from=base)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_tensor_of_another_shape_is_named_with_both():
     model = build_model(tiny_experiment().model)
-    weights = model.state_dict() | {"network.classifier.4.bias": torch.zeros(7)}
     with pytest.raises(UserError, match=r"network.classifier.4.bias is \(7,\) there, \(4,\) here"):
-        finetune.check_tensors(weights, model, "there")
+        finetune.check_tensors(model.state_dict() | {"network.classifier.4.bias": torch.zeros(7)}, model, "there")
     with pytest.raises(UserError, match="extra is .* there, missing here"):
         finetune.check_tensors(model.state_dict() | {"extra": torch.zeros(1)}, model, "there")
 
@@ -74,29 +65,23 @@ def test_a_tensor_of_another_shape_is_named_with_both():
 def test_weights_that_have_seen_the_test_group_are_refused(base, shards, tmp_path):
     divided = str(tmp_path / "shards")
     shutil.copytree(shards, divided)
-    split = filesystem.read_json(f"{divided}/splits.json")
-    groups = split["groups"]
+    groups = (split := filesystem.read_json(f"{divided}/splits.json"))["groups"]
     groups["train"], groups["test"] = groups["test"] + groups["train"][:4], groups["train"][4:]
     filesystem.publish_json(f"{divided}/splits.json", split)
     with pytest.raises(UserError, match="trained on 2 patients of this test group"):
         run(tiny_experiment(data=divided, runs=str(tmp_path / "runs")), init_from=base)
 
 
-def test_a_run_knows_the_patients_that_its_first_weights_have_seen(base, shards):
+def test_first_weights_are_recorded_with_the_patients_that_they_have_seen_and_refused_if_they_changed_since(base, shards):
     opened = open_shards(shards)
     fewer = replace(opened, groups=opened.groups | {"train": opened.groups["train"][:2]})
     initial = finetune.find_initial(base, tiny_experiment(), fewer)
     assert initial["train_patients"] == sorted(opened.groups["train"])
-
-
-def test_first_weights_that_have_changed_since_are_refused(base):
-    found = checkpoint.last(base)
-    initial = {"checkpoint": found.path, "weights_sha256": "0" * 64, "train_patients": []}
     with pytest.raises(UserError, match="no longer what this run began with"):
-        finetune.load_initial(build_model(tiny_experiment().model), initial)
+        finetune.load_initial(build_model(tiny_experiment().model), initial | {"weights_sha256": "0" * 64})
 
 
-def test_a_run_that_has_a_checkpoint_of_its_own_needs_its_first_weights_no_more(base, shards, tmp_path):
+def test_a_run_that_has_a_checkpoint_of_its_own_no_longer_needs_its_first_weights(base, shards, tmp_path):
     first = shutil.copytree(base, tmp_path / "first")
     experiment = tiny_experiment(data=shards, runs=str(tmp_path / "runs"))
     initial = finetune.find_initial(str(first), experiment, open_shards(shards))
