@@ -1,8 +1,4 @@
-"""The experiment as typed, frozen values; strict to and from JSON.
-
-Every default is stated once: here or in training.py where it is the neutral choice, in recipes.py where it makes a
-recipe. The text under a field is its `--help`.
-"""
+"""The experiment as typed, frozen values, strict to and from JSON; every default is stated once. Field texts are `--help`."""
 
 import dataclasses
 import json
@@ -206,10 +202,8 @@ for _kind in (int, float, str, bool):
 def first_difference(old: dict, new: dict) -> str | None:
     """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if there is none."""
     there, asked = flatten(old), flatten(new)
-    for name in sorted(there.keys() | asked.keys()):
-        if there.get(name) != asked.get(name):
-            return f"{name}: {there.get(name)} there, {asked.get(name)} asked"
-    return None
+    differing = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
+    return f"{differing[0]}: {there.get(differing[0])} there, {asked.get(differing[0])} asked" if differing else None
 
 
 def flatten(value: dict, prefix: str = "") -> dict[str, object]:

@@ -150,11 +150,7 @@ def check_pattern(pattern: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class FilePredictions:
-    """NIfTI masks below a folder, whoever made them: `NAME_pred`, or `NAME_gt`, or `NAME` alone if it holds labels.
-
-    `NAME` is `patient0001_2CH_ED`; folders do not matter. `pattern`, with `{patient}`, `{view}` and `{phase}`, names the
-    file below the folder instead.
-    """
+    """NIfTI masks below a folder: `patient0001_2CH_ED_pred`, or `…_gt`, or no suffix if it holds labels, or the `pattern`."""
 
     folder: str
     pattern: str = ""
@@ -193,8 +189,7 @@ class FilePredictions:
 
     def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
         """A mask for each case, None if it has no usable one, and the reasons."""
-        found: list[Segmented | None] = []
-        missing = []
+        found, missing = [], []
         for case in cases:
             path = self.path(case.patient, case.view, case.phase)
             try:

@@ -1,7 +1,4 @@
-"""Runs side by side: which settings differ, how scores differ on the same patients, where runs disagree.
-
-Result tables of evaluations in, plain tables out; no winner is named.
-"""
+"""Runs side by side as plain tables: which settings differ, how scores differ on the same patients, where they disagree."""
 
 import functools
 import itertools
@@ -152,12 +149,9 @@ def means(entry: Entry) -> dict[str, dict]:
     """Each score's mean with its 95 % interval over patients, and `seeds`, the mean of each seed; empty without scores."""
     if entry.table is None:
         return {}
-    alone = [score_table(one)[list(NAMES)].mean() for one in entry.scored]
-    return {
-        name: mean_interval(entry.table[name], entry.table["patient"].to_numpy())
-        | {"seeds": [none_if_nan(mean[name]) for mean in alone]}
-        for name in NAMES
-    }
+    alone, owners = [score_table(one)[list(NAMES)].mean() for one in entry.scored], entry.table["patient"].to_numpy()
+    seeds = {name: [none_if_nan(mean[name]) for mean in alone] for name in NAMES}
+    return {name: mean_interval(entry.table[name], owners) | {"seeds": seeds[name]} for name in NAMES}
 
 
 def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
@@ -187,10 +181,7 @@ def reading(found: dict) -> str:
 
 
 def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
-    """The images whose mean Dice differs most between entries that scored the same hearts, the widest first.
-
-    Each is `image`, `patient`, `spread` (highest minus lowest) and `dice` by letter; an image that only one scored is left out.
-    """
+    """The images that all scored whose mean Dice differs most between entries of the same hearts, the widest first."""
     scored = [entry for entry in entries if entry.scored]
     alike = [entry for entry in scored if same_hearts(entry.scored[0], scored[0].scored[0])]
     if len(alike) < 2:
@@ -200,8 +191,7 @@ def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
     spread = (dice.max(axis=1) - dice.min(axis=1)).sort_values(ascending=False, kind="stable").head(count)
     return [
         {"image": name, "patient": owners[name], "spread": float(wide), "dice": dice.loc[name].to_dict()}
-        for name, wide in spread.items()
-        if wide > 0
+        for name, wide in spread[spread > 0].items()
     ]
 
 
@@ -215,8 +205,7 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
                 lines.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
             if one.problem:
                 lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
-        left_out = [one.label for one in entry.runs if one.images is not None and one not in entry.scored]
-        if left_out:
+        if left_out := [one.label for one in entry.runs if one.images is not None and one not in entry.scored]:
             lines.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
             where = "{letter} on the {group} group of {dataset} ({patients} patients)"

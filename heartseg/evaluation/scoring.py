@@ -37,10 +37,7 @@ def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], option
 
 
 def score_image(case: Case, predicted: Segmented) -> dict:
-    """One image's row: KEYS but `number`, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction.
-
-    `confidence` is the network's own (segmenter.confidence), `implausible` the reasons why the mask is not a heart, if any.
-    """
+    """One image's row: KEYS but `number`, SCORES, DISTANCES, confidence, what is implausible, confusion, packed mask."""
     prediction = predicted.mask
     counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
     row = {"patient": case.patient, "view": case.view and str(case.view), "phase": case.phase and str(case.phase)}
@@ -52,10 +49,7 @@ def score_image(case: Case, predicted: Segmented) -> dict:
 
 
 def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> dict:
-    """One patient's row: clinical indices from predicted and from true masks, and the cfg's EF.
-
-    Columns end in `_prediction` and `_truth`; `reason_…` is why an index is missing.
-    """
+    """One patient's row: clinical indices from predicted and true masks, each with its `reason_…`, and the cfg's EF."""
     # A volume needs a known view and phase; of two pictures of one view and phase, no rule says which one counts.
     seen = Counter((c.view, c.phase) for c in cases)
     pairs = [(c, p) for c, p in zip(cases, predictions, strict=True) if c.view and c.phase and seen[c.view, c.phase] == 1]
@@ -112,8 +106,8 @@ def publish_examples(out: str, examples: Mapping[int, Example]) -> None:
     """Write `examples.npz`: `image_I`, `truth_I`, `prediction_I`, `spacing_mm` [N,2], and `rows`, in the images' table."""
     arrays = {f"{kind}_{place}": getattr(example, kind) for place, example in enumerate(examples.values()) for kind in KINDS}
     spacings_mm = np.array([example.spacing_mm for example in examples.values()]).reshape(-1, 2)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays, spacing_mm=spacings_mm, rows=np.array(list(examples), dtype=np.int64))
+    rows = np.array(list(examples), dtype=np.int64)
+    np.savez_compressed(buffer := io.BytesIO(), **arrays, spacing_mm=spacings_mm, rows=rows)
     filesystem.publish(filesystem.join(out, EXAMPLES), buffer.getvalue())
 
 
@@ -131,12 +125,10 @@ def read_examples(evaluation: str) -> dict[int, Example]:
 
 def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Sequence[dict] = ()) -> dict:
     """Means over images with 95 % bootstrap intervals over patients, pooled scores, breakdowns, clinical agreement."""
-    images = images.assign(size=size_thirds(images))
-    owners = images["patient"].to_numpy()
-    scores = {
-        name: mean_interval(images[name], owners) | {"median": none_if_nan(images[name].astype(float).median())}
-        for name in (*SCORES, *DISTANCES)
-    }
+    images, scores = images.assign(size=size_thirds(images)), {}
+    for name in (*SCORES, *DISTANCES):
+        median = none_if_nan(images[name].astype(float).median())
+        scores[name] = mean_interval(images[name], images["patient"].to_numpy()) | {"median": median}
     pooled = torch.tensor(np.stack(images["confusion"].to_list()).sum(axis=0)).view(1, 4, 4)
     return {
         "images": len(images),
@@ -207,16 +199,14 @@ def clinical_agreement(patients: pandas.DataFrame) -> dict:
     return {
         "agreement": found,
         "ef_classes": {"names": list(EF_CLASSES), "counts": classes.tolist(), "convention": "camus"},
-        "reference": {name: _against_reference(mine) for name, mine in patients.groupby("ef_convention", sort=False)},
+        "reference": {name: _against_reference(mine, name) for name, mine in patients.groupby("ef_convention", sort=False)},
         "incomplete": dict(zip(patients.loc[reasons.index, "patient"], reasons, strict=True)),
     }
 
 
-def _against_reference(patients: pandas.DataFrame) -> dict[str, dict]:
-    """EF from masks against that of the cfg files, of patients whose cfg has one convention."""
-    reference, convention = patients["ef_reference"], patients["ef_convention"].iloc[0]
-    kinds = ("prediction", "truth")
-    return {kind: agree(patients[f"ef_{convention}_{kind}"], reference, patients["patient"]) for kind in kinds}
+def _against_reference(patients: pandas.DataFrame, convention: str) -> dict[str, dict]:
+    found = {kind: patients[f"ef_{convention}_{kind}"] for kind in ("prediction", "truth")}
+    return {kind: agree(ef, patients["ef_reference"], patients["patient"]) for kind, ef in found.items()}
 
 
 def _means_by(images: pandas.DataFrame, key: str) -> dict[str, dict]:

@@ -17,8 +17,7 @@ from heartseg.inference.postprocessing import clean
 from heartseg.labels import NUM_CLASSES
 from heartseg.metrics.segmentation import predicted_labels
 from heartseg.models import checkpoint
-from heartseg.models.deeplabv3 import build_model
-from heartseg.models.precision import forward
+from heartseg.models.deeplabv3 import build_model, forward
 from heartseg.shards.loader import Intensity, to_device
 from heartseg.shards.writer import resize_image
 

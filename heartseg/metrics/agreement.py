@@ -1,7 +1,4 @@
-"""How well two measurements agree, and how sure a mean is: a bootstrap over patients, whose images are not independent.
-
-Results are plain JSON: a missing value is None. Pairs with a NaN are left out.
-"""
+"""How well two measurements agree, and how sure a mean is (a bootstrap over patients), as plain JSON; NaN are left out."""
 
 import numpy as np
 
@@ -23,10 +20,7 @@ def _resampled(columns: list[np.ndarray], patients: np.ndarray, draws: int = DRA
 
 
 def bootstrap_interval(values: np.ndarray, patients: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` [N] (NaN left out), resampling whole `patients` [N].
-
-    The cluster bootstrap (Efron and Tibshirani 1993); (nan, nan) for fewer than two patients.
-    """
+    """95 % percentile interval of the mean of `values` [N] without NaN by the cluster bootstrap over `patients` [N], or NaN."""
     known = ~np.isnan(values)
     if len(np.unique(patients[known])) < 2:
         return float("nan"), float("nan")

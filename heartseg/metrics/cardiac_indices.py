@@ -34,18 +34,12 @@ Masks = Mapping[tuple[View, Phase], tuple[np.ndarray, tuple[float, float] | None
 
 
 def disks_ml(one: Chamber, other: Chamber, length_mm: float) -> float:
-    """Method of disks in ml: pi / 4 times the sum of the products of widths, times L / 20 (Lang et al. 2015).
-
-    One chamber twice is the single-plane method: circular disks.
-    """
+    """Method of disks in ml: pi / 4 times the sum of the products of widths, times L / 20 (Lang et al. 2015)."""
     return float(np.pi / 4 * (one.widths_mm @ other.widths_mm) * length_mm / DISKS / 1000)
 
 
 def area_length_ml(one: Chamber, other: Chamber) -> float:
-    """Area-length method in ml: 8 A1 A2 / (3 pi L), L the shorter of the two lengths, as in Lang et al. 2015 for the atrium.
-
-    Dodge et al. 1960, Am Heart J 60:762-776. One chamber twice is the single-plane method, 8 A^2 / (3 pi L).
-    """
+    """Area-length method in ml (Dodge et al. 1960, Am Heart J 60:762-776): 8 A1 A2 / (3 pi L), L the shorter of two lengths."""
     length_mm = min(one.length_mm, other.length_mm)
     return 8 * one.area_mm2 * other.area_mm2 / (3 * np.pi * length_mm) / 1000
 
@@ -75,14 +69,19 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
     """
     frames, reasons = _measured(masks, spacing_known)
     if not spacing_known:
-        for view in _of_unlike_scale(masks):
-            frames = {still: frame for still, frame in frames.items() if still[0] != view}
-            reasons.append(f"{view} ED and ES have different scales, so it is not measured")
+        # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
+        scales = {(view, np.shape(mask) if spacing is None else "mm") for (view, _), (mask, spacing) in masks.items()}
+        for view in VIEWS:
+            if sum(found == view for found, _ in scales) > 1:
+                frames = {still: frame for still, frame in frames.items() if still[0] != view}
+                reasons.append(f"{view} ED and ES have different scales, so it is not measured")
     row = dict.fromkeys(INDICES, float("nan"))
     ventricles = {still: frame.ventricle for still, frame in frames.items() if not isinstance(frame.ventricle, str)}
     if not spacing_known:
         reasons.append("no pixel spacing, so no volumes and no areas")
-        ventricles = _in_own_length(ventricles)
+        # In units of each view's long axis at end-diastole; a view without ED is left out.
+        lengths = {view: chamber.length_mm for (view, phase), chamber in ventricles.items() if phase == Phase.ED}
+        ventricles = {still: c.scaled(1 / lengths[still[0]]) for still, c in ventricles.items() if still[0] in lengths}
     for method, (edv, esv) in _volumes(ventricles).items():
         row[f"ef_{method}"] = ejection_fraction(edv, esv)
         if esv > edv:
@@ -113,28 +112,12 @@ def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase
     return frames, reasons
 
 
-def _of_unlike_scale(masks: Masks) -> list[View]:
-    """Views whose ED and ES cannot be compared in pixels: only one has a spacing, or neither and their shapes differ."""
-    # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
-    scales = {(view, np.shape(mask) if spacing_mm is None else "mm") for (view, _), (mask, spacing_mm) in masks.items()}
-    return [view for view in VIEWS if sum(found == view for found, _ in scales) > 1]
-
-
 def _missing(frame: Frame, spacing_known: bool) -> list[str]:
     """What a frame lacks, in words: a missing ventricle alone, and without a scale nothing besides."""
     if isinstance(frame.ventricle, str):
         return [frame.ventricle]
     lacks = {frame.atrium: isinstance(frame.atrium, str), "no wall": not frame.wall_area_mm2}
     return [what for what, is_missing in lacks.items() if is_missing and spacing_known]
-
-
-def _in_own_length(ventricles: dict) -> dict:
-    """Each view's ventricles in units of its long axis at end-diastole; a view without ED is left out."""
-    return {
-        (view, phase): chamber.scaled(1 / ventricles[view, Phase.ED].length_mm)
-        for (view, phase), chamber in ventricles.items()
-        if (view, Phase.ED) in ventricles
-    }
 
 
 def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[float, float]]:

@@ -21,10 +21,7 @@ BASAL_SHARE = 0.1  # of the cavity's extent: what counts as its lowest part
 
 @dataclass(frozen=True, eq=False)
 class Chamber:
-    """A chamber in one view: area, length from the mitral plane's midpoint to the far end, and widths [20] of its disks.
-
-    The disks are perpendicular to the long axis, each `length_mm / 20` high, the first at the mitral plane.
-    """
+    """A chamber in one view: area, length from mitral plane to far end, widths [20] of its disks, from the mitral plane on."""
 
     area_mm2: float
     length_mm: float
@@ -95,11 +92,9 @@ def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spac
     midpoint counts at its mirror image: of an oblique plane, one half dips below it by what the other half is short.
     """
     distances = np.hypot(*(points - mitral).T)
-    far = points[distances.argmax()]
-    length_mm = float(distances.max())
+    far, length_mm = points[distances.argmax()], float(distances.max())
     step = (far - mitral) / length_mm**2 * DISKS * spacing_mm
-    row, column = _where(part)
-    start = (mitral / spacing_mm) @ step
+    (row, column), start = _where(part), (mitral / spacing_mm) @ step
     along = np.abs(row * step[0] + column * step[1] - start).astype(np.intp)
     areas = np.bincount(np.minimum(along, DISKS - 1), minlength=DISKS) * float(np.prod(spacing_mm))
     return Chamber(float(areas.sum()), length_mm, areas / (length_mm / DISKS))
@@ -116,10 +111,7 @@ class Frame:
 
 
 def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
-    """Measure the chambers of a label map [H,W] with (depth, lateral) spacing in mm.
-
-    Of cavity and atrium the largest connected part counts, of the wall every pixel: a gap does not make it less wall.
-    """
+    """Measure a label map [H,W] of (depth, lateral) spacing: the largest part of cavity and atrium, every pixel of the wall."""
     labels, pixel_mm2 = np.pad(mask[bounding_box(mask)], 1), float(np.prod(spacing_mm))
     ventricle, atrium = (largest_component(labels == label) for label in (ENDO, LA))
     labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is not a mitral plane

@@ -68,8 +68,7 @@ def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card:
     # A copy of the same epoch from before an interruption is no longer complete from here on.
     filesystem.remove(filesystem.join(path, CARD))
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-    buffer = io.BytesIO()
-    torch.save(training_state, buffer)
+    torch.save(training_state, buffer := io.BytesIO())
     filesystem.publish(filesystem.join(path, TRAINING), buffer.getvalue())
     filesystem.publish(filesystem.join(path, WEIGHTS), data)
     card = card | {"weights_sha256": filesystem.sha256(data)}

@@ -1,4 +1,4 @@
-"""DeepLabv3 for one-channel echocardiograms: [B,1,H,W] in, [B,4,H,W] out; single-device, owns no optimizer."""
+"""DeepLabv3 for one-channel echocardiograms and its arithmetic: [B,1,H,W] in, [B,4,H,W] out; single-device."""
 
 import math
 import os
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from heartseg.config.experiment import ModelConfig
+from heartseg.config.training import TrainConfig
 from heartseg.errors import UserError
 from heartseg.labels import NUM_CLASSES
 from heartseg.models import convolutions
@@ -83,3 +84,20 @@ def _replace_batch_norm(module: nn.Module) -> None:
             setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
         else:
             _replace_batch_norm(child)
+
+
+def wants_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """True where bf16 autocast is asked for, or is `auto` and the hardware computes in it."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def forward(train: TrainConfig, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits [B,4,H,W] in float32 of normalised images, computed in the configured precision."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=wants_bf16(train, images.device)):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+    # One class after the other: so losses take a third and labels half of the time on CPUs.
+    return logits.to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,7 +1,4 @@
-"""Outlines of label maps on echocardiograms, as pictures of palette positions, and their PNG.
-
-The palette has greys and the classes' colours, a byte a pixel: small files, exact colours, quick to write.
-"""
+"""Outlines of label maps on echocardiograms, as pictures of palette positions (greys and the classes' colours), and PNGs."""
 
 import io
 
@@ -42,8 +39,7 @@ def overlay(
 ) -> np.ndarray:  # fmt: skip
     """Palette positions uint8 [rows,w] of an image uint8 [H,W] with the contours of a label map [H,W] in the classes' colours.
 
-    Pixels are made square by `spacing_mm` (depth, lateral), if it is known. The contours of `truth` are white, thinner and on
-    top, so that both are seen where they agree. Greys are rounded down to multiples of `grey_step`.
+    `spacing_mm` makes pixels square; contours of `truth` are white, thinner and on top; greys are multiples of `grey_step`.
     """
     depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
     width = max(64, round(rows * image.shape[1] * lateral_mm / (image.shape[0] * depth_mm)))
@@ -76,11 +72,6 @@ def channels(mask: np.ndarray) -> list[np.ndarray]:
     """One picture of palette positions [h,w] per class of a label map [h,w]: the class in its colour, the rest nearly black."""
     shades = [CHANNEL_BACKGROUND, *range(GREYS + 1, 256)]
     return [np.where(mask == label, shade, CHANNEL_OFF).astype(np.uint8) for label, shade in enumerate(shades)]
-
-
-def as_rgb(positions: np.ndarray) -> np.ndarray:
-    """Palette positions [h,w] as colours uint8 [h,w,3]."""
-    return PALETTE[positions]
 
 
 def as_image(positions: np.ndarray) -> Image.Image:

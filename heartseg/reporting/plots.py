@@ -98,10 +98,7 @@ def curve(
     epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None,
     styles: Mapping[str, tuple[str, str]] | None = None,
 ) -> Figure:  # fmt: skip
-    """A quantity by epoch, one line a group (`train`, `val`, `test`, or ""); NaN leaves a gap; a dotted line is at `marked`.
-
-    `styles` gives lines of other names their (colour, dash), for a page that has a key of its own.
-    """
+    """A quantity by epoch, a line a group; NaN is a gap, `marked` has a dotted line; `styles` are (colour, dash) by name."""
     figure, axes = new_axes(4.4, 2.9)
     for group, values in series.items():
         colour, dash = (INK, "-") if not group else (styles or GROUP_STYLES).get(group, OTHER_STYLE)
@@ -154,10 +151,7 @@ def _points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def bland_altman(estimate: Sequence[float], reference: Sequence[float], found: Mapping, title: str, unit: str) -> Figure:
-    """Difference against mean of two measurements in `unit`, with bias and limits of agreement (Bland and Altman 1986).
-
-    `found` is their `metrics.agreement.agree`; pairs with a NaN are left out.
-    """
+    """Difference against mean of two measurements (Bland and Altman 1986) with bias and limits of `agreement.agree`."""
     estimate, reference = _known_pairs(estimate, reference)
     difference = estimate - reference
     figure, axes = new_axes(4.4, 3.1)

@@ -1,7 +1,4 @@
-"""What others publish on CAMUS; the report shows ours beside it, never across conventions.
-
-Second-hand rows are quoted by a repository and were not read in the paper itself.
-"""
+"""What others publish on CAMUS; second-hand rows are quoted by a repository and were not read in the paper itself."""
 
 
 def _challenge(name: str, dice: tuple, hd_mm: tuple = ()) -> dict:

@@ -12,11 +12,8 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 
 STRUCTURE_TITLES = {
-    "endo": "Cavity (endo)",
-    "myo": "Wall (myo)",
-    "la": "Left atrium (la)",
-    "epi": "Epicardium (epi = endo + myo)",
-}
+    "endo": "Cavity (endo)", "myo": "Wall (myo)", "la": "Left atrium (la)", "epi": "Epicardium (epi = endo + myo)",
+}  # fmt: skip
 SCORE_TITLES = {
     "dice": "Mean Dice of the three structures",
     **{f"dice_{name}": f"{title}: Dice" for name, title in STRUCTURE_TITLES.items()},
@@ -28,9 +25,7 @@ SCORE_TITLES = {
 # Cards beside the headline: the shortest wording, and the colour of the structure.
 CARDS = {
     **{f"dice_{name}": (title, plots.STRUCTURE_COLOURS[name]) for name, title in STRUCTURE_TITLES.items()},
-    "iou": ("IoU, three structures", ""),
-    "dice4": ("Dice, four areas", ""),
-    "accuracy": ("Pixel accuracy", ""),
+    **{"iou": ("IoU, three structures", ""), "dice4": ("Dice, four areas", ""), "accuracy": ("Pixel accuracy", "")},
 }
 # Columns of the narrower tables, with their headings; distances are in mm.
 COLUMNS = {"dice": "Mean Dice", "dice_endo": "endo", "dice_myo": "myo", "dice_la": "la", "dice_epi": "epi"}
@@ -52,19 +47,15 @@ AGREEMENT_TITLES = {
 }
 # A run's origins, by their keys in its description.
 ORIGINS = {
-    "Code revision": "code",
-    "Dataset": "dataset",
-    "Data fingerprint": "data_fingerprint",
-    "Source SHA-256": "source_sha256",
-}
+    "Code revision": "code", "Dataset": "dataset", "Data fingerprint": "data_fingerprint", "Source SHA-256": "source_sha256",
+}  # fmt: skip
 WORST_ROWS, EXAMPLE_PIXEL_ROWS = 10, 400
 
 
 def write_report(evaluation: str, run: str | None = None) -> str:
     """Write `report.html` into an evaluation's folder and return its path; `run` is what was evaluated, None for files' masks.
 
-    Raises UserError if the run's `experiment.json` or the evaluation's `summary.json` is missing; without other files, their
-    sections are left out.
+    Raises UserError without the run's `experiment.json` or the `summary.json`; without other files, sections are left out.
     """
     summary = filesystem.read_json(filesystem.join(evaluation, SUMMARY))
     description = filesystem.read_json(filesystem.join(run, run_directory.DESCRIPTION)) if run else {}
@@ -78,12 +69,10 @@ def write_report(evaluation: str, run: str | None = None) -> str:
         trained=bool(run),
         summary=summary,
         group_title=training_figures.GROUP_TITLES.get(summary["group"], summary["group"]),
-        **score_tables(summary),
-        **image_tables(images),
+        **score_tables(summary) | image_tables(images) | example_pictures(evaluation, images),
         flags=summary.get("flags"),
         clinical=clinical_section(summary, patients),
         published=published_section(summary, dataset),
-        **example_pictures(evaluation, images),
         curves=training_figures.run_curves(run_directory.read_record(run), summary.get("epoch")) if run else [],
         **(training_figures.sample_pictures(run) if run else {"sample_rows": []}),
         legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],

@@ -1,7 +1,6 @@
 """What the first rank does after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
 
-A thread writes checkpoints while the next epoch trains. An epoch enters the record once its checkpoint is complete, so an
-interrupted run resumes from the last epoch of its record, without a gap or a repeated epoch.
+A thread writes checkpoints while the next epoch trains; an epoch enters the record once its checkpoint is complete.
 """
 
 import io
@@ -17,7 +16,7 @@ from heartseg.config.experiment import Experiment, none_if_nan, to_json
 from heartseg.errors import UserError, format_write_error
 from heartseg.labels import frame_name
 from heartseg.metrics.segmentation import predicted_labels
-from heartseg.models import checkpoint, precision
+from heartseg.models import checkpoint, deeplabv3
 from heartseg.shards.loader import Intensity
 from heartseg.shards.reader import FrameRows
 from heartseg.storage import filesystem
@@ -85,14 +84,13 @@ class EpochCallbacks:
         images, model = self.samples.images, state.evaluated.eval()
         unit = images.to(next(model.parameters()).device).float().div_(255)
         with torch.inference_mode():
-            logits = precision.forward(self.experiment.train, model, self.intensity.apply(unit))
+            logits = deeplabv3.forward(self.experiment.train, model, self.intensity.apply(unit))
         names = [frame_name(row) for row in self.samples.table.select(["patient", "view", "phase", "frame"]).to_pylist()]
         predictions = predicted_labels(logits).cpu().numpy()
         arrays = {"images": images[:, 0].numpy(), "masks": self.samples.masks.numpy(), "predictions": predictions}
         self.tracker.overlays(state.epoch, *arrays.values(), names)
         for name in ["first"] * is_first + ["last"] * is_last:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **arrays, names=np.array(names), epoch=state.epoch)
+            np.savez_compressed(buffer := io.BytesIO(), **arrays, names=np.array(names), epoch=state.epoch)
             filesystem.publish(filesystem.join(self.run.path, "samples", f"{name}.npz"), buffer.getvalue())
 
     def print_epoch(self, metrics: dict[str, float]) -> None:

@@ -1,7 +1,4 @@
-"""Where the batches of a run come from: from memory if the shards' pixels fit, otherwise from a stream.
-
-The order of the images differs between the two, and with it the weights: a run resumes as it began, on any machine.
-"""
+"""The batches of a run from memory or a stream; their order, and with it the weights, differ: a run resumes as it began."""
 
 import contextlib
 import logging
@@ -21,8 +18,7 @@ from heartseg.shards.streaming_loader import Stream
 from heartseg.training.distributed import Ranks, from_main, reduce_over_ranks
 
 log = logging.getLogger(__name__)
-# `auto` holds pixels in memory that take at most this share of what is free for a worker, on its machine and on its GPU:
-# reading holds them twice for a moment, and the model wants the rest.
+# Of what is free for a worker, on its machine and GPU: reading holds pixels twice for a moment, the model wants the rest.
 MEMORY_SHARE = 0.25
 
 
@@ -52,10 +48,7 @@ def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
 
 
 def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:
-    """`memory` or `stream`, the same on every rank: as the run was `begun`, otherwise as asked, otherwise by size.
-
-    Every rank calls it at once; the first one logs why it streams.
-    """
+    """`memory` or `stream`, on every rank the same: as the run was `begun`, otherwise as asked, otherwise by size."""
     # torchrun and Ray Train set LOCAL_WORLD_SIZE; otherwise, all workers may be on this machine.
     on_machine = free_on_machine() / int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     on_gpu = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else float("inf")

@@ -11,7 +11,7 @@ from torch import nn
 
 from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import TrainConfig
-from heartseg.errors import UserError, require
+from heartseg.errors import require
 
 
 @dataclass(frozen=True)
@@ -107,5 +107,4 @@ def raise_first_problem(problem: str | None, ranks: Ranks) -> None:
     problems = [problem] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(problems, problem)
-    if found := next(filter(None, problems), None):
-        raise UserError(found)
+    require(not any(problems), next(filter(None, problems), ""))

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from heartseg.config.experiment import Experiment
 from heartseg.config.training import TrainConfig
 from heartseg.metrics.segmentation import ScoreSums, predicted_labels
-from heartseg.models.precision import forward, wants_bf16
+from heartseg.models.deeplabv3 import forward, wants_bf16
 from heartseg.shards.loader import Batches, Intensity, check_shares, epoch_seed, share, steps_per_epoch
 from heartseg.training.augmentation import augment
 from heartseg.training.distributed import Ranks, reduce_over_ranks, share_batch_statistics, share_buffers
@@ -24,8 +24,7 @@ from heartseg.training.lr_schedules import lr_multiplier
 from heartseg.training.optimizers import AveragedWeights, build_optimizer
 
 OnStep = Callable[[int, int, int], None]
-# Steps between two checks of the device: each check waits for it.
-STEPS_PER_CHECK = 20
+STEPS_PER_CHECK = 20  # of the device, which each check waits for
 # Up to this step, running batch statistics lag so far behind the weights that whole scores are zero. Measured on CAMUS: later,
 # they are better than an estimate from so few images. At most an eighth of the training group, so that it costs 1 %.
 YOUNG_STEPS, STATISTICS_IMAGES = 200, 64
@@ -105,14 +104,9 @@ def set_arithmetic(train: TrainConfig) -> None:
 
 
 def fit(
-    experiment: Experiment,
-    state: TrainState,
-    loaders: dict[str, Batches],
-    intensity: Intensity,
-    ranks: Ranks,
-    on_epoch_end: Callable[[TrainState, dict[str, float]], None],
-    on_step: OnStep = lambda epoch, step, steps: None,
-) -> None:
+    experiment: Experiment, state: TrainState, loaders: dict[str, Batches], intensity: Intensity, ranks: Ranks,
+    on_epoch_end: Callable[[TrainState, dict[str, float]], None], on_step: OnStep = lambda epoch, step, steps: None,
+) -> None:  # fmt: skip
     """Train from `state.epoch` to the last epoch; raises NonFiniteLoss.
 
     `loaders` holds `train` and the groups to evaluate. After each epoch, `on_epoch_end(state, metrics)` is called on every
@@ -140,9 +134,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One pass over the training group; counts the epoch in `state` and returns its metrics."""
     train, epoch, started = experiment.train, state.epoch, time.perf_counter()
-    steps = steps_per_epoch(len(loader), train.batch_size)
+    steps, sums = steps_per_epoch(len(loader), train.batch_size), ScoreSums(ranks.device)
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
-    sums = ScoreSums(ranks.device)
     first_bad_step = torch.full((), steps, device=ranks.device)
     torch.manual_seed(epoch_seed(train.seed, epoch, 1_003, ranks.rank))
     state.wrapped.train()
@@ -162,26 +155,18 @@ def train_one_epoch(
     state.epoch = epoch + 1
     reduce_over_ranks(sums.sums, ranks)
     seconds = time.perf_counter() - started
-    return {
-        "epoch": state.epoch,
-        "lr": lr,
-        "seconds": seconds,
-        "images_per_s": steps * train.batch_size / seconds,
-        "workers": ranks.world_size,
-        **{f"train/{name}": value for name, value in sums.means().items()},
-    }
+    metrics = {"epoch": state.epoch, "lr": lr, "seconds": seconds, "images_per_s": steps * train.batch_size / seconds}
+    return metrics | {"workers": ranks.world_size} | {f"train/{name}": value for name, value in sums.means().items()}
 
 
 def train_step(
     experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One update from this rank's share, in `train.accumulate` parts; returns its mean loss and predicted labels [b,H,W]."""
-    train, num_images = experiment.train, len(images)
-    losses, predictions = [], []
+    train, num_images, losses, predictions = experiment.train, len(images), [], []
     state.optimizer.zero_grad(set_to_none=True)
     for part in range(train.accumulate):
-        rows = share(num_images, part, train.accumulate)
-        is_last = part + 1 == train.accumulate
+        rows, is_last = share(num_images, part, train.accumulate), part + 1 == train.accumulate
         # Gradients travel once an update, with the last part.
         with contextlib.nullcontext() if is_last or ranks.world_size == 1 else state.wrapped.no_sync():
             loss, prediction = _add_gradients(experiment, state, images[rows], masks[rows], ranks)

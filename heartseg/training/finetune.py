@@ -14,10 +14,9 @@ from heartseg.training import run_directory
 
 
 def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
-    """What a run records of the weights it starts from: `checkpoint`, `weights_sha256` and `train_patients`.
+    """What a run records of its first weights, those of the best checkpoint of the run at `path` (or the last).
 
-    The checkpoint is the best of the run at `path`, or its last without a validation group. Raises UserError if its
-    tensors are not the experiment's, or if it was trained on patients that this run is scored on.
+    Raises UserError if its tensors are not the experiment's, or if it was trained on patients that this run is scored on.
     """
     found, base = checkpoint.find(path, "best"), run_directory.find_run(path).description
     with torch.device("meta"):

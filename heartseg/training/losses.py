@@ -14,10 +14,8 @@ def one_hot(mask: torch.Tensor) -> torch.Tensor:
 
 
 def soft_dice_loss(logits: torch.Tensor, target: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
-    """One minus the soft Dice of the three structures, per image and then averaged: logits [B,4,H,W], target [B,H,W].
-
-    V-Net's Dice (Milletari 2016) with plain sums in the denominator; a structure absent from both is no failure with `smooth`.
-    """
+    """One minus V-Net's soft Dice (Milletari 2016, plain sums) of the three structures of [B,4,H,W]: a mean over images."""
+    # `smooth` pixels keep a structure that is absent from both from counting as a failure.
     probability = logits.float().softmax(dim=1)[:, 1:]
     truth = one_hot(target)[:, 1:]
     overlap = (probability * truth).sum(dim=(2, 3))

@@ -19,10 +19,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 class AveragedWeights:
-    """An exponential average of a model's weights and running statistics, for evaluation.
-
-    The decay warms up as (1 + n) / (10 + n) after n updates (TensorFlow's rule), against the initial weights of short runs.
-    """
+    """An exponential average of a model's weights and running statistics; its decay warms up as (1 + n) / (10 + n)."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -36,6 +33,7 @@ class AveragedWeights:
     def update(self) -> None:
         """Take one step towards the model's present weights."""
         self.updates += 1
+        # TensorFlow's rule, so that a short run is not dominated by its initial weights.
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(*self._averaged, weight)
         if self._copied:

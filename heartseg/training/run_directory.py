@@ -1,7 +1,4 @@
-"""A run's directory: its description, its record epoch by epoch, and how the same command finds it again.
-
-`experiment.json` holds the configuration and lineage; `metrics.jsonl`, one line per epoch, is the record.
-"""
+"""A run's directory: its description, its record epoch by epoch, and how the same command finds it again."""
 
 import contextlib
 import functools
@@ -54,10 +51,7 @@ def generation_name(runs: str, name: str, fresh: bool) -> str:
 
 
 def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> str:
-    """The folder of a run or a sweep: the name that was asked for, otherwise the newest generation of `default`.
-
-    With `fresh` the next generation of either. Raises UserError for a name that cannot be a folder's.
-    """
+    """A run's or sweep's folder: as `asked`, otherwise the newest generation; with `fresh` the next. Raises UserError."""
     is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked)
     require(is_name, f"--{kind}-name {asked!r} cannot be the name of a folder: use letters, digits, `-`, `_` and `.`.")
     return asked if asked and not fresh else generation_name(runs, asked or default, fresh)
@@ -78,13 +72,10 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
 
 
 def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
-    """Begin a run, or find the one that the same command began; `initial` is what finetune.find_initial returned.
-
-    Raises UserError that names the first difference if the directory holds a run of another configuration, data or weights.
-    """
+    """Begin a run, or find the one that the same command began; raises UserError that names the first difference of another."""
     name = choose_name(experiment.runs, name, run_name(experiment, shards, initial), fresh, "run")
     path = filesystem.join(experiment.runs, name)
-    asked = json.loads(canonical({"identity": identity(experiment), "data_fingerprint": shards.fingerprint}))
+    asked = {"identity": identity(experiment), "data_fingerprint": shards.fingerprint}
     asked["initial_weights_sha256"] = initial["weights_sha256"] if initial else None
     described = filesystem.join(path, DESCRIPTION)
     if there := read_matching(described, asked, "run"):

@@ -25,22 +25,15 @@ from heartseg.storage import filesystem
 from heartseg.training.run_directory import Run
 
 log = logging.getLogger(__name__)
-# Datasets whose images may be sent by default: one is public, the other is synthetic.
-SHAREABLE = ("CAMUS", "phantom")
-# Marks a run of the dashboard that was ended on behalf of a process that could not do it.
-CLOSED = "wandb_closed"
+SHAREABLE = ("CAMUS", "phantom")  # datasets whose images may be sent by default: public, or synthetic
+CLOSED = "wandb_closed"  # marks a run of the dashboard that was ended on behalf of a process that could not do it
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
 SETTINGS = {
-    "silent": True,
-    "console": "off",
+    **{"silent": True, "console": "off"},
     # Seconds to wait for a server at the start, and at the end for what has not been sent yet.
-    "init_timeout": 10.0,
-    "finish_timeout": 60.0,
-    "finish_timeout_raises": True,
-    # Write rows to disk every second, so that a kill loses one second of them and not fifteen.
-    "x_transaction_log_flush_interval": 1.0,
-    # By default wandb stops sending for good after 40 minutes: a server may be down for a night.
-    "x_file_stream_retry_max": 100_000,
+    **{"init_timeout": 10.0, "finish_timeout": 60.0, "finish_timeout_raises": True},
+    "x_transaction_log_flush_interval": 1.0,  # rows are on disk every second, so that a kill loses one and not fifteen
+    "x_file_stream_retry_max": 100_000,  # by default it stops for good after 40 minutes: a server may be down for a night
 }
 
 
@@ -83,20 +76,13 @@ class Tracker:
     def _start(self, experiment: Experiment, run: Run):
         """Start or resume the wandb run; offline if the server does not answer in time."""
         settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
-        lineage = {name: run.description.get(name) for name in ("data_fingerprint", "ingest")}
+        lineage, tracking = {name: run.description.get(name) for name in ("data_fingerprint", "ingest")}, experiment.tracking
         init = functools.partial(
-            self.wandb.init,
-            project=experiment.tracking.project,
-            group=experiment.tracking.group or None,
-            name=run.name,
-            id=run.description["wandb_id"],
-            dir=self.folder,
-            resume="allow",
-            job_type=experiment.tracking.job_type,
+            self.wandb.init, project=tracking.project, group=tracking.group or None, job_type=tracking.job_type,
+            name=run.name, id=run.description["wandb_id"], dir=self.folder, resume="allow",
             tags=[experiment.name, run.description["dataset"], experiment.schedule.kind],
-            config=flatten(run.description["identity"]) | lineage,
-            settings=self.wandb.Settings(**settings),
-        )
+            config=flatten(run.description["identity"]) | lineage, settings=self.wandb.Settings(**settings),
+        )  # fmt: skip
         mode = _asked_mode(experiment)
         try:
             started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
@@ -128,8 +114,7 @@ class Tracker:
     def resume(self, record: list[dict]) -> None:
         """Log the epochs of a resumed run that the server does not have (all of them if offline).
 
-        Then this process's files hold every row, and those of earlier processes are marked as synced; overlays that they logged
-        offline stay in them. On an object store `finish` marks them, once this process's files are there.
+        Then this process's files hold every row, and earlier ones are marked as synced; on an object store by `finish`.
         """
         for row in record[self.run.starting_step :]:
             self.run.log(row)

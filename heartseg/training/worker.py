@@ -45,14 +45,9 @@ def open_data(experiment: Experiment) -> Shards:
 
 
 def train_rank(
-    experiment: Experiment,
-    run: run_directory.Run,
-    ranks: Ranks,
-    wrap: Callable[[nn.Module], nn.Module],
-    report: Callable[[dict[str, float]], None] = lambda metrics: None,
-    profile: bool = False,
-    saves_first: bool = False,
-) -> None:
+    experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap: Callable[[nn.Module], nn.Module],
+    report: Callable[[dict[str, float]], None] = lambda metrics: None, profile: bool = False, saves_first: bool = False,
+) -> None:  # fmt: skip
     """Train this rank's share of a run, from its last checkpoint if it has one; with `profile`, rank 0 traces a few steps.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
@@ -120,12 +115,10 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
                 on_main.finish(state)
         exit_code = 0
     except engine.NonFiniteLoss as error:
-        names = sorted({*data.rows("train", error.rows).table["patient"].to_pylist()})
+        names = ", ".join(sorted({*data.rows("train", error.rows).table["patient"].to_pylist()}))
         kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
-        raise UserError(
-            f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower "
-            f"--optim.lr or set --optim.clip-norm 1; {kept}."
-        ) from error
+        wrong = f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {names})"
+        raise UserError(f"{wrong}: lower --optim.lr or set --optim.clip-norm 1; {kept}.") from error
     finally:
         with suppress(Exception):
             on_main.wait()

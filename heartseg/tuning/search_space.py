@@ -107,10 +107,7 @@ def describe(own: dict, values: dict) -> str:
 
 
 def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
-    """Every combination in a seeded order in which the schedules take turns, so that its beginning tries them all.
-
-    The base rates are `lr_points` in equal ratios, both ends included; the geometric middle for one.
-    """
+    """Every combination, `lr_points` base rates in equal ratios, in a seeded order in which the schedules take turns."""
     low, high = axes[RATE]
     rates = np.geomspace(low, high, lr_points) if lr_points > 1 and low < high else [math.sqrt(low * high)]
     lists = axes | {RATE: [float(f"{rate:.6g}") for rate in rates]}

@@ -95,8 +95,7 @@ def open_sweep(
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
     digest = filesystem.sha256(canonical(asked))[:8]
     name = run_directory.choose_name(base.runs, name, f"tune-{base.name}-{digest}", fresh, "sweep")
-    path = filesystem.join(base.runs, name)
-    described = filesystem.join(path, DESCRIPTION)
+    path, described = filesystem.join(base.runs, name), filesystem.join(base.runs, name, DESCRIPTION)
     there = run_directory.read_matching(described, asked, "sweep")
     if there is None:
         there = asked | {"dataset": shards.manifest["dataset"], "wandb_id": uuid.uuid4().hex[:12], "ingest": ingest}
@@ -175,10 +174,7 @@ def rungs(sweep: Sweep) -> list[int]:
 
 
 def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
-    """Stop the trial of a run's folder if `epoch` is a rung and too many trials that reached it were better there.
-
-    Asynchronous successive halving (ASHA, arXiv 1810.05934) from the trials' records alone, so a resumed sweep decides alike.
-    """
+    """Stop a run's trial if `epoch` is a rung at which too many others' records were better (ASHA, arXiv 1810.05934)."""
     if epoch not in rungs(sweep):
         return False
     scores = {t.run.path: {row["epoch"]: row.get(METRIC, np.nan) for row in t.record} for t in read_trials(sweep)}
@@ -206,10 +202,7 @@ def forget_failures(sweep: Sweep) -> None:
 
 
 def tabulate(sweep: Sweep) -> pandas.DataFrame:
-    """A row a trial: what it varied, how it ended, epochs, seconds, best and last validation Dice.
-
-    The best come first, finished trials before the others: a stopped one could not show its best.
-    """
+    """A row a trial, finished ones and the best first: what it varied, how it ended, epochs, seconds, validation Dice."""
     rows, own, best = [], recipe_values(sweep), f"best {METRIC}"
     for trial in read_trials(sweep):
         record = pandas.DataFrame(trial.record, columns=["epoch", METRIC, "seconds"], dtype=float)
@@ -229,8 +222,8 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
 
 def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
     """Epochs trained, and epochs that the same trials would have taken without early stopping; failed ones left out."""
-    counted = table[table["state"].isin((FINISHED, STOPPED))]
-    return int(counted["epochs"].sum()), len(counted) * sweep.base.train.epochs
+    counted = table.loc[table["state"].isin((FINISHED, STOPPED)), "epochs"]
+    return int(counted.sum()), len(counted) * sweep.base.train.epochs
 
 
 def why_no_winner(table: pandas.DataFrame) -> str:

@@ -3,7 +3,7 @@
 import torch
 
 from heartseg.config.recipes import seed
-from heartseg.models import deeplabv3, precision
+from heartseg.models import deeplabv3
 from heartseg.shards.loader import Intensity, Loader
 from heartseg.shards.reader import load_groups, open_shards
 from heartseg.training.losses import one_hot
@@ -21,7 +21,7 @@ def test_the_seeds_network_takes_its_batch_and_returns_four_maps(phantom, tmp_pa
     assert one_hot(masks).shape == (12, 4, 256, 256)
     network = deeplabv3.build_model(recipe.model).to(memory_format=torch.channels_last).eval()
     with torch.inference_mode():
-        logits = precision.forward(recipe.train, network, Intensity().apply(images[:1]))
+        logits = deeplabv3.forward(recipe.train, network, Intensity().apply(images[:1]))
         assert logits.shape == (1, 4, 256, 256) and logits.isfinite().all()
         assert network.to("meta")(images.to("meta")).shape == (12, 4, 256, 256)
     # ResNet-101 has 33 bottlenecks of three convolutions, a stem and four shortcuts.

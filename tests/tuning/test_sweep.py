@@ -14,7 +14,7 @@ from ray.tune.schedulers import TrialScheduler
 from heartseg.config.experiment import from_json, identity, to_json
 from heartseg.config.recipes import quick
 from heartseg.errors import UserError
-from heartseg.reporting import sweep_page, sweep_plots
+from heartseg.reporting import sweep_page
 from heartseg.shards.reader import hold_out, open_shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -109,7 +109,7 @@ def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_t
     assert list(table["change"]) == ["train.seed=1", "optim.lr=0.01", "-"] and best.train.seed == 1
     page = page_of(opened, table)
     assert "optim.lr=0.01" in page and "base rates" not in page and "Each change against the recipe" in page
-    (axes,) = sweep_plots.differences(table, sweep_page.SCORE).axes
+    (axes,) = sweep_page.differences(table, sweep_page.SCORE).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["train.seed=1", "optim.lr=0.01", "the recipe"]
     assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["+0.2000", "+0.1000", "+0.0000"]
 
