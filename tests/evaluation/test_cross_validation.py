@@ -1,5 +1,6 @@
 """Evaluations that share no patient, pooled: the same numbers as one evaluation of everybody, and refusals."""
 
+import itertools
 import os
 import shutil
 
@@ -28,10 +29,10 @@ def halves(phantom, tmp_path_factory) -> tuple[list[str], str]:
     for place, name in enumerate(names):
         for part in ("all", "half1" if place < 4 else "half2"):
             os.makedirs(folder / part / name)
-            for view in ("2CH", "4CH"):  # the masks of the other phase: not perfect, and different from patient to patient
-                for taken, given in (("ED", "ES"), ("ES", "ED")):
-                    source = os.path.join(images, name, f"{name}_{view}_{taken}_gt.nii.gz")
-                    shutil.copy(source, folder / part / name / f"{name}_{view}_{given}_gt.nii.gz")
+            # The masks of the other phase: not perfect, and different from patient to patient.
+            for view, (taken, given) in itertools.product(("2CH", "4CH"), (("ED", "ES"), ("ES", "ED"))):
+                source = os.path.join(images, name, f"{name}_{view}_{taken}_gt.nii.gz")
+                shutil.copy(source, folder / part / name / f"{name}_{view}_{given}_gt.nii.gz")
     made = {part: score(str(folder / part), phantom, str(folder / f"out-{part}")) for part in ("half1", "half2", "all")}
     return [made["half1"], made["half2"]], made["all"]
 

@@ -58,14 +58,11 @@ def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, place):
     assert predictions.has_any(PATIENT) and not predictions.has_any("patient0002")
 
 
-def test_a_prediction_goes_before_a_truth_and_a_truth_before_a_bare_name(cases, tmp_path):
+def test_a_prediction_goes_before_a_truth_and_that_before_a_bare_name_and_of_two_candidates_a_pattern_decides(cases, tmp_path):
     bare, gt, pred = (put(tmp_path, f"{cases[0].name}{s}.nii.gz", cases[0].truth) for s in ("", "_gt", "_pred"))
     for path in (pred, gt, bare):
         assert FilePredictions.open(str(tmp_path)).path(PATIENT, View.TWO_CHAMBER, Phase.ED) == path
         os.remove(path)
-
-
-def test_two_candidates_are_refused_and_a_pattern_decides(cases, tmp_path):
     put(tmp_path, f"a/{cases[0].name}.nii.gz", cases[0].truth)
     wanted = put(tmp_path, f"b/{cases[0].name}.nii", cases[0].truth)
     with pytest.raises(UserError, match=f"could both be the mask of {cases[0].name}: give --pattern"):

@@ -13,7 +13,7 @@ from heartseg.errors import UserError
 from heartseg.evaluation.ground_truth import TreeTruth
 from heartseg.evaluation.scoring import KEYS, patient_row
 from heartseg.inference.segmenter import Segmented
-from heartseg.labels import PHASES, VIEWS, Phase, View
+from heartseg.labels import Phase, View
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -39,8 +39,7 @@ def test_truth_against_itself_is_perfect(phantom, tmp_path):
     assert summary["images"] == 32 and summary["patients"] == 8 and summary["missing"] == []
     assert all(summary["scores"][name]["mean"] == 1 for name in SCORES)
     assert all(summary["scores"][name]["mean"] == 0 for name in DISTANCES)
-    for found in summary["clinical"]["agreement"].values():
-        assert found["bias"] == 0 and found["mae"] == 0
+    assert all(found["bias"] == found["mae"] == 0 for found in summary["clinical"]["agreement"].values())
     against_cfg = summary["clinical"]["reference"]["ase"]
     assert against_cfg["truth"] == against_cfg["prediction"] and against_cfg["truth"]["n"] == 8
     assert np.trace(summary["clinical"]["ef_classes"]["counts"]) == 8
@@ -72,22 +71,6 @@ def test_only_patients_with_a_mask_are_scored_unless_a_group_is_asked_for(phanto
     assert summary_of(score_files(str(masks), phantom, str(tmp_path / "out")))["patients"] == 1
     summary = summary_of(score_files(str(masks), phantom, str(tmp_path / "all"), group="all"))
     assert summary["images"] == 4 and len(summary["missing"]) == 28
-
-
-def test_a_ventricle_that_is_nowhere_or_one_pixel_gives_reasons_and_no_crash(phantom, tmp_path):
-    for view in VIEWS:
-        for phase in PHASES:
-            path = camus.recording_path(phantom, "patient0001", view, phase, "_gt")
-            (mask,), spacing_mm, _ = nifti.read_nifti(path)
-            mask = np.zeros_like(mask, dtype=np.uint8)
-            if view == View.TWO_CHAMBER:
-                mask[5, 5] = 1
-            nifti.write_nifti(str(tmp_path / "masks" / os.path.basename(path)), mask, spacing_mm)
-    out = score_files(str(tmp_path / "masks"), phantom, str(tmp_path / "out"))
-    images, patients = table(out, "images"), table(out, "patients")
-    assert (images["dice_endo"] < 0.01).all() and np.isfinite(images[list(DISTANCES)].to_numpy(float)).all()
-    assert np.isnan(patients["ef_camus_prediction"][0]) and np.isfinite(patients["ef_camus_truth"][0])
-    assert patients["reason_prediction"][0]
 
 
 @pytest.mark.parametrize(
@@ -149,9 +132,8 @@ def test_masks_are_scored_even_if_images_are_missing(is_left, phantom, tmp_path)
             os.remove(path)
     out = score_files(os.path.join(tree, camus.IMAGES_FOLDER), tree, str(tmp_path / "out"))
     assert summary_of(out)["images"] == 32
-    examples, images = np.load(os.path.join(out, "examples.npz")), table(out, "images")
-    for number, row in enumerate(examples["rows"]):
-        shown = images.loc[row]
+    examples = np.load(os.path.join(out, "examples.npz"))
+    for number, (_, shown) in enumerate(table(out, "images").loc[examples["rows"]].iterrows()):
         had = shown["patient"] != "patient0001" or (is_left and (shown["view"], shown["phase"]) != ("2CH", "ED"))
         assert examples[f"image_{number}"].any() == had
         if had:

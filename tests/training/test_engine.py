@@ -16,7 +16,6 @@ from heartseg.config.training import AugmentConfig
 from heartseg.errors import UserError
 from heartseg.metrics import segmentation
 from heartseg.models import checkpoint
-from heartseg.models.checkpoint import snapshot
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share
 from heartseg.shards.reader import open_shards
@@ -57,15 +56,13 @@ def started(experiment, ranks: Ranks, model: nn.Module) -> engine.TrainState:
 
 def train(experiment, ranks: Ranks = ALONE) -> tuple[engine.TrainState, list]:
     """Two updates on one global batch: the state, and each step's loss and predictions."""
-    images, masks = batch(experiment.train.batch_size)
+    (images, masks), state = batch(experiment.train.batch_size), started(experiment, ranks, network())
     rows = share(experiment.train.batch_size, ranks.rank, ranks.world_size)
-    state = started(experiment, ranks, network())
     state.wrapped.train()
     return state, [engine.train_step(experiment, state, images[rows], masks[rows], ranks) for _ in range(2)]
 
 
 def loader(rank: int = 0, world_size: int = 1, size: int = 28) -> Loader:
-    """By default four batches of the tiny experiment's."""
     images, masks = batch(size)
     return Loader((images * 255).byte(), masks, rank, world_size)
 
@@ -88,8 +85,7 @@ def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=None, r
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module, tolerance: float) -> None:
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(list(one.parameters()), list(other.parameters()), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("size", "parts"), [(12, 3), (7, 3), (7, 2)])
@@ -106,8 +102,7 @@ def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
 
 
 def set_first(tensor: torch.Tensor, value: float) -> None:
-    with torch.no_grad():
-        tensor.view(-1)[0] = value
+    tensor.data.view(-1)[0] = value
 
 
 RUINS = {
@@ -119,14 +114,11 @@ RUINS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("ruined", "groups", "after", "step"),
-    [
-        ("a weight", ("train",), 2, 3),
-        *((name, groups, 4, 4) for name in list(RUINS)[:3] for groups in (("train",), ("train", "test"))),
-        ("a large average", ("train", "test"), 4, 4),
-    ],
-)
+CASES = [(name, groups, 4, 4) for name in list(RUINS)[:3] for groups in (("train",), ("train", "test"))]
+CASES += [("a weight", ("train",), 2, 3), ("a large average", ("train", "test"), 4, 4)]
+
+
+@pytest.mark.parametrize(("ruined", "groups", "after", "step"), CASES)
 def test_an_update_that_ruins_the_weights_stops_the_run_with_its_epoch_step_and_rows(ruined, groups, after, step):
     with pytest.raises(engine.NonFiniteLoss) as caught:
         fit(tiny_experiment(), groups=groups, ruin=RUINS[ruined], ruin_after=after)
@@ -143,12 +135,11 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
         if len(updates) == 6:  # the last of the second epoch's three
             set_first(models[0].network.classifier[-1].bias, float("nan"))
 
-    hook = register_optimizer_step_post_hook(after_update)
-    try:
-        with pytest.raises(UserError, match=r"epoch 2, step 3 is not finite.*the checkpoint of the epoch before is kept"):
-            worker.train_rank(base, run, ALONE, lambda model: models.append(model) or model)
-    finally:
-        hook.remove()
+    with (
+        register_optimizer_step_post_hook(after_update),
+        pytest.raises(UserError, match=r"epoch 2, step 3 is not finite.*the checkpoint of the epoch before is kept"),
+    ):
+        worker.train_rank(base, run, ALONE, lambda model: models.append(model) or model)
     kept = checkpoint.last(run.path)
     assert kept.epoch == 1 and all(value.isfinite().all() for value in kept.weights().values())
     worker.train_rank(base, run, ALONE, lambda model: model)
@@ -163,7 +154,17 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     torch.set_num_threads(1)
     ranks = distributed.current(torch.device("cpu"))
     kept = {name: train(with_train(batch_size=13, **one), ranks)[0].model.state_dict() for name, one in SETTINGS.items()}
-    kept["travelled"] = times_gradients_travel(ranks)
+    kept["travelled"] = 0  # how often ranks exchange gradients for one update in three parts
+
+    def count(_, bucket):
+        kept["travelled"] += 1
+        (future := torch.futures.Future()).set_result(bucket.buffer())
+        return future
+
+    in_parts = with_train(batch_size=13, accumulate=3)
+    state = started(in_parts, ranks, network())
+    state.wrapped.register_comm_hook(None, count)
+    engine.train_step(in_parts, state, *batch(6), ranks)
     kept["evaluated"] = evaluated_models(ranks)
     try:
         fit(tiny_experiment(), ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
@@ -180,24 +181,8 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
 
 def evaluated_models(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
     """The states that are scored after each epoch of a run without and of one with averaged weights."""
-    runs = (fit(with_average(decay), ranks, keep=lambda state: snapshot(state.evaluated.state_dict())) for decay in (0, 0.9))
-    return [epoch for run in runs for epoch in run]
-
-
-def times_gradients_travel(ranks: Ranks) -> int:
-    """How often ranks exchange gradients for one update in three parts."""
-    experiment, travelled = with_train(batch_size=13, accumulate=3), []
-
-    def count(_, bucket):
-        travelled.append(1)
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    state = started(experiment, ranks, network())
-    state.wrapped.register_comm_hook(None, count)
-    engine.train_step(experiment, state, *batch(6), ranks)
-    return len(travelled)
+    kept = [fit(with_average(decay), ranks, keep=lambda s: checkpoint.snapshot(s.evaluated.state_dict())) for decay in (0, 0.9)]
+    return kept[0] + kept[1]
 
 
 @pytest.fixture(scope="module")
@@ -251,22 +236,17 @@ def test_storage_that_one_worker_cannot_see_is_reported_by_all(two_ranks):
     assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
 
 
-def test_shared_batch_statistics_are_refused_on_cpus_and_left_alone_if_nothing_is_asked():
-    model, cpus = network(nn.BatchNorm2d), Ranks(0, 2, torch.device("cpu"))
-    on = ModelConfig("resnet50", sync_bn="on")
-    with pytest.raises(UserError, match="--model.sync-bn on needs GPUs"):
-        distributed.share_batch_statistics(model, on, cpus)
-    assert distributed.share_batch_statistics(model, ModelConfig("resnet50"), cpus) is model
-    assert distributed.share_batch_statistics(model, on, ALONE) is model
-
-
-def test_on_several_gpus_batch_statistics_are_shared_and_names_stay():
-    gpus, config = Ranks(0, 2, torch.device("cuda", 0)), ModelConfig("mobilenet_v3_large", bn_momentum=0.03)
-    model = build_model(config)
+def test_batch_statistics_are_shared_on_several_gpus_with_the_same_names_and_refused_on_cpus():
+    gpus, cpus = (Ranks(0, 2, torch.device(kind)) for kind in ("cuda", "cpu"))
+    config, share_statistics = ModelConfig("mobilenet_v3_large", bn_momentum=0.03), distributed.share_batch_statistics
+    model, on = build_model(config), replace(config, sync_bn="on")
     names = list(model.state_dict())
-    off = distributed.share_batch_statistics(model, replace(config, sync_bn="off"), gpus)
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in off.modules())
-    shared = distributed.share_batch_statistics(model, config, gpus)
+    with pytest.raises(UserError, match="--model.sync-bn on needs GPUs"):
+        share_statistics(model, on, cpus)
+    assert share_statistics(model, config, cpus) is share_statistics(model, on, ALONE) is model
+    assert share_statistics(model, replace(config, sync_bn="off"), gpus) is model
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    shared = share_statistics(model, config, gpus)
     norms = [m for m in shared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(m, nn.SyncBatchNorm) and m.momentum == 0.03 for m in norms)
     assert list(shared.state_dict()) == names
@@ -298,15 +278,12 @@ def test_scores_do_not_depend_on_the_evaluation_batch(size):
     assert other == pytest.approx(three, rel=1e-6, nan_ok=True)
 
 
-def test_counts_on_a_gpu_are_those_on_a_cpu():
+def test_counts_on_a_gpu_are_those_on_a_cpu_and_labels_those_of_argmax_also_among_equals():
     # The GPU's way runs here too; an image at native size is far below where float32 would round.
     prediction, target = batch(3)[1].long(), batch(4)[1][:3]
     assert torch.equal(segmentation._count_by_product(prediction, target), segmentation._count_by_cell(prediction, target))
     large = torch.full((1, 1200, 1600), 2, dtype=torch.uint8)
     assert segmentation._count_by_product(large, large)[0, 2, 2] == 1200 * 1600
-
-
-def test_predicted_labels_are_those_of_argmax_also_among_equals():
     scores = torch.randint(3, (200, 4, 5, 7), generator=torch.Generator().manual_seed(0)).float()
     labels = segmentation.predicted_labels(scores)
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), scores.argmax(dim=1))

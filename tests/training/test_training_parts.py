@@ -2,6 +2,7 @@
 
 import contextlib
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from heartseg.config.training import LossConfig, OptimConfig
 from heartseg.errors import UserError
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards import loader
-from heartseg.shards.loader import Loader
 from heartseg.training import losses
 from heartseg.training.optimizers import AveragedWeights, build_optimizer
 
@@ -26,13 +26,6 @@ SMALL = {"backbone": "mobilenet_v3_large"}
 def logits_and_target(images: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(images)
     return torch.randn(images, 4, 8, 6, generator=generator), torch.randint(4, (images, 8, 6), generator=generator)
-
-
-def test_one_hot_is_the_four_channel_truth():
-    _, target = logits_and_target()
-    truth = losses.one_hot(target.to(torch.uint8))
-    assert truth.shape == (5, 4, 8, 6) and truth.dtype == torch.float32
-    assert all(torch.equal(truth[:, label], (target == label).float()) for label in range(4))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -52,7 +45,10 @@ def test_cross_entropy_and_its_gradient_are_torchs(deterministic):
     torch.testing.assert_close(found.grad, wanted.grad, rtol=0, atol=1e-6)
 
 
-def test_soft_dice_is_near_0_for_a_perfect_and_near_1_for_a_wrong_prediction():
+def test_soft_dice_is_near_0_for_a_perfect_and_near_1_for_a_wrong_prediction_and_one_hot_is_the_four_channel_truth():
+    truth = losses.one_hot((target := logits_and_target()[1]).to(torch.uint8))
+    assert truth.shape == (5, 4, 8, 6) and truth.dtype == torch.float32
+    assert all(torch.equal(truth[:, label], (target == label).float()) for label in range(4))
     target = torch.zeros(2, 64, 64, dtype=torch.long)
     target[0, :20], target[0, 20:40], target[0, 40:50] = 1, 2, 3  # structures that are absent from both do not count
     assert losses.soft_dice_loss(losses.one_hot(target) * 50, target) < 1e-4
@@ -62,19 +58,13 @@ def test_soft_dice_is_near_0_for_a_perfect_and_near_1_for_a_wrong_prediction():
 @pytest.mark.parametrize("config", LOSSES, ids=lambda config: config.kind)
 @given(cut=st.integers(1, 4))
 @settings(max_examples=5, deadline=None)
-def test_a_batchs_loss_is_the_share_weighted_mean_of_its_parts(config, cut):
+def test_a_batchs_loss_is_the_share_weighted_mean_of_its_parts_and_the_auxiliary_heads_is_added_with_its_weight(config, cut):
     logits, target = logits_and_target()
     parts = [losses.segmentation_loss(config, logits[rows], target[rows]) for rows in (slice(cut), slice(cut, 5))]
     whole = losses.segmentation_loss(config, logits, target)
     torch.testing.assert_close(whole, (cut * parts[0] + (5 - cut) * parts[1]) / 5)
-
-
-def test_the_auxiliary_heads_loss_is_added_with_its_weight():
-    logits, target = logits_and_target()
-    one = losses.segmentation_loss(LOSSES[1], logits, target)
-    config = LossConfig("dice_cross_entropy", aux_weight=0.25)
-    torch.testing.assert_close(losses.training_loss(config, (logits, logits), target), 1.25 * one)
-    torch.testing.assert_close(losses.training_loss(config, logits, target), one)
+    weighted = losses.training_loss(replace(config, aux_weight=0.25), (logits, logits), target)
+    torch.testing.assert_close(weighted, 1.25 * losses.training_loss(config, logits, target))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
@@ -82,9 +72,8 @@ def test_every_parameter_is_optimized_once_and_only_kernels_are_decayed(kind):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     optimizer = build_optimizer(OptimConfig(kind, lr=0.1, weight_decay=0.3), model)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
-        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
-    }  # fmt: skip
+    decayed = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert decayed == {"0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
     assert type(optimizer).__name__.lower() == kind
 
 
@@ -119,17 +108,16 @@ def test_shares_cover_a_batch_differ_by_at_most_one_and_are_refused_exactly_wher
         loader.check_shares(size, world)
 
 
-def numbered(rows: int, rank: int = 0, world: int = 1) -> Loader:
+def numbered(rows: int, rank: int = 0, world: int = 1) -> loader.Loader:
     """A group whose row number stands in its pixels."""
     images = torch.arange(rows, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
-    return Loader(images, images[:, 0], rank, world)
+    return loader.Loader(images, images[:, 0], rank, world)
 
 
-def rows_in(found) -> list[list[int]]:
-    found = list(found)
-    for images, masks in found:
-        torch.testing.assert_close(images[:, 0] * 255, masks.float())
-    return [masks[:, 0, 0].tolist() for _, masks in found]
+def rows_in(batches) -> list[list[int]]:
+    found = [(images[:, 0, 0, 0] * 255, masks[:, 0, 0]) for images, masks in batches]
+    assert all(images.round().tolist() == masks.tolist() for images, masks in found)
+    return [masks.tolist() for _, masks in found]
 
 
 @given(rows=st.integers(8, 60), size=st.integers(2, 8), world=st.integers(1, 4), epoch=st.integers(0, 5))
@@ -143,28 +131,23 @@ def test_ranks_together_train_on_the_batches_of_one_process(rows, size, world, e
     assert [numbered(rows).batch_rows(size, 7, epoch, step) for step in range(len(alone))] == alone
 
 
-def test_the_order_changes_with_epoch_and_seed_and_not_between_calls():
+def test_the_order_follows_epoch_and_seed_a_group_smaller_than_a_batch_is_refused_and_intensity_is_standardised():
     orders = {tuple(loader.epoch_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
     assert torch.equal(loader.epoch_order(50, 1, 2), loader.epoch_order(50, 1, 2))
+    with pytest.raises(UserError, match="11 images, fewer than a batch of 12"):
+        loader.steps_per_epoch(11, 12)
+    # Standard intensity has mean 0 and deviation 1.
+    images = torch.rand(6, 1, 24, 20, generator=torch.Generator().manual_seed(1))
+    standard = loader.Intensity(images.mean().item(), images.std(correction=0).item()).apply(images)
+    assert [standard.mean().item(), standard.std(correction=0).item()] == pytest.approx([0, 1], abs=1e-5)
+    assert torch.equal(loader.Intensity().apply(images), images)
 
 
 @given(rows=st.integers(1, 40), size=st.integers(1, 9), world=st.integers(1, 5))
 def test_every_row_is_evaluated_once_over_all_ranks(rows, size, world):
     found = [row for rank in range(world) for row in rows_in(numbered(rows, rank, world).evaluation_batches(size))]
     assert sum(found, []) == list(range(rows)) and all(0 < len(batch) <= size for batch in found)
-
-
-def test_a_group_smaller_than_a_batch_is_refused():
-    with pytest.raises(UserError, match="11 images, fewer than a batch of 12"):
-        loader.steps_per_epoch(11, 12)
-
-
-def test_standard_intensity_has_mean_0_and_deviation_1():
-    images = torch.rand(6, 1, 24, 20, generator=torch.Generator().manual_seed(1))
-    standard = loader.Intensity(images.mean().item(), images.std(correction=0).item()).apply(images)
-    assert [standard.mean().item(), standard.std(correction=0).item()] == pytest.approx([0, 1], abs=1e-5)
-    assert torch.equal(loader.Intensity().apply(images), images)
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v3_large", "resnet50"])
@@ -177,13 +160,9 @@ def test_the_network_takes_one_channel_and_gives_four(backbone):
         assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 4, 64, 64)
 
 
-def test_group_normalisation_leaves_no_batch_statistics():
-    model = build_model(ModelConfig(**SMALL, norm="group"))
+def test_the_auxiliary_head_has_logits_in_training_only_and_group_normalisation_has_no_batch_statistics():
+    model, images = build_model(ModelConfig(**SMALL, norm="group", aux_head=True)), torch.zeros(2, 1, 64, 64)
     assert not list(model.buffers()) and any(isinstance(module, nn.GroupNorm) for module in model.modules())
-
-
-def test_the_auxiliary_head_speaks_in_training_only():
-    model, images = build_model(ModelConfig(**SMALL, aux_head=True)), torch.zeros(2, 1, 64, 64)
     with torch.no_grad():
         outputs = model.train()(images)
         assert isinstance(outputs, tuple) and [o.shape for o in outputs] == [(2, 4, 64, 64)] * 2
