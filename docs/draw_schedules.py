@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from heartseg.config.training import ScheduleConfig
 from heartseg.reporting.plots import INK, plain, save_png
-from heartseg.reporting.sweep_plots import SCHEDULE_COLOURS
+from heartseg.reporting.sweep_page import SCHEDULE_COLOURS
 from heartseg.training.lr_schedules import lr_multiplier
 
 figure = Figure(figsize=(9.0, 5.4), layout="constrained")

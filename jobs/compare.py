@@ -186,7 +186,7 @@ def draw_disagreements(
             if name in pictures:
                 pixels = resize_image(plan.truth.picture(case), *case.truth.shape)
                 whose = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
-                caption = f"{whose}: Dice {pages.show_score(dice[name])}"
+                caption = f"{whose}: Dice {pages.show_number(dice[name], 3)}"
                 drawn = comparison_page.draw_outlines(name, entry.letter, case, pixels, predicted.mask, caption)
                 pictures[name].append(drawn)
     return {name: drawn for name, drawn in pictures.items() if drawn}

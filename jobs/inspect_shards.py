@@ -122,7 +122,7 @@ def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: 
     cells = []
     for row in rows:
         caption = " ".join(filter(None, [frame_name(row), row["quality"]]))
-        cells.append((contours.as_rgb(contours.overlay(row["image"], row["mask"], row["spacing_mm"])), caption))
+        cells.append((contours.PALETTE[contours.overlay(row["image"], row["mask"], row["spacing_mm"])], caption))
     sheet = plots.save_png(plots.contact_sheet(cells))
     filesystem.publish(filesystem.join(out, SHEET), sheet)
     return pages.write(

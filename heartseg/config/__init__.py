@@ -1,4 +1,1 @@
-"""The experiment as frozen dataclasses: every setting and its default, stated once.
-
-Open experiment.py first; recipes.py has the three named experiments.
-"""
+"""The experiment as frozen dataclasses, every default stated once. Open experiment.py first; recipes.py has the recipes."""

@@ -1,17 +1,16 @@
-"""The experiment as typed, frozen values; strict to and from JSON.
-
-Every default is stated once: here or in training.py where it is the neutral choice, in recipes.py where it makes a
-recipe. The text under a field is its `--help`.
-"""
+"""The experiment as typed, frozen values, strict to and from JSON; every default is stated once. Field texts are `--help`."""
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from heartseg.config.strict_json import structure
+import cattrs
+import numpy as np
+
 from heartseg.config.training import AugmentConfig, LossConfig, OptimConfig, ScheduleConfig, TrainConfig
-from heartseg.errors import require
+from heartseg.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -162,18 +161,49 @@ def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
+def none_if_nan(value: object) -> object:
+    """A value as JSON can hold it: None for NaN and infinity, a Python float for NumPy's; anything different as it is."""
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
 def from_json(value: dict, kind: type = Experiment, origin: str = "the configuration"):
-    """Build a dataclass from JSON values; raises UserError that names an unknown or missing key or a wrong value."""
-    return structure(value, kind, origin)
+    """Build a dataclass from JSON values; raises UserError that names `origin` and an unknown or missing key or wrong value."""
+    require(isinstance(value, dict), f"Bad configuration: {origin} is not a JSON object.")
+    try:
+        return _converter.structure(value, kind)
+    except Exception as error:
+        problems = cattrs.transform_error(error, path=origin, format_exception=_problem)
+        raise UserError(f"Bad configuration: {problems[0].rstrip('.')}.") from error
 
 
-def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
+def _problem(error: BaseException, kind: type | None) -> str:
+    """A problem in our own words if we raised it, otherwise in the converter's."""
+    if isinstance(error, UserError):
+        return str(error).rstrip(".")
+    return str(error) if isinstance(error, ValueError) else cattrs.v.format_exception(error, kind)
+
+
+def _check_kind(value: object, kind: type):
+    """A bool is an int to Python, and an int is a valid float; nothing else is accepted for another kind."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+for _kind in (int, float, str, bool):
+    _converter.register_structure_hook(_kind, _check_kind)
+
+
+def first_difference(old: dict, new: dict) -> str | None:
     """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if there is none."""
-    there, asked = flatten(old, prefix), flatten(new, prefix)
-    for name in sorted(there.keys() | asked.keys()):
-        if there.get(name) != asked.get(name):
-            return f"{name}: {there.get(name)} there, {asked.get(name)} asked"
-    return None
+    there, asked = flatten(old), flatten(new)
+    differing = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
+    return f"{differing[0]}: {there.get(differing[0])} there, {asked.get(differing[0])} asked" if differing else None
 
 
 def flatten(value: dict, prefix: str = "") -> dict[str, object]:

@@ -46,14 +46,9 @@ def camus() -> Experiment:
 
 def quick() -> Experiment:
     """The same for CPUs, demos and tests: MobileNetV3-Large at 128 x 128, a few epochs."""
-    full = camus()
-    return replace(
-        full,
-        name="quick",
-        image=ImageConfig(height=128, width=128),
-        model=ModelConfig(backbone="mobilenet_v3_large"),
-        train=replace(full.train, epochs=16),
-    )
+    full, image = camus(), ImageConfig(height=128, width=128)
+    model, train = ModelConfig(backbone="mobilenet_v3_large"), replace(full.train, epochs=16)
+    return replace(full, name="quick", image=image, model=model, train=train)
 
 
 RECIPES = {"seed": seed, "camus": camus, "quick": quick}

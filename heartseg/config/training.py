@@ -1,7 +1,4 @@
-"""What decides how a model is trained, as typed, frozen values: loss, optimizer, schedule, augmentation, length.
-
-They are parts of config.Experiment, and are imported from there. The text under a field is its `--help`.
-"""
+"""What decides how a model is trained, as typed, frozen values; the text under a field is its `--help`."""
 
 import dataclasses
 import math
@@ -49,10 +46,8 @@ class OptimConfig:
     def __post_init__(self):
         require(0 < self.lr < 1e6, "optim.lr must be above 0, and under a million.")
         require(0 <= self.momentum < 1, "optim.momentum must be at least 0 and below 1.")
-        require(
-            0 <= self.weight_decay < math.inf and 0 <= self.clip_norm < math.inf,
-            "optim.weight_decay and optim.clip_norm must be at least 0, and finite.",
-        )
+        is_finite = 0 <= self.weight_decay < math.inf and 0 <= self.clip_norm < math.inf
+        require(is_finite, "optim.weight_decay and optim.clip_norm must be at least 0, and finite.")
         require(0 <= self.ema_decay < 1, "optim.ema_decay must be at least 0 and below 1.")
 
 
@@ -84,19 +79,12 @@ class ScheduleConfig:
     """Epochs without a gain of the validation Dice after which `plateau` drops at the next."""
 
     def __post_init__(self):
-        require(
-            0 <= self.warmup_epochs < math.inf and 0 < self.power < math.inf,
-            "schedule.warmup_epochs must be at least 0, schedule.power above, and both finite.",
-        )
-        shares = (self.factor, self.step_share, self.final, self.rise, *self.milestones)
-        require(
-            all(0 < share < 1 for share in shares),
-            "schedule.factor, .step_share, .final, .rise and .milestones must lie between 0 and 1.",
-        )
-        require(
-            self.cycles >= 1 and 0 < self.cycle_growth < math.inf,
-            "schedule.cycles must be at least 1, schedule.cycle_growth above 0, and finite.",
-        )
+        is_finite = 0 <= self.warmup_epochs < math.inf and 0 < self.power < math.inf
+        require(is_finite, "schedule.warmup_epochs must be at least 0, schedule.power above, and both finite.")
+        are_shares = all(0 < x < 1 for x in (self.factor, self.step_share, self.final, self.rise, *self.milestones))
+        require(are_shares, "schedule.factor, .step_share, .final, .rise and .milestones must lie between 0 and 1.")
+        repeats = self.cycles >= 1 and 0 < self.cycle_growth < math.inf
+        require(repeats, "schedule.cycles must be at least 1, schedule.cycle_growth above 0, and finite.")
         require(self.patience >= 0, "schedule.patience must be at least 0.")
 
 
@@ -124,8 +112,8 @@ class AugmentConfig:
     """Largest change of the greys' distance from their mean: 0.3 draws from 1/1.3 to 1.3."""
 
     def __post_init__(self):
-        values = dataclasses.astuple(self)
-        require(all(0 <= value < 360 for value in values), "Every augment setting must be at least 0, and finite.")
+        are_finite = all(0 <= value < 360 for value in dataclasses.astuple(self))
+        require(are_finite, "Every augment setting must be at least 0, and below 360.")
         require(self.scale < 1, "augment.scale must be below 1.")
         require(self.blur <= 10, "augment.blur must be at most 10 pixels.")
         require(self.sector_dropout <= 1, "augment.sector_dropout must be at most 1, the whole sector.")
@@ -165,12 +153,8 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "train.seed must be from 0 to 2^63 - 1.")
         require(self.eval_batch_size >= 1, "train.eval_batch_size must be at least 1.")
         require(0 <= self.holdout < 1, "train.holdout must be at least 0 and below 1.")
-        require(
-            1 <= self.accumulate <= self.batch_size // 2,
-            "train.accumulate must be at least 1 and leave 2 images of train.batch_size in each part.",
-        )
+        leaves_two = 1 <= self.accumulate <= self.batch_size // 2
+        require(leaves_two, "train.accumulate must be at least 1 and leave 2 images of train.batch_size in each part.")
         # A replayed graph writes its gradients where the last ones lie, which accumulation still needs.
-        require(
-            self.accumulate == 1 or self.compile != "reduce-overhead",
-            "train.accumulate needs train.compile off or default: reduce-overhead keeps one part's gradients only.",
-        )
+        keeps_gradients = self.accumulate == 1 or self.compile != "reduce-overhead"
+        require(keeps_gradients, "train.accumulate needs train.compile off or default: reduce-overhead keeps one part's only.")

@@ -1,7 +1,4 @@
-"""Annotated images to score, from shards or from a CAMUS tree, and other people's masks of them.
-
-A truth returns the cases of some patients and the stills that could not be read; predictions return a mask for each case.
-"""
+"""Annotated images to score, from shards or a CAMUS tree, and other people's masks of them, each with what is missing."""
 
 import contextlib
 import functools
@@ -16,7 +13,7 @@ import numpy as np
 from heartseg.datasets import camus, nifti
 from heartseg.datasets.camus import Info
 from heartseg.datasets.nifti import DamagedRecording
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.inference.segmenter import Segmented
 from heartseg.labels import Phase, View
 from heartseg.shards.reader import FrameRows, Shards, load_groups, open_shards
@@ -29,8 +26,8 @@ NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?", re
 class Case:
     """An expert's label map `truth` uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and whose it is.
 
-    `image` is uint8, upright, on the native or on a stored grid; None if it was not asked for. View and phase are None if they
-    are not known; a frame of a sequence has its number. `place` is how the file holds it, None for a case from shards.
+    `image` is uint8, upright, on the native or on a stored grid; None if it was not asked for. View and phase are None if
+    unknown; a frame of a sequence has its number. `place` is how the file holds it, None for a case from shards.
     """
 
     patient: str
@@ -49,9 +46,9 @@ class Case:
         return f"{self.patient}_{self.view}_{self.phase}"
 
 
-def problem(patient: str, view: View, phase: Phase, file: str, reason: str) -> dict[str, str]:
+def _missing(patient: str, view: View, phase: Phase, error: DamagedRecording) -> dict[str, str]:
     """A still that cannot be scored, as a row of the summary's `missing`."""
-    return {"patient": patient, "view": str(view), "phase": str(phase), "file": file, "reason": reason}
+    return {"patient": patient, "view": str(view), "phase": str(phase), "file": error.file, "reason": error.reason}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,17 +117,15 @@ class TreeTruth:
                 try:
                     found.append(self._case(patient, view, phase))
                 except DamagedRecording as error:
-                    missing.append(problem(patient, view, phase, error.file, error.reason))
+                    missing.append(_missing(patient, view, phase, error))
         return found, missing
 
     def _case(self, patient: str, view: View, phase: Phase) -> Case:
         if self.images:
             still = camus.read_still(self.source, patient, view, phase)
             return Case(patient, view, phase, still.mask, still.spacing_mm, still.image, still.info, place=still.place)
-        path = camus.recording_path(self.source, patient, view, phase, "_gt")
-        truth, spacing_mm, place = read_mask(path)
-        info = camus.read_info(self.source, patient, view)
-        return Case(patient, view, phase, truth, spacing_mm, info=info, place=place)
+        truth, spacing_mm, place = read_mask(camus.recording_path(self.source, patient, view, phase, "_gt"))
+        return Case(patient, view, phase, truth, spacing_mm, info=camus.read_info(self.source, patient, view), place=place)
 
 
 def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, tuple[float, float], nifti.Place]:
@@ -143,25 +138,19 @@ def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, t
 
 def check_pattern(pattern: str) -> None:
     """Raise UserError for a pattern that cannot name a file below a folder, or names one file for several stills."""
+    fields = "{patient}, {view} and {phase}"
     try:
         names = [pattern.format(patient=p, view=v, phase=f) for p, v, f in itertools.product("ab", "cd", "ef")]
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"--pattern {pattern!r} may hold {{patient}}, {{view}} and {{phase}} only.") from error
-    if ".." in names[0].split("/") or names[0].startswith("/"):
-        raise UserError(f"--pattern {pattern!r} leaves the folder of the predictions.")
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"--pattern {pattern!r} names one file for several stills: it needs {{patient}}, {{view}} and {{phase}}."
-        )
+        raise UserError(f"--pattern {pattern!r} may hold {fields} only.") from error
+    is_inside = ".." not in names[0].split("/") and not names[0].startswith("/")
+    require(is_inside, f"--pattern {pattern!r} leaves the folder of the predictions: take one below it.")
+    require(len(set(names)) == len(names), f"--pattern {pattern!r} names one file for several stills: it needs {fields}.")
 
 
 @dataclass(frozen=True, eq=False)
 class FilePredictions:
-    """NIfTI masks below a folder, whoever made them: `NAME_pred`, or `NAME_gt`, or `NAME` alone if it holds labels.
-
-    `NAME` is `patient0001_2CH_ED`; folders do not matter. `pattern`, with `{patient}`, `{view}` and `{phase}`, names the
-    file below the folder instead.
-    """
+    """NIfTI masks below a folder: `patient0001_2CH_ED_pred`, or `…_gt`, or no suffix if it holds labels, or the `pattern`."""
 
     folder: str
     pattern: str = ""
@@ -170,24 +159,22 @@ class FilePredictions:
     @classmethod
     def open(cls, folder: str, pattern: str = "") -> "FilePredictions":
         """List the masks of a folder; raises UserError if it has none or the pattern cannot name a file."""
-        if not filesystem.exists(folder):
-            raise UserError(f"The predictions {folder} do not exist: give the folder that holds the masks.")
+        require(filesystem.exists(folder), f"The predictions {folder} do not exist: give the folder that holds the masks.")
         if pattern:
             check_pattern(pattern)
-        files = {}
+        files = defaultdict(list)
         for path in filesystem.walk(folder):
             if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
-                files.setdefault(match["stem"] + (match["suffix"] or "").lower(), []).append(path)
-        if not files:
-            raise UserError(f"{folder} holds no NIfTI file: give the folder that holds the masks.")
-        return cls(folder, pattern, files)
+                files[match["stem"] + (match["suffix"] or "").lower()].append(path)
+        require(bool(files), f"{folder} holds no NIfTI file: give the folder that holds the masks.")
+        return cls(folder, pattern, dict(files))
 
     def has_any(self, patient: str) -> bool:
         """True if a patient has a mask of at least one view and phase."""
         return any(self.path(patient, view, phase) for view, phase in camus.stills_of())
 
     def path(self, patient: str, view: View | None, phase: Phase | None) -> str | None:
-        """The file that holds a still's mask, None if there is none; raises UserError if two files match."""
+        """The file that holds a still's mask, or None; raises UserError if two files match."""
         if self.pattern:
             path = filesystem.join(self.folder, self.pattern.format(patient=patient, view=view, phase=phase))
             return path if filesystem.exists(path) else None
@@ -202,8 +189,7 @@ class FilePredictions:
 
     def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
         """A mask for each case, None if it has no usable one, and the reasons."""
-        found: list[Segmented | None] = []
-        missing = []
+        found, missing = [], []
         for case in cases:
             path = self.path(case.patient, case.view, case.phase)
             try:
@@ -213,7 +199,7 @@ class FilePredictions:
                 if mask.shape != case.truth.shape:
                     raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)
             except DamagedRecording as error:
-                missing.append(problem(case.patient, case.view, case.phase, error.file, error.reason))
+                missing.append(_missing(case.patient, case.view, case.phase, error))
                 found.append(None)
             else:
                 found.append(Segmented(mask, confidence=float("nan")))

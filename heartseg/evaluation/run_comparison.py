@@ -1,7 +1,4 @@
-"""Runs side by side, as plain tables: which settings differ, how scores differ on the same patients, where runs disagree.
-
-Result tables of evaluations in, tables out; nothing is read, scored or drawn here, and no winner is named.
-"""
+"""Runs side by side as plain tables: which settings differ, how scores differ on the same patients, where they disagree."""
 
 import functools
 import itertools
@@ -12,8 +9,7 @@ from string import ascii_uppercase
 import numpy as np
 import pandas
 
-from heartseg.config.experiment import flatten, from_json, identity
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import flatten, from_json, identity, none_if_nan
 from heartseg.errors import UserError
 from heartseg.labels import UNTRAINED_DICE, frame_name
 from heartseg.metrics.agreement import mean_interval, paired_test
@@ -100,14 +96,12 @@ def settings(run: Run) -> dict[str, str]:
 
 
 def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
-    """Runs as entries A, B, C …, in their order; runs that differ only in their seed (and code revision) are one.
-
-    A seed that comes again with the same settings (`--fresh` makes such runs) starts another entry.
-    """
+    """Runs as entries A, B, C …, in their order; runs that differ only in their seed (and code revision) are one."""
     entries: dict[tuple, dict[str, Scored]] = {}
     for one in found:
         texts = settings(one.run)
         alike = tuple(sorted((name, text) for name, text in texts.items() if name not in (SEED, CODE)))
+        # A seed that comes again with the same settings, as with `--fresh`, starts another entry.
         again = next(n for n in itertools.count() if texts[SEED] not in entries.get((alike, n), {}))
         entries.setdefault((alike, again), {})[texts[SEED]] = one
     by_seed = [tuple(mine[seed] for seed in sorted(mine, key=int)) for mine in entries.values()]
@@ -135,11 +129,9 @@ def image_names(rows: Iterable[dict]) -> list[str]:
 def score_table(one: Scored) -> pandas.DataFrame:
     """A row an image and a row a patient, by name: `patient` and NAMES, NaN if a score is not of that kind."""
     images = one.images[["patient", *SCORES, *DISTANCES]].set_axis(image_names(one.images.to_dict("records")))
-    errors = {
-        name: (one.patients[f"{index}_prediction"] - one.patients[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()
-    }
-    patients = pandas.DataFrame({"patient": one.patients["patient"], **errors})
-    patients = patients.set_axis(one.patients["patient"] + ", EF")
+    known = one.patients
+    errors = {name: (known[f"{index}_prediction"] - known[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()}
+    patients = pandas.DataFrame({"patient": known["patient"], **errors}).set_axis(known["patient"] + ", EF")
     return pandas.concat([images.astype(dict.fromkeys((*SCORES, *DISTANCES), float)), patients])
 
 
@@ -157,12 +149,9 @@ def means(entry: Entry) -> dict[str, dict]:
     """Each score's mean with its 95 % interval over patients, and `seeds`, the mean of each seed; empty without scores."""
     if entry.table is None:
         return {}
-    alone = [score_table(one)[list(NAMES)].mean() for one in entry.scored]
-    return {
-        name: mean_interval(entry.table[name], entry.table["patient"].to_numpy())
-        | {"seeds": [none_if_nan(mean[name]) for mean in alone]}
-        for name in NAMES
-    }
+    alone, owners = [score_table(one)[list(NAMES)].mean() for one in entry.scored], entry.table["patient"].to_numpy()
+    seeds = {name: [none_if_nan(mean[name]) for mean in alone] for name in NAMES}
+    return {name: mean_interval(entry.table[name], owners) | {"seeds": seeds[name]} for name in NAMES}
 
 
 def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
@@ -182,10 +171,8 @@ def is_untrained(entry: Entry) -> bool:
 
 
 def reading(found: dict) -> str:
-    """A paired test in words: no difference unless interval and p agree on one, otherwise its direction.
-
-    A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
-    """
+    """A paired test in words: no difference unless interval and p agree on one, otherwise its direction."""
+    # A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
     if found["difference"] is None:
         return "too few patients"
     if found["low"] <= 0 <= found["high"] or found["p"] >= 0.05:
@@ -194,10 +181,7 @@ def reading(found: dict) -> str:
 
 
 def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
-    """The images whose mean Dice differs most between entries that scored the same hearts, the widest first.
-
-    Each is `image`, `patient`, `spread` (highest minus lowest) and `dice` by letter; an image that only one scored is left out.
-    """
+    """The images that all scored whose mean Dice differs most between entries of the same hearts, the widest first."""
     scored = [entry for entry in entries if entry.scored]
     alike = [entry for entry in scored if same_hearts(entry.scored[0], scored[0].scored[0])]
     if len(alike) < 2:
@@ -207,8 +191,7 @@ def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
     spread = (dice.max(axis=1) - dice.min(axis=1)).sort_values(ascending=False, kind="stable").head(count)
     return [
         {"image": name, "patient": owners[name], "spread": float(wide), "dice": dice.loc[name].to_dict()}
-        for name, wide in spread.items()
-        if wide > 0
+        for name, wide in spread[spread > 0].items()
     ]
 
 
@@ -222,20 +205,14 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
                 lines.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
             if one.problem:
                 lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
-        left_out = [one.label for one in entry.runs if one.images is not None and one not in entry.scored]
-        if left_out:
+        if left_out := [one.label for one in entry.runs if one.images is not None and one not in entry.scored]:
             lines.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
-            these, those = (
-                f"{e.letter} on the {found['group']} group of {found['dataset']} ({found['patients']} patients)"
-                for e in (entry, reference)
-                for found in [e.scored[0].summary]
-            )
+            where = "{letter} on the {group} group of {dataset} ({patients} patients)"
+            these, those = (where.format(letter=e.letter, **e.scored[0].summary) for e in (entry, reference))
             shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
-            lines.append(
-                f"Not the same hearts ({shared} names in common): {these}, {those}; "
-                "their scores stand side by side and are not paired."
-            )
+            unpaired = "their scores stand side by side and are not paired."
+            lines.append(f"Not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
     if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
         lines.append(
             f"There is nothing to compare in {', '.join(untrained)}: with a mean Dice below {UNTRAINED_DICE} the masks are "
@@ -244,9 +221,8 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
     groups = {one.summary["group"] for entry in entries for one in entry.scored}
     sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
     if groups == {"holdout"} and sweeps != {""}:
-        lines.append(
-            "A sweep's winner was chosen on these held-out patients: its lead here is part luck. Train both with new seeds."
-        )
+        chosen = "A sweep's winner was chosen on these held-out patients"
+        lines.append(f"{chosen}: its lead here is part luck. Train both with new seeds.")
     if not reference.scored:
         lines.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
     if len({settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}) > 1:

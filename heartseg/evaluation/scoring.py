@@ -1,7 +1,4 @@
-"""Scores on the native grid, clinical indices, and the summary that reports and tables use.
-
-One row an image, one row a patient; each missing image is a row of its own, with the reason.
-"""
+"""Scores on the native grid, clinical indices, and their summary: one row an image, one row a patient."""
 
 import io
 import zlib
@@ -14,8 +11,7 @@ import pandas
 import pyarrow as pa
 import torch
 
-from heartseg.config.experiment import PredictConfig
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import PredictConfig, none_if_nan
 from heartseg.evaluation.ground_truth import Case, ShardTruth, TreeTruth
 from heartseg.inference.segmenter import REVIEW_THRESHOLD, Ensemble, Segmented, Segmenter, segment_images
 from heartseg.labels import EF_CLASSES
@@ -41,10 +37,7 @@ def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], option
 
 
 def score_image(case: Case, predicted: Segmented) -> dict:
-    """One image's row: KEYS but `number`, SCORES, DISTANCES, confusion counts (16 integers) and the packed prediction.
-
-    `confidence` is the network's own (segmenter.confidence), `implausible` the reasons why the mask is not a heart, if any.
-    """
+    """One image's row: KEYS but `number`, SCORES, DISTANCES, confidence, what is implausible, confusion, packed mask."""
     prediction = predicted.mask
     counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
     row = {"patient": case.patient, "view": case.view and str(case.view), "phase": case.phase and str(case.phase)}
@@ -56,10 +49,7 @@ def score_image(case: Case, predicted: Segmented) -> dict:
 
 
 def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> dict:
-    """One patient's row: clinical indices from predicted and from true masks, and the cfg's EF.
-
-    Columns end in `_prediction` and `_truth`; `reason_…` is why an index is missing.
-    """
+    """One patient's row: clinical indices from predicted and true masks, each with its `reason_…`, and the cfg's EF."""
     # A volume needs a known view and phase; of two pictures of one view and phase, no rule says which one counts.
     seen = Counter((c.view, c.phase) for c in cases)
     pairs = [(c, p) for c, p in zip(cases, predictions, strict=True) if c.view and c.phase and seen[c.view, c.phase] == 1]
@@ -116,8 +106,8 @@ def publish_examples(out: str, examples: Mapping[int, Example]) -> None:
     """Write `examples.npz`: `image_I`, `truth_I`, `prediction_I`, `spacing_mm` [N,2], and `rows`, in the images' table."""
     arrays = {f"{kind}_{place}": getattr(example, kind) for place, example in enumerate(examples.values()) for kind in KINDS}
     spacings_mm = np.array([example.spacing_mm for example in examples.values()]).reshape(-1, 2)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays, spacing_mm=spacings_mm, rows=np.array(list(examples), dtype=np.int64))
+    rows = np.array(list(examples), dtype=np.int64)
+    np.savez_compressed(buffer := io.BytesIO(), **arrays, spacing_mm=spacings_mm, rows=rows)
     filesystem.publish(filesystem.join(out, EXAMPLES), buffer.getvalue())
 
 
@@ -135,12 +125,10 @@ def read_examples(evaluation: str) -> dict[int, Example]:
 
 def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Sequence[dict] = ()) -> dict:
     """Means over images with 95 % bootstrap intervals over patients, pooled scores, breakdowns, clinical agreement."""
-    images = images.assign(size=size_thirds(images))
-    owners = images["patient"].to_numpy()
-    scores = {
-        name: mean_interval(images[name], owners) | {"median": none_if_nan(images[name].astype(float).median())}
-        for name in (*SCORES, *DISTANCES)
-    }
+    images, scores = images.assign(size=size_thirds(images)), {}
+    for name in (*SCORES, *DISTANCES):
+        median = none_if_nan(images[name].astype(float).median())
+        scores[name] = mean_interval(images[name], images["patient"].to_numpy()) | {"median": median}
     pooled = torch.tensor(np.stack(images["confusion"].to_list()).sum(axis=0)).view(1, 4, 4)
     return {
         "images": len(images),
@@ -156,10 +144,7 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
 
 
 def size_thirds(images: pandas.DataFrame) -> list[str | None]:
-    """For each image the third of them all that it belongs to by the share of it that the experts' heart fills.
-
-    None for all if there are fewer than nine images, or no three sizes.
-    """
+    """Each image's third of them all by the share that the experts' heart fills; None under nine images or three sizes."""
     counts = np.stack(images["confusion"].to_list()).reshape(-1, 4, 4).sum(axis=2)  # rows are the truth's classes
     shares = counts[:, 1:].sum(axis=1) / counts.sum(axis=1)
     low, high = np.quantile(shares, [1 / 3, 2 / 3])
@@ -185,10 +170,9 @@ def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
 def flags(images: pandas.DataFrame) -> dict:
     """The warnings a user would have had: implausible masks, and how well the confidence separates the images of low Dice.
 
-    `reasons` are the most frequent ones of the implausible masks, each with its number of masks. `spearman` is the rank
-    correlation of confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower confidence of two, one
-    under and one not; both None if there is no such pair. `unsure` are the images under REVIEW_THRESHOLD, which prediction
-    tells a user to review, and how many of them are under LOW_DICE.
+    `reasons` are the most frequent of the implausible masks, with their number. `spearman` is the rank correlation of
+    confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower confidence of two, one under and one not.
+    `unsure` are the images under REVIEW_THRESHOLD, which prediction asks a user to review, and how many are under LOW_DICE.
     """
     doubted = images["implausible"] != ""
     reasons = images.loc[doubted, "implausible"].str.split("; ").explode().value_counts().head(3)
@@ -209,31 +193,20 @@ def flags(images: pandas.DataFrame) -> dict:
 def clinical_agreement(patients: pandas.DataFrame) -> dict:
     """Predicted against the experts' masks' indices, and both against the cfg's EF in the cfg's own convention."""
     owner = patients["patient"].to_numpy()
-    found = {
-        name: agree(patients[f"{name}_prediction"].to_numpy(float), patients[f"{name}_truth"].to_numpy(float), owner)
-        for name in AGREEMENTS
-    }
-    classes = ef_confusion(patients["ef_camus_prediction"].to_numpy(float), patients["ef_camus_truth"].to_numpy(float))
+    found = {name: agree(patients[f"{name}_prediction"], patients[f"{name}_truth"], owner) for name in AGREEMENTS}
+    classes = ef_confusion(patients["ef_camus_prediction"], patients["ef_camus_truth"])
     reasons = patients["reason_prediction"].replace("", np.nan).dropna()
     return {
         "agreement": found,
-        "ef_classes": {"names": list(EF_CLASSES), "counts": np.asarray(classes).tolist(), "convention": "camus"},
-        "reference": _against_reference(patients, owner),
+        "ef_classes": {"names": list(EF_CLASSES), "counts": classes.tolist(), "convention": "camus"},
+        "reference": {name: _against_reference(mine, name) for name, mine in patients.groupby("ef_convention", sort=False)},
         "incomplete": dict(zip(patients.loc[reasons.index, "patient"], reasons, strict=True)),
     }
 
 
-def _against_reference(patients: pandas.DataFrame, owner: np.ndarray) -> dict[str, dict]:
-    """EF from masks against the cfg's, for each convention that the cfg files name."""
-    found = {}
-    for convention in patients["ef_convention"].dropna().unique():
-        chosen = (patients["ef_convention"] == convention).to_numpy()
-        reference = patients["ef_reference"].to_numpy(float)[chosen]
-        found[convention] = {
-            kind: agree(patients[f"ef_{convention}_{kind}"].to_numpy(float)[chosen], reference, owner[chosen])
-            for kind in ("prediction", "truth")
-        }
-    return found
+def _against_reference(patients: pandas.DataFrame, convention: str) -> dict[str, dict]:
+    found = {kind: patients[f"ef_{convention}_{kind}"] for kind in ("prediction", "truth")}
+    return {kind: agree(ef, patients["ef_reference"], patients["patient"]) for kind, ef in found.items()}
 
 
 def _means_by(images: pandas.DataFrame, key: str) -> dict[str, dict]:

@@ -19,8 +19,7 @@ from heartseg.metrics.anatomy_checks import STRUCTURE_NAMES
 from heartseg.metrics.regions import enclosed_holes, largest_component
 from heartseg.metrics.segmentation import predicted_labels
 from heartseg.models import checkpoint
-from heartseg.models.deeplabv3 import build_model
-from heartseg.models.precision import forward
+from heartseg.models.deeplabv3 import build_model, forward
 from heartseg.shards.loader import Intensity, to_device
 from heartseg.shards.writer import resize_image
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import none_if_nan
 from heartseg.datasets.readers import Frames
 from heartseg.inference import study_files
 from heartseg.inference.segmenter import REVIEW_THRESHOLD

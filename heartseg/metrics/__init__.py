@@ -1,4 +1,1 @@
-"""Arrays in, numbers out: Dice, distances, volumes, ejection fraction, statistics. Nothing here knows a file.
-
-Open segmentation.py for scores, cardiac_indices.py for volumes and EF.
-"""
+"""Arrays in, numbers out; knows no file. Open segmentation.py for scores, cardiac_indices.py for volumes and EF."""

@@ -1,12 +1,8 @@
-"""How well two measurements agree, and how sure a mean is.
-
-Uncertainty is a bootstrap over patients, since a patient's images are not independent draws. A missing value is None, so
-that a result is plain JSON; pairs with a NaN are left out.
-"""
+"""How well two measurements agree, and how sure a mean is (a bootstrap over patients), as plain JSON; NaN are left out."""
 
 import numpy as np
 
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import none_if_nan
 from heartseg.labels import ef_class
 
 MIN_PAIRS = 3
@@ -24,10 +20,7 @@ def _resampled(columns: list[np.ndarray], patients: np.ndarray, draws: int = DRA
 
 
 def bootstrap_interval(values: np.ndarray, patients: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` [N] (NaN left out), resampling whole `patients` [N].
-
-    Efron and Tibshirani 1993, the cluster bootstrap. Returns (nan, nan) for fewer than two patients.
-    """
+    """95 % percentile interval of the mean of `values` [N] without NaN by the cluster bootstrap over `patients` [N], or NaN."""
     known = ~np.isnan(values)
     if len(np.unique(patients[known])) < 2:
         return float("nan"), float("nan")
@@ -99,12 +92,10 @@ def ef_confusion(estimate, reference) -> np.ndarray:
 def paired_test(a, b, patients) -> dict[str, float | int | None]:
     """Two methods on the same images: is one better? `a`, `b` [N] are their scores, `patients` [N] the images' owners.
 
-    `n` pairs of `patients`, the mean `difference` a - b over images with `low` and `high` of its `bootstrap_interval`, and
-    `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on each patient's mean difference, two-sided. Under
-    3 patients these four are None.
+    `n` pairs of `patients`, the mean `difference` a - b over images, `low` and `high` of its `bootstrap_interval` and two-sided
+    `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on patients' means. Under 3 patients these are None.
     """
-    # Every command and worker imports this file; scipy.stats would be a quarter of the time that they take to start.
-    from scipy.stats import wilcoxon
+    from scipy.stats import wilcoxon  # here, since every command imports this file: a quarter of the time to start
 
     x, y, owners = _pairs(a, b, patients)
     names, owner = np.unique(owners, return_inverse=True)
@@ -118,10 +109,7 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
 
 
 def auc(score: np.ndarray, is_good: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a good one has a higher score than a poor one, NaN without such a pair.
-
-    Hanley and McNeil 1982; equal scores count half.
-    """
+    """Area under the ROC curve (Hanley and McNeil 1982): the chance that a good one scores higher; NaN without a pair."""
     from scipy.stats import mannwhitneyu
 
     good, poor = score[is_good], score[~is_good]

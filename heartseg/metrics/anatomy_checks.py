@@ -1,6 +1,6 @@
 """Anatomical checks: the reasons, in words, why a mask cannot be a whole left heart.
 
-The checks follow the idea of Painchaud et al. 2020, "Cardiac Segmentation With Strong Anatomical Guarantees", IEEE Trans.
+They follow the idea of Painchaud et al. 2020, "Cardiac Segmentation With Strong Anatomical Guarantees", IEEE Trans.
 Med. Imaging 39(11). Their limits were set on 1,800 expert masks of CAMUS, with a margin on every side.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import ndimage
 
-from heartseg.errors import UserError
+from heartseg.errors import require
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, bounding_box
 from heartseg.metrics.regions import connected_components, enclosed_holes
 
@@ -27,12 +27,9 @@ CAVITY_SHARE, MOST_ATRIUM = (0.11, 0.75), 5.0
 
 
 def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[str]:
-    """Reasons why an upright mask uint8 [H,W] cannot be a whole left heart in an apical view; empty if there are none.
-
-    `spacing_mm` is (depth, lateral). Raises UserError for a spacing that is not positive.
-    """
-    if not all(np.isfinite(mm) and mm > 0 for mm in spacing_mm):
-        raise UserError(f"The pixel spacing {spacing_mm} mm is not valid: give (depth, lateral), both above 0.")
+    """Why an upright mask uint8 [H,W] of (depth, lateral) spacing is not a whole heart; raises UserError for a bad spacing."""
+    is_valid = all(0 < mm < np.inf for mm in spacing_mm)
+    require(is_valid, f"The pixel spacing {spacing_mm} mm is not valid: give (depth, lateral), both above 0.")
     missing = [f"the {name} is missing" for label, name in STRUCTURE_NAMES.items() if not (mask == label).any()]
     if not mask.any():
         return missing
@@ -45,9 +42,8 @@ def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[
 
 def _torn(mask: np.ndarray, speck: float) -> Iterator[str]:
     """Pieces and holes of at least `speck` pixels, each structure checked in its own box."""
-    boxes = {
-        label: box for label, box in zip(STRUCTURE_NAMES, ndimage.find_objects(mask, max(STRUCTURE_NAMES)), strict=True) if box
-    }
+    found = zip(STRUCTURE_NAMES, ndimage.find_objects(mask, max(STRUCTURE_NAMES)), strict=True)
+    boxes = {label: box for label, box in found if box}
     for label, box in boxes.items():
         pieces = np.count_nonzero(connected_components(mask[box] == label)[1] >= speck)
         if pieces > 1:
@@ -90,10 +86,7 @@ def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]
 
 
 def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
-    """The wall surrounds the cavity but at its base, where the atrium is, below it: the apex points to the probe.
-
-    In experts' masks the line from the cavity's centre to the atrium's is at most 44 degrees off the vertical.
-    """
+    """The wall surrounds the cavity but at its base, where the atrium is, below it: the apex points to the probe."""
     cavity = bounding_box(mask == ENDO, (1, 1))  # with its neighbours: a contour has two sides
     closed, atrium = mask.copy(), bounding_box(mask == LA, tuple(int(BASE_MM / mm) + 1 for mm in spacing_mm))
     at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM
@@ -106,6 +99,7 @@ def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[st
         yield "the atrium does not lie at the cavity's base"
     elif base > MOST_BASE:
         yield f"the atrium takes {base:.0%} of the cavity's contour"
+    # In experts' masks this line is at most 44 degrees off the vertical.
     down_mm, aside_mm = (_centre(whole == LA) - _centre(whole == ENDO)) * spacing_mm
     if abs(aside_mm) > abs(down_mm):
         yield "the atrium lies beside the cavity, not below it: the mask may be transposed"

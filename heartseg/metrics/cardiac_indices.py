@@ -34,19 +34,12 @@ Masks = Mapping[tuple[View, Phase], tuple[np.ndarray, tuple[float, float] | None
 
 
 def disks_ml(one: Chamber, other: Chamber, length_mm: float) -> float:
-    """Method of disks in ml: pi / 4 times the sum of the products of widths, times L / 20 (Lang et al. 2015).
-
-    One chamber twice is the single-plane method: circular disks.
-    """
+    """Method of disks in ml: pi / 4 times the sum of the products of widths, times L / 20 (Lang et al. 2015)."""
     return float(np.pi / 4 * (one.widths_mm @ other.widths_mm) * length_mm / DISKS / 1000)
 
 
 def area_length_ml(one: Chamber, other: Chamber) -> float:
-    """Area-length method in ml: 8 A1 A2 / (3 pi L), L the shorter of the two lengths.
-
-    Dodge et al. 1960, Am Heart J 60:762-776; the shorter length as in Lang et al. 2015 for the atrium. One chamber twice
-    is the single-plane method, 8 A^2 / (3 pi L).
-    """
+    """Area-length method in ml (Dodge et al. 1960, Am Heart J 60:762-776): 8 A1 A2 / (3 pi L), L the shorter of two lengths."""
     length_mm = min(one.length_mm, other.length_mm)
     return 8 * one.area_mm2 * other.area_mm2 / (3 * np.pi * length_mm) / 1000
 
@@ -57,10 +50,7 @@ def ejection_fraction(edv: float, esv: float) -> float:
 
 
 def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
-    """Single-plane volume in ml of the ventricle in a label map [H,W]; NaN if it has none.
-
-    Frame by frame this is a sequence's volume curve. Without pixel spacing give (1, aspect): the curve's shape holds.
-    """
+    """Single-plane volume in ml of the ventricle in a label map [H,W]; NaN if it has none; in no unit for (1, aspect)."""
     ventricle = measure(mask, spacing_mm).ventricle
     return float("nan") if isinstance(ventricle, str) else disks_ml(ventricle, ventricle, ventricle.length_mm)
 
@@ -68,27 +58,30 @@ def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
 def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float | str]:
     """All indices of one patient, a flat row: INDICES, NaN if unknown, and `reason`, '' if all are known.
 
-    Args:
-        masks: (view, phase) -> label map [H,W] with labels 0-3 and its (depth, lateral) spacing in mm.
-        spacing_known: False if the spacing holds a pixel's shape only (None: square). Then there are no volumes and
-            no areas. EF needs no scale: each view is measured in its own end-diastolic long axis, which is the same
-            axis in both views, so that views of different depth agree. A view's two phases must share their scale: two
-            shapes without spacing, or a spacing of one alone, do not, and that view is left out.
+    `masks` are label maps [H,W] with their (depth, lateral) spacing in mm. Unless `spacing_known`, the spacing is a pixel's
+    shape only (None: square), and there are no volumes and areas. EF needs no scale: each view is measured in its own
+    end-diastolic long axis, which is the same axis in both views. A view's two phases must share their scale: two shapes
+    without spacing, or a spacing of one alone, do not, and that view is left out.
 
     The atrium's volume is by disks too, which Lang et al. 2015 prefer to area-length, along the line from the mitral
-    plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes
-    do not fit (ESV above EDV) has them in the row, and no EF. Nothing raises: a missing index has a reason.
+    plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes do not fit (ESV
+    above EDV) has them in the row, and no EF. Nothing raises: a missing index has a reason.
     """
     frames, reasons = _measured(masks, spacing_known)
     if not spacing_known:
-        for view in _of_unlike_scale(masks):
-            frames = {still: frame for still, frame in frames.items() if still[0] != view}
-            reasons.append(f"{view} ED and ES have different scales, so it is not measured")
+        # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
+        scales = {(view, np.shape(mask) if spacing is None else "mm") for (view, _), (mask, spacing) in masks.items()}
+        for view in VIEWS:
+            if sum(found == view for found, _ in scales) > 1:
+                frames = {still: frame for still, frame in frames.items() if still[0] != view}
+                reasons.append(f"{view} ED and ES have different scales, so it is not measured")
     row = dict.fromkeys(INDICES, float("nan"))
     ventricles = {still: frame.ventricle for still, frame in frames.items() if not isinstance(frame.ventricle, str)}
     if not spacing_known:
         reasons.append("no pixel spacing, so no volumes and no areas")
-        ventricles = _in_own_length(ventricles)
+        # In units of each view's long axis at end-diastole; a view without ED is left out.
+        lengths = {view: chamber.length_mm for (view, phase), chamber in ventricles.items() if phase == Phase.ED}
+        ventricles = {still: c.scaled(1 / lengths[still[0]]) for still, c in ventricles.items() if still[0] in lengths}
     for method, (edv, esv) in _volumes(ventricles).items():
         row[f"ef_{method}"] = ejection_fraction(edv, esv)
         if esv > edv:
@@ -119,29 +112,12 @@ def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase
     return frames, reasons
 
 
-def _of_unlike_scale(masks: Masks) -> list[View]:
-    """Views whose ED and ES cannot be compared in pixels: only one has a spacing, or neither and their shapes differ."""
-    # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
-    scales = {(view, np.shape(mask) if spacing_mm is None else "mm") for (view, _), (mask, spacing_mm) in masks.items()}
-    return [view for view in VIEWS if sum(found == view for found, _ in scales) > 1]
-
-
 def _missing(frame: Frame, spacing_known: bool) -> list[str]:
-    """What a frame lacks, in words: a missing ventricle alone, and without a scale nothing else."""
+    """What a frame lacks, in words: a missing ventricle alone, and without a scale nothing besides."""
     if isinstance(frame.ventricle, str):
         return [frame.ventricle]
-    if not spacing_known:
-        return []
-    return ([frame.atrium] if isinstance(frame.atrium, str) else []) + ([] if frame.wall_area_mm2 else ["no wall"])
-
-
-def _in_own_length(ventricles: dict) -> dict:
-    """Each view's ventricles in units of its long axis at end-diastole; a view without ED is left out."""
-    return {
-        (view, phase): chamber.scaled(1 / ventricles[view, Phase.ED].length_mm)
-        for (view, phase), chamber in ventricles.items()
-        if (view, Phase.ED) in ventricles
-    }
+    lacks = {frame.atrium: isinstance(frame.atrium, str), "no wall": not frame.wall_area_mm2}
+    return [what for what, is_missing in lacks.items() if is_missing and spacing_known]
 
 
 def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[float, float]]:
@@ -163,10 +139,11 @@ def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[f
 
 def _areas_and_atrium(frames: dict[tuple[View, Phase], Frame]) -> dict[str, float]:
     """Areas in cm2 of every mask that shows the structure, and the atrium's biplane volume in ml."""
-    row = {}
-    for (view, phase), frame in frames.items():
-        for name, area_mm2 in (("wall", frame.wall_area_mm2), ("la", frame.atrium_area_mm2)):
-            row[f"{name}_area_cm2_{view}_{phase}"] = area_mm2 / 100 if area_mm2 else float("nan")
+    row = {
+        f"{name}_area_cm2_{view}_{phase}": area_mm2 / 100 or float("nan")
+        for (view, phase), frame in frames.items()
+        for name, area_mm2 in (("wall", frame.wall_area_mm2), ("la", frame.atrium_area_mm2))
+    }
     for phase in PHASES:
         atria = [frames[view, phase].atrium for view in VIEWS if (view, phase) in frames]
         if len(atria) == len(VIEWS) and not any(isinstance(atrium, str) for atrium in atria):

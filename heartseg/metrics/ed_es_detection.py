@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# A cavity's volume changes by a few percent from one frame to the next; one that is off by more from the median of
-# its neighbours is an outline that failed.
+# A volume changes by a few percent from frame to frame; one farther from its neighbours' median is a failed outline.
 MAX_JUMP, NEIGHBOURS, SMOOTHED_OVER = 0.25, 5, 3
 
 
@@ -22,10 +21,7 @@ def plausible(volumes: np.ndarray) -> np.ndarray:
 
 
 def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
-    """Frames (from 0) of the largest and of the smallest volume of the curve [T], smoothed over each frame and its neighbours.
-
-    None if no two frames are plausible, or if the volume does not change: such a clip shows no beat.
-    """
+    """Frames (from 0) of the largest and smallest volume of the smoothed curve [T]; None if two are not plausible or differ."""
     curve = plausible(volumes)
     num_plausible = np.isfinite(curve).sum()
     if num_plausible < 2:

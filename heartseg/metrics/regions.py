@@ -1,7 +1,7 @@
 """Connected pieces and enclosed holes of a region, by one rule for cleaning, checking and measuring.
 
-Pixels of a region are neighbours over edges and over corners, pixels outside it over edges alone: then a diagonal line, of
-the region or of what cuts it, either connects or separates, and never both.
+Pixels of a region are neighbours over edges and corners, pixels outside it over edges alone: then a diagonal line either
+connects or separates, and never both.
 """
 
 import numpy as np

@@ -12,14 +12,7 @@ import torch
 
 from heartseg.labels import BACKGROUND, NUM_CLASSES, STRUCTURE_LABELS, STRUCTURES, bounding_box
 
-SCORES = (
-    "accuracy",
-    "dice",
-    "iou",
-    "dice4",
-    *(f"dice_{s}" for s in STRUCTURE_LABELS),
-    *(f"iou_{s}" for s in STRUCTURES),
-)
+SCORES = ("accuracy", "dice", "iou", "dice4", *(f"dice_{s}" for s in STRUCTURE_LABELS), *(f"iou_{s}" for s in STRUCTURES))
 DISTANCES = tuple(f"{kind}_{s}_mm" for s in STRUCTURE_LABELS for kind in ("hd", "hd95", "masd"))
 
 
@@ -82,14 +75,10 @@ def image_scores(counts: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class ScoreSums:
-    """Sums and counts of a group's scores and loss on the device, divided once at the end.
-
-    One float64 tensor, `sums`, holds them all, so that ranks add up in a single reduction.
-    """
+    """Sums and counts of a group's scores and loss on the device, one tensor for ranks to reduce; divided once at the end."""
 
     def __init__(self, device: torch.device):
         self._sums = torch.zeros(2, len(SCORES) + 1, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(1, NUM_CLASSES, NUM_CLASSES, dtype=torch.float64, device=device)
         self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, loss: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor) -> None:
@@ -109,7 +98,6 @@ class ScoreSums:
             # A loss that is NaN must show as NaN, and must not be left out as an absent structure is.
             known[-1] = True
             self._sums += torch.stack([torch.where(known, values, 0).sum(dim=1), known.sum(dim=1).double()])
-            self._counts += counts.sum(dim=0)
         return self._sums
 
     def means(self) -> dict[str, float]:
@@ -117,23 +105,16 @@ class ScoreSums:
         sums, counts = self.sums.cpu()
         return dict(zip((*SCORES, "loss"), (sums / counts).tolist(), strict=True))
 
-    def pooled(self) -> dict[str, float]:
-        """The scores of all images' pixels taken as one image."""
-        _ = self.sums  # what was added last is counted
-        return {name: value.item() for name, value in image_scores(self._counts).items()}
-
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float]) -> dict[str, float]:
     """Distances in mm, by the names in DISTANCES, between two label maps uint8 [H,W]; `spacing_mm` is (depth, lateral).
 
-    A surface is the pixels of a structure with a side at another label or at the image's border. `hd` is the Hausdorff
-    distance, the largest from a pixel of one surface to the other surface; `hd95` takes each direction's 95th percentile
-    instead, and then the larger; `masd` is the mean over both directions' distances together. These are the definitions
-    of MONAI's HausdorffDistanceMetric and SurfaceDistanceMetric(symmetric=True).
+    A surface is the pixels of a structure with a side at another label or at the image's border. `hd` is the largest distance
+    from a pixel of one surface to the other surface; `hd95` the larger of both directions' 95th percentiles; `masd` the mean
+    over both directions together (MONAI's HausdorffDistanceMetric and SurfaceDistanceMetric(symmetric=True)).
 
-    A structure absent from both maps has no distance (NaN). Absent from one of the two, all its distances are the image's
-    diagonal in mm, which no distance on this grid can exceed: the counterpart of a Dice of 0.
-    Raises ValueError for maps of different shapes and for spacings that are not positive.
+    A structure absent from both maps has no distance (NaN); absent from one, all are the image's diagonal, which no distance
+    can exceed: the counterpart of a Dice of 0. Raises ValueError for maps of different shapes and spacings not above 0.
     """
     if prediction.shape != truth.shape or prediction.ndim != 2:
         raise ValueError(f"two label maps [H,W] are needed, these have shapes {prediction.shape} and {truth.shape}")

@@ -1,7 +1,7 @@
 """One label map to its chambers: area, long axis and 20 disks in mm of the left ventricle and of the left atrium.
 
-Everything is scale-free: no threshold is in mm, and none but the size under which nothing is measured is in pixels. So the
-same shape on another grid gives the same answer (up to a pixel's edge), and all lengths grow with the spacing.
+Everything is scale-free: no threshold is in mm, and only the size under which nothing is measured is in pixels. So the same
+shape on another grid has the same result (up to a pixel's edge), and all lengths grow with the spacing.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,7 @@ BASAL_SHARE = 0.1  # of the cavity's extent: what counts as its lowest part
 
 @dataclass(frozen=True, eq=False)
 class Chamber:
-    """A chamber in one view: area, length from the mitral plane's midpoint to the far end, and widths [20] of its disks.
-
-    The disks stand perpendicular to the long axis, each `length_mm / 20` high, the first at the mitral plane.
-    """
+    """A chamber in one view: area, length from mitral plane to far end, widths [20] of its disks, from the mitral plane on."""
 
     area_mm2: float
     length_mm: float
@@ -35,25 +32,15 @@ class Chamber:
         return Chamber(self.area_mm2 * factor**2, self.length_mm * factor, self.widths_mm * factor)
 
 
-def crop(mask: np.ndarray) -> np.ndarray:
-    """The part of a label map that is not background, with one pixel of background around it."""
-    return np.pad(mask[bounding_box(mask)], 1)
-
-
 def _where(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What `np.nonzero` gives of a boolean [h,w], faster."""
     return np.divmod(np.flatnonzero(region), region.shape[1])
 
 
 def rim(part: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Midpoints [N,2] in mm of the pixel edges around a part, and the label [N] on the other side of each.
-
-    A part does not touch the array's own border (see `crop`).
-    """
-    points, across = [], []
-    for axis in (0, 1):
-        near, far = (slice(None, -1), slice(None)), (slice(1, None), slice(None))
-        near, far = (near, far) if axis == 0 else (near[::-1], far[::-1])
+    """Midpoints [N,2] in mm of the pixel edges around a part inside the array, and the label [N] on the other side of each."""
+    points, across, most, later = [], [], slice(None, -1), slice(1, None)
+    for axis, near, far in ((0, np.s_[most, :], np.s_[later, :]), (1, np.s_[:, most], np.s_[:, later])):
         at = _where(part[near] != part[far])
         middle = np.stack(at, axis=1) * 1.0
         middle[:, axis] += 0.5
@@ -73,10 +60,10 @@ def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> 
     """Middle of the line between the two sections of the mitral ring, in mm, from a cavity's rim.
 
     Lang et al. 2015 close the contour at the mitral valve with a straight line between the opposite sections of the
-    mitral ring. These are the outermost points of, in this order, (1) the rim that faces the atrium; (2) where there is
-    none, the rim of the lower half that faces no wall: the wall's basal gap; (3) for a cavity without a wall, its lowest
+    mitral ring. These are the outermost points of, in this order, (1) the rim that faces the atrium; (2) without one, the
+    rim of the lower half that does not face the wall: the wall's basal gap; (3) for a cavity without a wall, its lowest
     part along its main direction (in an apical view the apex is next to the probe). The CAMUS authors' script instead
-    looks for the longest flat stretch of the contour, flat within 8 pixels: the same place, and it depends on the grid.
+    takes the longest stretch of the contour that is flat within 8 pixels: the same place, but it depends on the grid.
     """
     direction = np.linalg.eigh(np.cov(points.T))[1][:, 1]
     if abs(direction[0]) < 0.7:  # rounder than long: the main direction means nothing
@@ -101,26 +88,16 @@ def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> 
 def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spacing_mm: tuple[float, float]) -> Chamber:
     """A part with its rim, cut from the mitral plane's midpoint to the rim's most distant point (Lang et al. 2015).
 
-    A disk's width is the area of its slice by its height, so the slices add up to the chamber's area. What lies beyond
-    the midpoint counts at its mirror image: of a plane that is not quite perpendicular to the axis, one half dips below
-    it by what the other half is short.
+    A disk's width is the area of its slice by its height, so the slices add up to the chamber's area. What lies beyond the
+    midpoint counts at its mirror image: of an oblique plane, one half dips below it by what the other half is short.
     """
     distances = np.hypot(*(points - mitral).T)
-    far = points[distances.argmax()]
-    length_mm = float(distances.max())
+    far, length_mm = points[distances.argmax()], float(distances.max())
     step = (far - mitral) / length_mm**2 * DISKS * spacing_mm
-    row, column = _where(part)
-    start = (mitral / spacing_mm) @ step
+    (row, column), start = _where(part), (mitral / spacing_mm) @ step
     along = np.abs(row * step[0] + column * step[1] - start).astype(np.intp)
     areas = np.bincount(np.minimum(along, DISKS - 1), minlength=DISKS) * float(np.prod(spacing_mm))
     return Chamber(float(areas.sum()), length_mm, areas / (length_mm / DISKS))
-
-
-def _chambers(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ventricle and atrium, the largest part of each, of labels framed by background; and the labels without other atria."""
-    atrium = largest_component(labels == LA)
-    stray = (labels == LA) & ~atrium  # a stray speck of atrium is not a mitral plane
-    return largest_component(labels == ENDO), atrium, np.where(stray, 0, labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,23 +111,21 @@ class Frame:
 
 
 def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
-    """Measure the chambers of a label map [H,W] with (depth, lateral) spacing in mm.
-
-    Of cavity and atrium the largest connected part counts, of the wall every pixel: a gap does not make it less wall.
-    """
-    pixel_mm2 = float(np.prod(spacing_mm))
-    ventricle, atrium, labels = _chambers(crop(mask))
+    """Measure a label map [H,W] of (depth, lateral) spacing: the largest part of cavity and atrium, every pixel of the wall."""
+    labels, pixel_mm2 = np.pad(mask[bounding_box(mask)], 1), float(np.prod(spacing_mm))
+    ventricle, atrium = (largest_component(labels == label) for label in (ENDO, LA))
+    labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is not a mitral plane
     atrium_pixels, pixels = np.count_nonzero(atrium), np.count_nonzero(ventricle)
-    wall_area_mm2, atrium_area_mm2 = np.count_nonzero(labels == MYO) * pixel_mm2, atrium_pixels * pixel_mm2
-    small = "a left {} of {} pixels"
+    areas_mm2 = (np.count_nonzero(labels == MYO) * pixel_mm2, atrium_pixels * pixel_mm2)
     if pixels < MIN_PIXELS:
-        reason = small.format("ventricle", pixels) if pixels else "no left ventricle"
-        return Frame(reason, "no mitral plane", wall_area_mm2, atrium_area_mm2)
+        return Frame(_too_small("ventricle", pixels), "no mitral plane", *areas_mm2)
     points, across = rim(ventricle, labels, spacing_mm)
     mitral = mitral_midpoint(points, across, pixels * pixel_mm2)
     chamber = slice_chamber(ventricle, points, mitral, spacing_mm)
     if atrium_pixels < MIN_PIXELS:
-        reason = small.format("atrium", atrium_pixels) if atrium_pixels else "no left atrium"
-        return Frame(chamber, reason, wall_area_mm2, atrium_area_mm2)
-    below = slice_chamber(atrium, rim(atrium, labels, spacing_mm)[0], mitral, spacing_mm)
-    return Frame(chamber, below, wall_area_mm2, atrium_area_mm2)
+        return Frame(chamber, _too_small("atrium", atrium_pixels), *areas_mm2)
+    return Frame(chamber, slice_chamber(atrium, rim(atrium, labels, spacing_mm)[0], mitral, spacing_mm), *areas_mm2)
+
+
+def _too_small(name: str, pixels: int) -> str:
+    return f"a left {name} of {pixels} pixels" if pixels else f"no left {name}"

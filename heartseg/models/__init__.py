@@ -1,4 +1,1 @@
-"""The network, the arithmetic it computes in, and its checkpoints: one device, no optimizer.
-
-Open deeplabv3.py first.
-"""
+"""The network, its arithmetic, and its checkpoints: one device, no optimizer. Open deeplabv3.py first."""

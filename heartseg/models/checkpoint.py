@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import safetensors.torch
 import torch
 
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
 
 CARD, WEIGHTS, TRAINING = "checkpoint.json", "model.safetensors", "training.pt"
@@ -49,9 +49,8 @@ class Checkpoint:
         try:
             return torch.load(io.BytesIO(filesystem.read_bytes(path)), map_location="cpu", weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"The training state {path} is damaged: delete this checkpoint's folder, or give --fresh."
-            ) from error
+            fix = "delete this checkpoint's folder, or give --fresh"
+            raise UserError(f"The training state {path} is damaged: {fix}.") from error
 
 
 def snapshot(value: object) -> object:
@@ -69,8 +68,7 @@ def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card:
     # A copy of the same epoch from before an interruption is no longer complete from here on.
     filesystem.remove(filesystem.join(path, CARD))
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-    buffer = io.BytesIO()
-    torch.save(training_state, buffer)
+    torch.save(training_state, buffer := io.BytesIO())
     filesystem.publish(filesystem.join(path, TRAINING), buffer.getvalue())
     filesystem.publish(filesystem.join(path, WEIGHTS), data)
     card = card | {"weights_sha256": filesystem.sha256(data)}
@@ -80,10 +78,9 @@ def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card:
 
 def open_checkpoint(path: str) -> Checkpoint:
     """The checkpoint in a folder; raises UserError if it has none."""
-    card_path = filesystem.join(path, CARD)
-    if not filesystem.exists(card_path):
-        raise UserError(f"{path} is not a checkpoint (no {CARD}): give a run's folder or one of its {FOLDER}/epoch_*.")
-    return Checkpoint(path, filesystem.read_json(card_path))
+    is_complete = filesystem.exists(filesystem.join(path, CARD))
+    require(is_complete, f"{path} is not a checkpoint (no {CARD}): give a run's folder or one of its {FOLDER}/epoch_*.")
+    return Checkpoint(path, filesystem.read_json(filesystem.join(path, CARD)))
 
 
 def complete(run: str) -> list[Checkpoint]:
@@ -96,8 +93,7 @@ def complete(run: str) -> list[Checkpoint]:
 
 def last(run: str) -> Checkpoint | None:
     """The newest complete checkpoint of a run, or None."""
-    found = complete(run)
-    return found[-1] if found else None
+    return next(reversed(complete(run)), None)
 
 
 def best(run: str) -> Checkpoint | None:
@@ -108,21 +104,15 @@ def best(run: str) -> Checkpoint | None:
 
 def keep_last_and_best(run: str) -> None:
     """Delete every checkpoint of a run but the newest and the best."""
-    found = complete(run)
     top = best(run)
-    for old in found[:-1]:
+    for old in complete(run)[:-1]:
         if top is None or old.path != top.path:
-            # The card goes first: what is left if this is cut off is visibly incomplete.
-            filesystem.remove(filesystem.join(old.path, CARD))
+            filesystem.remove(filesystem.join(old.path, CARD))  # first, so that an interrupted removal is not complete
             filesystem.remove(old.path)
 
 
 def find(path: str, which: str = "last") -> Checkpoint:
     """A checkpoint from a run's folder (`which` is `last` or `best`) or from its own; raises UserError."""
-    if filesystem.exists(filesystem.join(path, CARD)):
-        return open_checkpoint(path)
-    if not filesystem.exists(path):
-        raise UserError(f"The checkpoint {path} does not exist: give the folder of a run.")
+    require(filesystem.exists(path), f"The checkpoint {path} does not exist: give the folder of a run.")
     found = best(path) if which == "best" else None
-    found = found or last(path)
-    return found or open_checkpoint(path)
+    return found or last(path) or open_checkpoint(path)

@@ -1,9 +1,8 @@
-"""Convolutions that give what nn.Conv2d gives with less work, where DeepLabv3 on echocardiograms wastes most of it.
+"""Convolutions that compute what nn.Conv2d does with less work, where DeepLabv3 on echocardiograms wastes most of it.
 
 The atrous rates of DeepLabv3's head (12, 24, 36) are made for large pictures. At 256 x 256 and an output stride of 8 its
 map is 32 x 32: of the nine taps at rate 36, eight see nothing but the padding, and at rate 24 three quarters of their
-places do. Libraries multiply these zeros all the same: an eighth of all of ResNet-101's arithmetic there, and at 192 x 192,
-where the map of MobileNetV3 is 12 x 12, all but a ninth of its three branches.
+places do. Libraries multiply these zeros all the same: an eighth of ResNet-101's arithmetic.
 """
 
 import torch
@@ -22,8 +21,7 @@ class Conv2d(nn.Conv2d):
             rate, grid = self.dilation[0], images.shape[-2:]
             if rate >= max(grid):
                 return conv2d(images, weight[:, :, 1:2, 1:2], bias)
-            # Many small products instead of a large one: they pay in the backward pass on CPUs; on a GPU, where each costs
-            # a launch, they were not measured.
+            # Many small products instead of a large one pay in the backward pass on CPUs; on GPUs they were not measured.
             halved = max(grid) < 2 * rate < 2 * min(grid)
             if halved and images.ndim == 4 and torch.is_grad_enabled() and images.device.type != "cuda":
                 return _by_blocks(images, weight, bias, rate)
@@ -47,9 +45,8 @@ def faster(module: nn.Module) -> None:
 
 def _slow_in_bf16(images: torch.Tensor) -> bool:
     """True where a depthwise convolution's gradients use oneDNN's slow kernels: three to ten times as long as in float32."""
-    if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
-        return False
-    return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    is_training = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    return is_training and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _is_depthwise(convolution: nn.Conv2d) -> bool:
@@ -66,24 +63,18 @@ def _is_atrous(convolution: nn.Conv2d) -> bool:
 
 
 def _by_blocks(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rate: int) -> torch.Tensor:
-    """A convolution whose rate is more than half the grid, as products of nine blocks.
-
-    With the lines cut at `n - rate` and at `rate`, the first block is reached by the centre and by the tap behind it,
-    which sees the last block; the last likewise; the middle one by the centre alone. So in both directions.
-    """
+    """A convolution whose rate is more than half the grid, as products of nine blocks."""
     taps = weight.flatten(2).unbind(2)
-    # For each block, which block is seen and by which of the three taps.
+    # Lines are cut at `n - rate` and at `rate`. For each block, which block is seen and by which of the three taps: the first
+    # by the centre and by the tap behind it, which sees the last block; the middle one by the centre alone.
     seen = (((0, 1), (2, 2)), ((1, 1),), ((2, 1), (0, 0)))
     height, width = (n - rate for n in images.shape[-2:])
     rows = images.split([height, rate - height, height], dim=2)
     blocks = [row.split([width, rate - width, width], dim=3) for row in rows]
-    lines = []
-    for vertical in seen:
-        line = []
-        for horizontal in seen:
-            pairs = [(blocks[i][j], taps[3 * u + v]) for i, u in vertical for j, v in horizontal]
-            stack = torch.cat([block for block, _ in pairs], dim=1)
-            kernel = torch.cat([tap for _, tap in pairs], dim=1)
-            line.append(conv2d(stack, kernel[:, :, None, None], bias))
-        lines.append(torch.cat(line, dim=3))
-    return torch.cat(lines, dim=2)
+
+    def product(vertical: tuple, horizontal: tuple) -> torch.Tensor:
+        stack = torch.cat([blocks[i][j] for i, _ in vertical for j, _ in horizontal], dim=1)
+        kernel = torch.cat([taps[3 * u + v] for _, u in vertical for _, v in horizontal], dim=1)
+        return conv2d(stack, kernel[:, :, None, None], bias)
+
+    return torch.cat([torch.cat([product(vertical, horizontal) for horizontal in seen], dim=3) for vertical in seen], dim=2)

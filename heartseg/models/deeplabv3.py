@@ -1,4 +1,4 @@
-"""DeepLabv3 for one-channel echocardiograms: [B,1,H,W] in, [B,4,H,W] out; single-device, owns no optimizer."""
+"""DeepLabv3 for one-channel echocardiograms and its arithmetic: [B,1,H,W] in, [B,4,H,W] out; single-device."""
 
 import math
 import os
@@ -8,16 +8,14 @@ import torch
 from torch import nn
 
 from heartseg.config.experiment import ModelConfig
+from heartseg.config.training import TrainConfig
 from heartseg.errors import UserError
 from heartseg.labels import NUM_CLASSES
 from heartseg.models import convolutions
 
 
 def _backbone(name: str) -> tuple:
-    """torchvision's DeepLabv3 of a backbone, its ImageNet weights, and the name of its first convolution.
-
-    Imported here and not above, so that a broken installation becomes a one-line UserError.
-    """
+    """torchvision's DeepLabv3 of a backbone, its ImageNet weights, and the name of its first convolution."""
     try:
         from torchvision import models
     except RuntimeError as error:
@@ -37,10 +35,7 @@ def check_installation() -> None:
 
 
 class DeepLab(nn.Module):
-    """torchvision's DeepLabv3 whose forward returns logits [B,4,H,W].
-
-    In training with an auxiliary head it returns (logits, auxiliary logits), both [B,4,H,W].
-    """
+    """torchvision's DeepLabv3: logits [B,4,H,W]; with an auxiliary head, training has (logits, auxiliary logits)."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -48,27 +43,19 @@ class DeepLab(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         outputs = self.network(images)
-        if self.training and "aux" in outputs:
-            return outputs["out"], outputs["aux"]
-        return outputs["out"]
+        return (outputs["out"], outputs["aux"]) if self.training and "aux" in outputs else outputs["out"]
 
 
 def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
-    """Build the network of a configuration; raises UserError if pretrained weights cannot be downloaded.
-
-    Without `own_convolutions` it computes the same on PyTorch's, to compare with.
-    """
+    """Build the network, without `own_convolutions` on PyTorch's; raises UserError if weights cannot be downloaded."""
     constructor, weights, first_conv = _backbone(config.backbone)
     # torchvision downloads backbone weights by default.
     arguments = {"weights": None, "num_classes": NUM_CLASSES, "aux_loss": config.aux_head}
     try:
         network = constructor(weights_backbone=weights if config.pretrained else None, **arguments)
     except URLError as error:
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise UserError(
-            f"The ImageNet weights cannot be downloaded: put {os.path.basename(weights.url)} into {folder}, "
-            "or leave --model.pretrained out."
-        ) from error
+        fix = f"put {os.path.basename(weights.url)} into {os.path.join(torch.hub.get_dir(), 'checkpoints')}"
+        raise UserError(f"The ImageNet weights cannot be downloaded: {fix}, or leave --model.pretrained out.") from error
     _take_one_channel(network.backbone, first_conv)
     if config.norm == "group":
         _replace_batch_norm(network)
@@ -97,3 +84,20 @@ def _replace_batch_norm(module: nn.Module) -> None:
             setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
         else:
             _replace_batch_norm(child)
+
+
+def wants_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """True where bf16 autocast is asked for, or is `auto` and the hardware computes in it."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def forward(train: TrainConfig, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits [B,4,H,W] in float32 of normalised images, computed in the configured precision."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=wants_bf16(train, images.device)):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+    # One class after the other: so losses take a third and labels half of the time on CPUs.
+    return logits.to(torch.float32, memory_format=torch.contiguous_format)

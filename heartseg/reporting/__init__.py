@@ -1,4 +1,1 @@
-"""Tables in, pictures and pages out; recomputes no score.
-
-Open report.py first.
-"""
+"""Tables in, pictures and pages out; recomputes no score. Open report.py first."""

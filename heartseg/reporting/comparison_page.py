@@ -13,10 +13,7 @@ from heartseg.reporting import contours, pages, plots, report, text_tables, trai
 from heartseg.storage import filesystem
 
 PAGE, NUMBERS = "compare.html", "comparison.json"
-EF_TITLES = {
-    "ef_camus_error": "EF, absolute error (camus), points",
-    "ef_ase_error": "EF, absolute error (ase), points",
-}
+EF_TITLES = {f"ef_{convention}_error": f"EF, absolute error ({convention}), points" for convention in ("camus", "ase")}
 DISTANCE_TITLES = {
     f"{kind}_{name}_mm": f"{title}: {distance}, mm"
     for name, title in report.STRUCTURE_TITLES.items()
@@ -36,10 +33,7 @@ TEXT_NAMES = ("dice", "dice_endo", "dice_myo", "dice_la", "dice_epi", "masd_endo
 
 
 def write_page(out: str, entries: Sequence[Entry], compared: dict, pictures: Mapping[str, list[dict]]) -> str:
-    """Write `compare.html` and `comparison.json` into a folder, and return the page's path.
-
-    `compared` is what `compare_entries` found, `pictures` are the `draw_outlines` of an image's entries by its name.
-    """
+    """Write `compare.html` with pictures by image, and `comparison.json`, into a folder; returns the page's path."""
     filesystem.publish_json(filesystem.join(out, NUMBERS), compared)
     means, differences = compared["means"], compared["differences"]
     scored, paired = any(means.values()), any(differences.values())
@@ -91,9 +85,9 @@ def digits_of(name: str) -> int:
     return 3 if name in SCORES else 2 if name in DISTANCES else 1
 
 
-def show_signed(value: float | None, digits: int) -> str:
-    """A number with its sign, or a dash."""
-    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+def show_signed(value: float, digits: int) -> str:
+    """A number with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def score_cell(means: dict, name: str) -> dict[str, str]:
@@ -105,23 +99,19 @@ def score_cell(means: dict, name: str) -> dict[str, str]:
 
 
 def difference_cell(differences: dict, name: str) -> dict | None:
-    """A paired difference of an entry as texts, to one decimal more than its score; None if there is none.
-
-    `patients` is their number if it is lower than mean Dice's.
-    """
+    """A paired difference of an entry as texts, to one decimal more than its score; `patients` if fewer than mean Dice's."""
     found, digits = differences.get(name), digits_of(name) + 1
     if not found or found["difference"] is None:
         return None
-    ends = " to ".join(show_signed(found[end], digits) for end in ("low", "high"))
-    patients = found["patients"] if found["patients"] < differences["dice"]["patients"] else None
+    difference, low, high = (show_signed(found[value], digits) for value in ("difference", "low", "high"))
     p = "–" if found["p"] is None else "< 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}"
-    return {"difference": show_signed(found["difference"], digits), "interval": ends, "p": p,
-            "reading": found["reading"], "seen": found["reading"] not in (run_comparison.NO_DIFFERENCE, run_comparison.NOTHING),
-            "patients": patients}  # fmt: skip
+    return {"difference": difference, "interval": f"{low} to {high}", "p": p, "reading": found["reading"],
+            "seen": found["reading"] not in (run_comparison.NO_DIFFERENCE, run_comparison.NOTHING),
+            "patients": found["patients"] if found["patients"] < differences["dice"]["patients"] else None}  # fmt: skip
 
 
 def curve_figures(entries: Sequence[Entry]) -> list[dict]:
-    """Held-out Dice, training loss and learning rate of all runs by epoch, as inline figures; runs may be of any length."""
+    """Held-out Dice, training loss and learning rate of all runs by epoch, as inline figures."""
     records = {one.label: one.record for entry in entries for one in entry.runs}
     styles = {one.label: plots.run_style(place) for place, entry in enumerate(entries) for one in entry.runs}
     if not any(records.values()):

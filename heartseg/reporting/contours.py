@@ -1,7 +1,4 @@
-"""Outlines of label maps on echocardiograms, as pictures of palette positions, and their PNG.
-
-The palette has greys and the classes' colours, a byte a pixel: small files, exact colours, quick to write.
-"""
+"""Outlines of label maps on echocardiograms, as pictures of palette positions (greys and the classes' colours), and PNGs."""
 
 import io
 
@@ -20,11 +17,8 @@ CHANNEL_OFF, CHANNEL_BACKGROUND = 24, 215
 
 
 def contours(mask: np.ndarray) -> np.ndarray:
-    """Label map [h,w] with 0 everywhere but on the rim of each structure; the image's own edge is not a rim.
-
-    A rim pixel has one of its four neighbours in the background or in a structure of higher label: so the border of two
-    structures is drawn once, in the first one's colour, and their colours do not blend into a third.
-    """
+    """Label map [h,w] with 0 everywhere but on the rim of each structure; the image's own edge is not a rim."""
+    # A neighbour in the background or of higher label makes a rim: the border of two structures is drawn once.
     padded = np.pad(mask, 1, mode="edge")
     neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
     on_rim = ((neighbours == BACKGROUND) | (neighbours > mask)).any(axis=0)
@@ -39,45 +33,32 @@ def thicken(rims: np.ndarray) -> np.ndarray:
     return np.where(lowest == NUM_CLASSES, BACKGROUND, lowest)
 
 
-def thick_contours(mask: np.ndarray) -> np.ndarray:
-    """Contours three pixels wide [h,w], computed only around the structures."""
-    rims = np.zeros_like(mask)
-    if mask.any():
-        near = bounding_box(mask, (2, 2))
-        rims[near] = thicken(contours(mask[near]))
-    return rims
-
-
 def overlay(
     image: np.ndarray, mask: np.ndarray, spacing_mm: tuple[float, float] | None = None, rows: int = ROWS,
     truth: np.ndarray | None = None, grey_step: int = 1,
 ) -> np.ndarray:  # fmt: skip
     """Palette positions uint8 [rows,w] of an image uint8 [H,W] with the contours of a label map [H,W] in the classes' colours.
 
-    Pixels are made square by `spacing_mm` (depth, lateral); without it they are taken as square. The contours of `truth` are
-    white, thinner and on top, so that both are seen where they agree. Greys are rounded down to multiples of `grey_step`.
+    `spacing_mm` makes pixels square; contours of `truth` are white, thinner and on top; greys are multiples of `grey_step`.
     """
-    grey = square_pixels(image, spacing_mm, rows)
-    rims = thick_contours(resize_labels(mask, *grey.shape))
+    depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
+    width = max(64, round(rows * image.shape[1] * lateral_mm / (image.shape[0] * depth_mm)))
+    grey = np.asarray(Image.fromarray(image).resize((width, rows), Image.Resampling.BILINEAR))
+    labels = resize_labels(mask, *grey.shape)
+    rims, near = np.zeros_like(labels), bounding_box(labels, (2, 2))
+    rims[near] = thicken(contours(labels[near])) if labels.any() else 0  # near the structures only: this is quick
     picture = np.where(rims == BACKGROUND, grey_positions(grey // grey_step * grey_step), rims + np.uint8(GREYS))
     if truth is not None:
         picture = np.where(contours(resize_labels(truth, *grey.shape)) != BACKGROUND, GREYS - 1, picture)
     return picture.astype(np.uint8)
 
 
-def square_pixels(image: np.ndarray, spacing_mm: tuple[float, float] | None, rows: int) -> np.ndarray:
-    """The image uint8 [H,W] on `rows` rows of square pixels; pixels are square if `spacing_mm` is not known."""
-    depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
-    width = max(64, round(rows * image.shape[1] * lateral_mm / (image.shape[0] * depth_mm)))
-    return np.asarray(Image.fromarray(image).resize((width, rows), Image.Resampling.BILINEAR))
-
-
 def resize_labels(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Labels on another grid, each class resampled as a share of 0 to 1 and the largest taken: no staircase along the rims."""
     best, labels = np.full((rows, columns), 126, np.uint8), np.zeros((rows, columns), np.uint8)
     for label in np.unique(mask[mask != BACKGROUND]):
-        share = Image.fromarray((mask == label).astype(np.uint8) * 255).resize((columns, rows), Image.Resampling.BILINEAR)
-        share = np.asarray(share)
+        share = Image.fromarray((mask == label).astype(np.uint8) * 255)
+        share = np.asarray(share.resize((columns, rows), Image.Resampling.BILINEAR))
         labels, best = np.where(share > best, label, labels), np.maximum(share, best)
     return labels
 
@@ -88,14 +69,9 @@ def grey_positions(grey: np.ndarray) -> np.ndarray:
 
 
 def channels(mask: np.ndarray) -> list[np.ndarray]:
-    """One picture of palette positions [h,w] per class of a label map [h,w]: the class in its colour, all else nearly black."""
+    """One picture of palette positions [h,w] per class of a label map [h,w]: the class in its colour, the rest nearly black."""
     shades = [CHANNEL_BACKGROUND, *range(GREYS + 1, 256)]
     return [np.where(mask == label, shade, CHANNEL_OFF).astype(np.uint8) for label, shade in enumerate(shades)]
-
-
-def as_rgb(positions: np.ndarray) -> np.ndarray:
-    """Palette positions [h,w] as colours uint8 [h,w,3]."""
-    return PALETTE[positions]
 
 
 def as_image(positions: np.ndarray) -> Image.Image:
@@ -106,7 +82,7 @@ def as_image(positions: np.ndarray) -> Image.Image:
 
 
 def encode_png(positions: np.ndarray) -> bytes:
-    """PNG of palette positions; lightly compressed, for the time it takes counts more than its size."""
+    """PNG of palette positions; lightly compressed, since its time counts more than its size."""
     buffer = io.BytesIO()
     as_image(positions).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

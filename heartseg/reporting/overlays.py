@@ -34,14 +34,14 @@ def strip(width: int, caption: str) -> np.ndarray:
     ink, middle = Image.new("L", (width, STRIP_ROWS)), STRIP_ROWS // 2
     draw, font = ImageDraw.Draw(ink), ImageFont.load_default(size=14)
     needed = sum(30 + draw.textlength(name, font=font) for _, name in STRIP_NAMES) + draw.textlength(caption, font=font)
-    squares, left = [], 8
+    squares, left = {}, 8
     for label, name in STRIP_NAMES if needed + 8 <= width else ():
-        squares.append((label, left))
+        squares[label] = left
         draw.text((left + 16, middle), name, fill=215, font=font, anchor="lm")
         left += 30 + int(draw.textlength(name, font=font))
     draw.text((width - 8, middle), caption, fill=255, font=font, anchor="rm")
-    positions = grey_positions(np.asarray(ink)).copy()
-    for label, left in squares:
+    positions = grey_positions(np.asarray(ink))
+    for label, left in squares.items():
         positions[middle - 5 : middle + 6, left : left + 11] = GREYS + label
     return positions
 
@@ -61,8 +61,7 @@ def shown_frames(count: int, always: Iterable[int] = ()) -> list[int]:
 
 def write_overlays(out: str, clip: Clip, frames: Frames, masks: np.ndarray, marked: Mapping[int, str]) -> None:
     """A PNG of a still, an animated GIF of a sequence; `marked` maps frames (from 0) to captions, such as ED and ES."""
-    count = len(masks)
-    view = f"{clip.view} " if clip.view else ""
+    count, view = len(masks), f"{clip.view} " if clip.view else ""
     if count == 1:
         picture = outlined(frames.pixels[0], masks[0], frames.spacing_mm, f"{view}{clip.phase or ''}".strip())
         filesystem.publish(output(out, clip, "_overlay.png"), encode_png(picture))

@@ -1,6 +1,7 @@
 """What every page shares: templates, numbers as text, figures and pictures inside the page, and how a page is written."""
 
 import base64
+import functools
 import math
 
 import jinja2
@@ -25,18 +26,13 @@ def environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("heartseg.reporting"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters |= {"score": show_score, "interval": show_interval, "number": show_number}
+    made.filters |= {"score": functools.partial(show_number, digits=3), "interval": show_interval, "number": show_number}
     return made
 
 
 def show_number(value: float | None, digits: int = 1) -> str:
     """Some decimals, or a dash if there is no value."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def show_score(value: float | None) -> str:
-    """Three decimals, or a dash if there is no value."""
-    return show_number(value, 3)
 
 
 def show_interval(score: dict | None, digits: int = 3) -> str:

@@ -1,7 +1,4 @@
-"""Figures of scores: curves by epoch, the spread of scores over images, agreement, volume curves, contact sheets.
-
-It returns figures, PNG bytes and SVG text, and decides nothing about a page.
-"""
+"""Figures of scores: curves by epoch, the spread of scores over images, agreement, volume curves, contact sheets."""
 
 import io
 import re
@@ -18,7 +15,7 @@ from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
 
 # Lines and text that must follow the page's text colour, light or dark: `save_svg` replaces it by `currentColor`.
 INK = "#123457"
-# Told apart by shade, hue and dash, and at least 3:1 against a white and against a near-black page.
+# Distinct by shade, hue and dash, and at least 3:1 against a white and against a near-black page.
 GROUP_STYLES = {"train": ("#868C96", "--"), "val": ("#2F86D6", "-"), "test": ("#D2691E", "-")}
 OTHER_STYLE = ("#9A6FC4", "-.")
 RUN_COLOURS = ("#2F86D6", "#D2691E", "#2E9457", "#C74FA0", "#868C96", "#9A6FC4", "#14919B", "#A08414")
@@ -35,11 +32,8 @@ def save_png(figure: Figure, dpi: int = 150) -> bytes:
 
 
 def save_svg(figure: Figure, name: str) -> str:
-    """The `<svg>` element of a figure, transparent, its ink in the page's text colour; `name` is unique on the page.
-
-    Identifiers begin with the name, so that figures on one page do not borrow each other's clip paths and glyphs; with
-    the fixed salt the same figure gives the same bytes.
-    """
+    """The `<svg>` element of a figure, transparent, its ink in the page's text colour; `name` is unique on the page."""
+    # Identifiers begin with the name, or figures on one page would borrow each other's clip paths; the salt fixes the bytes.
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "heartseg"}):
         figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
@@ -104,11 +98,7 @@ def curve(
     epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None,
     styles: Mapping[str, tuple[str, str]] | None = None,
 ) -> Figure:  # fmt: skip
-    """A quantity by epoch, one line a group; `marked` is the epoch that a dotted line points out.
-
-    `series` holds the values by group (`train`, `val`, `test`, or "" for a quantity without group); NaN leaves a gap.
-    `styles` gives lines of other names their (colour, dash); the page then says which is which.
-    """
+    """A quantity by epoch, a line a group; NaN is a gap, `marked` has a dotted line; `styles` are (colour, dash) by name."""
     figure, axes = new_axes(4.4, 2.9)
     for group, values in series.items():
         colour, dash = (INK, "-") if not group else (styles or GROUP_STYLES).get(group, OTHER_STYLE)
@@ -124,10 +114,7 @@ def curve(
 
 
 def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: str) -> Figure:
-    """Box and points of the scores of images (0 to 1), a row a structure; NaN is left out.
-
-    Boxes span the quartiles, the line is the median, whiskers reach the last image within 1.5 times the box.
-    """
+    """Box (median, quartiles, the last image within 1.5 boxes) and points of images' scores, a row a structure, without NaN."""
     known = {name: scores[~np.isnan(scores)] for name, scores in values.items() if not np.isnan(scores).all()}
     figure, axes = new_axes(5.4, 0.7 + 0.55 * max(1, len(known)))
     rng = np.random.default_rng(0)
@@ -164,10 +151,7 @@ def _points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def bland_altman(estimate: Sequence[float], reference: Sequence[float], found: Mapping, title: str, unit: str) -> Figure:
-    """Difference against mean of two measurements, with bias and limits of agreement (Bland and Altman 1986).
-
-    Values are in `unit`; pairs with a NaN are left out. `found` is their `metrics.agreement.agree`; no bias, no lines.
-    """
+    """Difference against mean of two measurements (Bland and Altman 1986) with bias and limits of `agreement.agree`."""
     estimate, reference = _known_pairs(estimate, reference)
     difference = estimate - reference
     figure, axes = new_axes(4.4, 3.1)
@@ -189,13 +173,8 @@ def bland_altman(estimate: Sequence[float], reference: Sequence[float], found: M
     return figure
 
 
-def agreement_scatter(
-    estimate: Sequence[float], reference: Sequence[float], found: Mapping, title: str, unit: str
-) -> Figure:  # fmt: skip
-    """Estimate against reference on equal axes, with the line of identity, Pearson's r and the number of pairs.
-
-    Values are in `unit`; pairs with a NaN are left out. `found` is their `metrics.agreement.agree`.
-    """
+def agreement_scatter(estimate: Sequence[float], reference: Sequence[float], found: Mapping, title: str, unit: str) -> Figure:
+    """Estimate against reference on equal axes, with the line of identity, and r and n of `metrics.agreement.agree`."""
     estimate, reference = _known_pairs(estimate, reference)
     figure, axes = new_axes(3.7, 3.6)
     both = np.concatenate([estimate, reference])
@@ -207,24 +186,17 @@ def agreement_scatter(
     axes.set(xlim=limits, ylim=limits, aspect="equal")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    note = f"n = {found['n']}"
-    if found["r"] is not None:
-        note = f"r = {found['r']:.3f}\n{note}".replace("-", "\N{MINUS SIGN}")
+    note = "" if found["r"] is None else f"r = {found['r']:.3f}\n".replace("-", "\N{MINUS SIGN}")
+    note += f"n = {found['n']}"
     axes.text(0.04, 0.96, note, transform=axes.transAxes, va="top", color=INK, fontsize=9, linespacing=1.3)
     write_labels(axes, title, f"reference ({unit})", f"estimate ({unit})")
     return figure
 
 
 def volume_curve(frames: Sequence[int], volumes: Sequence[float], ed: int, es: int, unit: str = "ml") -> Figure:
-    """A ventricle's volume over a sequence, with end-diastole and end-systole pointed out.
-
-    `frames` are the frames' numbers, `volumes` their volumes in `unit`, NaN if unknown; `ed` and `es` are positions in both,
-    from 0.
-    """
-    figure, axes = new_axes(4.4, 2.9)
-    frames, volumes = np.asarray(frames, float), np.asarray(volumes, float)
-    marker = "o" if len(volumes) <= 60 else None
-    axes.plot(frames, volumes, color=POINT, linewidth=1.7, marker=marker, markersize=3)
+    """A ventricle's `volumes` in `unit` (NaN if unknown) by the `frames`' numbers; `ed` and `es` are positions in both."""
+    (figure, axes), frames, volumes = new_axes(4.4, 2.9), np.asarray(frames, float), np.asarray(volumes, float)
+    axes.plot(frames, volumes, color=POINT, linewidth=1.7, marker="o" if len(volumes) <= 60 else None, markersize=3)
     for index, name, above in ((ed, "ED", True), (es, "ES", False)):
         if np.isfinite(volumes[index]):
             axes.plot(frames[index], volumes[index], "o", color=LINE, markersize=7, clip_on=False)

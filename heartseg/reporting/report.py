@@ -1,9 +1,4 @@
-"""Result tables to one self-contained HTML page, for a cardiologist and for an engineer.
-
-It reads what a training run and an evaluation left behind, lays it out, and recomputes no metric.
-"""
-
-import math
+"""What a training run and an evaluation left behind as one self-contained HTML page; it recomputes no metric."""
 
 import pandas
 
@@ -17,11 +12,8 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 
 STRUCTURE_TITLES = {
-    "endo": "Cavity (endo)",
-    "myo": "Wall (myo)",
-    "la": "Left atrium (la)",
-    "epi": "Epicardium (epi = endo + myo)",
-}
+    "endo": "Cavity (endo)", "myo": "Wall (myo)", "la": "Left atrium (la)", "epi": "Epicardium (epi = endo + myo)",
+}  # fmt: skip
 SCORE_TITLES = {
     "dice": "Mean Dice of the three structures",
     **{f"dice_{name}": f"{title}: Dice" for name, title in STRUCTURE_TITLES.items()},
@@ -33,9 +25,7 @@ SCORE_TITLES = {
 # Cards beside the headline: the shortest wording, and the colour of the structure.
 CARDS = {
     **{f"dice_{name}": (title, plots.STRUCTURE_COLOURS[name]) for name, title in STRUCTURE_TITLES.items()},
-    "iou": ("IoU, three structures", ""),
-    "dice4": ("Dice, four areas", ""),
-    "accuracy": ("Pixel accuracy", ""),
+    **{"iou": ("IoU, three structures", ""), "dice4": ("Dice, four areas", ""), "accuracy": ("Pixel accuracy", "")},
 }
 # Columns of the narrower tables, with their headings; distances are in mm.
 COLUMNS = {"dice": "Mean Dice", "dice_endo": "endo", "dice_myo": "myo", "dice_la": "la", "dice_epi": "epi"}
@@ -57,20 +47,15 @@ AGREEMENT_TITLES = {
 }
 # A run's origins, by their keys in its description.
 ORIGINS = {
-    "Code revision": "code",
-    "Dataset": "dataset",
-    "Data fingerprint": "data_fingerprint",
-    "Source SHA-256": "source_sha256",
-}
-WORST_ROWS = 10
-EXAMPLE_ROWS = 400  # of pixels of a drawn example
+    "Code revision": "code", "Dataset": "dataset", "Data fingerprint": "data_fingerprint", "Source SHA-256": "source_sha256",
+}  # fmt: skip
+WORST_ROWS, EXAMPLE_PIXEL_ROWS = 10, 400
 
 
 def write_report(evaluation: str, run: str | None = None) -> str:
-    """Write `report.html` into an evaluation's folder and return its path; both folders are paths or URIs.
+    """Write `report.html` into an evaluation's folder and return its path; `run` is what was evaluated, None for files' masks.
 
-    `run` is the training run that was evaluated, None for masks from files. Raises UserError if the run's `experiment.json` or
-    the evaluation's `summary.json` is missing. Other missing files leave their sections out.
+    Raises UserError without the run's `experiment.json` or the `summary.json`; without other files, sections are left out.
     """
     summary = filesystem.read_json(filesystem.join(evaluation, SUMMARY))
     description = filesystem.read_json(filesystem.join(run, run_directory.DESCRIPTION)) if run else {}
@@ -84,12 +69,10 @@ def write_report(evaluation: str, run: str | None = None) -> str:
         trained=bool(run),
         summary=summary,
         group_title=training_figures.GROUP_TITLES.get(summary["group"], summary["group"]),
-        **score_tables(summary),
-        **image_tables(images),
+        **score_tables(summary) | image_tables(images) | example_pictures(evaluation, images),
         flags=summary.get("flags"),
         clinical=clinical_section(summary, patients),
         published=published_section(summary, dataset),
-        **example_pictures(evaluation, images),
         curves=training_figures.run_curves(run_directory.read_record(run), summary.get("epoch")) if run else [],
         **(training_figures.sample_pictures(run) if run else {"sample_rows": []}),
         legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
@@ -126,18 +109,13 @@ def image_tables(images: pandas.DataFrame | None) -> dict:
     scored = images[images["dice"].notna()]
     lowest = scored.drop(columns="confusion", errors="ignore").sort_values(["dice", "patient", "view", "phase"])
     rows = lowest.head(WORST_ROWS).to_dict("records")
-    return {
-        "spread": pages.figure(drawn, "spread", alt) if len(scored) else None,
-        "worst": [{name: "–" if pandas.isna(value) else value for name, value in row.items()} for row in rows],
-        "worst_columns": COLUMNS,
-    }
+    worst = [{name: "–" if pandas.isna(value) else value for name, value in row.items()} for row in rows]
+    figure = pages.figure(drawn, "spread", alt) if len(scored) else None
+    return {"spread": figure, "worst": worst, "worst_columns": COLUMNS}
 
 
 def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict | None:
-    """Tables and figures of volumes and EF, and the reasons why a patient has none.
-
-    The reasons alone if fewer than three patients have both EFs; None if there are no reasons either.
-    """
+    """Tables and figures of volumes and EF, and why a patient has none: the reasons alone, if any, under three EFs."""
     clinical = summary.get("clinical")
     if not clinical or patients is None:
         return None
@@ -150,16 +128,14 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
     ef = agreement["ef_camus"]
     if not rows or ef["n"] < MIN_PAIRS:
         return {"ef": None, "incomplete": clinical["incomplete"]} if clinical["incomplete"] else None
-    pair = patients[["ef_camus_prediction", "ef_camus_truth"]].to_numpy(float)
+    pair = (patients["ef_camus_prediction"], patients["ef_camus_truth"])
     limits = f"limits of agreement {ef['loa_low']:.1f} to {ef['loa_high']:.1f}"
     correlation = "no correlation (all the same)" if ef["r"] is None else f"r {ef['r']:.2f}"
     numbers = f"{ef['n']} patients, bias {ef['bias']:.1f} points, {limits}, {correlation}."
-    scatter = plots.agreement_scatter(*pair.T, ef, "EF (camus), predicted and expert", "%")
-    differences = plots.bland_altman(*pair.T, ef, "Bland-Altman, EF (camus)", "points")
-    figures = [
-        pages.figure(scatter, "ef-scatter", f"Scatter of EF: {numbers}"),
-        pages.figure(differences, "ef-bland-altman", f"Bland-Altman plot of EF: {numbers}"),
-    ]
+    scatter = plots.agreement_scatter(*pair, ef, "EF (camus), predicted and expert", "%")
+    differences = plots.bland_altman(*pair, ef, "Bland-Altman, EF (camus)", "points")
+    figures = [pages.figure(scatter, "ef-scatter", f"Scatter of EF: {numbers}")]
+    figures.append(pages.figure(differences, "ef-bland-altman", f"Bland-Altman plot of EF: {numbers}"))
     return {"ef": ef, "rows": rows, "plots": figures, "classes": clinical["ef_classes"], "incomplete": clinical["incomplete"]}
 
 
@@ -169,50 +145,46 @@ def published_section(summary: dict, dataset: str) -> dict | None:
     if dataset != "CAMUS" or any(phase not in phases for phase in PHASES):
         return None
     whose = "These masks" if "predictions" in summary else "This model"
-    kinds, ours = ("endo", "epi", "la"), {"name": f"{whose}, {summary['group']} group"}
-    challenge = [ours | {
-        "dice": {s: tuple(phases[p][f"dice_{s}"] for p in PHASES) for s in kinds},
-        "hd_mm": {s: tuple(phases[p][f"hd_{s}_mm"] for p in PHASES) for s in kinds},
-    }]  # fmt: skip
-    split = [ours | {name: summary["scores"][name]["mean"] for name in ("dice_endo", "dice_myo", "dice_la", "dice", "iou")}]
-    agreement = summary["clinical"]["agreement"]
-    mine = {k: tuple(agreement[f"{k}_camus"][v] for v in ("r", "bias", "sd")) for k in ("ef", "edv_ml", "esv_ml")}
+    name, scores, agreement = f"{whose}, {summary['group']} group", summary["scores"], summary["clinical"]["agreement"]
+    kinds = {"dice": "dice_{}", "hd_mm": "hd_{}_mm"}
+    challenge = {
+        kind: {s: tuple(phases[p][column.format(s)] for p in PHASES) for s in ("endo", "epi", "la")}
+        for kind, column in kinds.items()
+    }
+    split = {score: scores[score]["mean"] for score in ("dice_endo", "dice_myo", "dice_la", "dice", "iou")}
+    clinical = {k: tuple(agreement[f"{k}_camus"][v] for v in ("r", "bias", "sd")) for k in ("ef", "edv_ml", "esv_ml")}
     return {
-        "challenge": [*challenge, *published_results.CHALLENGE],
-        "split": [*split, *published_results.OFFICIAL_SPLIT],
-        "clinical": [ours | mine, *published_results.CLINICAL] if mine["ef"][0] is not None else [],
+        "challenge": [{"name": name} | challenge, *published_results.CHALLENGE],
+        "split": [{"name": name} | split, *published_results.OFFICIAL_SPLIT],
+        "clinical": [{"name": name} | clinical, *published_results.CLINICAL] if clinical["ef"][0] is not None else [],
     }
 
 
 def example_pictures(evaluation: str, images: pandas.DataFrame | None) -> dict[str, list[dict]]:
     """The images of lowest and of highest Dice with both outlines, in proportions of millimetres."""
     examples = {} if images is None else read_examples(evaluation)
-    drawn = [_example(example, images.loc[row]) for row, example in examples.items()]
-    half = (len(drawn) + 1) // 2
+    drawn, half = [_example(example, images.loc[row]) for row, example in examples.items()], (len(examples) + 1) // 2
     return {"worst_pictures": drawn[:half], "best_pictures": drawn[half:][::-1]}
 
 
 def _example(example: Example, row: pandas.Series) -> dict:
     name = frame_name(row.astype(object).where(row.notna(), None))
-    dice = {structure: row[f"dice_{structure}"] for structure in STRUCTURES if not math.isnan(row[f"dice_{structure}"])}
-    worst = min(dice, key=dice.get)
-    caption = f"{name}: Dice {row['dice']:.3f}, lowest {worst} {dice[worst]:.3f}"
-    drawn = contours.overlay(example.image, example.prediction, example.spacing_mm, EXAMPLE_ROWS, example.truth)
+    dice = row[[f"dice_{structure}" for structure in STRUCTURES]].dropna().astype(float)
+    caption = f"{name}: Dice {row['dice']:.3f}, lowest {dice.idxmin().removeprefix('dice_')} {dice.min():.3f}"
+    drawn = contours.overlay(example.image, example.prediction, example.spacing_mm, EXAMPLE_PIXEL_ROWS, example.truth)
     return pages.picture(drawn, caption, f"{name} with the model's and the expert's outlines")
 
 
 def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]:
     """The origins of the scores, as rows of a name and a text."""
-    groups = description.get("groups", {})
-    sizes = [(f"Group {g}", f"{n['patients']} patients, {n['images']} images") for g, n in groups.items()]
-    split = ", ".join(f"{key} {value}" for key, value in flatten(description.get("split") or {}).items())
+    groups, split = description.get("groups", {}), flatten(description.get("split") or {})
     return [
         ("Run", run),
         ("Recipe", description["experiment"]["name"]),
         ("Checkpoint", "{} ({}, epoch {})".format(*(summary.get(key, "–") for key in ("checkpoint", "which", "epoch")))),
         *((title, description.get(key, "–")) for title, key in ORIGINS.items()),
-        ("Split", split or "–"),
-        *sizes,
+        ("Split", ", ".join(f"{key} {value}" for key, value in split.items()) or "–"),
+        *((f"Group {g}", f"{n['patients']} patients, {n['images']} images") for g, n in groups.items()),
         ("Weights & Biases id", description.get("wandb_id", "–")),
     ]
 

@@ -39,11 +39,8 @@ def summary_text(summary: dict) -> str:
     found = {name: row for name, row in clinical["agreement"].items() if name in SHOWN_AGREEMENTS}
     for convention, kinds in clinical["reference"].items():
         found |= {f"ef_{convention}, {kind} against cfg": row for kind, row in kinds.items()}
-    agreement = [
-        (name, str(row["n"]), *(f"{row[key]:.2f}" for key in ("r", "bias", "sd", "mae")))
-        for name, row in found.items()
-        if row["r"] is not None
-    ]
+    known = {name: row for name, row in found.items() if row["r"] is not None}
+    agreement = [(n, str(row["n"]), *(f"{row[key]:.2f}" for key in ("r", "bias", "sd", "mae"))) for n, row in known.items()]
     tables: list[Table] = [
         ("", ("score", "mean", "95 % interval", "pooled"), overlaps),
         ("", ("distance", "mean", "95 % interval", "median"), distances),

@@ -25,11 +25,8 @@ def run_curves(record: list[dict], marked: int | None) -> list[dict]:
     found = dict.fromkeys(key.split("/")[0] for epoch in record for key in epoch if key.endswith("/loss"))
     groups = sorted(found, key=lambda group: [*GROUP_TITLES, group].index(group))
     panels = {name: {group: (record, f"{group}/{name}") for group in groups} for name in CURVES} | {"lr": {"": (record, "lr")}}
-    return [
-        curve_figure(f"curve-{name}", CURVES.get(name, "Learning rate"), lines, marked)
-        for name, lines in panels.items()
-        if record
-    ]
+    titles = CURVES | {"lr": "Learning rate"}
+    return [curve_figure(f"curve-{name}", titles[name], lines, marked) for name, lines in panels.items() if record]
 
 
 def curve_figure(
@@ -49,28 +46,21 @@ def curve_figure(
 
 def sample_pictures(run: str) -> dict:
     """Rows of image, truth and predictions, one a sample; and the one-class channels of the first samples."""
-    samples = read_samples(run)
-    if not samples:
-        return {"sample_rows": []}
-    newest = samples[-1]
-    names = [str(name) for name in newest["names"]]
-    height, width = newest["images"].shape[1:]
-    return {
-        "sample_rows": [(name, _overlays(samples, row, name)) for row, name in enumerate(names)],
-        "channel_rows": [(name, _channels(newest, row, name)) for row, name in enumerate(names[:CHANNEL_SAMPLES])],
-        "sample_grid": f"{height} × {width}",
-    }
-
-
-def read_samples(run: str) -> list[dict[str, np.ndarray]]:
-    """The samples after the first and after the last epoch, in this order; one if they are the same, or none."""
-    samples = {}
+    by_epoch = {}
     for name in ("first", "last"):
         path = filesystem.join(run, "samples", f"{name}.npz")
         if filesystem.exists(path):
             with np.load(io.BytesIO(filesystem.read_bytes(path)), allow_pickle=False) as arrays:
-                samples[int(arrays["epoch"])] = dict(arrays)
-    return [samples[epoch] for epoch in sorted(samples)]
+                by_epoch[int(arrays["epoch"])] = dict(arrays)
+    if not by_epoch:
+        return {"sample_rows": []}
+    samples = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    names, (height, width) = [str(name) for name in samples[-1]["names"]], samples[-1]["images"].shape[1:]
+    return {
+        "sample_rows": [(name, _overlays(samples, row, name)) for row, name in enumerate(names)],
+        "channel_rows": [(name, _channels(samples[-1], row, name)) for row, name in enumerate(names[:CHANNEL_SAMPLES])],
+        "sample_grid": f"{height} × {width}",
+    }
 
 
 def _overlays(samples: list[dict], row: int, name: str) -> list[dict]:
@@ -87,11 +77,8 @@ def _overlays(samples: list[dict], row: int, name: str) -> list[dict]:
 
 def _channels(held: dict, row: int, name: str) -> list[tuple[str, list[dict]]]:
     """Truth and prediction of a sample as one picture per class."""
-    kinds = {"Truth": "masks", f"Prediction after epoch {int(held['epoch'])}": "predictions"}
-    return [
-        (kind, [
-            pages.picture(drawn, title, f"{kind} of {name}, channel {label}")
-            for drawn, label, title in zip(contours.channels(held[key][row]), CLASSES, CLASS_TITLES, strict=True)
-        ])
-        for kind, key in kinds.items()
-    ]  # fmt: skip
+    rows = []
+    for kind, key in {"Truth": "masks", f"Prediction after epoch {int(held['epoch'])}": "predictions"}.items():
+        shown = zip(contours.channels(held[key][row]), CLASSES, CLASS_TITLES, strict=True)
+        rows.append((kind, [pages.picture(one, title, f"{kind} of {name}, channel {label}") for one, label, title in shown]))
+    return rows

@@ -16,9 +16,8 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Change images [b,1,H,W] (floats 0 to 1) and masks [b,H,W] alike; returns both.
 
-    Draws are made for a whole global batch of `global_size` images from `seed`, and these rows take theirs from `offset`
-    on: the same image is changed in the same way whatever the number of ranks. Kinds that came later draw last, so that
-    they leave the others' draws alone.
+    `seed` draws for a whole global batch of `global_size` images, and these rows take theirs from `offset` on, so that changes
+    do not depend on the number of ranks. Kinds that came later draw last, and leave the others' draws alone.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows = slice(offset, offset + len(images))
@@ -31,8 +30,7 @@ def augment(
         exponent = (1 + config.gamma) ** draw(1, 1, 1)
         images = (gain * images.pow(exponent)).clamp_(0, 1)
     if config.noise:
-        size = (global_size, *images.shape[1:])
-        noise = torch.randn(size, generator=generator, device=images.device)[rows]
+        noise = torch.randn(global_size, *images.shape[1:], generator=generator, device=images.device)[rows]
         # Speckle is multiplicative: what is black, the outside of the sector above all, stays black.
         images = (images * (1 + config.noise * draw(1, 1, 1).abs() * noise)).clamp_(0, 1)
     is_moved = bool(config.rotate_deg or config.scale or config.translate)
@@ -66,15 +64,10 @@ def _blur(images: torch.Tensor, sigma_px: torch.Tensor, largest_px: float) -> to
 
 
 def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor, darkness: torch.Tensor) -> torch.Tensor:
-    """Darken a wedge from the probe down in each image: `width` is its share of the sector, `place` -1 to 1 across it.
-
-    All three are [b,1,1]; `darkness` 1 leaves nothing. The apex is the middle of the top row, as in CAMUS's images.
-    """
-    height, width_px = images.shape[-2:]
-    depth = (torch.arange(height, device=images.device) + 0.5) / height
-    lateral = (torch.arange(width_px, device=images.device) + 0.5) / width_px - 0.5
-    # Lines from the apex have one tangent each, -1 to 1 over the sector.
-    tangent = lateral / depth[:, None] / SECTOR_TANGENT
+    """Darken a wedge from the probe down: `width` is its share of the sector, `place` -1 to 1 across it; all are [b,1,1]."""
+    depth, lateral = ((torch.arange(size, device=images.device) + 0.5) / size for size in images.shape[-2:])
+    # Lines from the apex, the middle of the top row as in CAMUS, have one tangent each, -1 to 1 over the sector.
+    tangent = (lateral - 0.5) / depth[:, None] / SECTOR_TANGENT
     # A beam has no sharp border: the shadow's edge is a tenth of its half-width.
     inside = ((1 - (tangent - place).abs() / width.clamp(min=1e-6)) * 10).clamp(0, 1)
     return images * (1 - darkness * inside)[:, None]

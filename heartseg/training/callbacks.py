@@ -1,7 +1,6 @@
 """What the first rank does after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
 
-Checkpoints are written by a thread while the next epoch trains. An epoch enters the record once its checkpoint is
-complete, so an interrupted run resumes from the last epoch of its record, without a gap and without a repeated epoch.
+A thread writes checkpoints while the next epoch trains; an epoch enters the record once its checkpoint is complete.
 """
 
 import io
@@ -13,28 +12,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from heartseg.config.experiment import Experiment, to_json
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import Experiment, none_if_nan, to_json
 from heartseg.errors import UserError, format_write_error
 from heartseg.labels import frame_name
 from heartseg.metrics.segmentation import predicted_labels
-from heartseg.models import checkpoint, precision
+from heartseg.models import checkpoint, deeplabv3
 from heartseg.shards.loader import Intensity
 from heartseg.shards.reader import FrameRows
 from heartseg.storage import filesystem
 from heartseg.training import engine, run_directory
-from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import Tracker
 
 log = logging.getLogger(__name__)
-NUM_SAMPLES = 4
 EPOCHS_PER_OVERLAY = 10
 SECONDS_PER_LINE = 10.0
-
-
-def sample_rows(num_rows: int) -> list[int]:
-    """The rows of a group's samples, spread over it."""
-    return np.linspace(0, num_rows - 1, min(NUM_SAMPLES, num_rows)).astype(int).tolist()
 
 
 @dataclass
@@ -42,7 +33,7 @@ class EpochCallbacks:
     """What rank 0 does with an epoch's results; `samples` are the images whose predictions are kept."""
 
     experiment: Experiment
-    run: Run
+    run: run_directory.Run
     intensity: Intensity
     samples: FrameRows
     tracker: Tracker
@@ -53,8 +44,7 @@ class EpochCallbacks:
 
     def end_epoch(self, state: engine.TrainState, metrics: dict[str, float]) -> None:
         """Copy the epoch's states and start to write them; raises what writing the epoch before raised."""
-        # Once that one is written, memory holds one copy of the states, and its row is tracked.
-        self.wait()
+        self.wait()  # so that memory holds one copy of the states
         self.write_samples(state)
         copied = checkpoint.snapshot(state.state_dict())
         card = {
@@ -91,25 +81,22 @@ class EpochCallbacks:
         is_first, is_last = state.epoch == 1, state.epoch == self.experiment.train.epochs
         if not (is_first or is_last or state.epoch % EPOCHS_PER_OVERLAY == 0):
             return
-        images, masks = self.samples.images, self.samples.masks
-        device = next(state.evaluated.parameters()).device
-        unit = images.to(device).float().div_(255)
+        images, model = self.samples.images, state.evaluated.eval()
+        unit = images.to(next(model.parameters()).device).float().div_(255)
         with torch.inference_mode():
-            state.evaluated.eval()
-            logits = precision.forward(self.experiment.train, state.evaluated, self.intensity.apply(unit))
-        predictions = predicted_labels(logits).cpu().numpy()
+            logits = deeplabv3.forward(self.experiment.train, model, self.intensity.apply(unit))
         names = [frame_name(row) for row in self.samples.table.select(["patient", "view", "phase", "frame"]).to_pylist()]
-        arrays = {"images": images[:, 0].numpy(), "masks": masks.numpy(), "predictions": predictions}
+        predictions = predicted_labels(logits).cpu().numpy()
+        arrays = {"images": images[:, 0].numpy(), "masks": self.samples.masks.numpy(), "predictions": predictions}
         self.tracker.overlays(state.epoch, *arrays.values(), names)
         for name in ["first"] * is_first + ["last"] * is_last:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **arrays, names=np.array(names), epoch=state.epoch)
+            np.savez_compressed(buffer := io.BytesIO(), **arrays, names=np.array(names), epoch=state.epoch)
             filesystem.publish(filesystem.join(self.run.path, "samples", f"{name}.npz"), buffer.getvalue())
 
     def print_epoch(self, metrics: dict[str, float]) -> None:
         """Print a line per epoch: scores, speed, and how long the rest will take."""
-        shown = (name for name in ("train/loss", "train/dice", "val/dice", "test/dice") if name in metrics)
-        scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown)
+        shown = ("train/loss", "train/dice", "val/dice", "test/dice")
+        scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
         epochs, rate = self.experiment.train.epochs, f"{metrics['images_per_s']:.0f} images/s"
         left = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
         log.info("epoch %d/%d  %s  %s  %.0f min left", metrics["epoch"], epochs, scores, rate, left / 60)
@@ -128,5 +115,5 @@ class EpochCallbacks:
         run_directory.write_record(self.run.path, self.record)
         card = run_directory.model_card(self.run, self.record[-1]).encode()
         filesystem.publish(filesystem.join(self.run.path, run_directory.MODEL_CARD), card)
-        best = checkpoint.find(self.run.path, "best")
-        self.tracker.artifact(best.path, self.run.description["data_fingerprint"])
+        best = checkpoint.find(self.run.path, "best").path
+        self.tracker.artifact(best, self.run.description["data_fingerprint"])

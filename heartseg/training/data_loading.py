@@ -1,7 +1,4 @@
-"""Where the batches of a run come from: from memory if the shards' pixels fit, otherwise from a stream.
-
-The order of the images differs between the two, and with it the weights: a run resumes as it began, on any machine.
-"""
+"""The batches of a run from memory or a stream; their order, and with it the weights, differ: a run resumes as it began."""
 
 import contextlib
 import logging
@@ -12,15 +9,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from torch.distributed import ReduceOp
 
 from heartseg.config.experiment import Experiment
 from heartseg.shards.loader import Batches, Loader, Stream
 from heartseg.shards.reader import FrameRows, Shards, check_sizes, index_groups, load_groups, read_rows
-from heartseg.training.distributed import Ranks, from_main, min_over_ranks
+from heartseg.training.distributed import Ranks, from_main, reduce_over_ranks
 
 log = logging.getLogger(__name__)
-# `auto` holds pixels in memory that take at most this share of what is free for a worker, on its machine and on its GPU:
-# reading holds them twice for a moment, and the model wants the rest.
+# Of what is free for a worker, on its machine and GPU: reading holds pixels twice for a moment, the model wants the rest.
 MEMORY_SHARE = 0.25
 
 
@@ -50,13 +47,13 @@ def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
 
 
 def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:
-    """`memory` or `stream`, the same on every rank: as the run was `begun`, otherwise as asked, otherwise by size.
-
-    Every rank calls it at once; the first one logs why it streams.
-    """
+    """`memory` or `stream`, on every rank the same: as the run was `begun`, otherwise as asked, otherwise by size."""
+    # torchrun and Ray Train set LOCAL_WORLD_SIZE; otherwise, all workers may be on this machine.
+    on_machine = free_on_machine() / int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    on_gpu = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else float("inf")
     # Machines may differ: all hold their data in memory, or none does.
-    here = torch.tensor(MEMORY_SHARE * free_bytes(ranks), dtype=torch.float64, device=ranks.device)
-    needed, room = pixel_bytes(shards), float(min_over_ranks(here, ranks))
+    here = torch.tensor(MEMORY_SHARE * min(on_machine, on_gpu), dtype=torch.float64, device=ranks.device)
+    needed, room = pixel_bytes(shards), float(reduce_over_ranks(here, ranks, ReduceOp.MIN))
     chosen, why = from_main(begun, ranks), "as the run began"
     if not chosen and experiment.ingest != "auto":
         chosen, why = experiment.ingest, f"--ingest {experiment.ingest}"
@@ -75,23 +72,14 @@ def pixel_bytes(shards: Shards) -> int:
     return sum(map(shards.num_rows, shards.groups)) * 2 * shards.image.height * shards.image.width
 
 
-def free_bytes(ranks: Ranks) -> float:
-    """Memory that is free for this worker: its part of its machine's, and no more than its GPU's."""
-    # torchrun and Ray Train both set it; otherwise, all workers may be on this machine.
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-    on_gpu = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else float("inf")
-    return min(free_on_machine() / here, on_gpu)
-
-
 def free_on_machine(root: str = "/") -> float:
     """Bytes that this process may still take without swapping, its container's limit included; infinite if unknown."""
-    found = [_free_in_container(Path(root))]
     try:
         lines = Path(root, "proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     except OSError:  # not Linux: all memory there is
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found)
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return min(_free_in_container(Path(root)), *found)
 
 
 def _free_in_container(root: Path) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 
 from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import TrainConfig
-from heartseg.errors import UserError
+from heartseg.errors import require
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plain_ranks() -> Iterator[Ranks]:
 
 
 def ddp_options(train: TrainConfig) -> dict[str, bool]:
-    """DistributedDataParallel's arguments, for whoever wraps the model: `wrap_model` or Ray's `prepare_model`."""
+    """DistributedDataParallel's arguments, for `wrap_model` and Ray's `prepare_model`."""
     # Buckets that view the gradients save a copy of them. The graph is the same at every step, but a static graph dies
     # of an internal assertion in the first backward pass without synchronisation, and torch.compile splits it again.
     return {"gradient_as_bucket_view": True, "static_graph": train.accumulate == 1 and train.compile == "off"}
@@ -65,50 +65,34 @@ def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
 
 
 def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
-    """The model, its batch normalisations over all ranks' images if `config.sync_bn` asks for it; names stay.
-
-    Raises UserError on CPUs, for which PyTorch has none.
-    """
+    """The model, with batch statistics over all ranks' images if `sync_bn` says so; raises UserError for `on` on CPUs."""
     if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
         return model
-    if ranks.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if config.sync_bn == "on":
-        raise UserError("--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
-    return model
+    has_gpu = ranks.device.type == "cuda"
+    require(has_gpu or config.sync_bn == "auto", "--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if has_gpu else model
 
 
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the running statistics of rank 0, in place: ranks that do not share batch statistics differ in them.
-
-    So all of them evaluate the model that rank 0 keeps.
-    """
+    """Give every rank the running statistics of rank 0, in place, so that all evaluate the model that rank 0 keeps."""
     for buffer in model.buffers() if ranks.world_size > 1 else ():
         if buffer.is_floating_point():
             dist.broadcast(buffer, src=0)
 
 
-def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Add a tensor over ranks, in place."""
+def reduce_over_ranks(tensor: torch.Tensor, ranks: Ranks, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Add a tensor over ranks, in place, or take another `operation`."""
     if ranks.world_size > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def min_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The smallest value over ranks, in place."""
-    if ranks.world_size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        dist.all_reduce(tensor, op=operation)
     return tensor
 
 
 def from_main(value: object, ranks: Ranks) -> object:
     """What rank 0 holds, on every rank."""
-    if ranks.world_size == 1:
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -123,5 +107,4 @@ def raise_first_problem(problem: str | None, ranks: Ranks) -> None:
     problems = [problem] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(problems, problem)
-    if found := next(filter(None, problems), None):
-        raise UserError(found)
+    require(not any(problems), next(filter(None, problems), ""))

@@ -1,8 +1,4 @@
-"""Training and evaluation in plain PyTorch: knows nothing of who launched it, and writes no file.
-
-`fit` is the story of a run; what happens with an epoch's results (checkpoints, trackers, Ray) is the caller's, in
-`on_epoch_end`.
-"""
+"""Training and evaluation in plain PyTorch: knows nothing of who launched it, and writes no file; `fit` is a run's story."""
 
 import contextlib
 import math
@@ -13,28 +9,29 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.distributed import ReduceOp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from heartseg.config.experiment import Experiment
 from heartseg.config.training import TrainConfig
 from heartseg.metrics.segmentation import ScoreSums, predicted_labels
-from heartseg.models.precision import forward, wants_bf16
+from heartseg.models.deeplabv3 import forward, wants_bf16
 from heartseg.shards.loader import Batches, Intensity, check_shares, epoch_seed, share, steps_per_epoch
 from heartseg.training.augmentation import augment
-from heartseg.training.distributed import Ranks, min_over_ranks, share_batch_statistics, share_buffers, sum_over_ranks
+from heartseg.training.distributed import Ranks, reduce_over_ranks, share_batch_statistics, share_buffers
 from heartseg.training.losses import segmentation_loss, training_loss
 from heartseg.training.lr_schedules import lr_multiplier
-from heartseg.training.optimizers import AveragedWeights, build_optimizer, set_lr
+from heartseg.training.optimizers import AveragedWeights, build_optimizer
 
-# Steps between two checks of the device: each check waits for it.
-STEPS_PER_CHECK = 20
+OnStep = Callable[[int, int, int], None]
+STEPS_PER_CHECK = 20  # of the device, which each check waits for
 # Up to this step, running batch statistics lag so far behind the weights that whole scores are zero. Measured on CAMUS: later,
 # they are better than an estimate from so few images. At most an eighth of the training group, so that it costs 1 %.
 YOUNG_STEPS, STATISTICS_IMAGES = 200, 64
 
 
 class NonFiniteLoss(Exception):
-    """The loss was NaN or infinite at a step, or what its update left was; `rows` are the training rows of its global batch."""
+    """The loss was NaN or infinite at a step, or the weights after its update; `rows` are those of its global batch."""
 
     def __init__(self, epoch: int, step: int, rows: list[int]):
         super().__init__(f"the loss of epoch {epoch}, step {step} is not finite")
@@ -69,7 +66,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go back to where `state_dict` was taken."""
+        """Return to where `state_dict` was taken."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -84,8 +81,7 @@ def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable
     model = model.to(ranks.device, memory_format=torch.channels_last)
     model = share_batch_statistics(model, experiment.model, ranks)
     optimizer = build_optimizer(experiment.optim, model)
-    decay = experiment.optim.ema_decay
-    average = AveragedWeights(model, decay) if decay else None
+    average = AveragedWeights(model, experiment.optim.ema_decay) if experiment.optim.ema_decay else None
     wrapped = wrap(model)
     if experiment.train.compress_gradients and ranks.world_size > 1:
         wrapped.register_comm_hook(None, bf16_compress_hook)
@@ -108,19 +104,14 @@ def set_arithmetic(train: TrainConfig) -> None:
 
 
 def fit(
-    experiment: Experiment,
-    state: TrainState,
-    loaders: dict[str, Batches],
-    intensity: Intensity,
-    ranks: Ranks,
-    on_epoch_end: Callable[[TrainState, dict[str, float]], None],
-    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-) -> None:
-    """Train from `state.epoch` to the last epoch.
+    experiment: Experiment, state: TrainState, loaders: dict[str, Batches], intensity: Intensity, ranks: Ranks,
+    on_epoch_end: Callable[[TrainState, dict[str, float]], None], on_step: OnStep = lambda epoch, step, steps: None,
+) -> None:  # fmt: skip
+    """Train from `state.epoch` to the last epoch; raises NonFiniteLoss.
 
     `loaders` holds `train` and the groups to evaluate. After each epoch, `on_epoch_end(state, metrics)` is called on every
     rank with `epoch`, `lr`, `images_per_s`, `seconds`, `workers` and `{group}/{score}`; after each step,
-    `on_step(epoch, step, steps)`, both counted from 1, when the device may still be computing it. Raises NonFiniteLoss.
+    `on_step(epoch, step, steps)`, both counted from 1, when the device may still be computing it.
     """
     check_shares(experiment.train.batch_size, ranks.world_size, experiment.train.accumulate)
     others = {group: loader for group, loader in loaders.items() if group != "train"}
@@ -132,33 +123,27 @@ def fit(
         for group, loader in others.items():
             scores = evaluate(experiment, state.evaluated, loader, intensity, ranks)
             metrics |= {f"{group}/{name}": value for name, value in scores.items()}
-        _raise_if_ruined(state, metrics, loaders, experiment.train, ranks)
+        _raise_if_weights_not_finite(state, metrics, loaders, experiment.train, ranks)
         if "val/dice" in metrics:
             state.val_dice.append(metrics["val/dice"])
         on_epoch_end(state, metrics)
 
 
 def train_one_epoch(
-    experiment: Experiment,
-    state: TrainState,
-    loader: Batches,
-    intensity: Intensity,
-    ranks: Ranks,
-    on_step: Callable[[int, int, int], None],
+    experiment: Experiment, state: TrainState, loader: Batches, intensity: Intensity, ranks: Ranks, on_step: OnStep
 ) -> dict[str, float]:
     """One pass over the training group; counts the epoch in `state` and returns its metrics."""
     train, epoch, started = experiment.train, state.epoch, time.perf_counter()
-    steps = steps_per_epoch(len(loader), train.batch_size)
+    steps, sums = steps_per_epoch(len(loader), train.batch_size), ScoreSums(ranks.device)
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
-    sums = ScoreSums(ranks.device)
     first_bad_step = torch.full((), steps, device=ranks.device)
     torch.manual_seed(epoch_seed(train.seed, epoch, 1_003, ranks.rank))
     state.wrapped.train()
     for step, (images, masks) in enumerate(loader.training_batches(train.batch_size, train.seed, epoch)):
-        lr = experiment.optim.lr * lr_multiplier(
-            experiment.schedule, epoch * steps + step, train.epochs * steps, steps, state.val_dice
-        )
-        set_lr(state.optimizer, lr)
+        at = (epoch * steps + step, train.epochs * steps, steps)
+        lr = experiment.optim.lr * lr_multiplier(experiment.schedule, *at, state.val_dice)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
         draw_seed = epoch_seed(train.seed, epoch, 100_003, step)
         images, masks = augment(experiment.augment, images, masks, train.batch_size, mine.start, draw_seed)
         loss, prediction = train_step(experiment, state, intensity.apply(images), masks, ranks)
@@ -168,31 +153,20 @@ def train_one_epoch(
             _raise_if_not_finite(first_bad_step, steps, loader, train, epoch, ranks)
         on_step(epoch + 1, step + 1, steps)
     state.epoch = epoch + 1
-    sum_over_ranks(sums.sums, ranks)
+    reduce_over_ranks(sums.sums, ranks)
     seconds = time.perf_counter() - started
-    return {
-        "epoch": state.epoch,
-        "lr": lr,
-        "seconds": seconds,
-        "images_per_s": steps * train.batch_size / seconds,
-        "workers": ranks.world_size,
-        **{f"train/{name}": value for name, value in sums.means().items()},
-    }
+    metrics = {"epoch": state.epoch, "lr": lr, "seconds": seconds, "images_per_s": steps * train.batch_size / seconds}
+    return metrics | {"workers": ranks.world_size} | {f"train/{name}": value for name, value in sums.means().items()}
 
 
 def train_step(
     experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update from this rank's share; returns its mean loss and its predicted labels [b,H,W], on the device.
-
-    The share is computed in `train.accumulate` parts whose gradients add up.
-    """
-    train, num_images = experiment.train, len(images)
-    losses, predictions = [], []
+    """One update from this rank's share, in `train.accumulate` parts; returns its mean loss and predicted labels [b,H,W]."""
+    train, num_images, losses, predictions = experiment.train, len(images), [], []
     state.optimizer.zero_grad(set_to_none=True)
     for part in range(train.accumulate):
-        rows = share(num_images, part, train.accumulate)
-        is_last = part + 1 == train.accumulate
+        rows, is_last = share(num_images, part, train.accumulate), part + 1 == train.accumulate
         # Gradients travel once an update, with the last part.
         with contextlib.nullcontext() if is_last or ranks.world_size == 1 else state.wrapped.no_sync():
             loss, prediction = _add_gradients(experiment, state, images[rows], masks[rows], ranks)
@@ -225,19 +199,17 @@ def _add_gradients(
 def _raise_if_not_finite(
     first_bad_step: torch.Tensor, steps: int, loader: Batches, train: TrainConfig, epoch: int, ranks: Ranks
 ) -> None:
-    step = int(min_over_ranks(first_bad_step.clone(), ranks))
+    step = int(reduce_over_ranks(first_bad_step.clone(), ranks, ReduceOp.MIN))
     if step < steps:
         raise NonFiniteLoss(epoch + 1, step + 1, loader.batch_rows(train.batch_size, train.seed, epoch, step))
 
 
-def _raise_if_ruined(
+def _raise_if_weights_not_finite(
     state: TrainState, metrics: dict[str, float], loaders: dict[str, Batches], train: TrainConfig, ranks: Ranks
 ) -> None:
-    """Raise NonFiniteLoss if an epoch's last update, which no step's loss has seen, ruined the weights.
-
-    Weights that are finite and yet too large to compute with show in the losses of the evaluated groups alone.
-    """
-    modules = [state.model, *([state.average.model] if state.average else [])]
+    """Raise NonFiniteLoss for an epoch's last update, which no step's loss has seen."""
+    # Weights that are finite and yet too large to compute with show in the losses of the evaluated groups alone.
+    modules = {state.model, state.evaluated}
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
     fine = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     fine &= all(math.isfinite(metrics[f"{group}/loss"]) for group, loader in loaders.items() if len(loader))
@@ -247,10 +219,7 @@ def _raise_if_ruined(
 
 @torch.no_grad()
 def estimate_batch_statistics(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity) -> None:
-    """Replace a model's running batch statistics by those of a few training images, the same on every rank and in every epoch.
-
-    What is scored and kept, the averaged weights above all, is then not judged by statistics that still hold the initial ones.
-    """
+    """Replace a model's running batch statistics, which still hold the initial ones, by those of a few training images."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
@@ -284,5 +253,5 @@ def evaluate(experiment: Experiment, model: nn.Module, loader: Batches, intensit
     for images, masks in loader.evaluation_batches(experiment.train.eval_batch_size):
         logits = forward(experiment.train, model, intensity.apply(images))
         sums.add(segmentation_loss(experiment.loss, logits, masks), predicted_labels(logits), masks)
-    sum_over_ranks(sums.sums, ranks)
+    reduce_over_ranks(sums.sums, ranks)
     return sums.means()

@@ -1,4 +1,4 @@
-"""Another run's weights as the first ones of a run: where they are, whether they fit, which patients they have seen."""
+"""Another run's weights as the first ones of a run."""
 
 from dataclasses import replace
 
@@ -14,10 +14,9 @@ from heartseg.training import run_directory
 
 
 def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
-    """What a run records of the weights it starts from: `checkpoint`, `weights_sha256` and `train_patients`.
+    """What a run records of its first weights, those of the best checkpoint of the run at `path` (or the last).
 
-    The checkpoint is the best of the run at `path`, or its last without a validation group. Raises UserError if its
-    tensors are not the experiment's, or if it was trained on patients that this run is scored on.
+    Raises UserError if its tensors are not the experiment's, or if it was trained on patients that this run is scored on.
     """
     found, base = checkpoint.find(path, "best"), run_directory.find_run(path).description
     with torch.device("meta"):
@@ -26,8 +25,7 @@ def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
     # Names are only one dataset's: patient0001 of another one is another patient.
     seen = set(base["train_patients"]) if base["dataset"] == shards.manifest["dataset"] else set()
     for group in shards.groups.keys() - {"train"}:
-        both = seen.intersection(shards.groups[group])
-        if both:
+        if both := seen.intersection(shards.groups[group]):
             raise UserError(f"--init-from {path} was trained on {len(both)} patients of this {group} group: take its split.")
     return {"checkpoint": found.path, "weights_sha256": found.card["weights_sha256"], "train_patients": sorted(seen)}
 

@@ -14,11 +14,8 @@ def one_hot(mask: torch.Tensor) -> torch.Tensor:
 
 
 def soft_dice_loss(logits: torch.Tensor, target: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
-    """One minus the soft Dice of the three structures, per image and then averaged, so that shares of a batch add up.
-
-    `logits` [B,4,H,W], `target` [B,H,W]. V-Net's Dice (Milletari 2016) with plain sums in the denominator; `smooth`
-    pixels keep a structure that is absent from both from counting as a failure.
-    """
+    """One minus V-Net's soft Dice (Milletari 2016, plain sums) of the three structures of [B,4,H,W]: a mean over images."""
+    # `smooth` pixels keep a structure that is absent from both from counting as a failure.
     probability = logits.float().softmax(dim=1)[:, 1:]
     truth = one_hot(target)[:, 1:]
     overlap = (probability * truth).sum(dim=(2, 3))
@@ -26,27 +23,19 @@ def soft_dice_loss(logits: torch.Tensor, target: torch.Tensor, smooth: float = 1
     return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
 
 
-def _mean_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """PyTorch's cross-entropy of logits [B,4,H,W] against labels [B,H,W], where equal bits are asked for by another way.
-
-    Its own kernel for images has no deterministic form on GPUs.
-    """
-    if not torch.are_deterministic_algorithms_enabled():
-        return cross_entropy(logits, target)
-    return -logits.log_softmax(dim=1).gather(1, target[:, None]).mean()
-
-
 def segmentation_loss(config: LossConfig, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The configured loss of logits [B,4,H,W] against labels [B,H,W]: a mean over images."""
-    loss = _mean_cross_entropy(logits.float(), target.long())
-    if config.kind == "dice_cross_entropy":
-        loss = loss + soft_dice_loss(logits, target)
-    return loss
+    logits, labels = logits.float(), target.long()
+    if torch.are_deterministic_algorithms_enabled():  # PyTorch's kernel for images has no deterministic form on GPUs
+        loss = -logits.log_softmax(dim=1).gather(1, labels[:, None]).mean()
+    else:
+        loss = cross_entropy(logits, labels)
+    return loss + soft_dice_loss(logits, target) if config.kind == "dice_cross_entropy" else loss
 
 
 def training_loss(config: LossConfig, outputs, target: torch.Tensor) -> torch.Tensor:
     """The loss of what a model in training returns: logits, or (logits, auxiliary logits)."""
-    if isinstance(outputs, tuple):
-        main, auxiliary = outputs
-        return segmentation_loss(config, main, target) + config.aux_weight * segmentation_loss(config, auxiliary, target)
-    return segmentation_loss(config, outputs, target)
+    if not isinstance(outputs, tuple):
+        return segmentation_loss(config, outputs, target)
+    main, auxiliary = (segmentation_loss(config, logits, target) for logits in outputs)
+    return main + config.aux_weight * auxiliary

@@ -14,11 +14,10 @@ PLATEAU_GAIN = 1e-4
 def lr_multiplier(
     config: ScheduleConfig, step: int, total_steps: int, steps_per_epoch: int, history: Sequence[float] = ()
 ) -> float:
-    """What the base rate is multiplied by at `step` (from 0) of `total_steps`.
+    """What the base rate is multiplied by at `step` (from 0) of `total_steps`; `plateau` uses the `history` of validation Dice.
 
     The warm-up rises linearly to where the shape begins (1; for `one_cycle`, which has a rise of its own, the foot of that);
-    the shape runs over the steps that are left. `history` holds the validation Dice of the epochs before, which only
-    `plateau` uses.
+    the shape runs over the remaining steps.
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     risen = min(1.0, (step + 1) / (warmup_steps + 1))
@@ -45,9 +44,8 @@ def _shape(config: ScheduleConfig, step: int, steps: int, history: Sequence[floa
             return _fall(_progress_in_cycle(progress, config.cycles, config.cycle_growth))
         case "one_cycle":
             return _one_cycle(step, steps, config.rise)
-        case "plateau":
+        case _:  # plateau
             return config.factor ** _num_plateaus(history, config.patience)
-    raise AssertionError(f"no schedule {config.kind}")
 
 
 def _fall(progress: float, start: float = 1.0, end: float = 0.0) -> float:

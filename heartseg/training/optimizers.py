@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, and the average of weights."""
+"""The optimizer, and the average of weights."""
 
 import copy
 
@@ -18,18 +18,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the same learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 class AveragedWeights:
-    """An exponential average of a model's weights and running statistics, for evaluation.
-
-    The decay warms up as (1 + n) / (10 + n) after n updates (TensorFlow's rule), so that a short run is not dominated by
-    its initial weights.
-    """
+    """An exponential average of a model's weights and running statistics; its decay warms up as (1 + n) / (10 + n)."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -41,8 +31,9 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step towards the present weights of the model that was given."""
+        """Take one step towards the model's present weights."""
         self.updates += 1
+        # TensorFlow's rule, so that a short run is not dominated by its initial weights.
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(*self._averaged, weight)
         if self._copied:

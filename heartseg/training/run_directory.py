@@ -1,7 +1,4 @@
-"""A run's directory: its description, its record epoch by epoch, and how the same command finds it again.
-
-`experiment.json` holds the configuration and lineage; `metrics.jsonl`, one line per epoch, is the record.
-"""
+"""A run's directory: its description, its record epoch by epoch, and how the same command finds it again."""
 
 import contextlib
 import functools
@@ -16,8 +13,7 @@ from pathlib import Path
 
 import pandas
 
-from heartseg.config.experiment import Experiment, canonical, first_difference, identity, to_json
-from heartseg.config.strict_json import none_if_nan
+from heartseg.config.experiment import Experiment, canonical, first_difference, identity, none_if_nan, to_json
 from heartseg.errors import UserError, require
 from heartseg.models import checkpoint
 from heartseg.shards.reader import Shards
@@ -42,26 +38,21 @@ class Run:
 
 def run_name(experiment: Experiment, shards: Shards, initial: dict | None = None) -> str:
     """The recipe and eight hex digits of its configuration, data and first weights: the same command finds the same run."""
-    weights = [initial["weights_sha256"]] if initial else []
-    digest = filesystem.sha256(canonical([identity(experiment), shards.fingerprint, *weights]))
-    return f"{experiment.name}-{digest[:8]}"
+    parts = [identity(experiment), shards.fingerprint, *([initial["weights_sha256"]] if initial else [])]
+    return f"{experiment.name}-{filesystem.sha256(canonical(parts))[:8]}"
 
 
 def generation_name(runs: str, name: str, fresh: bool) -> str:
     """The newest of `name`, `name-2`, `name-3` …; with `fresh` the next one, so that nothing is ever overwritten."""
-    pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
-    found = [pattern.fullmatch(entry) for entry in filesystem.list_names(runs)]
+    found = [re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", entry) for entry in filesystem.list_names(runs)]
     newest = max((int(match[1] or 1) for match in found if match), default=0)
     wanted = newest + 1 if fresh else max(newest, 1)
     return name if wanted == 1 else f"{name}-{wanted}"
 
 
 def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> str:
-    """The folder of a run or a sweep: exactly the name that was asked for, otherwise the newest generation of `default`.
-
-    With `fresh` the next generation of either. Raises UserError for a name that cannot be a folder's.
-    """
-    is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked) is not None
+    """A run's or sweep's folder: as `asked`, otherwise the newest generation; with `fresh` the next. Raises UserError."""
+    is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked)
     require(is_name, f"--{kind}-name {asked!r} cannot be the name of a folder: use letters, digits, `-`, `_` and `.`.")
     return asked if asked and not fresh else generation_name(runs, asked or default, fresh)
 
@@ -74,22 +65,17 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
         require(is_free, f"{folder} is not a {kind}'s folder (it has {other}): give another --{kind}-name.")
         return None
     there = filesystem.read_json(path)
-    difference = first_difference({key: there.get(key) for key in asked}, asked)
-    if difference:
+    if difference := first_difference({key: there.get(key) for key in asked}, asked):
         field = difference.removeprefix("identity.")
         raise UserError(f"{folder} holds another {kind} ({field}): give --fresh or --{kind}-name.")
     return there
 
 
 def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
-    """Begin a run, or find the one that the same command began; `initial` is what finetune.find_initial returned.
-
-    Raises UserError if the directory holds a run of another configuration, other data or other first weights, naming
-    the first difference.
-    """
+    """Begin a run, or find the one that the same command began; raises UserError that names the first difference of another."""
     name = choose_name(experiment.runs, name, run_name(experiment, shards, initial), fresh, "run")
     path = filesystem.join(experiment.runs, name)
-    asked = json.loads(canonical({"identity": identity(experiment), "data_fingerprint": shards.fingerprint}))
+    asked = {"identity": identity(experiment), "data_fingerprint": shards.fingerprint}
     asked["initial_weights_sha256"] = initial["weights_sha256"] if initial else None
     described = filesystem.join(path, DESCRIPTION)
     if there := read_matching(described, asked, "run"):
@@ -122,8 +108,8 @@ def record_ingest(run: Run, ingest: str, is_main: bool) -> Run:
 def find_run(path: str) -> Run:
     """The run in a directory, or the one that a checkpoint's directory belongs to; raises UserError."""
     inner = re.sub(rf"/{checkpoint.FOLDER}/epoch_\d+/?$", "", filesystem.absolute(path))
-    if not filesystem.exists(filesystem.join(inner, DESCRIPTION)):
-        raise UserError(f"{path} is not a run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
+    is_run = filesystem.exists(filesystem.join(inner, DESCRIPTION))
+    require(is_run, f"{path} is not a run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
     return Run(inner, filesystem.read_json(filesystem.join(inner, DESCRIPTION)))
 
 
@@ -166,22 +152,20 @@ TERMS = {
 
 def model_card(run: Run, metrics: dict[str, float]) -> str:
     """The model card of a finished run as Markdown."""
-    said = run.description
-    groups = "".join(f"- {g}: {n['patients']} patients, {n['images']} images\n" for g, n in said["groups"].items())
+    facts, initial, backbone = run.description, run.description.get("initial"), run.description["identity"]["model"]["backbone"]
+    groups = "".join(f"- {g}: {n['patients']} patients, {n['images']} images\n" for g, n in facts["groups"].items())
     shown = [name for name in metrics if "/dice" in name or name.endswith(("/iou", "/accuracy"))]
     scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
-    model = said["identity"]["model"]
-    initial = said.get("initial")
-    ingest = said.get("ingest") or "memory"
-    began = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
+    terms = TERMS.get(facts["dataset"], TERMS["other"])
+    weights = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
     return (
         f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
-        f"DeepLabv3 ({model['backbone']}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
+        f"DeepLabv3 ({backbone}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
         f"2- and 4-chamber echocardiograms.\n\n"
-        f"## Data\n\n{TERMS.get(said['dataset'], TERMS['other'])}\n\nSplit by patient ({said['split']['kind']}):\n\n{groups}\n"
+        f"## Data\n\n{terms}\n\nSplit by patient ({facts['split']['kind']}):\n\n{groups}\n"
         f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
         f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
         f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"
-        f"## Lineage\n\ncode {said['code']}, data {said['data_fingerprint']} (from {ingest}), "
-        f"source {said['source_sha256']}{began}\n"
+        f"## Lineage\n\ncode {facts['code']}, data {facts['data_fingerprint']} (from {facts.get('ingest') or 'memory'}), "
+        f"source {facts['source_sha256']}{weights}\n"
     )

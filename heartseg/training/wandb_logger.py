@@ -1,7 +1,7 @@
 """Metrics to Weights & Biases; the only file that knows wandb.
 
-A tracked run is one wandb run with one row per epoch through kills, resumes and a server that does not answer; only a run that
-was online or synced before and is resumed offline sends its earlier rows again.
+A training run is one wandb run with one row per epoch through kills, resumes and a server that does not answer; only a run
+that was online or synced before and is resumed offline sends its earlier rows again.
 """
 
 import functools
@@ -25,27 +25,20 @@ from heartseg.storage import filesystem
 from heartseg.training.run_directory import Run
 
 log = logging.getLogger(__name__)
-# Datasets whose images may be sent by default: one is public, the other is synthetic.
-SHAREABLE = ("CAMUS", "phantom")
-# Marks a run of the dashboard that was ended on behalf of a process that could not do it.
-CLOSED = "wandb_closed"
+SHAREABLE = ("CAMUS", "phantom")  # datasets whose images may be sent by default: public, or synthetic
+CLOSED = "wandb_closed"  # marks a run of the dashboard that was ended on behalf of a process that could not do it
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
 SETTINGS = {
-    "silent": True,
-    "console": "off",
+    **{"silent": True, "console": "off"},
     # Seconds to wait for a server at the start, and at the end for what has not been sent yet.
-    "init_timeout": 10.0,
-    "finish_timeout": 60.0,
-    "finish_timeout_raises": True,
-    # Write rows to disk every second, so that a kill loses one second of them and not fifteen.
-    "x_transaction_log_flush_interval": 1.0,
-    # By default wandb stops sending for good after 40 minutes: a server may be down for a night.
-    "x_file_stream_retry_max": 100_000,
+    **{"init_timeout": 10.0, "finish_timeout": 60.0, "finish_timeout_raises": True},
+    "x_transaction_log_flush_interval": 1.0,  # rows are on disk every second, so that a kill loses one and not fifteen
+    "x_file_stream_retry_max": 100_000,  # by default it stops for good after 40 minutes: a server may be down for a night
 }
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Skip a method of a tracker without a run; report the first exception that wandb raises, and never stop a training."""
+    """Skip a method of a tracker without a run; log the first exception that wandb raises, and never stop a training."""
 
     @functools.wraps(method)
     def call(self: "Tracker", *arguments) -> None:
@@ -55,13 +48,8 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *arguments)
         except Exception as error:
             if not self.has_warned:
-                log.warning(
-                    "wandb did not accept all of this run (%s: %s): the rest is kept, `wandb sync --include-online %s/wandb` "
-                    "sends it later.",
-                    method.__name__,
-                    _first_line(error),
-                    self.run_path,
-                )
+                rest = f"the rest is kept, `wandb sync --include-online {self.run_path}/wandb` sends it later."
+                log.warning("wandb did not accept all of this run (%s: %s): %s", method.__name__, _first_line(error), rest)
             self.has_warned = True
 
     return call
@@ -75,8 +63,7 @@ class Tracker:
         self.run_path = self.folder = run.path if run else ""
         if run is None:
             return
-        if filesystem.is_uri(run.path):
-            # wandb writes local files only: `finish` copies them to the object store.
+        if filesystem.is_uri(run.path):  # wandb writes local files only: `finish` copies them to the object store
             self.folder = tempfile.mkdtemp(prefix="heartseg-wandb-")
         _keep_files_in(os.path.join(self.folder, "wandb"))
         import wandb
@@ -89,29 +76,19 @@ class Tracker:
     def _start(self, experiment: Experiment, run: Run):
         """Start or resume the wandb run; offline if the server does not answer in time."""
         settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
-        lineage = {name: run.description.get(name) for name in ("data_fingerprint", "ingest")}
+        lineage, tracking = {name: run.description.get(name) for name in ("data_fingerprint", "ingest")}, experiment.tracking
         init = functools.partial(
-            self.wandb.init,
-            project=experiment.tracking.project,
-            group=experiment.tracking.group or None,
-            name=run.name,
-            id=run.description["wandb_id"],
-            dir=self.folder,
-            resume="allow",
-            job_type=experiment.tracking.job_type,
+            self.wandb.init, project=tracking.project, group=tracking.group or None, job_type=tracking.job_type,
+            name=run.name, id=run.description["wandb_id"], dir=self.folder, resume="allow",
             tags=[experiment.name, run.description["dataset"], experiment.schedule.kind],
-            config=flatten(run.description["identity"]) | lineage,
-            settings=self.wandb.Settings(**settings),
-        )
+            config=flatten(run.description["identity"]) | lineage, settings=self.wandb.Settings(**settings),
+        )  # fmt: skip
         mode = _asked_mode(experiment)
         try:
             started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
         except Exception as error:
-            log.warning(
-                "wandb did not start (%s): this run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it later.",
-                _first_line(error),
-                self.run_path,
-            )
+            later = f"this run is kept offline, `wandb sync {self.run_path}/wandb/offline-run-*` sends it later."
+            log.warning("wandb did not start (%s): %s", _first_line(error), later)
             self.wandb.teardown()  # its service holds the run's id for the attempt that failed
             with patch.dict(os.environ):  # wandb refuses a key, an address or a number that is not valid offline as well
                 for name in _variables():
@@ -137,8 +114,7 @@ class Tracker:
     def resume(self, record: list[dict]) -> None:
         """Log the epochs of a resumed run that the server does not have (all of them if offline).
 
-        With them, this process's files hold every row, so those of earlier processes are marked as synced; overlays that they
-        logged offline stay in them. On an object store `finish` marks them, once this process's files are there.
+        Then this process's files hold every row, and earlier ones are marked as synced; on an object store by `finish`.
         """
         for row in record[self.run.starting_step :]:
             self.run.log(row)
@@ -160,16 +136,14 @@ class Tracker:
 
     @_harmless
     def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
-        """Record images uint8 [k,H,W] with true and predicted labels [k,H,W]."""
+        """Record images uint8 [k,H,W] with true and predicted labels [k,H,W], in the row of the epoch's metrics."""
         if not self.sends_images:
             return
-        labels = dict(enumerate(CLASSES))
-        pictures = []
+        labels, pictures = dict(enumerate(CLASSES)), []
         for image, mask, prediction, name in zip(images, masks, predictions, names, strict=True):
             layers = {"prediction": prediction, "truth": mask}
             layers = {layer: {"mask_data": data, "class_labels": labels} for layer, data in layers.items()}
             pictures.append(self.wandb.Image(image, caption=name, masks=layers))
-        # They wait for the epoch's metrics, so that an epoch is one row.
         self.run.log({"epoch": epoch, "overlays": pictures}, commit=False)
 
     @_harmless
@@ -224,10 +198,8 @@ def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[
     try:
         tracker = Tracker(experiment, run)
     except Exception as error:
-        log.warning(
-            "wandb cannot be started (%s): this run is not tracked; metrics.jsonl and metrics.csv have all metrics.",
-            _first_line(error),
-        )
+        untracked = "this run is not tracked; metrics.jsonl and metrics.csv have all metrics."
+        log.warning("wandb cannot be started (%s): %s", _first_line(error), untracked)
         return Tracker()
     tracker.resume(record)
     return tracker
@@ -267,12 +239,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _keep_files_in(folder: str) -> None:
-    """Keep wandb's cache and artifact staging with the run; it would use the home directory.
-
-    Its own error reports are off: they leave the machine unasked, and delay the exit by 10 s if the server is silent.
-    A parent process's service is not shared: it would end with the parent, and keep the id of an attempt that failed.
-    """
+    """Keep wandb's cache and artifact staging with the run; it would use the home directory."""
+    # A parent process's service would end with the parent, and keeps the id of an attempt that failed.
     os.environ.pop("WANDB_SERVICE", None)
+    # Its reports on itself leave the machine unasked, and delay the exit by 10 s if the server is silent.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[variable] = os.path.join(folder, variable.removeprefix("WANDB_").removesuffix("_DIR").lower())

@@ -1,18 +1,17 @@
-"""One rank of a training run, from shards to finished checkpoints; the same under Ray, under torchrun and alone.
+"""One rank of a training run, from shards to finished checkpoints; the same under Ray, under torchrun and alone."""
 
-The engine trains; here its epochs become checkpoints, the run's record, samples and tracked metrics.
-"""
-
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, profiler
 
 from heartseg.config.experiment import Experiment
-from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors
+from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors, require
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
@@ -21,44 +20,38 @@ from heartseg.storage import filesystem
 from heartseg.training import callbacks, data_loading, engine, run_directory
 from heartseg.training.distributed import Ranks, from_main, raise_first_problem
 from heartseg.training.finetune import load_initial
-from heartseg.training.profiling import trace_steps
-from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import build_tracker
+
+NUM_SAMPLES = 4  # images of which a run keeps its predictions
 
 
 def check_plan(experiment: Experiment, shards: Shards) -> None:
     """Raise UserError for what would fail later: another grid than the recipe's, too small shares, too few images."""
-    if shards.image != experiment.image:
-        there, asked = shards.image, experiment.image
-        raise UserError(
-            f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
-            f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}."
-        )
+    there, asked = shards.image, experiment.image
+    require(
+        there == asked,
+        f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
+        f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}.",
+    )
     check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
-    if experiment.schedule.kind == "plateau" and "val" not in shards.groups:
-        raise UserError("schedule.kind plateau needs a validation group: give --train.holdout 0.1, or shards that have one.")
+    has_scores = experiment.schedule.kind != "plateau" or "val" in shards.groups
+    require(has_scores, "schedule.kind plateau needs a validation group: give --train.holdout 0.1, or shards that have one.")
 
 
 def open_data(experiment: Experiment) -> Shards:
-    """The shards that a run trains on, in its groups: those of the split, or `train.holdout` taken from the training group."""
+    """The shards that a run trains on, in the groups of their split, or with `train.holdout` of the training group held out."""
     return hold_out(open_shards(experiment.data), experiment.train.holdout)
 
 
 def train_rank(
-    experiment: Experiment,
-    run: Run,
-    ranks: Ranks,
-    wrap: Callable[[nn.Module], nn.Module],
-    report: Callable[[dict[str, float]], None] = lambda metrics: None,
-    profile: bool = False,
-    saves_first: bool = False,
-) -> None:
-    """Train this rank's share of a run, from its last checkpoint if it has one.
+    experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap: Callable[[nn.Module], nn.Module],
+    report: Callable[[dict[str, float]], None] = lambda metrics: None, profile: bool = False, saves_first: bool = False,
+) -> None:  # fmt: skip
+    """Train this rank's share of a run, from its last checkpoint if it has one; with `profile`, rank 0 traces a few steps.
 
     `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
-    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OneRankError on the rank
-    that it happens to. With `profile`, rank 0 traces a few steps.
+    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OneRankError on one.
     """
     try:
         _train(experiment, run, ranks, wrap, report, profile, saves_first)
@@ -74,7 +67,7 @@ def train_rank(
         ) from error
 
 
-def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile: bool, saves_first: bool) -> None:
+def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, report, profile, saves_first) -> None:
     shards = open_data(experiment)
     # Before there was a choice, all runs read from memory.
     begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
@@ -83,7 +76,8 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
         run = run_directory.record_ingest(run, ingest, ranks.is_main)
         data = data_loading.open_groups(shards, ingest, ranks)
         sampled = "val" if "val" in shards.groups else "test"
-        samples = data.rows(sampled, callbacks.sample_rows(shards.num_rows(sampled)))
+        count = shards.num_rows(sampled)
+        samples = data.rows(sampled, np.linspace(0, count - 1, min(NUM_SAMPLES, count)).astype(int).tolist())
     intensity = Intensity(*shards.intensity) if experiment.train.intensity == "standard" else Intensity()
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model)
@@ -91,9 +85,9 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
         load_initial(model, run.description["initial"])
     state = engine.start(experiment, model, ranks, wrap)
     record = resume(state, run)
-    card = filesystem.join(run.path, run_directory.MODEL_CARD)
-    is_finished = state.epoch >= experiment.train.epochs and filesystem.exists(card)
-    if from_main(is_finished, ranks):  # or one rank would leave because of a card that another has just written
+    has_card = filesystem.exists(filesystem.join(run.path, run_directory.MODEL_CARD))
+    # Not each rank by itself, or one would leave because of a card that another has just written.
+    if from_main(state.epoch >= experiment.train.epochs and has_card, ranks):
         return
     tracker = build_tracker(experiment, run, ranks.is_main, record)
     on_main = callbacks.EpochCallbacks(experiment, run, intensity, samples, tracker, record)
@@ -121,12 +115,10 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
                 on_main.finish(state)
         exit_code = 0
     except engine.NonFiniteLoss as error:
-        names = sorted(set(data.rows("train", error.rows).table["patient"].to_pylist()))
+        names = ", ".join(sorted({*data.rows("train", error.rows).table["patient"].to_pylist()}))
         kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
-        raise UserError(
-            f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {', '.join(names)}): lower "
-            f"--optim.lr or set --optim.clip-norm 1; {kept}."
-        ) from error
+        wrong = f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {names})"
+        raise UserError(f"{wrong}: lower --optim.lr or set --optim.clip-norm 1; {kept}.") from error
     finally:
         with suppress(Exception):
             on_main.wait()
@@ -134,11 +126,24 @@ def _train(experiment: Experiment, run: Run, ranks: Ranks, wrap, report, profile
 
 
 @contextmanager
-def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
-    """Raise a rank's UserError, or its disk's refusal, on every rank, or the others would wait for it.
+def trace_steps(run: str) -> Iterator[Callable[[], None]]:
+    """Trace steps 4 to 6 into a run's `profile/steps.json`, for https://ui.perfetto.dev; call the result after each step."""
 
-    A StorageError passes through: the store may answer at the next try.
-    """
+    def keep(trace: profiler.profile) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "steps.json")
+            trace.export_chrome_trace(file)
+            filesystem.publish(filesystem.join(run, "profile", "steps.json"), filesystem.read_bytes(file))
+
+    activities = [profiler.ProfilerActivity.CPU, *[profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()]
+    schedule = profiler.schedule(wait=2, warmup=1, active=3, repeat=1)  # compilation and the choice of kernels are left out
+    with profiler.profile(activities=activities, schedule=schedule, on_trace_ready=keep) as trace:
+        yield trace.step
+
+
+@contextmanager
+def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
+    """Raise a rank's UserError, or its disk's refusal, on every rank, or the others would wait for it."""
     problem = None
     try:
         with io_errors_as_user_errors():
@@ -149,12 +154,12 @@ def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for the several kinds of error that report that memory is short, on a GPU or a CPU."""
+    """True for the errors that report that memory is short, on a GPU or a CPU."""
     message = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 
 
-def resume(state: engine.TrainState, run: Run) -> list[dict]:
+def resume(state: engine.TrainState, run: run_directory.Run) -> list[dict]:
     """Load the run's last checkpoint, if there is one; returns the record up to it."""
     found = checkpoint.last(run.path)
     if found is None:

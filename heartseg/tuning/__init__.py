@@ -1,4 +1,1 @@
-"""Sweeps: what a trial may change, and what the trials found.
-
-Open sweep.py first.
-"""
+"""Sweeps: what a trial may change, and what the trials found. Open sweep.py first."""

@@ -1,5 +1,6 @@
 """What a sweep varies, as a typed value: axes of choices and of ranges, and the experiments that lie on them."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import numpy as np
 
 from heartseg.config.experiment import Experiment, flatten, from_json, to_json
 from heartseg.config.training import LossKind, ScheduleKind
-from heartseg.errors import UserError, require
+from heartseg.errors import require
 
 RATE = "optim.lr"  # the one field whose values are drawn from a range
 
@@ -72,17 +73,14 @@ def apply(base: Experiment, values: dict[str, object]) -> Experiment:
 
 def parse_change(text: str) -> dict[str, object]:
     """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError for any other form."""
-    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\.\w+=)", text)]
-    if not all(
-        re.fullmatch(r"\w+\.\w+", name.strip()) and value.strip(" ,") == value.strip() != "" for name, _, value in pairs
-    ):
-        raise UserError(f"--space.changes {text!r} is not a change: write part.field=value, several with commas.")
     values = {}
-    for name, _, value in pairs:
-        try:
-            values[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            values[name.strip()] = value.strip()
+    for part in re.split(r",(?=\s*\w+\.\w+=)", text):
+        name, value = (side.strip() for side in part.partition("=")[::2])
+        is_change = re.fullmatch(r"\w+\.\w+", name) and value.strip(" ,") == value != ""
+        require(is_change, f"--space.changes {text!r} is not a change: write part.field=value, several with commas.")
+        values[name] = value
+        with contextlib.suppress(json.JSONDecodeError):
+            values[name] = json.loads(value)
     return values
 
 
@@ -94,10 +92,10 @@ def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
     fixed = not any("train.epochs" in values for values in parsed)
     require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep are as long as the recipe.")
     own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
-    points = [own, *(own | values for values in parsed)]
-    for place, point in enumerate(points):
-        if point in points[:place]:
-            raise UserError(f"--space.changes {changes[place - 1]!r} is the recipe itself, or is listed twice.")
+    points = [own]
+    for change, values in zip(changes, parsed, strict=True):
+        require(own | values not in points, f"--space.changes {change!r} is the recipe itself, or is listed twice.")
+        points.append(own | values)
     return points
 
 
@@ -109,10 +107,7 @@ def describe(own: dict, values: dict) -> str:
 
 
 def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
-    """Every combination in a seeded order in which the schedules take turns, so that its beginning tries them all.
-
-    The base rates are `lr_points` in equal ratios, both ends among them; the geometric middle for one.
-    """
+    """Every combination, `lr_points` base rates in equal ratios, in a seeded order in which the schedules take turns."""
     low, high = axes[RATE]
     rates = np.geomspace(low, high, lr_points) if lr_points > 1 and low < high else [math.sqrt(low * high)]
     lists = axes | {RATE: [float(f"{rate:.6g}") for rate in rates]}
@@ -123,7 +118,7 @@ def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
 
 
 def draw(axes: dict[str, tuple], number: int, seed: int) -> dict:
-    """The `number`-th random point, the same whenever it is asked for; the schedules take turns, all else is drawn."""
+    """The `number`-th random point, the same whenever it is asked for; the schedules take turns, the rest is drawn."""
     generator = np.random.default_rng([seed, number])
     point = {name: values[generator.integers(len(values))] for name, values in axes.items()}
     low, high = axes[RATE]

@@ -1,7 +1,4 @@
-"""A sweep's directory: its trials as runs in `trials/`, how each of them ended, the table of them all and the winner.
-
-A sweep has no other state, so the same command resumes one that was killed.
-"""
+"""A sweep's directory, its only state: trials as runs in `trials/`, how each ended, the table of them all and the winner."""
 
 import itertools
 import math
@@ -20,12 +17,10 @@ from heartseg.labels import UNTRAINED_DICE
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from heartseg.training.run_directory import Run
 from heartseg.tuning.search_space import RATE, SearchSpace, apply, describe, draw, grid, listed, make_axes, values_of
 
 DESCRIPTION, OUTCOME, TRIALS = run_directory.SWEEP, "outcome.json", "trials"
-# The error that ended a trial's process.
-ERROR = "error.txt"
+ERROR = "error.txt"  # the error that ended a trial's process
 # How a trial can have ended; one without an outcome is trained, or resumed.
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 METRIC = "val/dice"
@@ -77,7 +72,7 @@ class Sweep:
 class Trial:
     """A run of a sweep. `state` is empty while it is to be trained; `values` are those of the fields that the sweep varies."""
 
-    run: Run
+    run: run_directory.Run
     number: int
     values: dict
     state: str = ""
@@ -94,19 +89,18 @@ def open_sweep(
 ) -> Sweep:
     """Begin a sweep, or find the one that the same command began; more trials or other workers are the same sweep.
 
-    All trials read shards the same way: as the sweep began, otherwise by `ingest`. Raises UserError if the directory holds
-    another sweep or a run, and for a name that cannot be a folder's.
+    All trials read shards as the sweep began, otherwise by `ingest`. Raises UserError for a directory of another sweep or a
+    run, and for a name that cannot be a folder's.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
     digest = filesystem.sha256(canonical(asked))[:8]
     name = run_directory.choose_name(base.runs, name, f"tune-{base.name}-{digest}", fresh, "sweep")
-    path = filesystem.join(base.runs, name)
-    described = filesystem.join(path, DESCRIPTION)
+    path, described = filesystem.join(base.runs, name), filesystem.join(base.runs, name, DESCRIPTION)
     there = run_directory.read_matching(described, asked, "sweep")
     if there is None:
         there = asked | {"dataset": shards.manifest["dataset"], "wandb_id": uuid.uuid4().hex[:12], "ingest": ingest}
-        there |= {"groups": {group: len(patients) for group, patients in shards.groups.items()}}
-        there |= {"experiment": to_json(base)}  # as it was begun
+        groups = {group: len(patients) for group, patients in shards.groups.items()}
+        there |= {"groups": groups, "experiment": to_json(base)}
         filesystem.publish_json(described, there)
     # Its trials are one group of the dashboard, and lie in its own folder.
     tracking = replace(base.tracking, group=base.tracking.group or name, job_type="trial")
@@ -122,8 +116,8 @@ def find_sweep(path: str) -> Sweep:
 
 def recipe_values(sweep: Sweep) -> dict:
     """The recipe's own values of the fields in which trials may differ, the schedule's kind first."""
-    space, is_listed = sweep.plan.space, sweep.plan.search == "changes"
-    return listed(sweep.base, space.changes)[0] if is_listed else values_of(sweep.base, make_axes(space, sweep.base))
+    space, base = sweep.plan.space, sweep.base
+    return listed(base, space.changes)[0] if sweep.plan.search == "changes" else values_of(base, make_axes(space, base))
 
 
 def candidates(sweep: Sweep) -> Iterator[dict]:
@@ -151,8 +145,8 @@ def points_to_check(plan: SweepPlan, base: Experiment) -> list[dict]:
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
     """A trial that is to be trained; its folder is named by its number and its schedule."""
     experiment = apply(sweep.base, values)
-    run = run_directory.open_run(experiment, shards, name=f"{number:03d}-{experiment.schedule.kind}")
-    return Trial(run, number, values)
+    name = f"{number:03d}-{experiment.schedule.kind}"
+    return Trial(run_directory.open_run(experiment, shards, name), number, values)
 
 
 def read_trials(sweep: Sweep) -> list[Trial]:
@@ -161,9 +155,8 @@ def read_trials(sweep: Sweep) -> list[Trial]:
     for name in filesystem.list_names(sweep.base.runs):
         path = filesystem.join(sweep.base.runs, name)
         if filesystem.exists(filesystem.join(path, run_directory.DESCRIPTION)):
-            outcome = filesystem.join(path, OUTCOME)
+            run, outcome = run_directory.find_run(path), filesystem.join(path, OUTCOME)
             ended = filesystem.read_json(outcome) if filesystem.exists(outcome) else {}
-            run = run_directory.find_run(path)
             settings = flatten(run.description["experiment"])
             trials.append(Trial(run, int(name.partition("-")[0]), {field: settings[field] for field in fields}, **ended))
     return sorted(trials, key=lambda trial: trial.number)
@@ -181,11 +174,7 @@ def rungs(sweep: Sweep) -> list[int]:
 
 
 def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
-    """Stop the trial of a run's folder if `epoch` is a rung and too many trials that reached it were better there.
-
-    Asynchronous successive halving (ASHA, arXiv 1810.05934). The trials' records are all it needs, so a resumed sweep decides
-    as an undisturbed one does.
-    """
+    """Stop a run's trial if `epoch` is a rung at which too many others' records were better (ASHA, arXiv 1810.05934)."""
     if epoch not in rungs(sweep):
         return False
     scores = {t.run.path: {row["epoch"]: row.get(METRIC, np.nan) for row in t.record} for t in read_trials(sweep)}
@@ -201,25 +190,19 @@ def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
 
 def end_trial(path: str, state: str, reason: str = "") -> None:
     """Record how a trial has ended: finished, stopped early, or failed for a reason; the first outcome stays."""
-    if filesystem.exists(filesystem.join(path, OUTCOME)):
-        return
-    filesystem.publish_json(filesystem.join(path, OUTCOME), {"state": state, "reason": reason})
+    if not filesystem.exists(filesystem.join(path, OUTCOME)):
+        filesystem.publish_json(filesystem.join(path, OUTCOME), {"state": state, "reason": reason})
 
 
 def forget_failures(sweep: Sweep) -> None:
     """Let failed trials be resumed."""
     for trial in read_trials(sweep):
-        if trial.state == FAILED:
-            # The error of the next try may be another.
-            filesystem.remove(filesystem.join(trial.run.path, ERROR))
-            filesystem.remove(filesystem.join(trial.run.path, OUTCOME))
+        for name in (ERROR, OUTCOME) if trial.state == FAILED else ():
+            filesystem.remove(filesystem.join(trial.run.path, name))
 
 
 def tabulate(sweep: Sweep) -> pandas.DataFrame:
-    """One row a trial, the best first: what it varied, how it ended, epochs, seconds, best and last validation Dice.
-
-    `rank` counts finished trials before the others: a stopped one could not show its best.
-    """
+    """A row a trial, finished ones and the best first: what it varied, how it ended, epochs, seconds, validation Dice."""
     rows, own, best = [], recipe_values(sweep), f"best {METRIC}"
     for trial in read_trials(sweep):
         record = pandas.DataFrame(trial.record, columns=["epoch", METRIC, "seconds"], dtype=float)
@@ -239,36 +222,33 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
 
 def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
     """Epochs trained, and epochs that the same trials would have taken without early stopping; failed ones left out."""
-    counted = table[table["state"].isin((FINISHED, STOPPED))]
-    return int(counted["epochs"].sum()), len(counted) * sweep.base.train.epochs
+    counted = table.loc[table["state"].isin((FINISHED, STOPPED)), "epochs"]
+    return int(counted.sum()), len(counted) * sweep.base.train.epochs
 
 
 def why_no_winner(table: pandas.DataFrame) -> str:
     """Why no trial can be chosen; empty if one can: the first row."""
-    finished = table.loc[table["state"] == FINISHED, f"best {METRIC}"].dropna()
-    if finished.empty:
+    highest = table.loc[table["state"] == FINISHED, f"best {METRIC}"].max()
+    if pandas.isna(highest):
         return "No trial has finished."
-    if finished.max() >= UNTRAINED_DICE:
-        return ""
-    return (
-        f"There is no winner: the highest {METRIC} of the finished trials is {finished.max():.4f}, and below {UNTRAINED_DICE} "
-        "a model outlines nothing yet. Train longer (--train.epochs), or check the data."
-    )
+    fix = f"below {UNTRAINED_DICE} a model outlines nothing yet. Train longer (--train.epochs), or check the data."
+    low = f"There is no winner: the highest {METRIC} of the finished trials is {highest:.4f}, and {fix}"
+    return low if highest < UNTRAINED_DICE else ""
 
 
 def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
-    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner.
+    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner, None if no trial has learned.
 
-    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces, None if no finished trial has
-    learned anything. It was chosen on `val/dice` of patients held out of the training group, and on no reported group.
+    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces. It was chosen on `val/dice`
+    of patients held out of the training group, and on no reported group.
     """
     table = tabulate(sweep)
     filesystem.publish(filesystem.join(sweep.path, "sweep.csv"), table.to_csv(index=False).encode())
     filesystem.write_table(filesystem.join(sweep.path, "sweep.parquet"), pa.Table.from_pandas(table, preserve_index=False))
     if why_no_winner(table):
         return table, None
-    best = next(trial for trial in read_trials(sweep) if trial.run.name == table.loc[0, "trial"])
-    experiment = from_json(best.run.description["experiment"])
+    best = run_directory.find_run(filesystem.join(sweep.base.runs, table.loc[0, "trial"]))
+    experiment = from_json(best.description["experiment"])
     alone = replace(experiment.tracking, group="", job_type="train")
     outside = sweep.path.removesuffix("/" + sweep.name)
     experiment = replace(experiment, data=sweep.base.data, runs=outside, tracking=alone)

@@ -24,7 +24,7 @@ from heartseg.config.experiment import Experiment, to_json
 from heartseg.datasets import phantom
 from heartseg.errors import UserError, require
 from heartseg.metrics.segmentation import ScoreSums, predicted_labels
-from heartseg.models import precision
+from heartseg.models import deeplabv3
 from heartseg.models.deeplabv3 import build_model
 from heartseg.storage import filesystem
 from jobs.benchmarks.train_sides import SMALL, Bench, Options, write_shards
@@ -106,7 +106,7 @@ def forward_pass(bench: Bench, experiment: Experiment) -> tuple[Callable[[], tor
     """A function that computes the logits of a batch of noise as an evaluation does, and the masks of the batch."""
     model = bench.model(experiment).to(memory_format=torch.channels_last).eval()
     images, masks = bench.random_batch(experiment, experiment.train.batch_size)
-    return torch.inference_mode()(partial(precision.forward, experiment.train, model, images)), masks
+    return torch.inference_mode()(partial(deeplabv3.forward, experiment.train, model, images)), masks
 
 
 def score_batches(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Evaluations that share no patient, pooled: the same numbers as one evaluation of everybody, and refusals."""
 
-import io
+import itertools
 import os
 import shutil
 
@@ -29,10 +29,10 @@ def halves(phantom, tmp_path_factory) -> tuple[list[str], str]:
     for place, name in enumerate(names):
         for part in ("all", "half1" if place < 4 else "half2"):
             os.makedirs(folder / part / name)
-            for view in ("2CH", "4CH"):  # the masks of the other phase: not perfect, and different from patient to patient
-                for taken, given in (("ED", "ES"), ("ES", "ED")):
-                    source = os.path.join(images, name, f"{name}_{view}_{taken}_gt.nii.gz")
-                    shutil.copy(source, folder / part / name / f"{name}_{view}_{given}_gt.nii.gz")
+            # The masks of the other phase: not perfect, and different from patient to patient.
+            for view, (taken, given) in itertools.product(("2CH", "4CH"), (("ED", "ES"), ("ES", "ED"))):
+                source = os.path.join(images, name, f"{name}_{view}_{taken}_gt.nii.gz")
+                shutil.copy(source, folder / part / name / f"{name}_{view}_{given}_gt.nii.gz")
     made = {part: score(str(folder / part), phantom, str(folder / f"out-{part}")) for part in ("half1", "half2", "all")}
     return [made["half1"], made["half2"]], made["all"]
 
@@ -53,33 +53,31 @@ def test_pooled_scores_are_those_of_one_evaluation_of_everybody(halves, tmp_path
 def test_the_pictures_are_the_worst_and_the_best_of_all_parts(halves, tmp_path):
     parts, whole = halves
     cross_validation.pool(parts, str(tmp_path))
-    shown = []
-    for path in (str(tmp_path), whole):
-        with np.load(io.BytesIO(filesystem.read_bytes(filesystem.join(path, EXAMPLES)))) as arrays:
-            shown.append({name: arrays[name] for name in arrays.files})
-    assert shown[0].keys() == shown[1].keys()
-    assert all(np.array_equal(shown[0][name], shown[1][name]) for name in shown[0])
+    pooled, expected = (dict(np.load(os.path.join(path, EXAMPLES))) for path in (tmp_path, whole))
+    np.testing.assert_equal(pooled, expected)
 
 
 def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
     parts, whole = halves
-    with pytest.raises(UserError, match="patient0001 is scored in"):
-        cross_validation.pool([parts[0], whole], str(tmp_path))
-    with pytest.raises(UserError, match="is not an evaluation"):
-        cross_validation.pool([parts[0], str(tmp_path)], str(tmp_path / "out"))
-    with pytest.raises(UserError, match="pooled once"):
-        cross_validation.pool([parts[0], parts[0]], str(tmp_path))
-    with pytest.raises(UserError, match="none is written over"):
-        cross_validation.pool(parts, parts[0])
-    with pytest.raises(UserError, match="and nothing else"):
-        evaluate.run(evaluate.Options(pool=tuple(parts), checkpoint="run", out=str(tmp_path)))
-    trained = str(shutil.copytree(parts[0], tmp_path / "trained"))
-    summary = filesystem.read_json(filesystem.join(trained, "summary.json"))
-    filesystem.publish_json(filesystem.join(trained, "summary.json"), summary | {"group": "train"})
-    with pytest.raises(UserError, match="was trained on"):
-        cross_validation.pool([trained, parts[1]], str(tmp_path / "out"))
-    with pytest.raises(UserError, match="--out"):
-        evaluate.run(evaluate.Options(pool=tuple(parts)))
+    out, refused = str(tmp_path / "out"), {}
+    for key, value in {"group": "train", "dataset": "other", "post": {"tta": True}}.items():
+        refused[key] = str(shutil.copytree(parts[0], tmp_path / key))
+        summary = filesystem.read_json(filesystem.join(refused[key], "summary.json"))
+        filesystem.publish_json(filesystem.join(refused[key], "summary.json"), summary | {key: value})
+    for evaluations, to, said in (
+        ([parts[0], whole], out, "patient0001 is scored in"),
+        ([parts[0], str(tmp_path)], out, "is not an evaluation"),
+        ([parts[0], parts[0]], out, "pooled once"),
+        (parts, parts[0], "none is written over"),
+        ([refused["group"], parts[1]], out, "was trained on"),
+        ([parts[1], refused["dataset"]], out, "is of other, "),
+        ([parts[1], refused["post"]], out, "differ in their postprocessing"),
+    ):
+        with pytest.raises(UserError, match=said):
+            cross_validation.pool(evaluations, to)
+    for options, said in (({"checkpoint": "run", "out": out}, "and nothing else"), ({}, "--out")):
+        with pytest.raises(UserError, match=said):
+            evaluate.run(evaluate.Options(pool=tuple(parts), **options))
 
 
 def test_images_are_divided_into_thirds_by_the_share_that_the_experts_heart_fills(halves):

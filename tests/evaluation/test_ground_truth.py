@@ -12,7 +12,6 @@ from heartseg.errors import UserError
 from heartseg.evaluation.ground_truth import FilePredictions, ShardTruth, TreeTruth
 from heartseg.labels import Phase, View
 from heartseg.shards.reader import open_shards
-from heartseg.storage import filesystem
 
 PATIENT = "patient0001"
 
@@ -49,26 +48,21 @@ def test_a_damaged_truth_is_missing_with_its_reason_and_the_others_are_there(pha
     assert missing[0]["file"] == path and "cut off" in missing[0]["reason"]
 
 
-@pytest.mark.parametrize("folder", ["", "deep/er/"])
-@pytest.mark.parametrize("suffix", ["_pred", "_gt", ""])
-def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, folder, suffix):
-    path = put(tmp_path, f"{folder}{cases[0].name}{suffix}.nii.gz", cases[0].truth)
-    if not folder:
-        os.rename(path, path.replace(".nii.gz", ".NII.GZ"))
-    predictions = FilePredictions.open(str(tmp_path))
+@pytest.mark.parametrize("place", ["{}_pred.NII.GZ", "{}_gt.nii", "deep/er/{}.nii.gz"])
+def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, place):
+    path = put(tmp_path, "a.nii" if place.endswith("nii") else "a.nii.gz", cases[0].truth)
+    os.renames(path, tmp_path / "masks" / place.format(cases[0].name))
+    predictions = FilePredictions.open(str(tmp_path / "masks"))
     (mask,), missing = predictions.masks(cases[:1])
     assert (mask.mask == cases[0].truth).all() and not missing
     assert predictions.has_any(PATIENT) and not predictions.has_any("patient0002")
 
 
-def test_a_prediction_goes_before_a_truth_and_a_truth_before_a_bare_name(cases, tmp_path):
+def test_a_prediction_goes_before_a_truth_and_that_before_a_bare_name_and_of_two_candidates_a_pattern_decides(cases, tmp_path):
     bare, gt, pred = (put(tmp_path, f"{cases[0].name}{s}.nii.gz", cases[0].truth) for s in ("", "_gt", "_pred"))
     for path in (pred, gt, bare):
         assert FilePredictions.open(str(tmp_path)).path(PATIENT, View.TWO_CHAMBER, Phase.ED) == path
         os.remove(path)
-
-
-def test_two_candidates_are_refused_and_a_pattern_decides(cases, tmp_path):
     put(tmp_path, f"a/{cases[0].name}.nii.gz", cases[0].truth)
     wanted = put(tmp_path, f"b/{cases[0].name}.nii", cases[0].truth)
     with pytest.raises(UserError, match=f"could both be the mask of {cases[0].name}: give --pattern"):
@@ -99,8 +93,7 @@ def test_images_wrong_shapes_and_absent_masks_are_missing_with_a_reason(phantom,
     assert "label" in reasons[0] and "is not the truth's" in reasons[1] and reasons[2] == "there is no prediction"
 
 
-def test_a_folder_without_masks_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no NIfTI file"):
-        FilePredictions.open(str(tmp_path))
-    with pytest.raises(UserError, match="do not exist"):
-        FilePredictions.open(filesystem.join(str(tmp_path), "gone"))
+@pytest.mark.parametrize(("folder", "said"), [("", "holds no NIfTI file"), ("gone", "do not exist")])
+def test_a_folder_without_masks_is_refused(tmp_path, folder, said):
+    with pytest.raises(UserError, match=said):
+        FilePredictions.open(str(tmp_path / folder))

@@ -13,7 +13,7 @@ from heartseg.errors import UserError
 from heartseg.evaluation.ground_truth import TreeTruth
 from heartseg.evaluation.scoring import KEYS, patient_row
 from heartseg.inference.segmenter import Segmented
-from heartseg.labels import PHASES, VIEWS, Phase, View
+from heartseg.labels import Phase, View
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -25,18 +25,21 @@ def table(out: str, name: str):
     return filesystem.read_table(filesystem.read_bytes(filesystem.join(out, f"{name}.parquet"))).to_pandas()
 
 
+def summary_of(out: str) -> dict:
+    return filesystem.read_json(filesystem.join(out, "summary.json"))
+
+
 def score_files(predictions: str, truth: str, out: str, **options) -> str:
     return evaluate.run(evaluate.Options(predictions=predictions, truth=truth, out=out, launcher="plain", **options))
 
 
 def test_truth_against_itself_is_perfect(phantom, tmp_path):
     out = score_files(os.path.join(phantom, camus.IMAGES_FOLDER), phantom, str(tmp_path / "out"))
-    summary = filesystem.read_json(filesystem.join(out, "summary.json"))
+    summary = summary_of(out)
     assert summary["images"] == 32 and summary["patients"] == 8 and summary["missing"] == []
     assert all(summary["scores"][name]["mean"] == 1 for name in SCORES)
     assert all(summary["scores"][name]["mean"] == 0 for name in DISTANCES)
-    for found in summary["clinical"]["agreement"].values():
-        assert found["bias"] == 0 and found["mae"] == 0
+    assert all(found["bias"] == found["mae"] == 0 for found in summary["clinical"]["agreement"].values())
     against_cfg = summary["clinical"]["reference"]["ase"]
     assert against_cfg["truth"] == against_cfg["prediction"] and against_cfg["truth"]["n"] == 8
     assert np.trace(summary["clinical"]["ef_classes"]["counts"]) == 8
@@ -49,11 +52,10 @@ def test_truth_against_itself_is_perfect(phantom, tmp_path):
 
 def test_a_missing_prediction_is_named_and_its_patient_has_no_biplane_ef(phantom, tmp_path, capsys):
     masks = str(shutil.copytree(os.path.join(phantom, camus.IMAGES_FOLDER), tmp_path / "masks"))
-    gone = f"{masks}/patient0002/patient0002_4CH_ES"
-    os.remove(f"{gone}_gt.nii.gz")
-    os.remove(f"{gone}.nii.gz")
+    for suffix in ("_gt", ""):
+        os.remove(f"{masks}/patient0002/patient0002_4CH_ES{suffix}.nii.gz")
     out = score_files(masks, phantom, str(tmp_path / "out"))
-    summary = filesystem.read_json(filesystem.join(out, "summary.json"))
+    summary = summary_of(out)
     assert [(row["patient"], row["view"], row["phase"]) for row in summary["missing"]] == [("patient0002", "4CH", "ES")]
     assert "1 images are not scored" in capsys.readouterr().out
     patients = table(out, "patients").set_index("patient")
@@ -66,56 +68,30 @@ def test_a_missing_prediction_is_named_and_its_patient_has_no_biplane_ef(phantom
 def test_only_patients_with_a_mask_are_scored_unless_a_group_is_asked_for(phantom, tmp_path):
     masks = tmp_path / "masks"
     shutil.copytree(os.path.join(phantom, camus.IMAGES_FOLDER, "patient0003"), masks / "patient0003")
-    out = score_files(str(masks), phantom, str(tmp_path / "out"))
-    assert filesystem.read_json(filesystem.join(out, "summary.json"))["patients"] == 1
-    out = score_files(str(masks), phantom, str(tmp_path / "all"), group="all")
-    summary = filesystem.read_json(filesystem.join(out, "summary.json"))
+    assert summary_of(score_files(str(masks), phantom, str(tmp_path / "out")))["patients"] == 1
+    summary = summary_of(score_files(str(masks), phantom, str(tmp_path / "all"), group="all"))
     assert summary["images"] == 4 and len(summary["missing"]) == 28
-
-
-def test_a_ventricle_that_is_nowhere_or_one_pixel_gives_reasons_and_no_crash(phantom, tmp_path):
-    for view in VIEWS:
-        for phase in PHASES:
-            path = camus.recording_path(phantom, "patient0001", view, phase, "_gt")
-            (mask,), spacing_mm, _ = nifti.read_nifti(path)
-            mask = np.zeros_like(mask, dtype=np.uint8)
-            if view == View.TWO_CHAMBER:
-                mask[5, 5] = 1
-            nifti.write_nifti(str(tmp_path / "masks" / os.path.basename(path)), mask, spacing_mm)
-    out = score_files(str(tmp_path / "masks"), phantom, str(tmp_path / "out"))
-    images, patients = table(out, "images"), table(out, "patients")
-    assert (images["dice_endo"] < 0.01).all() and np.isfinite(images[list(DISTANCES)].to_numpy(float)).all()
-    assert np.isnan(patients["ef_camus_prediction"][0]) and np.isfinite(patients["ef_camus_truth"][0])
-    assert patients["reason_prediction"][0]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"predictions": "{masks}", "truth": ""}, "--truth is missing"),
-        ({"predictions": "{masks}", "truth": "{tree}", "checkpoint": "x"}, "leave --checkpoint"),
-        (
-            {"predictions": "{masks}", "truth": "{tree}", "pattern": "no/{patient}{view}{phase}.nii"},
-            "of none of the 8 patients",
-        ),
-        ({"predictions": "{masks}", "truth": "{tree}", "pattern": "{patient}_{view}.nii"}, "one file for several stills"),
-        ({"predictions": "/nowhere", "truth": "{tree}"}, "/nowhere do not exist"),
-        ({"predictions": "{masks}", "truth": "/nowhere"}, "/nowhere does not exist"),
+        ({"truth": ""}, "--truth is missing"),
+        ({"checkpoint": "x"}, "leave --checkpoint"),
+        ({"pattern": "no/{patient}{view}{phase}.nii"}, "of none of the 8 patients"),
+        ({"truth": "/nowhere"}, "/nowhere does not exist"),
     ],
 )
 def test_mistakes_are_one_line_errors(phantom, options, said):
-    filled = {k: v.format(masks=os.path.join(phantom, camus.IMAGES_FOLDER), tree=phantom) if k != "pattern" else v
-              for k, v in options.items()}  # fmt: skip
+    given = {"predictions": os.path.join(phantom, camus.IMAGES_FOLDER), "truth": phantom, "launcher": "plain"}
     with pytest.raises(UserError, match=said):
-        evaluate.run(evaluate.Options(**filled, launcher="plain"))
+        evaluate.run(evaluate.Options(**given | options))
 
 
 def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
     cases, _ = TreeTruth(phantom).cases(["patient0001"])
     twice = [*cases, replace(cases[0], frame=2), replace(cases[1], view=None), replace(cases[1], phase=None)]
-    alone, doubled = (
-        patient_row("patient0001", given, [Segmented(case.truth, 1.0) for case in given]) for given in (cases, twice)
-    )
+    alone, doubled = (patient_row("p", given, [Segmented(case.truth, 1.0) for case in given]) for given in (cases, twice))
     assert alone["ef_ase_truth"] > 0 and alone["reason_truth"] == ""
     assert np.isnan(doubled["ef_ase_truth"]) and "no 2CH ED mask" in doubled["reason_prediction"]
     assert doubled["images"] == len(twice)
@@ -140,11 +116,9 @@ def test_masks_of_files_are_cleaned_if_asked_and_never_predicted_again(phantom, 
         strayed[:2, :2] = 3  # a second piece of atrium, far from the first
         nifti.write_nifti(f"{masks}/{case.name}.nii.gz", strayed, case.spacing_mm)
     asked = PredictConfig(largest_component=True)
-    found = [
-        score_files(masks, phantom, str(tmp_path / name), post=post) for name, post in (("a", PredictConfig()), ("b", asked))
-    ]
-    before, after = (table(out, "images")["dice"].mean() for out in found)
-    assert before < 1 and after == 1
+    for name, post, is_perfect in (("a", PredictConfig(), False), ("b", asked, True)):
+        out = score_files(masks, phantom, str(tmp_path / name), post=post)
+        assert (table(out, "images")["dice"].mean() == 1) == is_perfect
     with pytest.raises(UserError, match="--tta runs a network"):
         score_files(masks, phantom, str(tmp_path / "c"), post=PredictConfig(tta=True))
 
@@ -157,10 +131,9 @@ def test_masks_are_scored_even_if_images_are_missing(is_left, phantom, tmp_path)
         if not is_left or (view, phase) == (View.TWO_CHAMBER, Phase.ED):
             os.remove(path)
     out = score_files(os.path.join(tree, camus.IMAGES_FOLDER), tree, str(tmp_path / "out"))
-    assert filesystem.read_json(filesystem.join(out, "summary.json"))["images"] == 32
-    examples, images = np.load(os.path.join(out, "examples.npz")), table(out, "images")
-    for number, row in enumerate(examples["rows"]):
-        shown = images.loc[row]
+    assert summary_of(out)["images"] == 32
+    examples = np.load(os.path.join(out, "examples.npz"))
+    for number, (_, shown) in enumerate(table(out, "images").loc[examples["rows"]].iterrows()):
         had = shown["patient"] != "patient0001" or (is_left and (shown["view"], shown["phase"]) != ("2CH", "ED"))
         assert examples[f"image_{number}"].any() == had
         if had:

@@ -25,15 +25,14 @@ def test_agreement_of_four_pairs_by_hand():
     assert found["r"] == pytest.approx(np.corrcoef([50, 62, 31, 45], [48, 60, 35, 41])[0, 1])
 
 
-def test_pairs_with_a_nan_are_left_out():
+def test_pairs_with_a_nan_are_left_out_under_three_have_no_value_and_what_is_not_paired_is_refused():
     whole, patients = agree([1.0, 2, 4], [1.5, 2, 3], ["a", "b", "c"]), ["a", "x", "b", "y", "c"]
     assert agree([1.0, NAN, 2, 9, 4], [1.5, 8, 2, NAN, 3], patients) == whole
-
-
-@pytest.mark.parametrize("pairs", [([], []), ([1.0], [2.0]), ([1.0, 2.0, NAN], [1.0, 2.0, 3.0])])
-def test_under_three_pairs_nothing_has_a_value(pairs):
-    found = agree(*pairs)
-    assert found.pop("n") < 3 and set(found.values()) == {None}
+    for pairs in (([], []), ([1.0], [2.0]), ([1.0, 2.0, NAN], [1.0, 2.0, 3.0])):
+        found = agree(*pairs)
+        assert found.pop("n") < 3 and set(found.values()) == {None}
+    with pytest.raises(ValueError, match="2 estimates, 3 references"):
+        agree([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(3, 30), offset=st.sampled_from([0.0, 50.0, 1e6]), same=st.booleans())
@@ -59,12 +58,11 @@ def test_intervals_are_over_patients_and_the_bootstrap_is_scipys():
     estimate = 0.8 * reference + rng.normal(8, 6, 60)
     found = agree(estimate, reference)
     sample = (estimate, reference)
+    options = {"paired": True, "vectorized": False, "method": "percentile", "rng": 1, "n_resamples": 2000}
     for name, statistic in (("r", lambda x, y: stats.pearsonr(x, y)[0]), ("bias", lambda x, y: np.mean(x - y))):
-        other = stats.bootstrap(sample, statistic, paired=True, vectorized=False, method="percentile", rng=1, n_resamples=2000)
-        expected = (other.confidence_interval.low, other.confidence_interval.high)
-        width = expected[1] - expected[0]
-        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx(expected, abs=0.08 * width)
-    # Each patient four times over is no more information, if one knows.
+        low, high = stats.bootstrap(sample, statistic, **options).confidence_interval
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx((low, high), abs=0.08 * (high - low))
+    # Each patient four times over adds no information, if patients are known.
     fourfold, owners = (np.repeat(values, 4) for values in sample), np.repeat(np.arange(60), 4)
     clustered = agree(*fourfold, owners)
     naive = agree(*(np.repeat(values, 4) for values in sample))
@@ -83,22 +81,18 @@ def test_the_bootstrap_interval_of_a_mean_leaves_nan_out_and_needs_two_patients(
 
 def test_auc_is_the_share_of_pairs_in_order():
     score, good = np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])
-    assert auc(score, good) == (1 + 1 + 0.5 + 1) / 4
-    assert math.isnan(auc(score, good | True))
+    assert auc(score, good) == (1 + 1 + 0.5 + 1) / 4 and math.isnan(auc(score, good | True))
 
 
-def test_ef_of_40_and_of_50_percent_are_mildly_reduced():
+def test_ef_of_40_and_of_50_percent_are_mildly_reduced_and_the_confusion_has_the_reference_in_rows():
     assert EF_CLASSES == ("<40", "40-50", ">50")
     assert ef_class(np.array([12, 39.9, 40, 45, 50, 50.1, 70])).tolist() == [0, 0, 1, 1, 1, 2, 2]
-
-
-def test_the_confusion_has_the_reference_in_rows():
     found = ef_confusion([30, 45, 45, 60, NAN, 60], [30, 30, 50, 60, 60, 40])
     assert found.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]] and found.dtype.kind == "i"
     assert ef_confusion([], []).tolist() == [[0] * 3] * 3
 
 
-def test_a_paired_test_sees_a_small_steady_difference_and_no_chance_one():
+def test_a_paired_test_sees_a_small_steady_difference_and_none_by_chance_in_equal_or_in_too_few_scores():
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(25), 4)
     b = 0.85 + np.repeat(rng.normal(0, 0.05, 25), 4) + rng.normal(0, 0.01, 100)
@@ -110,15 +104,7 @@ def test_a_paired_test_sees_a_small_steady_difference_and_no_chance_one():
     assert found["p"] == pytest.approx(stats.wilcoxon(means).pvalue)
     by_chance = paired_test(chance, b, patients)
     assert by_chance["low"] < 0 < by_chance["high"] and by_chance["p"] > 0.05
-
-
-def test_paired_scores_that_are_equal_or_too_few():
     equal = paired_test([0.9, 0.8, 0.7], [0.9, 0.8, 0.7], ["a", "b", "c"])
     assert equal["p"] == 1 and equal["difference"] == equal["low"] == equal["high"] == 0
     few = paired_test([0.9, 0.8, NAN, 0.6], [0.8, 0.7, 0.9, 0.6], ["a", "a", "c", "b"])
     assert few == {"n": 3, "patients": 2, "difference": None, "low": None, "high": None, "p": None}
-
-
-def test_what_is_not_paired_is_refused():
-    with pytest.raises(ValueError, match="2 estimates, 3 references"):
-        agree([1.0, 2.0], [1.0, 2.0, 3.0])

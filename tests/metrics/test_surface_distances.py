@@ -94,24 +94,10 @@ def test_distances_are_monais(seeds, longest):
     assert compared > len(seeds)
 
 
-def test_a_structure_that_fills_the_image_has_its_surface_at_the_border():
-    full, block = np.full((5, 7), 3, np.uint8), np.zeros((5, 7), np.uint8)
-    block[1:4, 1:6] = 3
-    found = surface_distances(full, block, (1.0, 1.0))
-    assert found["hd_la_mm"] == pytest.approx(math.sqrt(2))
-    # 20 border pixels, of which 4 corners at the diagonal; 12 of the block's, all at 1.
-    assert found["masd_la_mm"] == pytest.approx((16 + 4 * math.sqrt(2) + 12) / 32)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "spacing_mm", "said"),
-    [
-        (((4, 4), (4, 5)), (1, 1), "shapes"),
-        (((2, 4, 4), (2, 4, 4)), (1, 1), "shapes"),
-        (((4, 4), (4, 4)), (1, 0), "not positive"),
-        (((4, 4), (4, 4)), (math.nan, 1), "not positive"),
-    ],
-)
-def test_maps_of_other_shapes_and_impossible_spacings_are_refused(shapes, spacing_mm, said):
-    with pytest.raises(ValueError, match=said):
-        surface_distances(*(np.ones(shape, np.uint8) for shape in shapes), spacing_mm)
+def test_maps_of_other_shapes_and_impossible_spacings_are_refused():
+    for one, other in (((4, 4), (4, 5)), ((2, 4, 4), (2, 4, 4))):
+        with pytest.raises(ValueError, match="shapes"):
+            surface_distances(np.ones(one, np.uint8), np.ones(other, np.uint8), (1, 1))
+    for spacing_mm in ((1, 0), (math.nan, 1)):
+        with pytest.raises(ValueError, match="not positive"):
+            surface_distances(np.ones((4, 4), np.uint8), np.ones((4, 4), np.uint8), spacing_mm)

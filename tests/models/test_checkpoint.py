@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,78 +35,59 @@ def run(tmp_path) -> str:
     return str(tmp_path / "run")
 
 
-def flip(path: str, position: int) -> None:
-    with open(path, "r+b") as stream:
-        stream.seek(position)
-        byte = stream.read(1)[0]
-        stream.seek(position)
-        stream.write(bytes([byte ^ 1]))
-
-
-def test_weights_and_training_state_come_back_as_they_were_saved(run):
+def test_weights_and_training_state_come_back_as_they_were_saved_if_they_are_tensors_and_plain_values(run):
     save(run, 3, 0.5)
     found = checkpoint.find(run)
     assert found.epoch == 3 and found.card["metrics"]["val/dice"] == 0.5
     assert torch.equal(found.weights()["w"], torch.full((2, 3), 3.0))
-    state = found.training_state()
-    assert torch.equal(state.pop("model")["w"], STATE["model"]["w"])
-    assert state == {key: value for key, value in STATE.items() if key != "model"}
-
-
-class Stranger:
-    """Something that only unpickling could bring back."""
-
-
-def test_nothing_but_tensors_and_plain_values_is_unpickled(run):
-    saved = checkpoint.save(run, {}, {"model": Stranger()}, {"epoch": 1, "metrics": {}})
-    with pytest.raises(Exception, match="(?i)weights.only|damaged"):
+    state, model = found.training_state(), {"w": torch.arange(6.0).view(2, 3)}
+    assert torch.equal(state["model"]["w"], model["w"]) and state | {"model": model} == STATE | {"model": model}
+    # Nothing but tensors and plain values is unpickled.
+    saved = checkpoint.save(run, {}, {"model": Path("only unpickling could bring this back")}, {"epoch": 1, "metrics": {}})
+    with pytest.raises(UserError, match="damaged"):
         saved.training_state()
 
 
-def test_a_folder_without_its_card_is_ignored(run):
+def test_a_folder_without_its_card_is_ignored_and_saving_an_epoch_again_replaces_it(run):
     save(run, 1, 0.9)
     torn = save(run, 2, 0.95)
     os.remove(os.path.join(torn.path, checkpoint.CARD))
     assert epochs(run) == [1] and checkpoint.last(run).epoch == checkpoint.best(run).epoch == checkpoint.find(run).epoch == 1
     with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.find(torn.path)
+    again = checkpoint.save(run, {"w": torch.zeros(1)}, {}, {"epoch": 2, "metrics": {}})
+    assert epochs(run) == [1, 2] and torch.equal(checkpoint.find(run).weights()["w"], torch.zeros(1))
+    assert sorted(os.listdir(again.path)) == sorted([checkpoint.CARD, checkpoint.TRAINING, checkpoint.WEIGHTS])
+
+
+def flip(path: str) -> None:
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def truncate(path: str) -> None:
+    os.truncate(path, 10)
 
 
 READS = {
-    checkpoint.WEIGHTS: lambda run: checkpoint.find(run).weights(),
-    checkpoint.TRAINING: lambda run: checkpoint.find(run).training_state(),
-    checkpoint.CARD: checkpoint.find,
-}
-DAMAGES = {
-    "flip": lambda path: flip(path, os.path.getsize(path) - 1),
-    "truncate": lambda path: os.truncate(path, 10),
-    "remove": os.remove,
+    checkpoint.WEIGHTS: (lambda run: checkpoint.find(run).weights(), (flip, truncate, os.remove)),
+    checkpoint.TRAINING: (lambda run: checkpoint.find(run).training_state(), (truncate, os.remove)),
+    checkpoint.CARD: (checkpoint.find, (truncate,)),
 }
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [(checkpoint.WEIGHTS, damage) for damage in DAMAGES]
-    + [(checkpoint.TRAINING, "truncate"), (checkpoint.TRAINING, "remove"), (checkpoint.CARD, "truncate")],
-)
+@pytest.mark.parametrize(("file", "damage"), [(file, damage) for file, (_, damages) in READS.items() for damage in damages])
 def test_a_damaged_file_is_refused_by_name(file, damage, run):
-    DAMAGES[damage](os.path.join(save(run, 1).path, file))
+    damage(os.path.join(save(run, 1).path, file))
     with pytest.raises(UserError, match=f"{re.escape(file)} (is|are) (damaged|missing or not valid JSON)"):
-        READS[file](run)
-
-
-def test_saving_an_epoch_again_replaces_it(run):
-    save(run, 1, 0.1)
-    again = checkpoint.save(run, {"w": torch.zeros(1)}, {}, {"epoch": 1, "metrics": {}})
-    assert epochs(run) == [1] and torch.equal(checkpoint.find(run).weights()["w"], torch.zeros(1))
-    assert sorted(os.listdir(again.path)) == sorted([checkpoint.CARD, checkpoint.TRAINING, checkpoint.WEIGHTS])
+        READS[file][0](run)
 
 
 @pytest.mark.parametrize(
     ("dices", "last", "best"),
     [({1: 0.3, 2: 0.8, 3: 0.5}, 3, 2), ({1: None, 2: None}, 2, 2), ({9999: 0.1, 10000: 0.2}, 10000, 10000)],
 )
-def test_last_is_the_newest_and_best_the_highest_on_validation_or_else_the_last(run, dices, last, best):
+def test_last_is_the_newest_and_best_the_highest_on_validation_or_the_last_without(run, dices, last, best):
     for epoch, dice in dices.items():
         save(run, epoch, dice)
     assert checkpoint.find(run).epoch == last and checkpoint.find(run, "best").epoch == best
@@ -120,26 +102,25 @@ def test_after_each_epoch_only_the_last_and_the_best_are_kept(dices, tmp_path_fa
         checkpoint.keep_last_and_best(run)
     known = [dice for dice in dices if dice is not None]
     expected = {len(dices)} | ({dices.index(max(known)) + 1} if known else set())
-    assert set(epochs(run)) == expected
-    assert len(os.listdir(os.path.join(run, checkpoint.FOLDER))) == len(expected)
+    assert set(epochs(run)) == expected and len(os.listdir(os.path.join(run, checkpoint.FOLDER))) == len(expected)
 
 
-def test_a_run_without_checkpoints_or_none_at_all_is_refused(tmp_path):
+def test_a_run_without_checkpoints_and_a_folder_that_is_not_a_run_are_refused(tmp_path):
     with pytest.raises(UserError, match="gone does not exist"):
         checkpoint.find(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.find(str(tmp_path))
+    with pytest.raises(UserError, match="is not a run"):
+        run_directory.find_run(str(tmp_path))
     assert checkpoint.last(str(tmp_path)) is None
 
 
 @pytest.fixture
 def data(tmp_path) -> Shards:
     """What a run needs to know of shards: manifest, groups and their file."""
-    folder = str(tmp_path / "shards")
-    manifest = {
-        "dataset": "phantom", "source_sha256": "ab", "parts": [{"sha256": "cd"}], "patients": {p: {"rows": 4} for p in "abc"},
-    }  # fmt: skip
-    groups = {"train": ["a", "b"], "test": ["c"]}
+    folder, groups = str(tmp_path / "shards"), {"train": ["a", "b"], "test": ["c"]}
+    manifest = {"dataset": "phantom", "source_sha256": "ab", "parts": [{"sha256": "cd"}]}
+    manifest |= {"patients": {patient: {"rows": 4} for patient in "abc"}}
     filesystem.publish_json(os.path.join(folder, "splits.json"), {"config": {"kind": "ratio"}, "groups": groups})
     return Shards(folder, manifest, groups)
 
@@ -150,8 +131,7 @@ def experiment(tmp_path):
 
 
 def test_a_run_is_named_by_what_decides_its_result(experiment, data):
-    name = run_directory.run_name(experiment, data)
-    assert name.startswith("quick-") and len(name) == len("quick-") + 8
+    assert re.fullmatch(r"quick-[0-9a-f]{8}", name := run_directory.run_name(experiment, data))
     assert run_directory.run_name(replace(experiment, workers=4, data="/elsewhere", runs="/x"), data) == name
     assert run_directory.run_name(replace(experiment, train=replace(experiment.train, epochs=3)), data) != name
     assert run_directory.run_name(experiment, replace(data, groups={"train": ["a"], "test": ["b", "c"]})) != name
@@ -160,13 +140,7 @@ def test_a_run_is_named_by_what_decides_its_result(experiment, data):
 
 @pytest.mark.parametrize(
     ("there", "again", "fresh"),
-    [
-        ([], "a", "a"),
-        (["a"], "a", "a-2"),
-        (["a", "a-2"], "a-2", "a-3"),
-        (["a-9", "a-10"], "a-10", "a-11"),
-        (["ab", "a-x", "xa-3"], "a", "a"),
-    ],
+    [([], "a", "a"), (["a", "a-2"], "a-2", "a-3"), (["a-9", "a-10"], "a-10", "a-11"), (["ab", "a-x", "xa-3"], "a", "a")],
 )
 def test_the_same_command_finds_the_newest_generation_and_fresh_the_next(there, again, fresh, tmp_path):
     for name in there:
@@ -204,21 +178,12 @@ def test_a_run_of_another_configuration_or_other_data_is_refused_by_its_first_fi
         run_directory.open_run(experiment, replace(data, groups={"train": ["a"], "test": ["b"]}), name="mine")
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a run"):
-        run_directory.find_run(str(tmp_path))
-
-
 def test_the_record_is_strict_json_that_reads_back_with_its_nan_and_a_csv_beside_it(run):
     assert run_directory.read_record(run) == []
     run_directory.write_record(run, [{"epoch": 1, "test/dice": 0.1}, {"epoch": 2, "test/dice": float("nan")}])
-    path = os.path.join(run, run_directory.RECORD)
-    with open(path) as stream:
-        assert stream.read().splitlines()[1] == '{"epoch": 2, "test/dice": null}'
-    first, second = run_directory.read_record(run)
-    assert first == {"epoch": 1, "test/dice": 0.1} and second["test/dice"] != second["test/dice"]
-    with open(path, "a") as stream:
-        stream.write('{"epoch": 3, "test/dice": NaN}\n')  # as earlier versions wrote it
-    assert np.isnan(run_directory.read_record(run)[2]["test/dice"])
-    with open(os.path.join(run, run_directory.RECORD_CSV)) as stream:
-        assert stream.read().splitlines()[:2] == ["epoch,test/dice", "1,0.1"]
+    record = Path(run, run_directory.RECORD)
+    assert record.read_text().splitlines()[1] == '{"epoch": 2, "test/dice": null}'
+    record.write_text(record.read_text() + '{"epoch": 3, "test/dice": NaN}\n')  # as earlier versions wrote it
+    first, *others = run_directory.read_record(run)
+    assert first == {"epoch": 1, "test/dice": 0.1} and np.isnan([epoch["test/dice"] for epoch in others]).all()
+    assert Path(run, run_directory.RECORD_CSV).read_text().splitlines()[:2] == ["epoch,test/dice", "1,0.1"]

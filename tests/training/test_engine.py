@@ -12,11 +12,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from heartseg.config.experiment import ModelConfig
+from heartseg.config.training import AugmentConfig
 from heartseg.errors import UserError
 from heartseg.metrics import segmentation
-from heartseg.metrics.segmentation import ScoreSums
 from heartseg.models import checkpoint
-from heartseg.models.checkpoint import snapshot
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, Loader, check_shares, epoch_order, share, stream_order
 from heartseg.shards.reader import open_shards
@@ -38,13 +37,11 @@ def network(norm: type[nn.Module] = nn.GroupNorm) -> nn.Module:
 
 
 def with_train(**changes):
-    base = tiny_experiment()
-    return replace(base, train=replace(base.train, **changes))
+    return tiny_experiment(train=replace(tiny_experiment().train, **changes))
 
 
 def with_average(decay: float):
-    base = tiny_experiment()
-    return replace(base, optim=replace(base.optim, ema_decay=decay))
+    return tiny_experiment(optim=replace(tiny_experiment().optim, ema_decay=decay))
 
 
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,46 +55,43 @@ def started(experiment, ranks: Ranks, model: nn.Module) -> engine.TrainState:
 
 def train(experiment, ranks: Ranks = ALONE) -> tuple[engine.TrainState, list]:
     """Two updates on one global batch: the state, and each step's loss and predictions."""
-    images, masks = batch(experiment.train.batch_size)
+    (images, masks), state = batch(experiment.train.batch_size), started(experiment, ranks, network())
     rows = share(experiment.train.batch_size, ranks.rank, ranks.world_size)
-    state = started(experiment, ranks, network())
     state.wrapped.train()
     return state, [engine.train_step(experiment, state, images[rows], masks[rows], ranks) for _ in range(2)]
 
 
 def loader(rank: int = 0, world_size: int = 1, size: int = 28) -> Loader:
-    """By default four batches of the tiny experiment's."""
     images, masks = batch(size)
     return Loader((images * 255).byte(), masks, rank, world_size)
 
 
-def metrics_of(state: engine.TrainState, metrics: dict) -> dict:
-    """What `fit` keeps of an epoch, if nothing else is asked for."""
-    return metrics
-
-
-def fit(
-    experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=lambda state: None, ruin_after: int = 4, keep=metrics_of
-) -> list:
-    """What `keep` finds after each epoch; `ruin` gets the state after an update of the first one, by default its last."""
+def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=None, ruin_after: int = 4, keep=None) -> list:
+    """The metrics, or what `keep` finds, of each epoch; `ruin` gets the state after an update of the first epoch."""
     state, found = started(experiment, ranks, network(nn.BatchNorm2d)), []
 
     def after_step(epoch: int, step: int, steps: int) -> None:
-        if (epoch, step) == (1, ruin_after):
+        if ruin and (epoch, step) == (1, ruin_after):
             ruin(state)
 
+    def after_epoch(state: engine.TrainState, metrics: dict) -> None:
+        assert {group["lr"] for group in state.optimizer.param_groups} == {metrics["lr"]}
+        found.append(keep(state) if keep else metrics)
+
     loaders = dict.fromkeys(groups, loader(ranks.rank, ranks.world_size))
-    engine.fit(experiment, state, loaders, Intensity(), ranks, lambda *of_epoch: found.append(keep(*of_epoch)), after_step)
+    engine.fit(experiment, state, loaders, Intensity(), ranks, after_epoch, after_step)
     return found
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module, tolerance: float) -> None:
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(list(one.parameters()), list(other.parameters()), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("size", "parts"), [(12, 3), (7, 3), (7, 2)])
 def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
+    check_shares(12, 2, accumulate=3)
+    with pytest.raises(UserError, match="12 over 2 workers, each in 4 parts.*--train.accumulate 3 or less"):
+        check_shares(12, 2, accumulate=4)  # of which one would have one image
     whole, whole_steps = train(with_train(batch_size=size))
     split, split_steps = train(with_train(batch_size=size, accumulate=parts))
     assert_same_weights(whole.model, split.model, 1e-5)
@@ -106,15 +100,8 @@ def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
         assert one[1].shape == (size, 16, 16) and (one[1] == other[1]).float().mean() > 0.999
 
 
-def test_every_part_has_two_images():
-    check_shares(12, 2, accumulate=3)
-    with pytest.raises(UserError, match="12 over 2 workers, each in 4 parts.*--train.accumulate 3 or less"):
-        check_shares(12, 2, accumulate=4)
-
-
 def set_first(tensor: torch.Tensor, value: float) -> None:
-    with torch.no_grad():
-        tensor.view(-1)[0] = value
+    tensor.data.view(-1)[0] = value
 
 
 RUINS = {
@@ -126,14 +113,11 @@ RUINS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("ruined", "groups", "after", "step"),
-    [
-        ("a weight", ("train",), 2, 3),
-        *((name, groups, 4, 4) for name in list(RUINS)[:3] for groups in (("train",), ("train", "test"))),
-        ("a large average", ("train", "test"), 4, 4),
-    ],
-)
+CASES = [(name, groups, 4, 4) for name in list(RUINS)[:3] for groups in (("train",), ("train", "test"))]
+CASES += [("a weight", ("train",), 2, 3), ("a large average", ("train", "test"), 4, 4)]
+
+
+@pytest.mark.parametrize(("ruined", "groups", "after", "step"), CASES)
 def test_an_update_that_ruins_the_weights_stops_the_run_with_its_epoch_step_and_rows(ruined, groups, after, step):
     with pytest.raises(engine.NonFiniteLoss) as caught:
         fit(tiny_experiment(), groups=groups, ruin=RUINS[ruined], ruin_after=after)
@@ -150,12 +134,11 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
         if len(updates) == 6:  # the last of the second epoch's three
             set_first(models[0].network.classifier[-1].bias, float("nan"))
 
-    hook = register_optimizer_step_post_hook(after_update)
-    try:
-        with pytest.raises(UserError, match=r"epoch 2, step 3 is not finite.*the checkpoint of the epoch before is kept"):
-            worker.train_rank(base, run, ALONE, lambda model: models.append(model) or model)
-    finally:
-        hook.remove()
+    with (
+        register_optimizer_step_post_hook(after_update),
+        pytest.raises(UserError, match=r"epoch 2, step 3 is not finite.*the checkpoint of the epoch before is kept"),
+    ):
+        worker.train_rank(base, run, ALONE, lambda model: models.append(model) or model)
     kept = checkpoint.last(run.path)
     assert kept.epoch == 1 and all(value.isfinite().all() for value in kept.weights().values())
     worker.train_rank(base, run, ALONE, lambda model: model)
@@ -170,7 +153,17 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     torch.set_num_threads(1)
     ranks = distributed.current(torch.device("cpu"))
     kept = {name: train(with_train(batch_size=13, **one), ranks)[0].model.state_dict() for name, one in SETTINGS.items()}
-    kept["travelled"] = times_gradients_travel(ranks)
+    kept["travelled"] = 0  # how often ranks exchange gradients for one update in three parts
+
+    def count(_, bucket):
+        kept["travelled"] += 1
+        (future := torch.futures.Future()).set_result(bucket.buffer())
+        return future
+
+    in_parts = with_train(batch_size=13, accumulate=3)
+    state = started(in_parts, ranks, network())
+    state.wrapped.register_comm_hook(None, count)
+    engine.train_step(in_parts, state, *batch(6), ranks)
     kept["evaluated"] = evaluated_models(ranks)
     try:
         fit(tiny_experiment(), ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
@@ -187,24 +180,8 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
 
 def evaluated_models(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
     """The states that are scored after each epoch of a run without and of one with averaged weights."""
-    runs = (fit(with_average(decay), ranks, keep=lambda state, _: snapshot(state.evaluated.state_dict())) for decay in (0, 0.9))
-    return [epoch for run in runs for epoch in run]
-
-
-def times_gradients_travel(ranks: Ranks) -> int:
-    """How often ranks exchange gradients for one update in three parts."""
-    experiment, travelled = with_train(batch_size=13, accumulate=3), []
-
-    def count(_, bucket):
-        travelled.append(1)
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    state = started(experiment, ranks, network())
-    state.wrapped.register_comm_hook(None, count)
-    engine.train_step(experiment, state, *batch(6), ranks)
-    return len(travelled)
+    kept = [fit(with_average(decay), ranks, keep=lambda s: checkpoint.snapshot(s.evaluated.state_dict())) for decay in (0, 0.9)]
+    return kept[0] + kept[1]
 
 
 @pytest.fixture(scope="module")
@@ -216,17 +193,14 @@ def two_ranks(tmp_path_factory, shards) -> list[dict]:
     return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
 
 
-@pytest.mark.parametrize(("setting", "tolerance"), [("plain", 1e-6), ("parts", 1e-6), ("bf16", 1e-3)])
-def test_two_ranks_follow_one_with_parts_and_with_compressed_gradients(two_ranks, setting, tolerance):
-    alone = train(with_train(batch_size=13))[0].model.state_dict()
-    for name, value in alone.items():
-        torch.testing.assert_close(two_ranks[0][setting][name], value, rtol=0, atol=tolerance)
-        assert torch.equal(two_ranks[0][setting][name], two_ranks[1][setting][name])
-
-
-def test_gradients_travel_once_an_update_and_are_rounded_if_asked(two_ranks):
+def test_two_ranks_follow_one_and_gradients_travel_once_an_update_rounded_if_asked(two_ranks):
+    alone, (first, second) = train(with_train(batch_size=13))[0].model.state_dict(), two_ranks
+    for setting, tolerance in (("plain", 1e-6), ("parts", 1e-6), ("bf16", 1e-3)):
+        for name, value in alone.items():
+            torch.testing.assert_close(first[setting][name], value, rtol=0, atol=tolerance)
+            assert torch.equal(first[setting][name], second[setting][name])
     assert [rank["travelled"] for rank in two_ranks] == [1, 1]
-    assert not torch.equal(two_ranks[0]["bf16"]["0.weight"], two_ranks[0]["plain"]["0.weight"])
+    assert not torch.equal(first["bf16"]["0.weight"], first["plain"]["0.weight"])
 
 
 def test_ranks_evaluate_one_model_which_is_one_process_s_and_stop_together(two_ranks):
@@ -244,7 +218,7 @@ def test_ranks_evaluate_one_model_which_is_one_process_s_and_stop_together(two_r
 def test_a_young_model_is_scored_and_kept_with_the_batch_statistics_of_its_own_weights(ema_decay, monkeypatch):
     images = loader().images.float() / 255
 
-    def error(state: engine.TrainState, _: dict) -> float:
+    def error(state: engine.TrainState) -> float:
         """How far the variances are from those of the training images, at the worst channel."""
         with torch.no_grad():
             wanted = state.evaluated[0](images).transpose(0, 1).flatten(1).var(dim=1)
@@ -261,22 +235,17 @@ def test_storage_that_one_worker_cannot_see_is_reported_by_all(two_ranks):
     assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
 
 
-def test_shared_batch_statistics_are_refused_on_cpus_and_left_alone_if_nothing_is_asked():
-    model, cpus = network(nn.BatchNorm2d), Ranks(0, 2, torch.device("cpu"))
-    on = ModelConfig("resnet50", sync_bn="on")
-    with pytest.raises(UserError, match="--model.sync-bn on needs GPUs"):
-        distributed.share_batch_statistics(model, on, cpus)
-    assert distributed.share_batch_statistics(model, ModelConfig("resnet50"), cpus) is model
-    assert distributed.share_batch_statistics(model, on, ALONE) is model
-
-
-def test_on_several_gpus_batch_statistics_are_shared_and_names_stay():
-    gpus, config = Ranks(0, 2, torch.device("cuda", 0)), ModelConfig("mobilenet_v3_large", bn_momentum=0.03)
-    model = build_model(config)
+def test_batch_statistics_are_shared_on_several_gpus_with_the_same_names_and_refused_on_cpus():
+    gpus, cpus = (Ranks(0, 2, torch.device(kind)) for kind in ("cuda", "cpu"))
+    config, share_statistics = ModelConfig("mobilenet_v3_large", bn_momentum=0.03), distributed.share_batch_statistics
+    model, on = build_model(config), replace(config, sync_bn="on")
     names = list(model.state_dict())
-    off = distributed.share_batch_statistics(model, replace(config, sync_bn="off"), gpus)
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in off.modules())
-    shared = distributed.share_batch_statistics(model, config, gpus)
+    with pytest.raises(UserError, match="--model.sync-bn on needs GPUs"):
+        share_statistics(model, on, cpus)
+    assert share_statistics(model, config, cpus) is share_statistics(model, on, ALONE) is model
+    assert share_statistics(model, replace(config, sync_bn="off"), gpus) is model
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    shared = share_statistics(model, config, gpus)
     norms = [m for m in shared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(m, nn.SyncBatchNorm) and m.momentum == 0.03 for m in norms)
     assert list(shared.state_dict()) == names
@@ -308,26 +277,15 @@ def test_scores_do_not_depend_on_the_evaluation_batch(size):
     assert other == pytest.approx(three, rel=1e-6, nan_ok=True)
 
 
-def test_counts_on_a_gpu_are_those_on_a_cpu():
+def test_counts_on_a_gpu_are_those_on_a_cpu_and_labels_those_of_argmax_also_among_equals():
     # The GPU's way runs here too; an image at native size is far below where float32 would round.
     prediction, target = batch(3)[1].long(), batch(4)[1][:3]
     assert torch.equal(segmentation._count_by_product(prediction, target), segmentation._count_by_cell(prediction, target))
     large = torch.full((1, 1200, 1600), 2, dtype=torch.uint8)
     assert segmentation._count_by_product(large, large)[0, 2, 2] == 1200 * 1600
-
-
-def test_predicted_labels_are_those_of_argmax_also_among_equals():
     scores = torch.randint(3, (200, 4, 5, 7), generator=torch.Generator().manual_seed(0)).float()
     labels = segmentation.predicted_labels(scores)
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), scores.argmax(dim=1))
-
-
-def test_sums_can_be_added_to_after_a_look_at_them():
-    labels, sums = torch.ones(2, 3, 3, dtype=torch.uint8), ScoreSums(torch.device("cpu"))
-    sums.add(torch.tensor(1.0), labels, labels)
-    assert sums.sums[1, 0] == 2
-    sums.add(torch.tensor(3.0), labels, 2 * labels)
-    assert sums.means()["loss"] == 2.0 and sums.means()["accuracy"] == 0.5
 
 
 def test_a_profile_is_a_trace_of_three_steps(shards, tmp_path):
@@ -340,8 +298,7 @@ def test_a_profile_is_a_trace_of_three_steps(shards, tmp_path):
 
 
 def test_the_largest_seed_draws():
-    base = tiny_experiment()
-    noisy = replace(base, augment=replace(base.augment, noise=0.1), train=replace(base.train, seed=2**63 - 1, epochs=1))
+    noisy = replace(with_train(seed=2**63 - 1, epochs=1), augment=AugmentConfig(noise=0.1))
     assert len(fit(noisy)) == 1
     assert sorted(stream_order([9, 9], 6, 2**63 - 1, 0).flatten().tolist()) == list(range(18))
     assert epoch_order(5, 2**40, 1).tolist() != epoch_order(5, 2**40, 2).tolist()

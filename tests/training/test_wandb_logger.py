@@ -6,20 +6,8 @@ import pytest
 
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from helpers.tracked_runs import (
-    EPOCHS,
-    assert_same,
-    finish,
-    kept_rows,
-    kill_after,
-    start,
-    start_tracking,
-    sync,
-    the_run,
-    track,
-    tracked_run,
-    without_key,
-)
+from helpers import tracked_runs
+from helpers.tracked_runs import EPOCHS, assert_same, finish, kill_after, start, the_run, track, tracked_run, without_key
 from helpers.wandb_server import KEY, serving
 
 
@@ -35,17 +23,12 @@ def online(shards, tmp_path_factory):
         yield server, the_run(folder), said, epochs_when_killed
 
 
-def test_rows_arrive_while_a_run_trains(online):
-    server, _, _, epochs_when_killed = online
+def test_an_online_run_has_its_id_its_configuration_and_every_epoch_once_at_once_also_when_killed_and_resumed(online):
+    server, run, _, epochs_when_killed = online
     # The fixture saw a row while the process lived, and killed it before its last epoch.
     assert 1 <= epochs_when_killed < EPOCHS
-    (sent,) = server.runs.values()
-    assert max(sent.arrivals.values()) - sent.arrivals[0] > 1
-
-
-def test_an_online_run_has_its_id_its_configuration_and_every_epoch_once_also_when_killed_and_resumed(online):
-    server, run, _, _ = online
     ((name, sent),) = server.runs.items()
+    assert max(sent.arrivals.values()) - sent.arrivals[0] > 1
     assert name == filesystem.read_json(str(run / "experiment.json"))["wandb_id"]
     assert sent.config["train.epochs"] == EPOCHS and sent.config["optim.lr"] > 0 and "data_fingerprint" in sent.config
     assert {"test/dice", "train/loss", "lr", "overlays"} <= set(sent.rows()[0])
@@ -56,19 +39,17 @@ def test_an_online_run_has_its_id_its_configuration_and_every_epoch_once_also_wh
 def test_the_best_checkpoint_is_sent_as_one_artifact_with_its_lineage(online):
     server, run, _, _ = online
     ((name, artifact),) = server.artifacts.items()
-    assert name == filesystem.read_json(str(run / "experiment.json"))["wandb_id"] + "-model"
-    assert artifact["metadata"]["data_fingerprint"] == filesystem.read_json(str(run / "experiment.json"))["data_fingerprint"]
+    described = filesystem.read_json(str(run / "experiment.json"))
+    assert name == described["wandb_id"] + "-model"
+    assert artifact["metadata"]["data_fingerprint"] == described["data_fingerprint"]
     assert artifact["files"] == {"checkpoint.json", "model.safetensors"} and artifact["is_committed"]
 
 
-def test_a_key_is_in_no_file_of_a_run_and_in_no_log(online):
-    _, run, said, _ = online
+def test_a_key_is_in_no_file_of_a_run_and_in_no_log_and_nothing_but_the_run_is_sent(online):
+    server, run, said, _ = online
     assert KEY not in said and without_key(run)
-
-
-def test_nothing_but_the_run_is_sent(online):
     # wandb's reports on itself also hold a process for 10 s at its exit where the server is silent.
-    assert {path.split("/")[1] for path in online[0].paths} == {"graphql", "files", "upload", "artifact"}
+    assert {path.split("/")[1] for path in server.paths} == {"graphql", "files", "upload", "artifact"}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +57,7 @@ def offline(shards, tmp_path_factory):
     """A run whose tracker is killed offline in mid-run, and resumed."""
     run = tracked_run(shards, tmp_path_factory.mktemp("offline"))
     environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
-    process = start_tracking(run, 4, 1.5, **environment)
+    process = tracked_runs.start_tracking(run, 4, 1.5, **environment)
     kill_after(lambda: len(run_directory.read_record(run.path)) >= 2, process)
     track(run, 4, artifact=True, **environment)
     return Path(run.path)
@@ -84,14 +65,14 @@ def offline(shards, tmp_path_factory):
 
 def test_the_newest_offline_fragment_of_a_killed_run_holds_every_epoch_once_and_replaces_the_first(offline):
     first, second = sorted(offline.glob("wandb/offline-run-*/*.wandb"))
-    assert_same(kept_rows(second), run_directory.read_record(str(offline)))
+    assert_same(tracked_runs.kept_rows(second), run_directory.read_record(str(offline)))
     assert first.with_suffix(".wandb.synced").exists() and without_key(offline)
 
 
 def test_the_command_of_the_readme_sends_the_fragments_as_one_run_without_gap_or_double(offline):
     with serving() as server:
         for _ in range(2):  # the second time changes nothing
-            sync(server, *map(str, sorted(offline.glob("wandb/offline-run-*"))))
+            tracked_runs.sync(server, *map(str, sorted(offline.glob("wandb/offline-run-*"))))
         (name,) = server.runs
         assert name == filesystem.read_json(str(offline / "experiment.json"))["wandb_id"]
         assert_same(server.runs[name].rows(), run_directory.read_record(str(offline)))

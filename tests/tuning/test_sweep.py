@@ -1,4 +1,4 @@
-"""Sweeps without a cluster: which trials there are, which of them are stopped, what a sweep's directory tells."""
+"""Sweeps without a cluster: which trials there are, which of them are stopped, what a sweep's directory holds."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from ray.tune.schedulers import TrialScheduler
 from heartseg.config.experiment import from_json, identity, to_json
 from heartseg.config.recipes import quick
 from heartseg.errors import UserError
-from heartseg.reporting import sweep_page, sweep_plots
+from heartseg.reporting import sweep_page
 from heartseg.shards.reader import hold_out, open_shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -23,15 +23,20 @@ from heartseg.tuning import sweep as sweeps
 from heartseg.tuning.search_space import SearchSpace, make_axes
 from heartseg.tuning.sweep import FAILED, FINISHED, METRIC, STOPPED, SweepPlan
 from helpers.experiments import tiny_experiment
+from helpers.pages import outside_links
 from jobs import tune
 from jobs.support import ray_trials
+
+
+def page_of(sweep: sweeps.Sweep, table: pandas.DataFrame) -> str:
+    return filesystem.read_bytes(sweep_page.write_page(sweep, table)).decode()
+
 
 SPACE = SearchSpace(schedules=("cosine", "step", "one_cycle"), momentum=(0.8, 0.9), lr_points=2)
 
 
 @pytest.fixture()
 def held(shards):
-    """The shards with a validation group held out of the training group."""
     return hold_out(open_shards(shards), 0.3)
 
 
@@ -66,26 +71,20 @@ def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
     assert search_space.apply(quick(), points[2]).model.aux_head is True
 
 
-@pytest.mark.parametrize(
-    "plan, says",
-    [
-        *(
-            (SweepPlan(SearchSpace(changes=changes), search="changes"), says)
-            for changes, says in [
-                ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which no experiment has"),
-                (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is not a change"),
-                (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"),
-                (("optim.lr=fast",), "optim.lr"), (("optim.lr=0.1,train.epochs=9",), "cannot vary train.epochs"),
-            ]
-        ),
-        (SweepPlan(SearchSpace(momentum=(0.9, 1.5))), "momentum"),
-        (SweepPlan(SearchSpace(batch_size=(1,))), "batch_size"),
-    ],
-)  # fmt: skip
+BAD_CHANGES = [
+    ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which no experiment has"),
+    (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is not a change"),
+    (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"),
+    (("optim.lr=fast",), "optim.lr"), (("optim.lr=0.1,train.epochs=9",), "cannot vary train.epochs"),
+]  # fmt: skip
+BAD_PLANS = [(SweepPlan(SearchSpace(changes=changes), search="changes"), says) for changes, says in BAD_CHANGES]
+BAD_PLANS += [(SweepPlan(SearchSpace(momentum=(1.5,))), "momentum"), (SweepPlan(SearchSpace(batch_size=(1,))), "batch_size")]
+
+
+@pytest.mark.parametrize(("plan", "says"), BAD_PLANS)
 def test_a_trial_that_makes_no_experiment_is_refused_before_anything_starts(plan, says, shards, tmp_path):
-    options = tune.Options(plan=plan)
     with pytest.raises(UserError, match=says):
-        tune.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
+        tune.run(tiny_experiment(data=shards, runs=str(tmp_path)), tune.Options(plan=plan))
     assert not list(tmp_path.iterdir())
 
 
@@ -101,21 +100,24 @@ def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_t
         sweeps.end_trial(trial.run.path, FINISHED)
     table, best = sweeps.write_results(opened)
     assert list(table["change"]) == ["train.seed=1", "optim.lr=0.01", "-"] and best.train.seed == 1
-    page = filesystem.read_bytes(sweep_page.write_page(opened, table)).decode()
-    assert "optim.lr=0.01" in page and "base rates" not in page
-    assert "Each change against the recipe" in page
-    (axes,) = sweep_plots.differences(table, sweep_page.SCORE).axes
+    page = page_of(opened, table)
+    assert "optim.lr=0.01" in page and "base rates" not in page and "Each change against the recipe" in page
+    (axes,) = sweep_page.differences(table, sweep_page.SCORE).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["train.seed=1", "optim.lr=0.01", "the recipe"]
     assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["+0.2000", "+0.1000", "+0.0000"]
 
 
-def test_the_held_out_patients_come_from_the_training_group_alone(shards):
+def test_the_held_out_patients_come_from_the_training_group_alone(shards, held):
     opened = open_shards(shards)
-    held = hold_out(opened, 0.3)
     assert set(held.groups) == {"train", "val"} and len(held.groups["val"]) == 2
     assert sorted(held.groups["train"] + held.groups["val"]) == sorted(opened.groups["train"])
     assert held.groups == hold_out(opened, 0.3).groups and held.fingerprint != opened.fingerprint
     assert hold_out(opened, 0.0) is opened
+
+
+@pytest.fixture()
+def base(sweep):
+    return replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
 
 
 @pytest.fixture()
@@ -135,7 +137,7 @@ def sweep(held, shards, tmp_path):
     return opened
 
 
-def test_the_table_ranks_finished_trials_before_those_that_could_not_show_their_best(sweep):
+def test_finished_trials_rank_before_those_that_could_not_show_their_best_and_the_first_is_the_winner(sweep):
     table, best = sweeps.write_results(sweep)
     assert list(table["trial"]) == ["000-constant", "001-cosine", "003-one_cycle", "002-step"]
     assert list(table["state"]) == [FINISHED, STOPPED, "not finished", FAILED]
@@ -146,28 +148,32 @@ def test_the_table_ranks_finished_trials_before_those_that_could_not_show_their_
         read = pandas.read_csv if name.endswith("csv") else pandas.read_parquet
         assert list(read(filesystem.join(sweep.path, name))["trial"]) == list(table["trial"])
     assert best.schedule.kind == "constant" and best.optim.lr == 0.01
-
-
-def test_best_json_is_a_complete_experiment_whose_run_is_the_trials(sweep):
-    _, best = sweeps.write_results(sweep)
+    # `best.json` is a complete experiment whose run is the trial's.
     there = from_json(filesystem.read_json(filesystem.join(sweep.path, "best.json")))
     assert there == best and there.tracking.group == "" and not there.runs.startswith(sweep.path)
     assert identity(there) == sweeps.read_trials(sweep)[0].run.description["identity"]
+    # The page needs no network, and shows who won and what was saved.
+    page = page_of(sweep, table)
+    assert "000-constant" in page and "25 % saved" in page and "no memory" in page
+    assert page.count("<svg") == 3 and not outside_links(page)
+    assert "schedule.kind" in sweep_page.show_table(table).splitlines()[0]
 
 
-def test_a_sweep_whose_trials_have_learned_nothing_says_so_and_names_no_winner(sweep):
+def test_a_sweep_without_a_trial_or_whose_trials_have_learned_nothing_has_a_page_and_no_winner(sweep, base, held):
+    empty = sweeps.open_sweep(base, held, SweepPlan(), "empty")
+    table, best = sweeps.write_results(empty)
+    assert best is None and "No trial has finished" in page_of(empty, table)
     for trial in sweeps.read_trials(sweep):
         run_directory.write_record(trial.run.path, [{"epoch": e, METRIC: 0.0114 * e, "seconds": 1.0} for e in range(1, 5)])
     table, best = sweeps.write_results(sweep)
-    page = filesystem.read_bytes(sweep_page.write_page(sweep, table)).decode()
+    page = page_of(sweep, table)
     assert best is None and not filesystem.exists(filesystem.join(sweep.path, "best.json"))
     assert "There is no winner: the highest val/dice of the finished trials is 0.0456" in page and 'class="hero"' not in page
     with pytest.raises(UserError, match="There is no winner.*--train.epochs"):
         tune.conclude(sweep, tune.Options())
 
 
-def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, held):
-    base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
+def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, base, held):
     same = sweeps.open_sweep(replace(base, data="/elsewhere", workers=2), held, SweepPlan())
     assert same.path == sweep.path and (same.base.data, same.base.workers) == ("/elsewhere", 2)
     assert sweeps.open_sweep(base, held, SweepPlan(search="grid")).path != sweep.path
@@ -189,8 +195,7 @@ def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, held
      (SweepPlan(SearchSpace(warmup_epochs=(0.0, 2.5))), 9, [4]), (SweepPlan(), 2, []), (SweepPlan(stop_early=False), 9, [])],
 )  # fmt: skip
 def test_the_first_rung_waits_for_the_warm_up_and_there_is_none_at_the_last_epoch(plan, epochs, found):
-    base = quick()  # its warm-up takes one epoch
-    base = replace(base, train=replace(base.train, epochs=epochs))
+    base = replace(quick(), train=replace(quick().train, epochs=epochs))  # its warm-up takes one epoch
     assert sweeps.rungs(sweeps.Sweep("", base, {"plan": to_json(plan)})) == found
 
 
@@ -203,40 +208,29 @@ def test_the_first_rung_waits_for_the_warm_up_and_there_is_none_at_the_last_epoc
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_a_trial_is_stopped_if_it_is_behind_at_a_rung_also_when_a_kill_came_in_between(sweep, scores, epoch, state, is_resumed):
     path = sweeps.read_trials(sweep)[3].run.path  # the others had 0.2 and 0.9 at the rung, epoch 2
-    scheduler = None if is_resumed else ray_trials.Rungs(sweep)
+    before = ray_trials.Rungs(sweep)
     run_directory.write_record(path, [{"epoch": e, METRIC: score} for e, score in enumerate(scores, 1)])
-    if scheduler:
-        action = scheduler.on_trial_result(None, types.SimpleNamespace(config={"run": path}), {"epoch": epoch})
-        assert action == (TrialScheduler.STOP if state else TrialScheduler.CONTINUE)
-    else:
+    if is_resumed:
         ray_trials.Rungs(sweep)
+    else:
+        action = before.on_trial_result(None, types.SimpleNamespace(config={"run": path}), {"epoch": epoch})
+        assert action == (TrialScheduler.STOP if state else TrialScheduler.CONTINUE)
     last = sweeps.read_trials(sweep)[3]
     assert last.state == state and ("not among the best 1 in 3" in last.reason) == bool(state)
 
 
 def test_an_outcome_that_is_there_stays_and_failures_can_be_forgotten(sweep):
-    first = sweeps.read_trials(sweep)[0]
-    sweeps.end_trial(first.run.path, STOPPED, "a moment too late")
+    finished, _, failed, _ = (trial.run.path for trial in sweeps.read_trials(sweep))
+    sweeps.end_trial(finished, STOPPED, "a moment too late")
     assert sweeps.read_trials(sweep)[0].state == FINISHED
-    failed = sweeps.read_trials(sweep)[2].run.path
     filesystem.publish(filesystem.join(failed, sweeps.ERROR), b"no memory")
     sweeps.forget_failures(sweep)
     assert [trial.state for trial in sweeps.read_trials(sweep)] == [FINISHED, STOPPED, "", ""]
     assert not filesystem.exists(filesystem.join(failed, sweeps.ERROR))  # the error of the next try may be another
 
 
-def test_the_page_needs_no_network_and_says_who_won_and_what_was_saved(sweep):
-    table, _ = sweeps.write_results(sweep)
-    page = filesystem.read_bytes(sweep_page.write_page(sweep, table)).decode()
-    assert "000-constant" in page and "25 % saved" in page and "no memory" in page
-    assert page.count("<svg") == 3 and "<script" not in page and "<img" not in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
-    assert "schedule.kind" in sweep_page.show_table(table).splitlines()[0]
-
-
 @pytest.mark.parametrize("search", ["grid", "random", "optuna"])
-def test_grids_and_draws_begin_with_the_recipe_try_nothing_twice_and_end_with_their_space(sweep, held, search):
-    base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
+def test_grids_and_draws_begin_with_the_recipe_try_nothing_twice_and_end_with_their_space(base, held, search):
     small = SweepPlan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 1.0)), search=search)
     asked = ray_trials.Suggestions(sweeps.open_sweep(base, held, small), held, 12, {})
     assert [asked.suggest(str(number)) == "FINISHED" for number in range(3)] == [False, False, True]
@@ -254,24 +248,16 @@ def test_grids_and_draws_begin_with_the_recipe_try_nothing_twice_and_end_with_th
     assert (again.suggest("4") == "FINISHED") == (search == "grid")  # whose four combinations are used up
 
 
-def test_optuna_skips_points_that_are_trials_already_until_the_space_is_used_up(sweep, held):
+def test_optuna_skips_points_that_are_trials_already_until_the_space_is_used_up(base, held):
     space = SearchSpace(schedules=("cosine", "step", "constant"), lr_factors=(1.0, 1.0), momentum=(0.5, 0.9))
-    base = replace(sweep.base, runs=os.path.dirname(sweep.path), ingest="auto")
     opened = sweeps.open_sweep(base, held, SweepPlan(space, search="optuna"))
     asked, given_out = ray_trials.Suggestions(opened, held, 12, {}), []
     while (point := asked.suggest(str(len(given_out)))) != "FINISHED":
         asked.on_trial_complete(str(len(given_out)), {METRIC: len(given_out) / 10})
         given_out.append(point)
-    assert len({os.path.basename(point["run"]) for point in given_out}) == len(given_out) == 6
-    values = [tuple(trial.values.values()) for trial in sweeps.read_trials(opened)]
-    assert len(set(values)) == 6
+    assert len({point["run"] for point in given_out}) == len(given_out) == 6
+    assert len({tuple(trial.values.values()) for trial in sweeps.read_trials(opened)}) == 6
     # The model learns the score of each trained point once; the other points count as failed, and none is open.
     known = asked.model._ot_study.trials
     assert sorted(trial.value for trial in known if trial.state.name == "COMPLETE") == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert sum(trial.state.name == "FAIL" for trial in known) == len(known) - 5 > 0
-
-
-def test_a_sweep_without_a_trial_has_tables_and_a_page(sweep, held):
-    empty = sweeps.open_sweep(replace(sweep.base, runs=os.path.dirname(sweep.path)), held, SweepPlan(), "empty")
-    table, best = sweeps.write_results(empty)
-    assert best is None and "No trial has finished" in filesystem.read_bytes(sweep_page.write_page(empty, table)).decode()
