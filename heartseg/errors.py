@@ -31,6 +31,7 @@ class StorageRefused(StorageError):
 
 
 def format_write_error(error: OSError, path: str) -> str:
+    """The one-line message for a full disk or a storage that refuses a write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return f"{path} cannot be written ({reason}): make room or give another folder, then rerun the same command to resume."
 
@@ -55,5 +56,6 @@ def io_errors_as_user_errors(path: str = "A file") -> Iterator[None]:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise UserError with a message unless a condition holds."""
     if not condition:
         raise UserError(message)

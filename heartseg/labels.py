@@ -6,6 +6,8 @@ import numpy as np
 
 
 class View(StrEnum):
+    """Apical view of the heart."""
+
     TWO_CHAMBER = "2CH"
     FOUR_CHAMBER = "4CH"
 

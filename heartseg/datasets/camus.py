@@ -247,6 +247,7 @@ def write_info(source: str, patient: str, view: View, info: Info) -> None:
 
 
 def write_groups(source: str, groups: dict[str, list[str]]) -> None:
+    """Write the split files of the release: one patient a line."""
     for group, patients in groups.items():
         path = filesystem.join(source, SPLIT_FOLDER, SPLIT_FILES[group])
         filesystem.publish(path, "".join(f"{patient}\n" for patient in patients).encode())

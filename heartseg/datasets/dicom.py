@@ -173,4 +173,5 @@ def identify(raw: bytes, secret: bytes) -> dict[str, str]:
 
 
 def digest(secret: bytes, value: bytes) -> str:
+    """A keyed digest, hexadecimal."""
     return hmac.new(secret, value, "sha256").hexdigest()

@@ -92,6 +92,7 @@ def cause(error: Exception) -> str:
 
 
 def parse_listing(body: bytes) -> dict[str, str]:
+    """Name to id of the folders in a page; raises DamagedDownload."""
     try:
         return {str(entry["name"]): str(entry["_id"]) for entry in json.loads(body)}
     except (ValueError, KeyError, TypeError, RecursionError) as error:

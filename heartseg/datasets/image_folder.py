@@ -38,6 +38,7 @@ class ImageFolder:
     dataset: str = ""
 
     def is_there(self) -> bool:
+        """True if this machine sees the folder of images/ and masks/."""
         return all(filesystem.exists(filesystem.join(self.path, name)) for name in (IMAGES, MASKS))
 
     def patients(self) -> list[str]:

@@ -52,6 +52,7 @@ class Place:
         return affine, np.array([corners.min(axis=0), corners.max(axis=0)])[:, :3]
 
     def has_affine(self) -> bool:
+        """True if the header names an affine of its plane."""
         is_named = max(self.header["sform_code"], self.header["qform_code"]) > 0
         return is_named and max(self.axes) < 3 and self.affine[:3, self.axes].any(axis=0).all()
 

@@ -58,6 +58,7 @@ class Geometry:
 
     @property
     def length_mm(self) -> float:
+        """From the cavity's apex to the mitral plane."""
         return self.half_length_mm * (1 + self.truncation)
 
 
@@ -221,6 +222,7 @@ class Scanner:
 
 
 def write_patient(source: str, seed: int, sequences: bool, scale: float, patient_index: int) -> None:
+    """Write one patient's folder: four stills with masks, two cfg files and, if asked for, two half sequences."""
     info = patient_info(patient_index, seed)
     dtype = (np.float32, np.uint8)[patient_index // 2 % 2]  # the release has both; at every kind of spacing
     for view in VIEWS:

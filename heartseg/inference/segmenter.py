@@ -47,6 +47,7 @@ class Segmenter:
 
     @property
     def members(self) -> tuple["Segmenter", ...]:
+        """Itself, as an ensemble has several."""
         return (self,)
 
     @torch.inference_mode()
@@ -68,10 +69,12 @@ class Ensemble:
 
     @property
     def experiment(self) -> Experiment:
+        """The first member's: all have its grid."""
         return self.members[0].experiment
 
     @property
     def device(self) -> torch.device:
+        """The members' device."""
         return self.members[0].device
 
     @torch.inference_mode()

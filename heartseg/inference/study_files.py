@@ -224,6 +224,7 @@ def clear(out: str, clips: Iterable[Clip]) -> int:
 
 
 def output(out: str, clip: Clip, ending: str) -> str:
+    """Path of one of a clip's outputs, `_pred.nii.gz` for example."""
     return filesystem.join(out, clip.patient, clip.stem + ending)
 
 

@@ -92,6 +92,7 @@ def ranges(frames: Sequence[int]) -> str:
 
 
 def shorten(text: str) -> str:
+    """A text of at most MAX_TEXT characters for a cell or a line."""
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rstrip(" ;,") + MORE
 
 
@@ -168,6 +169,7 @@ def write_tables(out: str, rows: list[dict], everything: dict) -> None:
 
 
 def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
+    """ClipResults by patient, in their order."""
     found = defaultdict(list)
     for result in results:
         found[result.clip.patient].append(result)

@@ -37,6 +37,7 @@ class Intensity:
     std: float = 1.0
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise images whose values lie between 0 and 1."""
         return images if (self.mean, self.std) == (0.0, 1.0) else (images - self.mean) / self.std
 
 
@@ -97,6 +98,7 @@ class Batches:
         return self.batches(self.order(batch_size, seed, epoch)[:, mine].flatten(), lanes_of(batch_size)[mine])
 
     def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
+        """The rows of one global batch, to name what was in it."""
         return self.order(batch_size, seed, epoch)[step].tolist()
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ MapParts = Callable[[list[tuple]], Iterable[dict]]
 
 
 def write_parts_here(tasks: list[tuple]) -> Iterable[dict]:
+    """The records of all parts, written by this process one after the other."""
     return itertools.starmap(writer.write_part, tasks)
 
 

@@ -31,6 +31,7 @@ class Shards:
 
     @property
     def image(self) -> ImageConfig:
+        """The grid of the stored images."""
         return ImageConfig(**self.manifest["image"])
 
     @property
@@ -47,6 +48,7 @@ class Shards:
         return float(mean / 255), float(np.sqrt(sums[1] / sums[2] - mean * mean) / 255)
 
     def num_rows(self, group: str) -> int:
+        """Images in a group."""
         return sum(self.manifest["patients"][patient]["rows"] for patient in self.groups[group])
 
 

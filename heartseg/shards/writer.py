@@ -161,10 +161,12 @@ def read_patient(
 
 
 def stem_of(file: str) -> str:
+    """A file's name without the suffixes that its kind is known by."""
     return re.sub(r"(_gt)?\.nii(\.gz)?$", "", filesystem.last_part(file).lower())
 
 
 def path_below(folder: str, path: str) -> str:
+    """A path without the folder of the source, so that a moved source is the same one."""
     return path.removeprefix(folder).lstrip("/")
 
 

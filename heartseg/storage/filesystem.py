@@ -103,10 +103,12 @@ def _store_error(path: str, answer: str) -> StorageError:
 
 
 def join(base: str, *parts: str) -> str:
+    """`base` with parts added, for a path or a URI."""
     return "/".join([base.rstrip("/"), *parts]) if is_uri(base) else os.path.join(base, *parts)
 
 
 def last_part(path: str) -> str:
+    """The name of a file or folder: what follows the last slash of its path or URI."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -121,6 +123,7 @@ def absolute(path: str) -> str:
 
 
 def exists(path: str) -> bool:
+    """True if a file or a folder exists."""
     return _ask_store(path).type != pyarrow.fs.FileType.NotFound if is_uri(path) else _stat(path) is not None
 
 
@@ -262,6 +265,7 @@ def _publish_on_store(path: str, data: bytes) -> None:
 
 
 def publish_json(path: str, value: object) -> None:
+    """Write a value as indented JSON with sorted keys, complete or not at all."""
     publish(path, json_bytes(value))
 
 
@@ -281,6 +285,7 @@ def remove(path: str) -> None:
 
 
 def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
 
 
