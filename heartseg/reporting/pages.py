@@ -31,7 +31,7 @@ def environment() -> jinja2.Environment:
 
 
 def show_number(value: float | None, digits: int = 1) -> str:
-    """Some decimals, or a dash if there is no value."""
+    """Some decimals, or a dash for a missing value."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 

@@ -19,7 +19,7 @@ PAGE = "sweep.html"
 SCORE = f"best {METRIC}"
 # What a trial's row has beside what it varied.
 SHOWN = ["state", "epochs", SCORE, f"last {METRIC}", "seconds"]
-# Okabe and Ito's colours, which colour-blind readers tell apart; yellow darkened to be seen on white. Sorted by kinship:
+# Okabe and Ito's colours, which colour-blind readers distinguish; yellow darkened to be seen on white. Sorted by kinship:
 # what drops in steps, what falls smoothly, what rises again.
 SCHEDULE_COLOURS = {
     "constant": "#868C96", "step": "#D55E00", "multistep": "#E69F00", "plateau": "#A8780C", "exponential": "#009E73",

@@ -102,7 +102,7 @@ def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(sh
         run = tracked_run(shards, tmp_path)
         took = track(run, 12, 0.3, **server.environment() | {"WANDB_FINISH_TIMEOUT": "2"})
         assert server.failed_requests
-        # A call hands over to a process of wandb's own: 5 ms where the machine is idle. The end waits as long as it is told.
+        # A call hands over to a process of wandb's own: 5 ms where the machine is idle. The end waits as long as it is set to.
         assert took["slowest_log_s"] < 1 and 2 <= took["finish_s"] < 6
         assert_sent_later(server, Path(run.path), caplog.text)
 

@@ -1,7 +1,7 @@
 """A Weights & Biases server on loopback, as far as wandb's own client needs one: it keeps what arrives, and when.
 
 It answers the GraphQL operations that wandb 0.31 was seen to ask (a run, its files, its artifacts), takes the stream of
-rows and the uploads, and can be told to fall silent or to fail.
+rows and the uploads, and can be made to fall silent or to fail.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Server(ThreadingHTTPServer):
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
 
     def handle_error(self, request, client_address) -> None:
-        """A client that hangs up is no error here."""
+        """A client that hangs up is not an error here."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def serve(self) -> None:
-        """Fail as told, or route."""
+        """Fail as asked, or route."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.server.failure == "error":
             self.server.failed_requests += 1
-            self.reply(500, {"error": "told to fail"})
+            self.reply(500, {"error": "made to fail"})
             return
         with self.server.guard:
             self.reply(200, self.answer(body))
@@ -173,7 +173,7 @@ def project(name: str) -> dict:
 
 
 def resumed(name: str, run: SentRun) -> dict:
-    """What the client asks of a run in order to go on with it."""
+    """What the client asks of a run to resume it."""
     lines = run.lines.get(HISTORY, {})
     events = run.lines.get("wandb-events.jsonl", {})
     return {

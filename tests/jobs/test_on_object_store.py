@@ -213,14 +213,14 @@ def test_an_outage_during_a_training_with_two_workers_ends_it_with_a_one_line_er
     assert checkpoint.last(f"{folder}/{name}") is not None
 
 
-def test_a_store_that_is_away_for_a_task_is_still_told_from_a_mistake(phantom, s3):
+def test_a_store_that_is_away_for_a_task_is_not_reported_as_a_mistake(phantom, s3):
     task = (CamusTree(phantom), "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image)
     error = pickle.loads(pickle.dumps(ray_preprocessing._write_part(*task)["error"]))
     assert isinstance(error, StorageError) and "bucket that does not exist" in str(error)
 
 
 @pytest.mark.slow
-def test_a_store_that_is_away_for_a_worker_is_still_told_from_a_mistake(phantom, ray_session):
+def test_a_store_that_is_away_for_a_worker_is_not_reported_as_a_mistake(phantom, ray_session):
     task = (CamusTree(phantom), "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image)
     with pytest.raises(StorageError, match="bucket that does not exist") as found:
         list(ray_preprocessing.write_parts_with_ray([task], 1))
