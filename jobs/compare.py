@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from heartseg.config.experiment import PredictConfig, canonical, to_json
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.evaluation import run_comparison, scoring
 from heartseg.evaluation.run_comparison import Entry, Scored
 from heartseg.evaluation.scoring import IMAGES, PATIENTS, SUMMARY
@@ -28,8 +28,8 @@ from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.run_directory import Run
-from jobs.support import command_line, evaluation_plan, evaluation_run
-from jobs.support.evaluation_plan import HOLDOUT, EvaluationPlan, ScoringOptions
+from jobs.support import command_line, evaluation
+from jobs.support.evaluation import HOLDOUT, EvaluationPlan, ScoringOptions
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
 MOST_DRAWN = 6  # entries whose outlines are drawn on the images that entries disagree on
@@ -59,10 +59,10 @@ def run(options: Options) -> str:
     found = find_runs(options.runs)
     out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found.values())
     if options.data or options.truth:  # a wrong one is refused here, and not reported as a problem of each run
-        images = evaluation_plan.open_images(options)
+        images = evaluation.open_images(options)
         if options.group != HOLDOUT:
-            evaluation_plan.choose_group(options.group, images)
-    if options.group == "auto" and all(evaluation_plan.held_out(one) for one in found.values()):
+            evaluation.choose_group(options.group, images)
+    if options.group == "auto" and all(evaluation.held_out(one) for one in found.values()):
         options = replace(options, group=HOLDOUT)
     reference = find_reference(options.reference, found)
     assessed = {label: assess(one, label, options, out) for label, one in found.items()}
@@ -85,13 +85,11 @@ def find_runs(paths: Sequence[str]) -> dict[str, Run]:
         path = command_line.absolute(path, "runs").rstrip("/")
         below = [filesystem.join(f, n) for f in (path, filesystem.join(path, TRIALS)) for n in filesystem.list_names(f)]
         folders = [path] if is_run(path) else [folder for folder in below if is_run(folder)]
-        if not folders:
-            raise UserError(
-                f"{path} is not a run and holds none (no {run_directory.DESCRIPTION}): give folders of jobs/train.py."
-            )
+        fix = f"is not a run and holds none (no {run_directory.DESCRIPTION}): give folders of jobs/train.py."
+        require(bool(folders), f"{path} {fix}")
         found |= {folder: run_directory.find_run(folder) for folder in folders}
-    if len(found) < 2:
-        raise UserError(f"A comparison needs at least two runs, not {len(found)}: give another one, or a folder of runs.")
+    fix = "give another one, or a folder of runs."
+    require(len(found) >= 2, f"A comparison needs at least two runs, not {len(found)}: {fix}")
     shared, names = len(os.path.commonprefix([path.split("/") for path in found])), [one.name for one in found.values()]
     return {one.name if names.count(one.name) == 1 else "/".join(path.split("/")[shared:]): one for path, one in found.items()}
 
@@ -106,8 +104,7 @@ def default_out(paths: Sequence[str], found: Iterable[Run]) -> str:
     if len(paths) == 1:
         return filesystem.join(command_line.absolute(paths[0], "runs"), "comparison")
     folders = [one.path for one in found]
-    digest = filesystem.sha256(canonical(sorted(folders)))[:8]
-    return filesystem.join(folders[0].rpartition("/")[0], f"comparison-{digest}")
+    return filesystem.join(os.path.dirname(folders[0]), f"comparison-{filesystem.sha256(canonical(sorted(folders)))[:8]}")
 
 
 def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
@@ -115,13 +112,13 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Ev
     record, plan, problem = run_directory.read_record(one.path), None, ""
     shared = {each.name: getattr(options, each.name) for each in fields(ScoringOptions)}
     out = filesystem.join(out, "evaluations", label.replace("/", "-"))
-    asked = evaluation_plan.Options(**shared, checkpoint=one.path, out=out)
+    asked = evaluation.Options(**shared, checkpoint=one.path, out=out)
     try:
-        plan = evaluation_plan.plan_checkpoint(asked)
+        plan = evaluation.plan_checkpoint(asked)
         folder = find_evaluation(one, plan.described, plan.out)
         if not folder:
             print(f"scoring {label}: {len(plan.patients)} patients ({plan.described['group']})", flush=True)
-            evaluation_run.score(plan, asked)
+            evaluation.score(plan, asked)
             folder = plan.out
     except UserError as error:
         problem = str(error)
@@ -165,8 +162,8 @@ def find_reference(asked: str, found: dict[str, Run]) -> Run:
         return next(iter(found.values()))
     named = [one for one in found.values() if one.path == filesystem.absolute(asked).rstrip("/")]
     named = named or [one for label, one in found.items() if asked in (label, one.name)]
-    if len(named) != 1:
-        raise UserError(f"--reference {asked} is {len(named) or 'none'} of the runs: give the folder of one that is compared.")
+    fix = "give the folder of one that is compared."
+    require(len(named) == 1, f"--reference {asked} is {len(named) or 'none'} of the runs: {fix}")
     return named[0]
 
 
@@ -182,13 +179,13 @@ def draw_disagreements(
         dice, plan = run_comparison.score_table(one)["dice"], plans[one.label]
         cases, _ = plan.truth.cases(patients)
         masks = scoring.segment_cases(load_all(plan.predictor), cases, plan.post)
+        whose = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
         for name, case, predicted in zip(run_comparison.image_names(map(vars, cases)), cases, masks, strict=True):
             if name in pictures:
                 pixels = resize_image(plan.truth.picture(case), *case.truth.shape)
-                whose = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
                 caption = f"{whose}: Dice {pages.show_score(dice[name])}"
-                drawn = comparison_page.draw_outlines(name, entry.letter, case, pixels, predicted.mask, caption)
-                pictures[name].append(drawn)
+                outlined = comparison_page.draw_outlines(name, entry.letter, case, pixels, predicted.mask, caption)
+                pictures[name].append(outlined)
     return {name: drawn for name, drawn in pictures.items() if drawn}
 
 

@@ -18,8 +18,8 @@ from heartseg.evaluation.scoring import PAGE, SUMMARY
 from heartseg.reporting import text_tables
 from heartseg.reporting.report import write_report
 from heartseg.storage import filesystem
-from jobs.support import command_line, evaluation_run
-from jobs.support.evaluation_plan import EvaluationPlan, Options, plan_checkpoint, plan_files
+from jobs.support import command_line
+from jobs.support.evaluation import EvaluationPlan, Options, plan_checkpoint, plan_files, score
 
 
 def run(options: Options) -> str:
@@ -32,17 +32,17 @@ def run(options: Options) -> str:
     summary = None if options.overwrite else finished_summary(plan)
     if summary:
         print(f"{plan.out} is complete.")
-    print(summary_text(summary or evaluation_run.score(plan, options)))
+    print(summary_text(summary or score(plan, options)))
     return plan.out
 
 
 def pool(options: Options) -> str:
     """Combine finished evaluations into one; returns its folder."""
-    only = "--pool takes finished evaluations and --out, and nothing else"
+    only = "--pool takes only finished evaluations and --out"
     others = {one.name for one in fields(Options)} - {"pool", "out", "launcher", "post"}
     command_line.refuse_unused(Options(), options, dict.fromkeys(others, only))
     require(options.post == PredictConfig(), f"Masks cannot be cleaned here: {only}.")
-    out = command_line.absolute(command_line.require_flag(options.out, "--out", "a folder for the pooled scores"), "out")
+    out = command_line.required_path(options.out, "out", "a folder for the pooled scores")
     summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
     write_report(out)
     print(summary_text(summary))
@@ -62,11 +62,9 @@ def summary_text(summary: dict) -> str:
     lines = [f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"]
     lines.append(text_tables.summary_text(summary))
     missing, shown = summary["missing"], 10
-    if missing:
-        lines.append(f"{len(missing)} images are not scored:")
-        lines += [f"  {row['file']}: {row['reason']}" for row in missing[:shown]]
-    if len(missing) > shown:
-        lines.append(f"  and {len(missing) - shown} more, in {SUMMARY}")
+    lines += [f"{len(missing)} images are not scored:"] * bool(missing)
+    lines += [f"  {row['file']}: {row['reason']}" for row in missing[:shown]]
+    lines += [f"  and {len(missing) - shown} more, in {SUMMARY}"] * (len(missing) > shown)
     return "\n".join(lines)
 
 

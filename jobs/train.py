@@ -50,8 +50,8 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> str:
     """Train, or resume; returns the run's directory, and an empty string on all ranks of torchrun but the first."""
-    command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
     check_installation()

@@ -74,18 +74,21 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> Sweep:
     """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if no trial can be chosen."""
-    command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
-    if options.plan.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
+    is_known = options.plan.search != "optuna" or importlib.util.find_spec("optuna")
+    require(bool(is_known), "--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
     shards = open_data(experiment)
     check_plan(experiment, shards)
     for point in sweeps.points_to_check(options.plan, experiment):
         check_plan(search_space.apply(experiment, point), shards)
-    ingest = choose_ingest(experiment, shards)
+    ingest = experiment.ingest
+    if ingest == "auto":  # all trials read in one way: from memory if there is enough of it here for a trial per core
+        fits = pixel_bytes(shards) <= MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
+        ingest = "memory" if fits else "stream"
     sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
         print(f"sweep {sweep.path}")
@@ -98,14 +101,6 @@ def run(experiment: Experiment, options: Options) -> Sweep:
             raise
         conclude(sweep, options)
     return sweep
-
-
-def choose_ingest(experiment: Experiment, shards: Shards) -> str:
-    """How all trials read shards: as asked, or by the memory that is free here for one of a trial per core."""
-    if experiment.ingest != "auto":
-        return experiment.ingest
-    free = MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
-    return "memory" if pixel_bytes(shards) <= free else "stream"
 
 
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
@@ -125,19 +120,17 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
 
     # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
-    resources = ray_runtime.worker_resources(workers * concurrent)
-    scheduler = ray_trials.Rungs(sweep)
-    suggestions = ray_trials.Suggestions(sweep, shards, options.num_trials, resources)
     log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
+    resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
         tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
         tune_config=tune.TuneConfig(
-            search_alg=suggestions,
-            scheduler=scheduler,
+            search_alg=ray_trials.Suggestions(sweep, shards, options.num_trials, resources),
+            scheduler=ray_trials.Rungs(sweep),
             num_samples=-1,
             max_concurrent_trials=concurrent,
-            time_budget_s=options.time_budget * 60 or None,
+            time_budget_s=budget_s or None,
         ),
         run_config=tune.RunConfig(
             name=filesystem.last_part(sweep.path),
@@ -149,7 +142,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     )
     began = time.monotonic()
     tuner.fit()
-    is_time_up = options.time_budget and time.monotonic() - began >= options.time_budget * 60
+    is_time_up = budget_s and time.monotonic() - began >= budget_s
     if not is_time_up and any(not trial.state for trial in sweeps.read_trials(sweep)):
         raise KeyboardInterrupt
 
@@ -173,8 +166,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
     trained, asked = sweeps.epochs_saved(sweep, table)
     if asked and options.plan.stop_early:
         print(f"{trained} epochs trained; without early stopping {asked}: {1 - trained / asked:.0%} saved")
-    failed = [trial for trial in trials if trial.state == sweeps.FAILED]
-    if failed:
+    if failed := [trial for trial in trials if trial.state == sweeps.FAILED]:
         print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed resumes them")
     print(f"page {page}")
     if best:

@@ -84,22 +84,21 @@ def baseline(source: str, patients: list[str], out: str) -> None:
 
 def ours(source: str, patients: list[str], out: str) -> None:
     """Shards with native masks, checked labels and hashes."""
-    for name, chunk in writer.part_names(patients):
-        writer.write_part(CamusTree(source), out, name, chunk, GRID)
+    for part in writer.part_names(patients):
+        writer.write_part(CamusTree(source), out, *part, GRID)
 
 
 def measure_workers(options: Options, folder: str) -> list[Table]:
     """Images per second under Ray with one worker and with two, in turn."""
     ray_runtime.start_ray(2)
     steady_rate(options.source, 4000, 2, os.path.join(folder, "warm-up"))
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for turn in range(options.repeats):
-        for workers, found in rates.items():
-            found.append(steady_rate(options.source, options.frames, workers, os.path.join(folder, f"{turn}-{workers}")))
-    one, two = map(statistics.median, rates.values())
-    return [
-        Table("workers: under Ray", ("1 worker", "2 workers"), [Row("NIfTI to shards, steady state", two, "images/s", one)])
+    rates = [
+        [steady_rate(options.source, options.frames, workers, tempfile.mkdtemp(dir=folder)) for workers in (1, 2)]
+        for _ in range(options.repeats)
     ]
+    one, two = map(statistics.median, zip(*rates, strict=True))
+    row = Row("NIfTI to shards, steady state", two, "images/s", one)
+    return [Table("workers: under Ray", ("1 worker", "2 workers"), [row])]
 
 
 def steady_rate(source: str, images: int, workers: int, folder: str) -> float:

@@ -1,6 +1,8 @@
 """Training speed in tables of two sides: `python jobs/benchmark.py train`, or some sections, `--sections plain,metrics`.
 
-A section is a function of the bench that returns its tables.
+A section is a function of the bench that returns its tables. The baseline trains as public repositories on CAMUS do: it reads a
+NIfTI pair with nibabel and resizes it each time an image is needed, computes in float32 in the ordinary memory layout, and
+fetches the loss and a Dice made in Python at every step.
 """
 
 import os
@@ -10,31 +12,144 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy, interpolate
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from heartseg.config.experiment import Experiment, to_json
-from heartseg.datasets import phantom
+from heartseg.config.experiment import Experiment, ImageConfig, TrackingConfig, to_json
+from heartseg.config.recipes import seed
+from heartseg.datasets import camus, phantom
+from heartseg.datasets.source import open_source
 from heartseg.errors import UserError, require
+from heartseg.labels import STRUCTURES
 from heartseg.metrics.segmentation import ScoreSums, predicted_labels
 from heartseg.models import precision
 from heartseg.models.deeplabv3 import build_model
+from heartseg.shards import preprocessing
+from heartseg.shards.loader import Batch, Loader, epoch_order
+from heartseg.shards.reader import FrameRows, load_groups
 from heartseg.storage import filesystem
-from jobs.benchmarks.train_sides import SMALL, Bench, Options, write_shards
+from heartseg.training import engine
+from heartseg.training.distributed import Ranks
 from jobs.benchmarks.two_sides import Cost, Row, Table, cost_of, in_turn, run_sections
 
+Backbone = Literal["resnet101", "resnet50", "mobilenet_v3_large"]
+Losses = Iterator[torch.Tensor]
+SMALL: Backbone = "mobilenet_v3_large"
 # Sizes of the square matrices whose product shows the machine's peak; the last two are for GPUs.
 MATRIX_SIZES = (1024, 2048, 4096, 8192)
 BATCHES_SCORED = 20
 GPU_BATCHES = (12, 16, 32, 64, 128)
 SEED_EPOCHS, SEED_TRAINING, SEED_TEST = 170, 1600, 400
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and on what."""
+
+    sections: str = "all"
+    """Sections by name, with commas between them: plain, convolutions, metrics, peak, ray; `all` are all."""
+    source: str = ""
+    """Folder of the CAMUS release; synthetic patients if not given."""
+    backbone: Backbone = "resnet101"
+    """Network of the steps that are timed."""
+    size: int = 256
+    """Height and width of their images."""
+    batch: int = 12
+    """Images in a batch."""
+    steps: int = 2
+    """Steps that are timed, after one that is not; the median counts."""
+    pairs: int = 5
+    """Section ray: pairs of runs, one under Ray and one without, in turn; the median of their ratios counts."""
+    ray_size: int = 128
+    """Section ray: height and width of the images, for MobileNetV3, so that it takes minutes on CPUs."""
+    ray_patients: int = 40
+    """Section ray: synthetic patients whose images make an epoch; 500 make epochs of half a minute or more on 2 cores."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A run of the benchmark: its settings, a folder for its data, and the device."""
+
+    options: Options
+    folder: str
+    device: torch.device
+
+    def experiment(self, backbone: Backbone | None = None, size: int | None = None, **train) -> Experiment:
+        """The seed recipe without dropout, which would draw differently on two sides; by default of the settings' size."""
+        recipe, side = seed(), size or self.options.size
+        return replace(
+            recipe,
+            image=ImageConfig(side, side),
+            model=replace(recipe.model, backbone=backbone or self.options.backbone, dropout=0.0),
+            train=replace(recipe.train, **{"batch_size": self.options.batch} | train),
+            tracking=TrackingConfig(wandb="off"),
+        )
+
+    def model(self, experiment: Experiment, own_convolutions: bool = True) -> nn.Module:
+        """The experiment's network with its first weights, on the device."""
+        torch.manual_seed(experiment.train.seed)
+        return build_model(experiment.model, own_convolutions).to(self.device)
+
+    def random_batch(self, experiment: Experiment, size: int) -> Batch:
+        """Images and masks of noise on the device, for figures that do not depend on pixels."""
+        grid = (experiment.image.height, experiment.image.width)
+        images = torch.rand(size, 1, *grid, device=self.device)
+        return images, torch.randint(4, (size, *grid), device=self.device, dtype=torch.uint8)
+
+    def our_steps(self, experiment: Experiment, batches: Iterable[Batch], own_convolutions: bool = True) -> Losses:
+        """Take one training step at each call, scores included; yields its loss, on the device."""
+        model, ranks, sums = self.model(experiment, own_convolutions), Ranks(0, 1, self.device), ScoreSums(self.device)
+        state = engine.start(experiment, model, ranks, lambda model: model)
+        state.wrapped.train()
+        for images, masks in batches:
+            loss, prediction = engine.train_step(experiment, state, images, masks, ranks)
+            sums.add(loss, prediction, masks)
+            yield loss
+
+    def baseline_steps(self, experiment: Experiment, stills: "Stills") -> Losses:
+        """Take one training step of the baseline at each call; yields its loss."""
+        model = self.model(experiment, own_convolutions=False).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=experiment.optim.lr, momentum=experiment.optim.momentum)
+        for epoch in count():
+            order = epoch_order(len(stills), experiment.train.seed, epoch).tolist()
+            for images, masks in DataLoader(stills, experiment.train.batch_size, sampler=order, drop_last=True):
+                # Whatever our own steps have set for the process, the baseline has PyTorch's defaults.
+                with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True):
+                    images, masks = images.to(self.device), masks.to(self.device)
+                    optimizer.zero_grad()
+                    logits = model(images)
+                    loss = cross_entropy(logits, masks)
+                    loss.backward()
+                    optimizer.step()
+                dice_in_python(logits, masks)
+                yield loss.detach().cpu()
+
+    def steps_in_turn(self, *sides: Iterator) -> list[Cost]:
+        """The median costs of a step of each side."""
+        return in_turn({place: partial(next, side) for place, side in enumerate(sides)}, self.options.steps, self.device)
+
+    def both_sides(self, experiment: Experiment) -> tuple[Losses, Losses]:
+        """The steps of the baseline and ours, from the same weights over the same images."""
+        source, train = self.options.source or os.path.join(self.folder, "source"), experiment.train
+        if not self.options.source:
+            phantom.write_phantom(source, 8)  # enough for two batches of the seed's 12 in the training group
+        frames = write_shards(experiment, source, os.path.join(self.folder, "shards"))
+        loader = Loader.of(frames, 0, 1, self.device)
+        batches = (batch for epoch in count() for batch in loader.training_batches(train.batch_size, train.seed, epoch))
+        stills = Stills(source, frames, experiment.image.height)
+        return self.baseline_steps(experiment, stills), self.our_steps(experiment, batches)
 
 
 def run(options: Options) -> list[Table]:
@@ -52,11 +167,6 @@ def about(experiment: Experiment) -> str:
     return f"{experiment.model.backbone}, {experiment.image.height} px, batch {experiment.train.batch_size}"
 
 
-def steps_in_turn(bench: Bench, *sides: Iterator) -> list[Cost]:
-    """The median costs of a step of each side."""
-    return in_turn({place: partial(next, side) for place, side in enumerate(sides)}, bench.options.steps, bench.device)
-
-
 def measure_plain(bench: Bench) -> list[Table]:
     """Images per second and memory of the baseline and of our steps, in turn, and the losses of the same steps."""
     experiment, batch, losses = bench.experiment(), bench.options.batch, ([], [])
@@ -66,7 +176,7 @@ def measure_plain(bench: Bench) -> list[Table]:
             kept.append(loss)
             yield
 
-    base, ours = steps_in_turn(bench, *map(recorded, bench.both_sides(experiment), losses))
+    base, ours = bench.steps_in_turn(*map(recorded, bench.both_sides(experiment), losses))
     rows = [
         Row("training", batch / ours.wall_s, "images/s", batch / base.wall_s, "at least 2.8 on CPUs"),
         Row("peak memory beside the other side's weights", ours.peak_gb, "GB", base.peak_gb),
@@ -83,7 +193,7 @@ def measure_convolutions(bench: Bench) -> list[Table]:
     batch, rows = bench.options.batch, []
     for experiment in (bench.experiment(), bench.experiment(SMALL, 192)):
         batches = repeat(bench.random_batch(experiment, batch))
-        theirs, ours = steps_in_turn(bench, *(bench.our_steps(experiment, batches, own) for own in (False, True)))
+        theirs, ours = bench.steps_in_turn(*(bench.our_steps(experiment, batches, own) for own in (False, True)))
         note = f"{ours.wall_s:.2f} against {theirs.wall_s:.2f} s a step"
         rows.append(Row(about(experiment), batch / ours.wall_s, "images/s", batch / theirs.wall_s, note))
     return [Table("convolutions: training", ("PyTorch's", "ours"), rows)]
@@ -97,8 +207,7 @@ def measure_metrics(bench: Bench) -> list[Table]:
         sides = {"forward": forward, "scores": partial(score_batches, forward(), masks)}
         forward_ms, scores_ms = (1000 * cost.wall_s for cost in in_turn(sides, 5, bench.device))
         scores_ms /= BATCHES_SCORED
-        note = f"{100 * scores_ms / forward_ms:.2f} %, at most 2"
-        rows.append(Row(about(experiment), scores_ms, "ms", forward_ms, note))
+        rows.append(Row(about(experiment), scores_ms, "ms", forward_ms, f"{scores_ms / forward_ms:.2%}, at most 2 %"))
     return [Table("metrics: an evaluation", ("forward pass", "scores"), rows)]
 
 
@@ -208,10 +317,42 @@ def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float,
     return first_s, ends[1] - ends[0]
 
 
+def write_shards(experiment: Experiment, source: str, out: str) -> FrameRows:
+    """Write the shards of a source on an experiment's grid; returns its training group."""
+    shards = preprocessing.write_shards(open_source(source), out, experiment.image, experiment.split)
+    return load_groups(shards, ["train"])["train"]
+
+
+class Stills(Dataset):
+    """The images of a group, in the order of its shards' rows, each read from its NIfTI files when it is needed."""
+
+    def __init__(self, source: str, frames: FrameRows, size: int):
+        stills = frames.table.select(["patient", "view", "phase"]).to_pylist()
+        self.paths = [[camus.recording_path(source, *still.values(), suffix) for suffix in ("", "_gt")] for still in stills]
+        self.size = (size, size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import nibabel
+
+        image, mask = (torch.from_numpy(nibabel.load(path).get_fdata().T.copy())[None, None] for path in self.paths[index])
+        image = interpolate(image.float() / 255, self.size, mode="bilinear", antialias=True)
+        return image[0], interpolate(mask, self.size, mode="nearest-exact")[0, 0].long()
+
+
+def dice_in_python(logits: torch.Tensor, masks: torch.Tensor) -> float:
+    """The mean Dice over structures and images, one after the other."""
+    found = []
+    for prediction, mask in zip(logits.argmax(dim=1).cpu().numpy(), masks.cpu().numpy(), strict=True):
+        for label in range(1, len(STRUCTURES) + 1):
+            ours, theirs = prediction == label, mask == label
+            found.append(2 * (ours & theirs).sum() / max(1, ours.sum() + theirs.sum()))
+    return float(np.mean(found))
+
+
 SECTIONS: dict[str, Callable[[Bench], list[Table]]] = {
-    "plain": measure_plain,
-    "convolutions": measure_convolutions,
-    "metrics": measure_metrics,
-    "peak": measure_peak,
+    "plain": measure_plain, "convolutions": measure_convolutions, "metrics": measure_metrics, "peak": measure_peak,
     "ray": measure_ray,
-}
+}  # fmt: skip

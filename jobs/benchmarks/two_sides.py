@@ -60,9 +60,9 @@ def print_table(title: str, heading: Sequence[str], rows: Iterable[Sequence], de
 
 def shown(value: str | float | None) -> str:
     """A cell: four digits of a number, which is as much as a measurement can resolve; nothing for None."""
-    if value is None or isinstance(value, (str, int)):
-        return "" if value is None else str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 def run_sections(
@@ -72,10 +72,9 @@ def run_sections(
 
     A section that needs a package which is not installed is left out. Raises UserError for an unknown name.
     """
-    names = list(sections) if asked == "all" else asked.split(",")
+    names, tables = list(sections) if asked == "all" else asked.split(","), []
     for name in names:
         require(name in sections, f"There is no section {name!r}: use some of {', '.join(sections)}.")
-    tables = []
     for name in names:
         try:
             found = sections[name](*arguments)

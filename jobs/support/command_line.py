@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,24 +132,18 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
     words, config = _split_words(argv)
     fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
     kind = make_dataclass("Command", fields, frozen=True)
-
-    def parse_changes(base: Experiment) -> Any:
-        return parse_line(kind, words, f"python jobs/{prog}", description, default=kind("", base, options))
-
+    # The first word that names a recipe is almost always the recipe, and not the value of a flag.
+    likely = next((word for word in words if word in RECIPES), "seed")
+    base = read_config(config) if config else RECIPES[likely]()
+    parse_changes = partial(parse_line, kind, words, f"python jobs/{prog}", description)
+    command = parse_changes(default=kind("", base, options))
+    recipe = command.recipe or "seed"
     if config:
-        base = read_config(config)
-        command = parse_changes(base)
         require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
-    else:
-        # The first word that names a recipe is almost always the recipe, and not the value of a flag.
-        likely = next((word for word in words if word in RECIPES), "seed")
-        base = RECIPES[likely]()
-        command = parse_changes(base)
-        recipe = command.recipe or "seed"
+    elif recipe != likely:
         require(recipe in RECIPES, f"There is no recipe {recipe!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
-        if recipe != likely:
-            base = RECIPES[recipe]()
-            command = parse_changes(base)
+        base = RECIPES[recipe]()
+        command = parse_changes(default=kind("", base, options))
     refuse_unused(base, command.experiment, command.options.unused)
     return with_environment(command.experiment), command.options
 
@@ -187,10 +182,8 @@ def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
 
 def read_config(path: str) -> Experiment:
     """The experiment in a JSON file; a run's experiment.json and a checkpoint's card hold it under that key."""
-    value = filesystem.read_json(absolute(path, "config"))
-    require(
-        isinstance(value, dict), f"--config {path} is not an experiment: give a JSON object, such as a run's experiment.json."
-    )
+    value, fix = filesystem.read_json(absolute(path, "config")), "give a JSON object, such as a run's experiment.json."
+    require(isinstance(value, dict), f"--config {path} is not an experiment: {fix}")
     return from_json(value.get("experiment", value), origin=path)
 
 
@@ -241,7 +234,7 @@ def absolute(path: str, name: str) -> str:
     return filesystem.absolute(path)
 
 
-def require_flag(value: str, flag: str, meaning: str) -> str:
-    """The value of a flag that a job needs; raises UserError if it is missing."""
-    require(bool(value), f"{flag} is missing: give {meaning}.")
-    return value
+def required_path(path: str, name: str, meaning: str) -> str:
+    """The absolute path of a flag that a job needs; raises UserError if it is missing."""
+    require(bool(path), f"--{name} is missing: give {meaning}.")
+    return absolute(path, name)

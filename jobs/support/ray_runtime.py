@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
 from jobs.support.command_line import JOB_CONFIG, ROOT, first_line, log
 
@@ -21,12 +21,12 @@ SECONDS_TO_GROW = 30
 # How long the head of a cluster may take to accept a connection.
 CONNECT_TIMEOUT_S = 10
 PLACEMENT = "placement_group"
-UPLOAD_LOGGER = "ray._private.runtime_env.packaging"
+UPLOAD_LOGGER, REPORT_LOGGER = "ray._private.runtime_env.packaging", "ray.train.v2._internal.execution.context.__file__"
 # What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
 RAY_PRIVATE = {
     "ray._private.state.state": "An autoscaler's maximum: find get_max_resources_from_cluster_config, or do without.",
     "ray._raylet.PlacementGroupID": "Frees a trial's workers: see the type of ray.util.get_current_placement_group().id.",
-    "ray.train.v2._internal.execution.context.__file__": "A logger to silence: find what logs `Reporting training result`.",
+    REPORT_LOGGER: "A logger to silence: find what logs `Reporting training result`.",
     "ray._private.services.canonicalize_bootstrap_address": "Finds this machine's cluster: see ray.init('auto').",
     UPLOAD_LOGGER: "A logger to silence: find what logs `Ignoring upload to cluster`.",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
@@ -43,11 +43,6 @@ def ray_private(name: str) -> Any:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"This version of Ray has no {name}. {RAY_PRIVATE[name]}") from error
-
-
-def silence_reports() -> None:
-    """Drop the line that Ray Train logs in a worker for each report."""
-    logging.getLogger(ray_private("ray.train.v2._internal.execution.context.__file__")).setLevel(logging.WARNING)
 
 
 def cluster_address() -> str:
@@ -70,11 +65,13 @@ def start_ray(workers: int) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    handler = signal.getsignal(signal.SIGTERM)
-    if cluster_address() == "local":
-        _start_own_ray(workers)
+    handler, address = signal.getsignal(signal.SIGTERM), cluster_address()
+    if address == "local":
+        cores = os.cpu_count() or 1
+        require(workers <= cores, f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
+        _start_own_ray()
     else:
-        _join_cluster(cluster_address())
+        _join_cluster(address)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler
     resources = ray.cluster_resources()
@@ -83,13 +80,10 @@ def start_ray(workers: int) -> None:
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
 
 
-def _start_own_ray(workers: int) -> None:
+def _start_own_ray() -> None:
     """Start a Ray on loopback that ends with this process."""
     import ray
 
-    cores = os.cpu_count() or 1
-    if workers > cores:
-        raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
     # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
@@ -111,30 +105,17 @@ def _join_cluster(address: str) -> None:
             found = ray_private("ray._private.services.canonicalize_bootstrap_address")(address)
         host, _, port = found.rpartition("/")[2].rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        if found in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            try:  # Ray looks for it at the machine's own address
+                socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
+            except OSError:  # it listens on loopback alone
+                ray_private("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
         # Every node runs this code, as a submitted job's does.
         code = {} if JOB_CONFIG in os.environ else {"runtime_env": {"working_dir": str(ROOT)}}
-        if is_only_on_loopback(found):  # otherwise Ray looks for it at the machine's address
-            ray_private("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
         ray.init(address=found, logging_level=logging.WARNING, **code)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-        raise UserError(
-            f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). Correct the address, start the "
-            "cluster, or unset RAY_ADDRESS to use this machine alone."
-        ) from error
-
-
-def is_only_on_loopback(address: str) -> bool:
-    """True for a cluster's address on loopback whose port does not answer on the machine's own address."""
-    import ray
-
-    host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "localhost"):
-        return False
-    try:
-        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
-    except OSError:
-        return True
-    return False
+        fix = "Correct the address, start the cluster, or unset RAY_ADDRESS to use this machine alone."
+        raise UserError(f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). {fix}") from error
 
 
 def free_port() -> int:
@@ -181,13 +162,7 @@ def _after_autoscaling(kind: str) -> float:
 
 
 def build_trainer(
-    loop: Callable[[dict], Any],
-    config: dict,
-    workers: int | tuple[int, int],
-    resources: dict[str, float],
-    folder: str,
-    tries: int = MAX_TRIES,
-    callbacks: Sequence[object] = (),
+    loop: Callable, config: dict, workers: int | tuple, resources: dict, folder: str, tries: int = MAX_TRIES, callbacks=()
 ) -> Any:
     """Ray Train's trainer of a function that every worker runs with `config`, for one fit.
 
@@ -198,24 +173,16 @@ def build_trainer(
 
     # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
     trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
-    return trainer(
-        loop,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            elastic_resize_monitor_interval_s=SECONDS_TO_GROW,
-            use_gpu="GPU" in resources,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            # A new name each time: the run directory decides what to resume, not Ray's snapshot.
-            name=uuid.uuid4().hex[:8],
-            storage_path=folder,
-            failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=list(callbacks),
-        ),
+    scaling = {"num_workers": workers, "resources_per_worker": resources, "use_gpu": "GPU" in resources}
+    run = RunConfig(
+        name=uuid.uuid4().hex[:8],  # a new one each time: the run directory decides what to resume, not Ray's snapshot
+        storage_path=folder,
+        failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
+        logging_config=LoggingConfig(log_level="WARNING"),
+        callbacks=list(callbacks),
     )
+    scaling_config = ScalingConfig(**scaling, elastic_resize_monitor_interval_s=SECONDS_TO_GROW)
+    return trainer(loop, train_loop_config=config, scaling_config=scaling_config, run_config=run)
 
 
 def note_placement(path: str) -> None:

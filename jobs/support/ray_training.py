@@ -99,7 +99,8 @@ def worker(config: dict) -> dict:
     from ray.train.torch import get_device, prepare_model
 
     command_line.configure_logging()
-    ray_runtime.silence_reports()
+    # Ray Train would log a line for each report.
+    logging.getLogger(ray_runtime.ray_private(ray_runtime.REPORT_LOGGER)).setLevel(logging.WARNING)
     torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
     experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())
     try:

@@ -60,11 +60,9 @@ class Suggestions(Searcher):
         self.sweep, self.shards, self.num_trials, self.resources = sweep, shards, num_trials, resources
         known = sweeps.read_trials(sweep)
         self.waiting = [trial for trial in known if not trial.state]
-        self.next_number = 1 + max((trial.number for trial in known), default=-1)
+        self.last_number = max((trial.number for trial in known), default=-1)
         self.tried = [trial.values for trial in known]
-        self.model, self.of_model = None, {}
-        if sweep.plan.search == "optuna":
-            self.model = build_model_search(sweep, known)
+        self.model, self.of_model = build_model_search(sweep, known) if sweep.plan.search == "optuna" else None, {}
         self.drawn = 0  # points so far; a generator of them could not be pickled, as Tune does with a searcher
 
     def suggest(self, trial_id: str) -> dict | str:
@@ -86,8 +84,8 @@ class Suggestions(Searcher):
             if values not in self.tried:
                 self.tried.append(values)
                 self.of_model[trial_id] = name
-                self.next_number += 1
-                return sweeps.add_trial(self.sweep, self.shards, self.next_number - 1, values)
+                self.last_number += 1
+                return sweeps.add_trial(self.sweep, self.shards, self.last_number, values)
             if name:
                 self.model.on_trial_complete(name, error=True)  # a point that is not trained has no score
         log.info("The search space holds no more than %d trials.", len(self.tried))
@@ -151,9 +149,8 @@ class Progress(tune.Callback):
             ray_runtime.free_placement(self.leaving.pop(0)[1])
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
-        name = filesystem.last_part(trial.config["run"])
-        ended = sum(other.is_finished() for other in trials)
         if METRIC in result:
+            name, ended = filesystem.last_part(trial.config["run"]), sum(other.is_finished() for other in trials)
             log.info("%s  epoch %d  %s %.4f  (%d trials ended)", name, result["epoch"], METRIC, result[METRIC], ended)
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
@@ -161,8 +158,7 @@ class Progress(tune.Callback):
         self.on_end()
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
-        path = trial.config["run"]
-        noted = filesystem.join(path, sweeps.ERROR)
+        noted = filesystem.join(path := trial.config["run"], sweeps.ERROR)
         reason = filesystem.read_bytes(noted).decode() if filesystem.exists(noted) else "its process died twice"
         sweeps.end_trial(path, sweeps.FAILED, reason)
         log.warning("%s failed: %s", filesystem.last_part(path), reason)

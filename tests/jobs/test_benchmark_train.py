@@ -9,8 +9,8 @@ import torch
 from heartseg.config.experiment import ImageConfig
 from heartseg.errors import UserError
 from helpers.experiments import tiny_experiment
-from jobs.benchmarks import train, train_sides
-from jobs.benchmarks.train_sides import Bench, Options
+from jobs.benchmarks import train
+from jobs.benchmarks.train import Bench, Options
 
 TINY = Options(backbone="mobilenet_v3_large", size=64, batch=4, steps=1, pairs=1, ray_size=64)
 
@@ -21,8 +21,8 @@ def bench(phantom, tmp_path_factory) -> Bench:
 
 
 def test_the_baseline_reads_the_images_of_the_shards_in_their_order(bench, phantom):
-    frames = train_sides.write_shards(bench.experiment(), phantom, f"{bench.folder}/shards")
-    stills = train_sides.Stills(phantom, frames, 64)
+    frames = train.write_shards(bench.experiment(), phantom, f"{bench.folder}/shards")
+    stills = train.Stills(phantom, frames, 64)
     assert len(stills) == len(frames) == 24
     for index in (0, 7, 23):
         image, mask = stills[index]

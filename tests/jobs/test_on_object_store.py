@@ -22,7 +22,7 @@ from heartseg.training import run_directory
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.s3_server import KEYS, Proxy, environment
 from jobs import evaluate, preprocess, train
-from jobs.support import evaluation_plan, evaluation_run, ray_preprocessing
+from jobs.support import evaluation, ray_preprocessing
 
 PLAIN = train.Options(launcher="plain")
 LOSSES = ("train/loss", "test/loss", "test/dice")
@@ -215,6 +215,6 @@ def test_a_store_that_is_away_for_a_worker_is_still_told_from_a_mistake(phantom,
         def cases(self, patients):
             raise StorageError("s3://bucket does not answer.")
 
-    plan = evaluation_plan.EvaluationPlan(Away(), ("run",), ["patient0001"], "out", None, PredictConfig(), {})
+    plan = evaluation.EvaluationPlan(Away(), ("run",), ["patient0001"], "out", None, PredictConfig(), {})
     with pytest.raises(StorageError, match="^s3://bucket does not answer.$"):
-        list(evaluation_run.score_on_ray(plan, [["patient0001"]], 1))
+        list(evaluation.score_on_ray(plan, [["patient0001"]], 1))

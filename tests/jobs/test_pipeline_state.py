@@ -16,8 +16,8 @@ from heartseg.errors import UserError
 from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
 from jobs import pipeline
+from jobs.pipeline import PipelineState
 from jobs.support.pipeline_stages import PipelineOptions, Stage, hash_complete
-from jobs.support.pipeline_state import PipelineState
 
 
 class Jobs:
