@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from jobs.support import command_line
 
 # Table -> its help; each is the module of that name in jobs/benchmarks/, with `Options` and `run`.
 TABLES = {
-    "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one",
+    "data": "NIfTI to shards against nibabel, scikit-image and np.save",
     "predict": "files to masks against the forward passes alone",
     "scores": "surface distances against MONAI's, and volumes",
     "postprocess": "test-time augmentation, largest pieces, closed holes, ensembles: what they do to the scores",
@@ -21,13 +20,12 @@ TABLES = {
 }
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line: the table's name, then its own settings."""
+def job(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print("usage: python jobs/benchmark.py TABLE [-h] [SETTINGS]\n")
         print("\n".join(f"  {name:<13}{text}" for name, text in TABLES.items()))
         return
-    asked = f"There is no table {argv[0]!r}" if argv else "No table is named"
+    asked = f"{argv[0]!r} is not a table" if argv else "No table is named"
     require(bool(argv) and argv[0] in TABLES, f"{asked}: use one of {', '.join(TABLES)}.")
     name, table = argv[0], importlib.import_module(f"jobs.benchmarks.{argv[0]}")
     options = command_line.parse_line(table.Options, argv[1:], f"python jobs/benchmark.py {name}", f"{TABLES[name]}.")

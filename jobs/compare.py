@@ -1,7 +1,4 @@
-"""Runs side by side on one page, without any account: `python jobs/compare.py RUN RUN …`, or a folder of runs, or a sweep's.
-
-Uses the evaluations that the runs have, if they fit; scores whatever is missing, as jobs/evaluate.py does.
-"""
+"""Runs side by side on one page, without any account: `python jobs/compare.py RUN RUN …`; scores what is not scored yet."""
 
 import contextlib
 import os
@@ -27,7 +24,6 @@ from heartseg.reporting import comparison_page, pages
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from heartseg.training.run_directory import Run
 from jobs.support import command_line, evaluation
 from jobs.support.evaluation import HOLDOUT, EvaluationPlan, ScoringOptions
 
@@ -48,8 +44,7 @@ class Options(ScoringOptions):
     reference: str = ""
     """Folder or name of the run that the others are tested against; the first one if not given."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
-    """Group of patients; `auto` is test if there is one, otherwise val. If all runs were validated on patients held out of
-    the training group (--train.holdout, as in a sweep), it is these: runs to choose from must not see the test group."""
+    """Group of patients; `auto`: those that --train.holdout took (in a sweep) if all runs have them, then test, then val."""
     out: str = ""
     """Folder of the results; by default `comparison` in the folder of runs, or `comparison-HASH` beside the first run."""
 
@@ -75,12 +70,9 @@ def run(options: Options) -> str:
     return page
 
 
-def find_runs(paths: Sequence[str]) -> dict[str, Run]:
-    """The runs that some folders are or hold, each once, by name, or by as much of its path as distinguishes it.
-
-    Raises UserError for a folder without a run, and for fewer than two runs.
-    """
-    found: dict[str, Run] = {}
+def find_runs(paths: Sequence[str]) -> dict[str, run_directory.Run]:
+    """The runs that some folders are or hold, at least two, by name, or by as much of its path as distinguishes one."""
+    found: dict[str, run_directory.Run] = {}
     for path in paths:
         path = command_line.absolute(path, "runs").rstrip("/")
         below = [filesystem.join(f, n) for f in (path, filesystem.join(path, TRIALS)) for n in filesystem.list_names(f)]
@@ -99,7 +91,7 @@ def is_run(folder: str) -> bool:
     return filesystem.exists(filesystem.join(folder, run_directory.DESCRIPTION))
 
 
-def default_out(paths: Sequence[str], found: Iterable[Run]) -> str:
+def default_out(paths: Sequence[str], found: Iterable[run_directory.Run]) -> str:
     """`comparison` in a folder of runs; for runs that were named, a folder beside the first that only these runs share."""
     if len(paths) == 1:
         return filesystem.join(command_line.absolute(paths[0], "runs"), "comparison")
@@ -107,7 +99,7 @@ def default_out(paths: Sequence[str], found: Iterable[Run]) -> str:
     return filesystem.join(os.path.dirname(folders[0]), f"comparison-{filesystem.sha256(canonical(sorted(folders)))[:8]}")
 
 
-def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
+def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
     """A run's record and scores, and the plan of its evaluation, None if its images or weights cannot be read."""
     record, plan, problem = run_directory.read_record(one.path), None, ""
     shared = {each.name: getattr(options, each.name) for each in fields(ScoringOptions)}
@@ -129,22 +121,20 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Ev
     return Scored(one, label, record, images, patients, filesystem.read_json(filesystem.join(folder, SUMMARY))), plan
 
 
-def find_evaluation(one: Run, described: dict, own: str = "") -> str:
+def find_evaluation(one: run_directory.Run, described: dict, own: str = "") -> str:
     """The first complete evaluation that fits `described`, in the run's folder or in `own`; empty if there is none."""
     # The same weights are the same checkpoint, whether it was called last or best.
     asked = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
     names = [name for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
     for folder in [*(filesystem.join(one.path, name) for name in names), *filter(None, [own])]:
-        if all(filesystem.exists(filesystem.join(folder, name)) for name in (SUMMARY, IMAGES, PATIENTS)):
-            summary = filesystem.read_json(filesystem.join(folder, SUMMARY))
-            # An evaluation by an older version lacks scores.
-            is_whole = "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys()
-            if is_whole and asked == {name: summary.get(name) for name in asked}:
-                return folder
+        summary = evaluation.read_complete(folder, asked) or {}
+        # An evaluation by an older version lacks scores.
+        if "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys():
+            return folder
     return ""
 
 
-def find_old_evaluation(one: Run, options: Options) -> str:
+def find_old_evaluation(one: run_directory.Run, options: Options) -> str:
     """An evaluation on the run's own data, for when they can no longer be read; empty if none fits."""
     for group in ("test", "val", "all") if options.group == "auto" else (options.group,):
         which = options.which if options.which != "auto" else "best" if group == "test" else "last"
@@ -156,7 +146,7 @@ def find_old_evaluation(one: Run, options: Options) -> str:
     return ""
 
 
-def find_reference(asked: str, found: dict[str, Run]) -> Run:
+def find_reference(asked: str, found: dict[str, run_directory.Run]) -> run_directory.Run:
     """The run of a name or a folder, the first run if empty; raises UserError if none is meant, or several may be."""
     if not asked:
         return next(iter(found.values()))
@@ -189,8 +179,7 @@ def draw_disagreements(
     return {name: drawn for name, drawn in pictures.items() if drawn}
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     print(run(command_line.parse_line(Options, argv, "python jobs/compare.py", ABOUT)))
 
 

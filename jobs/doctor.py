@@ -11,15 +11,13 @@ import json
 import os
 import platform
 import shutil
-import socket
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,14 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
 from heartseg.storage import filesystem
-from jobs.support import command_line, ray_runtime
+from jobs.support import command_line
+from jobs.support.command_line import first_line
 
 GIB = 1 << 30
 # Below these a training is likely to fail: a worker's memory, checkpoints of a run, Ray's object store.
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 2 * GIB, 5 * GIB, 1 * GIB
 # What workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
 GPU_BYTES, CPU_BYTES = 64 << 20, 8 << 20
-WANDB_TIMEOUT_S = 5.0
+WANDB_TIMEOUT_S, KEY_REFUSED = 5.0, "refuses the key"
 # How long another node may take to answer; its first process imports torch.
 NODE_TIMEOUT_S = 60
 REINSTALL = "Install the project: pip install -e ."
@@ -68,13 +67,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the table: what was found and, if something is `wrong`, a sentence about it and one on how to `fix` it."""
+    """A row of the table: what was found and, if something is `wrong`, a line about it and one on how to `fix` it."""
 
     name: str
     found: str
     wrong: str = ""
     fix: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
+
+    def unless(self, is_well: bool) -> "Finding":
+        """The same, with nothing wrong if all is well."""
+        return replace(self, wrong="", fix="") if is_well else self
 
 
 def run(options: Options) -> list[Finding]:
@@ -111,11 +114,7 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
             found.extend(check())
     except Exception as error:
         is_known = isinstance(error, (UserError, StorageError))
-        wrong = (
-            command_line.first_line(error)
-            if is_known
-            else f"This check failed ({type(error).__name__}: {command_line.first_line(error)})."
-        )
+        wrong = first_line(error) if is_known else f"This check failed ({type(error).__name__}: {first_line(error)})."
         found.append(Finding(name, "–", wrong, "Fix this, then run the doctor again."))
     return found
 
@@ -145,25 +144,23 @@ def check_processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
     """CPUs of the machine, and how many of them this process may use."""
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    found, quota = f"{cores}" + (f", {usable} for this process" if usable < cores else ""), usable
+    quota = usable
     with contextlib.suppress(OSError, ValueError):  # not a control group of version 2, or its limit is `max`
         granted, period = map(int, Path(group, "cpu.max").read_text().split())
         quota = granted / period
-    if quota >= usable:
-        yield Finding("CPUs", found)
-        return
-    threads = max(1, int(quota))
+    found = f"{cores}" + f", {usable} for this process" * (usable < cores)
+    found += f", {quota:g} by the container's limit" * (quota < usable)
     wrong = f"The container may use {quota:g} of {usable} CPUs, but programs start a thread for each CPU that they see."
+    threads = max(1, int(quota))
     fix = f"Set OMP_NUM_THREADS={threads}, and --num-cpus {threads} when you start Ray."
-    problem = () if os.environ.get("OMP_NUM_THREADS") else (wrong, fix)
-    yield Finding("CPUs", f"{found}, {quota:g} by the container's limit", *problem)
+    yield Finding("CPUs", found, wrong, fix).unless(quota >= usable or bool(os.environ.get("OMP_NUM_THREADS")))
 
 
 def free_space(name: str, where: str, free: float, least: int, fix: str) -> Finding:
     """A finding of free bytes, with something wrong if they are fewer than `least`."""
     found = f"{free / GIB:.1f} GiB of {where} are free"
-    problem = (f"{found}: at least {least / GIB:g} GiB should be.", fix) if free < least else ()
-    return Finding(name, found, *problem, numbers={"free_bytes": free})
+    wrong = f"{found}: at least {least / GIB:g} GiB should be."
+    return Finding(name, found, wrong, fix, {"free_bytes": free}).unless(free >= least)
 
 
 def check_memory(root: str = "/") -> Iterator[Finding]:
@@ -199,8 +196,8 @@ def check_gpus() -> Iterator[Finding]:
             yield Finding(f"GPU {number}", f"{kind.name}, {kind.total_memory / GIB:.0f} GiB")
         has_nccl = torch.distributed.is_nccl_available()
         found = f"{cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version())) if has_nccl else '–'}"
-        wrong = ("This torch has no NCCL, which workers on GPUs need.", "Install torch's CUDA build for Linux.")
-        yield Finding("CUDA", found, *(() if has_nccl else wrong))
+        wrong, fix = "This torch has no NCCL, which workers on GPUs need.", "Install torch's CUDA build for Linux."
+        yield Finding("CUDA", found, wrong, fix).unless(has_nccl)
     elif shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"):
         built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
         fix = "Install torch's CUDA build for nvidia-smi's CUDA version; see CUDA_VISIBLE_DEVICES; containers need --gpus all."
@@ -211,12 +208,9 @@ def check_gpus() -> Iterator[Finding]:
 
 # What every node of a cluster is asked.
 NODE_CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
-    "CPUs": check_processors,
-    "memory": check_memory,
-    "shared memory": check_shared_memory,
-    "temporary files": partial(check_disk, "temporary files", tempfile.gettempdir()),
-    "GPUs": check_gpus,
-}
+    "CPUs": check_processors, "memory": check_memory, "shared memory": check_shared_memory,
+    "temporary files": partial(check_disk, "temporary files", tempfile.gettempdir()), "GPUs": check_gpus,
+}  # fmt: skip
 
 
 def check_round_trip(path: str, megabytes: int) -> Iterator[Finding]:
@@ -233,8 +227,8 @@ def check_round_trip(path: str, megabytes: int) -> Iterator[Finding]:
             filesystem.remove(probe)
     speeds = {"write_mb_per_s": megabytes / (written - started), "read_mb_per_s": megabytes / (read - written)}
     found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
-    wrong = (f"{path} returned other bytes than were written.", "Use another storage: this one loses data.")
-    yield Finding("runs storage", found, *(() if is_same else wrong), numbers=speeds)
+    wrong, fix = f"{path} returned other bytes than were written.", "Use another storage: this one loses data."
+    yield Finding("runs storage", found, wrong, fix, speeds).unless(is_same)
 
 
 def check_shards(path: str) -> Iterator[Finding]:
@@ -254,51 +248,47 @@ def check_wandb() -> Iterator[Finding]:
     if os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled") or not key:
         yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
         return
-    answers = [(False, f"no answer within {WANDB_TIMEOUT_S:g} s")]
+    answers = [f"cannot be reached: no answer within {WANDB_TIMEOUT_S:g} s"]
     # A thread, since no timeout bounds the search for the server's address.
     asking = threading.Thread(target=lambda: answers.append(ask_wandb(server, key)), daemon=True)
     asking.start()
     asking.join(WANDB_TIMEOUT_S)
-    is_accepted, problem = answers[-1]
-    if problem:
-        fix = "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline to save the wait."
-        yield Finding("wandb", server, f"{server} cannot be reached: {problem}.", fix)
-    elif is_accepted:
-        yield Finding("wandb", f"{server} answers, and accepts the key")
-    else:
-        yield Finding("wandb", server, f"{server} refuses the key.", "Set a valid WANDB_API_KEY where the cluster starts.")
+    problem, fix = answers[-1], "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline."
+    if problem == KEY_REFUSED:
+        fix = "Set a valid WANDB_API_KEY where the cluster starts."
+    found = f"{server} answers, and accepts the key" if not problem else server
+    yield Finding("wandb", found, f"{server} {problem}.", fix).unless(not problem)
 
 
-def ask_wandb(server: str, key: str) -> tuple[bool, str]:
-    """Whether a server accepts the key, and why it did not answer."""
+def ask_wandb(server: str, key: str) -> str:
+    """What is wrong with a server or with the key for it; empty if it accepts the key."""
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
     question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
     try:
         request = urllib.request.Request(f"{server}/graphql", question, headers)
         with urllib.request.urlopen(request, timeout=2 * WANDB_TIMEOUT_S) as answer:
-            return bool((json.load(answer).get("data") or {}).get("viewer")), ""
+            return "" if (json.load(answer).get("data") or {}).get("viewer") else KEY_REFUSED
     except urllib.error.HTTPError as error:
-        return False, "" if error.code in (401, 403) else f"HTTP {error.code}"
+        return KEY_REFUSED if error.code in (401, 403) else f"cannot be reached: HTTP {error.code}"
     except (OSError, ValueError) as error:
-        return False, str(getattr(error, "reason", error))
+        return f"cannot be reached: {getattr(error, 'reason', error)}"
 
 
 def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
     """The cluster as Ray sees it, its other nodes, and how fast its workers exchange data; `runs` may be empty."""
     import ray
 
-    is_shared = ray_runtime.cluster_address() != "local"
+    from jobs.support import ray_runtime
+
+    is_closed = ray_runtime.cluster_address() == "local" or os.environ.get("RAY_AUTH_MODE") == "token"
     ray_runtime.start_ray(options.workers)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
+    found, numbers = f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
     wrong = "Anyone who reaches the cluster may use it: RAY_AUTH_MODE is not token."
-    problem = (wrong, "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md).")
-    is_open, numbers = (
-        is_shared and os.environ.get("RAY_AUTH_MODE") != "token",
-        {"nodes": len(nodes), "cpus": cpus, "gpus": gpus},
-    )
-    yield Finding("Ray", f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", *(problem if is_open else ()), numbers=numbers)
+    fix = "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md)."
+    yield Finding("Ray", found, wrong, fix, numbers).unless(is_closed)
     yield from check_other_nodes(nodes)
     number = options.workers or gpus or max(min(2, cpus), len(nodes))
     message = "Workers on several nodes need storage that all of them see: give --runs, or set HEARTSEG_RUNS."
@@ -313,9 +303,7 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
             "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
             "between them, and see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
         )
-        yield Finding(
-            "workers", f"{number} asked for", f"They could not exchange anything: {command_line.first_line(error)}", fix
-        )
+        yield Finding("workers", f"{number} asked for", f"They could not exchange anything: {first_line(error)}", fix)
     finally:
         with contextlib.suppress(UserError, StorageError, OSError):
             filesystem.remove(folder)
@@ -344,7 +332,7 @@ def check_other_nodes(nodes: list[dict]) -> Iterator[Finding]:
 def check_node() -> tuple[str, list[Finding]]:
     """The name of the machine that this runs on, and what it has."""
     checks = NODE_CHECKS | {"versions": check_versions}
-    return socket.gethostname(), [one for name, check in checks.items() for one in run_check(name, check)]
+    return platform.node(), [one for name, check in checks.items() for one in run_check(name, check)]
 
 
 def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
@@ -352,8 +340,8 @@ def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
     yield Finding(name, "; ".join(f"{one.name}: {one.found}" for one in found))
     here = {one.name: one.found for one in check_versions()}
     for one in found:
-        if not one.wrong and one.found != here.get(one.name, one.found):
-            wrong = f"{one.name} is {one.found} there and {here[one.name]} here."
+        if not one.wrong and one.found != (ours := here.get(one.name, one.found)):
+            wrong = f"{one.name} is {one.found} there and {ours} here."
             one = replace(one, wrong=wrong, fix="Give every node the same image.")
         if one.wrong:
             yield replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}")
@@ -379,11 +367,11 @@ def all_reduce(config: dict) -> dict:
         # Rank 0's clock decides for all, since each must take part in every round.
         more.fill_(float(time.perf_counter() - started < config["seconds"]))
         dist.broadcast(more, src=0)
-    measured = {"bytes": num_bytes, "seconds": time.perf_counter() - started, "rounds": rounds, "is_right": is_right}
-    machines: list[tuple[str, str] | None] = [None] * number
+    report = {"bytes": num_bytes, "seconds": time.perf_counter() - started, "rounds": rounds, "is_right": is_right}
+    report |= {"backend": dist.get_backend(), "machines": [None] * number}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    dist.all_gather_object(machines, (socket.gethostname(), name))
-    return measured | {"backend": dist.get_backend(), "machines": machines}
+    dist.all_gather_object(report["machines"], (platform.node(), name))
+    return report
 
 
 def bandwidth(number: int, report: dict) -> Finding:
@@ -392,21 +380,20 @@ def bandwidth(number: int, report: dict) -> Finding:
     hosts, devices = (sorted(set(names)) for names in zip(*report["machines"], strict=True))
     found = f"{number} on {len(hosts)} host{'s' if len(hosts) > 1 else ''} ({', '.join(devices)}), {report['backend']}, "
     found += f"{bus:.2f} GB/s for {report['seconds']:.0f} s" if number > 1 else "nothing to exchange"
-    wrong = ("The sum over the workers was wrong.", "Find the broken GPU or link; run this again.")
+    wrong, fix = "The sum over the workers was wrong.", "Find the broken GPU or link; run this again."
     numbers = {"workers": number, "gb_per_s": bus, "hosts": len(hosts)} | {name: report[name] for name in ("rounds", "backend")}
-    return Finding("workers", found, *(() if report["is_right"] else wrong), numbers=numbers)
+    return Finding("workers", found, wrong, fix, numbers).unless(report["is_right"])
 
 
 def findings_text(found: list[Finding]) -> str:
     """The findings as a table and, below it, what is wrong and how to fix it."""
-    width = max(len(finding.name) for finding in found)
+    width = max(len(f.name) for f in found)
     lines = [f"{'!' if f.wrong else ' '} {f.name.ljust(width)}  {f.found}" for f in found]
     wrong = [f"! {f.wrong}\n  {f.fix}" for f in found if f.wrong]
     return "\n".join([*lines, "", *(wrong or ["Nothing is wrong."])])
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Check this machine or cluster, and report what is wrong and how to fix it."
     options = command_line.parse_line(Options, argv, "python jobs/doctor.py", about)
     if options.launcher == "plain":

@@ -1,10 +1,10 @@
 """CAMUS from its authors' server, patient by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
 
+import contextlib
 import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,9 @@ class Options:
     out: str = ""
     """Local folder for the tree that `preprocess.py --source` takes."""
     accept_licence: bool = False
-    """Say that you have read the terms that are shown, and keep to them."""
+    """Confirm that you have read the terms that are shown, and keep to them."""
     patients: str = ""
-    """Numbers of the patients to fetch, such as 1-10,42; all where not given."""
+    """Numbers of the patients to fetch, such as 1-10,42; all if not given."""
     server: str = SERVER
     """Address of the Girder interface: the authors', or a mirror with the same folders."""
     tries: int = 5
@@ -65,14 +65,12 @@ def run(options: Options) -> str:
     print(TERMS)
     require(options.accept_licence, "The terms above must be accepted first: add --accept-licence.")
     try:
-        with locks.lock(out):
-            try:
-                ids = list_patients(server, numbers)
-                if not filesystem.exists(filesystem.join(out, camus.IMAGES_FOLDER)):  # what is there may be a hospital's
-                    filesystem.publish_json(filesystem.join(out, camus.DOWNLOAD_NOTE), {"server": server.base})
-                failed = fetch_all(server, out, ids)
-            finally:
-                filesystem.remove(filesystem.join(out, UNFINISHED))
+        with locks.lock(out), contextlib.ExitStack() as at_end:
+            at_end.callback(filesystem.remove, filesystem.join(out, UNFINISHED))
+            ids = list_patients(server, numbers)
+            if not filesystem.exists(filesystem.join(out, camus.IMAGES_FOLDER)):  # what is there may be a hospital's
+                filesystem.publish_json(filesystem.join(out, camus.DOWNLOAD_NOTE), {"server": server.base})
+            failed = fetch_all(server, out, ids)
     except OSError as error:
         raise UserError(format_write_error(error, out)) from error
     problem = f"{len(failed)} of {len(ids) + 1} folders did not arrive ({', '.join(failed)})"
@@ -187,8 +185,7 @@ def check_patient(source: str, patient: str) -> list[str]:
     return [f"has no {name} on the server" for name in extras if name not in names]
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     out = run(command_line.parse_line(Options, argv, "python jobs/download.py", "Fetch CAMUS from its authors' server."))
     print(f"next: python jobs/preprocess.py seed --source {out} --out SHARDS")
 

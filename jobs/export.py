@@ -1,7 +1,6 @@
 """A trained model for other programs, as torch.export and ONNX: `python jobs/export.py --checkpoint RUN --out FOLDER`.
 
-Writes `model.pt2`, `model.onnx` and, last, `export.json`, which describes their input and output and how far both are from the
-checkpoint.
+Writes `model.pt2`, `model.onnx` and, last, `export.json`: their input and output, and how far both are from the checkpoint.
 """
 
 import contextlib
@@ -9,7 +8,7 @@ import importlib
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -183,8 +182,7 @@ def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
     }
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Write a trained model for other programs, checked against it."
     out = run(command_line.parse_line(Options, argv, "python jobs/export.py", about))
     print(filesystem.join(out, NOTE))

@@ -4,7 +4,6 @@ import base64
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from heartseg.labels import CLASS_TITLES, frame_name
 from heartseg.reporting import contours, pages, plots
 from heartseg.reporting.text_tables import Table, bars, table_text
 from heartseg.shards import inspection
-from heartseg.shards.inspection import Survey, ef_counts
 from heartseg.shards.reader import Shards, open_shards
 from heartseg.storage import filesystem
 from jobs.support import command_line
@@ -74,7 +72,7 @@ def verify(path: str) -> None:
     print(f"{path} is intact: every part is as it was written, every row decodes.\n")
 
 
-def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
+def survey_tables(opened: Shards, survey: inspection.Survey) -> list[Table]:
     """What the survey found, as tables of text."""
     patients, grouped = opened.manifest["patients"], set().union(*opened.groups.values())
     groups = [(group, str(len(names)), str(opened.num_rows(group))) for group, names in opened.groups.items()]
@@ -90,6 +88,7 @@ def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
     stills = frames.view.fillna("unknown view") + " " + frames.phase.fillna("frame")
     conventions = frames.ef_convention.fillna("not known")[frames.ef.notna()].unique()
     convention = f" ({', '.join(sorted(conventions))} convention)" if len(conventions) else ""
+    efs = inspection.ef_counts(frames.groupby("patient").ef.first())
     return [
         ("Groups", ("group", "patients", "images"), groups),
         ("Pixels by class", ("class", "share"), shares),
@@ -97,7 +96,7 @@ def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
         ("Grey levels in the files", ("", "images"), [(name, str(count)) for name, count in levels.most_common()]),
         ("Views and phases", ("", "images", ""), counts(stills)),
         ("Image quality", ("", "images", ""), counts(frames.quality.fillna("not known"))),
-        (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(ef_counts(frames.groupby("patient").ef.first()))),
+        (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(efs)),
     ]
 
 
@@ -120,8 +119,7 @@ def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: 
     )  # fmt: skip
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     options = command_line.parse_line(Options, argv, "python jobs/inspect_shards.py", "Show what shards hold, and check them.")
     if page := run(options):
         print(page)

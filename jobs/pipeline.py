@@ -8,10 +8,8 @@ import contextlib
 import datetime
 import importlib
 import json
-import logging
 import sys
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,10 +24,10 @@ from heartseg.shards.loader import check_shares
 from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
 from jobs.support import command_line
+from jobs.support.command_line import first_line, log
 from jobs.support.job_submission import ALIVE, Cluster, JobFailed
 from jobs.support.pipeline_stages import KINDS, PipelineOptions, Result, Results, Stage, build_graph, predictions_path
 
-log = logging.getLogger("heartseg.jobs")
 RECORD = "pipeline.json"
 RUNNING, DONE, FAILED, STOPPED, KILLED = "running", "done", "failed", "stopped", "killed"
 
@@ -84,7 +82,6 @@ def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[S
 
 
 def timestamp() -> str:
-    """The current time, as the file holds it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -104,18 +101,15 @@ class PipelineState:
         path = filesystem.join(out, RECORD)
         if not filesystem.exists(path):
             return cls(out)
-        try:
+        with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):
             metadata = filesystem.read_json(path)
             stages = metadata.pop("stages")
-            is_readable = all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values())
-        except (UserError, AttributeError, KeyError, TypeError):
-            is_readable = False
+            if all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values()):
+                return cls(out, metadata, stages)
         fix = "remove it and rerun pipeline.py, which keeps what is complete."
-        require(is_readable, f"{path} is not the record of a pipeline: {fix}")
-        return cls(out, metadata, stages)
+        raise UserError(f"{path} is not the record of a pipeline: {fix}")
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
         filesystem.publish_json(filesystem.join(self.out, RECORD), self.metadata | {"stages": self.stages})
 
     def result(self, stage: Stage) -> Result | None:
@@ -128,45 +122,17 @@ class PipelineState:
     def reason_to_run(self, stage: Stage, inputs: dict, is_forced: bool) -> str:
         """Why a stage has to run; empty if its result is up to date."""
         record = self.stages.get(stage.name)
-        if is_forced:
-            return "forced"
-        if not record:
-            return "not begun"
+        if is_forced or not record:
+            return "forced" if is_forced else "not begun"
         if difference := first_difference(record["inputs"], inputs):
             return f"changed: {difference if len(difference) <= 100 else difference.partition(':')[0]}"
         if record["state"] != DONE:
             return "interrupted" if record["state"] == RUNNING else record["state"]
         return "" if self.result(stage) else "its result is missing or was changed"
 
-    def unfinished(self, stage: Stage, inputs: dict) -> dict:
-        """The record of a stage that was begun with these inputs and has not ended successfully; otherwise an empty one."""
-        record = self.stages.get(stage.name)
-        return record if record and record["inputs"] == inputs and record["state"] != DONE else {}
-
-    def is_still_forced(self, stage: Stage, inputs: dict) -> bool:
-        """True if a forced stage was interrupted before it replaced the old result, or before it created its new folder."""
-        record = self.unfinished(stage, inputs)
-        if not record.get("forced"):
-            return False
-        old, path = record.get("replaces"), record["path"]
-        return stage.fingerprint(path) == old if old else not filesystem.exists(path)
-
     def attempts(self, stage: Stage) -> list[dict]:
         """The attempts at a stage so far, each of which resumed the one before."""
         return self.stages.get(stage.name, {}).get("attempts", [])
-
-    def begin(self, stage: Stage, record: dict, job: str, is_resumed: bool) -> None:
-        """Record a new attempt, or that the last one's job is followed; `job` is its id, empty in this process."""
-        attempts = self.attempts(stage) if is_resumed else []
-        for attempt in attempts:
-            if attempt["state"] == RUNNING:
-                attempt["state"] = KILLED
-        if job and attempts and attempts[-1]["job"] == job:
-            attempts[-1] |= {"state": RUNNING, "ended": None}
-        else:
-            attempts.append({"state": RUNNING, "job": job, "started": timestamp(), "ended": None})
-        self.stages[stage.name] = {"state": RUNNING, **record, "attempts": attempts, "result": None, "problem": ""}
-        self.save()
 
     def end(self, stage: Stage, state: str, result: Result | None = None, problem: str = "") -> None:
         """Record how a stage and its last attempt ended."""
@@ -187,7 +153,7 @@ class PipelineState:
             state = "interrupted" if is_orphaned else record["state"]
             now = timestamp() if is_locked else None  # the time of an attempt whose process was killed is unknown
             spans = [(attempt["started"], attempt["ended"] or (attempt["state"] == RUNNING and now)) for attempt in attempts]
-            times = [[datetime.datetime.fromisoformat(time) for time in span] for span in spans if all(span)]
+            times = [map(datetime.datetime.fromisoformat, span) for span in spans if all(span)]
             minutes, seconds = divmod(round(sum((ended - started).total_seconds() for started, ended in times)), 60)
             duration = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
             shown = record["problem"] or (record["result"] or record)["path"]
@@ -244,7 +210,7 @@ class Runner:
             except Exception as error:
                 if not retries_left or isinstance(error, (UserError, StorageRefused)):
                     raise
-                log.warning("%s failed, trying again: %s", stage.name, command_line.first_line(error))
+                log.warning("%s failed, trying again: %s", stage.name, first_line(error))
             with contextlib.suppress(Exception):  # the stage may have left this process's Ray in any state
                 import ray
 
@@ -252,19 +218,26 @@ class Runner:
 
     def attempt(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
         """Run a stage once; the state records how it ended."""
-        from_scratch = is_forced or self.state.is_still_forced(stage, inputs)
+        last = self.state.stages.get(stage.name, {})
+        unfinished = last if last.get("inputs") == inputs and last["state"] != DONE else {}
+        from_scratch = is_forced
+        if unfinished.get("forced"):  # was it interrupted before it replaced the old result, or created its new folder?
+            old, path = unfinished.get("replaces"), unfinished["path"]
+            from_scratch |= stage.fingerprint(path) == old if old else not filesystem.exists(path)
         path, flags = stage.command(results, from_scratch)
         if "config" in flags:
             text = filesystem.json_bytes(to_json(flags["config"]))
             # Named by its content: a job that waits to be started must not read the configuration of a later one.
             flags["config"] = filesystem.join(self.state.out, "stages", f"{stage.name}-{filesystem.sha256(text)[:8]}.json")
             filesystem.publish(flags["config"], text)
-        arguments = command_line.as_flags(flags)
-        is_resumed = not is_forced and self.state.unfinished(stage, inputs).get("path") == path
+        arguments, is_resumed = command_line.as_flags(flags), not is_forced and unfinished.get("path") == path
         job_id = self.choose_job(stage, is_resumed, is_forced)
-        record = {"inputs": inputs, "path": path, "arguments": arguments, "forced": from_scratch}
-        record["replaces"] = stage.fingerprint(path) if from_scratch else None
-        self.state.begin(stage, record, job_id, is_resumed)
+        self.state.stages[stage.name] = {
+            "state": RUNNING, "inputs": inputs, "path": path, "arguments": arguments, "result": None, "problem": "",
+            "attempts": begin_attempt(last["attempts"] if is_resumed else [], job_id),
+            "forced": from_scratch, "replaces": stage.fingerprint(path) if from_scratch else None,
+        }  # fmt: skip
+        self.state.save()
         try:
             if self.cluster:
                 self.cluster.run(stage.job, arguments, job_id)
@@ -274,9 +247,7 @@ class Runner:
             require(bool(fingerprint), f"{stage.name} left nothing complete at {path}: run it by hand to see why.")
         except (KeyboardInterrupt, Exception) as error:
             is_stopped = isinstance(error, KeyboardInterrupt)
-            self.state.end(
-                stage, STOPPED if is_stopped else FAILED, problem="" if is_stopped else command_line.first_line(error)
-            )
+            self.state.end(stage, STOPPED if is_stopped else FAILED, problem="" if is_stopped else first_line(error))
             if "--overwrite" in str(error):
                 log.warning("In a pipeline, --force %s does what --overwrite does.", (*stage.needs, stage.name)[0])
             raise
@@ -285,10 +256,7 @@ class Runner:
         return result
 
     def choose_job(self, stage: Stage, is_resumed: bool, is_forced: bool) -> str:
-        """The id of the job to follow, otherwise of a new one; empty without a cluster. Stops jobs that do anything different.
-
-        Raises UserError without a cluster if an earlier job may still run.
-        """
+        """The id of the job to follow, otherwise of a new one; empty without a cluster. Stops jobs of other commands."""
         attempts = [attempt for attempt in self.state.attempts(stage) if attempt["job"]]
         if not self.cluster:
             if attempts and attempts[-1]["state"] == RUNNING and not is_forced:
@@ -306,6 +274,17 @@ class Runner:
         return f"{stage.name}-{uuid.uuid4().hex[:8]}"
 
 
+def begin_attempt(attempts: list[dict], job: str) -> list[dict]:
+    """The attempts that a new one resumes, and itself, or the last one if its job is followed; `job`: its id, or empty."""
+    for attempt in attempts:
+        if attempt["state"] == RUNNING:
+            attempt["state"] = KILLED
+    if job and attempts and attempts[-1]["job"] == job:
+        attempts[-1] |= {"state": RUNNING, "ended": None}
+        return attempts
+    return [*attempts, {"state": RUNNING, "job": job, "started": timestamp(), "ended": None}]
+
+
 def show_status(out: str = "results") -> None:
     """Show the state of each stage of a pipeline.
 
@@ -318,8 +297,7 @@ def show_status(out: str = "results") -> None:
     print(state.format_table(locks.is_held(path)))
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     if argv and argv[0] == "status":
         command_line.parse_line(show_status, argv[1:], "python jobs/pipeline.py status")
         return

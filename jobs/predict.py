@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Before torch is imported: its threads would spin while they wait, on the cores that read and write the files.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,13 +21,10 @@ from heartseg import __version__
 from heartseg.config.experiment import PredictConfig, to_json
 from heartseg.datasets import readers
 from heartseg.datasets.nifti import DamagedRecording
-from heartseg.datasets.readers import Frames
 from heartseg.errors import UserError, require
 from heartseg.inference import study_files, study_results
 from heartseg.inference.batch_inference import outline
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
-from heartseg.inference.study_files import Clip
-from heartseg.inference.study_results import ClipResult
 from heartseg.labels import PHASES, Phase, View
 from heartseg.metrics import ed_es_detection
 from heartseg.reporting import plots
@@ -62,8 +58,7 @@ class Options:
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
-    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM whose frames may show a name: without an ultrasound region
-    to cut them to, or marked as having text burned in."""
+    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM that may show a name (burned in, or no region to cut to)."""
     which: Literal["last", "best"] = "last"
     """The checkpoint of a run; `best` is chosen on val (if there is a val group)."""
     key: str = ""
@@ -93,16 +88,16 @@ def run(options: Options) -> str:
     return out
 
 
-def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[Clip], out: str) -> None:
+def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str) -> None:
     """Write masks and pictures of each clip, then the tables of all."""
     done, damaged, without_picture = [], [], []
     if others := study_files.clear(out, clips):
         print(f"{out} held the results of {others} files that are not among the inputs: they were removed.")
 
-    def read(clip: Clip, admit: Callable[[int], None]) -> Frames:
+    def read(clip: study_files.Clip, admit: Callable[[int], None]) -> readers.Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)
 
-    def finish(clip: Clip, frames: Frames, masks: np.ndarray, confidences: list[float]) -> ClipResult:
+    def finish(clip, frames, masks, confidences) -> study_results.ClipResult:
         result = study_results.finish(out, clip, frames, masks, confidences)
         if options.overlays == "on" or (options.overlays == "auto" and not frames.may_show_text):
             write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in result.phases.items()})
@@ -135,7 +130,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[C
         print(f"{len(without_picture)} DICOM files hold no picture, as reports and measurements do: listed in studies.json.")
 
 
-def write_curve(out: str, found: ClipResult) -> None:
+def write_curve(out: str, found: study_results.ClipResult) -> None:
     """Plot a sequence's volume over its frames, in ml or in % of ED, without those whose outline failed."""
     ed, es = (found.phases[phase][0] for phase in PHASES)
     curve = ed_es_detection.plausible(found.volumes_ml)
@@ -144,7 +139,7 @@ def write_curve(out: str, found: ClipResult) -> None:
     filesystem.publish(study_files.output(out, found.clip, "_curve.png"), plots.save_png(figure))
 
 
-def print_results(rows: list[dict], done: list[ClipResult], damaged: list[dict], shown: int = 20) -> None:
+def print_results(rows: list[dict], done: list[study_results.ClipResult], damaged: list[dict], shown: int = 20) -> None:
     """The first patients' ejection fractions, and the files to check; everything is in the tables."""
     remarks = {found.clip.patient: found.clip.remark for found in done if found.clip.remark}
     noted = {found.clip.stem: "; ".join(found.notes) for found in done if found.notes}
@@ -161,8 +156,7 @@ def print_results(rows: list[dict], done: list[ClipResult], damaged: list[dict],
     print(f"{study_results.INTENDED_USE.capitalize()}.")
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Outline the left ventricle, its wall and the left atrium in new echocardiograms, and tabulate ejection fractions."
     print(run(command_line.parse_line(Options, argv, "python jobs/predict.py", about)))
 

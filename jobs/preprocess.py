@@ -1,11 +1,10 @@
 """NIfTI files to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`.
 
-`--source` is the CAMUS release, or anyone's folder of images/PATIENT_ANYTHING.nii.gz and masks/PATIENT_ANYTHING.nii.gz
-(heartseg/datasets/image_folder.py describes the layout).
+`--source` is the CAMUS release, or anyone's folder of images and masks (its layout: heartseg/datasets/image_folder.py).
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from heartseg.datasets.source import open_source
 from heartseg.errors import require
 from heartseg.shards import preprocessing, writer
 from heartseg.storage import filesystem
-from jobs.support import command_line, ray_preprocessing
+from jobs.support import command_line
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ def run(experiment: Experiment, options: Options) -> None:
         source = open_source(path, options.patient_pattern, options.dataset)
         write = preprocessing.write_parts_here
         if options.launcher == "ray":
+            from jobs.support import ray_preprocessing
+
             write = partial(ray_preprocessing.write_parts_with_ray, workers=experiment.workers)
         shards = preprocessing.write_shards(
             source, out, experiment.image, experiment.split, options.frames, share, options.overwrite, options.resplit,
@@ -101,8 +102,7 @@ def show_ignored(unnamed: list[str], of_patients: list[str]) -> None:
             print(f"ignored  {len(names)} {what}, such as {names[0]}")
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = f"Turn a CAMUS folder, or anyone's {image_folder.LAYOUT}, into Parquet shards."
     run(*command_line.parse(Options(), argv, "preprocess.py", about))
 

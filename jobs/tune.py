@@ -5,11 +5,9 @@ training group and written as `best.json`, which `jobs/train.py --config` takes.
 """
 
 import importlib.util
-import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -31,9 +29,9 @@ from heartseg.training.worker import check_plan, open_data
 from heartseg.tuning import search_space
 from heartseg.tuning import sweep as sweeps
 from heartseg.tuning.sweep import METRIC, Sweep, SweepPlan
-from jobs.support import command_line, ray_runtime
+from jobs.support import command_line
+from jobs.support.command_line import log
 
-log = logging.getLogger("heartseg.jobs")
 # Share of the training group that the winner is chosen on if the recipe names none; as many as a CAMUS validation group.
 HOLDOUT = 0.125
 
@@ -109,25 +107,25 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
     if options.plan.stop_early and not sweeps.rungs(sweep):
-        log.info("No trial is stopped early: with %d epochs there is no time for a comparison.", sweep.base.train.epochs)
+        log.info("No trial is stopped early: %d epochs leave no time for a comparison.", sweep.base.train.epochs)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
-    workers = sweep.base.workers
-    ray_runtime.start_ray(workers)
     from ray import tune
 
-    from jobs.support import ray_trials
+    from jobs.support import ray_runtime, ray_training
 
+    workers = sweep.base.workers
+    ray_runtime.start_ray(workers)
     # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
     log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
     resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
-        tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
+        tune.with_resources(ray_training.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
         tune_config=tune.TuneConfig(
-            search_alg=ray_trials.Suggestions(sweep, shards, options.num_trials, resources),
-            scheduler=ray_trials.Rungs(sweep),
+            search_alg=ray_training.Suggestions(sweep, shards, options.num_trials, resources),
+            scheduler=ray_training.Rungs(sweep),
             num_samples=-1,
             max_concurrent_trials=concurrent,
             time_budget_s=budget_s or None,
@@ -136,7 +134,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
             name=filesystem.last_part(sweep.path),
             storage_path=filesystem.join(sweep.path, "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[ray_trials.Progress(lambda: publish(sweep))],
+            callbacks=[ray_training.Progress(lambda: publish(sweep))],
             verbose=0,
         ),
     )
@@ -180,8 +178,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
         print("no trial has finished: rerun the same command to resume, with a longer --time-budget")
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Sweep the learning-rate schedule; the same command resumes."
     experiment, options = command_line.parse(Options(), argv, "tune.py", about)
     plan, unused = options.plan, {}

@@ -22,8 +22,6 @@ from jobs.benchmarks.two_sides import CPU, Row, Table, in_turn
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
-
     source: str = ""
     """A CAMUS tree, of which the first images count; synthetic ones of the release's size if not given."""
     images: int = 200

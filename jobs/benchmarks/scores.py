@@ -1,7 +1,4 @@
-"""Surface distances against MONAI's metric classes, and volumes: `python jobs/benchmark.py scores --source CAMUS`.
-
-All is measured on one core; both sides take the same masks and the same spacings.
-"""
+"""Surface distances against MONAI's metrics, and volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,8 +22,6 @@ BEND_PIXELS, BEND_LENGTH_PIXELS = 2.0, 12.0
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure on."""
-
     source: str = ""
     """Folder of the CAMUS release, or of a phantom."""
     images: int = 20

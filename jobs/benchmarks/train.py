@@ -1,6 +1,6 @@
 """Training speed in tables of two sides: `python jobs/benchmark.py train`, or some sections, `--sections plain,metrics`.
 
-A section is a function of the bench that returns its tables. The baseline trains as public repositories on CAMUS do: it reads a
+A section is a function of the bench that returns its table. The baseline trains as public repositories on CAMUS do: it reads a
 NIfTI pair with nibabel and resizes it each time an image is needed, computes in float32 in the ordinary memory layout, and
 fetches the loss and a Dice made in Python at every step.
 """
@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset
@@ -42,7 +41,7 @@ from heartseg.shards.reader import FrameRows, load_groups
 from heartseg.storage import filesystem
 from heartseg.training import engine
 from heartseg.training.distributed import Ranks
-from jobs.benchmarks.two_sides import Cost, Row, Table, cost_of, in_turn, run_sections
+from jobs.benchmarks.two_sides import Cost, Row, Table, cost_of, in_turn
 
 Backbone = Literal["resnet101", "resnet50", "mobilenet_v3_large"]
 Losses = Iterator[torch.Tensor]
@@ -56,10 +55,8 @@ SEED_EPOCHS, SEED_TRAINING, SEED_TEST = 170, 1600, 400
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and on what."""
-
     sections: str = "all"
-    """Sections by name, with commas between them: plain, convolutions, metrics, peak, ray; `all` are all."""
+    """What to measure, with commas between: plain, convolutions, metrics, peak, ray."""
     source: str = ""
     """Folder of the CAMUS release; synthetic patients if not given."""
     backbone: Backbone = "resnet101"
@@ -89,15 +86,11 @@ class Bench:
     def experiment(self, backbone: Backbone | None = None, size: int | None = None, **train) -> Experiment:
         """The seed recipe without dropout, which would draw differently on two sides; by default of the settings' size."""
         recipe, side = seed(), size or self.options.size
-        return replace(
-            recipe,
-            image=ImageConfig(side, side),
-            model=replace(recipe.model, backbone=backbone or self.options.backbone, dropout=0.0),
-            train=replace(recipe.train, **{"batch_size": self.options.batch} | train),
-            tracking=TrackingConfig(wandb="off"),
-        )
+        model = replace(recipe.model, backbone=backbone or self.options.backbone, dropout=0.0)
+        train = replace(recipe.train, **{"batch_size": self.options.batch} | train)
+        return replace(recipe, image=ImageConfig(side, side), model=model, train=train, tracking=TrackingConfig(wandb="off"))
 
-    def model(self, experiment: Experiment, own_convolutions: bool = True) -> nn.Module:
+    def model(self, experiment: Experiment, own_convolutions: bool = True) -> torch.nn.Module:
         """The experiment's network with its first weights, on the device."""
         torch.manual_seed(experiment.train.seed)
         return build_model(experiment.model, own_convolutions).to(self.device)
@@ -153,21 +146,30 @@ class Bench:
 
 
 def run(options: Options) -> list[Table]:
-    """Measure the sections one after the other, and print each as it is done."""
+    """Measure the sections one after the other, but for those that lack a package, and print each table when it is done."""
     fit = min(options.batch - 1, options.steps, options.pairs) >= 1
     require(fit, "--steps and --pairs must be at least 1, --batch at least 2.")
+    names, tables = list(SECTIONS) if options.sections == "all" else options.sections.split(","), []
+    for name in names:
+        require(name in SECTIONS, f"{name!r} is not a section: use some of {', '.join(SECTIONS)}.")
     torch.set_num_threads(os.cpu_count() or 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        return run_sections(options.sections, SECTIONS, Bench(options, folder, device), device=device)
+        bench = Bench(options, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        for name in names:
+            try:
+                tables.append(SECTIONS[name](bench))
+            except ModuleNotFoundError as error:
+                print(f"\n{name} left out: the package {error.name} is not installed")
+            else:
+                tables[-1].show(bench.device)
+    return tables
 
 
 def about(experiment: Experiment) -> str:
-    """What is computed, for the name of a row."""
     return f"{experiment.model.backbone}, {experiment.image.height} px, batch {experiment.train.batch_size}"
 
 
-def measure_plain(bench: Bench) -> list[Table]:
+def measure_plain(bench: Bench) -> Table:
     """Images per second and memory of the baseline and of our steps, in turn, and the losses of the same steps."""
     experiment, batch, losses = bench.experiment(), bench.options.batch, ([], [])
 
@@ -185,10 +187,10 @@ def measure_plain(bench: Bench) -> list[Table]:
         rows.insert(1, Row("training", batch / ours.cpu_s, "images/s of a core", batch / base.cpu_s))
     for step, (one, other) in enumerate(zip(*losses, strict=True), 1):
         rows.append(Row(f"loss of step {step}", other.item(), "", one.item()))
-    return [Table(f"plain: {about(experiment)}", ("baseline", "ours"), rows)]
+    return Table(f"plain: {about(experiment)}", ("baseline", "ours"), rows)
 
 
-def measure_convolutions(bench: Bench) -> list[Table]:
+def measure_convolutions(bench: Bench) -> Table:
     """Our steps with the convolutions of `heartseg.models.convolutions` and with PyTorch's own."""
     batch, rows = bench.options.batch, []
     for experiment in (bench.experiment(), bench.experiment(SMALL, 192)):
@@ -196,10 +198,10 @@ def measure_convolutions(bench: Bench) -> list[Table]:
         theirs, ours = bench.steps_in_turn(*(bench.our_steps(experiment, batches, own) for own in (False, True)))
         note = f"{ours.wall_s:.2f} against {theirs.wall_s:.2f} s a step"
         rows.append(Row(about(experiment), batch / ours.wall_s, "images/s", batch / theirs.wall_s, note))
-    return [Table("convolutions: training", ("PyTorch's", "ours"), rows)]
+    return Table("convolutions: training", ("PyTorch's", "ours"), rows)
 
 
-def measure_metrics(bench: Bench) -> list[Table]:
+def measure_metrics(bench: Bench) -> Table:
     """What the scores of an evaluation cost beside its forward passes."""
     rows = []
     for experiment in (bench.experiment(batch_size=4), bench.experiment(SMALL, 128, batch_size=32)):
@@ -208,7 +210,7 @@ def measure_metrics(bench: Bench) -> list[Table]:
         forward_ms, scores_ms = (1000 * cost.wall_s for cost in in_turn(sides, 5, bench.device))
         scores_ms /= BATCHES_SCORED
         rows.append(Row(about(experiment), scores_ms, "ms", forward_ms, f"{scores_ms / forward_ms:.2%}, at most 2 %"))
-    return [Table("metrics: an evaluation", ("forward pass", "scores"), rows)]
+    return Table("metrics: an evaluation", ("forward pass", "scores"), rows)
 
 
 def forward_pass(bench: Bench, experiment: Experiment) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
@@ -226,7 +228,7 @@ def score_batches(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, float]
     return sums.means()
 
 
-def measure_peak(bench: Bench) -> list[Table]:
+def measure_peak(bench: Bench) -> Table:
     """Our training steps, by batch on a GPU, beside matrix products of as many operations; evaluation; the seed in hours."""
     on_gpu, experiment, peaks, rates = bench.device.type == "cuda", bench.experiment(), matrix_rates(bench), {}
     flop, steps = flop_per_image(bench, experiment), 20 if on_gpu else bench.options.steps
@@ -247,7 +249,7 @@ def measure_peak(bench: Bench) -> list[Table]:
         name, note = f"170 epochs of the seed, evaluated by {batch}", "estimated from these rates, not run"
         rows.append(Row(name, hours, "h", note=note))
     title = f"peak: {experiment.model.backbone}, {experiment.image.height} px"
-    return [Table(title, ("matrix product", "ours"), rows)]
+    return Table(title, ("matrix product", "ours"), rows)
 
 
 def matrix_rates(bench: Bench) -> dict[str, float]:
@@ -273,7 +275,7 @@ def flop_per_image(bench: Bench, experiment: Experiment) -> float:
     return counter.get_total_flops() / 2
 
 
-def measure_ray(bench: Bench) -> list[Table]:
+def measure_ray(bench: Bench) -> Table:
     """An epoch under Ray and in a plain process, whole runs of jobs/train.py in turn; and the time to their first step."""
     import ray  # noqa: F401  (a machine without Ray leaves this section out)
 
@@ -292,14 +294,11 @@ def measure_ray(bench: Bench) -> list[Table]:
         Row("an epoch", under_ray[1], "s", plain[1], f"{100 * longer:+.1f} % in the median of {pairs} pairs, at most 3"),
         Row("from the command to the first step", under_ray[0], "s", plain[0], "under 30 on 2 cores"),
     ]
-    return [Table(f"ray: {about(experiment)}", ("plain process", "under Ray"), rows)]
+    return Table(f"ray: {about(experiment)}", ("plain process", "under Ray"), rows)
 
 
 def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float, float]:
-    """Seconds from the command of a training run of two epochs to its first step, and of its second epoch.
-
-    The epoch is counted from one set of samples to the next: what its end costs, Ray's report included, is part of it.
-    """
+    """Seconds from the command of a run of two epochs to its first step, and of its second epoch, Ray's report included."""
     runs, config = (os.path.join(folder, name) for name in ("runs", "experiment.json"))
     filesystem.publish_json(config, to_json(experiment))
     job = Path(__file__).resolve().parents[1] / "train.py"
@@ -312,6 +311,7 @@ def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float,
                 first_s = time.perf_counter() - started
     if process.returncode or first_s is None:
         raise UserError(f"{' '.join(command)} failed: {''.join(lines[-3:])}")
+    # An epoch is counted from one set of samples to the next: what its end costs is part of it.
     ends = [next(Path(runs).glob(f"*/samples/{name}.npz")).stat().st_mtime for name in ("first", "last")]
     shutil.rmtree(runs)
     return first_s, ends[1] - ends[0]
@@ -352,7 +352,7 @@ def dice_in_python(logits: torch.Tensor, masks: torch.Tensor) -> float:
     return float(np.mean(found))
 
 
-SECTIONS: dict[str, Callable[[Bench], list[Table]]] = {
+SECTIONS: dict[str, Callable[[Bench], Table]] = {
     "plain": measure_plain, "convolutions": measure_convolutions, "metrics": measure_metrics, "peak": measure_peak,
     "ray": measure_ray,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -45,10 +46,6 @@ EXIT_USER_ERROR = 2
 EXIT_STORAGE_ERROR = 75
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: the job ends in order. A KeyboardInterrupt, since nothing else ends a wait of Ray's."""
-
-
 def main(job: Callable[[Sequence[str]], None]) -> None:
     """Run a job; a user's mistake or a refused write becomes a one-line message and exit code 2, an outage one and 75."""
     if job.__module__ == "__main__":
@@ -87,7 +84,7 @@ def install_sigterm_handler() -> None:
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
-        raise Terminated
+        raise KeyboardInterrupt  # nothing else ends a wait of Ray's
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
@@ -126,8 +123,7 @@ def configure_logging() -> None:
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
     """A recipe (`seed` if none is named) or `--config FILE`, and changes to it: the experiment and the job's options.
 
-    `options` is an instance of the job's own dataclass, whose `unused` holds the experiment's fields that have no effect in
-    the job, and why. Raises UserError for any mistake on the command line.
+    The class of `options` has an `unused`: the experiment's fields that have no effect in the job, and why.
     """
     words, config = _split_words(argv)
     fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
@@ -141,7 +137,7 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
     if config:
         require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
     elif recipe != likely:
-        require(recipe in RECIPES, f"There is no recipe {recipe!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
+        require(recipe in RECIPES, f"{recipe!r} is not a recipe: use one of {', '.join(RECIPES)}, or --config FILE.")
         base = RECIPES[recipe]()
         command = parse_changes(default=kind("", base, options))
     refuse_unused(base, command.experiment, command.options.unused)
@@ -151,18 +147,16 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
 def refuse_unused(base: object, changed: object, unused: Mapping[str, str]) -> None:
     """Raise UserError for a changed field of a dataclass that has no effect; `unused` holds the reason by a field's name."""
     before, after = flatten(to_json(base)), flatten(to_json(changed))
-    for field in after:
+    for field, value in after.items():
         reason = unused.get(field) or unused.get(field.partition(".")[0])
-        if reason and after[field] != before[field]:
-            raise UserError(f"--{field.replace('_', '-')} {after[field]} has no effect here: {reason}. Leave it out.")
+        message = f"--{field.replace('_', '-')} {value} has no effect here: {reason}. Leave it out."
+        require(not reason or value == before[field], message)
 
 
 def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
     """The words without `--config FILE`, and that file; `--workers 1:4` and `optim.lr=0.001` are spelled out as flags."""
-    words: list[str] = []
-    for word in argv:
-        words += word.split("=", 1) if word.startswith(("--config=", "--workers=")) else [word]
-    config = ""
+    parts = [word.split("=", 1) if word.startswith(("--config=", "--workers=")) else [word] for word in argv]
+    words, config = list(itertools.chain(*parts)), ""
     if "--config" in words:
         place = words.index("--config")
         require(place + 1 < len(words), "--config needs a file: the complete experiment as JSON.")
@@ -219,9 +213,8 @@ def with_environment(experiment: Experiment) -> Experiment:
     """The experiment with absolute paths, those that were not given taken from the environment."""
     defaults = {"source": "HEARTSEG_SOURCE", "data": "HEARTSEG_DATA", "runs": "HEARTSEG_RUNS"}
     paths = {name: getattr(experiment, name) or os.environ.get(variable, "") for name, variable in defaults.items()}
-    if JOB_CONFIG not in os.environ:  # a submitted job's folder is a temporary copy
-        paths["runs"] = paths["runs"] or "runs"
-    paths["out"] = experiment.out
+    here = "" if JOB_CONFIG in os.environ else "runs"  # a submitted job's folder is a temporary copy
+    paths |= {"runs": paths["runs"] or here, "out": experiment.out}
     return replace(experiment, **{name: absolute(path, name) for name, path in paths.items() if path})
 
 

@@ -25,7 +25,7 @@ from heartseg.reporting.report import write_report
 from heartseg.shards.reader import Shards, open_shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from jobs.support import command_line, ray_runtime
+from jobs.support import command_line
 
 # Patients that a worker gets at a time: 16 images, one or a few batches.
 PATIENTS_PER_TASK = 4
@@ -45,8 +45,7 @@ class ScoringOptions:
     dataset: Literal["", "camus"] = ""
     """`camus`: the tree of --truth is the CAMUS release, fetched by other means than jobs/download.py."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
-    """Group of patients; `auto` is test if there is one, otherwise val. `holdout`: the patients that --train.holdout took from
-    the training group."""
+    """Group of patients; `auto`: test if there is one, otherwise val. `holdout`: those that --train.holdout took from train."""
     which: Literal["auto", "last", "best"] = "auto"
     """`best` is chosen on val; `auto` takes it only to report on test, and otherwise the last one."""
     workers: int = 1
@@ -67,8 +66,7 @@ class Options(ScoringOptions):
     checkpoint: str = ""
     """Folder of a run, or of one of its checkpoints."""
     predictions: str = ""
-    """Folder of NIfTI masks to score against --truth, instead of a checkpoint's; nnU-Net's do as well. With --group auto,
-    everyone who has a mask is scored."""
+    """Folder of NIfTI masks to score against --truth, also nnU-Net's; with --group auto, everyone who has a mask."""
     pattern: str = ""
     """File of a mask below --predictions, as {patient}/{patient}_{view}_{phase}.nii.gz; found by its name if not given."""
     ensemble: tuple[str, ...] = ()
@@ -113,11 +111,6 @@ class ScoredImages:
             return self.shards.fingerprint
         listing = camus.CamusTree(self.path).list_files(self.groups["all"])
         return filesystem.sha256(canonical(camus.names_and_sizes(listing)))
-
-    def truth(self, group: str) -> ShardTruth | TreeTruth:
-        """The group's cases; those held out are rows of the training group."""
-        group = "train" if group == HOLDOUT else group
-        return ShardTruth(self.shards, group) if self.shards else TreeTruth(self.path)
 
 
 def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
@@ -182,8 +175,10 @@ def plan_checkpoint(options: Options) -> EvaluationPlan:
     done = [f"ensemble{len(found)}"] * (len(found) > 1) + [name for name, on in post.items() if on]
     name = "-".join(["evaluation", group, *([] if images.shards else [filesystem.last_part(images.path)]), *done])
     out = command_line.absolute(options.out, "out") if options.out else filesystem.join(owners[0].path, name)
+    # Those held out are rows of the training group.
+    truth = ShardTruth(images.shards, "train" if group == HOLDOUT else group) if images.shards else TreeTruth(images.path)
     checkpoints, patients = tuple(each.path for each in found), sorted(images.groups[group])
-    return EvaluationPlan(images.truth(group), checkpoints, patients, out, owners[0].path, options.post, described)
+    return EvaluationPlan(truth, checkpoints, patients, out, owners[0].path, options.post, described)
 
 
 def plan_files(options: Options) -> EvaluationPlan:
@@ -203,6 +198,13 @@ def plan_files(options: Options) -> EvaluationPlan:
     described = {"predictions": masks.folder, "truth": images.path, "group": group, "dataset": images.dataset}
     described["post"] = to_json(options.post)
     return EvaluationPlan(TreeTruth(images.path, images=False), masks, chosen, out, None, options.post, described)
+
+
+def read_complete(folder: str, described: dict) -> dict | None:
+    """The summary of a complete evaluation in a folder; None if there is none, or if it is not of what `described` holds."""
+    files = [filesystem.join(folder, name) for name in (scoring.SUMMARY, scoring.IMAGES, scoring.PATIENTS, scoring.PAGE)]
+    summary = filesystem.read_json(files[0]) if all(map(filesystem.exists, files)) else {}
+    return summary if summary and {name: summary.get(name) for name in described} == described else None
 
 
 def score(plan: EvaluationPlan, options: Options) -> dict:
@@ -267,6 +269,8 @@ def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> 
     """Predict on actors (with a GPU each if there are any) and score on CPUs meanwhile; results in the tasks' order."""
     import ray
     from ray.util import ActorPool
+
+    from jobs.support import ray_runtime
 
     ray_runtime.start_ray(workers)
     share = ray_runtime.worker_resources(workers)

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from heartseg.errors import UserError, require
-from jobs.support import command_line, ray_runtime
+from jobs.support import command_line
+from jobs.support.command_line import first_line, log
 
-log = logging.getLogger("heartseg.jobs")
 POLL_INTERVAL_S = 1.0
 MAX_LOG_BYTES_PER_S = 1_000_000
 # A dashboard that has not answered for so long will not come back by itself.
@@ -20,8 +20,6 @@ DASHBOARD_TIMEOUT_S = 120.0
 # A stopped job has Ray's grace period (3 s by default on the head) and the time that its workers take to exit.
 STOP_TIMEOUT_S = 60.0
 ALIVE = ("PENDING", "RUNNING")
-# Ray's loggers that report every file that is not uploaded and every connection that ends.
-VERBOSE_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", ray_runtime.UPLOAD_LOGGER)
 
 
 class JobFailed(RuntimeError):
@@ -35,7 +33,10 @@ class Cluster:
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
-        for name in VERBOSE_LOGGERS:
+        from jobs.support import ray_runtime
+
+        # They report every file that is not uploaded and every connection that ends.
+        for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", ray_runtime.UPLOAD_LOGGER):
             logging.getLogger(name).setLevel(logging.WARNING)
         fix = 'start one (cluster/local.sh start), set its address and token (eval "$(cluster/local.sh env)"), or use --local.'
         # Without an address, Ray would use whichever cluster was started last on this machine.
@@ -44,13 +45,10 @@ class Cluster:
         try:
             self.client = JobSubmissionClient()
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise UserError(f"--submit finds no cluster ({command_line.first_line(error)}): {fix}") from error
+            raise UserError(f"--submit finds no cluster ({first_line(error)}): {fix}") from error
 
     def run(self, job: str, arguments: list[str], job_id: str) -> None:
-        """Run a job under an id until it ends, or follow the job that already has this id; prints its output.
-
-        Raises UserError for a user's mistake, JobFailed for any other failure; stops the job on KeyboardInterrupt.
-        """
+        """Run a job under an id until it ends, or follow the one that has it; raises UserError for a mistake, or JobFailed."""
         try:
             self.submit(job, arguments, job_id)
             output = self.follow(job_id)
@@ -119,10 +117,7 @@ class Cluster:
             log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)
 
     def ask(self, question: Callable[..., Any], *arguments: str) -> Any:
-        """A reply of the cluster, None for a job that it does not know; asks again while it does not answer.
-
-        Raises UserError if it refuses the request, or if it does not answer for DASHBOARD_TIMEOUT_S.
-        """
+        """A reply of the cluster, None for a job that it does not know; waits up to DASHBOARD_TIMEOUT_S for an answer."""
         from ray.exceptions import AuthenticationError
 
         end = time.monotonic() + DASHBOARD_TIMEOUT_S
@@ -134,10 +129,8 @@ class Cluster:
                 if "does not exist" in str(error) or code and code[1] == "404":
                     return None
                 if not isinstance(error, OSError) and not (code and code[1] >= "500"):
-                    raise UserError(
-                        f"The cluster refuses the request ({command_line.first_line(error)}): check its token."
-                    ) from error
+                    raise UserError(f"The cluster refuses the request ({first_line(error)}): check its token.") from error
                 if time.monotonic() > end:
                     fix = "once it does, rerun the same command to resume."
-                    raise UserError(f"The cluster does not answer ({command_line.first_line(error)}): {fix}") from error
+                    raise UserError(f"The cluster does not answer ({first_line(error)}): {fix}") from error
                 time.sleep(POLL_INTERVAL_S)

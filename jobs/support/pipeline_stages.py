@@ -27,6 +27,7 @@ from jobs.support import command_line, evaluation
 
 Kind = Literal["preprocess", "tune", "train", "evaluate", "pool", "predict"]
 KINDS = get_args(Kind)
+SCORES = ("summary.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,9 @@ def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions
         return path, flags | {"max_quarantined": options.max_quarantined, "overwrite": from_scratch or is_outdated()}
 
     def read_fingerprint(path: str) -> str | None:
-        if not hash_complete(path, MANIFEST, SPLITS):
-            return None
-        shards = open_shards(path)
-        check_sizes(shards)
-        return shards.fingerprint
+        if hash_complete(path, MANIFEST, SPLITS):
+            check_sizes(shards := open_shards(path))
+            return shards.fingerprint
 
     return Stage(name, "preprocess", (), inputs, command, read_fingerprint)
 
@@ -236,11 +235,6 @@ def train_stage(name: str, data: str, sweep: str, experiment: Experiment) -> Sta
     return Stage(name, "train", (data, sweep) if sweep else (data,), inputs, command, read_fingerprint)
 
 
-def read_scores(path: str) -> str | None:
-    """The hash of an evaluation's scores; None if it is not complete."""
-    return hash_complete(path, "summary.json", "report.html")
-
-
 def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
     """Scores and report of a trained model on its test group, otherwise on val."""
 
@@ -252,7 +246,7 @@ def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
         out = evaluation.plan_checkpoint(evaluation.Options(**asked)).out
         return out, asked | {"workers": workers, "overwrite": from_scratch}
 
-    return Stage(name, "evaluate", (data, run), inputs, command, read_scores)
+    return Stage(name, "evaluate", (data, run), inputs, command, lambda path: hash_complete(path, *SCORES))
 
 
 def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
@@ -262,7 +256,7 @@ def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
         "pool", "evaluate", evaluations,
         lambda results: {"evaluations": [results[name].fingerprint for name in evaluations]},
         lambda results, _: (path, {"pool": [results[name].path for name in evaluations], "out": path}),
-        read_scores,
+        lambda path: hash_complete(path, *SCORES),
     )  # fmt: skip
 
 

@@ -10,6 +10,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
 from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
 from jobs.support.command_line import JOB_CONFIG, ROOT, first_line, log
@@ -20,7 +25,7 @@ MAX_TRIES = 3
 SECONDS_TO_GROW = 30
 # How long the head of a cluster may take to accept a connection.
 CONNECT_TIMEOUT_S = 10
-PLACEMENT = "placement_group"
+PLACEMENT = "placement_group"  # file of a run's folder: the reservation of the cluster that its workers live in
 UPLOAD_LOGGER, REPORT_LOGGER = "ray._private.runtime_env.packaging", "ray.train.v2._internal.execution.context.__file__"
 # What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
 RAY_PRIVATE = {
@@ -33,7 +38,6 @@ RAY_PRIVATE = {
     "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
     "ray.core.generated.autoscaler_pb2": "Tests announce an autoscaler's plan: find the new protobuf module.",
     "ray._private.ray_constants": "Reaches a cluster on 127.0.0.1: see what ray.init makes of that address.",
-    "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT": "Kubernetes' probes: see `ray start --help`.",
 }
 
 
@@ -52,8 +56,6 @@ def cluster_address() -> str:
 
 def start_ray(workers: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start a Ray of this process's own; raises UserError if no cluster answers there."""
-    import ray
-
     # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits, by default up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray's watch for nodes that are about to be preempted is one more process at each start of the workers, and an error in the
@@ -81,9 +83,6 @@ def start_ray(workers: int) -> None:
 
 
 def _start_own_ray() -> None:
-    """Start a Ray on loopback that ends with this process."""
-    import ray
-
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
     # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
@@ -97,8 +96,6 @@ def _start_own_ray() -> None:
 
 def _join_cluster(address: str) -> None:
     """Join a cluster; raises UserError if it does not answer, which Ray itself reports after minutes."""
-    import ray
-
     found = address
     try:
         if address == "auto":
@@ -134,10 +131,8 @@ def worker_resources(workers: int) -> dict[str, float]:
 
 
 def share_of_cores(nodes: Sequence[float], workers: int) -> int:
-    """Cores for each of `workers` on nodes of so many: the most with which all of them fit, and at least 1.
-
-    A worker lives on one node, so the cores left over on two nodes do not make another one.
-    """
+    """Cores for each of `workers` on nodes of so many: the most with which all of them fit, and at least 1."""
+    # A worker lives on one node, so the cores left over on two nodes do not make another one.
     even = min(int(max(nodes, default=1)), int(sum(nodes) // workers))
     return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
 
@@ -150,9 +145,6 @@ def room_for(workers: int) -> int:
 
 
 def _on_each_node(kind: str) -> list[float]:
-    """What each living node has of a resource."""
-    import ray
-
     return [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
 
 
@@ -164,13 +156,7 @@ def _after_autoscaling(kind: str) -> float:
 def build_trainer(
     loop: Callable, config: dict, workers: int | tuple, resources: dict, folder: str, tries: int = MAX_TRIES, callbacks=()
 ) -> Any:
-    """Ray Train's trainer of a function that every worker runs with `config`, for one fit.
-
-    With two numbers of `workers` it is elastic: it shrinks at once when nodes are lost, and grows onto new ones.
-    """
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
+    """Ray Train's trainer of a function that every worker runs with `config`; two numbers of `workers` make it elastic."""
     # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
     trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
     scaling = {"num_workers": workers, "resources_per_worker": resources, "use_gpu": "GPU" in resources}
@@ -185,20 +171,9 @@ def build_trainer(
     return trainer(loop, train_loop_config=config, scaling_config=scaling_config, run_config=run)
 
 
-def note_placement(path: str) -> None:
-    """Write into a run's folder which reservation of the cluster this worker lives in."""
-    import ray
-
-    filesystem.publish(filesystem.join(path, PLACEMENT), ray.util.get_current_placement_group().id.hex().encode())
-
-
 def free_placement(path: str) -> None:
-    """Release what the last workers of a run had reserved, which Ray Train may not do for a run that was ended from outside.
-
-    It leaves that to an actor that dies of one failed request to the cluster, which then stays full for ever.
-    """
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
+    """Release what the last workers of a run had reserved."""
+    # For a run that was ended from outside, Ray Train leaves that to an actor that dies of one failed request.
     noted = filesystem.join(path, PLACEMENT)
     if filesystem.exists(noted):
         number = ray_private("ray._raylet.PlacementGroupID")(bytes.fromhex(filesystem.read_bytes(noted).decode()))

@@ -6,15 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
 
-from heartseg.errors import UserError
 from heartseg.storage import filesystem
 from helpers.experiments import ROOT
 from helpers.wandb_server import KEY, serving
@@ -41,13 +39,7 @@ def test_the_doctor_checks_everything_and_keeps_nothing(tmp_path, monkeypatch, c
 
 WITHOUT_TORCH = """
 import importlib.metadata as metadata, runpy, sys
-
-class Missing:
-    def find_spec(name, path=None, target=None):
-        if name == "torch":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Missing)
+sys.modules["torch"] = None
 metadata.version = lambda name, real=metadata.version: real("no-such-package" if name == "torch" else name)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -73,11 +65,6 @@ def test_the_table_ends_with_what_is_wrong_and_its_fix(monkeypatch, capsys):
         doctor.job([])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["! ray is not installed.", "  Install it."] and "! ray     –" in lines and stopped.value.code == 1
-
-
-def test_a_mistake_on_the_command_line_is_a_user_error():
-    with pytest.raises(UserError, match="--seconds must be positive"):
-        doctor.job(["--seconds", "0"])
 
 
 def test_a_check_that_fails_keeps_what_it_found_and_adds_a_finding():
@@ -133,41 +120,16 @@ def test_a_full_disk_and_a_small_or_missing_shared_memory_are_reported(tmp_path)
     assert "/nowhere/shm" in wrong(doctor.check_shared_memory, "/nowhere/shm")[0]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_storage_that_cannot_be_written_or_read_is_named_and_left_as_it_was(s3, shards, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    for folder in (str(tmp_path / "file" / "runs"), "/proc/nowhere"):
-        (fault,) = wrong(doctor.check_round_trip, folder, 1)
-        assert folder in fault
-
-
-def test_an_object_store_is_written_read_and_left_as_it_was(s3):
+    for folder, problem in ((f"{tmp_path}/file/runs", "file/runs"), ("/proc/nowhere", "/proc/nowhere"),
+                            ("s3://no-such-bucket/doctor", "bucket that does not exist")):  # fmt: skip
+        assert problem in wrong(doctor.check_round_trip, folder, 1)[0]
     assert wrong(doctor.check_round_trip, "s3://bucket/doctor", 1) == []
     assert filesystem.list_names("s3://bucket/doctor") == []
-    assert "bucket that does not exist" in wrong(doctor.check_round_trip, "s3://no-such-bucket/doctor", 1)[0]
-
-
-def test_shards_are_read_and_a_folder_without_any_is_reported(shards, tmp_path):
     (found,) = doctor.check_shards(shards)
     assert found.numbers["read_mb_per_s"] > 0
     assert "holds no finished shards" in wrong(doctor.check_shards, str(tmp_path))[0]
-
-
-@contextmanager
-def refusing():
-    """A server that refuses every key."""
-
-    class Refusing(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(401)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +139,7 @@ def refusing():
         (partial(serving, failure="silent"), "cannot be reached: no answer within 0.5 s"),
         (partial(serving, failure="error"), "HTTP 500"),
         (lambda: nullcontext(SimpleNamespace(url="http://127.0.0.1:9")), "cannot be reached"),  # nothing listens there
-        (refusing, "refuses the key"),
+        (partial(serving, failure="refusal"), "refuses the key"),
     ],
 )
 def test_wandb_is_asked_for_a_limited_time_its_faults_are_named_and_the_key_is_never_shown(server, fault, monkeypatch):
@@ -191,20 +153,16 @@ def test_wandb_is_asked_for_a_limited_time_its_faults_are_named_and_the_key_is_n
     assert (fault in found.wrong and found.fix) if fault else (not found.wrong and "accepts the key" in found.found)
 
 
-def test_a_search_for_the_servers_address_that_stalls_is_limited_too(monkeypatch):
+def test_a_search_for_the_servers_address_that_stalls_is_limited_too_and_without_a_key_there_is_none(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(doctor, "WANDB_TIMEOUT_S", 0.1)
     is_over = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *arguments: is_over.wait(20) and [])
+    assert wrong(doctor.check_wandb) == []
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert "no answer within 0.1 s" in wrong(doctor.check_wandb)[0] and not is_over.is_set()
     is_over.set()
-
-
-def test_without_a_key_wandb_is_not_asked(monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    assert wrong(doctor.check_wandb) == []
 
 
 def test_another_version_on_another_node_and_a_wrong_sum_are_reported():

@@ -1,7 +1,6 @@
 """Source, shards and runs on an object store: the jobs produce the bytes and numbers of a folder, even after a kill."""
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -196,12 +195,6 @@ def test_an_outage_during_a_training_with_two_workers_ends_it_with_a_one_line_er
     assert done.returncode == 75 and len(errors) == 1 and "cannot be reached" in errors[0], done.stderr
     (name,) = filesystem.list_names(folder)
     assert checkpoint.last(f"{folder}/{name}") is not None
-
-
-def test_a_store_that_is_away_for_a_task_is_still_told_from_a_mistake(phantom, s3):
-    task = (CamusTree(phantom), "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image)
-    error = pickle.loads(pickle.dumps(ray_preprocessing._write_part(*task)["error"]))
-    assert isinstance(error, StorageError) and "bucket that does not exist" in str(error)
 
 
 @pytest.mark.slow

@@ -30,14 +30,14 @@ def tiny(source: str, out: str | Path, **train):
     return replace(experiment, train=replace(experiment.train, epochs=1, **train))
 
 
-def attempts(out: str | Path) -> dict[str, int]:
-    """How often each stage was tried."""
-    return {name: len(record["attempts"]) for name, record in PipelineState.open(str(out)).stages.items()}
-
-
 def records(out: str | Path) -> dict[str, dict]:
     """What is recorded of each stage."""
     return PipelineState.open(str(out)).stages
+
+
+def attempts(out: str | Path) -> dict[str, int]:
+    """How often each stage was tried."""
+    return {name: len(record["attempts"]) for name, record in records(out).items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,15 +114,10 @@ def test_a_missing_result_is_made_again_and_a_changed_split_divides_the_shards_a
     assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 2
 
 
-def damaged(phantom: str, folder: Path) -> str:
-    """A copy of the phantom in which one file is not gzip."""
-    shutil.copytree(phantom, folder / "damaged")
-    (folder / "damaged" / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
-    return str(folder / "damaged")
-
-
 def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(phantom, tmp_path, caplog):
-    experiment, until = tiny(damaged(phantom, tmp_path), tmp_path / "out"), PipelineOptions(until="preprocess")
+    source = Path(shutil.copytree(phantom, tmp_path / "damaged"))
+    (source / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
+    experiment, until = tiny(str(source), tmp_path / "out"), PipelineOptions(until="preprocess")
     with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
         pipeline.run(experiment, until)
     assert attempts(tmp_path / "out") == {"preprocess": 1}
@@ -143,13 +138,13 @@ def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(p
 
 def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
     for options, says in [
-        (lambda: PipelineOptions(predict=str(tmp_path / "nowhere")), "nowhere"),
-        (lambda: PipelineOptions(force=("train",), until="preprocess"), "--force train lies outside"),
-        (lambda: PipelineOptions(plan=SweepPlan(search="grid")), "add --tune TRIALS"),
-        (lambda: PipelineOptions(retry_failed=True), "add --tune TRIALS"),
+        ({"predict": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"force": ("train",), "until": "preprocess"}, "--force train lies outside"),
+        ({"plan": SweepPlan(search="grid")}, "add --tune TRIALS"),
+        ({"retry_failed": True}, "add --tune TRIALS"),
     ]:
         with pytest.raises(UserError, match=says):
-            pipeline.run(tiny(phantom, tmp_path / "out"), options())
+            pipeline.run(tiny(phantom, tmp_path / "out"), PipelineOptions(**options))
     (tmp_path / "studies").symlink_to(os.path.join(phantom, "database_nifti"))
     inside = os.path.join(phantom, "database_nifti", "out")  # the next run would outline this one's masks
     with pytest.raises(UserError, match="would put files inside"):
@@ -209,14 +204,9 @@ def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phanto
     assert len(studies["made_with"]["checkpoints"]) == 2
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        SweepPlan(),
-        SweepPlan(SearchSpace(("cosine", "step"), changes=("optim.lr=0.1",)), "changes", stop_early=False, reduction=4.0),
-    ],
-)
-def test_a_sweeps_plan_survives_its_flags(plan):
+def test_a_sweeps_plan_survives_its_flags():
+    space = SearchSpace(("cosine", "step"), changes=("optim.lr=0.1",))
+    plan = SweepPlan(space, "changes", stop_early=False, reduction=4.0)
     flags = command_line.as_flags(to_json(plan))
     assert command_line.parse_line(TuneOptions, flags, "tune.py", "Sweep.").plan == plan
 

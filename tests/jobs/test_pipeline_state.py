@@ -8,6 +8,7 @@ import datetime
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,8 @@ def training(folder: Path) -> Stage:
 
 def evaluation(folder: Path) -> Stage:
     """A stage whose forced result replaces the one before."""
-
-    def command(results, from_scratch: bool) -> tuple[str, dict]:
-        return str(folder / "scores"), {"out": str(folder / "scores"), "overwrite": from_scratch}
-
-    return Stage("evaluate", "evaluate", (), lambda results: {}, command, lambda path: hash_complete(path, "result"))
+    scores = str(folder / "scores")
+    return replace(training(folder), name="evaluate", command=lambda _, again: (scores, {"out": scores, "overwrite": again}))
 
 
 def run_stage(folder: Path, stage: Stage, jobs: Jobs, is_forced: bool = False) -> tuple[str, str]:
@@ -159,8 +157,6 @@ def test_a_damaged_record_is_refused_with_what_to_do(text, tmp_path):
 def test_a_record_has_the_fields_that_other_versions_read(tmp_path):
     run_stage(tmp_path, training(tmp_path / "runs"), Jobs())
     record = filesystem.read_json(str(tmp_path / "pipeline.json"))["stages"]["train"]
-    assert record.keys() == {
-        "state", "inputs", "path", "arguments", "attempts", "result", "problem", "forced", "replaces",
-    }  # fmt: skip
+    assert record.keys() == set(["state", "inputs", "path", "arguments", "attempts", "result", "problem", "forced", "replaces"])
     assert record["result"].keys() == {"path", "fingerprint"}
     assert record["attempts"][0].keys() == {"state", "job", "started", "ended"}

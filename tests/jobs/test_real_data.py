@@ -30,19 +30,8 @@ SEED = 20261123
 
 def pipeline_command(camus: str, out: Path) -> list[str]:
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", camus, "--out", str(out)]
-    return [
-        *command,
-        "--dataset",
-        "camus",
-        "--workers",
-        "2",
-        "--train.epochs",
-        "2",
-        "--image.height",
-        "64",
-        "--image.width",
-        "64",
-    ]
+    command += ["--dataset", "camus", "--workers", "2", "--train.epochs", "2"]
+    return [*command, "--image.height", "64", "--image.width", "64"]
 
 
 def summary_of(report: str) -> dict:
