@@ -67,7 +67,7 @@ def test_every_tracked_file_that_is_copied_is_in_the_context_and_no_data_results
         assert all(admitted(name) for name in files), source
 
 
-def test_the_last_stage_has_no_build_tools_runs_as_an_ordinary_user_and_checks_its_health():
+def test_the_last_stage_has_no_build_tools_an_ordinary_user_a_health_check_and_labels_of_origin_and_version():
     keywords = [keyword for keyword, _ in IMAGE]
     assert values(IMAGE, "USER") == ["1000:1000"] and "ADD" not in keywords
     assert keywords.index("USER") < min(keywords.index("CMD"), keywords.index("HEALTHCHECK"))
@@ -77,9 +77,6 @@ def test_the_last_stage_has_no_build_tools_runs_as_an_ordinary_user_and_checks_i
     assert "--no-install-recommends" in commands and "rm -rf /var/lib/apt/lists" in commands
     script = json.loads(values(IMAGE, "HEALTHCHECK")[0].split("CMD ", 1)[1])[1]
     assert (ROOT / script).is_file() and admitted(script)
-
-
-def test_both_stages_have_one_base_and_the_image_is_labelled_with_its_origin_and_version():
     assert {base.split(" AS ")[0] for base in values(INSTRUCTIONS, "FROM")} == {"python:3.11-slim"}
     assert "--python-version 3.11" in (ROOT / "Makefile").read_text()
     for name in ("title", "description", "version", "revision", "source", "licenses"):
@@ -104,9 +101,6 @@ def test_a_container_with_a_ray_node_is_as_healthy_as_the_node(answer, code, mon
                 return time.sleep(1)
             self.send_response(answer if self.path == "/api/healthz" else 404)
             self.end_headers()
-
-        def log_message(self, *_):
-            pass
 
     with HTTPServer(("127.0.0.1", 0), Agent) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()

@@ -89,7 +89,7 @@ def test_ray_nodes_have_shared_memory_probes_without_a_token_and_secrets_that_no
         assert {"secretRef": {"name": "heartseg-secrets", "optional": True}} in container["envFrom"]
 
 
-def test_every_cluster_requires_the_token_and_only_its_own_pods_reach_it(resources):
+def test_every_cluster_requires_the_token_only_its_own_pods_reach_it_and_its_head_alone_calls_kubernetes(resources):
     cluster, policy = spec_of(resources, "RayCluster"), spec_of(resources, "NetworkPolicy")
     assert cluster["authOptions"] == {"mode": "token"} and cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     label = policy["podSelector"]["matchLabels"]
@@ -97,15 +97,12 @@ def test_every_cluster_requires_the_token_and_only_its_own_pods_reach_it(resourc
     own, operator = policy["ingress"]
     assert own["from"] == [{"podSelector": {"matchLabels": label}}]
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}] and "podSelector" in operator["from"][0]
-
-
-def test_only_the_head_may_call_kubernetes_and_it_runs_no_tasks(resources):
     accounts = {account["metadata"]["name"] for account in of_kind(resources, "ServiceAccount")}
     head, *others = [template["spec"] for template in pod_templates(resources)]
     assert {pod["serviceAccountName"] for pod in (head, *others)} <= accounts
     assert all(pod["automountServiceAccountToken"] is False for pod in others)
     # KubeRay takes these values as text only.
-    assert spec_of(resources, "RayCluster")["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
 @pytest.mark.parametrize(("name", "gpus", "data"), [("gpu", "1", "s3://your-bucket/"), ("local", None, "/data/shards")])

@@ -39,7 +39,11 @@ def test_the_doctor_checks_everything_and_keeps_nothing(tmp_path, monkeypatch, c
 
 WITHOUT_TORCH = """
 import importlib.metadata as metadata, runpy, sys
-sys.modules["torch"] = None
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing)
 metadata.version = lambda name, real=metadata.version: real("no-such-package" if name == "torch" else name)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

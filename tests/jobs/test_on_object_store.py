@@ -114,15 +114,6 @@ def tiny_arguments(data: str, folder: str) -> list[str]:
     return ["quick", *flags, "--data", data, "--runs", folder]
 
 
-def test_a_store_that_refuses_ends_a_job_with_a_one_line_error_and_exit_code_2(s3):
-    refusal = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    with Proxy(s3, answer=lambda head: refusal) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
-        line = command("preprocess.py", "seed", "--source", "s3://bucket/x", "--out", "s3://bucket/y")
-        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "is refused by its store" in done.stderr and "s3://bucket/" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
 @pytest.mark.slow
 def test_an_outage_during_preprocessing_quarantines_nothing_and_the_same_command_writes_the_same_bytes(source, s3, shards):
     out = new_folder()
