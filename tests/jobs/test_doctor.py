@@ -1,5 +1,6 @@
 """jobs/doctor.py: a healthy machine gets a table and exit code 0; real faults are reported by name, with their fix, in time."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -99,29 +100,18 @@ def test_the_containers_limits_count(tmp_path, monkeypatch):
     assert wrong(doctor.check_memory, str(tmp_path)) == []
 
 
-SMALL_DISK = """
-set -e
-mount -t tmpfs -o size=2m tmpfs {disk}
-exec {python} -c "
-import json
-from jobs import doctor
-todo = dict(full=lambda: doctor.check_round_trip('{disk}/runs', 4), disk=lambda: doctor.check_disk('disk', '{disk}/runs'))
-todo['memory'] = lambda: doctor.check_shared_memory('{disk}')
-print(json.dumps(dict((name, [(f.wrong, f.fix) for f in doctor.run_check(name, check)]) for name, check in todo.items())))
-"
-"""
+def test_a_full_disk_and_a_small_or_missing_shared_memory_are_reported(tmp_path, monkeypatch):
+    def publish(path: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "full", path)
 
-
-def test_a_full_disk_and_a_small_or_missing_shared_memory_are_reported(tmp_path):
-    script = SMALL_DISK.format(disk=tmp_path, python=sys.executable)
-    command, environment = ["unshare", "-rm", "bash", "-c", script], os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert "No space left on device" in found["full"][0][0] and "make room" in found["full"][0][0]
-    assert f"0.0 GiB of the disk of {tmp_path}/runs" in found["disk"][0][0]
-    assert str(tmp_path) in found["memory"][0][0] and "--shm-size" in found["memory"][0][1]
-    assert "/nowhere/shm" in wrong(doctor.check_shared_memory, "/nowhere/shm")[0]
+    monkeypatch.setattr(filesystem, "publish", publish)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB // 10))
+    problem = wrong(doctor.check_round_trip, str(tmp_path), 1)[0]
+    assert "No space left on device" in problem and "make room" in problem
+    assert f"0.1 GiB of the disk of {tmp_path}/runs" in wrong(doctor.check_disk, "disk", f"{tmp_path}/runs")[0]
+    (found,) = doctor.check_shared_memory(str(tmp_path))
+    assert str(tmp_path) in found.wrong and "--shm-size" in found.fix
+    assert "0.0 GiB of /nowhere/shm" in wrong(doctor.check_shared_memory, "/nowhere/shm")[0]
 
 
 def test_storage_that_cannot_be_written_or_read_is_named_and_left_as_it_was(s3, shards, tmp_path):

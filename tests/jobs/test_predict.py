@@ -27,7 +27,7 @@ from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.storage import filesystem
 from helpers.echo_files import LOOP, dicom, movie
-from helpers.experiments import ROOT, tiny_experiment
+from helpers.experiments import ROOT, spread, tiny_experiment
 from jobs import predict
 
 
@@ -36,13 +36,8 @@ def trained(tmp_path_factory) -> str:
     """A checkpoint whose network has learned nothing, but answers with all four classes."""
     run, experiment = str(tmp_path_factory.mktemp("run")), tiny_experiment()
     torch.manual_seed(1)
-    model = build_model(experiment.model).eval()
-    last = model.network.classifier[-1]
-    with torch.no_grad():
-        seen = model(torch.rand(4, 1, 64, 64))
-        last.bias -= seen.mean(dim=(0, 2, 3))
-        last.weight /= seen.std(dim=(0, 2, 3))[:, None, None, None]
-        last.bias /= seen.std(dim=(0, 2, 3))
+    model = build_model(experiment.model)
+    spread(model, model.network.classifier[-1], torch.rand(4, 1, 64, 64))
     card = {"epoch": 1, "experiment": to_json(experiment), "metrics": {}, "intensity": [0.0, 1.0]}
     checkpoint.save(run, model.state_dict(), {}, card)
     return run
