@@ -1,1 +1,1 @@
-"""The command lines: parse, place on machines, call heartseg, report."""
+"""The command lines, each a `job(argv)`: parse, place on machines, call heartseg, report."""

@@ -2,18 +2,17 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heartseg.errors import UserError
+from heartseg.errors import require
 from jobs.support import command_line
 
 # Table -> its help; each is the module of that name in jobs/benchmarks/, with `Options` and `run`.
 TABLES = {
-    "data": "NIfTI to shards against nibabel, scikit-image and np.save; two workers against one",
+    "data": "NIfTI to shards against nibabel, scikit-image and np.save",
     "predict": "files to masks against the forward passes alone",
     "scores": "surface distances against MONAI's, and volumes",
     "postprocess": "test-time augmentation, largest pieces, closed holes, ensembles: what they do to the scores",
@@ -21,22 +20,20 @@ TABLES = {
 }
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line: the table's name, then its own settings."""
+def job(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print("usage: python jobs/benchmark.py TABLE [-h] [SETTINGS]\n")
         print("\n".join(f"  {name:<13}{text}" for name, text in TABLES.items()))
         return
-    if not argv or argv[0] not in TABLES:
-        asked = f"There is no table {argv[0]!r}" if argv else "No table is named"
-        raise UserError(f"{asked}: use one of {', '.join(TABLES)}.")
+    asked = f"{argv[0]!r} is not a table" if argv else "No table is named"
+    require(bool(argv) and argv[0] in TABLES, f"{asked}: use one of {', '.join(TABLES)}.")
     name, table = argv[0], importlib.import_module(f"jobs.benchmarks.{argv[0]}")
     options = command_line.parse_line(table.Options, argv[1:], f"python jobs/benchmark.py {name}", f"{TABLES[name]}.")
-    paths = {flag: getattr(options, flag, "") for flag in ("source", "checkpoint", "data")}
-    absolute = {
-        flag: ",".join(command_line.absolute(p, flag) for p in value.split(",")) for flag, value in paths.items() if value
-    }
-    table.run(replace(options, **absolute))
+    for flag in ("source", "checkpoint", "data"):
+        if paths := getattr(options, flag, ""):
+            absolute = (command_line.absolute(path, flag) for path in paths.split(","))
+            options = replace(options, **{flag: ",".join(absolute)})
+    table.run(options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Runs side by side on one page, without any account: `python jobs/compare.py RUN RUN …`, or a folder of runs, or a sweep's.
-
-Uses the evaluations that the runs have, if they fit; scores whatever is missing, as jobs/evaluate.py does.
-"""
+"""Runs side by side on one page, without any account: `python jobs/compare.py RUN RUN …`; scores what is not scored yet."""
 
 import contextlib
 import os
@@ -16,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from heartseg.config.experiment import PredictConfig, canonical, to_json
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.evaluation import run_comparison, scoring
 from heartseg.evaluation.run_comparison import Entry, Scored
 from heartseg.evaluation.scoring import IMAGES, PATIENTS, SUMMARY
@@ -27,9 +24,8 @@ from heartseg.reporting import comparison_page, pages
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from heartseg.training.run_directory import Run
-from jobs.support import command_line, evaluation_plan, evaluation_run
-from jobs.support.evaluation_plan import HOLDOUT, EvaluationPlan, ScoringOptions
+from jobs.support import command_line, evaluation
+from jobs.support.evaluation import HOLDOUT, EvaluationPlan, ScoringOptions
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
 MOST_DRAWN = 6  # entries whose outlines are drawn on the images that entries disagree on
@@ -48,8 +44,7 @@ class Options(ScoringOptions):
     reference: str = ""
     """Folder or name of the run that the others are tested against; the first one if not given."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
-    """Group of patients; `auto` is test if there is one, otherwise val. If all runs were validated on patients held out of
-    the training group (--train.holdout, as in a sweep), it is these: runs to choose from must not see the test group."""
+    """Group of patients; `auto`: those that --train.holdout took (in a sweep) if all runs have them, then test, then val."""
     out: str = ""
     """Folder of the results; by default `comparison` in the folder of runs, or `comparison-HASH` beside the first run."""
 
@@ -59,10 +54,10 @@ def run(options: Options) -> str:
     found = find_runs(options.runs)
     out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found.values())
     if options.data or options.truth:  # a wrong one is refused here, and not reported as a problem of each run
-        images = evaluation_plan.open_images(options)
+        images = evaluation.open_images(options)
         if options.group != HOLDOUT:
-            evaluation_plan.choose_group(options.group, images)
-    if options.group == "auto" and all(evaluation_plan.held_out(one) for one in found.values()):
+            evaluation.choose_group(options.group, images)
+    if options.group == "auto" and all(evaluation.held_out(one) for one in found.values()):
         options = replace(options, group=HOLDOUT)
     reference = find_reference(options.reference, found)
     assessed = {label: assess(one, label, options, out) for label, one in found.items()}
@@ -75,23 +70,18 @@ def run(options: Options) -> str:
     return page
 
 
-def find_runs(paths: Sequence[str]) -> dict[str, Run]:
-    """The runs that some folders are or hold, each once, by name, or by as much of its path as distinguishes it.
-
-    Raises UserError for a folder without a run, and for fewer than two runs.
-    """
-    found: dict[str, Run] = {}
+def find_runs(paths: Sequence[str]) -> dict[str, run_directory.Run]:
+    """The runs that some folders are or hold, at least two, by name, or by as much of its path as distinguishes one."""
+    found: dict[str, run_directory.Run] = {}
     for path in paths:
         path = command_line.absolute(path, "runs").rstrip("/")
         below = [filesystem.join(f, n) for f in (path, filesystem.join(path, TRIALS)) for n in filesystem.list_names(f)]
         folders = [path] if is_run(path) else [folder for folder in below if is_run(folder)]
-        if not folders:
-            raise UserError(
-                f"{path} is not a run and holds none (no {run_directory.DESCRIPTION}): give folders of jobs/train.py."
-            )
+        fix = f"is not a run and holds none (no {run_directory.DESCRIPTION}): give folders of jobs/train.py."
+        require(bool(folders), f"{path} {fix}")
         found |= {folder: run_directory.find_run(folder) for folder in folders}
-    if len(found) < 2:
-        raise UserError(f"A comparison needs at least two runs, not {len(found)}: give another one, or a folder of runs.")
+    fix = "give another one, or a folder of runs."
+    require(len(found) >= 2, f"A comparison needs at least two runs, not {len(found)}: {fix}")
     shared, names = len(os.path.commonprefix([path.split("/") for path in found])), [one.name for one in found.values()]
     return {one.name if names.count(one.name) == 1 else "/".join(path.split("/")[shared:]): one for path, one in found.items()}
 
@@ -101,27 +91,26 @@ def is_run(folder: str) -> bool:
     return filesystem.exists(filesystem.join(folder, run_directory.DESCRIPTION))
 
 
-def default_out(paths: Sequence[str], found: Iterable[Run]) -> str:
+def default_out(paths: Sequence[str], found: Iterable[run_directory.Run]) -> str:
     """`comparison` in a folder of runs; for runs that were named, a folder beside the first that only these runs share."""
     if len(paths) == 1:
         return filesystem.join(command_line.absolute(paths[0], "runs"), "comparison")
     folders = [one.path for one in found]
-    digest = filesystem.sha256(canonical(sorted(folders)))[:8]
-    return filesystem.join(folders[0].rpartition("/")[0], f"comparison-{digest}")
+    return filesystem.join(os.path.dirname(folders[0]), f"comparison-{filesystem.sha256(canonical(sorted(folders)))[:8]}")
 
 
-def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
+def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
     """A run's record and scores, and the plan of its evaluation, None if its images or weights cannot be read."""
     record, plan, problem = run_directory.read_record(one.path), None, ""
     shared = {each.name: getattr(options, each.name) for each in fields(ScoringOptions)}
     out = filesystem.join(out, "evaluations", label.replace("/", "-"))
-    asked = evaluation_plan.Options(**shared, checkpoint=one.path, out=out)
+    asked = evaluation.Options(**shared, checkpoint=one.path, out=out)
     try:
-        plan = evaluation_plan.plan_checkpoint(asked)
+        plan = evaluation.plan_checkpoint(asked)
         folder = find_evaluation(one, plan.described, plan.out)
         if not folder:
             print(f"scoring {label}: {len(plan.patients)} patients ({plan.described['group']})", flush=True)
-            evaluation_run.score(plan, asked)
+            evaluation.score(plan, asked)
             folder = plan.out
     except UserError as error:
         problem = str(error)
@@ -132,22 +121,20 @@ def assess(one: Run, label: str, options: Options, out: str) -> tuple[Scored, Ev
     return Scored(one, label, record, images, patients, filesystem.read_json(filesystem.join(folder, SUMMARY))), plan
 
 
-def find_evaluation(one: Run, described: dict, own: str = "") -> str:
+def find_evaluation(one: run_directory.Run, described: dict, own: str = "") -> str:
     """The first complete evaluation that fits `described`, in the run's folder or in `own`; empty if there is none."""
     # The same weights are the same checkpoint, whether it was called last or best.
     asked = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
     names = [name for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
     for folder in [*(filesystem.join(one.path, name) for name in names), *filter(None, [own])]:
-        if all(filesystem.exists(filesystem.join(folder, name)) for name in (SUMMARY, IMAGES, PATIENTS)):
-            summary = filesystem.read_json(filesystem.join(folder, SUMMARY))
-            # An evaluation by an older version lacks scores.
-            is_whole = "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys()
-            if is_whole and asked == {name: summary.get(name) for name in asked}:
-                return folder
+        summary = evaluation.read_complete(folder, asked) or {}
+        # An evaluation by an older version lacks scores.
+        if "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys():
+            return folder
     return ""
 
 
-def find_old_evaluation(one: Run, options: Options) -> str:
+def find_old_evaluation(one: run_directory.Run, options: Options) -> str:
     """An evaluation on the run's own data, for when they can no longer be read; empty if none fits."""
     for group in ("test", "val", "all") if options.group == "auto" else (options.group,):
         which = options.which if options.which != "auto" else "best" if group == "test" else "last"
@@ -159,14 +146,14 @@ def find_old_evaluation(one: Run, options: Options) -> str:
     return ""
 
 
-def find_reference(asked: str, found: dict[str, Run]) -> Run:
+def find_reference(asked: str, found: dict[str, run_directory.Run]) -> run_directory.Run:
     """The run of a name or a folder, the first run if empty; raises UserError if none is meant, or several may be."""
     if not asked:
         return next(iter(found.values()))
     named = [one for one in found.values() if one.path == filesystem.absolute(asked).rstrip("/")]
     named = named or [one for label, one in found.items() if asked in (label, one.name)]
-    if len(named) != 1:
-        raise UserError(f"--reference {asked} is {len(named) or 'none'} of the runs: give the folder of one that is compared.")
+    fix = "give the folder of one that is compared."
+    require(len(named) == 1, f"--reference {asked} is {len(named) or 'none'} of the runs: {fix}")
     return named[0]
 
 
@@ -182,18 +169,17 @@ def draw_disagreements(
         dice, plan = run_comparison.score_table(one)["dice"], plans[one.label]
         cases, _ = plan.truth.cases(patients)
         masks = scoring.segment_cases(load_all(plan.predictor), cases, plan.post)
+        whose = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
         for name, case, predicted in zip(run_comparison.image_names(map(vars, cases)), cases, masks, strict=True):
             if name in pictures:
                 pixels = resize_image(plan.truth.picture(case), *case.truth.shape)
-                whose = entry.letter + (f", {one.label}" if len(entry.runs) > 1 else "")
                 caption = f"{whose}: Dice {pages.show_number(dice[name], 3)}"
-                drawn = comparison_page.draw_outlines(name, entry.letter, case, pixels, predicted.mask, caption)
-                pictures[name].append(drawn)
+                outlined = comparison_page.draw_outlines(name, entry.letter, case, pixels, predicted.mask, caption)
+                pictures[name].append(outlined)
     return {name: drawn for name, drawn in pictures.items() if drawn}
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     print(run(command_line.parse_line(Options, argv, "python jobs/compare.py", ABOUT)))
 
 

@@ -1,34 +1,44 @@
 """What this machine or cluster is, what is wrong with it, and how to fix it: `python jobs/doctor.py --workers 4`.
 
-Exit code 0 if nothing is wrong, 1 if something is, 2 for a mistake on the command line.
+Exit code 0 if nothing is wrong, 1 if something is, 2 for a mistake on the command line. No check keeps a file or a secret.
+What needs torch is imported where it is used: without torch, that is one of the findings.
 """
 
+import base64
 import contextlib
+import importlib.metadata
 import json
 import os
-import socket
+import platform
+import shutil
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heartseg.errors import StorageError, UserError, require
+from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
 from heartseg.storage import filesystem
-from jobs.support import command_line, ray_runtime, system_checks
+from jobs.support import command_line
 from jobs.support.command_line import first_line
-from jobs.support.system_checks import Finding
 
+GIB = 1 << 30
+# Below these a training is likely to fail: a worker's memory, checkpoints of a run, Ray's object store.
+LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 2 * GIB, 5 * GIB, 1 * GIB
 # What workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
 GPU_BYTES, CPU_BYTES = 64 << 20, 8 << 20
+WANDB_TIMEOUT_S, KEY_REFUSED = 5.0, "refuses the key"
 # How long another node may take to answer; its first process imports torch.
 NODE_TIMEOUT_S = 60
+REINSTALL = "Install the project: pip install -e ."
 
 
 @dataclass(frozen=True)
@@ -55,75 +65,251 @@ class Options:
         require(self.seconds > 0 and self.megabytes >= 1, "--seconds must be positive, and --megabytes at least 1.")
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table: what was found and, if something is `wrong`, a line about it and one on how to `fix` it."""
+
+    name: str
+    found: str
+    wrong: str = ""
+    fix: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def unless(self, is_well: bool) -> "Finding":
+        """The same, with nothing wrong if all is well."""
+        return replace(self, wrong="", fix="") if is_well else self
+
+
 def run(options: Options) -> list[Finding]:
     """Every finding, in the order of the table."""
     data = options.data or os.environ.get("HEARTSEG_DATA", "")
     runs = options.runs or os.environ.get("HEARTSEG_RUNS", "")
     data, runs = data and command_line.absolute(data, "data"), runs and command_line.absolute(runs, "runs")
-    checks = {"versions": system_checks.versions, **system_checks.NODE_CHECKS, "wandb": system_checks.wandb}
+    checks = {"versions": check_versions, **NODE_CHECKS, "wandb": check_wandb}
+    new_folders = []
     if runs and not filesystem.is_uri(runs):
-        checks["runs"] = partial(system_checks.disk, "runs", runs)
+        checks["runs"] = partial(check_disk, "runs", runs)
+        new_folders = [folder for folder in (Path(runs), *Path(runs).parents) if not folder.exists()]
     if runs:
-        checks["runs storage"] = partial(system_checks.round_trip, runs, options.megabytes)
+        checks["runs storage"] = partial(check_round_trip, runs, options.megabytes)
     if data:
-        checks["data"] = partial(system_checks.readable, data)
+        checks["data"] = partial(check_shards, data)
     if options.launcher == "ray":
         checks["workers"] = partial(check_cluster, options, runs)
     found: list[Finding] = []
-    with no_new_folders(runs):
-        for name, check in checks.items():
-            print(f"checking {name} …", file=sys.stderr, flush=True)
-            found += system_checks.run_check(name, check)
+    for name, check in checks.items():
+        print(f"checking {name} …", file=sys.stderr, flush=True)
+        found += run_check(name, check)
+    with contextlib.suppress(OSError):  # a folder in which another process has put something stays
+        for folder in new_folders:
+            folder.rmdir()
     return found
 
 
-@contextlib.contextmanager
-def no_new_folders(path: str) -> Iterator[None]:
-    """Remove a local folder, and those above it, that did not exist before, unless another process has put something there."""
-    folders = [] if filesystem.is_uri(path) or not path else [Path(path), *Path(path).parents]
-    new = [folder for folder in folders if not folder.exists()]
-    yield
-    with contextlib.suppress(OSError):
-        for folder in new:
-            folder.rmdir()
+def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """A check's findings; a check that fails adds one."""
+    found: list[Finding] = []
+    try:
+        with io_errors_as_user_errors():
+            found.extend(check())
+    except Exception as error:
+        is_known = isinstance(error, (UserError, StorageError))
+        wrong = first_line(error) if is_known else f"This check failed ({type(error).__name__}: {first_line(error)})."
+        found.append(Finding(name, "–", wrong, "Fix this, then run the doctor again."))
+    return found
+
+
+def check_versions() -> Iterator[Finding]:
+    """Python and the packages that matter: whether one is missing, and whether torch and torchvision fit together."""
+    yield Finding("python", platform.python_version())
+    missing = []
+    for package in ("torch", "torchvision", "ray", "wandb", "pyarrow"):
+        try:
+            yield Finding(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+            yield Finding(package, "–", f"{package} is not installed.", REINSTALL)
+    try:
+        from heartseg.models.deeplabv3 import check_installation
+        from heartseg.training import run_directory
+
+        yield Finding("heartseg", run_directory.code_revision())
+        check_installation()
+    except ModuleNotFoundError as error:
+        if not missing:  # otherwise it is reported above
+            yield Finding("heartseg", "–", f"heartseg does not load: {error}.", REINSTALL)
+
+
+def check_processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
+    """CPUs of the machine, and how many of them this process may use."""
+    cores = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    quota = usable
+    with contextlib.suppress(OSError, ValueError):  # not a control group of version 2, or its limit is `max`
+        granted, period = map(int, Path(group, "cpu.max").read_text().split())
+        quota = granted / period
+    found = f"{cores}" + f", {usable} for this process" * (usable < cores)
+    found += f", {quota:g} by the container's limit" * (quota < usable)
+    wrong = f"The container may use {quota:g} of {usable} CPUs, but programs start a thread for each CPU that they see."
+    threads = max(1, int(quota))
+    fix = f"Set OMP_NUM_THREADS={threads}, and --num-cpus {threads} when you start Ray."
+    yield Finding("CPUs", found, wrong, fix).unless(quota >= usable or bool(os.environ.get("OMP_NUM_THREADS")))
+
+
+def free_space(name: str, where: str, free: float, least: int, fix: str) -> Finding:
+    """A finding of free bytes, with something wrong if they are fewer than `least`."""
+    found = f"{free / GIB:.1f} GiB of {where} are free"
+    wrong = f"{found}: at least {least / GIB:g} GiB should be."
+    return Finding(name, found, wrong, fix, {"free_bytes": free}).unless(free >= least)
+
+
+def check_memory(root: str = "/") -> Iterator[Finding]:
+    """Free memory, within the container's limit if there is one, as training itself counts it."""
+    from heartseg.training.data_loading import free_on_machine
+
+    fix = "Stop other programs, raise the container's limit, or use fewer --workers."
+    yield free_space("memory", "memory", free_on_machine(root), LEAST_MEMORY, fix)
+
+
+def check_shared_memory(path: str = "/dev/shm") -> Iterator[Finding]:
+    """Space for Ray's object store, through which workers exchange data; without it, the store is on the disk and slow."""
+    free = shutil.disk_usage(path).free if os.path.exists(path) else 0
+    fix = "Ray's object store goes to the disk, slowly. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory on it."
+    yield free_space("shared memory", path, free, LEAST_SHARED, fix)
+
+
+def check_disk(name: str, folder: str) -> Iterator[Finding]:
+    """Free space where a local folder is, or will be."""
+    there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+    fix = "Make room, or give another folder (TMPDIR for temporary files, --runs for runs)."
+    yield free_space(name, f"the disk of {folder}", shutil.disk_usage(there).free, LEAST_DISK, fix)
+
+
+def check_gpus() -> Iterator[Finding]:
+    """The GPUs that torch sees, with CUDA and NCCL; a GPU that only the driver sees."""
+    import torch
+
+    cuda = torch.version.cuda
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            kind = torch.cuda.get_device_properties(number)
+            yield Finding(f"GPU {number}", f"{kind.name}, {kind.total_memory / GIB:.0f} GiB")
+        has_nccl = torch.distributed.is_nccl_available()
+        found = f"{cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version())) if has_nccl else '–'}"
+        wrong, fix = "This torch has no NCCL, which workers on GPUs need.", "Install torch's CUDA build for Linux."
+        yield Finding("CUDA", found, wrong, fix).unless(has_nccl)
+    elif shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"):
+        built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
+        fix = "Install torch's CUDA build for nvidia-smi's CUDA version; see CUDA_VISIBLE_DEVICES; containers need --gpus all."
+        yield Finding("GPUs", "none", f"There is an NVIDIA driver, but torch, {built}, cannot use a GPU.", fix)
+    else:
+        yield Finding("GPUs", "none")
+
+
+# What every node of a cluster is asked.
+NODE_CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "CPUs": check_processors, "memory": check_memory, "shared memory": check_shared_memory,
+    "temporary files": partial(check_disk, "temporary files", tempfile.gettempdir()), "GPUs": check_gpus,
+}  # fmt: skip
+
+
+def check_round_trip(path: str, megabytes: int) -> Iterator[Finding]:
+    """Write, read and remove a file where runs go; the storage's speed in MB/s."""
+    data, probe = os.urandom(megabytes * 1_000_000), filesystem.join(path, f".doctor-{uuid.uuid4().hex[:8]}")
+    try:
+        started = time.perf_counter()
+        filesystem.publish(probe, data)
+        written = time.perf_counter()
+        is_same = filesystem.read_bytes(probe) == data
+        read = time.perf_counter()
+    finally:
+        with contextlib.suppress(UserError, StorageError, OSError):  # a storage that refuses is reported already
+            filesystem.remove(probe)
+    speeds = {"write_mb_per_s": megabytes / (written - started), "read_mb_per_s": megabytes / (read - written)}
+    found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
+    wrong, fix = f"{path} returned other bytes than were written.", "Use another storage: this one loses data."
+    yield Finding("runs storage", found, wrong, fix, speeds).unless(is_same)
+
+
+def check_shards(path: str) -> Iterator[Finding]:
+    """The shards: complete, and the speed of their first part in MB/s. Nothing is written."""
+    from heartseg.shards.reader import open_shards
+
+    manifest, started = open_shards(path).manifest, time.perf_counter()
+    data = filesystem.read_bytes(filesystem.join(path, manifest["parts"][0]["file"]))
+    speed = len(data) / 1e6 / (time.perf_counter() - started)
+    yield Finding("data", f"{path}, {manifest['rows']} images, reads {speed:.0f} MB/s", numbers={"read_mb_per_s": speed})
+
+
+def check_wandb() -> Iterator[Finding]:
+    """Whether W&B's server answers within 5 s and accepts the key, which is never shown."""
+    server = (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").rstrip("/")
+    key = os.environ.get("WANDB_API_KEY", "").strip()
+    if os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled") or not key:
+        yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
+        return
+    answers = [f"cannot be reached: no answer within {WANDB_TIMEOUT_S:g} s"]
+    # A thread, since no timeout bounds the search for the server's address.
+    asking = threading.Thread(target=lambda: answers.append(ask_wandb(server, key)), daemon=True)
+    asking.start()
+    asking.join(WANDB_TIMEOUT_S)
+    problem, fix = answers[-1], "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline."
+    if problem == KEY_REFUSED:
+        fix = "Set a valid WANDB_API_KEY where the cluster starts."
+    found = f"{server} answers, and accepts the key" if not problem else server
+    yield Finding("wandb", found, f"{server} {problem}.", fix).unless(not problem)
+
+
+def ask_wandb(server: str, key: str) -> str:
+    """What is wrong with a server or with the key for it; empty if it accepts the key."""
+    login = base64.b64encode(f"api:{key}".encode()).decode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
+    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    try:
+        request = urllib.request.Request(f"{server}/graphql", question, headers)
+        with urllib.request.urlopen(request, timeout=2 * WANDB_TIMEOUT_S) as answer:
+            return "" if (json.load(answer).get("data") or {}).get("viewer") else KEY_REFUSED
+    except urllib.error.HTTPError as error:
+        return KEY_REFUSED if error.code in (401, 403) else f"cannot be reached: HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        return f"cannot be reached: {getattr(error, 'reason', error)}"
 
 
 def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
     """The cluster as Ray sees it, its other nodes, and how fast its workers exchange data; `runs` may be empty."""
     import ray
 
-    is_shared = ray_runtime.cluster_address() != "local"
+    from jobs.support import ray_runtime
+
+    is_closed = ray_runtime.cluster_address() == "local" or os.environ.get("RAY_AUTH_MODE") == "token"
     ray_runtime.start_ray(options.workers)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    is_open = is_shared and os.environ.get("RAY_AUTH_MODE") != "token"
-    wrong = "Anyone who reaches the cluster may use it: RAY_AUTH_MODE is not token." if is_open else ""
-    fix = "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md)." if is_open else ""
-    numbers = {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
-    yield Finding("Ray", f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", wrong, fix, numbers)
-    yield from other_nodes(nodes)
+    found, numbers = f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
+    wrong = "Anyone who reaches the cluster may use it: RAY_AUTH_MODE is not token."
+    fix = "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md)."
+    yield Finding("Ray", found, wrong, fix, numbers).unless(is_closed)
+    yield from check_other_nodes(nodes)
     number = options.workers or gpus or max(min(2, cpus), len(nodes))
-    if len(nodes) > 1 and not runs:
-        raise UserError("Workers on several nodes need storage that all of them see: give --runs, or set HEARTSEG_RUNS.")
+    message = "Workers on several nodes need storage that all of them see: give --runs, or set HEARTSEG_RUNS."
+    require(len(nodes) == 1 or bool(runs), message)
     folder = filesystem.join(runs or tempfile.gettempdir(), f".doctor-{uuid.uuid4().hex[:8]}")
     try:
         resources = ray_runtime.worker_resources(number)
         trainer = ray_runtime.build_trainer(all_reduce, {"seconds": options.seconds}, number, resources, folder, tries=0)
-        report = trainer.fit().return_value
+        yield bandwidth(number, trainer.fit().return_value)
     except Exception as error:
         fix = (
             "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
             "between them, and see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
         )
         yield Finding("workers", f"{number} asked for", f"They could not exchange anything: {first_line(error)}", fix)
-        return
     finally:
         with contextlib.suppress(UserError, StorageError, OSError):
             filesystem.remove(folder)
-    yield bandwidth(number, report)
 
 
-def other_nodes(nodes: list[dict]) -> Iterator[Finding]:
+def check_other_nodes(nodes: list[dict]) -> Iterator[Finding]:
     """What the cluster's other nodes are, a row each, and whatever is wrong there."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -145,17 +331,17 @@ def other_nodes(nodes: list[dict]) -> Iterator[Finding]:
 
 def check_node() -> tuple[str, list[Finding]]:
     """The name of the machine that this runs on, and what it has."""
-    checks = system_checks.NODE_CHECKS | {"versions": system_checks.versions}
-    return socket.gethostname(), [one for name, check in checks.items() for one in system_checks.run_check(name, check)]
+    checks = NODE_CHECKS | {"versions": check_versions}
+    return platform.node(), [one for name, check in checks.items() for one in run_check(name, check)]
 
 
 def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
     """Another node's findings as one row, then whatever is wrong there; other versions than here are."""
     yield Finding(name, "; ".join(f"{one.name}: {one.found}" for one in found))
-    here = {one.name: one.found for one in system_checks.versions()}
+    here = {one.name: one.found for one in check_versions()}
     for one in found:
-        if not one.wrong and one.found != here.get(one.name, one.found):
-            wrong = f"{one.name} is {one.found} there and {here[one.name]} here."
+        if not one.wrong and one.found != (ours := here.get(one.name, one.found)):
+            wrong = f"{one.name} is {one.found} there and {ours} here."
             one = replace(one, wrong=wrong, fix="Give every node the same image.")
         if one.wrong:
             yield replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}")
@@ -181,11 +367,11 @@ def all_reduce(config: dict) -> dict:
         # Rank 0's clock decides for all, since each must take part in every round.
         more.fill_(float(time.perf_counter() - started < config["seconds"]))
         dist.broadcast(more, src=0)
-    measured = {"bytes": num_bytes, "seconds": time.perf_counter() - started, "rounds": rounds, "is_right": is_right}
-    machines: list[tuple[str, str] | None] = [None] * number
+    report = {"bytes": num_bytes, "seconds": time.perf_counter() - started, "rounds": rounds, "is_right": is_right}
+    report |= {"backend": dist.get_backend(), "machines": [None] * number}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    dist.all_gather_object(machines, (socket.gethostname(), name))
-    return measured | {"backend": dist.get_backend(), "machines": machines}
+    dist.all_gather_object(report["machines"], (platform.node(), name))
+    return report
 
 
 def bandwidth(number: int, report: dict) -> Finding:
@@ -194,48 +380,36 @@ def bandwidth(number: int, report: dict) -> Finding:
     hosts, devices = (sorted(set(names)) for names in zip(*report["machines"], strict=True))
     found = f"{number} on {len(hosts)} host{'s' if len(hosts) > 1 else ''} ({', '.join(devices)}), {report['backend']}, "
     found += f"{bus:.2f} GB/s for {report['seconds']:.0f} s" if number > 1 else "nothing to exchange"
-    wrong = ("The sum over the workers was wrong.", "Find the broken GPU or link; run this again.")
+    wrong, fix = "The sum over the workers was wrong.", "Find the broken GPU or link; run this again."
     numbers = {"workers": number, "gb_per_s": bus, "hosts": len(hosts)} | {name: report[name] for name in ("rounds", "backend")}
-    return Finding("workers", found, *(() if report["is_right"] else wrong), numbers=numbers)
+    return Finding("workers", found, wrong, fix, numbers).unless(report["is_right"])
 
 
 def findings_text(found: list[Finding]) -> str:
     """The findings as a table and, below it, what is wrong and how to fix it."""
-    width = max(len(finding.name) for finding in found)
+    width = max(len(f.name) for f in found)
     lines = [f"{'!' if f.wrong else ' '} {f.name.ljust(width)}  {f.found}" for f in found]
     wrong = [f"! {f.wrong}\n  {f.fix}" for f in found if f.wrong]
     return "\n".join([*lines, "", *(wrong or ["Nothing is wrong."])])
 
 
-@contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Send to stderr what is printed or logged meanwhile, also by Ray and C code: stdout holds only the result."""
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
-        os.close(stdout)
-
-
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Check this machine or cluster, and report what is wrong and how to fix it."
     options = command_line.parse_line(Options, argv, "python jobs/doctor.py", about)
     if options.launcher == "plain":
         no_workers = dict.fromkeys(("workers", "seconds"), "--launcher plain starts no workers")
         command_line.refuse_unused(Options(), options, no_workers)
-    with stdout_to_stderr():
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # stdout holds only the result: what is printed or logged meanwhile, also by Ray and C code, goes to stderr
+    try:
         found = run(options)
-    wrong = any(finding.wrong for finding in found)
-    if options.json:
-        print(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in found]}, indent=2))
-    else:
-        print(findings_text(found))
-    if wrong:
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+    is_well = not any(finding.wrong for finding in found)
+    text = json.dumps({"ok": is_well, "findings": [asdict(finding) for finding in found]}, indent=2)
+    print(text if options.json else findings_text(found))
+    if not is_well:
         sys.exit(1)
 
 

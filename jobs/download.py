@@ -1,10 +1,10 @@
 """CAMUS from its authors' server, patient by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
 
+import contextlib
 import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,9 @@ class Options:
     out: str = ""
     """Local folder for the tree that `preprocess.py --source` takes."""
     accept_licence: bool = False
-    """Say that you have read the terms that are shown, and keep to them."""
+    """Confirm that you have read the terms that are shown, and keep to them."""
     patients: str = ""
-    """Numbers of the patients to fetch, such as 1-10,42; all where not given."""
+    """Numbers of the patients to fetch, such as 1-10,42; all if not given."""
     server: str = SERVER
     """Address of the Girder interface: the authors', or a mirror with the same folders."""
     tries: int = 5
@@ -56,7 +56,7 @@ class Options:
 
 def run(options: Options) -> str:
     """Fetch what is missing; returns the folder. Raises UserError that names the patients that did not arrive."""
-    out = command_line.absolute(command_line.require_flag(options.out, "--out", "a local folder"), "out")
+    out = command_line.required_path(options.out, "out", "a local folder")
     require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one; preprocess.py writes shards anywhere.")
     valid = options.tries >= 1 and options.wait_s >= 0 and options.timeout_s > 0
     require(valid, "--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
@@ -65,14 +65,12 @@ def run(options: Options) -> str:
     print(TERMS)
     require(options.accept_licence, "The terms above must be accepted first: add --accept-licence.")
     try:
-        with locks.lock(out):
-            try:
-                ids = list_patients(server, numbers)
-                if not filesystem.exists(filesystem.join(out, camus.IMAGES_FOLDER)):  # what is there may be a hospital's
-                    filesystem.publish_json(filesystem.join(out, camus.DOWNLOAD_NOTE), {"server": server.base})
-                failed = fetch_all(server, out, ids)
-            finally:
-                filesystem.remove(filesystem.join(out, UNFINISHED))
+        with locks.lock(out), contextlib.ExitStack() as at_end:
+            at_end.callback(filesystem.remove, filesystem.join(out, UNFINISHED))
+            ids = list_patients(server, numbers)
+            if not filesystem.exists(filesystem.join(out, camus.IMAGES_FOLDER)):  # what is there may be a hospital's
+                filesystem.publish_json(filesystem.join(out, camus.DOWNLOAD_NOTE), {"server": server.base})
+            failed = fetch_all(server, out, ids)
     except OSError as error:
         raise UserError(format_write_error(error, out)) from error
     problem = f"{len(failed)} of {len(ids) + 1} folders did not arrive ({', '.join(failed)})"
@@ -100,9 +98,9 @@ def list_patients(server: girder_client.Server, numbers: set[int]) -> dict[str, 
         raise UserError(f"The server {server.base} {error}: check the network, or --server, and try again.") from error
     names = {int(name.removeprefix("patient")): name for name in folders if camus.PATIENT_PATTERN.fullmatch(name)}
     require(bool(names), f"The server {server.base} lists no patient: check --server.")
-    for number in sorted(numbers - names.keys()):
+    if unknown := numbers - names.keys():
         known = f"its {len(names)} are {names[min(names)]} to {names[max(names)]}"
-        raise UserError(f"The server has no patient {number}: {known}.")
+        raise UserError(f"The server has no patient {min(unknown)}: {known}.")
     return {names[number]: folders[names[number]] for number in sorted(numbers or names)}
 
 
@@ -122,8 +120,8 @@ def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> li
                 bar.write(f"failed  {name}: {error}", file=sys.stdout)
                 failed.append(name)
                 in_a_row += 1
-            if in_a_row == MAX_FAILED_IN_A_ROW:
-                raise UserError(f"{in_a_row} folders failed one after the other, last {name}: try the same command later.")
+            message = f"{in_a_row} folders failed one after the other, last {name}: try the same command later."
+            require(in_a_row < MAX_FAILED_IN_A_ROW, message)
     return failed
 
 
@@ -132,22 +130,21 @@ def fetch_folder(server: girder_client.Server, out: str, place: str, identity: s
 
     A folder that is there is left as it is; raises FailedDownload, also for one that is there and not whole.
     """
-    finished, name = os.path.join(out, place), os.path.basename(place)
+    finished, name, unfinished = os.path.join(out, place), os.path.basename(place), os.path.join(out, UNFINISHED)
     if os.path.lexists(finished):
         # Never overwritten: it came whole, so somebody has worked in it since, or it is not ours.
         if missing := missing_files(out, name):
             raise FailedDownload(f"{finished} is there and lacks {missing[0]}: move it away")
         return []
-    source = os.path.join(out, UNFINISHED)
 
     def unpack_and_check(packed: bytes) -> list[str]:
-        filesystem.remove(source)
-        girder_client.unpack(packed, os.path.dirname(os.path.join(source, place)))
-        if missing := missing_files(source, name):
+        filesystem.remove(unfinished)
+        girder_client.unpack(packed, os.path.dirname(os.path.join(unfinished, place)))
+        if missing := missing_files(unfinished, name):
             raise DamagedDownload(f"arrives without {missing[0]}")
-        notes = check_split(source) if name == camus.SPLIT_FOLDER else check_patient(source, name)
+        notes = (check_split if name == camus.SPLIT_FOLDER else check_patient)(unfinished, name)
         os.makedirs(os.path.dirname(finished), exist_ok=True)
-        os.rename(os.path.join(source, place), finished)
+        os.rename(os.path.join(unfinished, place), finished)
         return notes
 
     return server.fetch(f"folder/{identity}/download", unpack_and_check)
@@ -155,15 +152,13 @@ def fetch_folder(server: girder_client.Server, out: str, place: str, identity: s
 
 def missing_files(source: str, name: str) -> list[str]:
     """The files that a patient's folder, or the split's, must have and lacks."""
+    wanted = [camus.recording_path(source, name, *still, suffix) for still in camus.stills_of() for suffix in ("", "_gt")]
     if name == camus.SPLIT_FOLDER:
         wanted = [filesystem.join(source, name, file) for file in camus.SPLIT_FILES.values()]
-    else:
-        suffixes = ("", "_gt")
-        wanted = [camus.recording_path(source, name, *still, suffix) for still in camus.stills_of() for suffix in suffixes]
     return [os.path.basename(path) for path in wanted if not filesystem.size_or_none(path)]
 
 
-def check_split(source: str) -> list[str]:
+def check_split(source: str, name: str) -> list[str]:
     """Raise DamagedDownload if a split file lists anything but patients; there is nothing to note."""
     try:
         groups = camus.CamusTree(source).groups()
@@ -190,8 +185,7 @@ def check_patient(source: str, patient: str) -> list[str]:
     return [f"has no {name} on the server" for name in extras if name not in names]
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     out = run(command_line.parse_line(Options, argv, "python jobs/download.py", "Fetch CAMUS from its authors' server."))
     print(f"next: python jobs/preprocess.py seed --source {out} --out SHARDS")
 

@@ -1,11 +1,9 @@
-"""Scores on the native grid, clinical indices and the report, of a checkpoint or of anyone's masks.
+"""Scores on the native grid, clinical indices and the report: `python jobs/evaluate.py --checkpoint RUN --data /data/shards`.
 
-`python jobs/evaluate.py --checkpoint RUN --data /data/shards`, `--checkpoint RUN --truth /data/CAMUS`, or
-`--predictions /data/masks --truth /data/CAMUS`.
+Also `--checkpoint RUN --truth /data/CAMUS`, or `--predictions /data/masks --truth /data/CAMUS` for anyone's masks.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from heartseg.evaluation.scoring import PAGE, SUMMARY
 from heartseg.reporting import text_tables
 from heartseg.reporting.report import write_report
 from heartseg.storage import filesystem
-from jobs.support import command_line, evaluation_run
-from jobs.support.evaluation_plan import EvaluationPlan, Options, plan_checkpoint, plan_files
+from jobs.support import command_line
+from jobs.support.evaluation import Options, plan_checkpoint, plan_files, read_complete, score
 
 
 def run(options: Options) -> str:
@@ -29,32 +27,25 @@ def run(options: Options) -> str:
     without = {"which": "--predictions are finished masks"} if options.predictions else {"pattern": "it is for --predictions"}
     command_line.refuse_unused(Options(), options, without)
     plan = plan_files(options) if options.predictions else plan_checkpoint(options)
-    summary = None if options.overwrite else finished_summary(plan)
+    is_new = options.overwrite or plan.run is None
+    summary = None if is_new else read_complete(plan.out, plan.described)
     if summary:
         print(f"{plan.out} is complete.")
-    print(summary_text(summary or evaluation_run.score(plan, options)))
+    print(summary_text(summary or score(plan, options)))
     return plan.out
 
 
 def pool(options: Options) -> str:
     """Combine finished evaluations into one; returns its folder."""
-    only = "--pool takes finished evaluations and --out, and nothing else"
+    only = "--pool takes only finished evaluations and --out"
     others = {one.name for one in fields(Options)} - {"pool", "out", "launcher", "post"}
     command_line.refuse_unused(Options(), options, dict.fromkeys(others, only))
     require(options.post == PredictConfig(), f"Masks cannot be cleaned here: {only}.")
-    out = command_line.absolute(command_line.require_flag(options.out, "--out", "a folder for the pooled scores"), "out")
+    out = command_line.required_path(options.out, "out", "a folder for the pooled scores")
     summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
     write_report(out)
     print(summary_text(summary))
     return out
-
-
-def finished_summary(plan: EvaluationPlan) -> dict | None:
-    """The summary of a complete evaluation of the same checkpoint and data in the plan's folder; None if there is none."""
-    if plan.run is None or not all(filesystem.exists(filesystem.join(plan.out, name)) for name in (SUMMARY, PAGE)):
-        return None
-    summary = filesystem.read_json(filesystem.join(plan.out, SUMMARY))
-    return summary if {key: summary.get(key) for key in plan.described} == plan.described else None
 
 
 def summary_text(summary: dict) -> str:
@@ -62,16 +53,13 @@ def summary_text(summary: dict) -> str:
     lines = [f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"]
     lines.append(text_tables.summary_text(summary))
     missing, shown = summary["missing"], 10
-    if missing:
-        lines.append(f"{len(missing)} images are not scored:")
-        lines += [f"  {row['file']}: {row['reason']}" for row in missing[:shown]]
-    if len(missing) > shown:
-        lines.append(f"  and {len(missing) - shown} more, in {SUMMARY}")
+    lines += [f"{len(missing)} images are not scored:"] * bool(missing)
+    lines += [f"  {row['file']}: {row['reason']}" for row in missing[:shown]]
+    lines += [f"  and {len(missing) - shown} more, in {SUMMARY}"] * (len(missing) > shown)
     return "\n".join(lines)
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Score a trained model, or anyone's masks, and write the report."
     out = run(command_line.parse_line(Options, argv, "python jobs/evaluate.py", about))
     print(filesystem.join(out, PAGE))

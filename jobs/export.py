@@ -1,7 +1,6 @@
 """A trained model for other programs, as torch.export and ONNX: `python jobs/export.py --checkpoint RUN --out FOLDER`.
 
-Writes `model.pt2`, `model.onnx` and, last, `export.json`, which describes their input and output and how far both are from the
-checkpoint.
+Writes `model.pt2`, `model.onnx` and, last, `export.json`: their input and output, and how far both are from the checkpoint.
 """
 
 import contextlib
@@ -9,7 +8,7 @@ import importlib
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from heartseg.datasets import phantom
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.inference.segmenter import Segmenter, load
 from heartseg.labels import CLASSES, VIEWS
 from heartseg.shards.reader import as_frames, open_shards, read_part
@@ -70,9 +69,8 @@ class Portable(nn.Module):
 
 def run(options: Options) -> str:
     """Write a checkpoint's two files and their note, if both label images as the checkpoint does; returns the folder."""
-    path = command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
-    path = command_line.absolute(path, "checkpoint")
-    out = command_line.absolute(command_line.require_flag(options.out, "--out", "the folder to write"), "out")
+    path = command_line.required_path(options.checkpoint, "checkpoint", "the folder of a run")
+    out = command_line.required_path(options.out, "out", "the folder to write")
     for package in ("onnx", "onnxruntime", "onnxscript"):
         try:
             importlib.import_module(package)
@@ -86,11 +84,9 @@ def run(options: Options) -> str:
     written, calls = convert(segmenter)
     checked = {kind: difference(segmenter, call, images) for kind, call in calls.items()}
     for kind, found in checked.items():
-        if not found["labels_that_differ"] <= MAX_DIFFERENT:
-            raise UserError(
-                f"The {kind} file labels {found['labels_that_differ']:.2%} of the pixels differently from {path}: nothing was "
-                "written. Install the versions of torch, onnx and onnxruntime that pyproject.toml names."
-            )
+        problem = f"The {kind} file labels {found['labels_that_differ']:.2%} of the pixels differently from {path}"
+        fix = "Install the versions of torch, onnx and onnxruntime that pyproject.toml names."
+        require(found["labels_that_differ"] <= MAX_DIFFERENT, f"{problem}: nothing was written. {fix}")
     with locks.lock(out):
         # An older export's note would describe these files wrongly.
         filesystem.remove(filesystem.join(out, NOTE))
@@ -99,10 +95,10 @@ def run(options: Options) -> str:
         checked_on = {"images": origin, "number": len(images)}
         filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked_on | checked))
     for kind, data in written.items():
+        logits, labels = checked[kind].values()
         print(
             f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin} logits differ "
-            f"from the checkpoint's by at most {checked[kind]['largest_logit_difference']:.1e}, "
-            f"and {checked[kind]['labels_that_differ']:.4%} of the labels do."
+            f"from the checkpoint's by at most {logits:.1e}, and {labels:.4%} of the labels do."
         )
     return out
 
@@ -119,12 +115,8 @@ def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
         scanners = [phantom.Scanner(number, 0, view, 0.25) for number in range(1, 1 + CHECKED_IMAGES // 2) for view in VIEWS]
         pictures = [resize_image(scanner.picture(0.0), grid.height, grid.width) for scanner in scanners]
         return torch.from_numpy(np.stack(pictures))[:, None], "synthetic images"
-    if shards.image != grid:
-        stored = shards.image
-        raise UserError(
-            f"{shards.path} has {stored.height} x {stored.width} images, and the model sees {grid.height} x {grid.width}: "
-            "give shards of its own grid as --data."
-        )
+    sizes = f"{shards.image.height} x {shards.image.width} images, and the model sees {grid.height} x {grid.width}"
+    require(shards.image == grid, f"{shards.path} has {sizes}: give shards of its own grid as --data.")
     frames = as_frames(read_part(shards, shards.manifest["parts"][0]), grid)
     kind = "synthetic" if shards.manifest["dataset"] == "phantom" else "real"
     return frames.images[:CHECKED_IMAGES], f"{kind} images"
@@ -152,10 +144,11 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
     written = {"torch.export": buffer.getvalue(), "onnx": program.model_proto.SerializeToString()}
     session = onnxruntime.InferenceSession(written["onnx"], providers=["CPUExecutionProvider"])
     reloaded = torch.export.load(io.BytesIO(written["torch.export"])).module()
-    return written, {
-        "torch.export": reloaded,
-        "onnx": lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]),
-    }
+
+    def run_onnx(images: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+    return written, {"torch.export": reloaded, "onnx": run_onnx}
 
 
 @torch.inference_mode()
@@ -163,15 +156,13 @@ def difference(segmenter: Segmenter, call: Callable, images: torch.Tensor) -> di
     """How far a file's logits of uint8 images are from the checkpoint's, in a batch of one and in one of the others."""
     expected = segmenter.logits(images)
     answers = torch.cat([call(images[:1].float()), call(images[1:].float())])
-    return {
-        "largest_logit_difference": (answers - expected).abs().max().item(),
-        "labels_that_differ": (answers.argmax(dim=1) != expected.argmax(dim=1)).double().mean().item(),
-    }
+    labels_that_differ = (answers.argmax(dim=1) != expected.argmax(dim=1)).double().mean().item()
+    return {"largest_logit_difference": (answers - expected).abs().max().item(), "labels_that_differ": labels_that_differ}
 
 
 def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
     """The contents of `export.json`."""
-    grid = segmenter.experiment.image
+    card, shape = segmenter.card, [segmenter.experiment.image.height, segmenter.experiment.image.width]
     try:
         terms = run_directory.TERMS.get(run_directory.find_run(path).description["dataset"], run_directory.TERMS["other"])
     except UserError:
@@ -179,23 +170,19 @@ def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
     return {
         "use": "Research use only, not a medical device.",
         "terms": terms,
-        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", 1, grid.height, grid.width], "range": [0, 255]},
-        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(CLASSES), grid.height, grid.width]},
+        "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", 1, *shape], "range": [0, 255]},
+        "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", len(CLASSES), *shape]},
         "labels": dict(enumerate(CLASSES)),
         "preprocessing": PREPROCESSING,
         "normalisation_inside": {"mean": segmenter.intensity.mean, "std": segmenter.intensity.std, "after": "division by 255"},
         "files": {kind: {"file": FILES[kind], "sha256": filesystem.sha256(data)} for kind, data in written.items()},
         "checked": checked,
-        "run": segmenter.card.get("run"),
-        "epoch": segmenter.card["epoch"],
-        "weights_sha256": segmenter.card["weights_sha256"],
-        "data_fingerprint": segmenter.card.get("data_fingerprint"),
+        **{name: card.get(name) for name in ("run", "epoch", "weights_sha256", "data_fingerprint")},
         "torch": torch.__version__,
     }
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Write a trained model for other programs, checked against it."
     out = run(command_line.parse_line(Options, argv, "python jobs/export.py", about))
     print(filesystem.join(out, NOTE))

@@ -4,7 +4,6 @@ import base64
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas
 
-from heartseg.errors import UserError
+from heartseg.errors import require
 from heartseg.labels import CLASS_TITLES, frame_name
 from heartseg.reporting import contours, pages, plots
 from heartseg.reporting.text_tables import Table, bars, table_text
 from heartseg.shards import inspection
-from heartseg.shards.inspection import Survey, ef_counts
 from heartseg.shards.reader import Shards, open_shards
 from heartseg.storage import filesystem
 from jobs.support import command_line
@@ -43,18 +41,21 @@ class Options:
 
 def run(options: Options) -> str | None:
     """Print what the shards hold; returns the path of the page, None without --out."""
-    data = command_line.require_flag(options.data or os.environ.get("HEARTSEG_DATA", ""), "--data", "the folder of the shards")
-    path = command_line.absolute(data, "data")
-    if options.images < 1 or options.seed < 0:
-        raise UserError("--images must be at least 1 and --seed not negative.")
+    path = command_line.required_path(options.data or os.environ.get("HEARTSEG_DATA", ""), "data", "the folder of the shards")
+    require(options.images >= 1 and options.seed >= 0, "--images must be at least 1 and --seed not negative.")
     if not options.out:
         command_line.refuse_unused(Options(), options, dict.fromkeys(("images", "seed"), "the contact sheet needs --out"))
     if options.verify:
         verify(path)
     opened = open_shards(path)
-    positions = inspection.draw_rows(opened.manifest["rows"], options.images, options.seed) if options.out else []
+    manifest, image = opened.manifest, opened.image
+    positions = inspection.draw_rows(manifest["rows"], options.images, options.seed) if options.out else []
     found, rows = inspection.survey(opened, positions)
-    facts = headline(opened)
+    patients = sum(record["rows"] > 0 for record in manifest["patients"].values())
+    facts = (
+        f"{path}: {manifest['dataset']}, {manifest['rows']} images of {patients} patients, {image.height} x {image.width}, "
+        f"{len(manifest['parts'])} parts, {len(manifest['quarantined'])} recordings in quarantine"
+    )
     tables = survey_tables(opened, found)
     print("\n\n".join([facts, *map(table_text, tables)]))
     return write_page(command_line.absolute(options.out, "out"), opened, facts, tables, rows) if options.out else None
@@ -66,41 +67,28 @@ def verify(path: str) -> None:
     for file, reason in inspection.find_damage(path):
         print(f"damaged  {file}: {reason}")
         damaged.append(file)
-    if damaged:
-        raise UserError(f"{path} has {len(damaged)} damaged files: {', '.join(damaged)}; preprocess again with --overwrite.")
+    problem = f"{path} has {len(damaged)} damaged files: {', '.join(damaged)}"
+    require(not damaged, f"{problem}; preprocess again with --overwrite.")
     print(f"{path} is intact: every part is as it was written, every row decodes.\n")
 
 
-def headline(opened: Shards) -> str:
-    """The shards in one line."""
-    manifest, image = opened.manifest, opened.image
-    patients = sum(record["rows"] > 0 for record in manifest["patients"].values())
-    return (
-        f"{opened.path}: {manifest['dataset']}, {manifest['rows']} images of {patients} patients, {image.height} x "
-        f"{image.width}, {len(manifest['parts'])} parts, {len(manifest['quarantined'])} recordings in quarantine"
-    )
-
-
-def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
+def survey_tables(opened: Shards, survey: inspection.Survey) -> list[Table]:
     """What the survey found, as tables of text."""
-    grouped = {name for names in opened.groups.values() for name in names}
-    left = [name for name, record in opened.manifest["patients"].items() if record["rows"] and name not in grouped]
+    patients, grouped = opened.manifest["patients"], set().union(*opened.groups.values())
     groups = [(group, str(len(names)), str(opened.num_rows(group))) for group, names in opened.groups.items()]
-    if left:
-        rows = sum(opened.manifest["patients"][name]["rows"] for name in left)
-        groups.append(("in no group", str(len(left)), str(rows)))
+    if left := [record["rows"] for name, record in patients.items() if record["rows"] and name not in grouped]:
+        groups.append(("in no group", str(len(left)), str(sum(left))))
     pixels = max(1, survey.labels.sum())
     shares = [(title, f"{count / pixels:.2%}") for title, count in zip(CLASS_TITLES, survey.labels, strict=True)]
     grey, (mean, std) = survey.intensity, opened.intensity
     intensity = [("all images", *(f"{grey[key]:.0f}" for key in ("min", "max")), f"{grey['mean']:.2f}", f"{grey['std']:.2f}")]
-    levels = Counter()
-    for record in opened.manifest["patients"].values():
-        levels.update(record.get("grey_levels", {}))  # shards of before have none
     intensity.append(("train", "", "", f"{255 * mean:.2f}", f"{255 * std:.2f}"))
+    levels = sum((Counter(record.get("grey_levels", {})) for record in patients.values()), Counter())  # old shards have none
     frames = survey.frames
     stills = frames.view.fillna("unknown view") + " " + frames.phase.fillna("frame")
     conventions = frames.ef_convention.fillna("not known")[frames.ef.notna()].unique()
     convention = f" ({', '.join(sorted(conventions))} convention)" if len(conventions) else ""
+    efs = inspection.ef_counts(frames.groupby("patient").ef.first())
     return [
         ("Groups", ("group", "patients", "images"), groups),
         ("Pixels by class", ("class", "share"), shares),
@@ -108,7 +96,7 @@ def survey_tables(opened: Shards, survey: Survey) -> list[Table]:
         ("Grey levels in the files", ("", "images"), [(name, str(count)) for name, count in levels.most_common()]),
         ("Views and phases", ("", "images", ""), counts(stills)),
         ("Image quality", ("", "images", ""), counts(frames.quality.fillna("not known"))),
-        (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(ef_counts(frames.groupby("patient").ef.first()))),
+        (f"Ejection fraction in %{convention}", ("", "patients", ""), bars(efs)),
     ]
 
 
@@ -131,11 +119,9 @@ def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: 
     )  # fmt: skip
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     options = command_line.parse_line(Options, argv, "python jobs/inspect_shards.py", "Show what shards hold, and check them.")
-    page = run(options)
-    if page:
+    if page := run(options):
         print(page)
 
 

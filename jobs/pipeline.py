@@ -5,18 +5,17 @@ or submitted as a Ray job. `OUT/pipeline.json` records the state of each; `pytho
 """
 
 import contextlib
+import datetime
 import importlib
 import json
-import logging
 import sys
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heartseg.config.experiment import Experiment, to_json
+from heartseg.config.experiment import Experiment, first_difference, to_json
 from heartseg.datasets.image_folder import open_source
 from heartseg.errors import StorageRefused, UserError, require
 from heartseg.inference import study_files
@@ -25,19 +24,19 @@ from heartseg.shards.loader import check_shares
 from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
 from jobs.support import command_line
-from jobs.support.command_line import first_line
+from jobs.support.command_line import first_line, log
 from jobs.support.job_submission import ALIVE, Cluster, JobFailed
 from jobs.support.pipeline_stages import KINDS, PipelineOptions, Result, Results, Stage, build_graph, predictions_path
-from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, PipelineState, timestamp
 
-log = logging.getLogger("heartseg.jobs")
+RECORD = "pipeline.json"
+RUNNING, DONE, FAILED, STOPPED, KILLED = "running", "done", "failed", "stopped", "killed"
 
 
 def run(experiment: Experiment, options: PipelineOptions) -> str:
     """Run the stages asked for; returns the path of the report, or of the last stage's result."""
     check_installation()
     meaning = "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)"
-    command_line.require_flag(experiment.source, "--source", meaning)
+    command_line.required_path(experiment.source, "source", meaning)
     out = experiment.out or command_line.absolute("results", "out")
     if options.predict:  # a mistake is reported now, and not after the training
         options = replace(options, predict=command_line.absolute(options.predict, "predict"))
@@ -76,10 +75,93 @@ def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[S
     first, last = KINDS.index(options.begin or KINDS[0]), KINDS.index(options.until or KINDS[-1])
     require(first <= last, f"--from {options.begin} comes after --until {options.until}.")
     chosen = [stage for stage in stages if first <= KINDS.index(stage.kind) <= last]
-    forced = [stage for stage in stages if stage.name in options.force or stage.kind in options.force]
+    forced = [stage for stage in stages if {stage.name, stage.kind} & set(options.force)]
     outside = [stage.name for stage in forced if stage not in chosen]
     require(not outside, f"--force {' '.join(outside)} lies outside --from and --until.")
     return chosen, forced
+
+
+def timestamp() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass
+class PipelineState:
+    """What `pipeline.json` holds; every change is saved at once, so that a rerun of the same command resumes."""
+
+    out: str
+    metadata: dict = field(default_factory=dict)
+    """The experiment, the command, the revision of the code and the names of all stages."""
+    stages: dict[str, dict] = field(default_factory=dict)
+    """By name: state, inputs, path, command line, attempts (each with its times and job id), result and problem."""
+
+    @classmethod
+    def open(cls, out: str) -> "PipelineState":
+        """The state in a folder; an empty one if no pipeline was started there."""
+        path = filesystem.join(out, RECORD)
+        if not filesystem.exists(path):
+            return cls(out)
+        with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):
+            metadata = filesystem.read_json(path)
+            stages = metadata.pop("stages")
+            if all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values()):
+                return cls(out, metadata, stages)
+        fix = "remove it and rerun pipeline.py, which keeps what is complete."
+        raise UserError(f"{path} is not the record of a pipeline: {fix}")
+
+    def save(self) -> None:
+        filesystem.publish_json(filesystem.join(self.out, RECORD), self.metadata | {"stages": self.stages})
+
+    def result(self, stage: Stage) -> Result | None:
+        """The result of a stage, if it is done and its result has not changed since."""
+        record = self.stages.get(stage.name, {})
+        if record.get("state") != DONE or stage.fingerprint(record["result"]["path"]) != record["result"]["fingerprint"]:
+            return None
+        return Result(**record["result"])
+
+    def reason_to_run(self, stage: Stage, inputs: dict, is_forced: bool) -> str:
+        """Why a stage has to run; empty if its result is up to date."""
+        record = self.stages.get(stage.name)
+        if is_forced or not record:
+            return "forced" if is_forced else "not begun"
+        if difference := first_difference(record["inputs"], inputs):
+            return f"changed: {difference if len(difference) <= 100 else difference.partition(':')[0]}"
+        if record["state"] != DONE:
+            return "interrupted" if record["state"] == RUNNING else record["state"]
+        return "" if self.result(stage) else "its result is missing or was changed"
+
+    def attempts(self, stage: Stage) -> list[dict]:
+        """The attempts at a stage so far, each of which resumed the one before."""
+        return self.stages.get(stage.name, {}).get("attempts", [])
+
+    def end(self, stage: Stage, state: str, result: Result | None = None, problem: str = "") -> None:
+        """Record how a stage and its last attempt ended."""
+        record = self.stages[stage.name]
+        record |= {"state": state, "result": result and result._asdict(), "problem": problem}
+        record["attempts"][-1] |= {"state": state, "ended": timestamp()}
+        self.save()
+
+    def format_table(self, is_locked: bool) -> str:
+        """All stages as a table for a terminal; `is_locked`: a process is working on the pipeline now."""
+        lines = [f"{'stage':<18}{'state':<13}{'time':>9}  {'tries':>5}  result"]
+        for name in self.metadata.get("stages of", list(self.stages)):
+            record = self.stages.get(name)
+            if not record:
+                lines.append(f"{name:<18}not begun")
+                continue
+            attempts, is_orphaned = record["attempts"], record["state"] == RUNNING and not is_locked
+            state = "interrupted" if is_orphaned else record["state"]
+            now = timestamp() if is_locked else None  # the time of an attempt whose process was killed is unknown
+            spans = [(attempt["started"], attempt["ended"] or (attempt["state"] == RUNNING and now)) for attempt in attempts]
+            times = [map(datetime.datetime.fromisoformat, span) for span in spans if all(span)]
+            minutes, seconds = divmod(round(sum((ended - started).total_seconds() for started, ended in times)), 60)
+            duration = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+            shown = record["problem"] or (record["result"] or record)["path"]
+            lines.append(f"{name:<18}{state:<13}{duration:>9}  {len(attempts):>5}  {shown}")
+            if state != DONE and attempts and attempts[-1]["job"]:
+                note = " (no process follows it: the job may still run)" if is_orphaned else ""
+                lines.append(f"{'':<18}{'job':<13}{attempts[-1]['job']}{note}")
+        return "\n".join(lines)
 
 
 @dataclass
@@ -98,9 +180,9 @@ class Runner:
             title, missing = f"{number}/{len(stages)} {stage.name}", [need for need in stage.needs if need not in results]
             if stage not in chosen:
                 if stage.name in needed:
-                    flag, results[stage.name] = f"--from {self.options.begin}", self.state.result(stage)
-                    fix = f"is not done, or its result is gone: omit {flag}."
-                    require(results[stage.name] is not None, f"{flag}: stage {stage.name} {fix}")
+                    results[stage.name] = self.state.result(stage)
+                    problem = f"--from {self.options.begin}: stage {stage.name} is not done, or its result is gone"
+                    require(results[stage.name] is not None, f"{problem}: omit --from {self.options.begin}.")
                 continue
             if missing:  # in a dry run only
                 print(f"{title}: would run, after {', '.join(missing)}")
@@ -136,18 +218,26 @@ class Runner:
 
     def attempt(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
         """Run a stage once; the state records how it ended."""
-        from_scratch = is_forced or self.state.is_still_forced(stage, inputs)
+        last = self.state.stages.get(stage.name, {})
+        unfinished = last if last.get("inputs") == inputs and last["state"] != DONE else {}
+        from_scratch = is_forced
+        if unfinished.get("forced"):  # was it interrupted before it replaced the old result, or created its new folder?
+            old, path = unfinished.get("replaces"), unfinished["path"]
+            from_scratch |= stage.fingerprint(path) == old if old else not filesystem.exists(path)
         path, flags = stage.command(results, from_scratch)
         if "config" in flags:
             text = filesystem.json_bytes(to_json(flags["config"]))
             # Named by its content: a job that waits to be started must not read the configuration of a later one.
             flags["config"] = filesystem.join(self.state.out, "stages", f"{stage.name}-{filesystem.sha256(text)[:8]}.json")
             filesystem.publish(flags["config"], text)
-        arguments = command_line.as_flags(flags)
-        unfinished = None if is_forced else self.state.unfinished(stage, inputs)
-        is_resumed = unfinished is not None and unfinished["path"] == path
+        arguments, is_resumed = command_line.as_flags(flags), not is_forced and unfinished.get("path") == path
         job_id = self.choose_job(stage, is_resumed, is_forced)
-        self.state.begin(stage, inputs, path, arguments, job_id, from_scratch, is_resumed)
+        self.state.stages[stage.name] = {
+            "state": RUNNING, "inputs": inputs, "path": path, "arguments": arguments, "result": None, "problem": "",
+            "attempts": begin_attempt(last["attempts"] if is_resumed else [], job_id),
+            "forced": from_scratch, "replaces": stage.fingerprint(path) if from_scratch else None,
+        }  # fmt: skip
+        self.state.save()
         try:
             if self.cluster:
                 self.cluster.run(stage.job, arguments, job_id)
@@ -166,10 +256,7 @@ class Runner:
         return result
 
     def choose_job(self, stage: Stage, is_resumed: bool, is_forced: bool) -> str:
-        """The id of the job to follow, otherwise of a new one; empty without a cluster. Stops jobs that do something else.
-
-        Raises UserError without a cluster if an earlier job may still run.
-        """
+        """The id of the job to follow, otherwise of a new one; empty without a cluster. Stops jobs of other commands."""
         attempts = [attempt for attempt in self.state.attempts(stage) if attempt["job"]]
         if not self.cluster:
             if attempts and attempts[-1]["state"] == RUNNING and not is_forced:
@@ -187,6 +274,17 @@ class Runner:
         return f"{stage.name}-{uuid.uuid4().hex[:8]}"
 
 
+def begin_attempt(attempts: list[dict], job: str) -> list[dict]:
+    """The attempts that a new one resumes, and itself, or the last one if its job is followed; `job`: its id, or empty."""
+    for attempt in attempts:
+        if attempt["state"] == RUNNING:
+            attempt["state"] = KILLED
+    if job and attempts and attempts[-1]["job"] == job:
+        attempts[-1] |= {"state": RUNNING, "ended": None}
+        return attempts
+    return [*attempts, {"state": RUNNING, "job": job, "started": timestamp(), "ended": None}]
+
+
 def show_status(out: str = "results") -> None:
     """Show the state of each stage of a pipeline.
 
@@ -199,8 +297,7 @@ def show_status(out: str = "results") -> None:
     print(state.format_table(locks.is_held(path)))
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     if argv and argv[0] == "status":
         command_line.parse_line(show_status, argv[1:], "python jobs/pipeline.py status")
         return

@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Before torch is imported: its threads would spin while they wait, on the cores that read and write the files.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,13 +21,10 @@ from heartseg import __version__
 from heartseg.config.experiment import PredictConfig, to_json
 from heartseg.datasets import readers
 from heartseg.datasets.nifti import DamagedRecording
-from heartseg.datasets.readers import Frames
-from heartseg.errors import UserError
+from heartseg.errors import UserError, require
 from heartseg.inference import study_files, study_results
 from heartseg.inference.batch_inference import outline
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
-from heartseg.inference.study_files import Clip
-from heartseg.inference.study_results import ClipResult
 from heartseg.labels import PHASES, Phase, View
 from heartseg.metrics import ed_es_detection
 from heartseg.reporting import plots
@@ -62,8 +58,7 @@ class Options:
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
-    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM whose frames may show a name: without an ultrasound region
-    to cut them to, or marked as having text burned in."""
+    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM that may show a name (burned in, or no region to cut to)."""
     which: Literal["last", "best"] = "last"
     """The checkpoint of a run; `best` is chosen on val (if there is a val group)."""
     key: str = ""
@@ -76,16 +71,15 @@ class Options:
 
 def run(options: Options) -> str:
     """Outline every input; returns the folder of the results. Raises UserError if no file could be read."""
-    path = command_line.require_flag(options.checkpoint, "--checkpoint", "the folder of a run")
-    paths = [command_line.absolute(path, "checkpoint"), *(command_line.absolute(p, "ensemble") for p in options.ensemble)]
-    source = command_line.absolute(command_line.require_flag(options.input, "--input", "a file or a folder"), "input")
-    out = command_line.absolute(command_line.require_flag(options.out, "--out", "a folder for the results"), "out")
-    if options.spacing_mm and not all(0 < value < 100 for value in options.spacing_mm):
-        raise UserError("--spacing-mm must be two sizes of a pixel in mm, above 0: depth, then lateral.")
-    if options.batch_size < 1:
-        raise UserError("--batch-size must be at least 1.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use cpu or auto.")
+    paths = [command_line.required_path(options.checkpoint, "checkpoint", "the folder of a run")]
+    paths += [command_line.absolute(path, "ensemble") for path in options.ensemble]
+    source = command_line.required_path(options.input, "input", "a file or a folder")
+    out = command_line.required_path(options.out, "out", "a folder for the results")
+    is_size = all(0 < value < 100 for value in options.spacing_mm or ())
+    require(is_size, "--spacing-mm must be two sizes of a pixel in mm, above 0: depth, then lateral.")
+    require(options.batch_size >= 1, "--batch-size must be at least 1.")
+    has_device = options.device != "cuda" or torch.cuda.is_available()
+    require(has_device, "--device cuda: torch finds no GPU here; use cpu or auto.")
     clips = study_files.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
     study_files.check_out(out, source, clips)
     segmenter = load_all(paths, options.which, None if options.device == "auto" else options.device)
@@ -94,16 +88,16 @@ def run(options: Options) -> str:
     return out
 
 
-def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[Clip], out: str) -> None:
+def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str) -> None:
     """Write masks and pictures of each clip, then the tables of all."""
     done, damaged, without_picture = [], [], []
     if others := study_files.clear(out, clips):
         print(f"{out} held the results of {others} files that are not among the inputs: they were removed.")
 
-    def read(clip: Clip, admit: Callable[[int], None]) -> Frames:
+    def read(clip: study_files.Clip, admit: Callable[[int], None]) -> readers.Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)
 
-    def finish(clip: Clip, frames: Frames, masks: np.ndarray, confidences: list[float]) -> ClipResult:
+    def finish(clip, frames, masks, confidences) -> study_results.ClipResult:
         result = study_results.finish(out, clip, frames, masks, confidences)
         if options.overlays == "on" or (options.overlays == "auto" and not frames.may_show_text):
             write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in result.phases.items()})
@@ -111,20 +105,17 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[C
 
     results = outline(segmenter, clips, read, finish, options.batch_size, options.post)
     for clip, result in tqdm(results, total=len(clips), desc="outline", unit="file"):
-        if isinstance(result, DamagedRecording):
-            if result.reason.endswith(readers.NO_PICTURE):
-                without_picture.append(clip.shown)
-            else:
-                damaged.append({"input": clip.shown, "reason": result.reason})
-            continue
-        done.append(result)
-        if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:
-            write_curve(out, result)
+        if not isinstance(result, DamagedRecording):
+            done.append(result)
+            if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:
+                write_curve(out, result)
+        elif result.reason.endswith(readers.NO_PICTURE):
+            without_picture.append(clip.shown)
+        else:
+            damaged.append({"input": clip.shown, "reason": result.reason})
     if options.key:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [("name", "path"), *((clip.stem, filesystem.printable(clip.path)) for clip in clips)]
-        )
+        names, text = [(clip.stem, filesystem.printable(clip.path)) for clip in clips], io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("name", "path"), *names])
         filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
     if not done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
@@ -132,25 +123,23 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[C
     rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
     weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
-    records = [study_results.clip_record(found) for found in done]
-    left_out = {"damaged": damaged, "without_picture": without_picture}
-    study_results.write_tables(out, rows, {"made_with": made_with, "clips": records} | left_out)
+    record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in done]}
+    study_results.write_tables(out, rows, record | {"damaged": damaged, "without_picture": without_picture})
     print_results(rows, done, damaged)
     if without_picture:
         print(f"{len(without_picture)} DICOM files hold no picture, as reports and measurements do: listed in studies.json.")
 
 
-def write_curve(out: str, found: ClipResult) -> None:
+def write_curve(out: str, found: study_results.ClipResult) -> None:
     """Plot a sequence's volume over its frames, in ml or in % of ED, without those whose outline failed."""
     ed, es = (found.phases[phase][0] for phase in PHASES)
-    curve, unit = ed_es_detection.plausible(found.volumes_ml), "ml"
-    if not found.spacing_mm:
-        curve, unit = 100 * curve / curve[ed], "%"
-    figure = plots.volume_curve(range(1, found.frames + 1), curve, ed, es, unit)
+    curve = ed_es_detection.plausible(found.volumes_ml)
+    shown = (curve, ed, es, "ml") if found.spacing_mm else (100 * curve / curve[ed], ed, es, "%")
+    figure = plots.volume_curve(range(1, found.frames + 1), *shown)
     filesystem.publish(study_files.output(out, found.clip, "_curve.png"), plots.save_png(figure))
 
 
-def print_results(rows: list[dict], done: list[ClipResult], damaged: list[dict], shown: int = 20) -> None:
+def print_results(rows: list[dict], done: list[study_results.ClipResult], damaged: list[dict], shown: int = 20) -> None:
     """The first patients' ejection fractions, and the files to check; everything is in the tables."""
     remarks = {found.clip.patient: found.clip.remark for found in done if found.clip.remark}
     noted = {found.clip.stem: "; ".join(found.notes) for found in done if found.notes}
@@ -158,7 +147,7 @@ def print_results(rows: list[dict], done: list[ClipResult], damaged: list[dict],
     print("\n".join(map(study_results.headline, rows[:shown])))
     if len(rows) > shown:
         print(f"… and {len(rows) - shown} more in ef.csv")
-    for begin, texts in (("note on", remarks | noted), ("look at", doubted)):
+    for begin, texts in (("note on", remarks | noted), ("check", doubted)):
         for name, text in itertools.islice(texts.items(), shown):
             print(f"{begin} {name}: {study_results.shorten(text)}")
     for entry in damaged:
@@ -167,8 +156,7 @@ def print_results(rows: list[dict], done: list[ClipResult], damaged: list[dict],
     print(f"{study_results.INTENDED_USE.capitalize()}.")
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Outline the left ventricle, its wall and the left atrium in new echocardiograms, and tabulate ejection fractions."
     print(run(command_line.parse_line(Options, argv, "python jobs/predict.py", about)))
 

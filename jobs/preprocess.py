@@ -1,11 +1,10 @@
 """NIfTI files to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`.
 
-`--source` is the CAMUS release, or anyone's folder of images/PATIENT_ANYTHING.nii.gz and masks/PATIENT_ANYTHING.nii.gz
-(heartseg/datasets/image_folder.py describes the layout).
+`--source` is the CAMUS release, or anyone's folder of images and masks (its layout: heartseg/datasets/image_folder.py).
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from heartseg.datasets.image_folder import open_source
 from heartseg.errors import require
 from heartseg.shards import preprocessing, writer
 from heartseg.storage import filesystem
-from jobs.support import command_line, ray_preprocessing
+from jobs.support import command_line
 
 
 @dataclass(frozen=True)
@@ -54,28 +53,29 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> None:
     """Write the shards of `experiment.source` to `experiment.out`; what an interrupted job finished is kept."""
-    out = command_line.require_flag(experiment.out, "--out", "the folder for the shards")
+    out = command_line.required_path(experiment.out, "out", "the folder for the shards")
     share = options.max_quarantined
     require(0 <= share <= 1, f"--max-quarantined {share:g} is not a share: give one from 0 to 1, as 0.05 for 5 %.")
     complete = filesystem.exists(filesystem.join(out, writer.MANIFEST)) and not options.overwrite
+    meaning = f"the folder of the CAMUS release, or one that holds {image_folder.LAYOUT}"
     if complete and options.resplit and not experiment.source:
         shards = preprocessing.split_again(out, experiment.split)
     else:
-        meaning = f"the folder of the CAMUS release, or one that holds {image_folder.LAYOUT}"
-        path = command_line.require_flag(experiment.source, "--source", meaning)
+        path = command_line.required_path(experiment.source, "source", meaning)
         source = open_source(path, options.patient_pattern, options.dataset)
         write = preprocessing.write_parts_here
         if options.launcher == "ray":
+            from jobs.support import ray_preprocessing
+
             write = partial(ray_preprocessing.write_parts_with_ray, workers=experiment.workers)
         shards = preprocessing.write_shards(
             source, out, experiment.image, experiment.split, options.frames, share, options.overwrite, options.resplit,
             map_parts=lambda tasks: show_progress(tasks, write(tasks)),
         )  # fmt: skip
-        manifest = shards.manifest
-        show_ignored(source.unnamed(), [file for record in manifest["patients"].values() for file in record.get("ignored", [])])
-        done = f"{out} is complete: {manifest['rows']} images."
-        written = f"{manifest['rows']} images of {len(manifest['patients'])} patients in {len(manifest['parts'])} parts: {out}"
-        print(done if complete else written)
+        rows, patients, parts = (shards.manifest[name] for name in ("rows", "patients", "parts"))
+        show_ignored(source.unnamed(), [file for record in patients.values() for file in record.get("ignored", [])])
+        written = f"{rows} images of {len(patients)} patients in {len(parts)} parts: {out}"
+        print(f"{out} is complete: {rows} images." if complete else written)
     print("  ".join(f"{group}: {len(names)} patients" for group, names in shards.groups.items()))
 
 
@@ -102,8 +102,7 @@ def show_ignored(unnamed: list[str], of_patients: list[str]) -> None:
             print(f"ignored  {len(names)} {what}, such as {names[0]}")
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = f"Turn a CAMUS folder, or anyone's {image_folder.LAYOUT}, into Parquet shards."
     run(*command_line.parse(Options(), argv, "preprocess.py", about))
 

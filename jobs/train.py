@@ -1,14 +1,12 @@
 """Distributed training: `python jobs/train.py seed --data /data/shards --workers 4`, also behind `ray job submit … --`.
 
-Ray Train supervises: it places the workers, joins them for DistributedDataParallel and restarts them when one dies.
-The state of a run is in its own directory, the same with and without Ray, so the same command always resumes.
+Ray Train places the workers and restarts them when one dies; the state of a run is in its own directory, with and without Ray.
 """
 
 import contextlib
 import functools
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +20,7 @@ from heartseg.storage import locks
 from heartseg.training import distributed, run_directory
 from heartseg.training.finetune import find_initial
 from heartseg.training.worker import check_plan, open_data, train_rank
-from jobs.support import command_line, ray_training
+from jobs.support import command_line
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,19 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> str:
     """Train, or resume; returns the run's directory, and an empty string on all ranks of torchrun but the first."""
-    command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
     check_installation()
     shards = open_data(experiment)
     check_plan(experiment, shards)
-    initial = None
-    if options.init_from:
-        initial = find_initial(command_line.absolute(options.init_from, "init-from"), experiment, shards)
+    older = options.init_from and command_line.absolute(options.init_from, "init-from")
+    initial = find_initial(older, experiment, shards) if older else None
     if options.launcher == "plain":
         return train_without_ray(experiment, shards, options, initial)
+    from jobs.support import ray_training
+
     opened = run_directory.open_run(experiment, shards, options.run_name, options.fresh, initial)
     with locks.lock(opened.path):
         print(f"run {opened.path}")
@@ -84,8 +83,7 @@ def train_without_ray(experiment: Experiment, shards: Shards, options: Options, 
     return opened.path if ranks.is_main else ""
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Train a segmentation model; the same command resumes."
     path = run(*command_line.parse(Options(), argv, "train.py", about))
     if not path:

@@ -5,11 +5,9 @@ training group and written as `best.json`, which `jobs/train.py --config` takes.
 """
 
 import importlib.util
-import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -31,9 +29,9 @@ from heartseg.training.worker import check_plan, open_data
 from heartseg.tuning import search_space
 from heartseg.tuning import sweep as sweeps
 from heartseg.tuning.sweep import METRIC, Sweep, SweepPlan
-from jobs.support import command_line, ray_runtime
+from jobs.support import command_line
+from jobs.support.command_line import log
 
-log = logging.getLogger("heartseg.jobs")
 # Share of the training group that the winner is chosen on if the recipe names none; as many as a CAMUS validation group.
 HOLDOUT = 0.125
 
@@ -74,18 +72,21 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> Sweep:
     """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if no trial can be chosen."""
-    command_line.require_flag(experiment.data, "--data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.require_flag(experiment.runs, "--runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
+    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
-    if options.plan.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UserError("--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
+    is_known = options.plan.search != "optuna" or importlib.util.find_spec("optuna")
+    require(bool(is_known), "--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
     shards = open_data(experiment)
     check_plan(experiment, shards)
     for point in sweeps.points_to_check(options.plan, experiment):
         check_plan(search_space.apply(experiment, point), shards)
-    ingest = choose_ingest(experiment, shards)
+    ingest = experiment.ingest
+    if ingest == "auto":  # all trials read in one way: from memory if there is enough of it here for a trial per core
+        fits = pixel_bytes(shards) <= MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
+        ingest = "memory" if fits else "stream"
     sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
     with locks.lock(sweep.path):
         print(f"sweep {sweep.path}")
@@ -100,56 +101,46 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     return sweep
 
 
-def choose_ingest(experiment: Experiment, shards: Shards) -> str:
-    """How all trials read shards: as asked, or by the memory that is free here for one of a trial per core."""
-    if experiment.ingest != "auto":
-        return experiment.ingest
-    free = MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
-    return "memory" if pixel_bytes(shards) <= free else "stream"
-
-
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     """Train the trials that have not ended. Raises KeyboardInterrupt if it was interrupted: Tune just returns."""
     known = sweeps.read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
     if options.plan.stop_early and not sweeps.rungs(sweep):
-        log.info("No trial is stopped early: with %d epochs there is no time for a comparison.", sweep.base.train.epochs)
+        log.info("No trial is stopped early: %d epochs leave no time for a comparison.", sweep.base.train.epochs)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
-    workers = sweep.base.workers
-    ray_runtime.start_ray(workers)
     from ray import tune
 
-    from jobs.support import ray_trials
+    from jobs.support import ray_runtime, ray_training
 
+    workers = sweep.base.workers
+    ray_runtime.start_ray(workers)
     # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
-    resources = ray_runtime.worker_resources(workers * concurrent)
-    scheduler = ray_trials.Rungs(sweep)
-    suggestions = ray_trials.Suggestions(sweep, shards, options.num_trials, resources)
     log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
+    resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
-        tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
+        tune.with_resources(ray_training.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
         tune_config=tune.TuneConfig(
-            search_alg=suggestions,
-            scheduler=scheduler,
+            search_alg=ray_training.Suggestions(sweep, shards, options.num_trials, resources),
+            scheduler=ray_training.Rungs(sweep),
             num_samples=-1,
             max_concurrent_trials=concurrent,
-            time_budget_s=options.time_budget * 60 or None,
+            time_budget_s=budget_s or None,
         ),
         run_config=tune.RunConfig(
             name=filesystem.last_part(sweep.path),
             storage_path=filesystem.join(sweep.path, "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[ray_trials.Progress(lambda: publish(sweep))],
+            callbacks=[ray_training.Progress(lambda: publish(sweep))],
             verbose=0,
         ),
     )
     began = time.monotonic()
     tuner.fit()
-    is_time_up = options.time_budget and time.monotonic() - began >= options.time_budget * 60
+    is_time_up = budget_s and time.monotonic() - began >= budget_s
     if not is_time_up and any(not trial.state for trial in sweeps.read_trials(sweep)):
         raise KeyboardInterrupt
 
@@ -173,8 +164,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
     trained, asked = sweeps.epochs_saved(sweep, table)
     if asked and options.plan.stop_early:
         print(f"{trained} epochs trained; without early stopping {asked}: {1 - trained / asked:.0%} saved")
-    failed = [trial for trial in trials if trial.state == sweeps.FAILED]
-    if failed:
+    if failed := [trial for trial in trials if trial.state == sweeps.FAILED]:
         print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed resumes them")
     print(f"page {page}")
     if best:
@@ -188,8 +178,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
         print("no trial has finished: rerun the same command to resume, with a longer --time-budget")
 
 
-def job(argv: Sequence[str]) -> None:
-    """The command line."""
+def job(argv: list[str]) -> None:
     about = "Sweep the learning-rate schedule; the same command resumes."
     experiment, options = command_line.parse(Options(), argv, "tune.py", about)
     plan, unused = options.plan, {}

@@ -1,7 +1,4 @@
-"""What test-time augmentation, largest pieces and closed holes do to a trained model's scores, and what its confidence shows.
-
-`python jobs/benchmark.py postprocess --checkpoint RUN --data SHARDS`
-"""
+"""What test-time augmentation, largest pieces and closed holes do to a model's scores, and what its confidence shows."""
 
 import time
 from collections.abc import Sequence
@@ -36,11 +33,8 @@ POOR_DICE = (0.80, 0.85)
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure on."""
-
     checkpoint: str = ""
-    """Folder of a run, or of one of its checkpoints; several, with commas between, are measured alone and as an ensemble,
-    whose change is then from the mean of those alone."""
+    """Folder of a run, or of a checkpoint; several, with commas between, are measured alone and as an ensemble."""
     data: str = ""
     """Folder or URI of the shards; the run's own if not given."""
     group: Literal["train", "val", "test"] = "val"

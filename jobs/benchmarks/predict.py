@@ -22,8 +22,6 @@ from jobs.benchmarks.two_sides import CPU, Row, Table, in_turn
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
-
     source: str = ""
     """A CAMUS tree, of which the first images count; synthetic ones of the release's size if not given."""
     images: int = 200
@@ -48,10 +46,15 @@ def run(options: Options) -> Table:
         model = build_model(experiment.model).to(memory_format=torch.channels_last).eval()
         segmenter = Segmenter(model, experiment, Intensity(), {}, CPU)
         images = torch.zeros((len(clips), 1, options.side, options.side), dtype=torch.uint8).split(options.batch_size)
-        sides = {
-            "forward passes": lambda: [segmenter.logits(batch) for batch in images],
-            "files to masks": lambda: files_to_masks(segmenter, clips, folder, options.batch_size),
-        }
+
+        def files_to_masks() -> None:
+            """What jobs/predict.py does with its clips; overlays and the EF table come after it."""
+            read, finish = lambda clip, _: readers.read(clip.path, clip.kind), partial(study_results.finish, folder)
+            for _, result in outline(segmenter, clips, read, finish, options.batch_size):
+                if isinstance(result, DamagedRecording):
+                    raise UserError(f"{result.file} {result.reason}.")
+
+        sides = {"forward passes": lambda: [segmenter.logits(batch) for batch in images], "files to masks": files_to_masks}
         forward, whole = ([1000 * seconds / len(clips) for seconds in cost[:2]] for cost in in_turn(sides, options.repeats))
     units = ("ms an image", "ms of a core")
     rows = [Row("files to masks", *of) for of in zip(whole, units, forward, strict=True)]
@@ -59,11 +62,3 @@ def run(options: Options) -> Table:
     table = Table(f"predict: {what}", ("forward passes", "whole"), rows)
     table.show()
     return table
-
-
-def files_to_masks(segmenter: Segmenter, clips: list[study_files.Clip], out: str, batch_size: int) -> None:
-    """What jobs/predict.py does with its clips; overlays and the EF table come after it."""
-    read, finish = lambda clip, _: readers.read(clip.path, clip.kind), partial(study_results.finish, out)
-    for _, result in outline(segmenter, clips, read, finish, batch_size):
-        if isinstance(result, DamagedRecording):
-            raise UserError(f"{result.file} {result.reason}.")

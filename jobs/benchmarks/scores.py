@@ -1,7 +1,4 @@
-"""Surface distances against MONAI's metric classes, and volumes: `python jobs/benchmark.py scores --source CAMUS`.
-
-All is measured on one core; both sides take the same masks and the same spacings.
-"""
+"""Surface distances against MONAI's metrics, and volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,8 +22,6 @@ BEND_PIXELS, BEND_LENGTH_PIXELS = 2.0, 12.0
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure on."""
-
     source: str = ""
     """Folder of the CAMUS release, or of a phantom."""
     images: int = 20
@@ -47,13 +42,13 @@ def run(options: Options) -> tuple[Table, float]:
     pairs = [(bend(case.truth, generator), case.truth, case.spacing_mm) for case in cases]
     # MONAI's one-hot tensors are made before the clock starts; ours starts from the label maps.
     tensors = [(one_hot(prediction), one_hot(truth), spacing_mm) for prediction, truth, spacing_mm in pairs]
-    hearts: dict[str, dict] = {}
-    for case in cases:
-        hearts.setdefault(case.patient, {})[case.view, case.phase] = case.truth, case.spacing_mm
     sides = {
         name: lambda: [monai_distances(*pair) for pair in tensors],
         "ours": lambda: [list(surface_distances(*pair).values()) for pair in pairs],
     }
+    hearts: dict[str, dict] = {}
+    for case in cases:
+        hearts.setdefault(case.patient, {})[case.view, case.phase] = case.truth, case.spacing_mm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI's own deprecations, and structures that an image does not have
         difference = largest_difference(*(side() for side in sides.values()))
@@ -92,8 +87,8 @@ def monai_side() -> tuple[str, Callable]:
     metrics.append(SurfaceDistanceMetric(include_background=False, symmetric=True))
 
     def compute(prediction: torch.Tensor, truth: torch.Tensor, spacing_mm: tuple[float, float]) -> list[float]:
-        values = torch.stack([metric(prediction, truth, spacing=spacing_mm)[0] for metric in metrics], dim=1)
-        return values.flatten().tolist()
+        values = [metric(prediction, truth, spacing=spacing_mm)[0] for metric in metrics]
+        return torch.stack(values, dim=1).flatten().tolist()
 
     return f"MONAI {monai.__version__}", compute
 

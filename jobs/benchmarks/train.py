@@ -1,6 +1,8 @@
 """Training speed in tables of two sides: `python jobs/benchmark.py train`, or some sections, `--sections plain,metrics`.
 
-A section is a function of the bench that returns its tables.
+A section is a function of the bench that returns its table. The baseline trains as public repositories on CAMUS do: it reads a
+NIfTI pair with nibabel and resizes it each time an image is needed, computes in float32 in the ordinary memory layout, and
+fetches the loss and a Dice made in Python at every step.
 """
 
 import os
@@ -10,26 +12,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy, interpolate
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from heartseg.config.experiment import Experiment, to_json
-from heartseg.datasets import phantom
+from heartseg.config.experiment import Experiment, ImageConfig, TrackingConfig, to_json
+from heartseg.config.recipes import seed
+from heartseg.datasets import camus, phantom
+from heartseg.datasets.image_folder import open_source
 from heartseg.errors import UserError, require
+from heartseg.labels import STRUCTURES
 from heartseg.metrics.segmentation import ScoreSums, predicted_labels
 from heartseg.models import deeplabv3
 from heartseg.models.deeplabv3 import build_model
+from heartseg.shards import preprocessing
+from heartseg.shards.loader import Batch, Loader, epoch_order
+from heartseg.shards.reader import FrameRows, load_groups
 from heartseg.storage import filesystem
-from jobs.benchmarks.train_sides import SMALL, Bench, Options, write_shards
-from jobs.benchmarks.two_sides import Cost, Row, Table, cost_of, in_turn, run_sections
+from heartseg.training import engine
+from heartseg.training.distributed import Ranks
+from jobs.benchmarks.two_sides import Cost, Row, Table, cost_of, in_turn
 
+Backbone = Literal["resnet101", "resnet50", "mobilenet_v3_large"]
+Losses = Iterator[torch.Tensor]
+SMALL: Backbone = "mobilenet_v3_large"
 # Sizes of the square matrices whose product shows the machine's peak; the last two are for GPUs.
 MATRIX_SIZES = (1024, 2048, 4096, 8192)
 BATCHES_SCORED = 20
@@ -37,27 +53,123 @@ GPU_BATCHES = (12, 16, 32, 64, 128)
 SEED_EPOCHS, SEED_TRAINING, SEED_TEST = 170, 1600, 400
 
 
+@dataclass(frozen=True)
+class Options:
+    sections: str = "all"
+    """What to measure, with commas between: plain, convolutions, metrics, peak, ray."""
+    source: str = ""
+    """Folder of the CAMUS release; synthetic patients if not given."""
+    backbone: Backbone = "resnet101"
+    """Network of the steps that are timed."""
+    size: int = 256
+    """Height and width of their images."""
+    batch: int = 12
+    """Images in a batch."""
+    steps: int = 2
+    """Steps that are timed, after one that is not; the median counts."""
+    pairs: int = 5
+    """Section ray: pairs of runs, one under Ray and one without, in turn; the median of their ratios counts."""
+    ray_size: int = 128
+    """Section ray: height and width of the images, for MobileNetV3, so that it takes minutes on CPUs."""
+    ray_patients: int = 40
+    """Section ray: synthetic patients whose images make an epoch; 500 make epochs of half a minute or more on 2 cores."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A run of the benchmark: its settings, a folder for its data, and the device."""
+
+    options: Options
+    folder: str
+    device: torch.device
+
+    def experiment(self, backbone: Backbone | None = None, size: int | None = None, **train) -> Experiment:
+        """The seed recipe without dropout, which would draw differently on two sides; by default of the settings' size."""
+        recipe, side = seed(), size or self.options.size
+        model = replace(recipe.model, backbone=backbone or self.options.backbone, dropout=0.0)
+        train = replace(recipe.train, **{"batch_size": self.options.batch} | train)
+        return replace(recipe, image=ImageConfig(side, side), model=model, train=train, tracking=TrackingConfig(wandb="off"))
+
+    def model(self, experiment: Experiment, own_convolutions: bool = True) -> torch.nn.Module:
+        """The experiment's network with its first weights, on the device."""
+        torch.manual_seed(experiment.train.seed)
+        return build_model(experiment.model, own_convolutions).to(self.device)
+
+    def random_batch(self, experiment: Experiment, size: int) -> Batch:
+        """Images and masks of noise on the device, for figures that do not depend on pixels."""
+        grid = (experiment.image.height, experiment.image.width)
+        images = torch.rand(size, 1, *grid, device=self.device)
+        return images, torch.randint(4, (size, *grid), device=self.device, dtype=torch.uint8)
+
+    def our_steps(self, experiment: Experiment, batches: Iterable[Batch], own_convolutions: bool = True) -> Losses:
+        """Take one training step at each call, scores included; yields its loss, on the device."""
+        model, ranks, sums = self.model(experiment, own_convolutions), Ranks(0, 1, self.device), ScoreSums(self.device)
+        state = engine.start(experiment, model, ranks, lambda model: model)
+        state.wrapped.train()
+        for images, masks in batches:
+            loss, prediction = engine.train_step(experiment, state, images, masks, ranks)
+            sums.add(loss, prediction, masks)
+            yield loss
+
+    def baseline_steps(self, experiment: Experiment, stills: "Stills") -> Losses:
+        """Take one training step of the baseline at each call; yields its loss."""
+        model = self.model(experiment, own_convolutions=False).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=experiment.optim.lr, momentum=experiment.optim.momentum)
+        for epoch in count():
+            order = epoch_order(len(stills), experiment.train.seed, epoch).tolist()
+            for images, masks in DataLoader(stills, experiment.train.batch_size, sampler=order, drop_last=True):
+                # Whatever our own steps have set for the process, the baseline has PyTorch's defaults.
+                with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True):
+                    images, masks = images.to(self.device), masks.to(self.device)
+                    optimizer.zero_grad()
+                    logits = model(images)
+                    loss = cross_entropy(logits, masks)
+                    loss.backward()
+                    optimizer.step()
+                dice_in_python(logits, masks)
+                yield loss.detach().cpu()
+
+    def steps_in_turn(self, *sides: Iterator) -> list[Cost]:
+        """The median costs of a step of each side."""
+        return in_turn({place: partial(next, side) for place, side in enumerate(sides)}, self.options.steps, self.device)
+
+    def both_sides(self, experiment: Experiment) -> tuple[Losses, Losses]:
+        """The steps of the baseline and ours, from the same weights over the same images."""
+        source, train = self.options.source or os.path.join(self.folder, "source"), experiment.train
+        if not self.options.source:
+            phantom.write_phantom(source, 8)  # enough for two batches of the seed's 12 in the training group
+        frames = write_shards(experiment, source, os.path.join(self.folder, "shards"))
+        loader = Loader.of(frames, 0, 1, self.device)
+        batches = (batch for epoch in count() for batch in loader.training_batches(train.batch_size, train.seed, epoch))
+        stills = Stills(source, frames, experiment.image.height)
+        return self.baseline_steps(experiment, stills), self.our_steps(experiment, batches)
+
+
 def run(options: Options) -> list[Table]:
-    """Measure the sections one after the other, and print each as it is done."""
+    """Measure the sections one after the other, but for those that lack a package, and print each table when it is done."""
     fit = min(options.batch - 1, options.steps, options.pairs) >= 1
     require(fit, "--steps and --pairs must be at least 1, --batch at least 2.")
+    names, tables = list(SECTIONS) if options.sections == "all" else options.sections.split(","), []
+    for name in names:
+        require(name in SECTIONS, f"{name!r} is not a section: use some of {', '.join(SECTIONS)}.")
     torch.set_num_threads(os.cpu_count() or 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        return run_sections(options.sections, SECTIONS, Bench(options, folder, device), device=device)
+        bench = Bench(options, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        for name in names:
+            try:
+                tables.append(SECTIONS[name](bench))
+            except ModuleNotFoundError as error:
+                print(f"\n{name} left out: the package {error.name} is not installed")
+            else:
+                tables[-1].show(bench.device)
+    return tables
 
 
 def about(experiment: Experiment) -> str:
-    """What is computed, for the name of a row."""
     return f"{experiment.model.backbone}, {experiment.image.height} px, batch {experiment.train.batch_size}"
 
 
-def steps_in_turn(bench: Bench, *sides: Iterator) -> list[Cost]:
-    """The median costs of a step of each side."""
-    return in_turn({place: partial(next, side) for place, side in enumerate(sides)}, bench.options.steps, bench.device)
-
-
-def measure_plain(bench: Bench) -> list[Table]:
+def measure_plain(bench: Bench) -> Table:
     """Images per second and memory of the baseline and of our steps, in turn, and the losses of the same steps."""
     experiment, batch, losses = bench.experiment(), bench.options.batch, ([], [])
 
@@ -66,7 +178,7 @@ def measure_plain(bench: Bench) -> list[Table]:
             kept.append(loss)
             yield
 
-    base, ours = steps_in_turn(bench, *map(recorded, bench.both_sides(experiment), losses))
+    base, ours = bench.steps_in_turn(*map(recorded, bench.both_sides(experiment), losses))
     rows = [
         Row("training", batch / ours.wall_s, "images/s", batch / base.wall_s, "at least 2.8 on CPUs"),
         Row("peak memory beside the other side's weights", ours.peak_gb, "GB", base.peak_gb),
@@ -75,21 +187,21 @@ def measure_plain(bench: Bench) -> list[Table]:
         rows.insert(1, Row("training", batch / ours.cpu_s, "images/s of a core", batch / base.cpu_s))
     for step, (one, other) in enumerate(zip(*losses, strict=True), 1):
         rows.append(Row(f"loss of step {step}", other.item(), "", one.item()))
-    return [Table(f"plain: {about(experiment)}", ("baseline", "ours"), rows)]
+    return Table(f"plain: {about(experiment)}", ("baseline", "ours"), rows)
 
 
-def measure_convolutions(bench: Bench) -> list[Table]:
+def measure_convolutions(bench: Bench) -> Table:
     """Our steps with the convolutions of `heartseg.models.convolutions` and with PyTorch's own."""
     batch, rows = bench.options.batch, []
     for experiment in (bench.experiment(), bench.experiment(SMALL, 192)):
         batches = repeat(bench.random_batch(experiment, batch))
-        theirs, ours = steps_in_turn(bench, *(bench.our_steps(experiment, batches, own) for own in (False, True)))
+        theirs, ours = bench.steps_in_turn(*(bench.our_steps(experiment, batches, own) for own in (False, True)))
         note = f"{ours.wall_s:.2f} against {theirs.wall_s:.2f} s a step"
         rows.append(Row(about(experiment), batch / ours.wall_s, "images/s", batch / theirs.wall_s, note))
-    return [Table("convolutions: training", ("PyTorch's", "ours"), rows)]
+    return Table("convolutions: training", ("PyTorch's", "ours"), rows)
 
 
-def measure_metrics(bench: Bench) -> list[Table]:
+def measure_metrics(bench: Bench) -> Table:
     """What the scores of an evaluation cost beside its forward passes."""
     rows = []
     for experiment in (bench.experiment(batch_size=4), bench.experiment(SMALL, 128, batch_size=32)):
@@ -97,9 +209,8 @@ def measure_metrics(bench: Bench) -> list[Table]:
         sides = {"forward": forward, "scores": partial(score_batches, forward(), masks)}
         forward_ms, scores_ms = (1000 * cost.wall_s for cost in in_turn(sides, 5, bench.device))
         scores_ms /= BATCHES_SCORED
-        note = f"{100 * scores_ms / forward_ms:.2f} %, at most 2"
-        rows.append(Row(about(experiment), scores_ms, "ms", forward_ms, note))
-    return [Table("metrics: an evaluation", ("forward pass", "scores"), rows)]
+        rows.append(Row(about(experiment), scores_ms, "ms", forward_ms, f"{scores_ms / forward_ms:.2%}, at most 2 %"))
+    return Table("metrics: an evaluation", ("forward pass", "scores"), rows)
 
 
 def forward_pass(bench: Bench, experiment: Experiment) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
@@ -117,7 +228,7 @@ def score_batches(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, float]
     return sums.means()
 
 
-def measure_peak(bench: Bench) -> list[Table]:
+def measure_peak(bench: Bench) -> Table:
     """Our training steps, by batch on a GPU, beside matrix products of as many operations; evaluation; the seed in hours."""
     on_gpu, experiment, peaks, rates = bench.device.type == "cuda", bench.experiment(), matrix_rates(bench), {}
     flop, steps = flop_per_image(bench, experiment), 20 if on_gpu else bench.options.steps
@@ -138,7 +249,7 @@ def measure_peak(bench: Bench) -> list[Table]:
         name, note = f"170 epochs of the seed, evaluated by {batch}", "estimated from these rates, not run"
         rows.append(Row(name, hours, "h", note=note))
     title = f"peak: {experiment.model.backbone}, {experiment.image.height} px"
-    return [Table(title, ("matrix product", "ours"), rows)]
+    return Table(title, ("matrix product", "ours"), rows)
 
 
 def matrix_rates(bench: Bench) -> dict[str, float]:
@@ -164,7 +275,7 @@ def flop_per_image(bench: Bench, experiment: Experiment) -> float:
     return counter.get_total_flops() / 2
 
 
-def measure_ray(bench: Bench) -> list[Table]:
+def measure_ray(bench: Bench) -> Table:
     """An epoch under Ray and in a plain process, whole runs of jobs/train.py in turn; and the time to their first step."""
     import ray  # noqa: F401  (a machine without Ray leaves this section out)
 
@@ -183,14 +294,11 @@ def measure_ray(bench: Bench) -> list[Table]:
         Row("an epoch", under_ray[1], "s", plain[1], f"{100 * longer:+.1f} % in the median of {pairs} pairs, at most 3"),
         Row("from the command to the first step", under_ray[0], "s", plain[0], "under 30 on 2 cores"),
     ]
-    return [Table(f"ray: {about(experiment)}", ("plain process", "under Ray"), rows)]
+    return Table(f"ray: {about(experiment)}", ("plain process", "under Ray"), rows)
 
 
 def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float, float]:
-    """Seconds from the command of a training run of two epochs to its first step, and of its second epoch.
-
-    The epoch is counted from one set of samples to the next: what its end costs, Ray's report included, is part of it.
-    """
+    """Seconds from the command of a run of two epochs to its first step, and of its second epoch, Ray's report included."""
     runs, config = (os.path.join(folder, name) for name in ("runs", "experiment.json"))
     filesystem.publish_json(config, to_json(experiment))
     job = Path(__file__).resolve().parents[1] / "train.py"
@@ -203,15 +311,48 @@ def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float,
                 first_s = time.perf_counter() - started
     if process.returncode or first_s is None:
         raise UserError(f"{' '.join(command)} failed: {''.join(lines[-3:])}")
+    # An epoch is counted from one set of samples to the next: what its end costs is part of it.
     ends = [next(Path(runs).glob(f"*/samples/{name}.npz")).stat().st_mtime for name in ("first", "last")]
     shutil.rmtree(runs)
     return first_s, ends[1] - ends[0]
 
 
-SECTIONS: dict[str, Callable[[Bench], list[Table]]] = {
-    "plain": measure_plain,
-    "convolutions": measure_convolutions,
-    "metrics": measure_metrics,
-    "peak": measure_peak,
+def write_shards(experiment: Experiment, source: str, out: str) -> FrameRows:
+    """Write the shards of a source on an experiment's grid; returns its training group."""
+    shards = preprocessing.write_shards(open_source(source), out, experiment.image, experiment.split)
+    return load_groups(shards, ["train"])["train"]
+
+
+class Stills(Dataset):
+    """The images of a group, in the order of its shards' rows, each read from its NIfTI files when it is needed."""
+
+    def __init__(self, source: str, frames: FrameRows, size: int):
+        stills = frames.table.select(["patient", "view", "phase"]).to_pylist()
+        self.paths = [[camus.recording_path(source, *still.values(), suffix) for suffix in ("", "_gt")] for still in stills]
+        self.size = (size, size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import nibabel
+
+        image, mask = (torch.from_numpy(nibabel.load(path).get_fdata().T.copy())[None, None] for path in self.paths[index])
+        image = interpolate(image.float() / 255, self.size, mode="bilinear", antialias=True)
+        return image[0], interpolate(mask, self.size, mode="nearest-exact")[0, 0].long()
+
+
+def dice_in_python(logits: torch.Tensor, masks: torch.Tensor) -> float:
+    """The mean Dice over structures and images, one after the other."""
+    found = []
+    for prediction, mask in zip(logits.argmax(dim=1).cpu().numpy(), masks.cpu().numpy(), strict=True):
+        for label in range(1, len(STRUCTURES) + 1):
+            ours, theirs = prediction == label, mask == label
+            found.append(2 * (ours & theirs).sum() / max(1, ours.sum() + theirs.sum()))
+    return float(np.mean(found))
+
+
+SECTIONS: dict[str, Callable[[Bench], Table]] = {
+    "plain": measure_plain, "convolutions": measure_convolutions, "metrics": measure_metrics, "peak": measure_peak,
     "ray": measure_ray,
-}
+}  # fmt: skip

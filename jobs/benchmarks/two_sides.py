@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from heartseg.errors import require
 from heartseg.reporting import text_tables
 
 CPU = torch.device("cpu")
@@ -60,39 +59,14 @@ def print_table(title: str, heading: Sequence[str], rows: Iterable[Sequence], de
 
 def shown(value: str | float | None) -> str:
     """A cell: four digits of a number, which is as much as a measurement can resolve; nothing for None."""
-    if value is None or isinstance(value, (str, int)):
-        return "" if value is None else str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def run_sections(
-    asked: str, sections: Mapping[str, Callable[..., list[Table]]], *arguments: Any, device: torch.device = CPU
-) -> list[Table]:
-    """Measure the sections that `asked` names with commas between them, or `all`, and print each table when it is done.
-
-    A section that needs a package which is not installed is left out. Raises UserError for an unknown name.
-    """
-    names = list(sections) if asked == "all" else asked.split(",")
-    for name in names:
-        require(name in sections, f"There is no section {name!r}: use some of {', '.join(sections)}.")
-    tables = []
-    for name in names:
-        try:
-            found = sections[name](*arguments)
-        except ModuleNotFoundError as error:
-            print(f"\n{name} left out: the package {error.name} is not installed")
-            continue
-        for table in found:
-            table.show(device)
-        tables += found
-    return tables
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> list[Cost]:
-    """The median costs of each side over some repeats, after one that is not counted.
-
-    The sides take turns, each time in the reverse order, so that whatever else slows the machine slows all of them.
-    """
+    """The median costs of each side over some repeats, after one that is not counted."""
+    # The sides take turns, each time in the reverse order, so that whatever else slows the machine slows all of them.
     costs: dict[Any, list[Cost]] = {name: [] for name in sides}
     for turn in range(1 + repeats):
         for name in sides if turn % 2 else reversed(sides):

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +44,6 @@ LONGEST_TMPDIR = 39
 EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h: the storage does not answer, and another attempt may help.
 EXIT_STORAGE_ERROR = 75
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: the job ends in order. A KeyboardInterrupt, since nothing else ends a wait of Ray's."""
 
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
@@ -86,7 +84,7 @@ def install_sigterm_handler() -> None:
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
-        raise Terminated
+        raise KeyboardInterrupt  # nothing else ends a wait of Ray's
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
@@ -125,30 +123,23 @@ def configure_logging() -> None:
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
     """A recipe (`seed` if none is named) or `--config FILE`, and changes to it: the experiment and the job's options.
 
-    `options` is an instance of the job's own dataclass, whose `unused` holds the experiment's fields that have no effect in
-    the job, and why. Raises UserError for any mistake on the command line.
+    The class of `options` has an `unused`: the experiment's fields that have no effect in the job, and why.
     """
     words, config = _split_words(argv)
     fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
     kind = make_dataclass("Command", fields, frozen=True)
-
-    def parse_changes(base: Experiment) -> Any:
-        return parse_line(kind, words, f"python jobs/{prog}", description, default=kind("", base, options))
-
+    # The first word that names a recipe is almost always the recipe, and not the value of a flag.
+    likely = next((word for word in words if word in RECIPES), "seed")
+    base = read_config(config) if config else RECIPES[likely]()
+    parse_changes = partial(parse_line, kind, words, f"python jobs/{prog}", description)
+    command = parse_changes(default=kind("", base, options))
+    recipe = command.recipe or "seed"
     if config:
-        base = read_config(config)
-        command = parse_changes(base)
         require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
-    else:
-        # The first word that names a recipe is almost always the recipe, and not the value of a flag.
-        likely = next((word for word in words if word in RECIPES), "seed")
-        base = RECIPES[likely]()
-        command = parse_changes(base)
-        recipe = command.recipe or "seed"
-        require(recipe in RECIPES, f"There is no recipe {recipe!r}: use one of {', '.join(RECIPES)}, or --config FILE.")
-        if recipe != likely:
-            base = RECIPES[recipe]()
-            command = parse_changes(base)
+    elif recipe != likely:
+        require(recipe in RECIPES, f"{recipe!r} is not a recipe: use one of {', '.join(RECIPES)}, or --config FILE.")
+        base = RECIPES[recipe]()
+        command = parse_changes(default=kind("", base, options))
     refuse_unused(base, command.experiment, command.options.unused)
     return with_environment(command.experiment), command.options
 
@@ -156,18 +147,16 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
 def refuse_unused(base: object, changed: object, unused: Mapping[str, str]) -> None:
     """Raise UserError for a changed field of a dataclass that has no effect; `unused` holds the reason by a field's name."""
     before, after = flatten(to_json(base)), flatten(to_json(changed))
-    for field in after:
+    for field, value in after.items():
         reason = unused.get(field) or unused.get(field.partition(".")[0])
-        if reason and after[field] != before[field]:
-            raise UserError(f"--{field.replace('_', '-')} {after[field]} has no effect here: {reason}. Leave it out.")
+        message = f"--{field.replace('_', '-')} {value} has no effect here: {reason}. Leave it out."
+        require(not reason or value == before[field], message)
 
 
 def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
     """The words without `--config FILE`, and that file; `--workers 1:4` and `optim.lr=0.001` are spelled out as flags."""
-    words: list[str] = []
-    for word in argv:
-        words += word.split("=", 1) if word.startswith(("--config=", "--workers=")) else [word]
-    config = ""
+    parts = [word.split("=", 1) if word.startswith(("--config=", "--workers=")) else [word] for word in argv]
+    words, config = list(itertools.chain(*parts)), ""
     if "--config" in words:
         place = words.index("--config")
         require(place + 1 < len(words), "--config needs a file: the complete experiment as JSON.")
@@ -187,10 +176,8 @@ def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
 
 def read_config(path: str) -> Experiment:
     """The experiment in a JSON file; a run's experiment.json and a checkpoint's card hold it under that key."""
-    value = filesystem.read_json(absolute(path, "config"))
-    require(
-        isinstance(value, dict), f"--config {path} is not an experiment: give a JSON object, such as a run's experiment.json."
-    )
+    value, fix = filesystem.read_json(absolute(path, "config")), "give a JSON object, such as a run's experiment.json."
+    require(isinstance(value, dict), f"--config {path} is not an experiment: {fix}")
     return from_json(value.get("experiment", value), origin=path)
 
 
@@ -226,9 +213,8 @@ def with_environment(experiment: Experiment) -> Experiment:
     """The experiment with absolute paths, those that were not given taken from the environment."""
     defaults = {"source": "HEARTSEG_SOURCE", "data": "HEARTSEG_DATA", "runs": "HEARTSEG_RUNS"}
     paths = {name: getattr(experiment, name) or os.environ.get(variable, "") for name, variable in defaults.items()}
-    if JOB_CONFIG not in os.environ:  # a submitted job's folder is a temporary copy
-        paths["runs"] = paths["runs"] or "runs"
-    paths["out"] = experiment.out
+    here = "" if JOB_CONFIG in os.environ else "runs"  # a submitted job's folder is a temporary copy
+    paths |= {"runs": paths["runs"] or here, "out": experiment.out}
     return replace(experiment, **{name: absolute(path, name) for name, path in paths.items() if path})
 
 
@@ -241,7 +227,7 @@ def absolute(path: str, name: str) -> str:
     return filesystem.absolute(path)
 
 
-def require_flag(value: str, flag: str, meaning: str) -> str:
-    """The value of a flag that a job needs; raises UserError if it is missing."""
-    require(bool(value), f"{flag} is missing: give {meaning}.")
-    return value
+def required_path(path: str, name: str, meaning: str) -> str:
+    """The absolute path of a flag that a job needs; raises UserError if it is missing."""
+    require(bool(path), f"--{name} is missing: give {meaning}.")
+    return absolute(path, name)

@@ -6,13 +6,13 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from heartseg.errors import UserError, require
-from jobs.support import command_line, ray_runtime
-from jobs.support.command_line import first_line
+from jobs.support import command_line
+from jobs.support.command_line import first_line, log
 
-log = logging.getLogger("heartseg.jobs")
 POLL_INTERVAL_S = 1.0
 MAX_LOG_BYTES_PER_S = 1_000_000
 # A dashboard that has not answered for so long will not come back by itself.
@@ -20,8 +20,6 @@ DASHBOARD_TIMEOUT_S = 120.0
 # A stopped job has Ray's grace period (3 s by default on the head) and the time that its workers take to exit.
 STOP_TIMEOUT_S = 60.0
 ALIVE = ("PENDING", "RUNNING")
-# Ray's loggers that report every file that is not uploaded and every connection that ends.
-VERBOSE_LOGGERS = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", ray_runtime.UPLOAD_LOGGER)
 
 
 class JobFailed(RuntimeError):
@@ -35,40 +33,40 @@ class Cluster:
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
-        for name in VERBOSE_LOGGERS:
+        from jobs.support import ray_runtime
+
+        # They report every file that is not uploaded and every connection that ends.
+        for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", ray_runtime.UPLOAD_LOGGER):
             logging.getLogger(name).setLevel(logging.WARNING)
         fix = 'start one (cluster/local.sh start), set its address and token (eval "$(cluster/local.sh env)"), or use --local.'
         # Without an address, Ray would use whichever cluster was started last on this machine.
-        if not (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
-            raise UserError(f"--submit needs RAY_API_SERVER_ADDRESS, the address of a cluster's dashboard: {fix}")
+        has_address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        require(bool(has_address), f"--submit needs RAY_API_SERVER_ADDRESS, the address of a cluster's dashboard: {fix}")
         try:
             self.client = JobSubmissionClient()
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise UserError(f"--submit finds no cluster ({first_line(error)}): {fix}") from error
 
     def run(self, job: str, arguments: list[str], job_id: str) -> None:
-        """Run a job under an id until it ends, or follow the job that already has this id; prints its output.
-
-        Raises UserError for a user's mistake, JobFailed for any other failure; stops the job on KeyboardInterrupt.
-        """
+        """Run a job under an id until it ends, or follow the one that has it; raises UserError for a mistake, or JobFailed."""
         try:
             self.submit(job, arguments, job_id)
             output = self.follow(job_id)
         except KeyboardInterrupt:
             self.stop(job_id)
             raise
-        details = self.details(job_id)
+        details = self.ask(self.client.get_job_info, job_id)
         if details is None:
             raise JobFailed(f"The cluster does not know {job_id} any more: it may have been restarted")
-        status, code = details.status.value, details.driver_exit_code
-        if status == "SUCCEEDED":
+        if details.status == "SUCCEEDED":
             return
         # The one-line message that it ended with, otherwise the last line of its output.
         lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.strip()]
         message = ([line for line in lines if line.startswith(f"{job}.py: ")] or lines or ["it printed nothing"])[-1]
-        if code == command_line.EXIT_USER_ERROR:
+        if details.driver_exit_code == command_line.EXIT_USER_ERROR:
             raise UserError(f"{job_id}: {message}")
-        raise JobFailed(f"{job_id} ended {status} (exit code {code}): {message}")
+        ended = f"{details.status.value} (exit code {details.driver_exit_code})"
+        raise JobFailed(f"{job_id} ended {ended}: {message}")
 
     def submit(self, job: str, arguments: list[str], job_id: str) -> None:
         """Submit a job, unless the cluster knows its id: from an earlier command, or from a reply that was lost."""
@@ -76,37 +74,28 @@ class Cluster:
         def submit_once() -> str:
             if self.status(job_id):
                 return "found"
-            self.client.submit_job(
-                entrypoint=shlex.join(["python", f"jobs/{job}.py", *arguments]),
-                submission_id=job_id,
-                # Settings and secrets belong to the cluster's own environment, not into a runtime_env.
-                runtime_env={"working_dir": str(command_line.ROOT)},
-            )
+            entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
+            # Settings and secrets belong to the cluster's own environment, not into a runtime_env.
+            runtime_env = {"working_dir": str(command_line.ROOT)}
+            self.client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env)
             return "submitted"
 
         log.info("%s %s", self.ask(submit_once), job_id)
 
-    def details(self, job_id: str) -> Any:
-        """Ray's JobDetails; None for a job that this cluster does not know."""
-        return self.ask(lambda: self.client.get_job_info(job_id))
-
     def status(self, job_id: str) -> str | None:
         """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; None for a job that this cluster does not know."""
-        details = self.details(job_id)
+        details = self.ask(self.client.get_job_info, job_id)
         return details and str(details.status.value)
 
     def follow(self, job_id: str) -> str:
         """Print a job's output until it ends; returns all of it."""
         output, is_alive = "", True
-
-        def read_log() -> str:
-            return self.client.get_job_logs(job_id)
-
         while is_alive:
             is_alive = self.status(job_id) in ALIVE
             try:
                 # The last read has the job's message, so it is repeated while the dashboard does not answer.
-                printed, output = len(output), (read_log() if is_alive else self.ask(read_log)) or output
+                read = self.client.get_job_logs if is_alive else partial(self.ask, self.client.get_job_logs)
+                printed, output = len(output), read(job_id) or output
                 print(output[printed:], end="", flush=True)
             except (RuntimeError, OSError, UserError) as error:  # its node may be gone, and its log with it
                 log.debug("The log of %s cannot be read: %s", job_id, error)
@@ -120,24 +109,21 @@ class Cluster:
         end = time.monotonic() + STOP_TIMEOUT_S
         try:
             if self.status(job_id) in ALIVE:
-                self.ask(lambda: self.client.stop_job(job_id))
+                self.ask(self.client.stop_job, job_id)
             while self.status(job_id) in ALIVE:
                 require(time.monotonic() < end, f"it has not stopped after {STOP_TIMEOUT_S:g} s")
                 time.sleep(POLL_INTERVAL_S)
         except (UserError, KeyboardInterrupt) as error:
             log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)
 
-    def ask(self, question: Callable[[], Any]) -> Any:
-        """A reply of the cluster, None for a job that it does not know; asks again while it does not answer.
-
-        Raises UserError if it refuses the request, or if it does not answer for DASHBOARD_TIMEOUT_S.
-        """
+    def ask(self, question: Callable[..., Any], *arguments: str) -> Any:
+        """A reply of the cluster, None for a job that it does not know; waits up to DASHBOARD_TIMEOUT_S for an answer."""
         from ray.exceptions import AuthenticationError
 
         end = time.monotonic() + DASHBOARD_TIMEOUT_S
         while True:
             try:
-                return question()
+                return question(*arguments)
             except (AuthenticationError, OSError, RuntimeError) as error:  # those of requests are OSErrors
                 code = re.search(r"status code (\d{3})", str(error))  # in the messages of Ray's client
                 if "does not exist" in str(error) or code and code[1] == "404":

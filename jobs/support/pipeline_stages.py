@@ -6,7 +6,8 @@ configuration that decides its result and the fingerprints of the results that i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, get_args
+from functools import partial
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -22,10 +23,11 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.worker import open_data
 from heartseg.tuning.sweep import SweepPlan, find_sweep, read_trials
-from jobs.support import command_line, evaluation_plan
+from jobs.support import command_line, evaluation
 
 Kind = Literal["preprocess", "tune", "train", "evaluate", "pool", "predict"]
 KINDS = get_args(Kind)
+SCORES = ("summary.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,11 @@ class PipelineOptions:
     def unused(self) -> dict[str, str]:
         """The experiment's fields that have no effect here, and why."""
         below_out = dict.fromkeys(("data", "runs"), "the pipeline keeps its shards and runs below --out")
-        fields = ("split.kind", "split.folds", "split.fold", "split.test_share") if self.folds else ()
-        return below_out | dict.fromkeys(fields, "--folds divides the patients")
+        of_split = ("split.kind", "split.folds", "split.fold", "split.test_share") if self.folds else ()
+        return below_out | dict.fromkeys(of_split, "--folds divides the patients")
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The result of a finished stage."""
 
     path: str
@@ -132,8 +133,7 @@ def build_graph(experiment: Experiment, out: str, options: PipelineOptions) -> l
         stages.append(preprocess_stage(data, of_fold, options))
         if sweep:
             stages.append(tune_stage(sweep, data, of_fold, options))
-        stages.append(train_stage(run, data, sweep, of_fold))
-        stages.append(evaluate_stage(f"evaluate{ending}", data, run, experiment.workers))
+        stages += [train_stage(run, data, sweep, of_fold), evaluate_stage(f"evaluate{ending}", data, run, experiment.workers)]
     if options.folds:
         stages.append(pool_stage(out, tuple(stage.name for stage in stages if stage.kind == "evaluate")))
     if options.predict:
@@ -157,25 +157,19 @@ def hash_complete(path: str, *names: str) -> str | None:
 
 def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions) -> Stage:
     """NIfTI to shards; overwrites what is there of another source or grid, and divides it again for another split."""
-    path, frames = experiment.data, options.frames
+    path, frames, kind = experiment.data, options.frames, (options.patient_pattern, options.dataset)
 
     def inputs(results: Results) -> dict:
-        source = open_source(experiment.source, options.patient_pattern, options.dataset)
+        source = open_source(experiment.source, *kind)
         listing = source.list_files(source.patients())
-        return {
-            "source files": listing_hash([patients for _, patients in part_names(list(listing), frames)], listing),
-            "groups": source.groups(),
-            "dataset": source.dataset_name(),
-            "image": to_json(experiment.image),
-            "split": to_json(experiment.split),
-            "frames": frames,
-        }
+        files = listing_hash([patients for _, patients in part_names(list(listing), frames)], listing)
+        described = {"source files": files, "groups": source.groups(), "dataset": source.dataset_name(), "frames": frames}
+        return described | {"image": to_json(experiment.image), "split": to_json(experiment.split)}
 
     def is_outdated() -> bool:
         try:
             if filesystem.exists(filesystem.join(path, MANIFEST)):
-                source = open_source(experiment.source, options.patient_pattern, options.dataset)
-                check_same(source, path, experiment.image, frames)
+                check_same(open_source(experiment.source, *kind), path, experiment.image, frames)
                 open_shards(path)
         except UserError:
             return True
@@ -187,11 +181,9 @@ def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions
         return path, flags | {"max_quarantined": options.max_quarantined, "overwrite": from_scratch or is_outdated()}
 
     def read_fingerprint(path: str) -> str | None:
-        if not hash_complete(path, MANIFEST, SPLITS):
-            return None
-        shards = open_shards(path)
-        check_sizes(shards)
-        return shards.fingerprint
+        if hash_complete(path, MANIFEST, SPLITS):
+            check_sizes(shards := open_shards(path))
+            return shards.fingerprint
 
     return Stage(name, "preprocess", (), inputs, command, read_fingerprint)
 
@@ -200,11 +192,11 @@ def tune_stage(name: str, data: str, experiment: Experiment, options: PipelineOp
     """A sweep; its result is `best.json`."""
     plan = to_json(options.plan)
 
-    def identifying(results: Results) -> dict:  # more trials resume the same sweep
-        return {"configuration": identity(experiment), "plan": plan, "data": results[data].fingerprint}
+    def inputs(results: Results, **others: int) -> dict:
+        return {"configuration": identity(experiment), "plan": plan, "data": results[data].fingerprint, **others}
 
     def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
-        digest = filesystem.sha256(filesystem.json_bytes(identifying(results)))[:8]
+        digest = filesystem.sha256(filesystem.json_bytes(inputs(results)))[:8]  # more trials resume the same sweep
         sweep = run_directory.generation_name(experiment.runs, f"{name}-{digest}", fresh=from_scratch)
         flags = {"config": replace(experiment, data=results[data].path), "trials": options.tune, "sweep_name": sweep}
         return filesystem.join(experiment.runs, sweep), flags | {"retry_failed": options.retry_failed} | plan
@@ -213,9 +205,7 @@ def tune_stage(name: str, data: str, experiment: Experiment, options: PipelineOp
         done = hash_complete(path, "best.json", "sweep.parquet")
         return done if done and all(trial.state for trial in read_trials(find_sweep(path))) else None
 
-    return Stage(
-        name, "tune", (data,), lambda results: identifying(results) | {"trials": options.tune}, command, read_fingerprint
-    )
+    return Stage(name, "tune", (data,), partial(inputs, trials=options.tune), command, read_fingerprint)
 
 
 def train_stage(name: str, data: str, sweep: str, experiment: Experiment) -> Stage:
@@ -229,6 +219,9 @@ def train_stage(name: str, data: str, sweep: str, experiment: Experiment) -> Sta
         parts = {part: getattr(best, part) for part in ("model", "loss", "optim", "schedule", "augment")}
         return replace(base, **parts, train=replace(best.train, holdout=base.train.holdout))
 
+    def inputs(results: Results) -> dict:
+        return {"configuration": identity(planned(results)), "data": results[data].fingerprint}
+
     def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
         asked = planned(results)
         name = run_directory.run_name(asked, open_data(asked))
@@ -239,16 +232,7 @@ def train_stage(name: str, data: str, sweep: str, experiment: Experiment) -> Sta
         finished = hash_complete(path, run_directory.MODEL_CARD, run_directory.DESCRIPTION)
         return checkpoint.find(path, "last").card["weights_sha256"] if finished else None
 
-    return Stage(
-        name, "train", (data, sweep) if sweep else (data,),
-        lambda results: {"configuration": identity(planned(results)), "data": results[data].fingerprint},
-        command, read_fingerprint,
-    )  # fmt: skip
-
-
-def read_scores(path: str) -> str | None:
-    """The hash of an evaluation's scores; None if it is not complete."""
-    return hash_complete(path, "summary.json", "report.html")
+    return Stage(name, "train", (data, sweep) if sweep else (data,), inputs, command, read_fingerprint)
 
 
 def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
@@ -259,23 +243,21 @@ def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
 
     def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
         asked = {"checkpoint": results[run].path, "data": results[data].path}
-        out = evaluation_plan.plan_checkpoint(evaluation_plan.Options(**asked)).out
+        out = evaluation.plan_checkpoint(evaluation.Options(**asked)).out
         return out, asked | {"workers": workers, "overwrite": from_scratch}
 
-    return Stage(name, "evaluate", (data, run), inputs, command, read_scores)
+    return Stage(name, "evaluate", (data, run), inputs, command, lambda path: hash_complete(path, *SCORES))
 
 
 def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
     """The scores of all folds as one evaluation: each patient's by the model that has not seen it."""
     path = filesystem.join(out, f"evaluation-{len(evaluations)}folds")
-
-    def inputs(results: Results) -> dict:
-        return {"evaluations": [results[name].fingerprint for name in evaluations]}
-
-    def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
-        return path, {"pool": [results[name].path for name in evaluations], "out": path}
-
-    return Stage("pool", "evaluate", evaluations, inputs, command, read_scores)
+    return Stage(
+        "pool", "evaluate", evaluations,
+        lambda results: {"evaluations": [results[name].fingerprint for name in evaluations]},
+        lambda results, _: (path, {"pool": [results[name].path for name in evaluations], "out": path}),
+        lambda path: hash_complete(path, *SCORES),
+    )  # fmt: skip
 
 
 def predictions_path(out: str, source: str) -> str:

@@ -3,6 +3,8 @@
 import socket
 from collections.abc import Iterator
 
+import ray
+
 from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
 from heartseg.shards import writer
 from jobs.support import ray_runtime
@@ -14,8 +16,6 @@ SECONDS_OF_SILENCE = 60
 
 def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
     """The records of all parts as they are finished; each worker writes at most one part at a time."""
-    import ray
-
     ray_runtime.start_ray(workers)
     write_part = ray.remote(num_cpus=1, max_retries=ray_runtime.MAX_TRIES)(_write_part)
     waiting, running = list(reversed(tasks)), []
@@ -25,9 +25,8 @@ def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
         done, running = ray.wait(running, timeout=SECONDS_OF_SILENCE)
         if not done:
             free, total = (resources.get("CPU", 0) for resources in (ray.available_resources(), ray.cluster_resources()))
-            log.info(
-                "No part was finished for a while: %d of the cluster's %d CPUs are free; others may hold them.", free, total
-            )
+            message = "No part was finished for a while: %d of the cluster's %d CPUs are free; others may hold them."
+            log.info(message, free, total)
         for record in ray.get(done):
             if "error" in record:
                 raise record["error"]

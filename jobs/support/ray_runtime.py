@@ -10,7 +10,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from heartseg.errors import UserError
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
 from jobs.support.command_line import JOB_CONFIG, ROOT, first_line, log
 
@@ -20,20 +25,19 @@ MAX_TRIES = 3
 SECONDS_TO_GROW = 30
 # How long the head of a cluster may take to accept a connection.
 CONNECT_TIMEOUT_S = 10
-PLACEMENT = "placement_group"
-UPLOAD_LOGGER = "ray._private.runtime_env.packaging"
+PLACEMENT = "placement_group"  # file of a run's folder: the reservation of the cluster that its workers live in
+UPLOAD_LOGGER, REPORT_LOGGER = "ray._private.runtime_env.packaging", "ray.train.v2._internal.execution.context.__file__"
 # What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
 RAY_PRIVATE = {
     "ray._private.state.state": "An autoscaler's maximum: find get_max_resources_from_cluster_config, or do without.",
     "ray._raylet.PlacementGroupID": "Frees a trial's workers: see the type of ray.util.get_current_placement_group().id.",
-    "ray.train.v2._internal.execution.context.__file__": "A logger to silence: find what logs `Reporting training result`.",
+    REPORT_LOGGER: "A logger to silence: find what logs `Reporting training result`.",
     "ray._private.services.canonicalize_bootstrap_address": "Finds this machine's cluster: see ray.init('auto').",
     UPLOAD_LOGGER: "A logger to silence: find what logs `Ignoring upload to cluster`.",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
     "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
     "ray.core.generated.autoscaler_pb2": "Tests announce an autoscaler's plan: find the new protobuf module.",
     "ray._private.ray_constants": "Reaches a cluster on 127.0.0.1: see what ray.init makes of that address.",
-    "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT": "Kubernetes' probes: see `ray start --help`.",
 }
 
 
@@ -45,11 +49,6 @@ def ray_private(name: str) -> Any:
         raise ImportError(f"This version of Ray has no {name}. {RAY_PRIVATE[name]}") from error
 
 
-def silence_reports() -> None:
-    """Drop the line that Ray Train logs in a worker for each report."""
-    logging.getLogger(ray_private("ray.train.v2._internal.execution.context.__file__")).setLevel(logging.WARNING)
-
-
 def cluster_address() -> str:
     """The cluster to join, by RAY_ADDRESS (every submitted job has one); `local` means a Ray of this process's own."""
     return os.environ.get("RAY_ADDRESS") or "local"
@@ -57,8 +56,6 @@ def cluster_address() -> str:
 
 def start_ray(workers: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start a Ray of this process's own; raises UserError if no cluster answers there."""
-    import ray
-
     # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits, by default up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray's watch for nodes that are about to be preempted is one more process at each start of the workers, and an error in the
@@ -70,11 +67,13 @@ def start_ray(workers: int) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    handler = signal.getsignal(signal.SIGTERM)
-    if cluster_address() == "local":
-        _start_own_ray(workers)
+    handler, address = signal.getsignal(signal.SIGTERM), cluster_address()
+    if address == "local":
+        cores = os.cpu_count() or 1
+        require(workers <= cores, f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
+        _start_own_ray()
     else:
-        _join_cluster(cluster_address())
+        _join_cluster(address)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler
     resources = ray.cluster_resources()
@@ -83,13 +82,7 @@ def start_ray(workers: int) -> None:
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
 
 
-def _start_own_ray(workers: int) -> None:
-    """Start a Ray on loopback that ends with this process."""
-    import ray
-
-    cores = os.cpu_count() or 1
-    if workers > cores:
-        raise UserError(f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
+def _start_own_ray() -> None:
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
     # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
@@ -103,38 +96,23 @@ def _start_own_ray(workers: int) -> None:
 
 def _join_cluster(address: str) -> None:
     """Join a cluster; raises UserError if it does not answer, which Ray itself reports after minutes."""
-    import ray
-
     found = address
     try:
         if address == "auto":
             found = ray_private("ray._private.services.canonicalize_bootstrap_address")(address)
         host, _, port = found.rpartition("/")[2].rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        if found in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            try:  # Ray looks for it at the machine's own address
+                socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
+            except OSError:  # it listens on loopback alone
+                ray_private("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
         # Every node runs this code, as a submitted job's does.
         code = {} if JOB_CONFIG in os.environ else {"runtime_env": {"working_dir": str(ROOT)}}
-        if is_only_on_loopback(found):  # otherwise Ray looks for it at the machine's address
-            ray_private("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
         ray.init(address=found, logging_level=logging.WARNING, **code)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-        raise UserError(
-            f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). Correct the address, start the "
-            "cluster, or unset RAY_ADDRESS to use this machine alone."
-        ) from error
-
-
-def is_only_on_loopback(address: str) -> bool:
-    """True for a cluster's address on loopback whose port does not answer on the machine's own address."""
-    import ray
-
-    host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "localhost"):
-        return False
-    try:
-        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
-    except OSError:
-        return True
-    return False
+        fix = "Correct the address, start the cluster, or unset RAY_ADDRESS to use this machine alone."
+        raise UserError(f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). {fix}") from error
 
 
 def free_port() -> int:
@@ -153,10 +131,8 @@ def worker_resources(workers: int) -> dict[str, float]:
 
 
 def share_of_cores(nodes: Sequence[float], workers: int) -> int:
-    """Cores for each of `workers` on nodes of so many: the most with which all of them fit, and at least 1.
-
-    A worker lives on one node, so the cores left over on two nodes do not make another one.
-    """
+    """Cores for each of `workers` on nodes of so many: the most with which all of them fit, and at least 1."""
+    # A worker lives on one node, so the cores left over on two nodes do not make another one.
     even = min(int(max(nodes, default=1)), int(sum(nodes) // workers))
     return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
 
@@ -169,9 +145,6 @@ def room_for(workers: int) -> int:
 
 
 def _on_each_node(kind: str) -> list[float]:
-    """What each living node has of a resource."""
-    import ray
-
     return [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
 
 
@@ -181,57 +154,26 @@ def _after_autoscaling(kind: str) -> float:
 
 
 def build_trainer(
-    loop: Callable[[dict], Any],
-    config: dict,
-    workers: int | tuple[int, int],
-    resources: dict[str, float],
-    folder: str,
-    tries: int = MAX_TRIES,
-    callbacks: Sequence[object] = (),
+    loop: Callable, config: dict, workers: int | tuple, resources: dict, folder: str, tries: int = MAX_TRIES, callbacks=()
 ) -> Any:
-    """Ray Train's trainer of a function that every worker runs with `config`, for one fit.
-
-    With two numbers of `workers` it is elastic: it shrinks at once when nodes are lost, and grows onto new ones.
-    """
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
+    """Ray Train's trainer of a function that every worker runs with `config`; two numbers of `workers` make it elastic."""
     # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
     trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
-    return trainer(
-        loop,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            elastic_resize_monitor_interval_s=SECONDS_TO_GROW,
-            use_gpu="GPU" in resources,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            # A new name each time: the run directory decides what to resume, not Ray's snapshot.
-            name=uuid.uuid4().hex[:8],
-            storage_path=folder,
-            failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=list(callbacks),
-        ),
+    scaling = {"num_workers": workers, "resources_per_worker": resources, "use_gpu": "GPU" in resources}
+    run = RunConfig(
+        name=uuid.uuid4().hex[:8],  # a new one each time: the run directory decides what to resume, not Ray's snapshot
+        storage_path=folder,
+        failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
+        logging_config=LoggingConfig(log_level="WARNING"),
+        callbacks=list(callbacks),
     )
-
-
-def note_placement(path: str) -> None:
-    """Write into a run's folder which reservation of the cluster this worker lives in."""
-    import ray
-
-    filesystem.publish(filesystem.join(path, PLACEMENT), ray.util.get_current_placement_group().id.hex().encode())
+    scaling_config = ScalingConfig(**scaling, elastic_resize_monitor_interval_s=SECONDS_TO_GROW)
+    return trainer(loop, train_loop_config=config, scaling_config=scaling_config, run_config=run)
 
 
 def free_placement(path: str) -> None:
-    """Release what the last workers of a run had reserved, which Ray Train may not do for a run that was ended from outside.
-
-    It leaves that to an actor that dies of one failed request to the cluster, which then stays full for ever.
-    """
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
+    """Release what the last workers of a run had reserved."""
+    # For a run that was ended from outside, Ray Train leaves that to an actor that dies of one failed request.
     noted = filesystem.join(path, PLACEMENT)
     if filesystem.exists(noted):
         number = ray_private("ray._raylet.PlacementGroupID")(bytes.fromhex(filesystem.read_bytes(noted).decode()))

@@ -11,8 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
+import moto
 import pytest
 import yaml
+from ray.autoscaler._private.aws import utils
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from helpers.experiments import ROOT
 
@@ -31,8 +39,6 @@ CLOUDS = {"aws": "ray_cluster.yaml", "gcp": "cluster/gcp.yaml"}
 
 def prepared(path: str) -> dict:
     """The file as Ray reads it: its defaults filled in, checked against its schema."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
     config = prepare_config(yaml.safe_load((ROOT / path).read_text()))
     validate_config(config)
     return config
@@ -40,22 +46,16 @@ def prepared(path: str) -> dict:
 
 def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -> dict[str, int]:
     """The nodes that Ray's autoscaler starts for a training of so many workers, beside the head."""
-    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
-    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-    from ray.autoscaler.v2.utils import ResourceRequestUtil
-
     config = AutoscalingConfig(yaml.safe_load((ROOT / path).read_text()), skip_content_hash=True)
     workers = [ResourceRequestUtil.make({"GPU": 1, "CPU": 1}) for _ in range(gpu_workers)]
-    reply = ResourceDemandScheduler(None).schedule(
-        SchedulingRequest(
-            disable_launch_config_check=True,
-            node_type_configs=config.get_node_type_configs(),
-            max_num_nodes=config.get_max_num_nodes() - 1,
-            resource_requests=ResourceRequestUtil.group_by_count(workers),
-            recoverable_resource_availabilities={name: 0.0 for name in failed_lately},
-        )
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_nodes() - 1,
+        resource_requests=ResourceRequestUtil.group_by_count(workers),
+        recoverable_resource_availabilities={name: 0.0 for name in failed_lately},
     )
-    return {request.instance_type: request.count for request in reply.to_launch}
+    return {node.instance_type: node.count for node in ResourceDemandScheduler(None).schedule(request).to_launch}
 
 
 @pytest.fixture(params=CLOUDS.values())
@@ -65,8 +65,6 @@ def path(request) -> str:
 
 
 def test_ray_accepts_the_file_and_refuses_a_misspelt_key(path):
-    from ray.autoscaler._private.util import validate_config
-
     config = copy.deepcopy(prepared(path))
     config["available_node_types"]["gpu_spot"]["max_wrkers"] = 4
     with pytest.raises(Exception, match="max_wrkers"):
@@ -74,13 +72,8 @@ def test_ray_accepts_the_file_and_refuses_a_misspelt_key(path):
 
 
 @pytest.mark.parametrize(
-    ("gpu_workers", "failed_lately", "nodes"),
-    [
-        (0, (), {}),
-        (4, (), {"gpu_spot": 4}),
-        (2, ("gpu_spot",), {"gpu_on_demand": 2}),
-        (50, (), {"gpu_spot": 4}),  # max_workers
-    ],
+    ("gpu_workers", "failed_lately", "nodes"),  # max_workers is 4
+    [(0, (), {}), (50, (), {"gpu_spot": 4}), (2, ("gpu_spot",), {"gpu_on_demand": 2})],
 )
 def test_a_job_starts_spot_nodes_up_to_the_limit_or_on_demand_ones_in_their_place(path, gpu_workers, failed_lately, nodes):
     assert launched(path, gpu_workers, failed_lately) == nodes
@@ -88,9 +81,8 @@ def test_a_job_starts_spot_nodes_up_to_the_limit_or_on_demand_ones_in_their_plac
 
 def test_every_node_requires_the_token_has_a_role_and_its_owners_labels_and_uses_an_object_store(path):
     config = prepared(path)
-    starts = [
-        line for key in ("head_start_ray_commands", "worker_start_ray_commands") for line in config[key] if "ray start" in line
-    ]
+    lines = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    starts = [line for line in lines if "ray start" in line]
     assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in line for line in starts)
     assert "--dashboard-host 127.0.0.1" in starts[0] and "0.0.0.0" not in str(config)
     options = config["docker"]["run_options"]
@@ -106,23 +98,17 @@ def test_every_node_requires_the_token_has_a_role_and_its_owners_labels_and_uses
 @pytest.fixture()
 def aws(tmp_path, monkeypatch):
     """moto in AWS's place, a home directory for the key pair that `ray up` creates, and no credentials; returns the home."""
-    moto = pytest.importorskip("moto")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ssh").mkdir()
     with moto.mock_aws():
         yield tmp_path
-    from ray.autoscaler._private.aws import utils
-
     utils.resource_cache.cache_clear()
     utils.client_cache.cache_clear()
 
 
 def test_on_aws_nodes_open_only_ssh_and_ray_grants_no_rights_and_keeps_its_key_at_home(aws):
-    import boto3
-    from ray.autoscaler._private.aws.config import bootstrap_aws
-
     config = bootstrap_aws(prepared(CLOUDS["aws"]))
     nodes = {name: kind["node_config"] for name, kind in config["available_node_types"].items()}
     (group,) = {group for node in nodes.values() for group in node["SecurityGroupIds"]}
@@ -142,21 +128,11 @@ def tracked_files() -> list[str]:
     return [name for name in listed if (ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize(
-    "secret",
-    [
-        "  ssh_private_key: mine",
-        "- aws_access_key_id: x",
-        "- -e WANDB_API_KEY=abc",
-        "- RAY_AUTH_TOKEN=abc ray start --head",
-        "login " + "AKIA" + "A" * 16,
-        "wandb login " + "0123456789" * 4,
-        "ARG WANDB_API_KEY",
-    ],
-)
-def test_no_cluster_file_holds_a_secret_and_the_search_would_find_one(secret):
+def test_no_cluster_file_holds_a_secret_and_the_search_would_find_one():
     names = [name for name in tracked_files() if re.fullmatch(r"Dockerfile|ray_cluster\.yaml|cluster/.*(?<!\.md)", name)]
-    assert len(names) > 10 and SECRET.search(f"image: x\n{secret}\n")
+    secrets = ["  ssh_private_key: mine", "- aws_access_key_id: x", "- -e WANDB_API_KEY=abc", "ARG WANDB_API_KEY"]
+    secrets += ["- RAY_AUTH_TOKEN=abc ray start --head", "login " + "AKIA" + "A" * 16, "wandb login " + "0123456789" * 4]
+    assert len(names) > 10 and all(SECRET.search(f"image: x\n{secret}\n") for secret in secrets)
     assert [match for name in names if (match := SECRET.search((ROOT / name).read_text()))] == []
 
 

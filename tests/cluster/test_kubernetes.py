@@ -4,6 +4,8 @@ import re
 
 import kubernetes_validate
 import pytest
+import ray
+from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
 from helpers import kustomize
 from helpers.experiments import ROOT
@@ -43,11 +45,8 @@ def pod_templates(resources: list[dict]) -> list[dict]:
 
 def test_kubernetes_accepts_every_resource_and_every_pod(resources):
     of_kubernetes = [resource for resource in resources if not resource["apiVersion"].startswith("ray.io/")]
-    pods = [
-        {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
-        for template in pod_templates(resources)
-    ]
-    for resource in of_kubernetes + pods:
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}}
+    for resource in of_kubernetes + [pod | {"template": template} for template in pod_templates(resources)]:
         kubernetes_validate.validate(resource, KUBERNETES_VERSION, strict=True)
 
 
@@ -77,23 +76,20 @@ def test_every_container_is_locked_down(resources):
 
 
 def test_ray_nodes_have_shared_memory_probes_without_a_token_and_secrets_that_no_file_holds(resources):
-    from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
-
     assert not of_kind(resources, "Secret")
     for template in node_templates(resources):
         container = template["spec"]["containers"][0]
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = container[name]["httpGet"]
-            assert probe["path"] in PUBLIC_EXACT_PATHS and probe["port"] == ray_runtime.ray_private(
-                "ray._private.ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT"
-            )
-        shared = next(volume for volume in template["spec"]["volumes"] if volume["name"] == "dshm")["emptyDir"]
-        assert shared["medium"] == "Memory"
+            port = ray_runtime.ray_private("ray._private.ray_constants").DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+            assert probe["path"] in PUBLIC_EXACT_PATHS and probe["port"] == port
+        (shared,) = (volume for volume in template["spec"]["volumes"] if volume["name"] == "dshm")
+        assert shared["emptyDir"]["medium"] == "Memory"
         assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
         assert {"secretRef": {"name": "heartseg-secrets", "optional": True}} in container["envFrom"]
 
 
-def test_every_cluster_requires_the_token_and_only_its_own_pods_reach_it(resources):
+def test_every_cluster_requires_the_token_only_its_own_pods_reach_it_and_its_head_alone_calls_kubernetes(resources):
     cluster, policy = spec_of(resources, "RayCluster"), spec_of(resources, "NetworkPolicy")
     assert cluster["authOptions"] == {"mode": "token"} and cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     label = policy["podSelector"]["matchLabels"]
@@ -101,15 +97,12 @@ def test_every_cluster_requires_the_token_and_only_its_own_pods_reach_it(resourc
     own, operator = policy["ingress"]
     assert own["from"] == [{"podSelector": {"matchLabels": label}}]
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}] and "podSelector" in operator["from"][0]
-
-
-def test_only_the_head_may_call_kubernetes_and_it_runs_no_tasks(resources):
     accounts = {account["metadata"]["name"] for account in of_kind(resources, "ServiceAccount")}
     head, *others = [template["spec"] for template in pod_templates(resources)]
     assert {pod["serviceAccountName"] for pod in (head, *others)} <= accounts
     assert all(pod["automountServiceAccountToken"] is False for pod in others)
     # KubeRay takes these values as text only.
-    assert spec_of(resources, "RayCluster")["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
 @pytest.mark.parametrize(("name", "gpus", "data"), [("gpu", "1", "s3://your-bucket/"), ("local", None, "/data/shards")])
@@ -121,8 +114,6 @@ def test_the_gpu_overlay_requests_gpus_and_an_object_store_and_the_local_one_nei
 
 
 def test_the_manifests_name_the_installed_ray_and_a_job_that_is_in_the_image(resources):
-    import ray
-
     assert spec_of(resources, "RayCluster")["rayVersion"] == ray.__version__
     script = re.search(r"/home/heartseg/app/(\S+)", spec_of(resources, "RayJob")["entrypoint"])[1]
     assert (ROOT / script).is_file() and "COPY jobs/ jobs/" in (ROOT / "Dockerfile").read_text()

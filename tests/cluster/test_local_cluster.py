@@ -17,34 +17,24 @@ SCRIPT = ROOT / "cluster" / "local.sh"
 
 def local_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """cluster/local.sh with these arguments, in an environment that has nothing of the caller's but PATH."""
-    return subprocess.run(
-        [str(SCRIPT), *arguments],
-        env={"PATH": os.environ["PATH"], **environment},
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    environment["PATH"] = os.environ["PATH"]
+    return subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=20)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ("restart",),
-        (),
-        ("stop", "--force"),
-        ("submit", "python"),
-        ("submit", "--"),
-        ("submit", "--runtime-env", "env.yaml", "--", "true"),  # Ray takes a file or JSON, and local.sh passes JSON
-        ("submit", "--runtime-env-json", "[1]", "--", "true"),
-    ],
-)
-def test_a_wrong_call_is_refused_in_one_line(arguments, tmp_path):
-    done = local_sh(*arguments, HEARTSEG_CLUSTER_DIR=str(tmp_path))
-    assert done.returncode == 2
-    assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("cluster/local.sh: ")
+    "line", ["restart", "", "stop --force", "submit python", "submit --", "submit --runtime-env env.yaml -- true",
+             "submit --runtime-env-json [1] -- true"],
+)  # fmt: skip
+def test_a_wrong_call_is_refused_in_one_line(line, tmp_path):
+    done = local_sh(*line.split(), HEARTSEG_CLUSTER_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("cluster/local.sh: ")
 
 
-def test_stop_ends_only_what_start_started(tmp_path):
+def test_stop_ends_and_removes_only_what_start_made(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "temp_dir").write_text(str(tmp_path / "precious"))
+    assert local_sh("stop", HEARTSEG_CLUSTER_DIR=str(tmp_path)).returncode == 0 and (tmp_path / "precious").is_dir()
     bystander = subprocess.Popen(["sleep", "60"])
     try:
         (tmp_path / "pid").write_text(str(bystander.pid))  # a number that another program was given since
@@ -56,15 +46,6 @@ def test_stop_ends_only_what_start_started(tmp_path):
         bystander.kill()
         bystander.wait()
     assert re.search(r"(?m)^[^#]*\b(ray|\"\$RAY\") stop\b|pkill|killall", SCRIPT.read_text()) is None
-
-
-def test_stop_removes_no_directory_but_its_own(tmp_path):
-    precious, state = tmp_path / "precious", tmp_path / "state"
-    precious.mkdir()
-    state.mkdir()
-    (state / "temp_dir").write_text(str(precious))
-    assert local_sh("stop", HEARTSEG_CLUSTER_DIR=str(state)).returncode == 0
-    assert precious.is_dir()
 
 
 EVERY_VERB = """

@@ -18,7 +18,7 @@ from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from jobs import evaluate
-from jobs.support import evaluation_plan
+from jobs.support import evaluation
 
 
 def table(out: str, name: str):
@@ -98,15 +98,15 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
 
 
 def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
-    images = evaluation_plan.ScoredImages(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
-    assert evaluation_plan.choose_group("auto", images) == "val"
+    images = evaluation.ScoredImages(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
+    assert evaluation.choose_group("auto", images) == "val"
     with pytest.raises(UserError, match="no patients in a group test: take one of val, train"):
-        evaluation_plan.choose_group("test", images)
+        evaluation.choose_group("test", images)
     run = run_directory.Run("r", {"train_patients": ["patient0001"], "val_patients": ["patient0003"], "dataset": "CAMUS"})
-    evaluation_plan.refuse_trained(run, "val", images)  # CAMUS's patient0001 is another one
+    evaluation.refuse_trained(run, "val", images)  # CAMUS's patient0001 is another one
     tested = replace(images, groups={"test": ["patient0003"]})
-    assert evaluation_plan.choose_checkpoint("auto", "test", tested, [run]) == "last"
-    assert evaluation_plan.choose_checkpoint("auto", "test", replace(tested, groups={"test": ["patient0004"]}), [run]) == "best"
+    assert evaluation.choose_checkpoint("auto", "test", tested, [run]) == "last"
+    assert evaluation.choose_checkpoint("auto", "test", replace(tested, groups={"test": ["patient0004"]}), [run]) == "best"
 
 
 def test_masks_of_files_are_cleaned_if_asked_and_never_predicted_again(phantom, tmp_path):

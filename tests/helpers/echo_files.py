@@ -2,39 +2,29 @@
 
 import io
 
+import av
 import numpy as np
+import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
 
 
 def movie(suffix: str, codec: str, frames: np.ndarray, aspect: int = 1) -> bytes:
     """A video of grey frames [T,H,W], whose pixels are `aspect` times as wide as high."""
-    import av
-
     buffer = io.BytesIO()
     with av.open(buffer, "w", format={".avi": "avi", ".mp4": "mp4"}[suffix]) as container:
         stream = container.add_stream(codec, rate=25, options={"qscale": "1"})
-        stream.width, stream.height, stream.pix_fmt = (
-            frames.shape[2],
-            frames.shape[1],
-            "yuvj420p" if codec == "mjpeg" else "yuv420p",
-        )
+        stream.width, stream.height = frames.shape[:0:-1]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.sample_aspect_ratio = aspect
-        for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="gray")):
+        for frame in [*(av.VideoFrame.from_ndarray(frame, format="gray") for frame in frames), None]:
+            for packet in stream.encode(frame):
                 container.mux(packet)
-        for packet in stream.encode(None):
-            container.mux(packet)
     return buffer.getvalue()
-
-
-# --- DICOM
 
 
 def dicom(pixels: np.ndarray, photometric: str = "MONOCHROME2", region: dict | None = None, syntax: str = "", **tags) -> bytes:
     """A DICOM file of pixels [T,H,W] or [T,H,W,3]; `region` holds what differs from a tissue region over all of it."""
-    import pydicom
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.sequence import Sequence
-
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ExplicitVRLittleEndian

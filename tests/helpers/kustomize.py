@@ -1,6 +1,4 @@
-"""The part of kustomize that cluster/kubernetes uses, for machines without kubectl: resources, JSON patches by kind and name,
-and the copy of a field from one resource to another. It refuses everything else.
-"""
+"""The part of kustomize that cluster/kubernetes uses: resources, JSON patches, copies of a field; it refuses anything more."""
 
 import copy
 import json
@@ -29,13 +27,11 @@ def render(folder: Path) -> list[dict]:
         for place in targets:
             resources[place] = jsonpatch.apply_patch(resources[place], yaml.safe_load(patch["patch"]))
     for replacement in plan.get("replacements", []):
-        source = next(resource for resource in resources if _matches(resource, replacement["source"]))
-        value = source[replacement["source"]["fieldPath"]]
+        (source,) = (resource for resource in resources if _matches(resource, replacement["source"]))
         for target in replacement["targets"]:
-            for parent, field in (path.split(".") for path in target["fieldPaths"]):
-                for resource in resources:
-                    if _matches(resource, target["select"]):
-                        resource[parent][field] = copy.deepcopy(value)
+            for resource in (resource for resource in resources if _matches(resource, target["select"])):
+                for parent, field in (path.split(".") for path in target["fieldPaths"]):
+                    resource[parent][field] = copy.deepcopy(source[replacement["source"]["fieldPath"]])
     return resources
 
 

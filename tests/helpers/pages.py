@@ -45,11 +45,8 @@ def look_at(page, folder, width: int) -> None:
     """Take a browser's pictures of a page in light and in dark; what it shows is readable and fits."""
     for scheme, ground in ((1, (0xF4, 0xF6, 0xF8)), (0, (0x11, 0x15, 0x1A))):
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [
-            f"--window-size={width},1500",
-            f"--blink-settings=preferredColorScheme={scheme}",
-            f"--screenshot={folder}/{scheme}.png",
-        ]
+        command += [f"--window-size={width},1500", f"--blink-settings=preferredColorScheme={scheme}"]
+        command += [f"--screenshot={folder}/{scheme}.png"]
         subprocess.run([*command, f"file://{page}"], check=True, capture_output=True, timeout=120)
         shown = np.asarray(Image.open(folder / f"{scheme}.png").convert("RGB"))
         assert shown.shape[1] == width and tuple(shown[2, 2]) == ground

@@ -29,13 +29,10 @@ def start(shards: str, folder: Path, epochs: int = EPOCHS, **environment: str) -
     """A plain training process on tiny shards; what it says goes to `folder`.log."""
     sizes = ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8", "--train.epochs", str(epochs)]
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "quick", *sizes, "--launcher", "plain"]
+    command += ["--data", shards, "--runs", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | FAST | environment
     with open(folder.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(
-            [*command, "--data", shards, "--runs", str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | FAST | environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def tracked_run(shards: str, folder: Path) -> Run:

@@ -46,7 +46,7 @@ def ip(*words: str) -> str:
 def missing() -> str:
     """Why this machine cannot make two hosts; empty if it can."""
     programs = [name for name in ("ip", "unshare", "nsenter") if not shutil.which(name)]
-    return f"needs root and {', '.join(programs) or 'nothing else'}" if programs or os.geteuid() else ""
+    return f"needs root and {', '.join(programs) or 'nothing more'}" if programs or os.geteuid() else ""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A Weights & Biases server on loopback, as far as wandb's own client needs one: it keeps what arrives, and when.
 
 It answers the GraphQL operations that wandb 0.31 was seen to ask (a run, its files, its artifacts), takes the stream of
-rows and the uploads, and can be made to fall silent or to fail.
+rows and the uploads, and falls silent or fails on demand.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class SentRun:
 
 
 class Server(ThreadingHTTPServer):
-    """`failure` is what happens to a request: None (served), `silent` (never answered) or `error` (HTTP 500).
+    """`failure` is what happens to a request: None (served), `silent` (never answered), `error` (HTTP 500) or `refusal` (401).
 
     `fail_after_rows` sets `failure` to `fail_with` as soon as that many rows have arrived.
     """
@@ -76,17 +76,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         self.server.paths.add(self.path)
+        self.server.failed_requests += bool(self.server.failure)
         if self.server.failure == "silent":
-            self.server.failed_requests += 1
             self.server.closing.wait()
             self.close_connection = True
-            return
-        if self.server.failure == "error":
-            self.server.failed_requests += 1
-            self.reply(500, {"error": "made to fail"})
-            return
-        with self.server.guard:
-            self.reply(200, self.answer(body))
+        elif code := {"error": 500, "refusal": 401}.get(self.server.failure):
+            self.reply(code, {"error": "asked to fail"})
+        else:
+            with self.server.guard:
+                self.reply(200, self.answer(body))
 
     do_GET = do_POST = do_PUT = serve
 
@@ -140,9 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
 
     def CreateArtifact(self, asked: dict) -> dict:  # noqa: N802
-        said = asked["input"]
-        name = said["artifactCollectionName"]
-        metadata = json.loads(said["metadata"] or "{}")
+        name, metadata = asked["input"]["artifactCollectionName"], json.loads(asked["input"]["metadata"] or "{}")
         self.server.artifacts[name] = {"metadata": metadata, "files": set(), "is_committed": False}
         artifact = {"id": f"artifact-{name}", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
         return {"createArtifact": {"artifact": artifact}}
@@ -173,9 +169,8 @@ def project(name: str) -> dict:
 
 
 def resumed(name: str, run: SentRun) -> dict:
-    """What the client asks of a run to resume it."""
-    lines = run.lines.get(HISTORY, {})
-    events = run.lines.get("wandb-events.jsonl", {})
+    """What the client asks of a run in order to resume it."""
+    lines, events = (run.lines.get(name, {}) for name in (HISTORY, "wandb-events.jsonl"))
     return {
         "id": f"id-{name}", "name": name, "displayName": name, "notes": None, "tags": [],
         "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),

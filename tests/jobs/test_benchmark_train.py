@@ -1,16 +1,20 @@
-"""The training tables compare like with like, and name what they lack."""
+"""The tables of jobs/benchmark.py compare like with like, and name what they lack and what is wrong."""
 
+import os
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from heartseg.config.experiment import ImageConfig
+from heartseg.datasets import camus
 from heartseg.errors import UserError
-from helpers.experiments import tiny_experiment
-from jobs.benchmarks import train, train_sides
-from jobs.benchmarks.train_sides import Bench, Options
+from heartseg.shards import reader
+from heartseg.storage import filesystem
+from jobs import benchmark
+from jobs.benchmarks import data, predict, scores, train
+from jobs.benchmarks.train import Bench, Options
 
 TINY = Options(backbone="mobilenet_v3_large", size=64, batch=4, steps=1, pairs=1, ray_size=64)
 
@@ -21,8 +25,8 @@ def bench(phantom, tmp_path_factory) -> Bench:
 
 
 def test_the_baseline_reads_the_images_of_the_shards_in_their_order(bench, phantom):
-    frames = train_sides.write_shards(bench.experiment(), phantom, f"{bench.folder}/shards")
-    stills = train_sides.Stills(phantom, frames, 64)
+    frames = train.write_shards(bench.experiment(), phantom, f"{bench.folder}/shards")
+    stills = train.Stills(phantom, frames, 64)
     assert len(stills) == len(frames) == 24
     for index in (0, 7, 23):
         image, mask = stills[index]
@@ -31,7 +35,7 @@ def test_the_baseline_reads_the_images_of_the_shards_in_their_order(bench, phant
 
 
 def test_both_sides_train_on_the_same_images_from_the_same_weights(bench):
-    (table,) = train.measure_plain(bench)
+    table = train.measure_plain(bench)
     steps = [row for row in table.rows if row.name.startswith("loss of step")]
     assert len(steps) == 2 and steps[0].value != steps[1].value
     for step in steps:
@@ -50,19 +54,70 @@ def test_sections_are_printed_and_what_lacks_a_package_is_left_out(sections, mon
     assert all(row.name in printed and row.value > 0 for table in tables for row in table.rows)
 
 
-def test_operations_are_counted_forward_and_backward(bench):
-    smaller, larger = (train.flop_per_image(bench, tiny_experiment(image=ImageConfig(side, side))) for side in (64, 128))
-    # Convolutions grow with the area; the pooled branch does not.
-    assert larger / smaller == pytest.approx(4, rel=0.01) and smaller > 1e8
+def test_the_baseline_and_ours_make_the_same_masks_and_nearly_the_same_images(phantom, tmp_path):
+    patients = camus.find_patients(phantom)[:2]
+    for way in (data.baseline, data.ours):
+        os.makedirs(tmp_path / way.__name__)
+        way(phantom, patients, str(tmp_path / way.__name__))
+    table = filesystem.read_table((tmp_path / "ours" / "part-00000.parquet").read_bytes())
+    frames = reader.as_frames(table, data.GRID)
+    assert len(frames) == 8
+    for image, mask, row in zip(frames.images, frames.masks, frames.table.to_pylist(), strict=True):
+        name = f"{row['patient']}_{row['view']}_{row['phase']}"
+        theirs = np.load(tmp_path / "baseline" / f"{name}.npy").T.astype(int)  # the baseline leaves pictures lying down
+        assert np.abs(theirs - image[0].numpy()).mean() < 4
+        assert (mask.numpy() == np.load(tmp_path / "baseline" / f"{name}_gt.npy").T).mean() > 0.995
+
+
+def test_the_table_of_data_has_the_source_and_synthetic_patients_on_two_sides(phantom, capsys, monkeypatch):
+    monkeypatch.setattr(data, "FLOAT_PATIENTS", (1,))
+    table = data.run(data.Options(source=phantom, patients=1, repeats=1))
+    assert len(table.rows) == 2 and all(row.value > 0 and row.baseline > 0 for row in table.rows)
+    printed = capsys.readouterr().out
+    assert "the source, 4 images" in printed and "baseline" in printed and "torch 2" in printed
+
+
+def test_the_table_of_scores_has_both_times_the_same_distances_and_the_time_of_volumes(phantom, capsys):
+    table, difference = scores.run(scores.Options(source=phantom, images=3, repeats=1))
+    distances, volumes = table.rows
+    assert difference < 1e-4 and distances.value > 0 and distances.baseline > 0 and volumes.value > 0
+    printed = capsys.readouterr().out
+    assert "MONAI" in printed and "3 images" in printed and "times as fast" in printed
+
+
+def test_a_difference_shows_and_one_sided_absence_is_left_out():
+    assert scores.largest_difference([1.0, 2.5, np.inf, np.nan], [1.0, 2.0, 9.0, np.nan]) == 0.5
+
+
+def test_a_missing_monai_is_named_with_the_command_that_installs_it(phantom, monkeypatch):
+    monkeypatch.setitem(sys.modules, "monai", None)
+    with pytest.raises(UserError, match="pip install"):
+        benchmark.job(["scores", "--source", phantom, "--images", "1"])
+
+
+def test_the_table_of_predictions_measures_files_to_masks_against_forward_passes(phantom, capsys):
+    table = predict.run(predict.Options(source=phantom, images=2, side=64, repeats=1))
+    assert all(row.value > 0 and row.baseline > 0 for row in table.rows)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("forward passes", "files to masks  "))
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
-    [({"sections": "plain,bogus"}, "no section 'bogus'"), ({"steps": 0}, "--steps"), ({"batch": 1}, "--batch")],
+    ("line", "message"),
+    [
+        ("train --sections plain,bogus", "'bogus' is not a section"),
+        ("train --steps 0", "--steps"),
+        ("train --batch 1", "--batch"),
+        ("data", "--source is missing"),
+        ("scores --source /no/such/folder", "/no/such/folder does not exist"),
+        ("scores --source /no/such/folder --images 0", "--images and --repeats must be at least 1"),
+        ("scores --bogus 1", "--bogus"),
+        ("bogus", "'bogus' is not a table"),
+    ],
 )
-def test_a_mistake_is_named_before_anything_is_measured(setting, message):
+def test_a_mistake_is_named_before_anything_is_measured(line, message):
     with pytest.raises(UserError, match=message):
-        train.run(replace(TINY, **setting))
+        benchmark.job(line.split())
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 import filecmp
 import os
-import signal
+import resource
 import ssl
 import stat
 import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 
 import pytest
 
@@ -19,6 +20,7 @@ from heartseg.errors import UserError
 from heartseg.storage import locks
 from helpers.experiments import ROOT
 from helpers.girder_server import GirderServer, zip_of
+from helpers.job_process import wait_for
 from jobs import download
 
 PATIENTS = ["patient0001", "patient0002", "patient0003"]
@@ -51,13 +53,15 @@ def fetch(running: GirderServer, folder: str, **changes) -> str:
     return download.run(download.Options(**settings | changes))
 
 
+def command(out: str, running: GirderServer) -> list[str]:
+    """The job as a user starts it."""
+    line = [sys.executable, str(ROOT / "jobs" / "download.py"), "--out", out, "--accept-licence"]
+    return [*line, "--server", running.base]
+
+
 def assert_same(tree: str, out: str, patients: list[str]) -> None:
     """These patients and the split are there byte for byte, and nothing else is."""
-    assert [name for name in sorted(os.listdir(out)) if name != ".heartseg.lock"] == [
-        "camus.json",
-        "database_nifti",
-        "database_split",
-    ]
+    assert sorted({*os.listdir(out), ".heartseg.lock"}) == [".heartseg.lock", "camus.json", "database_nifti", "database_split"]
     assert sorted(os.listdir(os.path.join(out, "database_nifti"))) == patients
     for folder in ["database_split", *(f"database_nifti/{patient}" for patient in patients)]:
         names = sorted(os.listdir(os.path.join(tree, folder)))
@@ -102,33 +106,25 @@ def changed_zip(server: GirderServer, patient: str, **changes: bytes | None) -> 
     return zip_of({name: data for name, data in files.items() if data is not None})
 
 
-def test_a_damaged_patient_is_named_at_the_end_and_the_others_are_there(server, tree, out, capsys):
+def test_damaged_patients_are_named_at_the_end_the_others_are_there_and_a_missing_sequence_is_noted(server, tree, out, capsys):
     packed = bytearray(zip_of(server.files_of("patient0001")))
     packed[len(packed) // 2] ^= 255  # amid its pixels
-    server.faults["patient0001"] = bytes(packed)
+    server.faults["patient0001"] = [bytes(packed)] * 3 + [changed_zip(server, "patient0001", **{"2CH_ES_gt": None})] * 3
+    server.faults["patient0002"] = changed_zip(server, "patient0002", **{"2CH_half_sequence": None})
     server.faults["patient0003"] = changed_zip(server, "patient0003", **{"4CH_half_sequence_gt": b"no picture"})
     with pytest.raises(UserError, match=r"2 of 4 folders did not arrive \(patient0001, patient0003\): rerun the same command"):
         fetch(server, out)
-    assert_same(tree, out, PATIENTS[1:2])
-    printed = capsys.readouterr().out
-    assert "failed  patient0001: sends a damaged zip" in printed
-    assert "failed  patient0003: arrives with patient0003_4CH_half_sequence_gt.nii.gz, which is not a readable NIfTI" in printed
-    assert server.count("patient0001") == 3
-    server.faults.clear()
-    fetch(server, out)
-    assert_same(tree, out, PATIENTS)
-    assert server.count("patient0002") == 1
-
-
-def test_a_patient_without_a_still_is_refused_and_one_without_a_sequence_is_noted(server, out, capsys):
-    server.faults["patient0001"] = changed_zip(server, "patient0001", **{"2CH_ES_gt": None})
-    server.faults["patient0002"] = changed_zip(server, "patient0002", **{"2CH_half_sequence": None})
+    assert camus.find_patients(out) == ["patient0002"] and server.count("patient0001") == 3
     with pytest.raises(UserError, match=r"did not arrive \(patient0001\)"):
         fetch(server, out, patients="1-2")
     printed = capsys.readouterr().out
-    assert "patient0001: arrives without patient0001_2CH_ES_gt.nii.gz" in printed
+    assert "failed  patient0001: sends a damaged zip" in printed
+    assert "failed  patient0003: arrives with patient0003_4CH_half_sequence_gt.nii.gz, which is" in printed
+    assert "failed  patient0001: arrives without patient0001_2CH_ES_gt.nii.gz" in printed
     assert "patient0002 has no patient0002_2CH_half_sequence.nii.gz on the server" in printed
-    assert camus.find_patients(out) == ["patient0002"]
+    server.faults.clear()
+    fetch(server, out)
+    assert server.count("patient0002") == 1 and camus.find_patients(out) == PATIENTS
 
 
 @pytest.mark.parametrize(("name", "data"), [("testing", b"../../etc\n"), ("validation", b"\xff\xfe\xff"), ("training", b"")])
@@ -146,45 +142,38 @@ def test_a_server_that_is_down_is_left_in_peace_and_not_called_damage(server, ou
     with pytest.raises(UserError, match="2 folders failed one after the other, last patient0002"):
         fetch(server, out, timeout_s=0.2)
     printed = capsys.readouterr().out
-    assert (
-        "patient0001: answers 500 Internal Server Error" in printed and "patient0002: cannot be reached (Read timed" in printed
-    )
+    assert "patient0001: answers 500 Internal Server Error" in printed
+    assert "patient0002: cannot be reached (Read timed" in printed
     assert [server.count(patient) for patient in PATIENTS] == [3, 3, 0]
 
 
 def test_a_kill_in_the_middle_loses_no_finished_patient_and_leaves_no_half_one(server, tree, out):
     server.pause_s = 0.05
-    command = [sys.executable, str(ROOT / "jobs" / "download.py"), "--out", out, "--accept-licence", "--server", server.base]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while server.count("patient0002") == 0 and time.monotonic() < until:
-        time.sleep(0.01)
+    first = subprocess.Popen(command(out, server), stdout=subprocess.DEVNULL)
+    wait_for(lambda: server.count("patient0002"), first)
     time.sleep(0.1)  # amid the second patient's bytes
-    first.send_signal(signal.SIGKILL)
+    first.kill()
     first.wait()
     assert sorted(os.listdir(os.path.join(out, "database_nifti"))) == PATIENTS[:1]
     # What a kill during the unpacking leaves.
     girder_client.unpack(changed_zip(server, "patient0002", stray=b"half"), os.path.join(out, ".download", "database_nifti"))
     server.pause_s = 0.0
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command(out, server), capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and again.stdout.splitlines()[-1].endswith(f"--source {out} --out SHARDS")
     assert_same(tree, out, PATIENTS)
     assert [server.count(patient) for patient in PATIENTS] == [1, 2, 1]
 
 
-def test_a_folder_that_lacks_a_file_is_named_and_never_overwritten(server, out, capsys):
+def test_a_folder_that_lacks_a_file_or_that_another_job_writes_is_named_and_never_overwritten(server, out, capsys):
     fetch(server, out, patients="1")
     folder = os.path.join(out, "database_nifti", "patient0001")
     os.remove(os.path.join(folder, "patient0001_2CH_ED.nii.gz"))
+    with locks.lock(out), pytest.raises(UserError, match="Another job is writing"):
+        fetch(server, out, patients="1")
     with pytest.raises(UserError, match="patient0001"):
         fetch(server, out, patients="1")
     assert "is there and lacks patient0001_2CH_ED.nii.gz: move it away" in capsys.readouterr().out
     assert server.count("patient0001") == 1 and len(os.listdir(folder)) == 13
-
-
-def test_two_downloads_into_one_folder_are_refused(server, out):
-    with locks.lock(out), pytest.raises(UserError, match="Another job is writing"):
-        fetch(server, out)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +183,11 @@ def test_two_downloads_into_one_folder_are_refused(server, out):
         ({"out": ""}, "--out is missing"),
         ({"out": "s3://bucket/x"}, "not a local folder"),
         ({"patients": "3-1"}, "--patients 3-1 is not a list"),
-        ({"patients": "one"}, "--patients one is not a list"),
         ({"patients": "3-5"}, "no patient 4: its 3 are patient0001 to patient0003"),
         ({"server": "ftp://x"}, "ftp://x cannot be reached .*check the network, or --server"),
         ({"tries": 0}, "--tries"),
         ({"server": "http://127.0.0.1:9/api"}, "127.0.0.1:9/api cannot be reached .*refused"),
         ({"server": "http://no-such-host.invalid/api"}, "cannot be reached .*no-such-host.*check the network"),
-        ({"server": "http://a..b/"}, "cannot be reached"),
         ({"server": "http://" + "a" * 70 + "/"}, "cannot be reached"),
     ],
 )
@@ -220,9 +207,8 @@ def test_a_server_with_other_folders_is_refused_and_a_listing_that_repeats_itsel
 
 def test_a_refused_certificate_is_reported_and_not_tried_again(server, out, tmp_path):
     key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    command += ["-keyout", key, "-out", certificate, "-subj", "/CN=localhost"]
-    subprocess.run(command, check=True, capture_output=True)
+    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost -keyout"
+    subprocess.run([*line.split(), key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -234,13 +220,8 @@ def test_a_refused_certificate_is_reported_and_not_tried_again(server, out, tmp_
 
 def test_a_full_disk_is_reported_and_what_is_complete_stays(server, tree, out):
     fetch(server, out, patients="1")
-    program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
-        f"sys.argv = ['download.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r});"
-        "from jobs import download; from jobs.support import command_line; command_line.main(download.job)"
-    )
-    command = [sys.executable, "-c", program, "--out", out, "--accept-licence", "--server", server.base]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5000, 5000))
+    done = subprocess.run(command(out, server), capture_output=True, text=True, timeout=60, preexec_fn=limit)
     assert done.returncode == 2 and "cannot be written (File too large): make room" in done.stderr
     assert "Traceback" not in done.stderr and server.count("patient0002") == 1
     assert_same(tree, out, PATIENTS[:1])

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -15,18 +16,8 @@ from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.reader import load_groups, open_shards
 from heartseg.storage import filesystem
-from helpers.experiments import ROOT, tiny_experiment
+from helpers.experiments import ROOT, spread, tiny_experiment
 from jobs import export
-
-
-def spread(model: torch.nn.Module, head: torch.nn.Conv2d, pixels: torch.Tensor) -> None:
-    """Give a model its own batch statistics, and each class a mean of 0 and a deviation of 1: every label comes up."""
-    with torch.no_grad():
-        model.train()(pixels)
-        logits = model.eval()(pixels)
-        deviation = logits.std(dim=(0, 2, 3))
-        head.bias.copy_((head.bias - logits.mean(dim=(0, 2, 3))) / deviation)
-        head.weight.div_(deviation.view(-1, 1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +56,7 @@ def out(path, segmenter, tmp_path_factory) -> str:
         return export.run(export.Options(checkpoint=path, out=str(tmp_path_factory.mktemp("out"))))
 
 
-@pytest.fixture(scope="module")
-def note(out) -> dict:
-    return filesystem.read_json(os.path.join(out, export.NOTE))
-
-
 def session_of(out: str):
-    import onnxruntime
-
     return onnxruntime.InferenceSession(os.path.join(out, "model.onnx"), providers=["CPUExecutionProvider"])
 
 
@@ -98,8 +82,8 @@ def test_the_files_of_a_real_network_answer_as_the_checkpoint(path, images, tmp_
     check_answers(export.run(export.Options(checkpoint=path, out=str(tmp_path / "out"))), load(path, device="cpu"), images)
 
 
-def test_the_note_describes_the_files_which_name_no_folder_of_this_machine(out, path, note):
-    session = session_of(out)
+def test_the_note_describes_the_files_which_name_no_folder_of_this_machine(out, path):
+    session, note = session_of(out), filesystem.read_json(os.path.join(out, export.NOTE))
     assert note["use"] == "Research use only, not a medical device."
     assert note["labels"] == {"0": "background", "1": "endo", "2": "myo", "3": "la"}
     assert note["weights_sha256"] == checkpoint.find(path).card["weights_sha256"]
@@ -125,9 +109,8 @@ def test_without_shards_the_files_are_checked_on_synthetic_images(segmenter):
 
 
 def test_only_what_labels_as_the_checkpoint_does_is_written(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        export, "convert", lambda segmenter: ({"onnx": b"x"}, {"onnx": lambda images: -images.expand(-1, 4, -1, -1)})
-    )
+    calls = {"onnx": lambda images: -images.expand(-1, 4, -1, -1)}
+    monkeypatch.setattr(export, "convert", lambda segmenter: ({"onnx": b"x"}, calls))
     with pytest.raises(UserError, match="nothing was written"):
         export.run(export.Options(checkpoint=path, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -138,24 +121,3 @@ def test_a_missing_package_is_named_with_what_brings_it(path, package, monkeypat
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package} is not installed: run `pip install 'heartseg\[export\]'`"):
         export.job(["--checkpoint", path, "--out", "/nowhere/out"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--checkpoint is missing"),
-        (["--checkpoint", "/nowhere"], "--out is missing"),
-        (["--checkpoint", "/nowhere", "--out", "/nowhere/out"], "/nowhere does not exist"),
-        (["--bogus"], "--bogus"),
-    ],
-)
-def test_a_mistake_names_the_flag_or_the_path(arguments, message):
-    with pytest.raises(UserError, match=message):
-        export.job(arguments)
-
-
-def test_help_lists_every_flag(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        export.job(["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(flag in shown for flag in ("--checkpoint", "--out", "--which", "--data"))

@@ -1,11 +1,13 @@
-"""The pipeline as a graph of stages: what runs, what is skipped, what runs again, and what it records."""
+"""The pipeline as a graph of stages: what runs, what is skipped, what runs again, what it records and what it resumes with."""
 
+import datetime
 import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +16,15 @@ import pytest
 
 from heartseg.config.experiment import SplitConfig, to_json
 from heartseg.errors import UserError
-from heartseg.storage import filesystem
+from heartseg.storage import filesystem, locks
+from heartseg.training import run_directory
 from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import ROOT, tiny_experiment
 from jobs import pipeline
+from jobs.pipeline import PipelineState
 from jobs.support import command_line
-from jobs.support.pipeline_stages import PipelineOptions, build_graph
-from jobs.support.pipeline_state import PipelineState
+from jobs.support.pipeline_stages import PipelineOptions, Stage, build_graph, hash_complete
 from jobs.tune import Options as TuneOptions
 
 
@@ -30,14 +33,14 @@ def tiny(source: str, out: str | Path, **train):
     return replace(experiment, train=replace(experiment.train, epochs=1, **train))
 
 
-def attempts(out: str | Path) -> dict[str, int]:
-    """How often each stage was tried."""
-    return {name: len(record["attempts"]) for name, record in PipelineState.open(str(out)).stages.items()}
-
-
 def records(out: str | Path) -> dict[str, dict]:
     """What is recorded of each stage."""
     return PipelineState.open(str(out)).stages
+
+
+def attempts(out: str | Path) -> dict[str, int]:
+    """How often each stage was tried."""
+    return {name: len(record["attempts"]) for name, record in records(out).items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +74,7 @@ def copy(finished, tmp_path) -> Path:
     shutil.copytree(tmp_path / "kept", finished)
 
 
-def test_what_is_done_is_skipped_and_status_shows_it(finished, phantom, tmp_path, capsys):
+def test_what_is_done_is_skipped_and_status_and_a_dry_run_show_what_is_not(finished, phantom, tmp_path, capsys):
     report = pipeline.run(tiny(phantom, finished), PipelineOptions())
     assert os.path.getsize(report) > 50_000 and report.startswith(records(finished)["evaluate"]["result"]["path"])
     assert capsys.readouterr().out.count("done, nothing has changed") == 3
@@ -81,15 +84,12 @@ def test_what_is_done_is_skipped_and_status_shows_it(finished, phantom, tmp_path
     assert [line.split()[:2] for line in lines[1:]] == [["preprocess", "done"], ["train", "done"], ["evaluate", "done"]]
     with pytest.raises(UserError, match="holds no pipeline"):
         pipeline.job(["status", "--out", str(tmp_path)])
-
-
-def test_a_dry_run_shows_what_a_changed_setting_would_run_and_writes_nothing(finished, phantom, capsys):
     before = (finished / "pipeline.json").read_bytes()
     pipeline.run(tiny(phantom, finished, seed=3), PipelineOptions(dry_run=True))
     shown = capsys.readouterr().out
-    assert "1/3 preprocess: done" in shown
+    assert "1/3 preprocess: done" in shown and "3/3 evaluate: would run, after train" in shown
     assert "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 asked)" in shown
-    assert "3/3 evaluate: would run, after train" in shown and (finished / "pipeline.json").read_bytes() == before
+    assert (finished / "pipeline.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -114,15 +114,10 @@ def test_a_missing_result_is_made_again_and_a_changed_split_divides_the_shards_a
     assert len(filesystem.read_json(str(shards / "splits.json"))["groups"]["test"]) == 2
 
 
-def damaged(phantom: str, folder: Path) -> str:
-    """A copy of the phantom in which one file is not gzip."""
-    shutil.copytree(phantom, folder / "damaged")
-    (folder / "damaged" / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
-    return str(folder / "damaged")
-
-
 def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(phantom, tmp_path, caplog):
-    experiment, until = tiny(damaged(phantom, tmp_path), tmp_path / "out"), PipelineOptions(until="preprocess")
+    source = Path(shutil.copytree(phantom, tmp_path / "damaged"))
+    (source / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
+    experiment, until = tiny(str(source), tmp_path / "out"), PipelineOptions(until="preprocess")
     with pytest.raises(UserError, match="damaged, more than --max-quarantined"):
         pipeline.run(experiment, until)
     assert attempts(tmp_path / "out") == {"preprocess": 1}
@@ -143,13 +138,13 @@ def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(p
 
 def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
     for options, says in [
-        (lambda: PipelineOptions(predict=str(tmp_path / "nowhere")), "nowhere"),
-        (lambda: PipelineOptions(force=("train",), until="preprocess"), "--force train lies outside"),
-        (lambda: PipelineOptions(plan=SweepPlan(search="grid")), "add --tune TRIALS"),
-        (lambda: PipelineOptions(retry_failed=True), "add --tune TRIALS"),
+        ({"predict": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"force": ("train",), "until": "preprocess"}, "--force train lies outside"),
+        ({"plan": SweepPlan(search="grid")}, "add --tune TRIALS"),
+        ({"retry_failed": True}, "add --tune TRIALS"),
     ]:
         with pytest.raises(UserError, match=says):
-            pipeline.run(tiny(phantom, tmp_path / "out"), options())
+            pipeline.run(tiny(phantom, tmp_path / "out"), PipelineOptions(**options))
     (tmp_path / "studies").symlink_to(os.path.join(phantom, "database_nifti"))
     inside = os.path.join(phantom, "database_nifti", "out")  # the next run would outline this one's masks
     with pytest.raises(UserError, match="would put files inside"):
@@ -209,14 +204,9 @@ def test_folds_score_every_patient_once_by_a_model_that_has_not_seen_them(phanto
     assert len(studies["made_with"]["checkpoints"]) == 2
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        SweepPlan(),
-        SweepPlan(SearchSpace(("cosine", "step"), changes=("optim.lr=0.1",)), "changes", stop_early=False, reduction=4.0),
-    ],
-)
-def test_a_sweeps_plan_survives_its_flags(plan):
+def test_a_sweeps_plan_survives_its_flags():
+    space = SearchSpace(("cosine", "step"), changes=("optim.lr=0.1",))
+    plan = SweepPlan(space, "changes", stop_early=False, reduction=4.0)
     flags = command_line.as_flags(to_json(plan))
     assert command_line.parse_line(TuneOptions, flags, "tune.py", "Sweep.").plan == plan
 
@@ -244,3 +234,142 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
     trained = filesystem.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
     assert trained["optim"] == best["optim"] and trained["schedule"] == best["schedule"]
     assert best["train"]["holdout"] > 0 and trained["train"]["holdout"] == 0
+
+
+class Jobs:
+    """Jobs by id, in a cluster's place; `dies`, once, leaves a job in some state when the pipeline's process is killed."""
+
+    def __init__(self):
+        self.states, self.stopped, self.dies = {}, [], None
+
+    def status(self, job_id: str) -> str | None:
+        return self.states.get(job_id)
+
+    def stop(self, job_id: str) -> None:
+        self.stopped.append(job_id)
+        self.states[job_id] = "STOPPED"
+
+    def run(self, job: str, arguments: list[str], job_id: str) -> None:
+        if self.dies:
+            dies, self.dies = self.dies, None
+            dies(self, job_id, arguments[1])
+            raise SystemExit("killed")
+        if self.states.get(job_id) != "SUCCEEDED":
+            work(arguments[1], "--overwrite" in arguments)
+        self.states[job_id] = "SUCCEEDED"
+
+
+def work(path: str, overwrite: bool = False) -> None:
+    """What a stage's job does: another result each time, and none if a complete one is there."""
+    os.makedirs(path, exist_ok=True)
+    if overwrite or not os.path.exists(os.path.join(path, "result")):
+        Path(path, "result").write_text(uuid.uuid4().hex)
+
+
+def training(folder: Path) -> Stage:
+    """A stage whose every forced result is a further run."""
+
+    def command(results, from_scratch: bool) -> tuple[str, dict]:
+        path = str(folder / run_directory.generation_name(str(folder), "run", fresh=from_scratch))
+        return path, {"out": path}
+
+    return Stage("train", "train", (), lambda results: {}, command, lambda path: hash_complete(path, "result"))
+
+
+def evaluation(folder: Path) -> Stage:
+    """A stage whose forced result replaces the one before."""
+    scores = str(folder / "scores")
+    return replace(training(folder), name="evaluate", command=lambda _, again: (scores, {"out": scores, "overwrite": again}))
+
+
+def run_stage(folder: Path, stage: Stage, jobs: Jobs, is_forced: bool = False) -> tuple[str, str]:
+    """Run a stage as a new process does; the path of its result and its fingerprint."""
+    runner = pipeline.Runner(PipelineState.open(str(folder)), PipelineOptions(retries=0), jobs)
+    result = runner.run(stage, {}, {}, is_forced)
+    return result.path, result.fingerprint
+
+
+def job_ids(folder: Path, stage: Stage) -> list[str]:
+    return [attempt["job"] for attempt in PipelineState.open(str(folder)).attempts(stage)]
+
+
+def never_submitted(jobs: Jobs, job_id: str, path: str) -> None:
+    pass
+
+
+def still_waiting(jobs: Jobs, job_id: str, path: str) -> None:
+    jobs.states[job_id] = "PENDING"
+
+
+def under_way(jobs: Jobs, job_id: str, path: str) -> None:
+    os.makedirs(path, exist_ok=True)
+    jobs.states[job_id] = "RUNNING"
+
+
+def ended(jobs: Jobs, job_id: str, path: str) -> None:
+    work(path, overwrite=True)
+    jobs.states[job_id] = "SUCCEEDED"
+
+
+@pytest.mark.parametrize("end", [never_submitted, still_waiting, under_way, ended])
+@pytest.mark.parametrize("make_stage", [training, evaluation])
+def test_a_forced_stage_whose_process_died_is_done_once_and_not_forgotten(make_stage, end, tmp_path):
+    stage, jobs = make_stage(tmp_path / "results"), Jobs()
+    _, old = run_stage(tmp_path, stage, jobs)
+    jobs.dies = end
+    with pytest.raises(SystemExit):
+        run_stage(tmp_path, stage, jobs, is_forced=True)
+    (begun,) = job_ids(tmp_path, stage)
+    _, new = run_stage(tmp_path, stage, jobs)
+    assert new != old and jobs.stopped == []
+    assert end is never_submitted or job_ids(tmp_path, stage) == [begun]
+    assert sorted(os.listdir(tmp_path / "results")) == (["run", "run-2"] if make_stage is training else ["scores"])
+
+
+@pytest.mark.parametrize("end", [under_way, ended])
+def test_force_runs_a_stage_again_whatever_an_earlier_commands_job_has_done(end, tmp_path):
+    stage, jobs = evaluation(tmp_path), Jobs()
+    jobs.dies = end
+    with pytest.raises(SystemExit):
+        run_stage(tmp_path, stage, jobs)
+    (begun,), old = job_ids(tmp_path, stage), stage.fingerprint(str(tmp_path / "scores"))
+    assert run_stage(tmp_path, stage, jobs, is_forced=True)[1] != old
+    assert begun not in job_ids(tmp_path, stage) and jobs.stopped == ([begun] if end is under_way else [])
+
+
+def test_a_stage_whose_job_may_still_run_is_not_begun_without_its_cluster(tmp_path):
+    stage, jobs = training(tmp_path / "runs"), Jobs()
+    jobs.dies = under_way
+    with pytest.raises(SystemExit):
+        run_stage(tmp_path, stage, jobs)
+    with pytest.raises(UserError, match=f"may still run as job {job_ids(tmp_path, stage)[0]}: use --submit"):
+        run_stage(tmp_path, stage, None)
+
+
+def test_status_counts_time_only_while_a_process_works_and_warns_of_a_job_that_may_still_run(tmp_path, capsys):
+    yesterday = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)).isoformat(timespec="seconds")
+    attempt = {"state": "running", "job": "train-0123abcd", "started": yesterday, "ended": None}
+    record = {"state": "running", "inputs": {}, "path": "/runs/run", "attempts": [attempt], "result": None, "problem": ""}
+    PipelineState(str(tmp_path), stages={"train": record}).save()
+    pipeline.job(["status", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "interrupted" in shown and " 0 s " in shown and "train-0123abcd (no process follows it" in shown
+    with locks.lock(str(tmp_path)):
+        pipeline.job(["status", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "running" in shown and "1440 min" in shown and "may still run" not in shown
+
+
+@pytest.mark.parametrize("text", ['{"stages": ', "[]", '{"stages": {"train": {"state": "done"}}}'])
+def test_a_damaged_record_is_refused_with_what_to_do(text, tmp_path):
+    (tmp_path / "pipeline.json").write_text(text)
+    with pytest.raises(UserError, match="remove it and rerun pipeline.py"):
+        PipelineState.open(str(tmp_path))
+
+
+def test_a_record_has_the_fields_that_other_versions_read(tmp_path):
+    run_stage(tmp_path, training(tmp_path / "runs"), Jobs())
+    record = filesystem.read_json(str(tmp_path / "pipeline.json"))["stages"]["train"]
+    assert record.keys() == set(["state", "inputs", "path", "arguments", "attempts", "result", "problem", "forced", "replaces"])
+    assert record["result"].keys() == {"path", "fingerprint"}
+    assert record["attempts"][0].keys() == {"state", "job", "started", "ended"}

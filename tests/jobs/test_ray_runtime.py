@@ -25,20 +25,10 @@ def test_a_private_name_that_ray_has_moved_is_reported_with_what_to_do(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("nodes", "workers", "cores"),
-    [
-        ([8, 8], 3, 4),  # five each would leave the third worker 3 + 3
-        ([8, 8], 2, 8),
-        ([8, 8], 4, 4),
-        ([8], 3, 2),
-        ([3, 3, 3], 4, 1),
-        ([16, 2], 2, 8),
-        ([2, 2], 1, 2),
-        ([2], 5, 1),
-        ([], 2, 1),
-        ([0.5, 4.0], 2, 2),
-    ],
-)
+    ("nodes", "workers", "cores"),  # of [8, 8] five each would leave the third worker 3 + 3
+    [([8, 8], 3, 4), ([8, 8], 2, 8), ([8, 8], 4, 4), ([8], 3, 2), ([3, 3, 3], 4, 1), ([16, 2], 2, 8), ([2, 2], 1, 2),
+     ([2], 5, 1), ([], 2, 1), ([0.5, 4.0], 2, 2)],
+)  # fmt: skip
 def test_cores_are_shared_out_so_that_every_worker_fits_on_one_node(nodes, workers, cores):
     assert ray_runtime.share_of_cores(nodes, workers) == cores
 

@@ -13,8 +13,7 @@ from jobs import preprocess, train
 
 
 def test_shards_are_not_split_again_unless_asked(shards, phantom, tmp_path):
-    folder = str(shutil.copytree(shards, tmp_path / "shards"))
-    base = tiny_experiment(source=phantom, out=folder)
+    base = tiny_experiment(source=phantom, out=str(shutil.copytree(shards, tmp_path / "shards")))
     with pytest.raises(UserError, match="split.seed: 0 there, 5 asked"):
         preprocess.run(replace(base, split=replace(base.split, seed=5)), preprocess.Options(launcher="plain"))
 

@@ -103,7 +103,7 @@ def test_more_workers_than_cores_or_than_the_batch_allows_are_refused(shards, tm
         ray_runtime.start_ray(4096)
 
 
-def test_a_preprocess_that_waits_for_cpus_says_so_and_goes_on_when_they_are_free(phantom, tmp_path, monkeypatch, caplog):
+def test_a_preprocess_that_waits_for_cpus_reports_it_and_continues_when_they_are_free(phantom, tmp_path, monkeypatch, caplog):
     @ray.remote(num_cpus=2)
     class Holder:
         def hold(self) -> None:
