@@ -194,7 +194,7 @@ class FilePredictions:
             path = self.path(case.patient, case.view, case.phase)
             try:
                 if path is None:
-                    raise DamagedRecording("there is no prediction", case.name)
+                    raise DamagedRecording("the prediction is missing", case.name)
                 mask, *_ = read_mask(path, case.place)
                 if mask.shape != case.truth.shape:
                     raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)

@@ -224,7 +224,7 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
         chosen = "A sweep's winner was chosen on these held-out patients"
         lines.append(f"{chosen}: its lead here is part luck. Train both with new seeds.")
     if not reference.scored:
-        lines.append(f"The reference {reference.letter} has no scores, so there are no differences from it.")
+        lines.append(f"The reference {reference.letter} has no scores, so nothing is compared with it.")
     if len({settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}) > 1:
         lines.append("The runs minimise different losses: only the loss of one kind can be compared.")
     return lines

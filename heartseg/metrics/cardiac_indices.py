@@ -59,7 +59,7 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
     """All indices of one patient, a flat row: INDICES, NaN if unknown, and `reason`, '' if all are known.
 
     `masks` are label maps [H,W] with their (depth, lateral) spacing in mm. Unless `spacing_known`, the spacing is a pixel's
-    shape only (None: square), and there are no volumes and areas. EF needs no scale: each view is measured in its own
+    shape only (None: square), and volumes and areas are unknown. EF needs no scale: each view is measured in its own
     end-diastolic long axis, which is the same axis in both views. A view's two phases must share their scale: two shapes
     without spacing, or a spacing of one alone, do not, and that view is left out.
 

@@ -31,12 +31,12 @@ def environment() -> jinja2.Environment:
 
 
 def show_number(value: float | None, digits: int = 1) -> str:
-    """Some decimals, or a dash if there is no value."""
+    """Some decimals, or a dash without a value."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def show_interval(score: dict | None, digits: int = 3) -> str:
-    """The 95 % interval of a score's mean, or a dash if there is none."""
+    """The 95 % interval of a score's mean, or a dash without one."""
     ends = [show_number((score or {}).get(end), digits) for end in ("low", "high")]
     return "–" if "–" in ends else " to ".join(ends)
 

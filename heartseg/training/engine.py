@@ -238,7 +238,7 @@ def _statistics_batches(train: TrainConfig, loader: Batches) -> Iterator[torch.T
     left = min(STATISTICS_IMAGES, max(8, len(loader) // 8))
     for images, _ in whole.training_batches(train.batch_size, train.seed, epoch=0):
         for part in images[:left].split(max(2, train.eval_batch_size)):
-            if len(part) > 1:  # of one image there are no statistics
+            if len(part) > 1:  # one image has no statistics
                 yield part
         left = max(0, left - len(images))
         if not left:

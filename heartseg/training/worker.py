@@ -116,7 +116,7 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
         exit_code = 0
     except engine.NonFiniteLoss as error:
         names = ", ".join(sorted({*data.rows("train", error.rows).table["patient"].to_pylist()}))
-        kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "there is no checkpoint yet"
+        kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "a checkpoint does not exist yet"
         wrong = f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {names})"
         raise UserError(f"{wrong}: lower --optim.lr or set --optim.clip-norm 1; {kept}.") from error
     finally:
