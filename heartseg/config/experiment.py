@@ -199,9 +199,9 @@ for _kind in (int, float, str, bool):
     _converter.register_structure_hook(_kind, _check_kind)
 
 
-def first_difference(old: dict, new: dict) -> str | None:
+def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
     """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if there is none."""
-    there, asked = flatten(old), flatten(new)
+    there, asked = flatten(old, prefix), flatten(new, prefix)
     differing = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
     return f"{differing[0]}: {there.get(differing[0])} there, {asked.get(differing[0])} asked" if differing else None
 

@@ -145,8 +145,11 @@ def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
 
 def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     """Header and scaled values, axes as on disk; what the header claims is checked before anything is allocated or inflated."""
-    is_packed = raw[:2] == GZIP
-    header = read_header(unpack(raw, HEADER_BYTES) if is_packed else raw[:HEADER_BYTES])
+    is_packed, start = raw[:2] == GZIP, raw[:HEADER_BYTES]
+    if is_packed:  # opening the whole stream for its header alone took a tenth of a picture's time
+        start = isal_zlib.decompressobj(wbits=31).decompress(raw[:2048], HEADER_BYTES)
+        start = start if len(start) == HEADER_BYTES else unpack(raw, HEADER_BYTES)
+    header = read_header(start)
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if dtype.kind not in "iuf":
         raise ValueError(f"the pixels are {dtype}, not plain numbers")

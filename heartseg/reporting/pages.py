@@ -36,7 +36,7 @@ def show_number(value: float | None, digits: int = 1) -> str:
 
 
 def show_interval(score: dict | None, digits: int = 3) -> str:
-    """The 95 % interval of a score's mean, or a dash if there is none."""
+    """The 95 % interval of a score's mean, or a dash without one."""
     ends = [show_number((score or {}).get(end), digits) for end in ("low", "high")]
     return "–" if "–" in ends else " to ".join(ends)
 

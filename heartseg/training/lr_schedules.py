@@ -7,7 +7,7 @@ from heartseg.config.training import ScheduleConfig
 
 # One-cycle begins at the peak's 25th part and ends at a 10,000th of that, as torch.optim.lr_scheduler.OneCycleLR does.
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1 / 25e4
-# Smaller relative gains than this are none, as in torch.optim.lr_scheduler.ReduceLROnPlateau.
+# Smaller relative gains than this do not count, as in torch.optim.lr_scheduler.ReduceLROnPlateau.
 PLATEAU_GAIN = 1e-4
 
 

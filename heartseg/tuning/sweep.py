@@ -33,7 +33,7 @@ class SweepPlan:
     space: SearchSpace = field(default_factory=SearchSpace)
     search: Literal["random", "grid", "optuna", "changes"] = "random"
     """`random` draws, `grid` takes every combination, `optuna` learns from what ended, `changes` (an ablation) takes those of
-    --space.changes and nothing else; the recipe is always the first trial."""
+    --space.changes alone; the recipe is always the first trial."""
     search_seed: int = 0
     """Seed of the draw; the trainings have --train.seed."""
     stop_early: bool = True
@@ -232,7 +232,7 @@ def why_no_winner(table: pandas.DataFrame) -> str:
     if pandas.isna(highest):
         return "No trial has finished."
     fix = f"below {UNTRAINED_DICE} a model outlines nothing yet. Train longer (--train.epochs), or check the data."
-    low = f"There is no winner: the highest {METRIC} of the finished trials is {highest:.4f}, and {fix}"
+    low = f"No trial wins: the highest {METRIC} of the finished trials is {highest:.4f}, and {fix}"
     return low if highest < UNTRAINED_DICE else ""
 
 

@@ -168,8 +168,8 @@ def test_a_sweep_without_a_trial_or_whose_trials_have_learned_nothing_has_a_page
     table, best = sweeps.write_results(sweep)
     page = page_of(sweep, table)
     assert best is None and not filesystem.exists(filesystem.join(sweep.path, "best.json"))
-    assert "There is no winner: the highest val/dice of the finished trials is 0.0456" in page and 'class="hero"' not in page
-    with pytest.raises(UserError, match="There is no winner.*--train.epochs"):
+    assert "No trial wins: the highest val/dice of the finished trials is 0.0456" in page and 'class="hero"' not in page
+    with pytest.raises(UserError, match="No trial wins.*--train.epochs"):
         tune.conclude(sweep, tune.Options())
 
 
