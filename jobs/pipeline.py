@@ -5,17 +5,16 @@ or submitted as a Ray job. `OUT/pipeline.json` records the state of each; `pytho
 """
 
 import contextlib
-import datetime
 import importlib
 import json
 import sys
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from heartseg.config.experiment import Experiment, first_difference, to_json
+from heartseg.config.experiment import Experiment, to_json
 from heartseg.datasets.image_folder import open_source
 from heartseg.errors import StorageRefused, UserError, require
 from heartseg.inference import study_files
@@ -27,9 +26,7 @@ from jobs.support import command_line
 from jobs.support.command_line import first_line, log
 from jobs.support.job_submission import ALIVE, Cluster, JobFailed
 from jobs.support.pipeline_stages import KINDS, PipelineOptions, Result, Results, Stage, build_graph, predictions_path
-
-RECORD = "pipeline.json"
-RUNNING, DONE, FAILED, STOPPED, KILLED = "running", "done", "failed", "stopped", "killed"
+from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, PipelineState, begin_attempt, timestamp
 
 
 def run(experiment: Experiment, options: PipelineOptions) -> str:
@@ -79,89 +76,6 @@ def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[S
     outside = [stage.name for stage in forced if stage not in chosen]
     require(not outside, f"--force {' '.join(outside)} lies outside --from and --until.")
     return chosen, forced
-
-
-def timestamp() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-@dataclass
-class PipelineState:
-    """What `pipeline.json` holds; every change is saved at once, so that a rerun of the same command resumes."""
-
-    out: str
-    metadata: dict = field(default_factory=dict)
-    """The experiment, the command, the revision of the code and the names of all stages."""
-    stages: dict[str, dict] = field(default_factory=dict)
-    """By name: state, inputs, path, command line, attempts (each with its times and job id), result and problem."""
-
-    @classmethod
-    def open(cls, out: str) -> "PipelineState":
-        """The state in a folder; an empty one if no pipeline was started there."""
-        path = filesystem.join(out, RECORD)
-        if not filesystem.exists(path):
-            return cls(out)
-        with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):
-            metadata = filesystem.read_json(path)
-            stages = metadata.pop("stages")
-            if all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values()):
-                return cls(out, metadata, stages)
-        fix = "remove it and rerun pipeline.py, which keeps what is complete."
-        raise UserError(f"{path} is not the record of a pipeline: {fix}")
-
-    def save(self) -> None:
-        filesystem.publish_json(filesystem.join(self.out, RECORD), self.metadata | {"stages": self.stages})
-
-    def result(self, stage: Stage) -> Result | None:
-        """The result of a stage, if it is done and its result has not changed since."""
-        record = self.stages.get(stage.name, {})
-        if record.get("state") != DONE or stage.fingerprint(record["result"]["path"]) != record["result"]["fingerprint"]:
-            return None
-        return Result(**record["result"])
-
-    def reason_to_run(self, stage: Stage, inputs: dict, is_forced: bool) -> str:
-        """Why a stage has to run; empty if its result is up to date."""
-        record = self.stages.get(stage.name)
-        if is_forced or not record:
-            return "forced" if is_forced else "not begun"
-        if difference := first_difference(record["inputs"], inputs):
-            return f"changed: {difference if len(difference) <= 100 else difference.partition(':')[0]}"
-        if record["state"] != DONE:
-            return "interrupted" if record["state"] == RUNNING else record["state"]
-        return "" if self.result(stage) else "its result is missing or was changed"
-
-    def attempts(self, stage: Stage) -> list[dict]:
-        """The attempts at a stage so far, each of which resumed the one before."""
-        return self.stages.get(stage.name, {}).get("attempts", [])
-
-    def end(self, stage: Stage, state: str, result: Result | None = None, problem: str = "") -> None:
-        """Record how a stage and its last attempt ended."""
-        record = self.stages[stage.name]
-        record |= {"state": state, "result": result and result._asdict(), "problem": problem}
-        record["attempts"][-1] |= {"state": state, "ended": timestamp()}
-        self.save()
-
-    def format_table(self, is_locked: bool) -> str:
-        """All stages as a table for a terminal; `is_locked`: a process is working on the pipeline now."""
-        lines = [f"{'stage':<18}{'state':<13}{'time':>9}  {'tries':>5}  result"]
-        for name in self.metadata.get("stages of", list(self.stages)):
-            record = self.stages.get(name)
-            if not record:
-                lines.append(f"{name:<18}not begun")
-                continue
-            attempts, is_orphaned = record["attempts"], record["state"] == RUNNING and not is_locked
-            state = "interrupted" if is_orphaned else record["state"]
-            now = timestamp() if is_locked else None  # the time of an attempt whose process was killed is unknown
-            spans = [(attempt["started"], attempt["ended"] or (attempt["state"] == RUNNING and now)) for attempt in attempts]
-            times = [map(datetime.datetime.fromisoformat, span) for span in spans if all(span)]
-            minutes, seconds = divmod(round(sum((ended - started).total_seconds() for started, ended in times)), 60)
-            duration = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-            shown = record["problem"] or (record["result"] or record)["path"]
-            lines.append(f"{name:<18}{state:<13}{duration:>9}  {len(attempts):>5}  {shown}")
-            if state != DONE and attempts and attempts[-1]["job"]:
-                note = " (no process follows it: the job may still run)" if is_orphaned else ""
-                lines.append(f"{'':<18}{'job':<13}{attempts[-1]['job']}{note}")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -272,17 +186,6 @@ class Runner:
             if status in ALIVE:
                 self.cluster.stop(attempt["job"])
         return f"{stage.name}-{uuid.uuid4().hex[:8]}"
-
-
-def begin_attempt(attempts: list[dict], job: str) -> list[dict]:
-    """The attempts that a new one resumes, and itself, or the last one if its job is followed; `job`: its id, or empty."""
-    for attempt in attempts:
-        if attempt["state"] == RUNNING:
-            attempt["state"] = KILLED
-    if job and attempts and attempts[-1]["job"] == job:
-        attempts[-1] |= {"state": RUNNING, "ended": None}
-        return attempts
-    return [*attempts, {"state": RUNNING, "job": job, "started": timestamp(), "ended": None}]
 
 
 def show_status(out: str = "results") -> None:

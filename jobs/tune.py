@@ -112,7 +112,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
     from ray import tune
 
-    from jobs.support import ray_runtime, ray_training
+    from jobs.support import ray_runtime, ray_trials
 
     workers = sweep.base.workers
     ray_runtime.start_ray(workers)
@@ -122,10 +122,10 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
-        tune.with_resources(ray_training.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
+        tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
         tune_config=tune.TuneConfig(
-            search_alg=ray_training.Suggestions(sweep, shards, options.num_trials, resources),
-            scheduler=ray_training.Rungs(sweep),
+            search_alg=ray_trials.Suggestions(sweep, shards, options.num_trials, resources),
+            scheduler=ray_trials.Rungs(sweep),
             num_samples=-1,
             max_concurrent_trials=concurrent,
             time_budget_s=budget_s or None,
@@ -134,7 +134,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
             name=filesystem.last_part(sweep.path),
             storage_path=filesystem.join(sweep.path, "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[ray_training.Progress(lambda: publish(sweep))],
+            callbacks=[ray_trials.Progress(lambda: publish(sweep))],
             verbose=0,
         ),
     )

@@ -39,7 +39,7 @@ def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], option
 def score_image(case: Case, predicted: Segmented) -> dict:
     """One image's row: KEYS but `number`, SCORES, DISTANCES, confidence, what is implausible, confusion, packed mask."""
     prediction = predicted.mask
-    counts = confusion(torch.from_numpy(prediction)[None], torch.from_numpy(case.truth.copy())[None])
+    counts = confusion(torch.tensor(prediction)[None], torch.tensor(case.truth)[None])  # arrays from Ray are read-only
     row = {"patient": case.patient, "view": case.view and str(case.view), "phase": case.phase and str(case.phase)}
     row |= {"frame": case.frame, "quality": getattr(case.info, "quality", None)}
     row |= {name: value.item() for name, value in image_scores(counts).items()}

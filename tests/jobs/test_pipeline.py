@@ -22,9 +22,9 @@ from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import ROOT, tiny_experiment
 from jobs import pipeline
-from jobs.pipeline import PipelineState
 from jobs.support import command_line
 from jobs.support.pipeline_stages import PipelineOptions, Stage, build_graph, hash_complete
+from jobs.support.pipeline_state import PipelineState
 from jobs.tune import Options as TuneOptions
 
 

@@ -27,7 +27,7 @@ from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import wait_for
 from helpers.local_cluster import begin_until
 from jobs import preprocess
-from jobs.pipeline import PipelineState
+from jobs.support.pipeline_state import PipelineState
 from jobs.support.ray_runtime import free_port
 
 # Looks like a key of Weights & Biases, and is found in what a run leaves if it is anywhere there.

@@ -25,7 +25,7 @@ from heartseg.tuning.sweep import FAILED, FINISHED, METRIC, STOPPED, SweepPlan
 from helpers.experiments import tiny_experiment
 from helpers.pages import outside_links
 from jobs import tune
-from jobs.support import ray_training
+from jobs.support import ray_trials
 
 
 def page_of(sweep: sweeps.Sweep, table: pandas.DataFrame) -> str:
@@ -208,13 +208,13 @@ def test_the_first_rung_waits_for_the_warm_up_and_there_is_none_at_the_last_epoc
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_a_trial_is_stopped_if_it_is_behind_at_a_rung_also_when_a_kill_came_in_between(sweep, scores, epoch, state, is_resumed):
     path = sweeps.read_trials(sweep)[3].run.path  # the others had 0.2 and 0.9 at the rung, epoch 2
-    scheduler = None if is_resumed else ray_training.Rungs(sweep)
+    scheduler = None if is_resumed else ray_trials.Rungs(sweep)
     run_directory.write_record(path, [{"epoch": e, METRIC: score} for e, score in enumerate(scores, 1)])
     if scheduler:
         action = scheduler.on_trial_result(None, types.SimpleNamespace(config={"run": path}), {"epoch": epoch})
         assert action == (TrialScheduler.STOP if state else TrialScheduler.CONTINUE)
     else:
-        ray_training.Rungs(sweep)
+        ray_trials.Rungs(sweep)
     last = sweeps.read_trials(sweep)[3]
     assert last.state == state and ("not among the best 1 in 3" in last.reason) == bool(state)
 
@@ -232,18 +232,18 @@ def test_an_outcome_that_is_there_stays_and_failures_can_be_forgotten(sweep):
 @pytest.mark.parametrize("search", ["grid", "random", "optuna"])
 def test_grids_and_draws_begin_with_the_recipe_try_nothing_twice_and_end_with_their_space(base, held, search):
     small = SweepPlan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 1.0)), search=search)
-    asked = ray_training.Suggestions(sweeps.open_sweep(base, held, small), held, 12, {})
+    asked = ray_trials.Suggestions(sweeps.open_sweep(base, held, small), held, 12, {})
     assert [asked.suggest(str(number)) == "FINISHED" for number in range(3)] == [False, False, True]
     plan = SweepPlan(SearchSpace(schedules=("cosine", "step"), lr_factors=(1.0, 2.0), lr_points=2), search=search)
     opened = sweeps.open_sweep(base, held, plan)
-    asked = ray_training.Suggestions(opened, held, 4, {})
+    asked = ray_trials.Suggestions(opened, held, 4, {})
     given_out = [asked.suggest(str(number)) for number in range(6)]
     found = sweeps.read_trials(opened)
     assert [trial.number for trial in found][0] == 0 and found[0].values["optim.lr"] == base.optim.lr
     assert len({json.dumps(trial.values) for trial in found}) == len(found) == 4
     assert given_out[4:] == ["FINISHED", "FINISHED"]
     # The same command again: what is unfinished comes first, in order, and no new trial is needed.
-    again = ray_training.Suggestions(opened, held, 5, {})
+    again = ray_trials.Suggestions(opened, held, 5, {})
     assert [again.suggest(str(n))["run"] for n in range(4)] == [trial.run.path for trial in found]
     assert (again.suggest("4") == "FINISHED") == (search == "grid")  # whose four combinations are used up
 
@@ -251,7 +251,7 @@ def test_grids_and_draws_begin_with_the_recipe_try_nothing_twice_and_end_with_th
 def test_optuna_skips_points_that_are_trials_already_until_the_space_is_used_up(base, held):
     space = SearchSpace(schedules=("cosine", "step", "constant"), lr_factors=(1.0, 1.0), momentum=(0.5, 0.9))
     opened = sweeps.open_sweep(base, held, SweepPlan(space, search="optuna"))
-    asked, given_out = ray_training.Suggestions(opened, held, 12, {}), []
+    asked, given_out = ray_trials.Suggestions(opened, held, 12, {}), []
     while (point := asked.suggest(str(len(given_out)))) != "FINISHED":
         asked.on_trial_complete(str(len(given_out)), {METRIC: len(given_out) / 10})
         given_out.append(point)

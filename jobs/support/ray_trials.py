@@ -1,0 +1,157 @@
+"""What Ray Tune calls during a sweep: which trial comes next, how one is trained, and which are stopped early.
+
+Each trial is a Ray Train run of its own, started and resumed like any other; Tune supervises them and stores nothing itself.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from heartseg.config.experiment import from_json, to_json
+from heartseg.errors import UserError
+from heartseg.shards.reader import Shards
+from heartseg.storage import filesystem
+from heartseg.training import run_directory
+from heartseg.tuning import search_space
+from heartseg.tuning import sweep as sweeps
+from jobs.support import command_line, ray_runtime, ray_training
+from jobs.support.command_line import log
+
+# Within this time after a trial, Ray Train's controller ends with the trial's actor; until then it would replace lost workers.
+SECONDS_TO_LEAVE = 10.0
+# After so many known points in a row, a space counts as used up.
+MOST_DRAWS = 1000
+
+
+def train_trial(config: dict) -> None:
+    """Train one trial to its end, in an actor of Tune's, and write how it ended: Tune's own result is not stored."""
+    # No lock: the sweep's own covers its trials, and a trial that Tune ends would leave its lock behind.
+    command_line.configure_logging()
+    run, experiment = run_directory.find_run(config["run"]), from_json(config["experiment"])
+    try:
+        ray_training.train_with_ray(experiment, run, trial=config["resources"])
+    except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, ray_training.WorkersDied):
+            sweeps.end_trial(run.path, sweeps.FAILED, str(error))
+            return  # trying again would not help
+        # Not an end yet: Tune tries once more, and the reason may be that the sweep's own process is ending.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        filesystem.publish(filesystem.join(run.path, sweeps.ERROR), reason.encode())
+        raise
+    sweeps.end_trial(run.path, sweeps.FINISHED)
+
+
+class Suggestions(Searcher):
+    """Trials to train: first those that an earlier command left unfinished, then new ones, starting with the recipe itself."""
+
+    def __init__(self, sweep: sweeps.Sweep, shards: Shards, num_trials: int, resources: dict):
+        super().__init__(metric=sweeps.METRIC, mode="max")
+        self.sweep, self.shards, self.num_trials, self.resources = sweep, shards, num_trials, resources
+        known = sweeps.read_trials(sweep)
+        self.waiting = [trial for trial in known if not trial.state]
+        self.last_number = max((trial.number for trial in known), default=-1)
+        self.tried = [trial.values for trial in known]
+        self.model, self.of_model = build_model_search(sweep, known) if sweep.plan.search == "optuna" else None, {}
+        self.drawn = 0  # points so far; a generator of them could not be pickled, as Tune does with a searcher
+
+    def suggest(self, trial_id: str) -> dict | str:
+        trial = self.waiting.pop(0) if self.waiting else self.new_trial(trial_id)
+        if trial is None:
+            return Searcher.FINISHED
+        experiment = to_json(search_space.apply(self.sweep.base, trial.values))
+        return {"run": trial.run.path, "experiment": experiment, "resources": self.resources}
+
+    def new_trial(self, trial_id: str) -> sweeps.Trial | None:
+        """The next point that is not yet a trial; None if there are enough, or if the space holds no more."""
+        if len(self.tried) >= self.num_trials:
+            return None
+        points = enumerate(sweeps.candidates(self.sweep))
+        for number, point in itertools.islice(points, self.drawn, self.drawn + MOST_DRAWS):
+            self.drawn = number + 1
+            name = str(number) if self.model and number else ""  # what the model knows the point by; the first is the recipe
+            values = self.model.suggest(name) if name else point
+            if values not in self.tried:
+                self.tried.append(values)
+                self.of_model[trial_id] = name
+                self.last_number += 1
+                return sweeps.add_trial(self.sweep, self.shards, self.last_number, values)
+            if name:
+                self.model.on_trial_complete(name, error=True)  # a point that is not trained has no score
+        log.info("The search space holds no more than %d trials.", len(self.tried))
+        self.num_trials = len(self.tried)
+        return None
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        if name := self.of_model.pop(trial_id, None):
+            self.model.on_trial_complete(name, result, error or sweeps.METRIC not in (result or {}))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to store: the sweep's directory has everything."""
+
+    restore = save
+
+
+def build_model_search(sweep: sweeps.Sweep, known: list[sweeps.Trial]) -> Searcher:
+    """Optuna's tree of Parzen estimators, with the scores of the trials of an earlier command."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    axes = search_space.make_axes(sweep.plan.space, sweep.base)
+    space = {name: tune.loguniform(*axis) if name == search_space.RATE else tune.choice(axis) for name, axis in axes.items()}
+    # Another seed after each resume, or the same first points would be suggested again.
+    seed = (sweep.plan.search_seed + len(known)) % 2**32
+    search = OptunaSearch(OptunaSearch.convert_search_space(space), sweeps.METRIC, "max", seed=seed)
+    for trial in known:
+        reached = [row[sweeps.METRIC] for row in trial.record if not math.isnan(row.get(sweeps.METRIC, math.nan))]
+        if trial.state in (sweeps.FINISHED, sweeps.STOPPED) and reached and trial.number:
+            search.add_evaluated_point(trial.values, reached[-1])
+    return search
+
+
+class Rungs(FIFOScheduler):
+    """Starts trials in their order and stops those that are behind."""
+
+    def __init__(self, sweep: sweeps.Sweep):
+        super().__init__()
+        self.sweep = sweep
+        for trial in sweeps.read_trials(sweep):
+            # A kill may have come between a trial's epoch and its comparison with the others.
+            if not trial.state and trial.record:
+                sweeps.stop_if_behind(sweep, trial.run.path, trial.record[-1]["epoch"])
+
+    def on_trial_result(self, tune_controller, trial, result: dict) -> str:
+        is_behind = sweeps.stop_if_behind(self.sweep, trial.config["run"], result.get("epoch", 0))
+        return TrialScheduler.STOP if is_behind else TrialScheduler.CONTINUE
+
+
+class Progress(tune.Callback):
+    """Logs epochs, records trials that Tune gives up, frees what ended trials reserved; calls `on_end` after each trial."""
+
+    def __init__(self, on_end: Callable[[], None]):
+        self.on_end = on_end
+        self.leaving: list[tuple[float, str]] = []
+
+    def on_step_end(self, iteration: int, trials: list, **info) -> None:
+        while self.leaving and time.monotonic() >= self.leaving[0][0]:
+            ray_runtime.free_placement(self.leaving.pop(0)[1])
+
+    def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
+        if sweeps.METRIC in result:
+            name, ended = filesystem.last_part(trial.config["run"]), sum(other.is_finished() for other in trials)
+            score = f"{sweeps.METRIC} {result[sweeps.METRIC]:.4f}"
+            log.info("%s  epoch %d  %s  (%d trials ended)", name, result["epoch"], score, ended)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
+        self.leaving.append((time.monotonic() + SECONDS_TO_LEAVE, trial.config["run"]))
+        self.on_end()
+
+    def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
+        noted = filesystem.join(path := trial.config["run"], sweeps.ERROR)
+        reason = filesystem.read_bytes(noted).decode() if filesystem.exists(noted) else "its process died twice"
+        sweeps.end_trial(path, sweeps.FAILED, reason)
+        log.warning("%s failed: %s", filesystem.last_part(path), reason)
+        self.on_trial_complete(iteration, trials, trial)
