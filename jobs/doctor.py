@@ -330,7 +330,6 @@ def check_other_nodes(nodes: list[dict]) -> Iterator[Finding]:
 
 
 def check_node() -> tuple[str, list[Finding]]:
-    """The name of the machine that this runs on, and what it has."""
     checks = NODE_CHECKS | {"versions": check_versions}
     return platform.node(), [one for name, check in checks.items() for one in run_check(name, check)]
 

@@ -144,11 +144,8 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
     written = {"torch.export": buffer.getvalue(), "onnx": program.model_proto.SerializeToString()}
     session = onnxruntime.InferenceSession(written["onnx"], providers=["CPUExecutionProvider"])
     reloaded = torch.export.load(io.BytesIO(written["torch.export"])).module()
-
-    def run_onnx(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
-
-    return written, {"torch.export": reloaded, "onnx": run_onnx}
+    by_onnx = lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])  # noqa: E731
+    return written, {"torch.export": reloaded, "onnx": by_onnx}
 
 
 @torch.inference_mode()

@@ -148,7 +148,7 @@ def clip_record(result: ClipResult) -> dict:
     }  # fmt: skip
     if result.volumes_ml is not None:
         record |= {f"{phase.lower()}_frame": at + 1 for phase, (at, _) in result.phases.items()}
-        record["implausible_frames"] = (np.flatnonzero(ed_es_detection.implausible(result.volumes_ml)) + 1).tolist()
+        record["implausible_frames"] = (np.flatnonzero(np.isnan(ed_es_detection.plausible(result.volumes_ml))) + 1).tolist()
         record["ef_single_plane"] = none_if_nan(result.ef_single_plane)
         if result.spacing_mm:
             record["volumes_ml"] = [none_if_nan(value) for value in result.volumes_ml]

@@ -38,12 +38,6 @@ def disks_ml(one: Chamber, other: Chamber, length_mm: float) -> float:
     return float(np.pi / 4 * (one.widths_mm @ other.widths_mm) * length_mm / DISKS / 1000)
 
 
-def area_length_ml(one: Chamber, other: Chamber) -> float:
-    """Area-length method in ml (Dodge et al. 1960, Am Heart J 60:762-776): 8 A1 A2 / (3 pi L), L the shorter of two lengths."""
-    length_mm = min(one.length_mm, other.length_mm)
-    return 8 * one.area_mm2 * other.area_mm2 / (3 * np.pi * length_mm) / 1000
-
-
 def ejection_fraction(edv: float, esv: float) -> float:
     """EF in percent, 100 (EDV - ESV) / EDV (Lang et al. 2015); NaN if EDV is 0 or below ESV, or one is NaN."""
     return 100 * (edv - esv) / edv if edv > 0 and 0 <= esv <= edv else float("nan")
@@ -131,7 +125,9 @@ def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[f
                 found[method][phase] = disks_ml(chamber, chamber, chamber.length_mm)
         if two and four:
             found["ase"][phase] = disks_ml(two, four, max(two.length_mm, four.length_mm))
-            found["area_length"][phase] = area_length_ml(two, four)
+            # Dodge et al. 1960, Am Heart J 60:762-776: 8 A1 A2 / (3 pi L), L the shorter of two lengths.
+            length_mm = min(two.length_mm, four.length_mm)
+            found["area_length"][phase] = 8 * two.area_mm2 * four.area_mm2 / (3 * np.pi * length_mm) / 1000
             if len(ventricles) == len(STILLS):
                 found["camus"][phase] = disks_ml(two, four, longest_mm)
     return {method: tuple(by_phase.values()) for method, by_phase in found.items()}

@@ -8,13 +8,8 @@ import numpy as np
 MAX_JUMP, NEIGHBOURS, SMOOTHED_OVER = 0.25, 5, 3
 
 
-def implausible(volumes: np.ndarray) -> np.ndarray:
-    """True for the frames [T] whose volume is missing, not positive, or far from the median of the frames around it."""
-    return np.isnan(plausible(volumes))
-
-
 def plausible(volumes: np.ndarray) -> np.ndarray:
-    """The curve [T] without its implausible frames: NaN there."""
+    """The curve [T]; NaN where a volume is missing, not positive, or far from the median of the frames around it."""
     values = np.where(np.asarray(volumes, float) > 0, volumes, np.nan)
     around = _over_windows(np.median, values, NEIGHBOURS)
     return np.where(np.abs(values - around) <= MAX_JUMP * around, values, np.nan)

@@ -77,7 +77,7 @@ def write_report(evaluation: str, run: str | None = None) -> str:
         **(training_figures.sample_pictures(run) if run else {"sample_rows": []}),
         legend=list(zip(CLASSES, CLASS_TITLES, CLASS_COLOURS, strict=True))[1:],
         configuration=list(flatten(description.get("identity", {})).items()),
-        lineage=lineage(run, description, summary) if run else file_lineage(summary),
+        lineage=lineage(run, description, summary),
         choices=recipes.SEED_CHOICES if run and description["experiment"]["name"] == "seed" else (),
     )
 
@@ -177,6 +177,9 @@ def _example(example: Example, row: pandas.Series) -> dict:
 
 def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]:
     """The origins of the scores, as rows of a name and a text."""
+    if not run:  # masks from files
+        parts = [(f"Part {number}", path) for number, path in enumerate(summary.get("evaluations", ()), 1)]
+        return [(name.title(), summary[name]) for name in ("predictions", "truth", "dataset")] + parts
     groups, split = description.get("groups", {}), flatten(description.get("split") or {})
     return [
         ("Run", run),
@@ -187,9 +190,3 @@ def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]
         *((f"Group {g}", f"{n['patients']} patients, {n['images']} images") for g, n in groups.items()),
         ("Weights & Biases id", description.get("wandb_id", "–")),
     ]
-
-
-def file_lineage(summary: dict) -> list[tuple[str, str]]:
-    """Where masks from files, and their truth, were found."""
-    parts = [(f"Part {number}", path) for number, path in enumerate(summary.get("evaluations", ()), 1)]
-    return [("Predictions", summary["predictions"]), ("Truth", summary["truth"]), ("Dataset", summary["dataset"]), *parts]

@@ -227,7 +227,7 @@ def test_frames_whose_outline_failed_are_neither(spoilt, value):
     volumes[list(spoilt)] = value
     found = ed_es_detection.find_ed_es(volumes)
     assert found is not None and abs(found[0] - 2) <= 1 and abs(found[1] - 12) <= 1
-    assert set(np.flatnonzero(ed_es_detection.implausible(volumes))) == set(spoilt)
+    assert set(np.flatnonzero(np.isnan(ed_es_detection.plausible(volumes)))) == set(spoilt)
 
 
 def test_noise_of_a_few_percent_moves_ed_and_es_by_few_frames():
