@@ -23,7 +23,6 @@ from heartseg.reporting.sweep_page import show_table, write_page
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem, locks
 from heartseg.training.data_loading import MEMORY_SHARE, free_on_machine, pixel_bytes
-from heartseg.training.run_directory import Run
 from heartseg.training.wandb_logger import close_trial, track_sweep
 from heartseg.training.worker import check_plan, open_data
 from heartseg.tuning import search_space
@@ -159,7 +158,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
         if trial.state == sweeps.STOPPED:
             close_trial(trial.run, trial.record, trial.reason)  # its own process had no time to
     if len(table):
-        track_sweep(sweep.base, Run(sweep.path, sweep.description), table, page)
+        track_sweep(sweep.base, sweep, table, page)
         print(show_table(table))
     trained, asked = sweeps.epochs_saved(sweep, table)
     if asked and options.plan.stop_early:

@@ -96,10 +96,7 @@ def geometry_at(geometry: Geometry, contraction: float) -> Geometry:
 
 
 def volume_ml(geometry: Geometry, phase: Phase) -> float:
-    """Volume of a patient's cavity in ml, in closed form.
-
-    The slice at height z is an ellipse of area pi a b (1 - z^2 / c^2), integrated from the apex, -c, to the mitral plane, t c.
-    """
+    """Volume of a patient's cavity in ml: ellipses pi a b (1 - z^2 / c^2), integrated from the apex, -c, to the plane t c."""
     heart = geometry_at(geometry, CONTRACTION[phase])
     (a, b), c, t = heart.radii_mm, heart.half_length_mm, heart.truncation
     return float(np.pi * a * b * c * (2 / 3 + t - t**3 / 3) / 1000)

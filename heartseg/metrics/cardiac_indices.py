@@ -7,7 +7,7 @@ Two conventions of the biplane ejection fraction, never mixed; they share the di
 
 - `ase`: each phase's disks are L / 20 high, L the longer of that phase's two lengths, in 2CH and in 4CH (Lang et al.).
 - `camus`: all disks of both phases are L / 20 high, L the longest of the four lengths, as in the dataset authors' script
-  that made the EF of the cfg files. The ventricle's shortening is then no part of the EF, which is about 9 points lower.
+  that made the EF of the cfg files. The ventricle's shortening is then not part of the EF, which is about 8 points lower.
   The script also takes the first contour instead of the largest, looks for the base within 8 pixels and measures no disk
   narrower than 16 pixels whatever a pixel is in mm, and rounds to whole ml; none of this is done here.
 """

@@ -180,13 +180,11 @@ def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of:
 class Stream(Batches):
     """A group that is too large for memory, read from its shards each epoch, on threads of this process.
 
-    Threads instead of Ray Data: the order follows from (seed, epoch) alone, it works under every launcher, and it needs no CPU
-    that a scheduler could withhold.
+    Threads instead of Ray Data: the order follows from (seed, epoch) alone, under every launcher.
 
     The shuffle has two levels. The parts are permuted, the rows of each are permuted, and that sequence is cut into up to
-    `LANES` equal lanes that run side by side: a batch takes its rows from all of them. Unlike in memory, the images of a part
-    (16 patients' stills) come within as many steps as it has of them, and seldom two in one batch. A worker holds a part of
-    each lane of its share, however large the group.
+    `LANES` equal lanes that run side by side: a batch takes its rows from all of them, seldom two of one part (16 patients'
+    stills). A worker holds a part of each lane of its share, however large the group.
 
     Raises OneRankError for a damaged part, and StorageError for one that does not come.
     """

@@ -50,17 +50,10 @@ class SweepPlan:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A sweep's directory and the experiment that its trials vary."""
+class Sweep(run_directory.Run):
+    """A sweep's directory and the experiment that its trials vary; its name is their group in the dashboard."""
 
-    path: str
     base: Experiment
-    description: dict
-
-    @property
-    def name(self) -> str:
-        """The last part of its path; its trials' group in the dashboard."""
-        return filesystem.last_part(self.path)
 
     @property
     def plan(self) -> SweepPlan:
@@ -105,13 +98,13 @@ def open_sweep(
     # Its trials are one group of the dashboard, and lie in its own folder.
     tracking = replace(base.tracking, group=base.tracking.group or name, job_type="trial")
     inner = replace(base, runs=filesystem.join(path, TRIALS), tracking=tracking, ingest=there["ingest"])
-    return Sweep(path, inner, there)
+    return Sweep(path, there, inner)
 
 
 def find_sweep(path: str) -> Sweep:
     """The sweep in a folder, as it was begun; raises UserError if the folder has none."""
     there = filesystem.read_json(filesystem.join(path, DESCRIPTION))
-    return Sweep(path, replace(from_json(there["experiment"]), runs=filesystem.join(path, TRIALS)), there)
+    return Sweep(path, there, replace(from_json(there["experiment"]), runs=filesystem.join(path, TRIALS)))
 
 
 def recipe_values(sweep: Sweep) -> dict:

@@ -196,7 +196,7 @@ def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, base
 )  # fmt: skip
 def test_the_first_rung_waits_for_the_warm_up_and_there_is_none_at_the_last_epoch(plan, epochs, found):
     base = replace(quick(), train=replace(quick().train, epochs=epochs))  # its warm-up takes one epoch
-    assert sweeps.rungs(sweeps.Sweep("", base, {"plan": to_json(plan)})) == found
+    assert sweeps.rungs(sweeps.Sweep("", {"plan": to_json(plan)}, base)) == found
 
 
 @pytest.mark.parametrize(
