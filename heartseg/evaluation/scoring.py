@@ -170,9 +170,8 @@ def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
 def flags(images: pandas.DataFrame) -> dict:
     """The warnings a user would have had: implausible masks, and how well the confidence separates the images of low Dice.
 
-    `reasons` are the most frequent of the implausible masks, with their number. `spearman` is the rank correlation of
-    confidence and Dice; `auc` the chance that an image under LOW_DICE has the lower confidence of two, one under and one not.
-    `unsure` are the images under REVIEW_THRESHOLD, which prediction asks a user to review, and how many are under LOW_DICE.
+    `spearman` is the rank correlation of confidence and Dice; `auc` the chance that of two images, one under LOW_DICE and one
+    not, the former has the lower confidence; `unsure` are the images under REVIEW_THRESHOLD, which a user is asked to review.
     """
     doubted = images["implausible"] != ""
     reasons = images.loc[doubted, "implausible"].str.split("; ").explode().value_counts().head(3)

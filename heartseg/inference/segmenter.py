@@ -146,8 +146,7 @@ def confidence(scores: torch.Tensor) -> list[float]:
     """The network's confidence in its own labels, from 0 to 1, by class scores [B,4,H,W]: the Dice that it expects of them.
 
     With class probabilities p (averaged over shifted copies and ensemble members) and labels m, a structure's is
-    2 sum(p m) / (sum p + sum m), and 0 if it was not found; the mean over the three structures is taken. It ranks images; it is
-    not a calibrated Dice: on CAMUS it is about 0.03 too high.
+    2 sum(p m) / (sum p + sum m), and 0 if it was not found; the mean over the three is taken. It ranks images, uncalibrated.
     """
     probabilities = scores[..., ::2, ::2].softmax(dim=1)  # every second pixel both ways: a sum needs no more
     labels = torch.arange(1, NUM_CLASSES, device=scores.device).view(1, -1, 1, 1)
@@ -177,10 +176,7 @@ def largest_components(mask: np.ndarray) -> np.ndarray:
 
 
 def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """The mask [H,W] without holes up to LARGEST_HOLE of the heart.
-
-    All that the cavity or the atrium encloses becomes theirs; enclosed background takes the label of the nearest structure.
-    """
+    """The mask [H,W] without holes up to LARGEST_HOLE of the heart: what cavity or atrium enclose, then enclosed background."""
     filled, largest = mask.copy(), LARGEST_HOLE * np.count_nonzero(mask)
     for label in (ENDO, LA):
         filled[enclosed_holes(filled == label, largest)] = label

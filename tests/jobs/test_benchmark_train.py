@@ -85,10 +85,6 @@ def test_the_table_of_scores_has_both_times_the_same_distances_and_the_time_of_v
     assert "MONAI" in printed and "3 images" in printed and "times as fast" in printed
 
 
-def test_a_difference_shows_and_one_sided_absence_is_left_out():
-    assert scores.largest_difference([1.0, 2.5, np.inf, np.nan], [1.0, 2.0, 9.0, np.nan]) == 0.5
-
-
 def test_a_missing_monai_is_named_with_the_command_that_installs_it(phantom, monkeypatch):
     monkeypatch.setitem(sys.modules, "monai", None)
     with pytest.raises(UserError, match="pip install"):
