@@ -144,8 +144,7 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
     written = {"torch.export": buffer.getvalue(), "onnx": program.model_proto.SerializeToString()}
     session = onnxruntime.InferenceSession(written["onnx"], providers=["CPUExecutionProvider"])
     reloaded = torch.export.load(io.BytesIO(written["torch.export"])).module()
-    by_onnx = lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])  # noqa: E731
-    return written, {"torch.export": reloaded, "onnx": by_onnx}
+    return written, {"torch.export": reloaded, "onnx": lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])}
 
 
 @torch.inference_mode()
