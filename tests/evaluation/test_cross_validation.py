@@ -75,7 +75,7 @@ def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             cross_validation.pool(evaluations, to)
-    for options, said in (({"checkpoint": "run", "out": out}, "and nothing else"), ({}, "--out")):
+    for options, said in (({"checkpoint": "run", "out": out}, "only finished evaluations"), ({}, "--out")):
         with pytest.raises(UserError, match=said):
             evaluate.run(evaluate.Options(pool=tuple(parts), **options))
 
