@@ -131,7 +131,7 @@ def contents(folder: Path) -> dict[str, tuple[str, int]]:
     """SHA-256 of every file but claims, and the halves of what did not get its name; of a part also when it was written."""
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file() and not {locks.LOCK_NAME, "ray"} & set(path.parts) and path.suffix != ".part":
+        if path.is_file() and not {locks.LOCK_NAME, "ray", "placement_group"} & set(path.parts) and path.suffix != ".part":
             written = path.stat().st_mtime_ns if path.name.startswith("part-") else 0
             found[str(path.relative_to(folder))] = filesystem.sha256(path.read_bytes()), written
     return found
