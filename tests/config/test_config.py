@@ -5,14 +5,17 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from heartseg.config import recipes
 from heartseg.config.experiment import ImageConfig, ModelConfig, SplitConfig, first_difference, from_json, identity, to_json
 from heartseg.config.training import AugmentConfig, TrainConfig
 from heartseg.datasets import splits
 from heartseg.errors import UserError
+from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import steps_per_epoch
 
 
@@ -133,6 +136,13 @@ def test_the_seed_recipe_is_exactly_the_seed():
     assert (seed.train.intensity, seed.train.seed) == ("unit", 0)
     assert set(to_json(seed.augment).values()) == {0.0} and seed.augment == AugmentConfig()
     assert seed.split == SplitConfig("ratio", test_share=0.2, val_share=0.0, seed=0)
+
+
+def test_the_seeds_network_takes_its_batch_and_returns_four_maps():
+    network = build_model(recipes.seed().model).eval().to("meta")
+    assert network(torch.zeros(12, 1, 256, 256, device="meta")).shape == (12, 4, 256, 256)
+    # ResNet-101 has 33 bottlenecks of three convolutions, a stem and four shortcuts.
+    assert sum(isinstance(m, nn.Conv2d) for m in network.network.backbone.modules()) == 33 * 3 + 1 + 4
 
 
 def test_500_patients_give_the_seed_400_and_100_and_133_steps_of_12():

@@ -11,7 +11,6 @@ from hypothesis.extra.numpy import arrays
 
 from heartseg.metrics.segmentation import SCORES, ScoreSums, confusion, image_scores
 
-CPU = torch.device("cpu")
 SETS = {"endo": {1}, "myo": {2}, "la": {3}, "epi": {1, 2}}
 
 
@@ -21,6 +20,11 @@ def label_pairs(draw, max_batch=3):
     shape = draw(st.tuples(st.integers(1, max_batch), st.integers(1, 5), st.integers(1, 5)))
     labels = st.sampled_from(sorted(draw(st.sets(st.integers(0, 3), min_size=1))))
     return tuple(torch.from_numpy(draw(arrays("uint8", shape, elements=labels))) for _ in range(2))
+
+
+def mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def by_hand(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
@@ -33,10 +37,6 @@ def by_hand(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
         if not mine | true:
             return math.nan, math.nan
         return 2 * len(mine & true) / (len(mine) + len(true)), len(mine & true) / len(mine | true)
-
-    def mean(values: list[float]) -> float:
-        known = [value for value in values if not math.isnan(value)]
-        return sum(known) / len(known) if known else math.nan
 
     both = {name: overlap(chosen) for name, chosen in SETS.items()}
     three = ("endo", "myo", "la")
@@ -68,19 +68,15 @@ def test_means_are_over_images_whatever_the_batches(pair, data):
     prediction, target = pair
     batch = data.draw(st.integers(1, len(prediction)))
     losses = torch.arange(1.0, len(prediction) + 1)
-    sums = ScoreSums(CPU)
+    sums = ScoreSums(torch.device("cpu"))
     for start in range(0, len(prediction), batch):
-        rows = slice(start, start + batch)
+        rows = slice(start, min(start + batch, len(prediction)))
         sums.add(losses[rows].mean(), prediction[rows], target[rows])
-        assert not data.draw(st.booleans()) or sums.sums[1, 0] == min(
-            start + batch, len(prediction)
-        )  # not the last to be added
+        assert not data.draw(st.booleans()) or sums.sums[1, 0] == rows.stop  # not the last to be added
     means = sums.means()
     singles = [by_hand(p, t) for p, t in zip(prediction, target, strict=True)]
     for name in SCORES:
-        known = [single[name] for single in singles if not math.isnan(single[name])]
-        expected = sum(known) / len(known) if known else math.nan
-        assert means[name] == pytest.approx(expected, nan_ok=True), name
+        assert means[name] == pytest.approx(mean([single[name] for single in singles]), nan_ok=True), name
     assert means["loss"] == pytest.approx(losses.mean().item())
     sums.add(torch.tensor(math.nan), prediction, target)  # the loss of one batch that is NaN stays NaN
     assert math.isnan(sums.means()["loss"]) and sums.means()["accuracy"] == pytest.approx(means["accuracy"])

@@ -43,14 +43,6 @@ def fake_mask(shift: int = 0) -> np.ndarray:
     return mask
 
 
-def write_samples(run: str, name: str, epoch: int, shift: int) -> None:
-    image = np.random.default_rng(0).integers(0, 255, (2, SIDE, SIDE), dtype=np.uint8)
-    masks, predictions = np.stack([fake_mask()] * 2), np.stack([fake_mask(shift)] * 2)
-    names = np.array(["patient0001 2CH ED", "patient0002 4CH ES"])
-    np.savez(buffer := io.BytesIO(), images=image, masks=masks, predictions=predictions, names=names, epoch=np.array(epoch))
-    filesystem.publish(filesystem.join(run, "samples", f"{name}.npz"), buffer.getvalue())
-
-
 def write_run(run: str, recipe: str = "quick", dataset: str = "CAMUS", epochs: int = 3, samples: bool = True) -> None:
     experiment = recipes.RECIPES[recipe]()
     description = {
@@ -65,14 +57,14 @@ def write_run(run: str, recipe: str = "quick", dataset: str = "CAMUS", epochs: i
         scores = {f"{g}/{s}": 1 - 0.5 / epoch for g in ("train", "val") for s in ("loss", *SCORES)}
         record.append({"epoch": epoch, "lr": 0.01 / epoch, "seconds": 1.0, "images_per_s": 9.0, **scores})
     run_directory.write_record(run, record)
-    if samples:
-        write_samples(run, "first", 1, 4)
-        write_samples(run, "last", epochs, 1)
+    shown = {"images": np.random.default_rng(0).integers(0, 255, (2, SIDE, SIDE), dtype=np.uint8)}
+    shown |= {"masks": np.stack([fake_mask()] * 2), "names": np.array(["patient0001 2CH ED", "patient0002 4CH ES"])}
+    for name, epoch, shift in (("first", 1, 4), ("last", epochs, 1)) if samples else ():
+        np.savez(buffer := io.BytesIO(), **shown, predictions=np.stack([fake_mask(shift)] * 2), epoch=np.array(epoch))
+        filesystem.publish(filesystem.join(run, "samples", f"{name}.npz"), buffer.getvalue())
 
 
-def write_evaluation(
-    evaluation: str, group: str = "val", patient: str = "patient{:04d}", quality: bool = True, with_ef: int = 4
-) -> None:
+def write_evaluation(evaluation: str, patient: str = "patient{:04d}", quality: bool = True, with_ef: int = 4) -> None:
     """An evaluation of 20 images of 5 patients; one score has no value, one image has no atrium, `with_ef` patients an EF."""
     rng = np.random.default_rng(0)
     rows = pandas.DataFrame({score: rng.uniform(0.7, 0.95, 20).round(4) for score in SCORES})
@@ -92,7 +84,7 @@ def write_evaluation(
         filesystem.write_table(filesystem.join(evaluation, name), pyarrow.Table.from_pandas(table, preserve_index=False))
     missing = {"patient": "patient0009", "view": "2CH", "phase": "ED", "file": "f", "reason": "the gzip is cut off"}
     summary = scoring.summarise(images, patients, [missing])
-    summary |= {"group": group, "checkpoint": "checkpoints/epoch_0003", "epoch": 3, "which": "last", "seconds": 1.5}
+    summary |= {"group": "val", "checkpoint": "checkpoints/epoch_0003", "epoch": 3, "which": "last", "seconds": 1.5}
     filesystem.publish_json(filesystem.join(evaluation, scoring.SUMMARY), summary)
 
 
@@ -234,8 +226,7 @@ def test_predictions_that_lie_on_their_side_are_named_although_their_shape_and_e
 
 def test_a_bland_altman_plot_shows_the_bias_and_limits_of_agree():
     rng = np.random.default_rng(0)
-    reference = rng.normal(50, 10, 40)
-    estimate = reference + rng.normal(2, 4, 40)
+    estimate = (reference := rng.normal(50, 10, 40)) + rng.normal(2, 4, 40)
     estimate[3] = np.nan
     found = agree(estimate, reference)
     axes = plots.bland_altman(estimate, reference, found, "Ejection fraction", "%").axes[0]

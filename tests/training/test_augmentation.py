@@ -32,10 +32,8 @@ def test_no_augmentation_changes_nothing_and_later_kinds_leave_the_draws_of_the_
     same_images, same_masks = changed(images, masks)
     assert torch.equal(same_images, images) and torch.equal(same_masks, masks)
     # A blur and a shadow of next to nothing: everything else must come out as without them.
-    alone, beside = (
-        changed(images, masks, **OLDER),
-        changed(images, masks, **OLDER, blur=1e-9, sector_dropout=1e-9, contrast=1e-9),
-    )
+    alone = changed(images, masks, **OLDER)
+    beside = changed(images, masks, **OLDER, blur=1e-9, sector_dropout=1e-9, contrast=1e-9)
     torch.testing.assert_close(alone[0], beside[0], rtol=0, atol=1e-5)
     assert torch.equal(alone[1], beside[1])
 

@@ -1,6 +1,5 @@
 """What makes training fit and go fast changes no result, nothing is kept of ruined weights, and ranks evaluate one model."""
 
-import json
 import os
 from dataclasses import replace
 
@@ -83,10 +82,6 @@ def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=None, r
     return found
 
 
-def assert_same_weights(one: nn.Module, other: nn.Module, tolerance: float) -> None:
-    torch.testing.assert_close(list(one.parameters()), list(other.parameters()), rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize(("size", "parts"), [(12, 3), (7, 3), (7, 2)])
 def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
     check_shares(12, 2, accumulate=3)
@@ -94,7 +89,7 @@ def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
         check_shares(12, 2, accumulate=4)  # of which one would have one image
     whole, whole_steps = train(with_train(batch_size=size))
     split, split_steps = train(with_train(batch_size=size, accumulate=parts))
-    assert_same_weights(whole.model, split.model, 1e-5)
+    torch.testing.assert_close(split.model.state_dict(), whole.model.state_dict(), rtol=1e-5, atol=1e-5)
     for one, other in zip(whole_steps, split_steps, strict=True):
         torch.testing.assert_close(one[0], other[0])
         assert one[1].shape == (size, 16, 16) and (one[1] == other[1]).float().mean() > 0.999
@@ -111,8 +106,6 @@ RUINS = {
     # Finite, and too large to compute with: only the loss of an evaluated group shows it.
     "a large average": lambda state: state.average.model[3].weight.fill_(3e38),
 }
-
-
 CASES = [(name, groups, 4, 4) for name in list(RUINS)[:3] for groups in (("train",), ("train", "test"))]
 CASES += [("a weight", ("train",), 2, 3), ("a large average", ("train", "test"), 4, 4)]
 
@@ -145,14 +138,12 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
     assert [row["epoch"] for row in run_directory.read_record(run.path)] == [1, 2]
 
 
-SETTINGS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"compress_gradients": True}}
-
-
 def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     ranks = distributed.current(torch.device("cpu"))
-    kept = {name: train(with_train(batch_size=13, **one), ranks)[0].model.state_dict() for name, one in SETTINGS.items()}
+    settings = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"compress_gradients": True}}
+    kept = {name: train(with_train(batch_size=13, **one), ranks)[0].model.state_dict() for name, one in settings.items()}
     kept["travelled"] = 0  # how often ranks exchange gradients for one update in three parts
 
     def count(_, bucket):
@@ -203,8 +194,10 @@ def test_two_ranks_follow_one_and_gradients_travel_once_an_update_rounded_if_ask
     assert not torch.equal(first["bf16"]["0.weight"], first["plain"]["0.weight"])
 
 
-def test_ranks_evaluate_one_model_which_is_one_process_s_and_stop_together(two_ranks):
+def test_ranks_evaluate_one_model_which_is_one_process_s_stop_together_and_all_report_storage_that_one_cannot_see(two_ranks):
     assert [rank["stopped"] for rank in two_ranks] == [1, 1]
+    (message,) = {rank["unseen"] for rank in two_ranks}
+    assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
     one, other, alone = *(rank["evaluated"] for rank in two_ranks), evaluated_models(ALONE)
     assert len(one) == len(other) == len(alone) == 4
     for mine, others, wanted in zip(one, other, alone, strict=True):
@@ -230,11 +223,6 @@ def test_a_young_model_is_scored_and_kept_with_the_batch_statistics_of_its_own_w
     assert max(young) < 0.1 < 1 < min(lagging)
 
 
-def test_storage_that_one_worker_cannot_see_is_reported_by_all(two_ranks):
-    (message,) = {rank["unseen"] for rank in two_ranks}
-    assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
-
-
 def test_batch_statistics_are_shared_on_several_gpus_with_the_same_names_and_refused_on_cpus():
     gpus, cpus = (Ranks(0, 2, torch.device(kind)) for kind in ("cuda", "cpu"))
     config, share_statistics = ModelConfig("mobilenet_v3_large", bn_momentum=0.03), distributed.share_batch_statistics
@@ -256,8 +244,7 @@ def test_a_compiled_run_has_the_names_and_nearly_the_numbers_of_another():
     eager, eager_steps = train(with_train(batch_size=4))
     compiled, steps = train(with_train(batch_size=4, compile="default"))
     assert compiled.wrapped is not compiled.model
-    assert list(compiled.state_dict()["model"]) == list(eager.state_dict()["model"])
-    assert_same_weights(eager.model, compiled.model, 1e-4)
+    torch.testing.assert_close(compiled.state_dict()["model"], eager.state_dict()["model"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(steps[1][0], eager_steps[1][0], rtol=1e-4, atol=1e-4)
 
 
@@ -291,8 +278,7 @@ def test_counts_on_a_gpu_are_those_on_a_cpu_and_labels_those_of_argmax_also_amon
 def test_a_profile_is_a_trace_of_three_steps(shards, tmp_path):
     options = train_job.Options(launcher="plain", profile=True)
     path = train_job.run(tiny_experiment(data=shards, runs=str(tmp_path)), options)
-    with open(os.path.join(path, "profile", "steps.json")) as file:
-        events = json.load(file)["traceEvents"]
+    events = filesystem.read_json(filesystem.join(path, "profile", "steps.json"))["traceEvents"]
     steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
     assert len(steps) == 3 and any("conv" in event.get("name", "") for event in events)
 

@@ -36,17 +36,13 @@ def test_an_online_run_has_its_id_its_configuration_and_every_epoch_once_at_once
     assert sent.exit_code == 0 and any(name.startswith("media/images/") for name in sent.uploads)
 
 
-def test_the_best_checkpoint_is_sent_as_one_artifact_with_its_lineage(online):
-    server, run, _, _ = online
+def test_the_best_checkpoint_is_one_artifact_with_its_lineage_the_key_is_in_no_file_or_log_and_only_the_run_is_sent(online):
+    server, run, said, _ = online
     ((name, artifact),) = server.artifacts.items()
     described = filesystem.read_json(str(run / "experiment.json"))
     assert name == described["wandb_id"] + "-model"
     assert artifact["metadata"]["data_fingerprint"] == described["data_fingerprint"]
     assert artifact["files"] == {"checkpoint.json", "model.safetensors"} and artifact["is_committed"]
-
-
-def test_a_key_is_in_no_file_of_a_run_and_in_no_log_and_nothing_but_the_run_is_sent(online):
-    server, run, said, _ = online
     assert KEY not in said and without_key(run)
     # wandb's reports on itself also hold a process for 10 s at its exit where the server is silent.
     assert {path.split("/")[1] for path in server.paths} == {"graphql", "files", "upload", "artifact"}
