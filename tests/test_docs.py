@@ -40,7 +40,6 @@ DOCUMENTED_ABOVE = {"forward", "order", "batches"}
 
 
 def load_script(name: str):
-    """A script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -60,7 +60,6 @@ def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -
 
 @pytest.fixture(params=CLOUDS.values())
 def path(request) -> str:
-    """The file of AWS and that of Google Cloud."""
     return request.param
 
 

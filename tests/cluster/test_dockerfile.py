@@ -41,7 +41,6 @@ BUILDER, IMAGE = INSTRUCTIONS[FIRST:LAST], INSTRUCTIONS[LAST:]
 
 
 def values(stage: list[tuple[str, str]], keyword: str) -> list[str]:
-    """The values of a stage's instructions of one kind."""
     return [value for name, value in stage if name == keyword]
 
 
@@ -86,7 +85,6 @@ def test_the_last_stage_has_no_build_tools_an_ordinary_user_a_health_check_and_l
 
 
 def health_check(port: int, monkeypatch) -> Callable[[], int]:
-    """The health check, with Ray's agent expected on this port."""
     monkeypatch.setenv("HEARTSEG_CLUSTER_AGENT_PORT", str(port))
     check = runpy.run_path(str(ROOT / "cluster" / "health.py"))["main"]
     check.__globals__["SECONDS"] = 0.3

@@ -18,7 +18,6 @@ RENDERED = {name: kustomize.render(FOLDER / name) for name in ("base", "overlays
 
 @pytest.fixture(params=RENDERED)
 def resources(request) -> list[dict]:
-    """The resources of the base or of an overlay."""
     return RENDERED[request.param]
 
 
@@ -27,13 +26,11 @@ def of_kind(resources: list[dict], kind: str) -> list[dict]:
 
 
 def spec_of(resources: list[dict], kind: str) -> dict:
-    """The specification of the only resource of a kind."""
     (resource,) = of_kind(resources, kind)
     return resource["spec"]
 
 
 def node_templates(resources: list[dict]) -> list[dict]:
-    """The pod templates of the head and of the workers."""
     cluster = spec_of(resources, "RayCluster")
     return [cluster["headGroupSpec"]["template"], *[group["template"] for group in cluster["workerGroupSpecs"]]]
 

@@ -72,7 +72,6 @@ class Job:
         return (self.folder / "log").read_text()
 
     def wait(self) -> int:
-        """The exit code."""
         return self.process.wait(timeout=300)
 
     def wait_for(self, condition, seconds: float = 250) -> None:
@@ -83,7 +82,6 @@ class Job:
             time.sleep(0.2)
 
     def leftovers(self) -> list[str]:
-        """Processes and folders of the job."""
         scratch = f"/tmp/heartseg-ray.{self.number}"
         found = [scratch] if os.path.exists(scratch) else []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -98,7 +96,6 @@ class Job:
 
 @pytest.fixture()
 def submit(tmp_path):
-    """Starts the script with a command; a job that a failed test left is ended."""
     jobs = []
 
     def start(*command: str, **options) -> Job:

@@ -91,7 +91,6 @@ def sweep(at: str, name: str) -> None:
 
 
 def other(at: str):
-    """An experiment that no run is of yet."""
     base = experiment(at)
     return replace(base, train=replace(base.train, seed=7))
 

@@ -119,7 +119,6 @@ def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_pat
 
 
 def recover(server: Server) -> None:
-    """Serve again after three failed requests."""
     while server.failed_requests < 3 and not server.closing.is_set():
         time.sleep(0.02)
     server.failure = None

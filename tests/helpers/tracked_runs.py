@@ -36,7 +36,6 @@ def start(shards: str, folder: Path, epochs: int = EPOCHS, **environment: str) -
 
 
 def tracked_run(shards: str, folder: Path) -> Run:
-    """The run of a tiny experiment that is tracked."""
     experiment = tiny_experiment(data=shards, runs=str(folder), tracking=TrackingConfig())
     return run_directory.open_run(experiment, open_shards(shards))
 
@@ -64,7 +63,6 @@ def track(run: Run, epochs: int, pause_s: float = 0, artifact: bool = False, **e
 
 
 def start_tracking(run: Run, epochs: int, pause_s: float, **environment: str) -> subprocess.Popen:
-    """Track a run in a process of its own."""
     asked = f"track(find_run({run.path!r}), {epochs}, {pause_s})"
     code = f"from helpers.tracked_runs import track\nfrom heartseg.training.run_directory import find_run\n{asked}"
     path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
@@ -91,7 +89,6 @@ def kill_after(condition, process: subprocess.Popen) -> None:
 
 
 def the_run(folder: Path) -> Path:
-    """The only run in a folder of runs."""
     (path,) = [entry for entry in folder.iterdir() if entry.is_dir()]
     return path
 
@@ -111,7 +108,6 @@ def kept_records(fragment: Path) -> list[dict]:
 
 
 def kept_rows(fragment: Path) -> list[dict]:
-    """The history rows of a `.wandb` file."""
     return [record["history"]["item"] for record in kept_records(fragment) if record["type"] == "history"]
 
 
@@ -123,5 +119,4 @@ def assert_same(rows: list[dict], record: list[dict]) -> None:
 
 
 def without_key(run: Path) -> bool:
-    """Whether no file of a run holds the key."""
     return not any(KEY.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())

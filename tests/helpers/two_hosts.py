@@ -39,7 +39,6 @@ print(*(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeMa
 
 
 def ip(*words: str) -> str:
-    """iproute2's command; raises CalledProcessError if it fails."""
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
@@ -79,7 +78,6 @@ class Host:
         return process
 
     def output(self, process: subprocess.Popen) -> str:
-        """What a command has printed so far."""
         return self.outputs[process].read_text()
 
     def run(self, *command: str, timeout: float = 250, **environment: str) -> tuple[int, str]:
@@ -165,7 +163,6 @@ def joined() -> Iterator[tuple[Host, Host]]:
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    """The ids of a process's children."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 

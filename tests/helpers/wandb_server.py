@@ -28,7 +28,6 @@ class SentRun:
     uploads: set[str] = field(default_factory=set)
 
     def rows(self) -> list[dict]:
-        """History rows, in the order of their line numbers."""
         lines = self.lines.get(HISTORY, {})
         return [json.loads(lines[number]) for number in sorted(lines)]
 
@@ -53,7 +52,6 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What WANDB_BASE_URL is set to."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def environment(self) -> dict[str, str]:
@@ -102,7 +100,6 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def reply(self, status: int, value: dict) -> None:
-        """Send JSON."""
         data = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -164,7 +161,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def project(name: str) -> dict:
-    """A project of the only entity."""
     return {"id": "project-1", "name": name, "entity": {"id": "entity-1", "name": "tester"}}
 
 

@@ -53,7 +53,6 @@ def make_run(shards: str, folder: str, lr: float) -> str:
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory) -> dict[str, str]:
-    """Two runs of one epoch that differ in their learning rate."""
     folder = str(tmp_path_factory.mktemp("runs"))
     return {name: make_run(shards, folder, lr) for name, lr in (("first", 0.02), ("faster", 0.1))}
 
@@ -89,13 +88,11 @@ def make_scored(label: str, seed: int = 0, lr: float = 0.02) -> Scored:
 
 @pytest.fixture()
 def scored() -> dict[str, Scored]:
-    """Two seeds of one configuration, and one with another learning rate."""
     return {"seed0": make_scored("a"), "seed1": make_scored("b", seed=1), "faster": make_scored("c", lr=0.1)}
 
 
 @pytest.fixture()
 def copied(trained, tmp_path) -> dict[str, Path]:
-    """The runs in a folder of the test's own."""
     return {name: Path(shutil.copytree(path, tmp_path / "runs" / Path(path).name)) for name, path in trained.items()}
 
 
@@ -177,7 +174,6 @@ def test_a_difference_is_one_where_interval_and_p_agree(low, high, p, said):
 
 
 def without(one: Scored, patient: str) -> Scored:
-    """The scores of a run on all other patients."""
     kept = {name: getattr(one, name) for name in ("images", "patients")}
     return replace(one, **{name: table[table["patient"] != patient] for name, table in kept.items()})
 

@@ -54,7 +54,6 @@ def fetch(running: GirderServer, folder: str, **changes) -> str:
 
 
 def command(out: str, running: GirderServer) -> list[str]:
-    """The job as a user starts it."""
     line = [sys.executable, str(ROOT / "jobs" / "download.py"), "--out", out, "--accept-licence"]
     return [*line, "--server", running.base]
 

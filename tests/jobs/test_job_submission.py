@@ -19,7 +19,6 @@ JOB = "train-0404abcd"
 
 
 def details(status: str, code: int | None = None) -> tuple[int, dict]:
-    """A dashboard's answer about a job."""
     shown = {"type": "SUBMISSION", "job_id": None, "submission_id": JOB, "driver_info": None, "status": status}
     return 200, shown | {"entrypoint": "python jobs/train.py", "driver_exit_code": code}
 

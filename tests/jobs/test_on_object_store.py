@@ -37,7 +37,6 @@ def losses(path: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def source(s3, phantom) -> str:
-    """The phantom on the object store."""
     folder = new_folder()
     for path in sorted(Path(phantom).rglob("*")):
         if path.is_file():
@@ -108,7 +107,6 @@ def command(job: str, *arguments: str) -> list[str]:
 
 
 def tiny_arguments(data: str, folder: str) -> list[str]:
-    """A quick recipe made tiny, as flags; three epochs, deterministic."""
     flags = ["--image.height", "64", "--image.width", "64", "--train.epochs", "3", "--train.batch-size", "6"]
     flags += ["--train.deterministic", "--tracking.wandb", "off", "--launcher", "plain"]
     return ["quick", *flags, "--data", data, "--runs", folder]

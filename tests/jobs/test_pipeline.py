@@ -34,12 +34,10 @@ def tiny(source: str, out: str | Path, **train):
 
 
 def records(out: str | Path) -> dict[str, dict]:
-    """What is recorded of each stage."""
     return PipelineState.open(str(out)).stages
 
 
 def attempts(out: str | Path) -> dict[str, int]:
-    """How often each stage was tried."""
     return {name: len(record["attempts"]) for name, record in records(out).items()}
 
 
@@ -59,7 +57,6 @@ def plain():
 
 @pytest.fixture(scope="module")
 def finished(phantom, plain, tmp_path_factory) -> Path:
-    """A pipeline that has finished."""
     out = tmp_path_factory.mktemp("pipeline") / "out"
     pipeline.run(tiny(phantom, out), PipelineOptions())
     return out

@@ -45,7 +45,6 @@ def trained(tmp_path_factory) -> str:
 
 @pytest.fixture
 def tree(phantom, tmp_path) -> str:
-    """Two patients of the phantom."""
     for patient in ("patient0001", "patient0002"):
         shutil.copytree(f"{phantom}/database_nifti/{patient}", tmp_path / "in" / patient)
     return str(tmp_path / "in")

@@ -96,7 +96,6 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(launcher, many, undist
 
 
 def check_kill(many: str, undisturbed: dict, out: str, launcher: str, moments: list[str]) -> None:
-    """Kill at each moment, run to the end, compare every file."""
     for when in moments:
         # The manifest is there for a moment only before the job is done: then there was nothing left to kill.
         assert kill_when(start(many, out, launcher), out, MOMENTS[when]) or when == "after the manifest"

@@ -46,7 +46,6 @@ def few(camus, tmp_path_factory) -> str:
 
 
 def pipeline_command(few: str, out: Path) -> list[str]:
-    """A pipeline of three epochs on small pictures of these patients."""
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", few, "--out", str(out)]
     command += ["--dataset", "camus", "--workers", "2", "--train.epochs", "3"]
     return [*command, "--image.height", "64", "--image.width", "64"]

@@ -47,7 +47,6 @@ def cluster(tmp_path_factory):
 
 
 def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess:
-    """`ray job submit --working-dir . -- …`, typed in the repository."""
     line = [RAY, "job", "submit", "--working-dir", ".", "--", *command]
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -123,7 +122,6 @@ def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(clu
 
 
 def answers(port: int) -> bool:
-    """True if something listens at a port of loopback."""
     with socket.socket() as found:
         return found.connect_ex(("127.0.0.1", port)) == 0
 
@@ -139,14 +137,12 @@ def test_every_port_of_the_cluster_is_on_loopback_and_on_no_other_address(cluste
 
 
 def pipeline_command(tmp_path: Path, phantom: str, epochs: int) -> list[str]:
-    """A submitted pipeline of the tiny experiment."""
     config, experiment = tmp_path / "tiny.json", tiny_experiment(source=phantom, out=str(tmp_path / "out"))
     config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=epochs)))))
     return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--submit"]
 
 
 def read_record(tmp_path: Path, stage: str) -> dict:
-    """What the pipeline has recorded of a stage."""
     return PipelineState.open(str(tmp_path / "out")).stages[stage]
 
 

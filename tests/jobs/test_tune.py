@@ -87,7 +87,6 @@ class SweepJob(Job):
         self.start(command)
 
     def sweep(self) -> Sweep:
-        """The sweep, once it is there."""
         path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / DESCRIPTION).exists()), None))
         return find_sweep(str(path))
 
@@ -95,7 +94,6 @@ class SweepJob(Job):
         return sum(len(trial.record) for trial in read_trials(self.sweep()))
 
     def num_ended(self) -> int:
-        """Trials that came to an end of any kind."""
         return sum(bool(trial.state) for trial in read_trials(self.sweep()))
 
 
