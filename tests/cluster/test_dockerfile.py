@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -139,11 +138,7 @@ def test_the_installation_of_the_builder_works_in_a_clean_environment(tmp_path):
     for keyword, value in BUILDER:
         if keyword == "COPY":
             *sources, place = shlex.split(value)
-            for source in sources:
-                if source.endswith("/"):
-                    shutil.copytree(ROOT / source, build / place, ignore=shutil.ignore_patterns("__pycache__"))
-                else:
-                    shutil.copy(ROOT / source, build / place)
+            subprocess.run(["cp", "-r", *sources, build / place], cwd=ROOT, check=True)
         elif keyword == "RUN":
             command = re.sub(r"--mount=\S+\s*", "", value).replace("/opt/venv", str(target))
             command = command.replace("python -m venv", f"{sys.executable} -m venv")

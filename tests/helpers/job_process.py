@@ -48,7 +48,6 @@ class Job:
         return marked_pids(title, self.mark)
 
     def finish(self, seconds: float = 200) -> str:
-        """Wait for the end; returns what was printed and asserts success."""
         output, _ = self.process.communicate(timeout=seconds)
         assert self.process.returncode == 0, output[-3000:]
         return output
@@ -77,7 +76,7 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
     while time.monotonic() < end:
         if value := condition():
             return value
-        assert process is None or process.poll() is None, process.communicate()[0][-3000:]
+        assert process is None or process.poll() is None, (process.communicate()[0] or "")[-3000:]
         time.sleep(0.02)
     raise AssertionError(f"not met within {seconds:g} s")
 

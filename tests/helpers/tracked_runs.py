@@ -17,6 +17,7 @@ from heartseg.shards.reader import open_shards
 from heartseg.training import run_directory, wandb_logger
 from heartseg.training.run_directory import Run
 from helpers.experiments import ROOT, tiny_experiment
+from helpers.job_process import wait_for
 from helpers.wandb_server import KEY, Server
 
 EPOCHS = 10
@@ -79,11 +80,7 @@ def finish(process: subprocess.Popen, folder: Path) -> str:
 
 def kill_after(condition, process: subprocess.Popen) -> None:
     """SIGKILL as soon as a condition holds: no handler runs, nothing is finished."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, "the training ended first"
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)
+    wait_for(condition, process)
     process.kill()
     process.wait()
 
@@ -112,7 +109,6 @@ def kept_rows(fragment: Path) -> list[dict]:
 
 
 def assert_same(rows: list[dict], record: list[dict]) -> None:
-    """Tracked rows hold the record's metrics, epoch by epoch."""
     assert [row["epoch"] for row in rows] == [epoch["epoch"] for epoch in record]
     for row, epoch in zip(rows, record, strict=True):
         assert {name: row[name] for name in epoch} == pytest.approx(epoch)

@@ -62,7 +62,6 @@ class Host:
     outputs: dict[subprocess.Popen, Path] = field(default_factory=dict)
 
     def boot(self) -> None:
-        """Start the host: files and processes of its own."""
         command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", OWN_FILES]
         self.keeper = subprocess.Popen(["ip", "netns", "exec", self.name, *command])
         (self.init,) = wait_for(lambda: [pid for pid in children(self.keeper) if is_sleep(pid)], self.keeper, seconds=10)
@@ -81,7 +80,6 @@ class Host:
         return self.outputs[process].read_text()
 
     def run(self, *command: str, timeout: float = 250, **environment: str) -> tuple[int, str]:
-        """Run a command to its end: exit code and output."""
         process = self.start(*command, **environment)
         try:
             return process.wait(timeout), self.output(process)

@@ -63,13 +63,10 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
-
     protocol_version = "HTTP/1.1"
     server: Server
 
     def serve(self) -> None:
-        """Fail as asked, or route."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
@@ -94,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             return {"data": getattr(self, operation, lambda _: {})(asked.get("variables") or {})}
         parts = self.path.strip("/").split("/")
         if parts[0] == "files" and parts[-1] == "file_stream":
-            keep_stream(self.server, self.server.runs[parts[-2]], json.loads(body))
+            self.keep_stream(self.server.runs[parts[-2]], json.loads(body))
         elif parts[0] == "upload":
             self.server.runs.setdefault(parts[1], SentRun()).uploads.add("/".join(parts[2:]))
         return {}
@@ -108,7 +105,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_) -> None:
-        """Say nothing."""
+        pass
+
+    def keep_stream(self, run: SentRun, sent: dict) -> None:
+        """Keep lines under their numbers, as the real server does: a line that is sent again replaces itself."""
+        for name, part in (sent.get("files") or {}).items():
+            lines = run.lines.setdefault(name, {})
+            lines |= dict(enumerate(part["content"], part["offset"]))
+            if name == HISTORY:
+                run.arrivals = dict.fromkeys(lines, time.monotonic()) | run.arrivals
+        if sent.get("complete"):
+            run.exit_code = sent.get("exitcode")
+        if self.server.fail_after_rows and len(run.arrivals) >= self.server.fail_after_rows:
+            self.server.failure, self.server.fail_after_rows = self.server.fail_with, 0
 
     # The GraphQL operations, under their own names.
 
@@ -178,23 +187,8 @@ def resumed(name: str, run: SentRun) -> dict:
     }  # fmt: skip
 
 
-def keep_stream(server: Server, run: SentRun, sent: dict) -> None:
-    """Keep lines under their numbers, as the real server does: a line that is sent again replaces itself."""
-    for name, part in (sent.get("files") or {}).items():
-        lines = run.lines.setdefault(name, {})
-        for number, line in enumerate(part["content"], part["offset"]):
-            lines[number] = line
-            if name == HISTORY:
-                run.arrivals.setdefault(number, time.monotonic())
-    if sent.get("complete"):
-        run.exit_code = sent.get("exitcode")
-    if server.fail_after_rows and len(run.arrivals) >= server.fail_after_rows:
-        server.failure, server.fail_after_rows = server.fail_with, 0
-
-
 @contextlib.contextmanager
 def serving(**options) -> Iterator[Server]:
-    """A server in a thread of its own, for as long as the block lasts."""
     server = Server(**options)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
