@@ -57,11 +57,7 @@ def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -
     return {node.instance_type: node.count for node in ResourceDemandScheduler(None).schedule(request).to_launch}
 
 
-@pytest.fixture(params=CLOUDS.values())
-def path(request) -> str:
-    return request.param
-
-
+@pytest.mark.parametrize("path", CLOUDS.values())
 @pytest.mark.parametrize(
     ("gpu_workers", "failed_lately", "nodes"),  # max_workers is 4
     [(0, (), {}), (50, (), {"gpu_spot": 4}), (2, ("gpu_spot",), {"gpu_on_demand": 2})],
@@ -70,6 +66,7 @@ def test_a_job_starts_spot_nodes_up_to_the_limit_or_on_demand_ones_in_their_plac
     assert launched(path, gpu_workers, failed_lately) == nodes
 
 
+@pytest.mark.parametrize("path", CLOUDS.values())
 def test_ray_accepts_the_file_whose_nodes_require_the_token_and_have_a_role_owners_labels_and_an_object_store(path):
     config = prepared(path)
     lines = config["head_start_ray_commands"] + config["worker_start_ray_commands"]

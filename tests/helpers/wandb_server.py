@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "0123456789" * 4
 HISTORY = "wandb-history.jsonl"
+PROJECT = {"id": "project-1", "name": "heartseg", "entity": {"id": "entity-1", "name": "tester"}}
 
 
 @dataclass
@@ -127,13 +128,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def RunResumeStatus(self, asked: dict) -> dict:  # noqa: N802
         run = self.server.runs.get(asked["name"])
-        return {"model": project(asked["project"]) | {"bucket": run and resumed(asked["name"], run)}}
+        return {"model": PROJECT | {"bucket": run and resumed(asked["name"], run)}}
 
     def UpsertBucket(self, asked: dict) -> dict:  # noqa: N802
         name, is_new = asked["name"], asked["name"] not in self.server.runs
         run = self.server.runs.setdefault(name, SentRun())
         run.config |= {key: item["value"] for key, item in json.loads(asked.get("config") or "{}").items()}
-        bucket = resumed(name, run) | {"project": project(asked["project"]), "description": None, "sweepName": None}
+        bucket = resumed(name, run) | {"project": PROJECT, "description": None, "sweepName": None}
         return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
     def ArtifactType(self, _: dict) -> dict:  # noqa: N802
@@ -167,10 +168,6 @@ class Handler(BaseHTTPRequestHandler):
         name = asked["artifactID"].removeprefix("artifact-")
         self.server.artifacts[name]["is_committed"] = True
         return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": ""}}}
-
-
-def project(name: str) -> dict:
-    return {"id": "project-1", "name": name, "entity": {"id": "entity-1", "name": "tester"}}
 
 
 def resumed(name: str, run: SentRun) -> dict:

@@ -37,10 +37,9 @@ def tree(tmp_path_factory) -> str:
 @pytest.fixture
 def server(tree, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
-    running = GirderServer(tree)
-    yield running
-    running.shutdown()
-    running.server_close()
+    with GirderServer(tree) as running:
+        yield running
+        running.shutdown()
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""Following a submitted job on a dashboard that fails as real ones do: refusals, silence and errors of its own.
-
-The dashboard is a plain HTTP server that replies as a test asks; test_submitted_pipeline.py asks a real one.
-"""
+"""Following a submitted job on a dashboard that fails as real ones do; test_submitted_pipeline.py asks a real one."""
 
 import errno
 import json
