@@ -60,7 +60,6 @@ def shards(phantom, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def camus() -> str:
-    """The folder of the real patients."""
     if not os.path.isdir(CAMUS):
         skip_or_fail(f"no CAMUS at {CAMUS}: set HEARTSEG_CAMUS")
     return CAMUS

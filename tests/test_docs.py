@@ -35,19 +35,11 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("cluster/**/
 REFERENCE = ROOT / "docs" / "reference"
 FILES = (REFERENCE / "files.md").read_text() + (REFERENCE / "shard-format.md").read_text()
 LESSON = ROOT / "docs" / "getting-started" / "first-report.md"
-# Methods whose meaning a class above them states: torch's modules, and the loaders' protocol.
-DOCUMENTED_ABOVE = {"forward", "order", "batches"}
 
 
-def load_script(name: str):
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-list_flags = load_script("list_flags")
+SPEC = importlib.util.spec_from_file_location("list_flags", ROOT / "docs" / "list_flags.py")
+list_flags = sys.modules["list_flags"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(list_flags)
 
 
 def anchors(page: str) -> set[str]:
@@ -55,13 +47,16 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", page, re.MULTILINE)}
 
 
-def test_every_link_leads_to_a_file_and_a_heading_of_it():
+def test_every_link_leads_to_a_file_and_a_heading_of_it_and_the_design_names_files_that_exist():
     links = [(page, *link.partition("#")) for page in PAGES for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text())]
     assert len(links) > 20
     for page, path, _, anchor in links:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page}: {path}"
         assert not anchor or anchor in anchors(target.read_text()), f"{page}: {path}#{anchor}"
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "docs" / "explanation" / "architecture.md").read_text())
+    assert len(named) > 25
+    assert not [name for name in named if not any((ROOT / top / name).exists() for top in ("", "heartseg"))]
 
 
 def test_the_list_of_flags_is_up_to_date():
@@ -86,13 +81,9 @@ class Parsed(Exception):
 
 def documented_commands() -> list[str]:
     """Every command line of a job in the documentation, without those that leave something out."""
-    found = {}
-    for page in PAGES:
-        text = re.sub(r" \\\n +", " ", page.read_text())
-        found |= dict.fromkeys(
-            line.strip() for line in re.findall(r"python (jobs/\w+\.py[^\n`#]*)", text) if page.name != "CHANGELOG.md"
-        )
-    return [line for line in found if not re.search(r"[…\[]", line)]
+    texts = [re.sub(r" \\\n +", " ", page.read_text()) for page in PAGES if page.name != "CHANGELOG.md"]
+    lines = dict.fromkeys(line.strip() for text in texts for line in re.findall(r"python (jobs/\w+\.py[^\n`#]*)", text))
+    return [line for line in lines if not re.search(r"[…\[]", line)]
 
 
 def test_every_documented_command_line_is_valid(monkeypatch):
@@ -123,11 +114,8 @@ def test_every_documented_command_line_is_valid(monkeypatch):
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory) -> Path:
     """The folder in which the lesson's commands on synthetic hearts ran: half of the hearts, small images, one epoch."""
-    folder, smaller = (
-        tmp_path_factory.mktemp("lesson"),
-        {"--train.epochs 8": "--train.epochs 1", "--patients 16": "--patients 8"},
-    )
-    smaller["quick"] = "quick --image.height 64 --image.width 64"
+    folder, smaller = tmp_path_factory.mktemp("lesson"), {"--train.epochs 8": "--train.epochs 1"}
+    smaller |= {"--patients 16": "--patients 8", "quick": "quick --image.height 64 --image.width 64"}
     lines = re.findall(r"^    python (.*lesson/.*)$", LESSON.read_text(), re.MULTILINE)
     assert len(lines) == 8
     with pytest.MonkeyPatch.context() as patched:
@@ -136,20 +124,15 @@ def lesson(tmp_path_factory) -> Path:
         for line in lines:
             first, *words = shlex.split(re.sub("|".join(smaller), lambda found: smaller[found[0]], line))
             if first == "-m":
-                positional = {"config": (tyro.conf.PositionalRequiredArgs,)}
-                command_line.parse_line(write_phantom, words[1:], "phantom", **positional)
+                command_line.parse_line(write_phantom, words[1:], "phantom", config=(tyro.conf.PositionalRequiredArgs,))
             else:
                 importlib.import_module(f"jobs.{Path(first).stem}").job(words)
     return folder / "lesson"
 
 
 def test_the_lesson_ends_with_a_report_a_comparison_and_an_ejection_fraction_table(lesson):
-    for name in (
-        "runs/first/evaluation-test/report.html",
-        "runs/comparison/compare.html",
-        "outlined/ef.csv",
-        "check/shards.html",
-    ):
+    pages = ("runs/first/evaluation-test/report.html", "runs/comparison/compare.html", "check/shards.html")
+    for name in (*pages, "outlined/ef.csv"):
         assert (lesson / name).stat().st_size > 300, name
 
 
@@ -230,19 +213,15 @@ def test_every_variable_of_ours_is_described():
     assert len(found) > 10 and not {name for name in found if f"`{name}`" not in page}
 
 
-def test_the_design_names_files_that_exist():
-    named = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "docs" / "explanation" / "architecture.md").read_text())
-    assert len(named) > 25
-    assert not [name for name in named if not any((ROOT / top / name).exists() for top in ("", "heartseg"))]
-
-
 def test_every_public_name_of_the_library_has_a_docstring():
+    # A class above states the meaning of these: torch's modules, and the loaders' protocol.
+    documented_above = {"forward", "order", "batches"}
     bare, found = [], [(path, ast.parse(path.read_text())) for path in (ROOT / "heartseg").rglob("*.py")]
     while found:
         path, outer = found.pop()
         for node in outer.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
-                if not (node.name in DOCUMENTED_ABOVE or ast.get_docstring(node)):
+                if not (node.name in documented_above or ast.get_docstring(node)):
                     bare.append(f"{path.name}: {node.name}")
                 found += [(path, node)] * isinstance(node, ast.ClassDef)
     assert not bare

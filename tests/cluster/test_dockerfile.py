@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -41,7 +40,6 @@ BUILDER, IMAGE = INSTRUCTIONS[FIRST:LAST], INSTRUCTIONS[LAST:]
 
 
 def values(stage: list[tuple[str, str]], keyword: str) -> list[str]:
-    """The values of a stage's instructions of one kind."""
     return [value for name, value in stage if name == keyword]
 
 
@@ -86,7 +84,6 @@ def test_the_last_stage_has_no_build_tools_an_ordinary_user_a_health_check_and_l
 
 
 def health_check(port: int, monkeypatch) -> Callable[[], int]:
-    """The health check, with Ray's agent expected on this port."""
     monkeypatch.setenv("HEARTSEG_CLUSTER_AGENT_PORT", str(port))
     check = runpy.run_path(str(ROOT / "cluster" / "health.py"))["main"]
     check.__globals__["SECONDS"] = 0.3
@@ -141,11 +138,7 @@ def test_the_installation_of_the_builder_works_in_a_clean_environment(tmp_path):
     for keyword, value in BUILDER:
         if keyword == "COPY":
             *sources, place = shlex.split(value)
-            for source in sources:
-                if source.endswith("/"):
-                    shutil.copytree(ROOT / source, build / place, ignore=shutil.ignore_patterns("__pycache__"))
-                else:
-                    shutil.copy(ROOT / source, build / place)
+            subprocess.run(["cp", "-r", *sources, build / place], cwd=ROOT, check=True)
         elif keyword == "RUN":
             command = re.sub(r"--mount=\S+\s*", "", value).replace("/opt/venv", str(target))
             command = command.replace("python -m venv", f"{sys.executable} -m venv")

@@ -1,7 +1,4 @@
-"""cluster/local.sh refuses a wrong call, and stops and removes only what it made.
-
-tests/jobs/test_submitted_pipeline.py submits jobs to the cluster that it starts.
-"""
+"""cluster/local.sh refuses a wrong call, and stops and removes only what it made; test_submitted_pipeline.py submits to it."""
 
 import os
 import re

@@ -12,7 +12,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from heartseg.config.experiment import to_json
 from heartseg.training import run_directory
 from helpers import local_cluster
 from helpers.experiments import ROOT, tiny_experiment
+from helpers.job_process import wait_for
 
 SCRIPT = ROOT / "cluster" / "slurm.sbatch"
 EPOCHS = 30
@@ -72,18 +72,9 @@ class Job:
         return (self.folder / "log").read_text()
 
     def wait(self) -> int:
-        """The exit code."""
         return self.process.wait(timeout=300)
 
-    def wait_for(self, condition, seconds: float = 250) -> None:
-        """Wait for a condition; fails with the job's output."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, self.log
-            time.sleep(0.2)
-
     def leftovers(self) -> list[str]:
-        """Processes and folders of the job."""
         scratch = f"/tmp/heartseg-ray.{self.number}"
         found = [scratch] if os.path.exists(scratch) else []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -98,7 +89,6 @@ class Job:
 
 @pytest.fixture()
 def submit(tmp_path):
-    """Starts the script with a command; a job that a failed test left is ended."""
     jobs = []
 
     def start(*command: str, **options) -> Job:
@@ -124,7 +114,7 @@ def test_a_training_that_runs_out_of_time_is_queued_again_and_resumes(submit, sh
     def epochs() -> int:
         return sum(len(path.read_text().splitlines()) for path in out.glob("*/metrics.jsonl"))
 
-    job.wait_for(lambda: epochs() >= 2)
+    wait_for(lambda: epochs() >= 2, job.process, seconds=250)
     assert stat.S_IMODE(job.token.stat().st_mode) == 0o600 and stat.S_IMODE(job.token.parent.stat().st_mode) == 0o700
     token = job.token.read_text()
     job.process.send_signal(signal.SIGUSR1)
@@ -156,8 +146,8 @@ raise SystemExit(3)"""
 @pytest.mark.slow
 def test_a_job_whose_processes_are_all_signalled_as_scancel_does_leaves_nothing(submit):
     job = submit("python", "-c", "import time; print('READY', flush=True); time.sleep(300)")
-    job.wait_for(lambda: "\nREADY" in job.log)
+    wait_for(lambda: "\nREADY" in job.log, job.process, seconds=250)
     os.killpg(job.process.pid, signal.SIGTERM)
     assert job.wait() != 0, job.log
-    job.wait_for(lambda: job.leftovers() == [], 60)
+    wait_for(lambda: job.leftovers() == [], seconds=60)
     assert not job.token.exists()

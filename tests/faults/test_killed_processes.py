@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from heartseg.errors import UserError
 from heartseg.models import checkpoint
+from heartseg.training import run_directory
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import MARK, Job, epochs_of, marked_pids, train_arguments, trained_again, wait_for
 from jobs import train
-from jobs.support import command_line, ray_runtime
+from jobs.support import ray_runtime
 
 
 def kill_workers(folder: Path, times: int) -> None:
@@ -31,9 +31,7 @@ def kill_workers(folder: Path, times: int) -> None:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_workers_restart_and_a_run_that_advances_survives_more_deaths_than_ray_allows(
-    kills, shards, tmp_path, ray_session, monkeypatch, caplog
-):
+def test_killed_workers_restart_as_often_as_the_run_advances(kills, shards, tmp_path, ray_session, monkeypatch, caplog):
     monkeypatch.setattr(ray_runtime, "build_trainer", partial(ray_runtime.build_trainer, tries=1))
     base = tiny_experiment(data=shards, runs=str(tmp_path))
     killer = threading.Thread(target=kill_workers, args=(tmp_path, kills), daemon=True)
@@ -74,6 +72,20 @@ def test_sigterm_ends_in_order_and_the_same_command_resumes(shards, tmp_path, la
     assert epochs_of(job.run()) == list(range(1, 7))
 
 
+def test_what_a_kill_after_the_last_checkpoint_left_out_is_completed(shards, tmp_path):
+    # The checkpoint is committed, and the record's last line, the samples and the model card are not.
+    experiment, plain = tiny_experiment(data=shards, runs=str(tmp_path)), train.Options(launcher="plain")
+    run = Path(train.run(experiment, plain))
+    whole = run_directory.read_record(str(run))
+    run_directory.write_record(str(run), whole[:-1])
+    (run / "MODEL_CARD.md").unlink()
+    (run / "samples" / "last.npz").unlink()
+    assert train.run(experiment, plain) == str(run)
+    again = run_directory.read_record(str(run))
+    assert [epoch["epoch"] for epoch in again] == [1, 2] and again[-1]["train/loss"] == whole[-1]["train/loss"]
+    assert (run / "MODEL_CARD.md").exists() and (run / "samples" / "last.npz").exists()
+
+
 def test_a_full_disk_is_a_one_line_error_and_complete_checkpoints_stay(shards, tmp_path):
     # A small file system in its own mount namespace; after the second epoch, another process fills it.
     disk = tmp_path / "disk"
@@ -111,11 +123,3 @@ def test_out_of_memory_is_a_one_line_error_with_the_batch_and_image_size(shards,
     assert done.returncode == 2, done.stderr[-2000:]
     assert "ran out of memory (cpu) with 24 of a batch's 24 images of 64 x 64" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_elastic_workers_are_given_as_a_range():
-    for line in (["--workers", "1:4"], ["--workers=1:4"]):
-        experiment, _ = command_line.parse(train.Options(), ["quick", *line], "train.py", "")
-        assert (experiment.min_workers, experiment.workers) == (1, 4)
-    with pytest.raises(UserError, match="--min-workers must be at least 0 and no more than"):
-        command_line.parse(train.Options(), ["quick", "--workers", "4:1"], "train.py", "")

@@ -15,7 +15,7 @@ from helpers.experiments import ROOT
 
 # Runs whose disk is full before the first epoch, after the last one, or when the pictures are written.
 SCRIPT = """
-    import json, sys
+    import contextlib, json, sys
     from dataclasses import replace
     from pathlib import Path
     sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
@@ -27,18 +27,14 @@ SCRIPT = """
     from heartseg.errors import UserError
 
     def fill(folder):
-        try:
-            with open(Path(folder, "ballast"), "wb", buffering=0) as file:
-                for _ in range(1 << 18):  # 1 GiB at most, whatever disk this is
-                    file.write(bytes(1 << 12))
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), open(Path(folder, "ballast"), "wb", buffering=0) as file:
+            for _ in range(1 << 18):  # 1 GiB at most, whatever disk this is
+                file.write(bytes(1 << 12))
 
     def fill_after_last(metrics):
-        while len(run_directory.read_record(opened.path)) < metrics["epoch"] == 1:
+        while not run_directory.read_record(opened.path):
             pass
-        if metrics["epoch"] == 1:
-            fill(opened.path)
+        fill(opened.path)
 
     base = tiny_experiment(data=sys.argv[2], runs=sys.argv[3])
     base = replace(base, optim=replace(base.optim, momentum=0.0, ema_decay=0.0), train=replace(base.train, epochs=1))

@@ -48,9 +48,9 @@ class Flaky:
         return call
 
 
-def experiment(at: str, **changes):
+def experiment(at: str, seed: int = 0, **changes):
     base = tiny_experiment(source=f"{at}/source", data=f"{at}/shards", runs=f"{at}/runs", **changes)
-    return replace(base, train=replace(base.train, epochs=1))
+    return replace(base, train=replace(base.train, epochs=1, seed=seed))
 
 
 def run_pipeline(at: str) -> str:
@@ -67,7 +67,7 @@ CHEAP = {
     "pipeline status": lambda at: pipeline.show_status(f"{at}/results"),
 }
 DEAR = {
-    "train": lambda at: train.run(other(at), train.Options(**PLAIN)),
+    "train": lambda at: train.run(experiment(at, seed=7), train.Options(**PLAIN)),
     "train, finished": lambda at: train.run(experiment(at), train.Options(**PLAIN)),
     "evaluate": lambda at: evaluate.run(evaluate.Options(checkpoint=one_run(at), out=f"{at}/scores", **PLAIN)),
     "predict": lambda at: predict.run(predict.Options(one_run(at), f"{at}/source", f"{at}/predictions", overlays="off")),
@@ -87,12 +87,6 @@ def sweep(at: str, name: str) -> None:
         tune.run(held_out, tune.Options(plan, trials=2, sweep_name=name))
     except UserError as error:
         assert "No trial wins" in str(error)  # after one epoch
-
-
-def other(at: str):
-    """An experiment that no run is of yet."""
-    base = experiment(at)
-    return replace(base, train=replace(base.train, seed=7))
 
 
 def one_run(at: str) -> str:
@@ -115,7 +109,6 @@ def world(phantom, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(world, ray_session) -> Path:
-    """The same with two runs and a sweep."""
     at = f"file://{world}"
     sweep(at, "sweep")
     path = train.run(experiment(at), train.Options(**PLAIN)).removeprefix("file://")

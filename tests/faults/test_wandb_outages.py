@@ -9,18 +9,7 @@ import pytest
 import wandb
 
 from heartseg.training import run_directory, wandb_logger
-from helpers.tracked_runs import (
-    assert_same,
-    finish,
-    kept_rows,
-    start,
-    start_tracking,
-    sync,
-    the_run,
-    track,
-    tracked_run,
-    without_key,
-)
+from helpers.tracked_runs import assert_same, finish, kept_rows, start, sync, the_run, track, tracked_run, without_key
 from helpers.wandb_server import KEY, Server, serving
 
 
@@ -61,13 +50,14 @@ def parents_service():
 
 
 @pytest.mark.usefixtures("parents_service")
-def test_a_server_that_never_answers_costs_no_row_even_if_a_parent_process_uses_wandb(shards, tmp_path):
+def test_a_training_outlives_a_server_that_never_answers_without_a_lost_row_even_if_its_parent_uses_wandb(shards, tmp_path):
+    assert wandb_logger.SETTINGS["init_timeout"] == 10  # here 2
+    folder = tmp_path / "runs"
     with serving(failure="silent") as server:
-        # 2 s instead of the 10 that the slow test waits.
-        run = tracked_run(shards, tmp_path)
-        said, _ = start_tracking(run, 3, 0, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"}).communicate(timeout=200)
+        said = finish(start(shards, folder, 2, **server.environment() | {"WANDB_INIT_TIMEOUT": "2"}), folder)
         assert server.failed_requests
-    assert_kept_offline(Path(run.path), said)
+    assert "2 epochs done" in said
+    assert_kept_offline(the_run(folder), said)
 
 
 @pytest.mark.parametrize("login", ["a key with a line end", "a login on this machine"])
@@ -119,7 +109,6 @@ def test_a_server_that_comes_back_in_mid_run_gets_every_row_once(shards, tmp_pat
 
 
 def recover(server: Server) -> None:
-    """Serve again after three failed requests."""
     while server.failed_requests < 3 and not server.closing.is_set():
         time.sleep(0.02)
     server.failure = None
@@ -139,13 +128,3 @@ def test_a_fragment_that_a_kill_left_empty_does_not_stop_wandb_sync(shards, tmp_
     with serving() as server:
         sync(server, *map(str, sorted(Path(run.path).glob("wandb/offline-run-*"))))
         assert [row["epoch"] for row in server.runs[name].rows()] == [1, 2]
-
-
-@pytest.mark.slow
-def test_a_training_outlives_a_server_that_never_answers(shards, tmp_path):
-    assert wandb_logger.SETTINGS["init_timeout"] == 10
-    folder = tmp_path / "runs"
-    with serving(failure="silent") as server:
-        said = finish(start(shards, folder, 2, **server.environment()), folder)
-    assert "2 epochs done" in said
-    assert_kept_offline(the_run(folder), said)

@@ -47,7 +47,6 @@ class GirderServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/database/api/v1"
 
     def files_of(self, name: str) -> dict[str, bytes]:
-        """The entries of a folder's zip."""
         folder = Path(self.tree, name if name == "database_split" else f"database_nifti/{name}")
         return {f"{name}/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
 

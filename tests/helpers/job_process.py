@@ -16,7 +16,6 @@ MARK = "HEARTSEG_TEST_MARK"
 
 
 def train_arguments(shards: str, folder: Path, launcher: str, epochs: int) -> list[str]:
-    """A small training as arguments of `jobs/train.py`."""
     small = ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8", "--train.precision", "fp32"]
     # Plain SGD without averaged weights: checkpoints of 130 MB, a third of AdamW's.
     small += ["--optim.kind", "sgd", "--optim.ema-decay", "0", "--tracking.wandb", "off"]
@@ -32,7 +31,6 @@ class Job:
         self.start([*prefix, sys.executable, str(ROOT / "jobs" / "train.py"), *arguments])
 
     def start(self, command: list[str]) -> None:
-        """Start the process."""
         self.mark = uuid.uuid4().hex
         environment = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
         environment["RAY_DEDUP_LOGS"] = "0"  # trained_again counts every line of an epoch
@@ -41,19 +39,15 @@ class Job:
         )
 
     def run(self) -> str:
-        """The run's folder, once it exists."""
         return wait_for(lambda: next((str(f) for f in self.runs.glob("quick-*") if (f / "experiment.json").exists()), None))
 
     def wait_for_epoch(self, epoch: int) -> None:
-        """Return once an epoch is recorded."""
         wait_for(lambda: len(epochs_of(self.run())) >= epoch, self.process)
 
     def pids(self, title: str) -> set[int]:
-        """This job's processes whose title contains some words."""
         return marked_pids(title, self.mark)
 
     def finish(self, seconds: float = 200) -> str:
-        """Wait for the end; returns what was printed and asserts success."""
         output, _ = self.process.communicate(timeout=seconds)
         assert self.process.returncode == 0, output[-3000:]
         return output
@@ -73,7 +67,6 @@ def marked_pids(title: str, mark: str) -> set[int]:
 
 
 def epochs_of(run: str) -> list[int]:
-    """The recorded epochs of a run."""
     return [epoch["epoch"] for epoch in run_directory.read_record(run)]
 
 
@@ -83,7 +76,7 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
     while time.monotonic() < end:
         if value := condition():
             return value
-        assert process is None or process.poll() is None, process.communicate()[0][-3000:]
+        assert process is None or process.poll() is None, (process.communicate()[0] or "")[-3000:]
         time.sleep(0.02)
     raise AssertionError(f"not met within {seconds:g} s")
 

@@ -27,7 +27,6 @@ ON_A_NETWORK = ("unshare", "-rn", "sh", "-ec", NETWORK, "sh")
 
 
 def settings(folder: Path) -> dict[str, str]:
-    """The environment of cluster/local.sh for a cluster in a folder, on ports of its own."""
     ports = {f"HEARTSEG_CLUSTER_{name}PORT": str(free_port()) for name in ("", "DASHBOARD_", "AGENT_", "CLIENT_")}
     return ports | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HEARTSEG_CLUSTER_DIR": str(folder)}
 
@@ -46,16 +45,12 @@ def started(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
         subprocess.run([SCRIPT, "stop"], env=environment, check=True, timeout=200)
 
 
-def restore_sigint() -> None:
-    """Undo that a shell makes commands in the background ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def begin_until(command: list[str], environment: dict[str, str], text: str) -> subprocess.Popen:
     """Start a command and wait until it prints a text; fails with its output if it ends before."""
-    begun = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=restore_sigint
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # A shell makes commands in the background ignore SIGINT.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = subprocess.Popen(command, env=environment, **options)
     lines = []
     for line in begun.stdout:
         lines.append(line)

@@ -17,6 +17,7 @@ from heartseg.shards.reader import open_shards
 from heartseg.training import run_directory, wandb_logger
 from heartseg.training.run_directory import Run
 from helpers.experiments import ROOT, tiny_experiment
+from helpers.job_process import wait_for
 from helpers.wandb_server import KEY, Server
 
 EPOCHS = 10
@@ -36,7 +37,6 @@ def start(shards: str, folder: Path, epochs: int = EPOCHS, **environment: str) -
 
 
 def tracked_run(shards: str, folder: Path) -> Run:
-    """The run of a tiny experiment that is tracked."""
     experiment = tiny_experiment(data=shards, runs=str(folder), tracking=TrackingConfig())
     return run_directory.open_run(experiment, open_shards(shards))
 
@@ -64,7 +64,6 @@ def track(run: Run, epochs: int, pause_s: float = 0, artifact: bool = False, **e
 
 
 def start_tracking(run: Run, epochs: int, pause_s: float, **environment: str) -> subprocess.Popen:
-    """Track a run in a process of its own."""
     asked = f"track(find_run({run.path!r}), {epochs}, {pause_s})"
     code = f"from helpers.tracked_runs import track\nfrom heartseg.training.run_directory import find_run\n{asked}"
     path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
@@ -81,17 +80,12 @@ def finish(process: subprocess.Popen, folder: Path) -> str:
 
 def kill_after(condition, process: subprocess.Popen) -> None:
     """SIGKILL as soon as a condition holds: no handler runs, nothing is finished."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, "the training ended first"
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)
+    wait_for(condition, process)
     process.kill()
     process.wait()
 
 
 def the_run(folder: Path) -> Path:
-    """The only run in a folder of runs."""
     (path,) = [entry for entry in folder.iterdir() if entry.is_dir()]
     return path
 
@@ -111,17 +105,14 @@ def kept_records(fragment: Path) -> list[dict]:
 
 
 def kept_rows(fragment: Path) -> list[dict]:
-    """The history rows of a `.wandb` file."""
     return [record["history"]["item"] for record in kept_records(fragment) if record["type"] == "history"]
 
 
 def assert_same(rows: list[dict], record: list[dict]) -> None:
-    """Tracked rows hold the record's metrics, epoch by epoch."""
     assert [row["epoch"] for row in rows] == [epoch["epoch"] for epoch in record]
     for row, epoch in zip(rows, record, strict=True):
         assert {name: row[name] for name in epoch} == pytest.approx(epoch)
 
 
 def without_key(run: Path) -> bool:
-    """Whether no file of a run holds the key."""
     return not any(KEY.encode() in path.read_bytes() for path in run.rglob("*") if path.is_file())

@@ -39,7 +39,6 @@ print(*(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeMa
 
 
 def ip(*words: str) -> str:
-    """iproute2's command; raises CalledProcessError if it fails."""
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
@@ -63,7 +62,6 @@ class Host:
     outputs: dict[subprocess.Popen, Path] = field(default_factory=dict)
 
     def boot(self) -> None:
-        """Start the host: files and processes of its own."""
         command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", OWN_FILES]
         self.keeper = subprocess.Popen(["ip", "netns", "exec", self.name, *command])
         (self.init,) = wait_for(lambda: [pid for pid in children(self.keeper) if is_sleep(pid)], self.keeper, seconds=10)
@@ -79,11 +77,9 @@ class Host:
         return process
 
     def output(self, process: subprocess.Popen) -> str:
-        """What a command has printed so far."""
         return self.outputs[process].read_text()
 
     def run(self, *command: str, timeout: float = 250, **environment: str) -> tuple[int, str]:
-        """Run a command to its end: exit code and output."""
         process = self.start(*command, **environment)
         try:
             return process.wait(timeout), self.output(process)
@@ -165,7 +161,6 @@ def joined() -> Iterator[tuple[Host, Host]]:
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    """The ids of a process's children."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "0123456789" * 4
 HISTORY = "wandb-history.jsonl"
+PROJECT = {"id": "project-1", "name": "heartseg", "entity": {"id": "entity-1", "name": "tester"}}
 
 
 @dataclass
@@ -28,7 +29,6 @@ class SentRun:
     uploads: set[str] = field(default_factory=set)
 
     def rows(self) -> list[dict]:
-        """History rows, in the order of their line numbers."""
         lines = self.lines.get(HISTORY, {})
         return [json.loads(lines[number]) for number in sorted(lines)]
 
@@ -53,7 +53,6 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What WANDB_BASE_URL is set to."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def environment(self) -> dict[str, str]:
@@ -65,13 +64,10 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
-
     protocol_version = "HTTP/1.1"
     server: Server
 
     def serve(self) -> None:
-        """Fail as asked, or route."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
@@ -96,13 +92,12 @@ class Handler(BaseHTTPRequestHandler):
             return {"data": getattr(self, operation, lambda _: {})(asked.get("variables") or {})}
         parts = self.path.strip("/").split("/")
         if parts[0] == "files" and parts[-1] == "file_stream":
-            keep_stream(self.server, self.server.runs[parts[-2]], json.loads(body))
+            self.keep_stream(self.server.runs[parts[-2]], json.loads(body))
         elif parts[0] == "upload":
             self.server.runs.setdefault(parts[1], SentRun()).uploads.add("/".join(parts[2:]))
         return {}
 
     def reply(self, status: int, value: dict) -> None:
-        """Send JSON."""
         data = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -111,7 +106,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_) -> None:
-        """Say nothing."""
+        pass
+
+    def keep_stream(self, run: SentRun, sent: dict) -> None:
+        """Keep lines under their numbers, as the real server does: a line that is sent again replaces itself."""
+        for name, part in (sent.get("files") or {}).items():
+            lines = run.lines.setdefault(name, {})
+            lines |= dict(enumerate(part["content"], part["offset"]))
+            if name == HISTORY:
+                run.arrivals = dict.fromkeys(lines, time.monotonic()) | run.arrivals
+        if sent.get("complete"):
+            run.exit_code = sent.get("exitcode")
+        if self.server.fail_after_rows and len(run.arrivals) >= self.server.fail_after_rows:
+            self.server.failure, self.server.fail_after_rows = self.server.fail_with, 0
 
     # The GraphQL operations, under their own names.
 
@@ -121,13 +128,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def RunResumeStatus(self, asked: dict) -> dict:  # noqa: N802
         run = self.server.runs.get(asked["name"])
-        return {"model": project(asked["project"]) | {"bucket": run and resumed(asked["name"], run)}}
+        return {"model": PROJECT | {"bucket": run and resumed(asked["name"], run)}}
 
     def UpsertBucket(self, asked: dict) -> dict:  # noqa: N802
         name, is_new = asked["name"], asked["name"] not in self.server.runs
         run = self.server.runs.setdefault(name, SentRun())
         run.config |= {key: item["value"] for key, item in json.loads(asked.get("config") or "{}").items()}
-        bucket = resumed(name, run) | {"project": project(asked["project"]), "description": None, "sweepName": None}
+        bucket = resumed(name, run) | {"project": PROJECT, "description": None, "sweepName": None}
         return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
     def ArtifactType(self, _: dict) -> dict:  # noqa: N802
@@ -163,11 +170,6 @@ class Handler(BaseHTTPRequestHandler):
         return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": ""}}}
 
 
-def project(name: str) -> dict:
-    """A project of the only entity."""
-    return {"id": "project-1", "name": name, "entity": {"id": "entity-1", "name": "tester"}}
-
-
 def resumed(name: str, run: SentRun) -> dict:
     """What the client asks of a run in order to resume it."""
     lines, events = (run.lines.get(name, {}) for name in (HISTORY, "wandb-events.jsonl"))
@@ -182,23 +184,8 @@ def resumed(name: str, run: SentRun) -> dict:
     }  # fmt: skip
 
 
-def keep_stream(server: Server, run: SentRun, sent: dict) -> None:
-    """Keep lines under their numbers, as the real server does: a line that is sent again replaces itself."""
-    for name, part in (sent.get("files") or {}).items():
-        lines = run.lines.setdefault(name, {})
-        for number, line in enumerate(part["content"], part["offset"]):
-            lines[number] = line
-            if name == HISTORY:
-                run.arrivals.setdefault(number, time.monotonic())
-    if sent.get("complete"):
-        run.exit_code = sent.get("exitcode")
-    if server.fail_after_rows and len(run.arrivals) >= server.fail_after_rows:
-        server.failure, server.fail_after_rows = server.fail_with, 0
-
-
 @contextlib.contextmanager
 def serving(**options) -> Iterator[Server]:
-    """A server in a thread of its own, for as long as the block lasts."""
     server = Server(**options)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:

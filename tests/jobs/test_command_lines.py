@@ -53,6 +53,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (train.job, ["--config", "/nowhere.json"], "/nowhere.json is missing"),
         (train.job, ["--config", "{empty}/list.json"], "list.json is not an experiment"),
         (train.job, ["--workers", "0"], "--workers must be at least 1"),
+        (train.job, ["quick", "--workers", "4:1"], "--min-workers must be at least 0 and no more than"),
         (preprocess.job, ["quick", "--out", "/tmp/x"], "--source is missing"),
         (preprocess.job, ["quick", "--source", "{empty}", "--out", "/tmp/x"], "holds no database_nifti"),
         (evaluate.job, [], "--checkpoint is missing"),
@@ -128,6 +129,12 @@ def test_an_experiment_of_a_run_is_a_configuration_and_may_hold_what_a_job_does_
 def test_the_recipe_may_stand_anywhere_and_a_field_needs_no_dashes(line, expected):
     experiment, options = command_line.parse(train.Options(), line.split(), "train.py", "Train.")
     assert (experiment.name, experiment.workers, experiment.optim.lr, options.run_name) == expected
+
+
+@pytest.mark.parametrize("line", ["--workers 1:4", "--workers=1:4"])
+def test_elastic_workers_are_given_as_a_range(line):
+    experiment, _ = command_line.parse(train.Options(), ["quick", *line.split()], "train.py", "")
+    assert (experiment.min_workers, experiment.workers) == (1, 4)
 
 
 def test_the_changes_of_an_ablation_stay_values_of_their_flag():

@@ -39,23 +39,19 @@ def changed(seed: int = 0, lr: float = 0.02, **changes):
     return replace(base, train=replace(base.train, seed=seed, epochs=1), optim=replace(base.optim, lr=lr))
 
 
-def make_run(shards: str, folder: str, lr: float) -> str:
-    """The folder of a run as an epoch of training leaves it, with weights drawn at random."""
-    experiment = changed(lr=lr, data=shards, runs=folder)
-    run = run_directory.open_run(experiment, open_shards(shards))
-    row = {"epoch": 1, "test/dice": lr, "train/loss": 1.0, "lr": lr, "seconds": 1.0}
-    torch.manual_seed(int(1000 * lr))
-    card = {"epoch": 1, "experiment": to_json(experiment), "intensity": [0.2, 0.2], "metrics": row}
-    checkpoint.save(run.path, build_model(experiment.model).state_dict(), {}, card)
-    run_directory.write_record(run.path, [row])
-    return run.path
-
-
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory) -> dict[str, str]:
-    """Two runs of one epoch that differ in their learning rate."""
-    folder = str(tmp_path_factory.mktemp("runs"))
-    return {name: make_run(shards, folder, lr) for name, lr in (("first", 0.02), ("faster", 0.1))}
+    """The folders of two runs as an epoch of training leaves them, with weights drawn at random."""
+    folder, paths = str(tmp_path_factory.mktemp("runs")), {}
+    for name, lr in (("first", 0.02), ("faster", 0.1)):
+        experiment = changed(lr=lr, data=shards, runs=folder)
+        paths[name] = run_directory.open_run(experiment, open_shards(shards)).path
+        row = {"epoch": 1, "test/dice": lr, "train/loss": 1.0, "lr": lr, "seconds": 1.0}
+        torch.manual_seed(int(1000 * lr))
+        card = {"epoch": 1, "experiment": to_json(experiment), "intensity": [0.2, 0.2], "metrics": row}
+        checkpoint.save(paths[name], build_model(experiment.model).state_dict(), {}, card)
+        run_directory.write_record(paths[name], [row])
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +85,11 @@ def make_scored(label: str, seed: int = 0, lr: float = 0.02) -> Scored:
 
 @pytest.fixture()
 def scored() -> dict[str, Scored]:
-    """Two seeds of one configuration, and one with another learning rate."""
     return {"seed0": make_scored("a"), "seed1": make_scored("b", seed=1), "faster": make_scored("c", lr=0.1)}
 
 
 @pytest.fixture()
 def copied(trained, tmp_path) -> dict[str, Path]:
-    """The runs in a folder of the test's own."""
     return {name: Path(shutil.copytree(path, tmp_path / "runs" / Path(path).name)) for name, path in trained.items()}
 
 
@@ -177,7 +171,6 @@ def test_a_difference_is_one_where_interval_and_p_agree(low, high, p, said):
 
 
 def without(one: Scored, patient: str) -> Scored:
-    """The scores of a run on all other patients."""
     kept = {name: getattr(one, name) for name in ("images", "patients")}
     return replace(one, **{name: table[table["patient"] != patient] for name, table in kept.items()})
 
@@ -313,6 +306,8 @@ def test_a_group_with_patients_that_a_run_was_trained_on_is_never_scored(trained
     resplit = str(shutil.copytree(shards, tmp_path / "shards"))
     base = tiny_experiment(source=phantom, out=resplit)
     other = replace(base, split=replace(base.split, seed=1))
+    with pytest.raises(UserError, match="split.seed: 0 there, 1 asked"):  # shards are not split again unless asked
+        preprocess.run(other, preprocess.Options(launcher="plain"))
     preprocess.run(other, preprocess.Options(launcher="plain", resplit=True))
     with pytest.raises(UserError, match="was trained on . patients of this test group"):
         evaluate.run(evaluate.Options(checkpoint=trained["first"], data=resplit, launcher="plain"))

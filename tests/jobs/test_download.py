@@ -37,10 +37,9 @@ def tree(tmp_path_factory) -> str:
 @pytest.fixture
 def server(tree, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
-    running = GirderServer(tree)
-    yield running
-    running.shutdown()
-    running.server_close()
+    with GirderServer(tree) as running:
+        yield running
+        running.shutdown()
 
 
 @pytest.fixture
@@ -54,7 +53,6 @@ def fetch(running: GirderServer, folder: str, **changes) -> str:
 
 
 def command(out: str, running: GirderServer) -> list[str]:
-    """The job as a user starts it."""
     line = [sys.executable, str(ROOT / "jobs" / "download.py"), "--out", out, "--accept-licence"]
     return [*line, "--server", running.base]
 

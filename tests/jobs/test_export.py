@@ -61,7 +61,6 @@ def session_of(out: str):
 
 
 def check_answers(out: str, segmenter: Segmenter, images: torch.Tensor) -> None:
-    """Both files answer as the segmenter does, in batches of any size."""
     session, reloaded = session_of(out), torch.export.load(os.path.join(out, "model.pt2")).module()
     for rows in (slice(0, 1), slice(1, 3), slice(0, 7)):
         pixels, expected = images[rows].float(), segmenter.logits(images[rows])

@@ -1,7 +1,4 @@
-"""Following a submitted job on a dashboard that fails as real ones do: refusals, silence and errors of its own.
-
-The dashboard is a plain HTTP server that replies as a test asks; test_submitted_pipeline.py asks a real one.
-"""
+"""Following a submitted job on a dashboard that fails as real ones do; test_submitted_pipeline.py asks a real one."""
 
 import errno
 import json
@@ -19,7 +16,6 @@ JOB = "train-0404abcd"
 
 
 def details(status: str, code: int | None = None) -> tuple[int, dict]:
-    """A dashboard's answer about a job."""
     shown = {"type": "SUBMISSION", "job_id": None, "submission_id": JOB, "driver_info": None, "status": status}
     return 200, shown | {"entrypoint": "python jobs/train.py", "driver_exit_code": code}
 

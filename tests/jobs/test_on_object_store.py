@@ -37,7 +37,6 @@ def losses(path: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def source(s3, phantom) -> str:
-    """The phantom on the object store."""
     folder = new_folder()
     for path in sorted(Path(phantom).rglob("*")):
         if path.is_file():
@@ -47,7 +46,6 @@ def source(s3, phantom) -> str:
 
 @pytest.fixture(scope="module")
 def data(source) -> str:
-    """Its shards, on the object store too."""
     out = new_folder()
     preprocess.run(tiny_experiment(source=source, out=out), preprocess.Options(launcher="plain"))
     return out
@@ -80,14 +78,10 @@ def test_shards_on_the_store_are_byte_for_byte_those_of_a_folder(data, shards, s
 
 
 @pytest.mark.slow
-def test_training_on_the_store_has_the_numbers_of_a_folder(run, local_run):
+def test_training_scores_and_report_on_the_store_are_those_of_a_folder(run, local_run):
     assert losses(run) == losses(local_run)
     assert checkpoint.last(run).card["weights_sha256"] == checkpoint.last(local_run).card["weights_sha256"]
     assert not [name for name in filesystem.list_names(run) if name.endswith(".part")]
-
-
-@pytest.mark.slow
-def test_scores_and_report_on_the_store_are_those_of_a_folder(run, local_run):
     found = [evaluate.run(evaluate.Options(checkpoint=path, launcher="plain")) for path in (run, local_run)]
     ours, theirs = (filesystem.read_json(filesystem.join(path, "summary.json")) for path in found)
     assert ours["scores"] == theirs["scores"] and ours["images"] == 8
@@ -108,7 +102,6 @@ def command(job: str, *arguments: str) -> list[str]:
 
 
 def tiny_arguments(data: str, folder: str) -> list[str]:
-    """A quick recipe made tiny, as flags; three epochs, deterministic."""
     flags = ["--image.height", "64", "--image.width", "64", "--train.epochs", "3", "--train.batch-size", "6"]
     flags += ["--train.deterministic", "--tracking.wandb", "off", "--launcher", "plain"]
     return ["quick", *flags, "--data", data, "--runs", folder]

@@ -34,12 +34,10 @@ def tiny(source: str, out: str | Path, **train):
 
 
 def records(out: str | Path) -> dict[str, dict]:
-    """What is recorded of each stage."""
     return PipelineState.open(str(out)).stages
 
 
 def attempts(out: str | Path) -> dict[str, int]:
-    """How often each stage was tried."""
     return {name: len(record["attempts"]) for name, record in records(out).items()}
 
 
@@ -59,7 +57,6 @@ def plain():
 
 @pytest.fixture(scope="module")
 def finished(phantom, plain, tmp_path_factory) -> Path:
-    """A pipeline that has finished."""
     out = tmp_path_factory.mktemp("pipeline") / "out"
     pipeline.run(tiny(phantom, out), PipelineOptions())
     return out
@@ -237,10 +234,10 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
 
 
 class Jobs:
-    """Jobs by id, in a cluster's place; `dies`, once, leaves a job in some state when the pipeline's process is killed."""
+    """Jobs by id, in a cluster's place; each of `deaths` is a job's state when the pipeline's process is killed."""
 
-    def __init__(self):
-        self.states, self.stopped, self.dies = {}, [], None
+    def __init__(self, *deaths: str | None):
+        self.states, self.stopped, self.deaths = {}, [], [*deaths]
 
     def status(self, job_id: str) -> str | None:
         return self.states.get(job_id)
@@ -250,9 +247,12 @@ class Jobs:
         self.states[job_id] = "STOPPED"
 
     def run(self, job: str, arguments: list[str], job_id: str) -> None:
-        if self.dies:
-            dies, self.dies = self.dies, None
-            dies(self, job_id, arguments[1])
+        if self.deaths:
+            self.states[job_id] = self.deaths.pop()
+            if self.states[job_id] == "RUNNING":
+                os.makedirs(arguments[1], exist_ok=True)
+            elif self.states[job_id] == "SUCCEEDED":
+                work(arguments[1], overwrite=True)
             raise SystemExit("killed")
         if self.states.get(job_id) != "SUCCEEDED":
             work(arguments[1], "--overwrite" in arguments)
@@ -293,57 +293,32 @@ def job_ids(folder: Path, stage: Stage) -> list[str]:
     return [attempt["job"] for attempt in PipelineState.open(str(folder)).attempts(stage)]
 
 
-def never_submitted(jobs: Jobs, job_id: str, path: str) -> None:
-    pass
-
-
-def still_waiting(jobs: Jobs, job_id: str, path: str) -> None:
-    jobs.states[job_id] = "PENDING"
-
-
-def under_way(jobs: Jobs, job_id: str, path: str) -> None:
-    os.makedirs(path, exist_ok=True)
-    jobs.states[job_id] = "RUNNING"
-
-
-def ended(jobs: Jobs, job_id: str, path: str) -> None:
-    work(path, overwrite=True)
-    jobs.states[job_id] = "SUCCEEDED"
-
-
-@pytest.mark.parametrize("end", [never_submitted, still_waiting, under_way, ended])
+@pytest.mark.parametrize("end", [None, "PENDING", "RUNNING", "SUCCEEDED"])  # None: it was never submitted
 @pytest.mark.parametrize("make_stage", [training, evaluation])
 def test_a_forced_stage_whose_process_died_is_done_once_and_not_forgotten(make_stage, end, tmp_path):
     stage, jobs = make_stage(tmp_path / "results"), Jobs()
     _, old = run_stage(tmp_path, stage, jobs)
-    jobs.dies = end
+    jobs.deaths = [end]
     with pytest.raises(SystemExit):
         run_stage(tmp_path, stage, jobs, is_forced=True)
     (begun,) = job_ids(tmp_path, stage)
     _, new = run_stage(tmp_path, stage, jobs)
     assert new != old and jobs.stopped == []
-    assert end is never_submitted or job_ids(tmp_path, stage) == [begun]
+    assert end is None or job_ids(tmp_path, stage) == [begun]
     assert sorted(os.listdir(tmp_path / "results")) == (["run", "run-2"] if make_stage is training else ["scores"])
 
 
-@pytest.mark.parametrize("end", [under_way, ended])
-def test_force_runs_a_stage_again_whatever_an_earlier_commands_job_has_done(end, tmp_path):
-    stage, jobs = evaluation(tmp_path), Jobs()
-    jobs.dies = end
+@pytest.mark.parametrize("end", ["RUNNING", "SUCCEEDED"])
+def test_force_runs_a_stage_again_whatever_an_earlier_commands_job_has_done_if_its_cluster_is_there(end, tmp_path):
+    stage, jobs = evaluation(tmp_path), Jobs(end)
     with pytest.raises(SystemExit):
         run_stage(tmp_path, stage, jobs)
     (begun,), old = job_ids(tmp_path, stage), stage.fingerprint(str(tmp_path / "scores"))
+    if end == "RUNNING":  # without its cluster no one knows whether it still runs
+        with pytest.raises(UserError, match=f"may still run as job {begun}: use --submit"):
+            run_stage(tmp_path, stage, None)
     assert run_stage(tmp_path, stage, jobs, is_forced=True)[1] != old
-    assert begun not in job_ids(tmp_path, stage) and jobs.stopped == ([begun] if end is under_way else [])
-
-
-def test_a_stage_whose_job_may_still_run_is_not_begun_without_its_cluster(tmp_path):
-    stage, jobs = training(tmp_path / "runs"), Jobs()
-    jobs.dies = under_way
-    with pytest.raises(SystemExit):
-        run_stage(tmp_path, stage, jobs)
-    with pytest.raises(UserError, match=f"may still run as job {job_ids(tmp_path, stage)[0]}: use --submit"):
-        run_stage(tmp_path, stage, None)
+    assert begun not in job_ids(tmp_path, stage) and jobs.stopped == ([begun] if end == "RUNNING" else [])
 
 
 def test_status_counts_time_only_while_a_process_works_and_warns_of_a_job_that_may_still_run(tmp_path, capsys):

@@ -45,7 +45,6 @@ def trained(tmp_path_factory) -> str:
 
 @pytest.fixture
 def tree(phantom, tmp_path) -> str:
-    """Two patients of the phantom."""
     for patient in ("patient0001", "patient0002"):
         shutil.copytree(f"{phantom}/database_nifti/{patient}", tmp_path / "in" / patient)
     return str(tmp_path / "in")
@@ -73,8 +72,8 @@ def test_names_that_are_not_utf_8_have_masks_and_rows_and_so_has_their_folder(tr
     assert "r%E9sum%E9/jos%E9_4CH_ED.nii.gz" in filesystem.read_bytes(os.path.join(out, "key.csv")).decode()
 
 
-def test_each_still_has_the_mask_that_the_model_predicts_on_the_still_s_own_grid(trained, tree, tmp_path):
-    run(trained, f"{tree}/patient0001", tmp_path / "out")
+def test_each_still_has_its_mask_on_its_own_grid_and_the_same_command_writes_the_same_bytes(trained, tree, tmp_path):
+    first = files_of(run(trained, f"{tree}/patient0001", tmp_path / "out"))
     model, seen = heartseg.load(trained), set()
     for clip in study_files.find_clips(f"{tree}/patient0001"):
         image = nibabel.load(clip.path)
@@ -87,12 +86,7 @@ def test_each_still_has_the_mask_that_the_model_predicts_on_the_still_s_own_grid
         assert (tmp_path / "out" / clip.patient / f"{clip.stem}_overlay.png").stat().st_size > 1000
         seen |= set(np.unique(expected))
     assert seen == {0, 1, 2, 3}
-
-
-def test_the_same_command_writes_the_same_bytes_and_leaves_no_temporary_file(trained, tree, tmp_path):
-    tree = f"{tree}/patient0001"
-    first = files_of(run(trained, tree, tmp_path / "out"))
-    assert files_of(run(trained, tree, tmp_path / "out")) == first
+    assert files_of(run(trained, f"{tree}/patient0001", tmp_path / "out")) == first
     assert len([name for name in first if name.endswith("_pred.nii.gz")]) == 4
     assert not [name for name in first if ".part" in name]
 
@@ -108,9 +102,7 @@ def test_masks_do_not_depend_on_the_batch_which_may_hold_several_clips_or_a_part
         assert masks.shape == clip.pixels.shape and (masks != expected).mean() < 1e-3
 
 
-def test_a_second_call_into_a_used_folder_leaves_no_mask_beside_the_table_of_another_person(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_a_second_call_leaves_no_mask_beside_the_table_of_another_person(trained, tmp_path, monkeypatch, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
 

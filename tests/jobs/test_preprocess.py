@@ -52,7 +52,6 @@ def hashes(out: str) -> dict[str, str]:
 
 
 def start(many: str, out: str, launcher: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
-    """The job as a user starts it, with two workers under Ray."""
     command = [*prefix, sys.executable, str(ROOT / "jobs" / "preprocess.py"), "quick", "--source", many, "--out", out]
     command += ["--image.height", "64", "--image.width", "64", "--split.kind", "ratio", "--split.test-share", "0.25"]
     command += ["--launcher", launcher, *(["--workers", "2"] if launcher == "ray" else [])]
@@ -85,18 +84,12 @@ MOMENTS = {
 }
 
 
-def test_a_killed_preprocess_ends_in_the_bytes_of_an_undisturbed_one_that_shows_its_progress(many, undisturbed, tmp_path):
-    check_kill(many, undisturbed, str(tmp_path / "out"), "plain", ["in a part"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["plain", "ray"])
-def test_killed_again_and_again_it_ends_in_the_same_bytes(launcher, many, undisturbed, tmp_path):
-    check_kill(many, undisturbed, str(tmp_path / "out"), launcher, list(MOMENTS))
-
-
-def check_kill(many: str, undisturbed: dict, out: str, launcher: str, moments: list[str]) -> None:
-    """Kill at each moment, run to the end, compare every file."""
+@pytest.mark.parametrize(
+    ("launcher", "moments"),
+    [("plain", ["in a part"]), *(pytest.param(launcher, [*MOMENTS], marks=pytest.mark.slow) for launcher in ("plain", "ray"))],
+)
+def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_one(launcher, moments, many, undisturbed, tmp_path):
+    out = str(tmp_path / "out")
     for when in moments:
         # The manifest is there for a moment only before the job is done: then there was nothing left to kill.
         assert kill_when(start(many, out, launcher), out, MOMENTS[when]) or when == "after the manifest"

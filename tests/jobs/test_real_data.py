@@ -17,11 +17,12 @@ import pytest
 from heartseg.config.experiment import SplitConfig, canonical
 from heartseg.config.recipes import seed
 from heartseg.datasets import splits
-from heartseg.shards.reader import Shards, open_shards
+from heartseg.shards.reader import open_shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from helpers import local_cluster
 from helpers.experiments import ROOT, tiny_experiment
+from helpers.job_process import wait_for
 from jobs import preprocess
 from jobs.benchmarks import data, scores
 from jobs.benchmarks.two_sides import peak_memory_gb
@@ -46,7 +47,6 @@ def few(camus, tmp_path_factory) -> str:
 
 
 def pipeline_command(few: str, out: Path) -> list[str]:
-    """A pipeline of three epochs on small pictures of these patients."""
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", few, "--out", str(out)]
     command += ["--dataset", "camus", "--workers", "2", "--train.epochs", "3"]
     return [*command, "--image.height", "64", "--image.width", "64"]
@@ -108,7 +108,8 @@ def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one
             submitted = local_cluster.begin_until(command, environment, line)
             measurement(f"a submitted pipeline is killed {moment:.1f} s into {stage} (seed {SEED})")
             try:
-                wait_for_work(tmp_path / "out", stage)
+                wait_for(lambda stage=stage: f"jobs/{stage}.py" in drivers_of(tmp_path / "out").values())
+                wait_for(lambda stage=stage: stage != "preprocess" or any((tmp_path / "out").glob("shards-*")))
                 time.sleep(moment)
                 drivers = drivers_of(tmp_path / "out")
             finally:
@@ -123,7 +124,8 @@ def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one
     reached, undisturbed = (summary_of(path)["scores"]["dice"]["mean"] for path in (report, finished[1]))
     measurement(f"killed in every stage it reached a mean Dice of {reached:.4f}, undisturbed {undisturbed:.4f}")
     assert reached == pytest.approx(undisturbed, abs=0.005)
-    assert open_shards(str(tmp_path / "out" / "shards-64x64-official")).fingerprint == shards_of(finished[0]).fingerprint
+    ours, theirs = (open_shards(str(out / "shards-64x64-official")) for out in (tmp_path / "out", finished[0]))
+    assert ours.fingerprint == theirs.fingerprint
     run = os.path.dirname(os.path.dirname(report))
     assert [row["epoch"] for row in run_directory.read_record(run)] == [1, 2, 3]
     stages = filesystem.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]
@@ -131,18 +133,6 @@ def test_a_submitted_pipeline_killed_in_every_stage_ends_like_an_undisturbed_one
         ends = [attempt["state"] for attempt in stage["attempts"]]
         assert ends.count("done") == 1 and ends[-1] == "done", stages  # no stage twice
         assert 2 <= len(ends) <= 3, stages  # and each was killed
-
-
-def shards_of(out: Path) -> Shards:
-    return open_shards(str(out / "shards-64x64-official"))
-
-
-def wait_for_work(out: Path, stage: str) -> None:
-    """Wait until a submitted stage's process runs and, if it writes shards, has created their folder."""
-    end = time.monotonic() + 120
-    while f"jobs/{stage}.py" not in drivers_of(out).values() or (stage == "preprocess" and not list(out.glob("shards-*"))):
-        assert time.monotonic() < end, f"{stage} has not started"
-        time.sleep(0.1)
 
 
 def drivers_of(out: Path) -> dict[int, str]:

@@ -8,7 +8,6 @@ import sys
 import urllib.error
 import urllib.request
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,6 @@ def cluster(tmp_path_factory):
 
 
 def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess:
-    """`ray job submit --working-dir . -- …`, typed in the repository."""
     line = [RAY, "job", "submit", "--working-dir", ".", "--", *command]
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -98,16 +96,12 @@ def test_no_secret_is_in_anything_that_a_run_leaves(cluster, shards, tmp_path):
     assert SECRET not in done.stdout + done.stderr + shown.stdout
     home = Path(cluster["HEARTSEG_CLUSTER_DIR"])
     ray_files = Path((home / "temp_dir").read_text().strip())
-    found = {root: list(files_of(root)) for root in (runs_folder, home, ray_files)}
+    found = {root: [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+             for root in (runs_folder, home, ray_files)}  # fmt: skip
     # The tracked run is there, and so are Ray's own logs: what is searched is not nothing.
     assert any(path.suffix == ".wandb" for path in found[runs_folder])
     assert any(path.name.startswith("job-driver-") for path in found[ray_files])
     assert [str(path) for paths in found.values() for path in paths if SECRET.encode() in path.read_bytes()] == []
-
-
-def files_of(root: Path):
-    """Every readable plain file below a folder."""
-    return (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 @pytest.mark.slow
@@ -122,31 +116,28 @@ def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(clu
     assert "SEEN /elsewhere /mine" in done.stdout  # both what the script hands on and what is given
 
 
-def answers(port: int) -> bool:
-    """True if something listens at a port of loopback."""
-    with socket.socket() as found:
-        return found.connect_ex(("127.0.0.1", port)) == 0
-
-
-def test_every_port_of_the_cluster_is_on_loopback_and_on_no_other_address(cluster):
+def test_every_port_of_the_cluster_is_on_loopback_alone_and_without_the_token_nothing_is_submitted(cluster):
     others = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
     for name in ("PORT", "DASHBOARD_PORT", "AGENT_PORT", "CLIENT_PORT"):
         port = int(cluster[f"HEARTSEG_CLUSTER_{name}"])
-        wait_for(partial(answers, port))  # the client's server comes up after the rest
+        wait_for(lambda port=port: not socket.socket().connect_ex(("127.0.0.1", port)))  # the client's server comes up last
         for address in others:
             with pytest.raises(OSError):
                 socket.create_connection((address, port), timeout=10)
+    body = json.dumps({"entrypoint": "true"}).encode()
+    request = urllib.request.Request(cluster["RAY_API_SERVER_ADDRESS"] + "/api/jobs/", data=body, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.code == 401
 
 
 def pipeline_command(tmp_path: Path, phantom: str, epochs: int) -> list[str]:
-    """A submitted pipeline of the tiny experiment."""
     config, experiment = tmp_path / "tiny.json", tiny_experiment(source=phantom, out=str(tmp_path / "out"))
     config.write_text(json.dumps(to_json(replace(experiment, train=replace(experiment.train, epochs=epochs)))))
     return [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--submit"]
 
 
 def read_record(tmp_path: Path, stage: str) -> dict:
-    """What the pipeline has recorded of a stage."""
     return PipelineState.open(str(tmp_path / "out")).stages[stage]
 
 
@@ -189,11 +180,3 @@ def test_the_pipeline_itself_can_be_submitted(cluster, phantom, tmp_path):
     for stage in ("preprocess", "train", "evaluate"):
         record = read_record(tmp_path, stage)
         assert record["state"] == "done" and [attempt["job"].startswith(stage) for attempt in record["attempts"]] == [True]
-
-
-def test_without_the_token_nothing_is_submitted(cluster):
-    body = json.dumps({"entrypoint": "true"}).encode()
-    request = urllib.request.Request(cluster["RAY_API_SERVER_ADDRESS"] + "/api/jobs/", data=body, method="POST")
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=20)
-    assert refused.value.code == 401

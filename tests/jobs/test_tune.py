@@ -12,20 +12,8 @@ import pytest
 
 from heartseg.config.experiment import TrackingConfig
 from heartseg.datasets.phantom import write_phantom
+from heartseg.tuning import sweep as sweeps
 from heartseg.tuning.search_space import SearchSpace
-from heartseg.tuning.sweep import (
-    DESCRIPTION,
-    FAILED,
-    FINISHED,
-    METRIC,
-    STOPPED,
-    Sweep,
-    SweepPlan,
-    epochs_saved,
-    find_sweep,
-    read_trials,
-    tabulate,
-)
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import Job, wait_for
 from helpers.tracked_runs import kept_records
@@ -41,31 +29,31 @@ def tracked(folder: str) -> tuple[dict, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def small_sweep(ray_session, shards, tmp_path_factory) -> Sweep:
+def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
     """Two trials of two epochs, of which the second's base rate is ten million times the first's."""
     folder = str(tmp_path_factory.mktemp("sweep"))
     experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
     unclipped = replace(experiment.optim, clip_norm=0.0)
     experiment = replace(experiment, train=replace(experiment.train, holdout=0.3), optim=unclipped)
     space = SearchSpace(schedules=("cosine",), lr_factors=(1.0, 1e7), lr_points=2)
-    options = tune.Options(plan=SweepPlan(space, search="grid", stop_early=False), trials=2)
+    options = tune.Options(plan=sweeps.SweepPlan(space, search="grid", stop_early=False), trials=2)
     sweep = tune.run(experiment, options)
     assert tune.run(experiment, options).path == sweep.path  # again: nothing is left to do
     return sweep
 
 
 def test_a_trial_that_fails_reports_why_and_the_sweep_continues(small_sweep):
-    finished, failed = read_trials(small_sweep)
-    assert failed.state == FAILED and "is not finite" in failed.reason and "patient" in failed.reason
-    assert finished.state == FINISHED and [row["epoch"] for row in finished.record] == [1, 2]
+    finished, failed = sweeps.read_trials(small_sweep)
+    assert failed.state == sweeps.FAILED and "is not finite" in failed.reason and "patient" in failed.reason
+    assert finished.state == sweeps.FINISHED and [row["epoch"] for row in finished.record] == [1, 2]
 
 
 def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps_own_has_table_and_page(small_sweep):
-    trial = read_trials(small_sweep)[0]
+    trial = sweeps.read_trials(small_sweep)[0]
     run, rows = tracked(trial.run.path)
     assert run["run_group"] == small_sweep.name and run["job_type"] == "trial"
     assert trial.values["schedule.kind"] in run["tags"] and "schedule.kind" in json.dumps(run["config"])
-    assert [row["epoch"] for row in rows] == [1, 2] and METRIC in rows[0]
+    assert [row["epoch"] for row in rows] == [1, 2] and sweeps.METRIC in rows[0]
     run, (row, *_) = tracked(small_sweep.path)
     assert run["run_group"] == small_sweep.name and run["job_type"] == "sweep"
     assert "trials" in json.dumps(row) and "page" in json.dumps(row)
@@ -86,17 +74,15 @@ class SweepJob(Job):
         command += ["--model.norm", "group", "--optim.lr", "0.001", "--space.lr-factors", "0.003", "0.3"]
         self.start(command)
 
-    def sweep(self) -> Sweep:
-        """The sweep, once it is there."""
-        path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / DESCRIPTION).exists()), None))
-        return find_sweep(str(path))
+    def sweep(self) -> sweeps.Sweep:
+        path = wait_for(lambda: next((f for f in self.runs.glob("tune-*") if (f / sweeps.DESCRIPTION).exists()), None))
+        return sweeps.find_sweep(str(path))
 
     def num_epochs(self) -> int:
-        return sum(len(trial.record) for trial in read_trials(self.sweep()))
+        return sum(len(trial.record) for trial in sweeps.read_trials(self.sweep()))
 
     def num_ended(self) -> int:
-        """Trials that came to an end of any kind."""
-        return sum(bool(trial.state) for trial in read_trials(self.sweep()))
+        return sum(bool(trial.state) for trial in sweeps.read_trials(self.sweep()))
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +100,9 @@ def more_shards(tmp_path_factory) -> str:
 def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_winner(more_shards, tmp_path):
     whole = SweepJob(more_shards, tmp_path / "whole")
     output = whole.finish(seconds=600)
-    undisturbed = tabulate(whole.sweep())
+    undisturbed = sweeps.tabulate(whole.sweep())
     print(output[output.index("rank") :])
-    trained, planned = epochs_saved(whole.sweep(), undisturbed)
+    trained, planned = sweeps.epochs_saved(whole.sweep(), undisturbed)
     assert trained < planned and len(undisturbed) == SweepJob.trials
     assert undisturbed["schedule.kind"].nunique() == 4
 
@@ -126,27 +112,22 @@ def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_as_good_a_w
     first.process.kill()
     first.process.wait()
     time.sleep(3)  # its workers end within two seconds
-    ended = {trial.run.path: trial.record for trial in read_trials(first.sweep()) if trial.state}
+    ended = {trial.run.path: trial.record for trial in sweeps.read_trials(first.sweep()) if trial.state}
     before = first.num_epochs()
     second = SweepJob(more_shards, tmp_path / "killed")
     wait_for(lambda: second.num_epochs() > before, second.process, seconds=300)
-    kill_one_worker(second)
+    workers = wait_for(lambda: second.pids("RayTrainWorker"), second.process, seconds=200)
+    ended_before = second.num_ended()
+    os.kill(min(workers), signal.SIGKILL)
+    wait_for(lambda: second.pids("RayTrainWorker") - workers, second.process, seconds=200)
+    # No other trial's worker has gone for it, unless its trial came to an end.
+    assert workers - {min(workers)} <= second.pids("RayTrainWorker") or second.num_ended() > ended_before
     second.finish(seconds=600)
-    resumed = tabulate(second.sweep())
-    assert len(resumed) == SweepJob.trials and set(resumed["state"]) <= {FINISHED, STOPPED}
-    for trial in read_trials(second.sweep()):
+    resumed = sweeps.tabulate(second.sweep())
+    assert len(resumed) == SweepJob.trials and set(resumed["state"]) <= {sweeps.FINISHED, sweeps.STOPPED}
+    for trial in sweeps.read_trials(second.sweep()):
         assert [row["epoch"] for row in trial.record] == list(range(1, len(trial.record) + 1))
         assert ended.get(trial.run.path, trial.record) == trial.record  # what had ended was not run again
         assert tracked(trial.run.path)
-    score = f"best {METRIC}"
+    score = f"best {sweeps.METRIC}"
     assert resumed.loc[0, score] >= undisturbed.loc[0, score] - 0.01
-
-
-def kill_one_worker(job: SweepJob) -> None:
-    """Kill a worker of one trial, wait for the next one in its place, and assert that no other trial's has gone for it."""
-    before = wait_for(lambda: job.pids("RayTrainWorker"), job.process, seconds=200)
-    ended = job.num_ended()
-    os.kill(min(before), signal.SIGKILL)
-    wait_for(lambda: job.pids("RayTrainWorker") - before, job.process, seconds=200)
-    others = before - {min(before)}
-    assert others <= job.pids("RayTrainWorker") or job.num_ended() > ended  # a trial that comes to its end may

@@ -1,7 +1,6 @@
 """The same training, preprocessing and scores under Ray as without it, and wandb runs on disk."""
 
 import json
-import shutil
 import threading
 from pathlib import Path
 
@@ -82,16 +81,6 @@ def test_two_workers_keep_one_wandb_run_with_configuration_curves_and_overlays(t
     text = json.dumps(kept_records(file))
     assert all(name in text for name in ("val/dice", "test/dice", "optim.lr", "promises"))
     assert len(list(file.parent.glob("files/media/images/**/*.png"))) >= 4
-
-
-@pytest.mark.slow
-def test_a_users_mistake_in_a_worker_comes_back_as_a_user_error(shards, tmp_path):
-    part = Path(shutil.copytree(shards, tmp_path / "shards")) / "part-00000.parquet"
-    raw = bytearray(part.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    part.write_bytes(raw)
-    with pytest.raises(UserError, match="part-00000.parquet is damaged"):
-        train.run(tiny_experiment(data=str(part.parent), runs=str(tmp_path / "runs")), train.Options())
 
 
 def test_more_workers_than_cores_or_than_the_batch_allows_are_refused(shards, tmp_path, monkeypatch):
