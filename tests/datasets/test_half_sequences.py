@@ -58,6 +58,7 @@ def phases(frames: list[camus.Recording]) -> dict[int, Phase]:
 def test_every_frame_comes_once_from_ed_to_es_whichever_way_the_file_runs(tree):
     for patient in (FORWARDS, BACKWARDS):
         frames, info = read(tree, patient), camus.read_info(tree, patient, VIEW)
+        assert (info.ed < info.es) == (patient == FORWARDS) and 10 <= info.num_frames <= 40
         assert [frame.frame for frame in frames] == list(range(1, info.num_frames + 1))
         assert phases(frames) == {1: Phase.ED, info.num_frames: Phase.ES}
         for frame in (frames[0], frames[-1]):
