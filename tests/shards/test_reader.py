@@ -147,9 +147,8 @@ for name in ("../x", "/etc/passwd", "part-00000.parquet/../../x", "part-0.parque
     CHANGES[name] = (writer.MANIFEST, lambda m, name=name: m["parts"][0].update(file=name), "names a part .*, which is not one")
 
 
-@pytest.mark.parametrize("kind", CHANGES)
-def test_a_manifest_or_split_that_cannot_be_ours_is_refused(kind, copied):
-    file, change, message = CHANGES[kind]
+@pytest.mark.parametrize(("file", "change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_manifest_or_split_that_cannot_be_ours_is_refused(file, change, message, copied):
     change_json(os.path.join(copied, file), change)
     with pytest.raises(UserError, match=message):
         reader.open_shards(copied)
@@ -289,9 +288,8 @@ ROW_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", ROW_DAMAGE)
-def test_invalid_rows_are_found_although_the_hash_is_right(kind, copied):
-    change, reason = ROW_DAMAGE[kind]
+@pytest.mark.parametrize(("change", "reason"), ROW_DAMAGE.values(), ids=ROW_DAMAGE)
+def test_invalid_rows_are_found_although_the_hash_is_right(change, reason, copied):
     rewrite(copied, lambda table: table)
     assert damaged(copied) == []
     rewrite(copied, change)
