@@ -251,19 +251,7 @@ MASK_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["gzip bomb", "sizes of 6 GB", "absurd sizes", "pixels far away", "more than is there"])
-def test_a_claim_of_much_memory_costs_little(name, tree):
-    IMAGE_DAMAGE[name][0](image_path(tree))
-    tracemalloc.start()
-    try:
-        with pytest.raises(DamagedRecording):
-            read(tree)
-        assert tracemalloc.get_traced_memory()[1] < 20_000_000
-    finally:
-        tracemalloc.stop()
-
-
-def test_every_kind_of_damage_is_quarantined_with_its_reason_and_every_good_still_is_there(tmp_path):
+def test_every_kind_of_damage_is_quarantined_with_its_reason_in_little_memory_and_every_good_still_is_there(tmp_path):
     kinds = [(kind, image_path, damage, reason) for kind, (damage, reason) in IMAGE_DAMAGE.items()]
     kinds += [(kind, mask_path, damage, reason) for kind, (damage, reason) in MASK_DAMAGE.items()]
     names = [f"patient{number:04d}" for number in range(1, len(kinds) + 6)]
@@ -275,7 +263,11 @@ def test_every_kind_of_damage_is_quarantined_with_its_reason_and_every_good_stil
     os.mkdir(cfg_path(source, folder)), os.mkfifo(cfg_path(source, pipe))
     shutil.rmtree(os.path.dirname(cfg_path(source, gone)))
     put(os.path.dirname(cfg_path(source, gone)), b"a file in the patient's place")
+    tracemalloc.start()
     record = writer.write_part(camus.CamusTree(source), str(tmp_path / "out"), "part-00000.parquet", names, ImageConfig(32, 32))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 20_000_000  # whatever a header or a gzip stream claims
     found = {}
     for entry in record["quarantined"]:
         found.setdefault(entry["patient"], []).append(entry)

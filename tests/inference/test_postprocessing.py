@@ -28,13 +28,9 @@ def phantoms() -> list[tuple[np.ndarray, tuple[float, float]]]:
 
 @pytest.fixture(scope="module")
 def experts(camus) -> list[tuple[np.ndarray, tuple[float, float]]]:
-    found = []
-    for patient in find_patients(camus):
-        for still in stills_of():
-            path = recording_path(camus, patient, *still, "_gt")
-            (mask,), spacing_mm, _ = read_nifti(path)
-            found.append((as_labels(mask, path), spacing_mm))
-    return found
+    paths = [recording_path(camus, patient, *still, "_gt") for patient in find_patients(camus) for still in stills_of()]
+    files = ((path, *read_nifti(path)) for path in paths)
+    return [(as_labels(mask, path), spacing_mm) for path, (mask,), spacing_mm, _ in files]
 
 
 def offset_mm(mask, spacing_mm, point) -> np.ndarray:

@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -89,17 +90,12 @@ def test_shifted_copies_come_back_to_their_place():
 
 
 def test_shifted_copies_are_the_mean_of_five_answers(images):
-    seen = []
-
-    class Spy(Fixed):
-        def logits(self, images):
-            seen.append(images)
-            return answer(images)
-
     def answer(images):  # a pixel's neighbours count
         return Fixed().logits(torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2))
 
-    found = segmenter.shifted_logits(Spy(), images[:2]).exp()
+    spy = Mock(logits=Mock(side_effect=answer))
+    found = segmenter.shifted_logits(spy, images[:2]).exp()
+    seen = [call.args[0] for call in spy.logits.call_args_list]
     assert len(seen) == 5 and torch.equal(seen[0], images[:2])
     shift = round(TTA_SHIFT * 64)
     # The second copy's row r is the image's row r - shift.

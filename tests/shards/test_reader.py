@@ -118,12 +118,8 @@ def test_damaged_recordings_go_to_quarantine_and_the_good_ones_stay(phantom, pat
         os.remove(camus.recording_path(source, second, view, phase, "_gt"))
     write(source, out, patients)
     opened = reader.open_shards(out)
-    quarantined = opened.manifest["quarantined"]
-    named = {(e["patient"], e["view"], e["phase"]) for e in quarantined}
+    named = {(entry["patient"], entry["view"], entry["phase"]) for entry in opened.manifest["quarantined"]}
     assert named == {(first, "4CH", "ES"), *((second, *still) for still in camus.stills_of())}
-    by_patient = {e["patient"]: e for e in quarantined}
-    assert "gzip" in by_patient[first]["reason"] and "cannot be read" in by_patient[second]["reason"]
-    assert by_patient[first]["file"] == f"database_nifti/{first}/{first}_4CH_ES.nii.gz"
     assert all(second not in names for names in opened.groups.values())
     there = [(row["patient"], row["view"], row["phase"]) for _, _, row in rows_of(out)]
     assert {*there} == {(p, *still) for p in patients for still in camus.stills_of()} - named

@@ -313,7 +313,6 @@ def test_a_heartbeat_keeps_a_second_writer_out_until_it_stops(bucket, monkeypatc
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_claim_is_alive_or_dead_by_the_clock_of_the_store_alone(hours, bucket, monkeypatch):
-    """The store's clock is an hour before or behind this machine's."""
     there = filesystem.list_files
 
     def list_files(path: str) -> list[tuple]:
