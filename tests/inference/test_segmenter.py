@@ -93,7 +93,7 @@ def test_shifted_copies_are_the_mean_of_five_answers(images):
     def answer(images):  # a pixel's neighbours count
         return Fixed().logits(torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2))
 
-    spy = Mock(logits=Mock(side_effect=answer))
+    spy = Mock(device=images.device, logits=Mock(side_effect=answer))
     found = segmenter.shifted_logits(spy, images[:2]).exp()
     seen = [call.args[0] for call in spy.logits.call_args_list]
     assert len(seen) == 5 and torch.equal(seen[0], images[:2])
