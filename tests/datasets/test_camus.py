@@ -102,15 +102,7 @@ def test_a_cfg_gives_every_field_and_the_frame_of_the_phase_however_it_was_saved
     assert still.info == Info(3, 18, 20, "F", 56, "Good", 54.5, 48.4, "camus") and still.frame == 3
 
 
-def test_a_cfg_that_is_not_text_is_a_reason(tree):
-    for raw in (CFG.encode("utf-16-le"), b"\0" * 50):
-        put(cfg_path(tree), raw)
-        with pytest.raises(DamagedRecording, match="is not text in UTF-8 or UTF-16") as caught:
-            read(tree)
-        assert caught.value.file == cfg_path(tree)
-
-
-def test_a_cfg_with_little_or_nonsense_in_it_leaves_fields_none(tree):
+def test_a_cfg_with_little_or_nonsense_in_it_leaves_fields_none_and_one_that_is_not_text_is_a_reason(tree):
     for text, info in (
         (b"Sex: M\nAge: unknown\nno colon here\nColour: red\nED: nan\n\xff\xfe: 3\n", Info(sex="M")),
         (b"ED: inf\nAge: 1e999\nSex: F\n", Info(sex="F")),
@@ -118,6 +110,11 @@ def test_a_cfg_with_little_or_nonsense_in_it_leaves_fields_none(tree):
     ):
         put(cfg_path(tree), text)
         assert read(tree).info == info and read(tree).frame == info.ed
+    for raw in (CFG.encode("utf-16-le"), b"\0" * 50):
+        put(cfg_path(tree), raw)
+        with pytest.raises(DamagedRecording, match="is not text in UTF-8 or UTF-16") as caught:
+            read(tree)
+        assert caught.value.file == cfg_path(tree)
 
 
 def test_a_written_cfg_and_written_groups_read_back(tree):
@@ -213,8 +210,6 @@ IMAGE_DAMAGE = {
     "wrong magic": (header_with(344, "4s", b"abc\0"), "not a readable NIfTI"),
     "pixels cut off": (lambda path: put(path, gzip.compress(bytes(header_bytes(path)[:-5]))), "not a readable NIfTI"),
     "NaN pixel": (pixels(changed(np.nan)), "not finite"),
-    "infinite pixel": (pixels(changed(np.inf)), "not finite"),
-    "above 16 bits": (pixels(changed(70000)), "its grey levels, 0 to 70000, fit no known range"),
     "below 0": (pixels(changed(-1)), "its grey levels, -1 to 0, fit no known range"),
     "four axes": (values(np.zeros((DEPTH, LATERAL, 2, 3), np.uint8)), "neither an image nor a sequence"),
     "absurd sizes": (header_with(40, "<8h", 4, 32767, 32767, 32767, 32767, 1, 1, 1), "header claims shape"),
@@ -235,7 +230,6 @@ IMAGE_DAMAGE = {
     "infinite spacing": (header_with(80, "<f", float("inf")), "spacing"),
     "NaN intercept": (header_with(112, "<ff", 2.0, float("nan")), "not a readable NIfTI"),
     "unknown type": (header_with(70, "<h", 9999), "not a readable NIfTI"),
-    "random bytes": (lambda path: put(path, np.random.default_rng(0).bytes(5000)), "not a readable NIfTI"),
     "gzip of nothing": (lambda path: put(path, gzip.compress(b"")), "not a readable NIfTI"),
     "gzip bomb": (gzip_bomb, "many more are there"),
     # Slow for a reader that copies the rest at each member.
@@ -257,19 +251,7 @@ MASK_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["gzip bomb", "sizes of 6 GB", "absurd sizes", "pixels far away", "more than is there"])
-def test_a_claim_of_much_memory_costs_little(name, tree):
-    IMAGE_DAMAGE[name][0](image_path(tree))
-    tracemalloc.start()
-    try:
-        with pytest.raises(DamagedRecording):
-            read(tree)
-        assert tracemalloc.get_traced_memory()[1] < 20_000_000
-    finally:
-        tracemalloc.stop()
-
-
-def test_every_kind_of_damage_is_quarantined_with_its_reason_and_every_good_still_is_there(tmp_path):
+def test_every_kind_of_damage_is_quarantined_with_its_reason_in_little_memory_and_every_good_still_is_there(tmp_path):
     kinds = [(kind, image_path, damage, reason) for kind, (damage, reason) in IMAGE_DAMAGE.items()]
     kinds += [(kind, mask_path, damage, reason) for kind, (damage, reason) in MASK_DAMAGE.items()]
     names = [f"patient{number:04d}" for number in range(1, len(kinds) + 6)]
@@ -281,7 +263,11 @@ def test_every_kind_of_damage_is_quarantined_with_its_reason_and_every_good_stil
     os.mkdir(cfg_path(source, folder)), os.mkfifo(cfg_path(source, pipe))
     shutil.rmtree(os.path.dirname(cfg_path(source, gone)))
     put(os.path.dirname(cfg_path(source, gone)), b"a file in the patient's place")
+    tracemalloc.start()
     record = writer.write_part(camus.CamusTree(source), str(tmp_path / "out"), "part-00000.parquet", names, ImageConfig(32, 32))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 20_000_000  # whatever a header or a gzip stream claims
     found = {}
     for entry in record["quarantined"]:
         found.setdefault(entry["patient"], []).append(entry)

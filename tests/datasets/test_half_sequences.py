@@ -36,14 +36,6 @@ def copied(tree, tmp_path) -> str:
     return shutil.copytree(tree, str(tmp_path / "tree"))
 
 
-@pytest.fixture(scope="module")
-def written(tree, tmp_path_factory) -> str:
-    """Shards of every frame: three patients to train, one to test."""
-    folder = str(tmp_path_factory.mktemp("frames"))
-    preprocess.run(tiny_experiment(source=tree, out=folder), SEQUENCE)
-    return folder
-
-
 FORWARDS, BACKWARDS = "patient0001", "patient0002"  # from ED to ES, from ES to ED
 
 
@@ -58,6 +50,7 @@ def phases(frames: list[camus.Recording]) -> dict[int, Phase]:
 def test_every_frame_comes_once_from_ed_to_es_whichever_way_the_file_runs(tree):
     for patient in (FORWARDS, BACKWARDS):
         frames, info = read(tree, patient), camus.read_info(tree, patient, VIEW)
+        assert (info.ed < info.es) == (patient == FORWARDS) and 10 <= info.num_frames <= 40
         assert [frame.frame for frame in frames] == list(range(1, info.num_frames + 1))
         assert phases(frames) == {1: Phase.ED, info.num_frames: Phase.ES}
         for frame in (frames[0], frames[-1]):
@@ -135,7 +128,9 @@ def test_a_damaged_sequence_goes_to_quarantine_whole(change, reason, copied, tmp
     assert {(row["patient"], row["view"]) for row in rows if row["patient"] == FORWARDS} == {(FORWARDS, "2CH")}
 
 
-def test_a_row_is_a_frame_and_other_frames_in_the_same_folder_are_refused_by_name(tree, written, phantom, tmp_path):
+def test_a_row_is_a_frame_and_other_frames_in_the_same_folder_are_refused_by_name(tree, phantom, tmp_path):
+    written = str(tmp_path / "written")
+    preprocess.run(tiny_experiment(source=tree, out=written), SEQUENCE)
     opened = open_shards(written)
     frames = load_groups(opened, ["train", "test"])
     rows = [(row, group.native_mask(i)) for group in frames.values() for i, row in enumerate(group.table.to_pylist())]

@@ -73,19 +73,16 @@ def test_names_show_patient_view_and_phase_and_the_pixels_are_theirs(folder, tmp
     assert sorted(found, key=str) == sorted(expected, key=str)
 
 
-GROUPS = "patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n"
-
-
 def test_a_groups_file_is_the_official_split_however_it_was_saved(folder):
-    quoted, longer = GROUPS.replace("patient,group", '"Patient" ,"Group"'), GROUPS.replace("\n", ",\n") + ",,\n\n"
-    others = [GROUPS.replace("\n", "\r\n").encode("utf-8-sig"), GROUPS.encode("utf-16")]
-    texts = [GROUPS, GROUPS.replace(",", ";"), GROUPS.replace(",", "\t"), longer, quoted]
-    for raw in [*others, *map(str.encode, texts)]:
+    text = "patient,group\nanna,train\nbert, train\ncleo,test\ndora,val\n"
+    quoted, longer = text.replace("patient,group", '"Patient" ,"Group"'), text.replace("\n", ",\n") + ",,\n\n"
+    texts = [text, text.replace(",", ";"), text.replace(",", "\t"), longer, quoted]
+    for raw in [text.replace("\n", "\r\n").encode("utf-8-sig"), text.encode("utf-16"), *map(str.encode, texts)]:
         filesystem.publish(os.path.join(folder, "groups.csv"), raw)
         assert open_source(folder).groups() == {"train": ["anna", "bert"], "test": ["cleo"], "val": ["dora"]}
 
 
-def test_a_wrong_groups_file_is_refused_by_what_is_wrong(folder, tmp_path):
+def test_a_wrong_groups_file_or_file_name_is_refused_by_what_is_wrong(folder, tmp_path):
     for text, message in (
         (b"anna,train\n", "must begin with the line `patient,group`"),
         (b"patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
@@ -96,24 +93,20 @@ def test_a_wrong_groups_file_is_refused_by_what_is_wrong(folder, tmp_path):
         filesystem.publish(os.path.join(folder, "groups.csv"), text)
         with pytest.raises(UserError, match=message):
             write(folder, tmp_path / "out", "official")
+    os.mkdir(os.fsencode(folder) + b"/images/d\xf6ra_1.nii.gz")
+    with pytest.raises(UserError, match=r"holds 'd\\udcf6ra_1\.nii\.gz', a name that is not UTF-8: rename it"):
+        write(folder, tmp_path / "out")
 
 
 def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_path):
     os.remove(os.path.join(folder, "masks", "emil_1.nii.gz"))
     os.remove(os.path.join(folder, "images", "finn_1.nii.gz"))
     nifti.write_nifti(os.path.join(folder, "images", "gwen_1.nii.gz"), np.zeros((3, 9, 9), np.uint8), (1, 1))
-    quarantined = write(folder, tmp_path / "out", max_quarantined=0.5).manifest["quarantined"]
-    found = {e["patient"]: e for e in quarantined}
+    found = {e["patient"]: e for e in write(folder, tmp_path / "out", max_quarantined=0.5).manifest["quarantined"]}
     assert {name: entry["file"] for name, entry in found.items()} == {
         "emil": "masks/emil_1.nii.gz", "finn": "images/finn_1.nii.gz", "gwen": "images/gwen_1.nii.gz",
     }  # fmt: skip
     assert "No such file" in found["emil"]["reason"] and "a still is one frame" in found["gwen"]["reason"]
-
-
-def test_a_name_that_is_not_utf_8_is_refused(folder, tmp_path):
-    os.mkdir(os.fsencode(folder) + b"/images/d\xf6ra_1.nii.gz")
-    with pytest.raises(UserError, match=r"holds 'd\\udcf6ra_1\.nii\.gz', a name that is not UTF-8: rename it"):
-        write(folder, tmp_path / "out")
 
 
 def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):

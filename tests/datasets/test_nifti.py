@@ -79,9 +79,6 @@ def test_an_uncompressed_file_is_read_only_without_a_compressed_one_beside_it(tm
     assert read_nifti(path)[0].max() == 1
     os.rename(tmp_path / "b.nii.gz", path)
     assert read_nifti(path)[0].max() == 2
-    with pytest.raises(DamagedRecording, match="No such file") as caught:
-        read_nifti(str(tmp_path / "c.nii.gz"))
-    assert caught.value.file.endswith("c.nii.gz")
 
 
 inflate = functools.partial(nifti.unpack, most=2**24)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import struct
+import sys
 
 import nibabel
 import numpy as np
@@ -49,8 +50,8 @@ def affine_of(axes: str, signs: tuple[int, int]) -> np.ndarray:
     affine = np.zeros((4, 4))
     sizes = {"L": (0, SPACING_MM[1] * signs[0]), "D": (1, SPACING_MM[0] * signs[1])}
     for axis, name in enumerate(axes[:3].ljust(3, "1")):
-        world, affine_size = sizes.get(name, (2, 1.0))
-        affine[world, axis] = affine_size
+        world, size = sizes.get(name, (2, 1.0))
+        affine[world, axis] = size
     affine[:, 3] = (-3, 4, 5, 1)
     return affine
 
@@ -157,27 +158,18 @@ def test_damaged_bytes_of_any_kind_are_a_reason_that_quotes_no_tag(kind, tmp_pat
 
 @pytest.mark.parametrize(("kind", "package"), [("dicom", "pydicom"), ("video", "av")])
 def test_a_missing_package_is_reported_with_the_command_that_installs_it(kind, package, monkeypatch):
-    real = readers.importlib.import_module
-
-    def missing(name, *rest):
-        if name == package:
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(readers.importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
     with pytest.raises(UserError, match=r"pip install 'heartseg\[formats\]'"):
         readers.import_package(kind)
     readers.import_package("nifti")
 
 
-SMOOTH = (np.mgrid[:48, :64] * [[[3]], [[1]]]).sum(axis=0) + 20 * np.arange(3)[:, None, None]
-SMOOTH = SMOOTH.clip(0, 255).astype(np.uint8)
+SMOOTH = (3 * np.arange(48)[:, None] + np.arange(64) + 20 * np.arange(3)[:, None, None]).astype(np.uint8)  # up to 244
 
 
-@pytest.mark.parametrize(("suffix", "codec"), [(".avi", "mjpeg"), (".mp4", "mpeg4")])
-def test_a_video_gives_every_frame_in_grey(suffix, codec, tmp_path):
-    (tmp_path / f"a{suffix}").write_bytes(movie(suffix, codec, SMOOTH))
-    found = readers.read(str(tmp_path / f"a{suffix}"), "video")
+def test_a_video_gives_every_frame_in_grey(tmp_path):
+    (tmp_path / "a.avi").write_bytes(movie(".avi", "mjpeg", SMOOTH))
+    found = readers.read(str(tmp_path / "a.avi"), "video")
     assert found.pixels.shape == SMOOTH.shape and found.spacing_mm is None
     assert np.abs(found.pixels.astype(int) - SMOOTH).mean() < 4
 
@@ -227,15 +219,17 @@ def test_colours_of_every_kind_are_the_grey_they_show():
     red = np.zeros((1, 4, 4, 3), np.uint8)
     red[..., 0] = np.arange(16).reshape(4, 4) * 10
     np.testing.assert_allclose(read_dicom(dicom(red, "RGB")).pixels[0], red[0, ..., 0] * 0.299, atol=0.51)
+    pairs = LOOP.reshape(3, 100, 40, 2)  # uncompressed colours at half the width
+    data = pydicom.dcmread(io.BytesIO(dicom(colours, "YBR_FULL_422")))
+    data.PixelData = np.concatenate([pairs, np.full_like(pairs, 128)], axis=3).tobytes()
+    np.testing.assert_array_equal(read_dicom(written(data)).pixels, LOOP)
 
 
 def test_a_jpeg_dicom_is_read():
-    rows, columns = np.mgrid[:64, :64]
-    smooth = (rows * 2 + columns).astype(np.uint8)[None]
     frame = io.BytesIO()
-    Image.fromarray(smooth[0]).save(frame, "JPEG", quality=95)
-    found = read_dicom(written(packed(smooth, frame.getvalue(), pydicom.uid.JPEGBaseline8Bit)))
-    assert np.abs(found.pixels.astype(int) - smooth).max() < 8
+    Image.fromarray(SMOOTH[0]).save(frame, "JPEG", quality=95)
+    found = read_dicom(written(packed(SMOOTH[:1], frame.getvalue(), pydicom.uid.JPEGBaseline8Bit)))
+    assert np.abs(found.pixels.astype(int) - SMOOTH[:1]).max() < 8
 
 
 def test_dicom_is_known_by_what_is_in_it_where_the_name_does_not_say(tmp_path):
@@ -262,15 +256,9 @@ def test_only_a_region_that_fits_its_picture_or_a_cropped_one_is_believed():
         assert not fits(corners, 100, 80)
 
 
-def test_a_picture_made_smaller_without_its_regions_is_whole_and_has_no_millimetres():
-    found = read_dicom(dicom(LOOP[:, ::2, ::2], region=region(0, 0, 99, 79)))
-    assert found.spacing_mm is None and found.pixels.shape == (3, 50, 40) and "does not fit" in found.notes[0]
-    assert found.may_show_text
-
-
-def test_pydicoms_own_examples_are_whole_if_scaled_and_cut_if_cropped():
+def test_pydicoms_own_examples_are_whole_and_without_millimetres_if_scaled_and_cut_if_cropped():
     found = readers.read(get_testdata_file("examples_ybr_color.dcm"), "dicom")
-    assert found.pixels.shape == (30, 240, 320) and found.spacing_mm is None and found.notes
+    assert found.pixels.shape == (30, 240, 320) and found.spacing_mm is None and "does not fit" in found.notes[0]
     found = readers.read(get_testdata_file("examples_palette.dcm"), "dicom")
     assert found.pixels.shape == (1, 290, 680) and not found.notes
     assert found.spacing_mm == pytest.approx((0.2623, 0.2623), abs=1e-4)
@@ -298,10 +286,9 @@ def test_a_second_plane_beside_the_first_is_noted():
         ({"region": {"RegionSpatialFormat": 3}}, "M-mode or Doppler"),
     ],
 )
-def test_what_is_not_a_loop_of_one_plane_is_refused(tags, reason, tmp_path):
-    (tmp_path / "a.dcm").write_bytes(dicom(LOOP, **tags))
-    with pytest.raises(DamagedRecording, match=reason):
-        readers.read(str(tmp_path / "a.dcm"), "dicom")
+def test_what_is_not_a_loop_of_one_plane_is_refused(tags, reason):
+    with pytest.raises(readers.Unreadable, match=reason):
+        read_dicom(dicom(LOOP, **tags))
 
 
 @pytest.mark.parametrize(
@@ -346,14 +333,6 @@ def test_a_bare_data_set_without_preamble_is_known_and_read(implicit, tmp_path):
     np.testing.assert_array_equal(readers.read(str(tmp_path / "IM_0001"), "dicom").pixels, LOOP)
 
 
-def test_uncompressed_colours_at_half_the_width_are_the_grey_they_show():
-    pairs = LOOP.reshape(3, 100, 40, 2)
-    data = pydicom.dcmread(io.BytesIO(dicom(LOOP)))
-    data.PixelData = np.concatenate([pairs, np.full_like(pairs, 128)], axis=3).tobytes()
-    data.SamplesPerPixel, data.PlanarConfiguration, data.PhotometricInterpretation = 3, 0, "YBR_FULL_422"
-    np.testing.assert_array_equal(read_dicom(written(data)).pixels, LOOP)
-
-
 # The display matrices of ISO 14496-12 and what a player makes of a picture.
 ONE = 1 << 16
 SHOWN = {
@@ -365,15 +344,15 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("matrix", SHOWN)
-def test_an_mp4_is_read_as_players_show_it(matrix, tmp_path):
+@pytest.mark.parametrize(("matrix", "shown"), SHOWN.items())
+def test_an_mp4_is_read_as_players_show_it(matrix, shown, tmp_path):
     data = bytearray(movie(".mp4", "mpeg4", SMOOTH))
     at = data.index(b"tkhd") + 4 + 40
     a, b, c, d = matrix
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(data)
     found = readers.read(str(tmp_path / "a.mp4"), "video").pixels
-    expected = np.stack([SHOWN[matrix](picture) for picture in SMOOTH])
+    expected = np.stack(list(map(shown, SMOOTH)))
     assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 4
 
 

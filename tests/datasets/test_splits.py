@@ -49,10 +49,9 @@ def test_a_ratio_split_gives_each_group_its_share_of_every_stratum(known, test, 
     assert sorted(name for names in groups.values() for name in names) == patients
     assert (len(groups.get("test", [])), len(groups.get("val", []))) == (num_test, num_val)
     everywhere = by_stratum(patients, known)
-    for name, number in by_stratum(groups.get("test", []), known).items():
-        assert abs(number - everywhere[name] * num_test / len(patients)) < 1
-    for name, number in by_stratum(groups.get("val", []), known).items():
-        assert abs(number - everywhere[name] * num_val / len(patients)) < 2
+    for group, size, most in (("test", num_test, 1), ("val", num_val, 2)):
+        for name, number in by_stratum(groups.get(group, []), known).items():
+            assert abs(number - everywhere[name] * size / len(patients)) < most
     assert groups == splits.make_groups(config, data.draw(st.permutations(patients)), {}, known)
 
 
@@ -120,8 +119,7 @@ def test_shards_are_split_again_without_their_source_and_without_touching_a_part
     official = open_shards(copied).groups
     preprocess.run(tiny_experiment(source=phantom, out=copied, split=SplitConfig("official")), PLAIN)
     assert open_shards(copied).groups == official
-    after = {name: os.stat(os.path.join(copied, name)).st_mtime_ns for name in before}
-    assert after == before
+    assert before == {name: os.stat(os.path.join(copied, name)).st_mtime_ns for name in before}
 
 
 def test_the_manifest_keeps_what_groups_are_balanced_by_and_a_split_from_before_there_were_folds_is_the_same(copied, phantom):

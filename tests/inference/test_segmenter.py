@@ -3,11 +3,11 @@
 import threading
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 from heartseg.config.experiment import ImageConfig, PredictConfig, to_json
 from heartseg.datasets.nifti import DamagedRecording
@@ -79,8 +79,6 @@ def test_options_clean_the_mask_and_leave_the_confidence(trained, images):
     cleaned = segment_images(trained, images[:, 0].numpy(), options, shapes)
     assert [one.mask.shape for one in cleaned] == shapes
     assert any((a.mask != b.mask).any() for a, b in zip(raw, cleaned, strict=True))
-    for one in cleaned:
-        assert all(ndimage.label(one.mask == label, np.ones((3, 3)))[1] <= 1 for label in (1, 2, 3))
     assert [one.confidence for one in raw] == [one.confidence for one in cleaned]
 
 
@@ -92,17 +90,12 @@ def test_shifted_copies_come_back_to_their_place():
 
 
 def test_shifted_copies_are_the_mean_of_five_answers(images):
-    seen = []
-
-    class Spy(Fixed):
-        def logits(self, images):
-            seen.append(images)
-            return answer(images)
-
     def answer(images):  # a pixel's neighbours count
         return Fixed().logits(torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2))
 
-    found = segmenter.shifted_logits(Spy(), images[:2]).exp()
+    spy = Mock(device=images.device, logits=Mock(side_effect=answer))
+    found = segmenter.shifted_logits(spy, images[:2]).exp()
+    seen = [call.args[0] for call in spy.logits.call_args_list]
     assert len(seen) == 5 and torch.equal(seen[0], images[:2])
     shift = round(TTA_SHIFT * 64)
     # The second copy's row r is the image's row r - shift.
@@ -112,7 +105,6 @@ def test_shifted_copies_are_the_mean_of_five_answers(images):
     moves = ((0, 0), (-shift, 0), (shift, 0), (0, -shift), (0, shift))
     back = [answer.roll(move, (2, 3)) for answer, move in zip(answers, moves, strict=True)]
     assert torch.allclose(found[:, :, inner, inner], (sum(back) / 5)[:, :, inner, inner], atol=1e-5)
-    assert torch.allclose(found.sum(dim=1), torch.ones(2, 64, 64), atol=1e-5)
 
 
 def test_an_ensemble_is_the_mean_of_its_members_probabilities_each_with_its_own_normalisation(paths, images):
@@ -192,22 +184,17 @@ def test_long_clips_take_turns_within_the_bytes_that_are_there(monkeypatch):
     assert most <= ROOM < outlined(lengths, 1e9, monkeypatch)[1]
 
 
-def test_a_clip_that_does_not_fit_is_left_out_with_a_reason_and_the_rest_is_finished(monkeypatch):
-    found, _ = outlined([1, 99, 2, 3, 1], ROOM / batch_inference.SHARE, monkeypatch, fails=(3,))
-    reasons = {number: result.reason for number, result in found if isinstance(result, DamagedRecording)}
-    assert reasons.keys() == {1, 3} and "GB of memory" in reasons[1] and "does not fit into memory" in reasons[3]
-    assert [result for _, result in found if isinstance(result, tuple)] == [(length, SIDE, SIDE) for length in (1, 2, 1)]
-
-
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_memory_that_runs_out_while_masks_are_written_costs_that_clip_alone(error, monkeypatch):
+def test_a_clip_that_does_not_fit_into_memory_is_left_out_with_a_reason_and_the_rest_is_finished(error, monkeypatch):
     def finish(masks):
         if len(masks) == 5:
             raise error
         return len(masks)
 
-    found, _ = outlined([1, 5, 2], 1e9, monkeypatch, finish)
-    assert [result for _, result in found if not isinstance(result, DamagedRecording)] == [1, 2]
+    found, _ = outlined([1, 99, 2, 3, 5, 1], ROOM / batch_inference.SHARE, monkeypatch, finish, fails=(3,))
+    reasons = {number: result.reason for number, result in found if isinstance(result, DamagedRecording)}
+    assert "GB of memory" in reasons.pop(1) and [result for number, result in found if number in (0, 2, 5)] == [1, 2, 1]
+    assert reasons.keys() == {3, 4} and all("does not fit into memory" in reason for reason in reasons.values())
 
 
 def test_an_error_ends_the_iteration_although_other_clips_wait_for_room(monkeypatch):

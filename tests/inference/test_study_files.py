@@ -46,7 +46,7 @@ def named(clips: list[Clip]) -> list[tuple]:
     return [(clip.patient, clip.stem, clip.view, clip.phase) for clip in clips]
 
 
-def test_a_camus_tree_gives_each_still_and_sequence_once_and_no_mask(hearts):
+def test_a_camus_tree_gives_each_still_and_sequence_once_and_no_mask_and_so_does_an_object_stores(hearts):
     clips = find_clips(hearts)
     assert len(clips) == 2 * 6
     assert named(clips[:3]) == [
@@ -57,6 +57,9 @@ def test_a_camus_tree_gives_each_still_and_sequence_once_and_no_mask(hearts):
     folder = f"{hearts}/database_nifti/patient0002"
     assert named(find_clips(folder)) == named(clips[6:])
     assert named(find_clips(f"{folder}/patient0002_4CH_ES.nii.gz")) == [named(clips)[10]]
+    found = find_clips(f"file://{hearts}")
+    assert named(found) == named(clips) and readers.read(found[0].path, "nifti").pixels.any()
+    assert found[0].path.startswith("file://")
 
 
 @pytest.mark.parametrize(
@@ -388,9 +391,3 @@ def test_a_sequence_becomes_an_endless_gif_with_every_frame_and_few_of_a_long_on
         assert gif.n_frames == len(masks) and gif.info["loop"] == 0
     shown = overlays.shown_frames(500, always=[7])
     assert len(shown) <= overlays.MAX_GIF_FRAMES + 1 and 7 in shown and shown[0] == 0
-
-
-def test_an_object_stores_tree_is_found_as_a_folder_is(hearts):
-    found = find_clips(f"file://{hearts}")
-    assert named(found) == named(find_clips(hearts)) and found[0].path.startswith("file://")
-    assert readers.read(found[0].path, "nifti").pixels.any()

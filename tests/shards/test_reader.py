@@ -118,12 +118,8 @@ def test_damaged_recordings_go_to_quarantine_and_the_good_ones_stay(phantom, pat
         os.remove(camus.recording_path(source, second, view, phase, "_gt"))
     write(source, out, patients)
     opened = reader.open_shards(out)
-    quarantined = opened.manifest["quarantined"]
-    named = {(e["patient"], e["view"], e["phase"]) for e in quarantined}
+    named = {(entry["patient"], entry["view"], entry["phase"]) for entry in opened.manifest["quarantined"]}
     assert named == {(first, "4CH", "ES"), *((second, *still) for still in camus.stills_of())}
-    by_patient = {e["patient"]: e for e in quarantined}
-    assert "gzip" in by_patient[first]["reason"] and "cannot be read" in by_patient[second]["reason"]
-    assert by_patient[first]["file"] == f"database_nifti/{first}/{first}_4CH_ES.nii.gz"
     assert all(second not in names for names in opened.groups.values())
     there = [(row["patient"], row["view"], row["phase"]) for _, _, row in rows_of(out)]
     assert {*there} == {(p, *still) for p in patients for still in camus.stills_of()} - named
@@ -147,9 +143,8 @@ for name in ("../x", "/etc/passwd", "part-00000.parquet/../../x", "part-0.parque
     CHANGES[name] = (writer.MANIFEST, lambda m, name=name: m["parts"][0].update(file=name), "names a part .*, which is not one")
 
 
-@pytest.mark.parametrize("kind", CHANGES)
-def test_a_manifest_or_split_that_cannot_be_ours_is_refused(kind, copied):
-    file, change, message = CHANGES[kind]
+@pytest.mark.parametrize(("file", "change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_manifest_or_split_that_cannot_be_ours_is_refused(file, change, message, copied):
     change_json(os.path.join(copied, file), change)
     with pytest.raises(UserError, match=message):
         reader.open_shards(copied)
@@ -289,9 +284,8 @@ ROW_DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", ROW_DAMAGE)
-def test_invalid_rows_are_found_although_the_hash_is_right(kind, copied):
-    change, reason = ROW_DAMAGE[kind]
+@pytest.mark.parametrize(("change", "reason"), ROW_DAMAGE.values(), ids=ROW_DAMAGE)
+def test_invalid_rows_are_found_although_the_hash_is_right(change, reason, copied):
     rewrite(copied, lambda table: table)
     assert damaged(copied) == []
     rewrite(copied, change)
