@@ -90,9 +90,9 @@ def run(options: Options) -> str:
 
 def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str) -> None:
     """Write masks and pictures of each clip, then the tables of all."""
-    done, damaged, without_picture = [], [], []
+    done, damaged, without_picture, without_overlay = [], [], [], []
     if others := study_files.clear(out, clips):
-        print(f"{out} held the results of {others} files that are not among the inputs: they were removed.")
+        print(f"Removed an earlier call's results of {others} files that --input does not hold, or not by that name.")
 
     def read(clip: study_files.Clip, admit: Callable[[int], None]) -> readers.Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)
@@ -101,6 +101,8 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
         result = study_results.finish(out, clip, frames, masks, confidences)
         if options.overlays == "on" or (options.overlays == "auto" and not frames.may_show_text):
             write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in result.phases.items()})
+        elif options.overlays == "auto":
+            without_overlay.append(clip)
         return result
 
     results = outline(segmenter, clips, read, finish, options.batch_size, options.post)
@@ -126,6 +128,8 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in done]}
     study_results.write_tables(out, rows, record | {"damaged": damaged, "without_picture": without_picture})
     print_results(rows, done, damaged)
+    if without_overlay:
+        print(f"No overlay of {len(without_overlay)} DICOM files that may show a name: --overlays on draws them.")
     if without_picture:
         print(f"{len(without_picture)} DICOM files hold no picture, as reports and measurements do: listed in studies.json.")
 

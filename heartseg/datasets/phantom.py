@@ -36,10 +36,7 @@ TISSUE_GREY, HISS = 109, 0.01
 
 @dataclass(frozen=True)
 class Geometry:
-    """A heart at one moment, and the probe that images it; pairs are in the order of `VIEWS`.
-
-    The cavity is an ellipsoid that the mitral plane cuts at `truncation` half lengths below its centre.
-    """
+    """A heart and its probe; pairs by `VIEWS`; the mitral plane cuts the ellipsoid `truncation` half lengths below centre."""
 
     patient: str
     ef: float

@@ -23,8 +23,8 @@ from heartseg.storage import filesystem
 # `jane_A4C_ED` names the 4-chamber view; 2CH, AP2, A2C and the like the other.
 VIEW_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:A(?:P|PICAL)?)?([24])CH?|AP([24]))(?=[_\-. ]|$)", re.IGNORECASE)
 PHASE_IN_NAME = re.compile(r"(?:^|[_\-. ])(ED|ES)(?=[_\-. ]|$)", re.IGNORECASE)
-# Endings of masks and pictures made from an input, by CAMUS and by this program.
-NO_INPUT = re.compile(r"(_gt|_pred|_overlay|_curve)$", re.IGNORECASE)
+# Masks and pictures made from an input, by CAMUS and by this program.
+NO_INPUT = re.compile(r"_(gt|pred)(\.nii(\.gz)?|\.png)$|_(overlay|curve)\.(png|gif)$", re.IGNORECASE)
 ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png")
 
 
@@ -46,7 +46,7 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
     """The inputs in a file or a tree, by patient; `view` and `phase` serve where a name shows none; raises UserError."""
     require(filesystem.exists(source), f"--input {source} does not exist: give a file, or a folder of patients or of files.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
-    visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(stem_of(path))))
+    visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(path)))
     kinds = {path: readers.kind_of(path) for path in visible}
     for kind in set(kinds.values()):
         readers.import_package(kind)

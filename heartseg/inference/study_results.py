@@ -33,11 +33,10 @@ MOST_APART = 20.0  # points of EF between two views of one heart
 
 @dataclass(frozen=True, eq=False)
 class ClipResult:
-    """What is kept of a clip once its files are written; small, so that thousands can be.
+    """What is kept of a clip once its files are written; `doubts` and the lowest `confidence` are of the masks measured.
 
-    `doubts` lists what is implausible in the masks that were measured; `confidence` is the lowest of theirs. `phases` holds
-    (frame from 0, mask uint8 [H,W]) of ED and ES, as far as they are known. `volumes_ml` [T] is a sequence's single-plane
-    curve, without a unit if there is no `spacing_mm`.
+    `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES, as far as they are known. `volumes_ml` [T] is a sequence's
+    single-plane curve, without a unit if there is no `spacing_mm`.
     """
 
     clip: Clip

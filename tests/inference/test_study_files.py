@@ -88,11 +88,12 @@ def test_links_to_folders_are_followed_and_a_circle_of_them_ends(tmp_path):
 
 
 def test_masks_pictures_of_masks_and_hidden_files_are_not_inputs_and_view_and_phase_serve_where_a_name_is_silent(tmp_path):
-    put(tmp_path, "a_gt.nii.gz", "a_pred.nii.gz", ".a.nii.gz", "a.nii.gz", "b_2CH_ES.nii.gz")
+    put(tmp_path, "a_gt.nii.gz", "a_pred.nii.gz", ".a.nii.gz", "a.nii.gz", "b_2CH_ES.nii.gz", "c_overlay.nii.gz")
     (tmp_path / "a_overlay.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("")
     found = find_clips(str(tmp_path), FOUR, Phase.ED)
-    assert named(found) == [("a", "a", FOUR, Phase.ED), ("b", "b_2CH_ES", TWO, Phase.ES)]
+    others = [("b", "b_2CH_ES", TWO, Phase.ES), ("c_overlay", "c_overlay", FOUR, Phase.ED)]  # not a picture of a mask
+    assert named(found) == [("a", "a", FOUR, Phase.ED), *others]
 
 
 @pytest.mark.parametrize(

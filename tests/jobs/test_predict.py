@@ -136,7 +136,7 @@ def test_a_second_call_leaves_no_mask_beside_the_table_of_another_person(trained
         (source / name).unlink()
     capsys.readouterr()
     run(trained, source, out, overlays="off")
-    assert "the results of 2 files that are not among the inputs: they were removed" in capsys.readouterr().out
+    assert "an earlier call's results of 2 files that --input does not hold" in capsys.readouterr().out
     assert foreign.exists()
     foreign.unlink()
     second = listed()
