@@ -196,7 +196,7 @@ def show_status(out: str = "results") -> None:
     """
     path = command_line.absolute(out, "out")
     state = PipelineState.open(path)
-    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): give --out.")
+    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): correct --out.")
     print(state.format_table(locks.is_held(path)))
 
 

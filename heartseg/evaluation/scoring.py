@@ -168,7 +168,7 @@ def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
 
 
 def flags(images: pandas.DataFrame) -> dict:
-    """The warnings a user would have had: implausible masks, and how well the confidence separates the images of low Dice.
+    """The warnings a user would have seen: implausible masks, and how well the confidence separates the images of low Dice.
 
     `spearman` is the rank correlation of confidence and Dice; `auc` the chance that of two images, one under LOW_DICE and one
     not, the former has the lower confidence; `unsure` are the images under REVIEW_THRESHOLD, which a user is asked to review.

@@ -224,6 +224,6 @@ def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tu
 
 
 def _fill(masks: np.ndarray, logits: torch.Tensor, options: PredictConfig) -> None:
-    """Write the labels of class scores [b,4,h,w] into masks uint8 [b,H,W], a part of a clip's."""
+    """Write the labels of class scores [b,4,h,w] into `masks` uint8 [b,H,W], a slice of the clip's."""
     for mask, scores in zip(masks, logits, strict=True):
         mask[:] = to_mask(scores, mask.shape, options)

@@ -143,10 +143,10 @@ def shifted_logits(segmenter: Model, images: torch.Tensor) -> torch.Tensor:
 
 
 def confidence(scores: torch.Tensor) -> list[float]:
-    """The network's confidence in its own labels, from 0 to 1, by class scores [B,4,H,W]: the Dice that it expects of them.
+    """The network's confidence in its own labels, from 0 to 1, from class scores [B,4,H,W]: the Dice it expects.
 
-    With class probabilities p (averaged over shifted copies and ensemble members) and labels m, a structure's is
-    2 sum(p m) / (sum p + sum m), and 0 if it was not found; the mean over the three is taken. It ranks images, uncalibrated.
+    With class probabilities p (averaged over copies and members) and labels m, a structure's is 2 sum(p m) / (sum p + sum m),
+    and 0 if it was not found; the mean over the three is taken. Use it to rank images; it is not calibrated.
     """
     probabilities = scores[..., ::2, ::2].softmax(dim=1)  # every second pixel both ways: a sum needs no more
     labels = torch.arange(1, NUM_CLASSES, device=scores.device).view(1, -1, 1, 1)

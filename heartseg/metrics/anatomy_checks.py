@@ -86,7 +86,7 @@ def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]
 
 
 def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
-    """The wall surrounds the cavity but at its base, where the atrium is, below it: the apex points to the probe."""
+    """Why parts are misplaced: the wall surrounds the cavity except at its base, the atrium lies below, the apex up."""
     cavity = bounding_box(mask == ENDO, (1, 1))  # with its neighbours: a contour has two sides
     closed, atrium = mask.copy(), bounding_box(mask == LA, tuple(int(BASE_MM / mm) + 1 for mm in spacing_mm))
     at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM

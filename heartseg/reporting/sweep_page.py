@@ -73,7 +73,7 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
 
 
 def against_recipe(table: pandas.DataFrame) -> str:
-    """How far the winner is from the recipe itself, which is trial 0; empty if either has not finished."""
+    """The winner's gain over the recipe itself, which is trial 0; empty if either has not finished."""
     finished = table[table["state"] == FINISHED].set_index("trial")[SCORE]
     recipe = finished[finished.index.str.startswith("000-")]
     if recipe.empty or finished.index[0] == recipe.index[0]:

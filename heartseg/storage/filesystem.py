@@ -31,7 +31,7 @@ def is_uri(path: str) -> bool:
 
 
 def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system that a URI names, and the path as it spells it; raises UserError for an invalid one.
+    """The file system that a URI names, and the path in its own form; raises UserError for an invalid one.
 
     S3 credentials, region and endpoint come from the AWS_* variables or from the AWS profile.
     """

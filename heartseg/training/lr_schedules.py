@@ -54,7 +54,7 @@ def _fall(progress: float, start: float = 1.0, end: float = 0.0) -> float:
 
 
 def _progress_in_cycle(progress: float, cycles: int, growth: float) -> float:
-    """How far the cycle under way is, where each is `growth` times as long as the one before and together they fill 1."""
+    """Share of the current cycle completed; each is `growth` times as long as the last, and their lengths sum to 1."""
     length = 1 / sum(growth**cycle for cycle in range(cycles))
     for _ in range(cycles - 1):
         # A restart that falls on a step must not come one later for the last bit of a sum.
