@@ -56,7 +56,7 @@ class EpochCallbacks:
             "data_fingerprint": self.run.description["data_fingerprint"],
             "code": run_directory.code_revision(),
         }
-        self.pending = self.thread.submit(self.write_epoch, copied, card, metrics)
+        self.pending, self.last_line = self.thread.submit(self.write_epoch, copied, card, metrics), time.monotonic()
 
     def wait(self) -> None:
         """Wait until the last epoch is written; raises what writing it raised."""
@@ -95,14 +95,14 @@ class EpochCallbacks:
 
     def print_epoch(self, metrics: dict[str, float]) -> None:
         """Print a line per epoch: scores, speed, and how long the rest will take."""
-        shown = ("train/loss", "train/dice", "val/dice", "test/dice")
+        shown, epochs = ("train/loss", "train/dice", "val/dice", "test/dice"), self.experiment.train.epochs
         scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
-        epochs, rate = self.experiment.train.epochs, f"{metrics['images_per_s']:.0f} images/s"
-        left = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
-        log.info("epoch %d/%d  %s  %s  %.0f min left", metrics["epoch"], epochs, scores, rate, left / 60)
+        seconds = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
+        left = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+        log.info("epoch %d/%d  %s  %.0f images/s  %s left", metrics["epoch"], epochs, scores, metrics["images_per_s"], left)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
-        """Print a line at the first step, and then at most every ten seconds."""
+        """Print a line at the first step, then at most every ten seconds, also after an epoch: its own line shall come first."""
         if step < steps and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)
