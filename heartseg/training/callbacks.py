@@ -102,7 +102,7 @@ class EpochCallbacks:
         log.info("epoch %d/%d  %s  %.0f images/s  %s left", metrics["epoch"], epochs, scores, metrics["images_per_s"], left)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
-        """Print a line at the first step, then at most every ten seconds, also after an epoch: its own line shall come first."""
+        """Print a line at the first step, then at most every ten seconds, also after an epoch, whose own line comes first."""
         if step < steps and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)
