@@ -4,7 +4,6 @@ import math
 
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 
-BAR = 30
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 # Indices whose agreement a terminal shows; the report has all.
 SHOWN_AGREEMENTS = ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
@@ -13,7 +12,7 @@ SHOWN_AGREEMENTS = ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
 def bars(counts: dict[str, int]) -> list[tuple[str, str, str]]:
     """A histogram in text: name, count, and a bar of at most 30 characters."""
     most = max(counts.values(), default=0) or 1
-    return [(name, str(count), "█" * math.ceil(BAR * count / most)) for name, count in counts.items()]
+    return [(name, str(count), "█" * math.ceil(30 * count / most)) for name, count in counts.items()]
 
 
 def table_text(table: Table) -> str:

@@ -48,8 +48,7 @@ Losses = Iterator[torch.Tensor]
 SMALL: Backbone = "mobilenet_v3_large"
 # Sizes of the square matrices whose product shows the machine's peak; the last two are for GPUs.
 MATRIX_SIZES = (1024, 2048, 4096, 8192)
-BATCHES_SCORED = 20
-GPU_BATCHES = (12, 16, 32, 64, 128)
+BATCHES_SCORED, GPU_BATCHES = 20, (12, 16, 32, 64, 128)
 SEED_EPOCHS, SEED_TRAINING, SEED_TEST = 170, 1600, 400
 
 
@@ -352,7 +351,5 @@ def dice_in_python(logits: torch.Tensor, masks: torch.Tensor) -> float:
     return float(np.mean(found))
 
 
-SECTIONS: dict[str, Callable[[Bench], Table]] = {
-    "plain": measure_plain, "convolutions": measure_convolutions, "metrics": measure_metrics, "peak": measure_peak,
-    "ray": measure_ray,
-}  # fmt: skip
+MEASURES = (measure_plain, measure_convolutions, measure_metrics, measure_peak, measure_ray)
+SECTIONS: dict[str, Callable[[Bench], Table]] = {measure.__name__.removeprefix("measure_"): measure for measure in MEASURES}

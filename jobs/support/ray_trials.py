@@ -24,8 +24,7 @@ from jobs.support.command_line import log
 
 # Within this time after a trial, Ray Train's controller ends with the trial's actor; until then it would replace lost workers.
 SECONDS_TO_LEAVE = 10.0
-# After so many known points in a row, a space counts as used up.
-MOST_DRAWS = 1000
+MOST_DRAWS = 1000  # known points in a row, after which a space counts as used up
 
 
 def train_trial(config: dict) -> None:
@@ -138,6 +137,11 @@ class Progress(tune.Callback):
     def on_step_end(self, iteration: int, trials: list, **info) -> None:
         while self.leaving and time.monotonic() >= self.leaving[0][0]:
             ray_runtime.free_placement(self.leaving.pop(0)[1])
+
+    def on_experiment_end(self, trials: list, **info) -> None:
+        for due, path in self.leaving:  # what follows in this process needs the room
+            time.sleep(max(0.0, due - time.monotonic()))
+            ray_runtime.free_placement(path)
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
         if sweeps.METRIC in result:

@@ -44,8 +44,8 @@ def tracked_run(shards: str, folder: Path) -> Run:
 def track(run: Run, epochs: int, pause_s: float = 0, artifact: bool = False, **environment: str) -> dict[str, float]:
     """Track a run as a training does, without the training, or resume it: the seconds that calls took."""
     record, slowest_s = run_directory.read_record(run.path), 0.0
+    wandb.teardown()  # what earlier tests of this process left, WANDB_SERVICE included, which the patch would restore
     with patch.dict(os.environ, FAST | environment):
-        wandb.teardown()  # what earlier tests of this process left
         tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, record)
         for epoch in range(len(record) + 1, epochs + 1):
             record.append({"epoch": epoch, "test/dice": epoch / epochs})
