@@ -146,7 +146,7 @@ def test_a_server_that_is_down_is_left_in_peace_and_not_called_damage(server, ou
 
 
 def test_a_kill_in_the_middle_loses_no_finished_patient_and_leaves_no_half_one(server, tree, out):
-    server.pause_s = 0.3
+    server.pause_s = 0.5
     first = subprocess.Popen(command(out, server), stdout=subprocess.DEVNULL)
     wait_for(lambda: server.count("patient0002"), first)
     time.sleep(0.1)  # amid the second patient's bytes
