@@ -139,9 +139,9 @@ class Progress(tune.Callback):
             ray_runtime.free_placement(self.leaving.pop(0)[1])
 
     def on_experiment_end(self, trials: list, **info) -> None:
-        for due, path in self.leaving:  # what follows in this process needs the room
-            time.sleep(max(0.0, due - time.monotonic()))
-            ray_runtime.free_placement(path)
+        if self.leaving:  # what follows in this process needs the room
+            time.sleep(max(0.0, self.leaving[-1][0] - time.monotonic()))
+            self.on_step_end(0, trials)
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
         if sweeps.METRIC in result:
