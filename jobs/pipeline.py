@@ -157,6 +157,8 @@ class Runner:
                 self.cluster.run(stage.job, arguments, job_id)
             else:
                 importlib.import_module(f"jobs.{stage.job}").job(arguments)
+                if stage.kind == "tune" and "ray" in sys.modules:  # a stopped trial may have left a reservation
+                    sys.modules["ray"].shutdown()
             fingerprint = stage.fingerprint(path)
             require(bool(fingerprint), f"{stage.name} left nothing complete at {path}: run it by hand to see why.")
         except (KeyboardInterrupt, Exception) as error:

@@ -138,11 +138,6 @@ class Progress(tune.Callback):
         while self.leaving and time.monotonic() >= self.leaving[0][0]:
             ray_runtime.free_placement(self.leaving.pop(0)[1])
 
-    def on_experiment_end(self, trials: list, **info) -> None:
-        if self.leaving:  # what follows in this process needs the room
-            time.sleep(max(0.0, self.leaving[-1][0] - time.monotonic()))
-            self.on_step_end(0, trials)
-
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
         if sweeps.METRIC in result:
             name, ended = filesystem.last_part(trial.config["run"]), sum(other.is_finished() for other in trials)
