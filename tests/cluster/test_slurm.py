@@ -24,7 +24,7 @@ from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import wait_for
 
 SCRIPT = ROOT / "cluster" / "slurm.sbatch"
-EPOCHS = 30
+EPOCHS = 12
 
 
 @pytest.mark.parametrize(

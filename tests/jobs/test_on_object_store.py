@@ -19,6 +19,7 @@ from heartseg.storage import filesystem
 from heartseg.storage.locks import LOCK_NAME
 from heartseg.training import run_directory
 from helpers.experiments import ROOT, tiny_experiment
+from helpers.job_process import changed_train
 from helpers.s3_server import KEYS, Proxy, environment
 from jobs import evaluate, preprocess, train
 from jobs.support import evaluation, ray_preprocessing
@@ -167,27 +168,15 @@ def test_every_job_under_ray_has_the_results_of_a_folder(source, shards, local_r
     assert ours == pytest.approx(theirs, abs=2e-3)
 
 
-# jobs/train.py, whose workers are not restarted: an outage would meet them three times more.
-TRAIN_ONCE = """
-import functools, sys
-
-sys.path.insert(0, sys.argv.pop(1))
-from jobs import train
-from jobs.support import command_line, ray_runtime
-
-ray_runtime.build_trainer = functools.partial(ray_runtime.build_trainer, tries=0)
-sys.argv[0] = "train.py"
-command_line.main(train.job)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_outage_during_a_training_with_two_workers_ends_it_with_a_one_line_error(data, s3):
     folder = new_folder()
     arguments = [a for a in tiny_arguments(data, folder) if a not in ("--launcher", "plain")] + ["--workers", "2"]
     with Proxy(s3, cut_at=90) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
-        line = [sys.executable, "-c", TRAIN_ONCE, str(ROOT), *arguments]
+        # Its workers are not restarted: the outage would meet them three times more.
+        once = "ray_runtime.build_trainer = functools.partial(ray_runtime.build_trainer, tries=0)"
+        line = [*changed_train(once), *arguments]
         done = subprocess.run(line, capture_output=True, text=True, timeout=280)
     assert proxy.was_cut.is_set()
     errors = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]  # between Ray's lines
