@@ -115,13 +115,14 @@ def warn_about_secrets() -> None:
 
 
 def prepare_environment() -> None:
-    """Remove what Ray and W&B stumble over: empty variables, a TMPDIR too long for sockets, a proxy between local processes."""
+    """Set Ray's and W&B's environment: no empty variables, no TMPDIR too long for sockets, no proxy for local connections."""
     for name in [name for name, value in os.environ.items() if not value and name.startswith(MEANINGLESS_IF_EMPTY)]:
         del os.environ[name]
     for name in ("TMPDIR", "RAY_TMPDIR"):
         if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
             print(f"{name}={os.environ[name]} is too long for sockets below it: using /tmp.", file=sys.stderr)
             os.environ[name], tempfile.tempdir = "/tmp", None
+    os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")  # "(RayTrainWorker pid=123)"; Ray reads it at its import
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if given != "*":
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [given, "localhost,127.0.0.1,::1"]))
