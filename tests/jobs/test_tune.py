@@ -61,9 +61,9 @@ def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps
 
 
 class SweepJob(Job):
-    """`jobs/tune.py` as a process of its own: 4 trials of up to 6 epochs, each with a schedule of its own."""
+    """`jobs/tune.py` as a process of its own: 5 trials of up to 6 epochs, 4 schedules."""
 
-    trials, epochs = 4, 6
+    trials, epochs = 5, 6
 
     def __init__(self, shards: str, folder: Path):
         self.runs = folder
