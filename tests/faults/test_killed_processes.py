@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -15,8 +13,8 @@ import pytest
 
 from heartseg.models import checkpoint
 from heartseg.training import run_directory
-from helpers.experiments import ROOT, tiny_experiment
-from helpers.job_process import MARK, Job, epochs_of, marked_pids, train_arguments, trained_again, wait_for
+from helpers.experiments import tiny_experiment
+from helpers.job_process import MARK, Job, changed_train, epochs_of, marked_pids, train_arguments, trained_again, wait_for
 from jobs import train
 from jobs.support import ray_runtime
 
@@ -108,15 +106,9 @@ def test_a_full_disk_is_a_one_line_error_and_complete_checkpoints_stay(shards, t
 
 def test_out_of_memory_is_a_one_line_error_with_the_batch_and_image_size(shards, tmp_path):
     # The address space has room for the network and its average, and not for gradients and activations.
-    code = """
-        import resource, sys
-        sys.path.insert(0, sys.argv.pop(1))
-        from jobs import train
-        from jobs.support import command_line
-        pages = int(open("/proc/self/statm").read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 900 * 2**20,) * 2)
-        command_line.main(train.job)"""
-    command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT), "quick", "--data", shards, "--runs", str(tmp_path)]
+    limit = "import resource; pages = int(open('/proc/self/statm').read().split()[0]); "
+    limit += "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 900 * 2**20,) * 2)"
+    command = [*changed_train(limit), "quick", "--data", shards, "--runs", str(tmp_path)]
     command += ["--launcher", "plain", "--image.height", "64", "--image.width", "64", "--train.batch-size", "24"]
     command += ["--model.backbone", "resnet101", "--tracking.wandb", "off", "--train.precision", "fp32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -23,7 +23,7 @@ def train_arguments(shards: str, folder: Path, launcher: str, epochs: int) -> li
 
 
 def changed_train(change: str) -> list[str]:
-    """The command of `jobs/train.py` after a statement has changed something in `ray_runtime`; its flags follow."""
+    """The command of `jobs/train.py` after statements that change `ray_runtime` or the process; its flags follow."""
     code = f"import functools, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'; from jobs import train; "
     code += f"from jobs.support import command_line, ray_runtime; {change}; command_line.main(train.job)"
     return [sys.executable, "-c", code]
