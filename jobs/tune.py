@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas
 
 from heartseg.config.experiment import Experiment
-from heartseg.errors import UserError, require
+from heartseg.errors import StorageError, UserError, require
 from heartseg.models.deeplabv3 import check_installation
 from heartseg.reporting.sweep_page import show_table, write_page
 from heartseg.shards.reader import Shards
@@ -93,7 +93,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
             sweeps.forget_failures(sweep)
         try:
             search(sweep, shards, options)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StorageError):
             publish(sweep)  # the results so far, without waiting for a dashboard
             raise
         conclude(sweep, options)
@@ -101,7 +101,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
 
 
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
-    """Train the trials that have not ended. Raises KeyboardInterrupt if it was interrupted: Tune just returns."""
+    """Train the trials that have not ended. Raises KeyboardInterrupt if it was interrupted (Tune just returns), and outages."""
     known = sweeps.read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
@@ -119,6 +119,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
     log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
     resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
+    progress = ray_trials.Progress(lambda: publish(sweep))
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
         tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
@@ -133,12 +134,14 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
             name=filesystem.last_part(sweep.path),
             storage_path=filesystem.join(sweep.path, "ray"),
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[ray_trials.Progress(lambda: publish(sweep))],
+            callbacks=[progress],
             verbose=0,
         ),
     )
     began = time.monotonic()
     tuner.fit()
+    if progress.outage:
+        raise progress.outage
     is_time_up = budget_s and time.monotonic() - began >= budget_s
     if not is_time_up and any(not trial.state for trial in sweeps.read_trials(sweep)):
         raise KeyboardInterrupt

@@ -7,13 +7,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from heartseg.config.experiment import from_json, to_json
-from heartseg.errors import UserError
+from heartseg.errors import StorageError, UserError
 from heartseg.shards.reader import Shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
@@ -133,6 +134,7 @@ class Progress(tune.Callback):
     def __init__(self, on_end: Callable[[], None]):
         self.on_end = on_end
         self.leaving: list[tuple[float, str]] = []
+        self.outage: StorageError | None = None  # the first that left a trial unfinished
 
     def on_step_end(self, iteration: int, trials: list, **info) -> None:
         while self.leaving and time.monotonic() >= self.leaving[0][0]:
@@ -149,8 +151,20 @@ class Progress(tune.Callback):
         self.on_end()
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
-        noted = filesystem.join(path := trial.config["run"], sweeps.ERROR)
-        reason = filesystem.read_bytes(noted).decode() if filesystem.exists(noted) else "its process died twice"
-        sweeps.end_trial(path, sweeps.FAILED, reason)
-        log.warning("%s failed: %s", filesystem.last_part(path), reason)
+        name = filesystem.last_part(path := trial.config["run"])
+        if outage := read_outage(trial):
+            self.outage = self.outage or outage
+            log.warning("%s is not finished: %s", name, outage)
+        else:
+            noted = filesystem.join(path, sweeps.ERROR)
+            reason = filesystem.read_bytes(noted).decode() if filesystem.exists(noted) else "its process died twice"
+            sweeps.end_trial(path, sweeps.FAILED, reason)
+            log.warning("%s failed: %s", name, reason)
         self.on_trial_complete(iteration, trials, trial)
+
+
+def read_outage(trial) -> StorageError | None:
+    """The outage that ended a trial of Tune's, if it was one: no property of the trial, which stays to be resumed."""
+    file = trial.pickled_error_file
+    cause = getattr(cloudpickle.loads(Path(file).read_bytes()), "cause", None) if file else None
+    return cause if isinstance(cause, StorageError) else None

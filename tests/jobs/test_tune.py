@@ -12,12 +12,15 @@ import pytest
 
 from heartseg.config.experiment import TrackingConfig
 from heartseg.datasets.phantom import write_phantom
+from heartseg.errors import StorageError
+from heartseg.storage import filesystem
 from heartseg.tuning import sweep as sweeps
 from heartseg.tuning.search_space import SearchSpace
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import Job, wait_for
 from helpers.tracked_runs import kept_records
 from jobs import preprocess, tune
+from jobs.support import ray_trials
 
 
 def tracked(folder: str) -> tuple[dict, list[dict]]:
@@ -58,6 +61,28 @@ def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps
     assert run["run_group"] == small_sweep.name and run["job_type"] == "sweep"
     assert "trials" in json.dumps(row) and "page" in json.dumps(row)
     assert list(Path(small_sweep.path).glob("wandb/offline-run-*/files/media/html/*.html"))
+
+
+def test_a_trial_that_meets_an_outage_twice_is_no_failure_and_the_same_command_resumes_it(small_sweep, monkeypatch):
+    trial, folder = sweeps.read_trials(small_sweep)[0].run.path, small_sweep.path.rpartition("/")[0]
+    os.remove(f"{trial}/{sweeps.OUTCOME}")  # as a kill before the trial's end would leave it
+    experiment = replace(small_sweep.base, runs=folder, ingest="auto", tracking=TrackingConfig(wandb="offline"))
+
+    def train_trial_without_storage(config: dict) -> None:
+        def fail(path: str) -> None:
+            raise StorageError(f"{path} cannot be reached (injected): check its disk or network.")
+
+        filesystem.exists = fail  # in the trial's own process
+        ray_trials.train_trial(config)
+
+    again = tune.Options(plan=small_sweep.plan, trials=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_trials, "train_trial", train_trial_without_storage)
+        with pytest.raises(StorageError, match="cannot be reached"):
+            tune.run(experiment, again)
+    assert sweeps.read_trials(small_sweep)[0].state == ""
+    assert tune.run(experiment, again).path == small_sweep.path
+    assert sweeps.read_trials(small_sweep)[0].state == sweeps.FINISHED
 
 
 class SweepJob(Job):
