@@ -58,7 +58,7 @@ class Options:
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
-    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM that may show a name (burned in, or no region to cut to)."""
+    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM that may show a name (burned in, cropped, or no region)."""
     which: Literal["last", "best"] = "last"
     """The checkpoint of a run; `best` is chosen on val (if there is a val group)."""
     key: str = ""

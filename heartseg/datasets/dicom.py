@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pydicom
@@ -43,15 +43,17 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     dataset = pydicom.dcmread(io.BytesIO(raw), force=True)
     check_is_loop(dataset)
     rows, columns = int(dataset.Rows), int(dataset.Columns)
-    (top, left, bottom, right), spacing_mm, notes = find_region(dataset, rows, columns)
+    (top, left, *ends), spacing_mm, notes = find_region(dataset, rows, columns)
+    (bottom, right), is_cropped = np.minimum(ends, (rows, columns)).tolist(), any(overruns(ends, rows, columns))
     frames = int(dataset.get("NumberOfFrames") or 1)
     is_whole = (bottom - top, right - left) == (rows, columns)
     admit(frames * rows * columns * (2 if is_whole else 3) // 2)  # masks of a part are written in whole pictures
     pixels, grey = as_grey(decode(dataset, frames, (slice(top, bottom), slice(left, right))))
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         pixels = np.invert(pixels)
-    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it.
-    may_show_text = is_whole or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
+    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it, or its picture
+    # was cropped later: the region may be elsewhere then.
+    may_show_text = is_whole or is_cropped or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
     box = None if is_whole else (top, left, rows, columns)
     return Frames(pixels, spacing_mm, box=box, notes=notes, grey=grey, may_show_text=may_show_text)
 
@@ -70,7 +72,10 @@ def check_is_loop(dataset) -> None:
 
 
 def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, float] | None, tuple[str, ...]]:
-    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole picture; its spacing; notes."""
+    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole picture; its spacing; notes.
+
+    If the picture was cropped, the region ends beyond it.
+    """
     whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
     formats = {region.get("RegionSpatialFormat") for region in regions}
     if formats & CURVES and TWO_DIMENSIONAL not in formats:
@@ -95,7 +100,7 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
     note = f"it shows {beside + 1} planes at once, and only that of columns {left} to {right - 1} is outlined"
     is_in_cm = region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == CENTIMETRES
     deltas = [abs(float(region.get(tag, 0))) * 10 for tag in ("PhysicalDeltaY", "PhysicalDeltaX")] if is_in_cm else ()
-    return (top, left, min(bottom, rows), min(right, columns)), _positive(deltas), (note,) if beside else ()
+    return corners, _positive(deltas), (note,) if beside else ()
 
 
 def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
@@ -103,9 +108,15 @@ def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
     top, left, bottom, right = corners
     if not (0 <= top < bottom and 0 <= left < right and top + 1 < rows and left + 1 < columns):
         return False
-    too_deep, too_wide = bottom > rows * (1 + BEYOND_EDGE), right > columns * (1 + BEYOND_EDGE)
+    too_deep, too_wide = overruns((bottom, right), rows, columns)
     ends_below, ends_right = bottom >= rows * (1 - BEYOND_EDGE), right >= columns * (1 - BEYOND_EDGE)
     return not (too_deep or too_wide) or (too_deep != too_wide and ends_below and ends_right)
+
+
+def overruns(ends: Sequence[int], rows: int, columns: int) -> tuple[bool, bool]:
+    """True for each of a region's ends (bottom, right) that lies beyond the picture by more than writers round."""
+    bottom, right = ends
+    return bottom > rows * (1 + BEYOND_EDGE), right > columns * (1 + BEYOND_EDGE)
 
 
 def _area(corners: tuple[int, int, int, int]) -> int:
