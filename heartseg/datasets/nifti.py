@@ -3,6 +3,7 @@
 The only file that imports nibabel. On disk, axis 0 of an array is lateral and axis 1 is depth.
 """
 
+import contextlib
 import gzip
 import io
 import math
@@ -23,6 +24,7 @@ MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
+START_BYTES = 2048  # of a gzip file, which hold its header
 MAX_FORM_CODE = 5  # of the kinds of affine that NIfTI names
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
@@ -109,9 +111,17 @@ def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tup
     these mean nothing. With `onto`, the place of its image, a mask is turned onto that. Raises ValueError and others.
     """
     header, values = open_nifti(raw)
-    wide = [axis for axis, size in enumerate(values.shape) if size > 1]
+    place = find_place(header, onto)
+    upright = values.transpose(place.order).reshape(-1, *(values.shape[axis] for axis in place.axes))
+    return register(upright, place, onto) if onto else upright, read_spacing(header, place.axes), place
+
+
+def find_place(header: nibabel.Nifti1Header, onto: Place | None = None) -> Place:
+    """How a file holds frames, by its header and, for a mask, by the place of its image; raises ValueError if it cannot."""
+    shape = header.get_data_shape()
+    wide = [axis for axis, size in enumerate(shape) if size > 1]
     if len(wide) not in (2, 3):
-        raise ValueError(f"shape {values.shape} is neither an image nor a sequence of images")
+        raise ValueError(f"shape {shape} is neither an image nor a sequence of images")
     lateral, depth = wide[:2]
     if not 0 < header["sform_code"] <= MAX_FORM_CODE:  # slow, and only needed then
         header.check_fix()
@@ -120,10 +130,22 @@ def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tup
     if onto.axes[0] < onto.axes[1] if onto else depth < 3 and along[depth] == 0 and along[lateral] != 0:
         lateral, depth = depth, lateral
     used = (*wide[2:], depth, lateral)
-    place = Place(header, affine, used + tuple(axis for axis in range(values.ndim) if axis not in used), (depth, lateral))
-    upright = values.transpose(place.order)
-    upright = upright.reshape(-1, *upright.shape[len(wide) - 2 : len(wide)])
-    return register(upright, place, onto) if onto else upright, read_spacing(header, (depth, lateral)), place
+    return Place(header, affine, used + tuple(axis for axis in range(len(shape)) if axis not in used), (depth, lateral))
+
+
+def read_place(path: str) -> Place | None:
+    """How a file as `find_file` finds it holds frames, by its first bytes; None if it is missing or damaged there."""
+    try:
+        start = filesystem.read_bytes(find_file(path), START_BYTES)
+    except OSError:
+        return None
+    with contextlib.suppress(Exception):  # nibabel raises a dozen kinds
+        return find_place(read_header(inflate(start) if start[:2] == GZIP else start))
+
+
+def inflate(start: bytes) -> bytes:
+    """The header's bytes at the start of a gzip file, or fewer."""
+    return isal_zlib.decompressobj(wbits=31).decompress(start, HEADER_BYTES)
 
 
 def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
@@ -147,7 +169,7 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     """Header and scaled values, axes as on disk; what the header claims is checked before anything is allocated or inflated."""
     is_packed, start = raw[:2] == GZIP, raw[:HEADER_BYTES]
     if is_packed:  # opening the whole stream for its header alone took a tenth of a picture's time
-        start = isal_zlib.decompressobj(wbits=31).decompress(raw[:2048], HEADER_BYTES)
+        start = inflate(raw[:START_BYTES])
         start = start if len(start) == HEADER_BYTES else unpack(raw, HEADER_BYTES)
     header = read_header(start)
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()

@@ -124,8 +124,11 @@ class TreeTruth:
         if self.images:
             still = camus.read_still(self.source, patient, view, phase)
             return Case(patient, view, phase, still.mask, still.spacing_mm, still.image, still.info, place=still.place)
-        truth, spacing_mm, place = read_mask(camus.recording_path(self.source, patient, view, phase, "_gt"))
-        return Case(patient, view, phase, truth, spacing_mm, info=camus.read_info(self.source, patient, view), place=place)
+        image, mask = (camus.recording_path(self.source, patient, view, phase, suffix) for suffix in ("", "_gt"))
+        onto = nifti.read_place(image)  # what other programs write without an affine lies as the image does
+        truth, spacing_mm, own = read_mask(mask, onto)
+        info = camus.read_info(self.source, patient, view)
+        return Case(patient, view, phase, truth, spacing_mm, info=info, place=onto or own)
 
 
 def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, tuple[float, float], nifti.Place]:

@@ -81,8 +81,9 @@ def test_every_reader_sees_one_picture_and_the_mask_on_it(levels, order, turn, m
     ((case,), _) = TreeTruth(source).cases(STILL[:1])
     for found in (still.image, read()[0].image, case.image, *readers.read(paths[0] + suffix, "nifti").pixels):
         np.testing.assert_array_equal(found, seen)
-    ((predicted,), _) = FilePredictions.open(os.path.join(folder, "predictions")).masks([case])
-    for found in (still.mask, read()[0].mask, case.truth, predicted.mask):
+    ((bare,), _) = TreeTruth(source, images=False).cases(STILL[:1])
+    predicted, _ = FilePredictions.open(os.path.join(folder, "predictions")).masks([case, bare])
+    for found in (still.mask, read()[0].mask, case.truth, bare.truth, *(one.mask for one in predicted)):
         np.testing.assert_array_equal(found, truth)
 
 
