@@ -24,7 +24,9 @@ def run(options: Options) -> str:
     """Score; returns the folder with `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
     if options.pool:
         return pool(options)
-    without = {"which": "--predictions are finished masks"} if options.predictions else {"pattern": "it is for --predictions"}
+    without = {"pattern": "it is for --predictions"}
+    if options.predictions:
+        without = {"which": "--predictions are finished masks", "overwrite": "--predictions are always scored again"}
     command_line.refuse_unused(Options(), options, without)
     plan = plan_files(options) if options.predictions else plan_checkpoint(options)
     is_new = options.overwrite or plan.run is None

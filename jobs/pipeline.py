@@ -22,6 +22,7 @@ from heartseg.models.deeplabv3 import check_installation
 from heartseg.shards.loader import check_shares
 from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
+from heartseg.tuning.sweep import SweepPlan
 from jobs.support import command_line
 from jobs.support.command_line import first_line, log
 from jobs.support.job_submission import ALIVE, Cluster, JobFailed
@@ -207,7 +208,9 @@ def job(argv: list[str]) -> None:
         command_line.parse_line(show_status, argv[1:], "python jobs/pipeline.py status")
         return
     about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
-    print(run(*command_line.parse(PipelineOptions(), argv, "pipeline.py", about)))
+    experiment, options = command_line.parse(PipelineOptions(), argv, "pipeline.py", about)
+    command_line.refuse_unused(SweepPlan(), options.plan, options.plan.unused)
+    print(run(experiment, options))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from heartseg.storage import filesystem, locks
 from heartseg.training.data_loading import MEMORY_SHARE, free_on_machine, pixel_bytes
 from heartseg.training.wandb_logger import close_trial, track_sweep
 from heartseg.training.worker import check_plan, open_data
-from heartseg.tuning import search_space
 from heartseg.tuning import sweep as sweeps
 from heartseg.tuning.sweep import METRIC, Sweep, SweepPlan
 from jobs.support import command_line
@@ -63,6 +62,10 @@ class Options:
         reads = dict.fromkeys(("source", "out", "split"), "a sweep reads the shards of --data as they are")
         return reads | {"tracking.job_type": "a trial's is `trial`"}
 
+    def trained(self, experiment: Experiment) -> list[Experiment]:
+        """What trials of an experiment are made of."""
+        return sweeps.experiments_to_check(self.plan, experiment)
+
     @property
     def num_trials(self) -> int:
         """How many trials there are to be."""
@@ -79,9 +82,8 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     is_known = options.plan.search != "optuna" or importlib.util.find_spec("optuna")
     require(bool(is_known), "--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
     shards = open_data(experiment)
-    check_plan(experiment, shards)
-    for point in sweeps.points_to_check(options.plan, experiment):
-        check_plan(search_space.apply(experiment, point), shards)
+    for trained in options.trained(experiment):
+        check_plan(trained, shards)
     ingest = experiment.ingest
     if ingest == "auto":  # all trials read in one way: from memory if there is enough of it here for a trial per core
         fits = pixel_bytes(shards) <= MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
@@ -183,14 +185,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
 def job(argv: list[str]) -> None:
     about = "Sweep the learning-rate schedule; the same command resumes."
     experiment, options = command_line.parse(Options(), argv, "tune.py", about)
-    plan, unused = options.plan, {}
-    if plan.search != "changes":
-        unused["space.changes"] = "it is for --search changes"
-    if plan.search not in ("random", "optuna"):
-        unused["search_seed"] = f"--search {plan.search} draws nothing"
-    if not plan.stop_early:
-        unused |= dict.fromkeys(("grace_epochs", "reduction"), "--no-stop-early lets every trial end")
-    command_line.refuse_unused(SweepPlan(), plan, unused)
+    command_line.refuse_unused(SweepPlan(), options.plan, options.plan.unused)
     run(experiment, options)
 
 

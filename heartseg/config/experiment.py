@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -142,6 +143,36 @@ class Experiment:
 
 # What decides a run's result; the rest is where it runs and what is reported.
 IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
+
+# The fields that act only with some values of another one.
+ACTS_WITH = {
+    "schedule.power": ("schedule.kind", "polynomial"),
+    "schedule.factor": ("schedule.kind", "step", "multistep", "plateau"),
+    "schedule.step_share": ("schedule.kind", "step"),
+    "schedule.milestones": ("schedule.kind", "multistep"),
+    "schedule.final": ("schedule.kind", "exponential"),
+    "schedule.rise": ("schedule.kind", "one_cycle"),
+    "schedule.patience": ("schedule.kind", "plateau"),
+    "loss.aux_weight": ("model.aux_head", True),
+    "split.test_share": ("split.kind", "ratio"),
+    **dict.fromkeys(("schedule.cycles", "schedule.cycle_growth"), ("schedule.kind", "restarts")),
+    **dict.fromkeys(("model.sync_bn", "model.bn_momentum"), ("model.norm", "batch")),
+    **dict.fromkeys(("split.folds", "split.fold"), ("split.kind", "kfold")),
+    **dict.fromkeys(("split.val_share", "split.seed", "split.stratify"), ("split.kind", "ratio", "kfold")),
+    **dict.fromkeys(
+        ("tracking.project", "tracking.group", "tracking.job_type", "tracking.images"),
+        ("tracking.wandb", "auto", "online", "offline"),
+    ),
+}
+
+
+def without_effect(experiments: Sequence[Experiment]) -> dict[str, str]:
+    """The fields of ACTS_WITH that act in none of some experiments, and why."""
+    values, found = [flatten(to_json(one)) for one in experiments], {}
+    for name, (other, *needed) in ACTS_WITH.items():
+        if not any(one[other] in needed for one in values):
+            found[name] = f"it is for --{other.replace('_', '-')} {' or '.join(map(str, needed))}"
+    return found
 
 
 def to_json(value: object) -> dict:

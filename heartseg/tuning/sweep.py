@@ -4,7 +4,7 @@ import itertools
 import math
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -35,7 +35,7 @@ class SweepPlan:
     """`random` draws, `grid` takes every combination, `optuna` learns from what ended, `changes` (an ablation) takes those of
     --space.changes alone; the recipe is always the first trial."""
     search_seed: int = 0
-    """Seed of the draw; the trainings have --train.seed."""
+    """Seed of the draw, and of a grid's order; the trainings have --train.seed."""
     stop_early: bool = True
     """Stop trials early that do worse than others did at the same epoch (ASHA, arXiv 1810.05934)."""
     grace_epochs: int = 0
@@ -47,6 +47,17 @@ class SweepPlan:
         require(self.search_seed >= 0, "--search-seed must be at least 0.")
         require(self.grace_epochs >= 0, "--grace-epochs must be at least 0.")
         require(self.reduction > 1, "--reduction must be above 1.")
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        axes = {one.name for one in fields(SearchSpace)} - {"changes"}
+        ignored = {"search_seed", *(f"space.{name}" for name in axes)}
+        if self.search != "changes":
+            ignored = {"space.changes"} | ({"space.lr_points"} if self.search != "grid" else set())
+        found = dict.fromkeys(ignored, f"--search {self.search} does not use it")
+        early = () if self.stop_early else ("grace_epochs", "reduction")
+        return found | dict.fromkeys(early, "--no-stop-early lets every trial end")
 
 
 @dataclass(frozen=True)
@@ -125,14 +136,13 @@ def candidates(sweep: Sweep) -> Iterator[dict]:
         yield from (draw(axes, number, plan.search_seed) for number in itertools.count())
 
 
-def points_to_check(plan: SweepPlan, base: Experiment) -> list[dict]:
-    """Points that show whether all can be trained: each listed change, or each value of an axis alone. Raises UserError."""
-    if plan.search == "changes":
-        return listed(base, plan.space.changes)
+def experiments_to_check(plan: SweepPlan, base: Experiment) -> list[Experiment]:
+    """The recipe, and with each listed change or each value of an axis alone: what all trials are made of. Raises UserError."""
     axes = make_axes(plan.space, base)
     for name, values in axes.items():
         require(name == RATE or len(set(values)) == len(values), f"The search space names a value of {name} twice.")
-    return [{name: value} for name, values in axes.items() for value in values]
+    alone = [{}, *({name: value} for name, values in axes.items() for value in values)]
+    return [apply(base, point) for point in (listed(base, plan.space.changes) if plan.search == "changes" else alone)]
 
 
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:

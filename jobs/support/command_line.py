@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from heartseg.config.experiment import Experiment, flatten, from_json, to_json
+from heartseg.config.experiment import Experiment, flatten, from_json, to_json, without_effect
 from heartseg.config.recipes import RECIPES
 from heartseg.errors import StorageError, StorageRefused, UserError, io_errors_as_user_errors, require
 from heartseg.storage import filesystem
@@ -123,7 +123,8 @@ def configure_logging() -> None:
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
     """A recipe (`seed` if none is named) or `--config FILE`, and changes to it: the experiment and the job's options.
 
-    The class of `options` has an `unused`: the experiment's fields that have no effect in the job, and why.
+    The class of `options` has an `unused`: the experiment's fields that have no effect in the job, and why; and a `trained` if
+    the job changes the experiment: all that come of it.
     """
     words, config = _split_words(argv)
     fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
@@ -140,8 +141,10 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
         require(recipe in RECIPES, f"{recipe!r} is not a recipe: use one of {', '.join(RECIPES)}, or --config FILE.")
         base = RECIPES[recipe]()
         command = parse_changes(default=kind("", base, options))
-    refuse_unused(base, command.experiment, command.options.unused)
-    return with_environment(command.experiment), command.options
+    changed, options = command.experiment, command.options
+    refuse_unused(base, changed, options.unused)
+    refuse_unused(base, changed, without_effect(options.trained(changed) if hasattr(options, "trained") else [changed]))
+    return with_environment(changed), options
 
 
 def refuse_unused(base: object, changed: object, unused: Mapping[str, str]) -> None:

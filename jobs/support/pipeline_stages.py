@@ -22,7 +22,7 @@ from heartseg.shards.writer import MANIFEST, SPLITS, listing_hash, part_names
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from heartseg.training.worker import open_data
-from heartseg.tuning.sweep import SweepPlan, find_sweep, read_trials
+from heartseg.tuning.sweep import SweepPlan, experiments_to_check, find_sweep, read_trials
 from jobs.support import command_line, evaluation
 
 Kind = Literal["preprocess", "tune", "train", "evaluate", "pool", "predict"]
@@ -79,6 +79,12 @@ class PipelineOptions:
         below_out = dict.fromkeys(("data", "runs"), "the pipeline keeps its shards and runs below --out")
         of_split = ("split.kind", "split.folds", "split.fold", "split.test_share") if self.folds else ()
         return below_out | dict.fromkeys(of_split, "--folds divides the patients")
+
+    def trained(self, experiment: Experiment) -> list[Experiment]:
+        """What is trained, in all folds and trials."""
+        if self.folds:
+            experiment = replace(experiment, split=replace(experiment.split, kind="kfold"))
+        return experiments_to_check(self.plan, experiment) if self.tune else [experiment]
 
 
 class Result(NamedTuple):

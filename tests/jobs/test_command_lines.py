@@ -86,13 +86,21 @@ def test_a_mistakes_message_names_the_value(job, arguments, said, tmp_path, monk
         (tune.job, ["--out", "/out"], "--out /out"),
         (tune.job, ["--tracking.job-type", "mine"], "--tracking.job-type mine"),
         (tune.job, ["--space.changes", "optim.lr=0.1", "--search", "grid"], "--space.changes ['optim.lr=0.1']"),
-        (tune.job, ["--search", "grid", "--search-seed", "3"], "--search-seed 3"),
+        (tune.job, ["--search", "changes", "--space.changes", "optim.lr=0.1", "--search-seed", "3"], "--search-seed 3"),
+        (tune.job, ["--space.lr-points", "4"], "--space.lr-points 4"),
+        (tune.job, ["--schedule.rise", "0.2", "--space.schedules", "cosine"], "--schedule.rise 0.2"),
+        (train.job, ["seed", "--schedule.kind", "cosine", "--schedule.power", "2"], "--schedule.power 2.0"),
+        (train.job, ["--loss.aux-weight", "0.3"], "--loss.aux-weight 0.3"),
+        (train.job, ["--tracking.wandb", "off", "--tracking.project", "p"], "--tracking.project p"),
+        (preprocess.job, ["camus", "--split.test-share", "0.3"], "--split.test-share 0.3"),
+        (pipeline.job, ["--tune", "3", "--space.lr-points", "4"], "--space.lr-points 4"),
         (tune.job, ["--no-stop-early", "--reduction", "4"], "--reduction 4.0"),
         (preprocess.job, ["quick", "train.epochs=3"], "--train.epochs 3"),
         (preprocess.job, ["--launcher", "plain", "--workers", "2"], "--workers 2"),
         (pipeline.job, ["--data", "/shards", "--source", "/data"], "--data /shards"),
         (pipeline.job, ["--folds", "3", "--split.folds", "4"], "--split.folds 4"),
         (evaluate.job, ["--predictions", "/masks", "--which", "best"], "--which best"),
+        (evaluate.job, ["--predictions", "/masks", "--overwrite"], "--overwrite True"),
         (evaluate.job, ["--checkpoint", "/run", "--pattern", "{patient}"], "--pattern {patient}"),
         (evaluate.job, ["--pool", "/a", "--out", "/b", "--overwrite"], "--overwrite True"),
         (doctor.job, ["--launcher", "plain", "--workers", "4"], "--workers 4"),
@@ -112,6 +120,12 @@ def test_an_experiment_of_a_run_is_a_configuration_and_may_hold_what_a_job_does_
     experiment, _ = command_line.parse(train.Options(), line, "train.py", "")
     assert (experiment.name, experiment.workers, experiment.source, experiment.train.epochs) == ("camus", 4, "/data", 3)
     command_line.parse(pipeline.PipelineOptions(), ["--source", "/data"], "pipeline.py", "")
+
+
+def test_a_setting_that_another_trial_or_fold_uses_has_an_effect():
+    command_line.parse(tune.Options(), ["camus", "--schedule.power", "2", "--schedule.rise", "0.2"], "tune.py", "")
+    line = ["camus", "--folds", "3", "--split.seed", "3", "--tune", "2", "--schedule.power", "2"]
+    command_line.parse(pipeline.PipelineOptions(), line, "pipeline.py", "")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Learning-rate schedules: torch's own values where torch has the same schedule, and what all of them promise."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as torchs
 
+from heartseg.config.experiment import without_effect
+from heartseg.config.recipes import seed
 from heartseg.config.training import ScheduleConfig
 from heartseg.training.lr_schedules import lr_multiplier
 
@@ -75,3 +79,19 @@ def test_restarts_begin_each_cycle_at_the_full_rate_and_end_it_near_nothing(cycl
     rates = np.array([lr_multiplier(config, step, steps, 10) for step in range(steps)])
     assert (np.diff(rates) > 0).sum() == cycles - 1 and rates[0] == 1.0
     assert rates[-1] < 0.7
+
+
+OTHERS = {"warmup_epochs": 2.0, "power": 2.0, "factor": 0.4, "step_share": 0.4, "milestones": (0.2,), "final": 0.2, "cycles": 5,
+          "cycle_growth": 2.0, "rise": 0.5, "patience": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_setting_has_no_effect_exactly_if_its_refusal_says_so(kind):
+    def rates(config: ScheduleConfig) -> list[float]:
+        return [lr_multiplier(config, step, 60, 10, [0.5] * (step // 10)) for step in range(60)]
+
+    plain = ScheduleConfig(kind, patience=3)
+    refused = without_effect([replace(seed(), schedule=plain)])
+    for name, value in OTHERS.items():
+        assert (rates(replace(plain, **{name: value})) == rates(plain)) == (f"schedule.{name}" in refused), name
+    assert {*OTHERS, "kind"} == {one.name for one in fields(ScheduleConfig)}
