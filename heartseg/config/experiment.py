@@ -146,33 +146,30 @@ IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
 
 # The fields that act only with some values of another one.
 ACTS_WITH = {
-    "schedule.power": ("schedule.kind", "polynomial"),
-    "schedule.factor": ("schedule.kind", "step", "multistep", "plateau"),
-    "schedule.step_share": ("schedule.kind", "step"),
-    "schedule.milestones": ("schedule.kind", "multistep"),
-    "schedule.final": ("schedule.kind", "exponential"),
-    "schedule.rise": ("schedule.kind", "one_cycle"),
-    "schedule.patience": ("schedule.kind", "plateau"),
-    "loss.aux_weight": ("model.aux_head", True),
-    "split.test_share": ("split.kind", "ratio"),
-    **dict.fromkeys(("schedule.cycles", "schedule.cycle_growth"), ("schedule.kind", "restarts")),
-    **dict.fromkeys(("model.sync_bn", "model.bn_momentum"), ("model.norm", "batch")),
-    **dict.fromkeys(("split.folds", "split.fold"), ("split.kind", "kfold")),
-    **dict.fromkeys(("split.val_share", "split.seed", "split.stratify"), ("split.kind", "ratio", "kfold")),
-    **dict.fromkeys(
-        ("tracking.project", "tracking.group", "tracking.job_type", "tracking.images"),
-        ("tracking.wandb", "auto", "online", "offline"),
-    ),
-}
+    "schedule.kind": {
+        "schedule.power": "polynomial", "schedule.factor": "step multistep plateau", "schedule.step_share": "step",
+        "schedule.milestones": "multistep", "schedule.final": "exponential", "schedule.cycles": "restarts",
+        "schedule.cycle_growth": "restarts", "schedule.rise": "one_cycle", "schedule.patience": "plateau",
+    },
+    "split.kind": {
+        "split.test_share": "ratio", "split.val_share": "ratio kfold", "split.seed": "ratio kfold",
+        "split.stratify": "ratio kfold", "split.folds": "kfold", "split.fold": "kfold",
+    },
+    "model.norm": dict.fromkeys(("model.sync_bn", "model.bn_momentum"), "batch"),
+    "model.aux_head": {"loss.aux_weight": "True"},
+    "tracking.wandb": {f"tracking.{name}": "auto online offline" for name in ("project", "group", "job_type", "images")},
+}  # fmt: skip
 
 
 def without_effect(experiments: Sequence[Experiment]) -> dict[str, str]:
     """The fields of ACTS_WITH that act in none of some experiments, and why."""
-    values, found = [flatten(to_json(one)) for one in experiments], {}
-    for name, (other, *needed) in ACTS_WITH.items():
-        if not any(one[other] in needed for one in values):
-            found[name] = f"it is for --{other.replace('_', '-')} {' or '.join(map(str, needed))}"
-    return found
+    values = [flatten(to_json(one)) for one in experiments]
+    return {
+        name: f"it is for --{other.replace('_', '-')} {needed.replace(' ', ' or ')}"
+        for other, fields in ACTS_WITH.items()
+        for name, needed in fields.items()
+        if not {str(one[other]) for one in values} & {*needed.split()}
+    }
 
 
 def to_json(value: object) -> dict:

@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pydicom
@@ -43,8 +43,9 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     dataset = pydicom.dcmread(io.BytesIO(raw), force=True)
     check_is_loop(dataset)
     rows, columns = int(dataset.Rows), int(dataset.Columns)
-    (top, left, *ends), spacing_mm, notes = find_region(dataset, rows, columns)
-    (bottom, right), is_cropped = np.minimum(ends, (rows, columns)).tolist(), any(overruns(ends, rows, columns))
+    (top, left, bottom, right), spacing_mm, notes = find_region(dataset, rows, columns)
+    is_cropped = bottom > rows * (1 + BEYOND_EDGE) or right > columns * (1 + BEYOND_EDGE)
+    bottom, right = min(bottom, rows), min(right, columns)
     frames = int(dataset.get("NumberOfFrames") or 1)
     is_whole = (bottom - top, right - left) == (rows, columns)
     admit(frames * rows * columns * (2 if is_whole else 3) // 2)  # masks of a part are written in whole pictures
@@ -72,10 +73,7 @@ def check_is_loop(dataset) -> None:
 
 
 def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, float] | None, tuple[str, ...]]:
-    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole picture; its spacing; notes.
-
-    If the picture was cropped, the region ends beyond it.
-    """
+    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole picture; its spacing; notes."""
     whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
     formats = {region.get("RegionSpatialFormat") for region in regions}
     if formats & CURVES and TWO_DIMENSIONAL not in formats:
@@ -108,15 +106,9 @@ def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
     top, left, bottom, right = corners
     if not (0 <= top < bottom and 0 <= left < right and top + 1 < rows and left + 1 < columns):
         return False
-    too_deep, too_wide = overruns((bottom, right), rows, columns)
+    too_deep, too_wide = bottom > rows * (1 + BEYOND_EDGE), right > columns * (1 + BEYOND_EDGE)
     ends_below, ends_right = bottom >= rows * (1 - BEYOND_EDGE), right >= columns * (1 - BEYOND_EDGE)
     return not (too_deep or too_wide) or (too_deep != too_wide and ends_below and ends_right)
-
-
-def overruns(ends: Sequence[int], rows: int, columns: int) -> tuple[bool, bool]:
-    """True for each of a region's ends (bottom, right) that lies beyond the picture by more than writers round."""
-    bottom, right = ends
-    return bottom > rows * (1 + BEYOND_EDGE), right > columns * (1 + BEYOND_EDGE)
 
 
 def _area(corners: tuple[int, int, int, int]) -> int:

@@ -3,7 +3,6 @@
 The only file that imports nibabel. On disk, axis 0 of an array is lateral and axis 1 is depth.
 """
 
-import contextlib
 import gzip
 import io
 import math
@@ -15,6 +14,7 @@ import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.volumeutils import apply_read_scaling
 
+from heartseg.errors import StorageError
 from heartseg.labels import NUM_CLASSES
 from heartseg.storage import filesystem
 
@@ -24,7 +24,7 @@ MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
-START_BYTES = 2048  # of a gzip file, which hold its header
+START_BYTES = 2048  # of a gzip file, which hold the header
 MAX_FORM_CODE = 5  # of the kinds of affine that NIfTI names
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
@@ -136,16 +136,11 @@ def find_place(header: nibabel.Nifti1Header, onto: Place | None = None) -> Place
 def read_place(path: str) -> Place | None:
     """How a file as `find_file` finds it holds frames, by its first bytes; None if it is missing or damaged there."""
     try:
-        start = filesystem.read_bytes(find_file(path), START_BYTES)
-    except OSError:
+        return find_place(read_header(filesystem.read_bytes(find_file(path), START_BYTES)))
+    except StorageError:
+        raise
+    except Exception:  # nibabel raises a dozen kinds
         return None
-    with contextlib.suppress(Exception):  # nibabel raises a dozen kinds
-        return find_place(read_header(inflate(start) if start[:2] == GZIP else start))
-
-
-def inflate(start: bytes) -> bytes:
-    """The header's bytes at the start of a gzip file, or fewer."""
-    return isal_zlib.decompressobj(wbits=31).decompress(start, HEADER_BYTES)
 
 
 def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
@@ -167,11 +162,7 @@ def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
 
 def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     """Header and scaled values, axes as on disk; what the header claims is checked before anything is allocated or inflated."""
-    is_packed, start = raw[:2] == GZIP, raw[:HEADER_BYTES]
-    if is_packed:  # opening the whole stream for its header alone took a tenth of a picture's time
-        start = inflate(raw[:START_BYTES])
-        start = start if len(start) == HEADER_BYTES else unpack(raw, HEADER_BYTES)
-    header = read_header(start)
+    header, is_packed = read_header(raw), raw[:2] == GZIP
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if dtype.kind not in "iuf":
         raise ValueError(f"the pixels are {dtype}, not plain numbers")
@@ -209,7 +200,10 @@ def unpack(packed: bytes, most: int) -> bytes:
 
 
 def read_header(block: bytes) -> nibabel.Nifti1Header:
-    """The header in a file's first bytes, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
+    """The header at the start of a file, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
+    if block[:2] == GZIP:  # opening the whole stream for its header alone took a tenth of a picture's time
+        start = isal_zlib.decompressobj(wbits=31).decompress(block[:START_BYTES], HEADER_BYTES)
+        block = start if len(start) == HEADER_BYTES else unpack(block, HEADER_BYTES)
     is_second = HEADER_BYTES in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
     kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
     size = kind.template_dtype.itemsize

@@ -20,7 +20,6 @@ from heartseg.training import run_directory
 from heartseg.tuning.search_space import RATE, SearchSpace, apply, describe, draw, grid, listed, make_axes, values_of
 
 DESCRIPTION, OUTCOME, TRIALS = run_directory.SWEEP, "outcome.json", "trials"
-ERROR = "error.txt"  # the error that ended a trial's process
 # How a trial can have ended; one without an outcome is trained, or resumed.
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 METRIC = "val/dice"
@@ -200,8 +199,8 @@ def end_trial(path: str, state: str, reason: str = "") -> None:
 def forget_failures(sweep: Sweep) -> None:
     """Let failed trials be resumed."""
     for trial in read_trials(sweep):
-        for name in (ERROR, OUTCOME) if trial.state == FAILED else ():
-            filesystem.remove(filesystem.join(trial.run.path, name))
+        if trial.state == FAILED:
+            filesystem.remove(filesystem.join(trial.run.path, OUTCOME))
 
 
 def tabulate(sweep: Sweep) -> pandas.DataFrame:

@@ -35,14 +35,11 @@ def train_trial(config: dict) -> None:
     run, experiment = run_directory.find_run(config["run"]), from_json(config["experiment"])
     try:
         ray_training.train_with_ray(experiment, run, trial=config["resources"])
-    except Exception as error:
-        if isinstance(error, UserError) and not isinstance(error, ray_training.WorkersDied):
-            sweeps.end_trial(run.path, sweeps.FAILED, str(error))
-            return  # trying again would not help
-        # Not an end yet: Tune tries once more, and the reason may be that the sweep's own process is ending.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        filesystem.publish(filesystem.join(run.path, sweeps.ERROR), reason.encode())
-        raise
+    except ray_training.WorkersDied:
+        raise  # not an end yet: Tune tries once more after this and any unforeseen error, an outage too
+    except UserError as error:
+        sweeps.end_trial(run.path, sweeps.FAILED, str(error))
+        return
     sweeps.end_trial(run.path, sweeps.FINISHED)
 
 
@@ -151,20 +148,13 @@ class Progress(tune.Callback):
         self.on_end()
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
-        name = filesystem.last_part(path := trial.config["run"])
-        if outage := read_outage(trial):
-            self.outage = self.outage or outage
-            log.warning("%s is not finished: %s", name, outage)
+        name, file = filesystem.last_part(trial.config["run"]), trial.pickled_error_file
+        error = getattr(cloudpickle.loads(Path(file).read_bytes()), "cause", None) if file else None
+        if isinstance(error, StorageError):  # no property of the trial, which stays to be resumed
+            self.outage = self.outage or error
+            log.warning("%s is not finished: %s", name, error)
         else:
-            noted = filesystem.join(path, sweeps.ERROR)
-            reason = filesystem.read_bytes(noted).decode() if filesystem.exists(noted) else "its process died twice"
-            sweeps.end_trial(path, sweeps.FAILED, reason)
+            reason = command_line.first_line(error) if error else "its process died twice"
+            sweeps.end_trial(trial.config["run"], sweeps.FAILED, reason)
             log.warning("%s failed: %s", name, reason)
         self.on_trial_complete(iteration, trials, trial)
-
-
-def read_outage(trial) -> StorageError | None:
-    """The outage that ended a trial of Tune's, if it was one: no property of the trial, which stays to be resumed."""
-    file = trial.pickled_error_file
-    cause = getattr(cloudpickle.loads(Path(file).read_bytes()), "cause", None) if file else None
-    return cause if isinstance(cause, StorageError) else None
