@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,13 @@ import pytest
 from heartseg.errors import StorageError, UserError
 from heartseg.shards import preprocessing
 from heartseg.storage import filesystem, locks
+from heartseg.training import distributed
+from heartseg.training.worker import train_rank
 from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import SweepPlan
 from helpers.experiments import tiny_experiment
 from jobs import compare, evaluate, export, inspect_shards, pipeline, predict, preprocess, train, tune
-from jobs.support import ray_preprocessing
+from jobs.support import evaluation, ray_preprocessing, ray_runtime, ray_training
 
 PLAIN = {"launcher": "plain"}
 # Advice that would cost a user data, and words for what an outage is not.
@@ -53,9 +57,8 @@ def experiment(at: str, seed: int = 0, **changes):
     return replace(base, train=replace(base.train, epochs=1, seed=seed))
 
 
-def run_pipeline(at: str) -> str:
-    options = pipeline.PipelineOptions(retries=0, until="preprocess")
-    return pipeline.run(replace(experiment(at, out=f"{at}/results"), data=""), options)
+def run_pipeline(at: str, **options) -> str:
+    return pipeline.run(replace(experiment(at, out=f"{at}/results"), data=""), pipeline.PipelineOptions(retries=0, **options))
 
 
 # Each works below a folder that `world` has filled, and gets its URI.
@@ -63,7 +66,7 @@ CHEAP = {
     "preprocess": lambda at: preprocess.run(experiment(at, out=f"{at}/new"), preprocess.Options(**PLAIN)),
     "preprocess, complete": lambda at: preprocess.run(experiment(at, out=f"{at}/shards"), preprocess.Options(**PLAIN)),
     "inspect_shards --verify": lambda at: inspect_shards.run(inspect_shards.Options(f"{at}/shards", verify=True)),
-    "pipeline, preprocess": run_pipeline,
+    "pipeline, preprocess": lambda at: run_pipeline(at, until="preprocess"),
     "pipeline status": lambda at: pipeline.show_status(f"{at}/results"),
 }
 DEAR = {
@@ -73,6 +76,7 @@ DEAR = {
     "predict": lambda at: predict.run(predict.Options(one_run(at), f"{at}/source", f"{at}/predictions", overlays="off")),
     "compare": lambda at: compare.run(compare.Options(runs=(f"{at}/runs",), out=f"{at}/compared")),
     "export": lambda at: export.run(export.Options(one_run(at), f"{at}/exported")),
+    "pipeline, all stages": lambda at: run_pipeline(at, predict=f"{at}/source"),
     "tune": lambda at: sweep(at, "another"),
     "tune, finished": lambda at: sweep(at, "sweep"),
 }
@@ -102,8 +106,8 @@ def world(phantom, tmp_path_factory) -> Path:
     shutil.copytree(phantom, folder / "source")
     preprocess.run(experiment(at, out=f"{at}/shards"), preprocess.Options(**PLAIN))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray_preprocessing, "write_parts_with_ray", write_here)
-        run_pipeline(at)
+        stay_here(patch)
+        run_pipeline(at, until="preprocess")
     return folder
 
 
@@ -116,8 +120,19 @@ def trained(world, ray_session) -> Path:
     return world
 
 
-def write_here(tasks: list[tuple], workers: int):
-    return preprocessing.write_parts_here(tasks)
+def stay_here(patch: pytest.MonkeyPatch) -> None:
+    """Let this process do what Ray's workers do, so that the outage meets it."""
+
+    def train_here(experiment, run, profile: bool) -> None:
+        with distributed.plain_ranks() as ranks:
+            train_rank(experiment, run, ranks, partial(distributed.wrap_model, ranks=ranks, train=experiment.train))
+
+    def score_here(plan, tasks: list[list[str]], workers: int):
+        return (evaluation.score_predicted(evaluation.Predictor(plan).predict(patients)) for patients in tasks)
+
+    patch.setattr(ray_preprocessing, "write_parts_with_ray", lambda tasks, workers: preprocessing.write_parts_here(tasks))
+    patch.setattr(ray_training, "train_with_ray", train_here)
+    patch.setattr(evaluation, "score_on_ray", score_here)
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:
@@ -132,7 +147,7 @@ def contents(folder: Path) -> dict[str, tuple[str, int]]:
 
 def check_outages(name: str, job: Callable, world: Path, monkeypatch, measurement, tries: int) -> None:
     """Run a job undisturbed and counted, then again with the outage at some of its calls, evenly spread."""
-    monkeypatch.setattr(ray_preprocessing, "write_parts_with_ray", write_here)
+    stay_here(monkeypatch)
     before, kept = contents(world), world.with_name(f"{world.name}-kept")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(world, kept)
@@ -180,3 +195,24 @@ def test_an_outage_at_any_call_stops_a_job_and_changes_nothing(name, world, monk
 def test_an_outage_at_any_of_many_calls_stops_any_job_and_changes_nothing(name, trained, monkeypatch, measurement):
     tries = 20 if name in CHEAP else 4
     check_outages(name, (CHEAP | DEAR)[name], trained, monkeypatch, measurement, tries)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_outage_in_rays_workers_stops_a_training_and_changes_nothing(trained, monkeypatch):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    real, before, at = ray_training.worker, contents(trained), f"file://{trained}"
+    monkeypatch.setattr(ray_runtime, "build_trainer", partial(ray_runtime.build_trainer, tries=0))
+    for number in (1, 5, 10):
+
+        def worker(config: dict, number: int = number) -> dict:
+            filesystem.resolve = Flaky(number).resolve
+            return real(config)
+
+        monkeypatch.setattr(ray_training, "worker", worker)
+        with pytest.raises(StorageError, match="cannot be reached") as caught:
+            train.run(experiment(at, seed=8), train.Options())
+        assert not DESTRUCTIVE.search(str(caught.value))
+        assert before.items() <= contents(trained).items()
