@@ -51,7 +51,8 @@ def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
 @functools.lru_cache(maxsize=8)
 def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3FileSystem:
     """The client of a bucket, kept while the AWS_* variables stay the same: a new client opens new connections."""
-    aws = dict(settings)
+    aws = {name: value.strip() for name, value in settings}
+    os.environ.update(aws)  # for the client: a secret that is mounted as a file ends with a line end
     endpoint = aws.get("AWS_ENDPOINT_URL_S3") or aws.get("AWS_ENDPOINT_URL")
     client = pyarrow.fs.S3FileSystem(
         # Only Amazon's buckets report their region, and only there does it decide which server answers.

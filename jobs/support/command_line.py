@@ -99,9 +99,10 @@ def warn_about_secrets() -> None:
 
 
 def prepare_environment() -> None:
-    """Remove what Ray and W&B stumble over: empty variables, a TMPDIR too long for sockets, a proxy between local processes."""
-    for name in [name for name, value in os.environ.items() if not value and name.startswith(MEANINGLESS_IF_EMPTY)]:
-        del os.environ[name]
+    """Remove what Ray and W&B stumble over: empty variables, line ends, a TMPDIR too long for sockets, a proxy to loopback."""
+    for name in [name for name in os.environ if name.startswith(MEANINGLESS_IF_EMPTY)]:
+        if value := os.environ.pop(name).strip():  # a secret that is mounted as a file ends with a line end
+            os.environ[name] = value
     for name in ("TMPDIR", "RAY_TMPDIR"):
         if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
             print(f"{name}={os.environ[name]} is too long for sockets below it: using /tmp.", file=sys.stderr)

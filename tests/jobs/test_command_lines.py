@@ -171,13 +171,14 @@ def test_paths_come_from_the_environment_too_and_a_tilde_that_the_shell_left_is_
 
 def test_the_environment_is_made_fit_for_ray_and_wandb(monkeypatch):
     long, hosts = "/tmp/" + 40 * "x", ("127.0.0.1", "localhost", "intranet", "example.org")
-    for name, value in {"RAY_ADDRESS": "", "TMPDIR": long, "CUDA_VISIBLE_DEVICES": "", "no_proxy": "intranet"}.items():
+    given = {"RAY_ADDRESS": "", "TMPDIR": long, "CUDA_VISIBLE_DEVICES": "", "no_proxy": "intranet", "RAY_AUTH_TOKEN": "t\n"}
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tempfile, "tempdir", long)
     with patch.dict(os.environ):
         command_line.prepare_environment()
         assert "RAY_ADDRESS" not in os.environ and os.environ["CUDA_VISIBLE_DEVICES"] == ""
-        assert os.environ["TMPDIR"] == tempfile.gettempdir() == "/tmp"
+        assert os.environ["TMPDIR"] == tempfile.gettempdir() == "/tmp" and os.environ["RAY_AUTH_TOKEN"] == "t"
         with patch.dict(os.environ, http_proxy="http://127.0.0.1:9"):
             direct = {host: bool(urllib.request.proxy_bypass(host)) for host in hosts}
         assert direct == {"127.0.0.1": True, "localhost": True, "intranet": True, "example.org": False}

@@ -385,6 +385,11 @@ def test_a_store_that_refuses_is_a_one_line_error_with_the_path(case, message, s
             assert path in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_keys_and_an_address_that_end_with_a_line_end_open_the_store(s3):
+    with environment(**{name: f"{value}\n" for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3}.items()}):
+        assert filesystem.exists("s3://bucket")
+
+
 @pytest.mark.parametrize(("silent", "most_s"), [(False, 15), pytest.param(True, 90, marks=pytest.mark.slow)])
 def test_a_store_that_refuses_connections_is_given_up_after_seconds_and_a_silent_one_after_a_minute(silent, most_s, s3):
     with Proxy(s3, answer=lambda head: time.sleep(300)) as proxy:
