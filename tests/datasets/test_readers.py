@@ -195,6 +195,23 @@ def packed(pixels: np.ndarray, frame: bytes, syntax: str) -> pydicom.Dataset:
     return data
 
 
+SYNTAXES = "ImplicitVRLittleEndian", "ExplicitVRBigEndian", "DeflatedExplicitVRLittleEndian", "RLELossless"
+LEVELS = ("u1", 0, 255), ("u2", 0, 255), ("u2", 0, 4095), ("u2", 0, 65535), ("i2", -2048, 2047), ("i2", -32768, 32767)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize(("kind", "first", "last"), LEVELS)
+def test_one_loop_in_any_type_range_byte_order_and_lossless_compression_is_the_same_loop(kind, first, last, syntax):
+    stored = np.rint(LOOP * ((last - first) / 255) + first).astype((">" if "Big" in syntax else "<") + kind)
+    is_packed, signed = syntax == "RLELossless", {"PixelRepresentation": int(first < 0)}
+    raw = dicom(stored, syntax="" if is_packed else getattr(pydicom.uid, syntax), **signed)
+    if is_packed:
+        data = pydicom.dcmread(io.BytesIO(raw))
+        data.compress(pydicom.uid.RLELossless)
+        raw = written(data)
+    np.testing.assert_array_equal(read_dicom(raw).pixels, LOOP)
+
+
 def test_a_dicom_loop_is_cut_to_its_region_and_has_its_spacing():
     found = read_dicom(dicom(LOOP, region=region(20, 10, 94, 69)))
     np.testing.assert_array_equal(found.pixels, LOOP[:, 20:95, 10:70])
