@@ -175,12 +175,9 @@ def experiment_section() -> list[str]:
 def command_section(name: str, found: dict) -> list[str]:
     """A heading, the command and the table of its own flags."""
     kind, default = found["kind"], found["default"]
-    takes_experiment = dataclasses.is_dataclass(kind) and "experiment" in {field.name for field in dataclasses.fields(kind)}
-    if not dataclasses.is_dataclass(kind):
-        flags, about = function_flags(kind), kind.__doc__.splitlines()[0]
-    else:
-        options = default.options if takes_experiment else default
-        flags, about = list(flags_of(type(options) if takes_experiment else kind, options)), found["description"]
+    takes_experiment = "experiment" in {field.name for field in dataclasses.fields(kind)}
+    options = default.options if takes_experiment else default
+    flags, about = list(flags_of(type(options) if takes_experiment else kind, options)), found["description"]
     synopsis = " ".join(filter(None, [found["prog"], "[RECIPE]" * takes_experiment, "[FLAGS]"]))
     lines = [f"## {name}", "", f"    {synopsis}", "", f"{about[0].upper()}{about[1:]}", ""]
     if takes_experiment:

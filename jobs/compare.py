@@ -25,6 +25,7 @@ from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from jobs.support import command_line, evaluation
+from jobs.support.command_line import counted
 from jobs.support.evaluation import HOLDOUT, EvaluationPlan, ScoringOptions
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
@@ -109,7 +110,10 @@ def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tu
         plan = evaluation.plan_checkpoint(asked)
         folder = find_evaluation(one, plan.described, plan.out)
         if not folder:
-            print(f"scoring {label}: {len(plan.patients)} patients ({plan.described['group']})", flush=True)
+            print(
+                f"scoring {label}: {counted(len(plan.patients), 'patient')} ({plan.described['group']})",
+                flush=True,
+            )
             evaluation.score(plan, asked)
             folder = plan.out
     except UserError as error:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from heartseg.errors import StorageError, UserError, io_errors_as_user_errors, require
 from heartseg.storage import filesystem
 from jobs.support import command_line
-from jobs.support.command_line import first_line
+from jobs.support.command_line import counted, first_line
 
 GIB = 1 << 30
 # Below these a training is likely to fail: a worker's memory, checkpoints of a run, Ray's object store.
@@ -377,7 +377,7 @@ def bandwidth(number: int, report: dict) -> Finding:
     """The exchange in GB/s as NCCL's tests count it: each worker sends and receives 2 (n - 1) / n of the tensor a round."""
     bus = report["bytes"] * report["rounds"] / report["seconds"] * 2 * (number - 1) / number / 1e9
     hosts, devices = (sorted(set(names)) for names in zip(*report["machines"], strict=True))
-    found = f"{number} on {len(hosts)} host{'s' if len(hosts) > 1 else ''} ({', '.join(devices)}), {report['backend']}, "
+    found = f"{number} on {counted(len(hosts), 'host')} ({', '.join(devices)}), {report['backend']}, "
     found += f"{bus:.2f} GB/s for {report['seconds']:.0f} s" if number > 1 else "nothing to exchange"
     wrong, fix = "The sum over the workers was wrong.", "Find the broken GPU or link; run this again."
     numbers = {"workers": number, "gb_per_s": bus, "hosts": len(hosts)} | {name: report[name] for name in ("rounds", "backend")}

@@ -17,6 +17,7 @@ from heartseg.reporting import text_tables
 from heartseg.reporting.report import write_report
 from heartseg.storage import filesystem
 from jobs.support import command_line
+from jobs.support.command_line import counted
 from jobs.support.evaluation import Options, plan_checkpoint, plan_files, read_complete, score
 
 
@@ -52,10 +53,11 @@ def pool(options: Options) -> str:
 
 def summary_text(summary: dict) -> str:
     """What was scored, the tables, and the first images that could not be scored."""
-    lines = [f"{summary['images']} images of {summary['patients']} patients ({summary['group']}), native grid"]
+    images, patients = counted(summary["images"], "image"), counted(summary["patients"], "patient")
+    lines = [f"{images} of {patients} ({summary['group']}), native grid"]
     lines.append(text_tables.summary_text(summary))
     missing, shown = summary["missing"], 10
-    lines += [f"{len(missing)} images are not scored:"] * bool(missing)
+    lines += [f"{counted(len(missing), 'image')} not scored:"] * bool(missing)
     lines += [f"  {row['file']}: {row['reason']}" for row in missing[:shown]]
     lines += [f"  and {len(missing) - shown} more, in {SUMMARY}"] * (len(missing) > shown)
     return "\n".join(lines)

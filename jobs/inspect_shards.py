@@ -19,6 +19,7 @@ from heartseg.shards import inspection
 from heartseg.shards.reader import Shards, open_shards
 from heartseg.storage import filesystem
 from jobs.support import command_line
+from jobs.support.command_line import counted
 
 SHEET, PAGE = "contact_sheet.png", "shards.html"
 
@@ -53,8 +54,9 @@ def run(options: Options) -> str | None:
     found, rows = inspection.survey(opened, positions)
     patients = sum(record["rows"] > 0 for record in manifest["patients"].values())
     facts = (
-        f"{path}: {manifest['dataset']}, {manifest['rows']} images of {patients} patients, {image.height} x {image.width}, "
-        f"{len(manifest['parts'])} parts, {len(manifest['quarantined'])} recordings in quarantine"
+        f"{path}: {manifest['dataset']}, {counted(manifest['rows'], 'image')} of {counted(patients, 'patient')}, "
+        f"{image.height} x {image.width}, {counted(len(manifest['parts']), 'part')}, "
+        f"{counted(len(manifest['quarantined']), 'recording')} in quarantine"
     )
     tables = survey_tables(opened, found)
     print("\n\n".join([facts, *map(table_text, tables)]))

@@ -191,12 +191,16 @@ class Runner:
         return f"{stage.name}-{uuid.uuid4().hex[:8]}"
 
 
-def show_status(out: str = "results") -> None:
-    """Show the state of each stage of a pipeline.
+@dataclass(frozen=True)
+class StatusOptions:
+    """Which pipeline to show."""
 
-    Args:
-        out: Folder or URI of the pipeline.
-    """
+    out: str = "results"
+    """Folder or URI of the pipeline."""
+
+
+def show_status(out: str) -> None:
+    """Print the state of each stage of a pipeline."""
     path = command_line.absolute(out, "out")
     state = PipelineState.open(path)
     require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): correct --out.")
@@ -205,7 +209,8 @@ def show_status(out: str = "results") -> None:
 
 def job(argv: list[str]) -> None:
     if argv and argv[0] == "status":
-        command_line.parse_line(show_status, argv[1:], "python jobs/pipeline.py status")
+        about = "Show the state of each stage of a pipeline."
+        show_status(command_line.parse_line(StatusOptions, argv[1:], "python jobs/pipeline.py status", about).out)
         return
     about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
     experiment, options = command_line.parse(PipelineOptions(), argv, "pipeline.py", about)

@@ -156,7 +156,8 @@ def print_results(rows: list[dict], done: list[study_results.ClipResult], damage
             print(f"{begin} {name}: {study_results.shorten(text)}")
     for entry in damaged:
         print(f"left out: {entry['input']} {entry['reason']}")
-    print(f"{len(done)} files, {sum(found.frames for found in done)} frames, {len(rows)} patients; {len(damaged)} left out.")
+    counts = {"file": len(done), "frame": sum(found.frames for found in done), "patient": len(rows)}
+    print(f"{', '.join(command_line.counted(number, noun) for noun, number in counts.items())}; {len(damaged)} left out.")
     print(f"{study_results.INTENDED_USE.capitalize()}.")
 
 

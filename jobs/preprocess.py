@@ -21,6 +21,7 @@ from heartseg.errors import require
 from heartseg.shards import preprocessing, writer
 from heartseg.storage import filesystem
 from jobs.support import command_line
+from jobs.support.command_line import counted
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def run(experiment: Experiment, options: Options) -> None:
         )  # fmt: skip
         rows, patients, parts = (shards.manifest[name] for name in ("rows", "patients", "parts"))
         show_ignored(source.unnamed(), [file for record in patients.values() for file in record.get("ignored", [])])
-        written = f"{rows} images of {len(patients)} patients in {len(parts)} parts: {out}"
-        print(f"{out} is complete: {rows} images." if complete else written)
-    print("  ".join(f"{group}: {len(names)} patients" for group, names in shards.groups.items()))
+        written = f"{counted(rows, 'image')} of {counted(len(patients), 'patient')} in {counted(len(parts), 'part')}: {out}"
+        print(f"{out} is complete: {counted(rows, 'image')}." if complete else written)
+    print("  ".join(f"{group}: {counted(len(names), 'patient')}" for group, names in shards.groups.items()))
 
 
 def show_progress(tasks: list[tuple], records: Iterable[dict]) -> Iterator[dict]:

@@ -90,7 +90,7 @@ def job(argv: list[str]) -> None:
         return  # another of torchrun's processes prints the scores
     last = run_directory.read_record(path)[-1]
     scores = "  ".join(f"{name} {last[name]:.4f}" for name in ("val/dice", "test/dice") if name in last)
-    print(f"{last['epoch']} epochs done  {scores}  {path}")
+    print(f"{command_line.counted(last['epoch'], 'epoch')} done  {scores}  {path}")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     ray_runtime.start_ray(workers)
     # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
-    log.info("%d trials, %d at a time, %d worker(s) each", options.num_trials, concurrent, workers)
+    trials, each = command_line.counted(options.num_trials, "trial"), command_line.counted(workers, "worker")
+    log.info("%s, %d at a time, %s each", trials, concurrent, each)
     resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
     progress = ray_trials.Progress(lambda: publish(sweep))
     tuner = tune.Tuner(

@@ -92,7 +92,7 @@ def ranges(frames: Sequence[int]) -> str:
 
 def shorten(text: str) -> str:
     """A text of at most MAX_TEXT characters for a cell or a line."""
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rstrip(" ;,") + MORE
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rsplit(" ", 1)[0].rstrip(" ;,") + MORE
 
 
 def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
@@ -114,10 +114,10 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
     for (view, phase), found in stills.items():
         if view and len(found) > 1:
             stems = " and ".join(r.clip.stem for r in found)
-            reasons.append(f"{stems} all show {view} {phase}, and only one can count: give one")
+            reasons.append(f"{stems} show the same view and phase ({view} {phase}): keep one of them")
     for r in results:
         if r.frames > 1 and not r.phases and not {(r.clip.view, phase) for phase in PHASES} <= masks.keys():
-            reasons.append(f"{r.clip.stem} shows no beat (its plausible frames have one volume): give a whole one")
+            reasons.append(f"{r.clip.stem} shows no beat (the volume of its plausible frames never changes): give a whole one")
     if nameless := [r.clip.stem for r in results if r.clip.view is None]:
         reasons.append(f"the view of {', '.join(nameless)} is not known: give --view")
     if phaseless := [r.clip.stem for r in results if r.frames == 1 and r.clip.phase is None]:

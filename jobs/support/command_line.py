@@ -41,6 +41,17 @@ SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", r
 MEANINGLESS_IF_EMPTY = ("HEARTSEG_", "RAY_", "WANDB_", "AWS_", "TMPDIR", "WORLD_SIZE", "RANK", "LOCAL_")
 # A UNIX socket's path has at most 107 bytes, of which Ray's own folders below TMPDIR take 68.
 LONGEST_TMPDIR = 39
+# What tyro reports of a command line, and how we put it.
+MISTAKES = (
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (\S+).*", r"\1 must be a whole number, not \2."),
+    (r"Error parsing (\S+): could not convert string to float: (\S+).*", r"\1 must be a number, not \2."),
+    (r"Error parsing (\S+): no type matching (?:{None}\|)?{?(.+?)}? could be .* from \[(.*?)\].*", r"\1 must be \2, not \3."),
+    (r"invalid choice (.+) for argument '(.+)'. Expected one of \((?:'', )?(.+?)\).*", r"\2 must be one of \3, not \1."),
+    (r"Missing value for argument '(.+?)'.*", r"\1 needs a value; --help lists all flags."),
+    (r"Unrecognized options: ([^\s,]+).*Perhaps you meant: (\S+).*", r"\1 is not a flag of this command: did you mean \2?"),
+    (r"Unrecognized options: ([^\s,]+).*", r"\1 is not a flag of this command; --help lists all flags."),
+    (r".* -{3,} (.*?)\.? -{3,} .*", r"\1; --help lists all flags."),
+)
 EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h: the storage does not answer, and another attempt may help.
 EXIT_STORAGE_ERROR = 75
@@ -72,6 +83,11 @@ def exit_with_message(message: str, code: int) -> None:
     """Print a one-line message after the job's name, and end the process."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: `1 part`, `2 parts`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def first_line(error: BaseException) -> str:
@@ -185,18 +201,19 @@ def read_config(path: str) -> Experiment:
     return from_json(value.get("experiment", value), origin=path)
 
 
-def parse_line(kind: Callable, argv: Sequence[str], prog: str, description: str | None = None, **default: Any) -> Any:
-    """tyro's command line for a dataclass or a function; turns its boxed errors into a one-line UserError."""
-    errors = io.StringIO()
+def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | None = None, **default: Any) -> Any:
+    """tyro's command line for a dataclass; turns its boxed errors into a one-line UserError."""
+    shown, errors = io.StringIO(), io.StringIO()  # plain text: for a terminal, tyro draws boxes in colour
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=list(argv), prog=prog, description=description, **default)
     except SystemExit as stop:
         if stop.code in (0, None):
+            print(re.sub(r"\s*\(default:\s*(''|None)?\) *", "", shown.getvalue()), end="")
             raise
-        lines = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(lines).split(" ───")[0].strip("─ ") or "The command line cannot be parsed"
-        raise UserError(f"{message.rstrip('.')}; --help lists all flags.") from None
+        text = re.sub(r"'None', |, 'None'", "", " ".join(errors.getvalue().split()))
+        found = next((match.expand(ours) for theirs, ours in MISTAKES if (match := re.search(theirs, text))), "")
+        raise UserError(found or "The command line cannot be parsed; --help lists all flags.") from None
 
 
 def as_flags(values: dict, prefix: str = "--") -> list[str]:

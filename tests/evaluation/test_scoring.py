@@ -57,7 +57,7 @@ def test_a_missing_prediction_is_named_and_its_patient_has_no_biplane_ef(phantom
     out = score_files(masks, phantom, str(tmp_path / "out"))
     summary = summary_of(out)
     assert [(row["patient"], row["view"], row["phase"]) for row in summary["missing"]] == [("patient0002", "4CH", "ES")]
-    assert "1 images are not scored" in capsys.readouterr().out
+    assert "1 image not scored" in capsys.readouterr().out
     patients = table(out, "patients").set_index("patient")
     assert np.isnan(patients.loc["patient0002", "ef_camus_prediction"])
     assert np.isfinite(patients.loc["patient0002", ["ef_camus_truth", "ef_2ch_ase_prediction"]].astype(float)).all()

@@ -307,7 +307,7 @@ def test_of_two_stills_of_one_view_and_phase_none_is_taken_and_both_are_named(st
     (es,) = [one for one in stills if (one.clip.view, one.clip.phase) == (FOUR, Phase.ES)]
     row = study_results.study_row("p", [*stills, replace(es, clip=replace(es.clip, stem="again_4CH_ES"))])
     assert np.isnan(row["ef_ase"]) and np.isnan(row["ef_4ch_ase"]) and np.isfinite(row["ef_2ch_ase"])
-    assert f"{es.clip.stem} and again_4CH_ES all show 4CH ES" in row["reason"]
+    assert f"{es.clip.stem} and again_4CH_ES show the same view and phase (4CH ES)" in row["reason"]
 
 
 def test_a_clip_that_shows_no_beat_is_named_only_where_its_view_is_wanting(stills):

@@ -33,7 +33,7 @@ def test_help_shows_the_flags_and_exits_with_0(job, words, capsys):
     with pytest.raises(SystemExit) as left:
         job(["--help"])
     shown = capsys.readouterr().out
-    assert left.value.code == 0 and all(word in shown for word in (*words.split(), "(default:"))
+    assert left.value.code == 0 and all(word in shown for word in (*words.split(), "(default:")) and "(default: )" not in shown
 
 
 def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster():
@@ -47,9 +47,15 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
     ("job", "arguments", "said"),
     [
         (train.job, ["bogus"], "'bogus' is not a recipe: use one of seed, camus, quick"),
-        (train.job, ["quick", "--bogus", "3"], "--bogus"),
+        (train.job, ["quick", "--bogus", "3"], "--bogus is not a flag of this command; --help lists all flags."),
+        (train.job, ["quick", "--optm.lr", "3"], "--optm.lr is not a flag of this command: did you mean --optim.lr?"),
+        (train.job, ["quick", "--train.epochs"], "--train.epochs needs a value"),
         (train.job, [], "--data is missing"),
-        (train.job, ["quick", "--train.epochs", "many"], "train.epochs"),
+        (train.job, ["quick", "--train.epochs", "many"], "--train.epochs must be a whole number, not 'many'."),
+        (train.job, ["quick", "optim.lr=fast"], "--optim.lr must be a number, not 'fast'."),
+        (train.job, ["quick", "--optim.kind", "foo"], "--optim.kind must be one of 'sgd', 'adamw', not 'foo'."),
+        (predict.job, ["--view", "3CH"], "'4CH', not '3CH'."),
+        (predict.job, ["--spacing-mm", "1"], "--spacing-mm must be FLOAT FLOAT, not '1'."),
         (train.job, ["--config", "/nowhere.json"], "/nowhere.json is missing"),
         (train.job, ["--config", "{empty}/list.json"], "list.json is not an experiment"),
         (train.job, ["--workers", "0"], "--workers must be at least 1"),
@@ -71,6 +77,8 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
 )
 def test_a_mistakes_message_names_the_value(job, arguments, said, tmp_path, monkeypatch):
     monkeypatch.delenv("HEARTSEG_DATA", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)  # where tyro draws its boxes in colour
     (tmp_path / "list.json").write_text("[1, 2]")
     with pytest.raises(UserError) as caught:
         job([argument.format(empty=tmp_path) for argument in arguments])
