@@ -1,4 +1,4 @@
-"""The errors that a user is to read, not a programmer: mistakes (UserError) and outages (StorageError)."""
+"""Errors meant for users, not programmers: mistakes (UserError) and outages (StorageError)."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class OneRankError(UserError):
-    """A UserError that one rank alone has met, such as memory that ran out; the other ranks do not know."""
+    """A UserError on one rank only, such as running out of memory; the other ranks do not know of it."""
 
 
 class StorageError(Exception):

@@ -39,7 +39,7 @@ UNTRAINED_DICE = 0.05  # below this mean a model outlines nothing yet: its score
 
 
 def frame_name(row: dict) -> str:
-    """How messages and captions name a row of shards or results: patient, view, and phase or frame number, as far as known."""
+    """The name of a row of shards or results in messages and captions: patient, view, and phase or frame number, if known."""
     parts = [row["patient"], row.get("view"), row.get("phase")]
     if parts[2] is None and row.get("frame") is not None:
         parts[2] = f"frame {int(row['frame'])}"
@@ -47,7 +47,7 @@ def frame_name(row: dict) -> str:
 
 
 def bounding_box(region: np.ndarray, margins: tuple[int, int] = (0, 0)) -> tuple[slice, slice]:
-    """Rows and columns of the smallest box around what is not 0 in [H,W], with margins as far as the image reaches."""
+    """Rows and columns of the smallest box around what is not 0 in [H,W], with margins clipped to the image."""
     lines = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
     pairs = zip(lines, margins, strict=True)
     return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) if len(at) else slice(0) for at, margin in pairs)

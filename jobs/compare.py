@@ -1,4 +1,4 @@
-"""Runs side by side on one page, without any account: `python jobs/compare.py RUN RUN …`; scores what is not scored yet."""
+"""Runs side by side on one page, without a wandb account: `python jobs/compare.py RUN RUN …`; scores what is not scored yet."""
 
 import contextlib
 import os
@@ -88,7 +88,7 @@ def find_runs(paths: Sequence[str]) -> dict[str, run_directory.Run]:
 
 
 def is_run(folder: str) -> bool:
-    """True for the folder of a run."""
+    """True if the folder holds a run."""
     return filesystem.exists(filesystem.join(folder, run_directory.DESCRIPTION))
 
 
@@ -126,7 +126,7 @@ def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tu
 
 
 def find_evaluation(one: run_directory.Run, described: dict, own: str = "") -> str:
-    """The first complete evaluation that fits `described`, in the run's folder or in `own`; empty if there is none."""
+    """The first complete evaluation that matches `described`, in the run's folder or in `own`; empty if there is none."""
     # The same weights are the same checkpoint, whether it was called last or best.
     asked = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
     names = [name for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
@@ -151,20 +151,20 @@ def find_old_evaluation(one: run_directory.Run, options: Options) -> str:
 
 
 def find_reference(asked: str, found: dict[str, run_directory.Run]) -> run_directory.Run:
-    """The run of a name or a folder, the first run if empty; raises UserError if none is meant, or several may be."""
+    """The run of a name or folder, the first run if empty; raises UserError if no run or several match."""
     if not asked:
         return next(iter(found.values()))
     named = [one for one in found.values() if one.path == filesystem.absolute(asked).rstrip("/")]
     named = named or [one for label, one in found.items() if asked in (label, one.name)]
-    fix = "give the folder of one that is compared."
-    require(len(named) == 1, f"--reference {asked} is {len(named) or 'none'} of the runs: {fix}")
+    fix = "give the folder of one of them."
+    require(len(named) == 1, f"--reference {asked} matches {len(named) or 'none'} of the runs: {fix}")
     return named[0]
 
 
 def draw_disagreements(
     entries: Sequence[Entry], found: Sequence[dict], plans: dict[str, EvaluationPlan | None]
 ) -> dict[str, list[dict]]:
-    """A picture an entry of the images that entries disagree on, by the image's name; of several seeds, the first one's."""
+    """Pictures of the images that entries disagree on, one per entry, by the image's name; of several seeds, the first's."""
     patients = list(dict.fromkeys(item["patient"] for item in found))
     pictures: dict[str, list[dict]] = {item["image"]: [] for item in found}
     known = [entry for entry in entries if found and entry.letter in found[0]["dice"] and plans[entry.scored[0].label]]

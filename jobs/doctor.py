@@ -76,7 +76,7 @@ class Finding:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def unless(self, is_well: bool) -> "Finding":
-        """The same, with nothing wrong if all is well."""
+        """The same finding, without a problem if all is well."""
         return replace(self, wrong="", fix="") if is_well else self
 
 
@@ -261,7 +261,7 @@ def check_wandb() -> Iterator[Finding]:
 
 
 def ask_wandb(server: str, key: str) -> str:
-    """What is wrong with a server or with the key for it; empty if it accepts the key."""
+    """What is wrong with a server or its key; empty if it accepts the key."""
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
     question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
@@ -310,7 +310,7 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
 
 
 def check_other_nodes(nodes: list[dict]) -> Iterator[Finding]:
-    """What the cluster's other nodes are, a row each, and whatever is wrong there."""
+    """The cluster's other nodes, a row each, and whatever is wrong with them."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -335,7 +335,7 @@ def check_node() -> tuple[str, list[Finding]]:
 
 
 def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
-    """Another node's findings as one row, then whatever is wrong there; other versions than here are."""
+    """Another node's findings as one row, then whatever is wrong with it, including versions that differ from ours."""
     yield Finding(name, "; ".join(f"{one.name}: {one.found}" for one in found))
     here = {one.name: one.found for one in check_versions()}
     for one in found:

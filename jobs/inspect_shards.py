@@ -69,7 +69,7 @@ def verify(path: str) -> None:
     for file, reason in inspection.find_damage(path):
         print(f"damaged  {file}: {reason}")
         damaged.append(file)
-    problem = f"{path} has {len(damaged)} damaged files: {', '.join(damaged)}"
+    problem = f"{path} has {command_line.counted(len(damaged), 'damaged file')}: {', '.join(damaged)}"
     require(not damaged, f"{problem}; preprocess again with --overwrite.")
     print(f"{path} is intact: every part is as it was written, every row decodes.\n")
 
@@ -103,7 +103,7 @@ def survey_tables(opened: Shards, survey: inspection.Survey) -> list[Table]:
 
 
 def counts(column: pandas.Series) -> list[tuple[str, str, str]]:
-    """How often each value comes, as rows of a histogram."""
+    """How often each value occurs, as rows of a histogram."""
     return bars(column.value_counts().sort_index().to_dict())
 
 

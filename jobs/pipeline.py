@@ -54,13 +54,17 @@ def run(experiment: Experiment, options: PipelineOptions) -> str:
         state = PipelineState.open(out)
         state.metadata |= {"experiment": to_json(experiment), "stages of": [stage.name for stage in stages]}
         state.metadata |= {"code": run_directory.code_revision(), "command": sys.argv, "last begun": timestamp()}
+        runner = Runner(state, options, cluster)
         try:
-            results = Runner(state, options, cluster).run_all(stages, chosen, forced)
+            results = runner.run_all(stages, chosen, forced)
         except JobFailed as error:
             command_line.exit_with_message(f"{error}; rerun the same command to resume.", 1)
     reports = [stage for stage in chosen if stage.job == "evaluate"]
-    last = results[(reports or chosen)[-1].name].path
-    return filesystem.join(last, "report.html") if reports else last
+    last = (reports or chosen)[-1]
+    path = filesystem.join(results[last.name].path, "report.html") if reports else results[last.name].path
+    if runner.last is not last:
+        print(path)  # otherwise its job has just printed it
+    return path
 
 
 def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[Stage], list[Stage]]:
@@ -86,6 +90,8 @@ class Runner:
     state: PipelineState
     options: PipelineOptions
     cluster: Cluster | None = None
+    last: Stage | None = None
+    """The stage that ran last, if any had to."""
 
     def run_all(self, stages: list[Stage], chosen: list[Stage], forced: list[Stage]) -> dict[str, Result]:
         """Run the chosen stages that are not up to date, in order; returns their results. A dry run only prints."""
@@ -110,8 +116,9 @@ class Runner:
             elif self.options.dry_run:
                 print(f"{title}: would run ({reason})")
             else:
-                print(f"{title} ({reason})", flush=True)
+                print(f"{title} ({reason})".removesuffix(" (not begun)"), flush=True)
                 results[stage.name] = self.run(stage, inputs, results, stage in forced)
+                self.last = stage
         return results
 
     def run(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
@@ -215,7 +222,7 @@ def job(argv: list[str]) -> None:
     about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
     experiment, options = command_line.parse(PipelineOptions(), argv, "pipeline.py", about)
     command_line.refuse_unused(SweepPlan(), options.plan, options.plan.unused)
-    print(run(experiment, options))
+    run(experiment, options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""New echocardiograms to masks, overlays and an EF table: `python jobs/predict.py --checkpoint RUN --input STUDY --out OUT`."""
+"""Outlines new echocardiograms and tabulates EF: `python jobs/predict.py --checkpoint RUN --input STUDY --out OUT`."""
 
 import csv
 import io
@@ -31,6 +31,7 @@ from heartseg.reporting import plots
 from heartseg.reporting.overlays import write_overlays
 from heartseg.storage import filesystem, locks
 from jobs.support import command_line
+from jobs.support.command_line import counted
 
 # Axes of [T,H,W].
 FLIPS = {"none": (), "depth": (1,), "lateral": (2,), "both": (1, 2)}
@@ -92,7 +93,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     """Write masks and pictures of each clip, then the tables of all."""
     done, damaged, without_picture, without_overlay = [], [], [], []
     if others := study_files.clear(out, clips):
-        print(f"Removed an earlier call's results of {others} files that --input does not hold, or not by that name.")
+        print(f"Removed earlier results of {counted(others, 'file')} that --input does not hold by that name.")
 
     def read(clip: study_files.Clip, admit: Callable[[int], None]) -> readers.Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)
@@ -121,7 +122,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
         filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
     if not done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
-        raise UserError(f"None of {len(clips)} files could be read; the first: {first}.")
+        raise UserError(f"No file could be read ({counted(len(clips), 'file')}); the first: {first}.")
     rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
     weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
@@ -129,9 +130,9 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     study_results.write_tables(out, rows, record | {"damaged": damaged, "without_picture": without_picture})
     print_results(rows, done, damaged)
     if without_overlay:
-        print(f"No overlay of {len(without_overlay)} DICOM files that may show a name: --overlays on draws them.")
+        print(f"No overlay for {counted(len(without_overlay), 'DICOM file')} that may show a name: --overlays on draws it.")
     if without_picture:
-        print(f"{len(without_picture)} DICOM files hold no picture, as reports and measurements do: listed in studies.json.")
+        print(f"{counted(len(without_picture), 'DICOM file')} without a picture (reports, measurements): see studies.json.")
 
 
 def write_curve(out: str, found: study_results.ClipResult) -> None:
@@ -157,7 +158,7 @@ def print_results(rows: list[dict], done: list[study_results.ClipResult], damage
     for entry in damaged:
         print(f"left out: {entry['input']} {entry['reason']}")
     counts = {"file": len(done), "frame": sum(found.frames for found in done), "patient": len(rows)}
-    print(f"{', '.join(command_line.counted(number, noun) for noun, number in counts.items())}; {len(damaged)} left out.")
+    print(f"{', '.join(counted(number, noun) for noun, number in counts.items())}; {len(damaged)} left out.")
     print(f"{study_results.INTENDED_USE.capitalize()}.")
 
 

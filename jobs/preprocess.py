@@ -56,7 +56,7 @@ def run(experiment: Experiment, options: Options) -> None:
     """Write the shards of `experiment.source` to `experiment.out`; what an interrupted job finished is kept."""
     out = command_line.required_path(experiment.out, "out", "the folder for the shards")
     share = options.max_quarantined
-    require(0 <= share <= 1, f"--max-quarantined {share:g} is not a share: give one from 0 to 1, as 0.05 for 5 %.")
+    require(0 <= share <= 1, f"--max-quarantined {share:g} is not a share: give one from 0 to 1, such as 0.05 for 5 %.")
     complete = filesystem.exists(filesystem.join(out, writer.MANIFEST)) and not options.overwrite
     meaning = f"the folder of the CAMUS release, or one that holds {image_folder.LAYOUT}"
     if complete and options.resplit and not experiment.source:

@@ -68,7 +68,7 @@ class Options:
 
     @property
     def num_trials(self) -> int:
-        """How many trials there are to be."""
+        """The number of trials asked for."""
         return self.trials or (len(self.plan.space.changes) + 1 if self.plan.search == "changes" else 12)
 
 
@@ -80,7 +80,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
     is_known = options.plan.search != "optuna" or importlib.util.find_spec("optuna")
-    require(bool(is_known), "--search optuna needs Optuna: pip install 'heartseg[optuna]', or take --search random.")
+    require(bool(is_known), "--search optuna needs Optuna: pip install 'heartseg[optuna]', or use --search random.")
     shards = open_data(experiment)
     for trained in options.trained(experiment):
         check_plan(trained, shards)

@@ -155,7 +155,7 @@ def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, st
     values, spacing_mm, place = read_nifti(image_path, hashes)
     masks, *_ = read_nifti(mask_path, hashes, place)
     if frames == "stills" and len(values) > 1:
-        raise DamagedRecording(f"a still is one frame, this has {len(values)}", image_path)
+        raise DamagedRecording(f"a still must be one frame, but this has {len(values)}", image_path)
     if masks.shape != values.shape:
         raise DamagedRecording(f"the mask's shape {masks.shape} is not the image's {values.shape}", mask_path)
     try:
@@ -209,7 +209,7 @@ def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | No
 
 
 def parse_value(text: str, kind: type) -> str | int | float | None:
-    """A value of a cfg; None for a number that is not one, or that no column holds: it is a typing error."""
+    """A value of a cfg; None for a malformed number or one that no column can hold: a typing error."""
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -218,7 +218,7 @@ def parse_value(text: str, kind: type) -> str | int | float | None:
 
 
 def decode_text(raw: bytes, errors: str = "strict") -> str:
-    """Text as Windows, spreadsheets and shells save it: in UTF-8, or in UTF-16 with its mark. Raises ValueError for others."""
+    """Decode text as Windows, spreadsheets and shells save it: UTF-8, or UTF-16 with a byte order mark; raises ValueError."""
     encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     text = raw.decode(encoding, errors)
     if "\0" in text:  # UTF-16 without its mark, or no text at all
@@ -240,7 +240,7 @@ def stills_of() -> Iterator[tuple[View, Phase]]:
 
 
 def write_info(source: str, patient: str, view: View, info: Info) -> None:
-    """Write a cfg as the release does, with one more line if the EF is by another convention."""
+    """Write a cfg in the release's format, with an extra line if the EF follows another convention."""
     values = ((key, getattr(info, name)) for key, (name, _) in CFG_FIELDS.items())
     text = "".join(f"{key}: {value}\n" for key, value in values if value not in (None, Info.ef_convention))
     filesystem.publish(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"), text.encode())

@@ -154,12 +154,12 @@ def _decoder(dataset):
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
     except NotImplementedError as error:
-        raise Unreadable("it is compressed in a way that is not known here: export it uncompressed") from error
+        raise Unreadable("its compression is unknown: export it uncompressed") from error
     is_deep = syntax == pydicom.uid.JPEGExtended12Bit and int(dataset.BitsStored) > 8
     if not decoder.is_available or (is_deep and decoder.available_plugins == ("pillow",)):
         packages = " ".join(re.findall(r"py\w+(?:-\w+)?(?=>=)", decoder.missing_dependencies[-1]))
         name = "12-bit JPEG" if is_deep else syntax.name
-        raise Unreadable(f"it is compressed as {name}, which is not decoded here: run `pip install {packages}`")
+        raise Unreadable(f"it is compressed as {name}, which needs another package: run `pip install {packages}`")
     return decoder
 
 

@@ -27,16 +27,16 @@ MAX_BYTES = 2**30  # of an answer or a zip; a patient's folder has 14 files and 
 
 
 class FailedDownload(Exception):
-    """The server refuses; the message continues a sentence that begins with a name."""
+    """The server refuses; the message is appended to a name."""
 
 
 class DamagedDownload(FailedDownload):
-    """Nothing arrives, or what arrives is cut off or damaged: another try may bring it whole."""
+    """Nothing arrives, or the download is truncated or damaged: another try may succeed."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A Girder server by the address of its interface (`https://…/api/v1`), and how patient its client is."""
+    """A Girder server by the address of its interface (`https://…/api/v1`), with the client's timeouts and tries."""
 
     base: str
     tries: int
@@ -53,7 +53,7 @@ class Server:
         return found
 
     def fetch(self, path: str, use: Callable[[bytes], T], params: dict | None = None) -> T:
-        """`use` of an answer's body, again while that raises DamagedDownload and tries are left; raises FailedDownload."""
+        """Pass a response's body to `use`, retrying while that raises DamagedDownload; raises FailedDownload."""
         for wait_s in [self.wait_s * 2**earlier for earlier in range(self.tries - 1)]:
             try:
                 return use(self._body(path, params))

@@ -8,7 +8,7 @@ SIGNED = ((-128, 127), (-2048, 2047), (-32768, 32767))
 
 
 class Unreadable(ValueError):
-    """Why bytes are not a picture, in our own words: the message quotes nothing from the file."""
+    """Bytes that are not a picture; the message is our own and quotes nothing from the file."""
 
 
 def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
@@ -37,7 +37,7 @@ def describe(levels: tuple[int, int]) -> str:
 
 
 def find_range(values: np.ndarray, low: float, high: float) -> tuple[int, int] | None:
-    """The range of grey levels that some values, from `low` to `high`, are in; None if it is unknown or ambiguous."""
+    """The range of grey levels that contains the values from `low` to `high`; None if it is unknown or ambiguous."""
     if low >= 0 and high > 100.5:
         return next((each for each in UNSIGNED if high < each[1] + 0.5), None)
     if values.dtype.kind == "f" and (values != np.rint(values)).any():

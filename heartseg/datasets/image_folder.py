@@ -124,7 +124,7 @@ class ImageFolder:
 
 
 def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> CamusTree | ImageFolder:
-    """The source at a path; raises UserError if none is there, or for a pattern that is wrong or of no use."""
+    """The source at a path; raises UserError if there is none, or for a pattern that is invalid or unused."""
     try:
         re.compile(patient_pattern)
     except re.error as error:

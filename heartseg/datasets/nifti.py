@@ -59,7 +59,7 @@ class Place:
         return is_named and max(self.axes) < 3 and self.affine[:3, self.axes].any(axis=0).all()
 
     def is_plain(self) -> bool:
-        """True for what tools write for want of a real affine: spacings from the origin, in NIfTI's directions or in ITK's."""
+        """True for what tools write without a real affine: spacings from the origin, in NIfTI's directions or in ITK's."""
         spacings = np.diag(self.affine)
         return np.array_equal(self.affine, np.diag(spacings)) and spacings[0] * spacings[1] > 0
 
@@ -67,7 +67,7 @@ class Place:
 def read_nifti(
     path: str, hashes: dict[str, str] | None = None, onto: Place | None = None
 ) -> tuple[np.ndarray, tuple[float, float], Place]:
-    """`decode_nifti` of a file as `find_file` finds it, with its SHA-256 put into `hashes`; raises DamagedRecording."""
+    """Decode the file that `find_file` finds and put its SHA-256 into `hashes`; raises DamagedRecording."""
     path = find_file(path)
     raw = read_source(path, hashes)
     try:
@@ -77,7 +77,7 @@ def read_nifti(
 
 
 def find_file(path: str) -> str:
-    """A file of this name; if there is none, of this name in other letters (`.NII.GZ`), or without `.gz`."""
+    """The file of this name; otherwise one whose name differs in case (`.NII.GZ`) or lacks `.gz`."""
     if not filesystem.exists(path):
         folder, _, name = path.rpartition("/")
         others = [other for other in filesystem.list_names(folder) if other != name]  # not a dead link
@@ -88,7 +88,7 @@ def find_file(path: str) -> str:
 
 
 def read_source(path: str, hashes: dict[str, str] | None = None, most: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a file, at most `most`, with their SHA-256 put into `hashes`; raises DamagedRecording."""
+    """At most `most` bytes of a file; puts their SHA-256 into `hashes`. Raises DamagedRecording."""
     # A pipe in a file's place would keep the reader waiting for ever.
     if not filesystem.is_uri(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise DamagedRecording("cannot be read: not a file", path)
@@ -157,7 +157,7 @@ def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
         return np.moveaxis(nibabel.apply_orientation(np.moveaxis(masks, 0, -1), turn), -1, 0)
     if place.is_plain() or onto.is_plain():
         return masks
-    raise ValueError("its affine and that of its image differ in direction, and in the place that they give it")
+    raise ValueError("its affine and its image's disagree in direction and position")
 
 
 def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
@@ -211,7 +211,7 @@ def read_header(block: bytes) -> nibabel.Nifti1Header:
         raise ValueError(f"{len(block)} bytes are too few for a header")
     header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing by 1 mm
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
-        raise ValueError("it does not begin as a NIfTI does")
+        raise ValueError("it does not start with a NIfTI header")
     return header
 
 
@@ -236,7 +236,7 @@ def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
 
 
 def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
-    """A mask as uint8 of its own, what is within 0.001 of a label rounded to it; raises DamagedRecording that names others."""
+    """A copy of a mask as uint8, values within 0.001 of a label rounded to it; raises DamagedRecording naming any others."""
     with np.errstate(invalid="ignore"):  # what no uint8 can hold is found by the comparison
         labels = (mask if mask.dtype == np.uint8 else np.rint(mask)).astype(np.uint8, order="C")
         wrong = [] if mask.dtype == np.uint8 else np.unique(mask[~(np.abs(mask - labels) <= 1e-3)])
@@ -244,7 +244,7 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
         named = ", ".join(f"{value:g}" for value in wrong[:5]) + (", …" if len(wrong) > 5 else "")
         raise DamagedRecording(f"has labels that are not 0 to {NUM_CLASSES - 1}: {named}", path)
     if labels.max() >= NUM_CLASSES:
-        raise DamagedRecording(f"has label {labels.max()}, and only 0 to {NUM_CLASSES - 1} have a meaning", path)
+        raise DamagedRecording(f"has label {labels.max()}; only 0 to {NUM_CLASSES - 1} are defined", path)
     return labels
 
 
@@ -260,7 +260,7 @@ def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | 
 
 
 def pack(header: nibabel.Nifti1Header, disk: np.ndarray, level: int = 6) -> bytes:
-    """A file of `disk` as it is, gzipped without a time stamp, so that equal pixels make equal files.
+    """The bytes of a NIfTI file with the values `disk`, gzipped without a time stamp, so that equal pixels make equal files.
 
     nibabel's images would write the same bytes line by line, in three times as long.
     """

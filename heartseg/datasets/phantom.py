@@ -259,7 +259,7 @@ def write_phantom(
     marker = filesystem.join(source, camus.PHANTOM_NOTE)
     made_with = {"patients": patients, "seed": seed, "sequences": sequences, "scale": scale}
     if filesystem.exists(marker):
-        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom made with other settings: remove it.")
+        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom made with different settings: remove it.")
     elif filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):
         raise UserError(f"{source} holds patients that are not a phantom's: give an empty folder.")
     filesystem.publish_json(marker, made_with)

@@ -28,7 +28,7 @@ PACKAGES = {"dicom": "pydicom", "video": "av"}
 MAX_PIXELS = 2**31  # of one file: two minutes of a large video; more is a whole examination, or a damaged header
 MAX_FILE_BYTES = 2**33
 PLAUSIBLE_DEPTH_MM = (30, 400)  # a spacing that gives another was not measured (1 mm is what headers hold by default)
-NO_PICTURE = "it holds no picture, as reports and measurements do"
+NO_PICTURE = "it holds no picture, as a report or a measurement"
 # The first element of a DICOM without preamble is of group 2 or 8, with its type or the length of its value behind it.
 BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)", re.DOTALL)
 
@@ -111,7 +111,7 @@ def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:
 
     def admit_pixels(count: int) -> None:
         if count > MAX_PIXELS:
-            raise Unreadable("it claims more pixels than two minutes of large pictures have: cut it to the beats that count")
+            raise Unreadable("it claims more pixels than two minutes of large pictures have: trim it to the beats of interest")
         admit(2 * count + len(raw))
 
     import_package(kind)
@@ -170,4 +170,4 @@ def upright(picture: np.ndarray, matrix) -> np.ndarray:
         return picture[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
     if a == d == 0:
         return picture.T[:: 1 if b > 0 else -1, :: 1 if c > 0 else -1]
-    raise Unreadable("it is to be shown turned by an angle that is not a multiple of 90 degrees")
+    raise Unreadable("it asks to be rotated by an angle that is not a multiple of 90 degrees")

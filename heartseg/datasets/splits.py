@@ -33,7 +33,7 @@ def make_groups(
     patients = [patient for patient in patients if known.get(patient, {}).get("rows") != 0]
     if config.kind == "official":
         if not official:
-            raise UserError("The source has no database_split/subgroup_*.txt and no groups.csv: take --split.kind ratio.")
+            raise UserError("The source has no database_split/subgroup_*.txt and no groups.csv: use --split.kind ratio.")
         groups = {group: sorted({*patients} & {*names}) for group, names in official.items()}
     else:
         groups = draw_groups(config, patients, known)
@@ -45,7 +45,7 @@ def make_groups(
 
 
 def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
-    """Raise UserError if the source's split names a stranger, unless it is a part of CAMUS, whose files name all 500."""
+    """Raise UserError if the source's split names an unknown patient, unless it is part of CAMUS, whose files name all 500."""
     named = {name for names in official.values() for name in names}
     left_out = sorted(set(patients) - named)
     strangers = [name for name in sorted(named - set(patients)) if left_out or not re.fullmatch(r"patient\d{4}", name)]
@@ -53,7 +53,7 @@ def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
         nearest = difflib.get_close_matches(strangers[0], left_out or patients, 3, 0.0)
         counts = f"{len(strangers)} such names, {len(left_out)} patients in no group"
         problem = f"The split of the source names {strangers[0]!r}, who has no file (nearest: {', '.join(nearest)}; {counts})"
-        raise UserError(f"{problem}: correct its groups, or take --split.kind ratio.")
+        raise UserError(f"{problem}: correct its groups, or use --split.kind ratio.")
 
 
 def stratum(known: dict) -> str:

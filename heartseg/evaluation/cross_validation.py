@@ -12,7 +12,7 @@ from heartseg.storage import filesystem
 def pool(evaluations: list[str], out: str) -> dict:
     """Write the pooled evaluation into `out`, and return its summary; raises UserError for what cannot be pooled."""
     is_new = len({*evaluations, out}) > len(evaluations)
-    require(is_new, "Each evaluation is pooled once, and none is written over: give different folders.")
+    require(is_new, "Each evaluation is pooled once, and none is overwritten: give different folders.")
     summaries = [_summary(path) for path in evaluations]
     images, patients = ([_table(path, name) for path in evaluations] for name in (IMAGES, PATIENTS))
     _check(evaluations, summaries, patients)

@@ -135,7 +135,7 @@ def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, t
     """A label map uint8 [H,W], lying as `onto` does, (depth, lateral) spacing in mm and place; raises DamagedRecording."""
     masks, spacing_mm, place = nifti.read_nifti(path, onto=onto)
     if len(masks) > 1:
-        raise DamagedRecording(f"the mask of a still is one frame, this has {len(masks)}", path)
+        raise DamagedRecording(f"the mask of a still must be one frame, but this has {len(masks)}", path)
     return nifti.as_labels(masks[0], path), spacing_mm, place
 
 
@@ -147,7 +147,7 @@ def check_pattern(pattern: str) -> None:
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"--pattern {pattern!r} may hold {fields} only.") from error
     is_inside = ".." not in names[0].split("/") and not names[0].startswith("/")
-    require(is_inside, f"--pattern {pattern!r} leaves the folder of the predictions: take one below it.")
+    require(is_inside, f"--pattern {pattern!r} leaves the folder of the predictions: use one below it.")
     require(len(set(names)) == len(names), f"--pattern {pattern!r} names one file for several stills: it needs {fields}.")
 
 

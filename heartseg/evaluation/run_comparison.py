@@ -202,11 +202,11 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
         for one in entry.runs:
             epochs, planned = len(one.record), one.run.description["identity"]["train"]["epochs"]
             if epochs < planned:
-                lines.append(f"{one.label} has {epochs} of its {planned} epochs: it is compared as far as it is.")
+                lines.append(f"{one.label} has {epochs} of its {planned} epochs: the comparison uses these.")
             if one.problem:
                 lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
         if left_out := [one.label for one in entry.runs if one.images is not None and one not in entry.scored]:
-            lines.append(f"{', '.join(left_out)} was scored on other patients than {entry.runs[0].label}, and is not pooled.")
+            lines.append(f"{', '.join(left_out)} was not scored on the patients of {entry.runs[0].label}, and is not pooled.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
             where = "{letter} on the {group} group of {dataset} ({patients} patients)"
             these, those = (where.format(letter=e.letter, **e.scored[0].summary) for e in (entry, reference))

@@ -29,7 +29,7 @@ READERS, WRITERS = 2, 2
 AHEAD, BATCHES = 12, 8  # clips in memory on either side of the model; batches whose scores wait to be resampled
 # Of the memory that is free at the start, all clips in flight share this, and no more than so many bytes but for one clip.
 SHARE, MOST_BYTES = 0.75, 4 << 30
-TOO_LARGE = "cut it to the beats that count, or use a machine with more memory"
+TOO_LARGE = "trim it to the beats of interest, or use a machine with more memory"
 
 
 class Room:
@@ -55,20 +55,20 @@ class Room:
             self.changed.notify_all()
 
     def may_enter(self, number: int) -> bool:
-        """True if a clip that waits has room, and none before it is outside."""
+        """True if a waiting clip fits and every clip before it has been admitted."""
         together = sum(self.held.values()) + self.waiting[number]
         fits = number <= min(self.held, default=number) or together <= self.together
         return self.is_closed or (fits and number <= min(self.outside, default=number))
 
     def leave(self, number: int) -> None:
-        """Give a clip's bytes back."""
+        """Release a clip's bytes."""
         with self.changed:
             self.outside.discard(number)
             self.held.pop(number, None)
             self.changed.notify_all()
 
     def wake(self, *_) -> None:
-        """Let all who wait look again."""
+        """Wake all waiting threads, so that they check again."""
         with self.changed:
             self.changed.notify_all()
 
@@ -90,7 +90,7 @@ def free_bytes() -> float:
 
 @dataclass(eq=False)
 class ClipInFlight:
-    """A clip that is being segmented; `small` [T,1,h,w] are its frames on the model's grid, none of a damaged one."""
+    """A clip that is being segmented; `small` [T,1,h,w] are its frames on the model's grid, empty if it is damaged."""
 
     number: int
     clip: object
@@ -103,7 +103,7 @@ class ClipInFlight:
 
     @contextlib.contextmanager
     def keeps_damage(self) -> Iterator[None]:
-        """Keep what is wrong with the clip, to which belongs that memory ran out."""
+        """Record what is wrong with the clip, including running out of memory."""
         try:
             yield
         except DamagedRecording as damage:

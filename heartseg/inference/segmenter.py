@@ -47,7 +47,7 @@ class Segmenter:
 
     @property
     def members(self) -> tuple["Segmenter", ...]:
-        """Itself, as an ensemble has several."""
+        """A list of itself, as an ensemble has several members."""
         return (self,)
 
     @torch.inference_mode()
@@ -189,7 +189,7 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 
 
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
-    """The trained model in a run's folder (its checkpoint `last` or `best`), or a checkpoint's; raises UserError if damaged."""
+    """The trained model in a run's folder (checkpoint `last` or `best`) or a checkpoint's; raises UserError if damaged."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = checkpoint.find(path, which)
     experiment = from_json(found.card["experiment"], origin=found.path)

@@ -43,7 +43,7 @@ class Clip:
 
 
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
-    """The inputs in a file or a tree, by patient; `view` and `phase` serve where a name shows none; raises UserError."""
+    """The inputs in a file or a tree, by patient; `view` and `phase` apply if a name shows none; raises UserError."""
     require(filesystem.exists(source), f"--input {source} does not exist: give a file, or a folder of patients or of files.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
     visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(path)))
@@ -67,7 +67,7 @@ def stem_of(path: str) -> str:
 
 
 def view_and_phase(stem: str) -> tuple[View | None, Phase | None]:
-    """What a name shows of them."""
+    """View and phase in a file's name, None if it shows none."""
     view, phase = VIEW_IN_NAME.search(stem), PHASE_IN_NAME.search(stem)
     return view and View(f"{view[1] or view[2]}CH"), phase and Phase(phase[1].upper())
 
@@ -141,7 +141,7 @@ def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
 
 
 def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_folders: int) -> str:
-    """Why a study's files are not of another of the `group` that shares its identifier, or how little shows that they are."""
+    """Why a study is not one with another of its `group`, or how weak the evidence is that its own files are one."""
     shared = "StudyInstanceUID" if "StudyInstanceUID" in tags else "PatientID"
     for other, others in group:
         differ = [tag for tag in tags | others if tags.get(tag) != others.get(tag)]

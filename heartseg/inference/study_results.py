@@ -33,7 +33,7 @@ MOST_APART = 20.0  # points of EF between two views of one heart
 
 @dataclass(frozen=True, eq=False)
 class ClipResult:
-    """What is kept of a clip once its files are written; `doubts` and the lowest `confidence` are of the masks measured.
+    """What is kept of a clip once its files are written; `doubts` and the lowest `confidence` refer to the measured masks.
 
     `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES, as far as they are known. `volumes_ml` [T] is a sequence's
     single-plane curve, without a unit if there is no `spacing_mm`.
@@ -84,14 +84,14 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
 
 
 def ranges(frames: Sequence[int]) -> str:
-    """Ascending numbers of frames in words: `frame 7`, `frames 3-41, 50`."""
+    """Ascending frame numbers in words: `frame 7`, `frames 3-41, 50`."""
     runs = np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1)
     words = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"frame{'s' if len(frames) > 1 else ''} {words}"
 
 
 def shorten(text: str) -> str:
-    """A text of at most MAX_TEXT characters for a cell or a line."""
+    """The text, cut to MAX_TEXT characters for a cell or a line."""
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rsplit(" ", 1)[0].rstrip(" ;,") + MORE
 
 
@@ -155,7 +155,7 @@ def clip_record(result: ClipResult) -> dict:
 
 
 def write_tables(out: str, rows: list[dict], everything: dict) -> None:
-    """Write `ef.csv`, a line a patient, and `studies.json` with that and `everything` besides."""
+    """Write `ef.csv`, a line per patient, and `studies.json` with the same rows and `everything`."""
     columns = [*FIRST, *(name for name in INDICES if name not in FIRST), "intended_use"]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -176,7 +176,7 @@ def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
 
 
 def headline(row: dict) -> str:
-    """One line of a patient for a terminal: EF by the ase convention, of both views if possible, otherwise of one."""
+    """One line about a patient for a terminal: EF by the ase convention, from both views if possible, otherwise from one."""
     for method, title in (("ase", "biplane, ase"), ("4ch_ase", "4CH alone, ase"), ("2ch_ase", "2CH alone, ase")):
         if math.isfinite(row[f"ef_{method}"]):
             volumes = [row[f"{name}_ml_{method}"] for name in ("edv", "esv")]
@@ -187,7 +187,7 @@ def headline(row: dict) -> str:
 
 
 def _cell(value):
-    """Empty for NaN; two decimals, which are more than a mask can resolve; of a long text the beginning."""
+    """Empty for NaN; two decimals, more than a mask can resolve; long texts are cut."""
     if isinstance(value, (float, np.floating)):
         return f"{value:.2f}" if math.isfinite(value) else ""
     return shorten(value) if isinstance(value, str) else value

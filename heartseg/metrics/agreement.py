@@ -90,7 +90,7 @@ def ef_confusion(estimate, reference) -> np.ndarray:
 
 
 def paired_test(a, b, patients) -> dict[str, float | int | None]:
-    """Two methods on the same images: is one better? `a`, `b` [N] are their scores, `patients` [N] the images' owners.
+    """Is one of two methods better on the same images? `a`, `b` [N] are their scores, `patients` [N] the images' owners.
 
     `n` pairs of `patients`, the mean `difference` a - b over images, `low` and `high` of its `bootstrap_interval` and two-sided
     `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on patients' means. Under 3 patients these are None.

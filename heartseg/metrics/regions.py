@@ -17,7 +17,7 @@ def connected_components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest_component(region: np.ndarray) -> np.ndarray:
-    """The largest connected piece of a region, bool [H,W], the first of two equals; an empty region as it is."""
+    """The largest connected piece of a region, bool [H,W] (the first of ties); an empty region is returned unchanged."""
     pieces, sizes = connected_components(region)
     return pieces == 1 + sizes.argmax() if len(sizes) > 1 else region
 

@@ -17,7 +17,7 @@ DISTANCES = tuple(f"{kind}_{s}_mm" for s in STRUCTURE_LABELS for kind in ("hd", 
 
 
 def predicted_labels(logits: torch.Tensor) -> torch.Tensor:
-    """The class of the highest score, the first of equals: labels uint8 [B,H,W] of logits [B,4,H,W]."""
+    """The class of the highest score (the first of ties): labels uint8 [B,H,W] of logits [B,4,H,W]."""
     if logits.is_cuda:
         return logits.argmax(dim=1).to(torch.uint8)
     # On CPUs five times as fast as max over the classes, and twenty times as fast as argmax.
@@ -88,7 +88,7 @@ class ScoreSums:
 
     @property
     def sums(self) -> torch.Tensor:
-        """Sums over images, and how many images they are of: float64 [2, scores and loss]."""
+        """Sums over images, and the number of images in each: float64 [2, scores and loss]."""
         if self._batches:
             losses, counts = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
             self._batches.clear()

@@ -33,7 +33,7 @@ class Chamber:
 
 
 def _where(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `np.nonzero` gives of a boolean [h,w], faster."""
+    """`np.nonzero` of a boolean [h,w], faster."""
     return np.divmod(np.flatnonzero(region), region.shape[1])
 
 
@@ -102,7 +102,7 @@ def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spac
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What one label map holds; a chamber that cannot be measured is the reason why instead, a short text."""
+    """The measurements of one label map; in place of a chamber that cannot be measured stands the reason, a short text."""
 
     ventricle: Chamber | str
     atrium: Chamber | str

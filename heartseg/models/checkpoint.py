@@ -41,7 +41,7 @@ class Checkpoint:
                 raise ValueError("not the bytes that were written")
             return safetensors.torch.load(data)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(f"The weights {path} are damaged: take another checkpoint.") from error
+            raise UserError(f"The weights {path} are damaged: use another checkpoint.") from error
 
     def training_state(self) -> dict:
         """The states that training resumes from; unpickles nothing but tensors and plain values."""
@@ -112,7 +112,7 @@ def keep_last_and_best(run: str) -> None:
 
 
 def find(path: str, which: str = "last") -> Checkpoint:
-    """A checkpoint from a run's folder (`which` is `last` or `best`) or from its own; raises UserError."""
+    """A checkpoint in a run's folder (`which` is `last` or `best`) or in its own; raises UserError."""
     require(filesystem.exists(path), f"The checkpoint {path} does not exist: give the folder of a run.")
     found = best(path) if which == "best" else None
     return found or last(path) or open_checkpoint(path)

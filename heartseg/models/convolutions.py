@@ -29,7 +29,7 @@ class Conv2d(nn.Conv2d):
 
 
 def faster(module: nn.Module) -> None:
-    """Exchange the convolutions inside a module that gain by it; parameters and their names stay."""
+    """Replace the convolutions in a module that get faster; parameters and their names stay."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and (_is_atrous(child) or _is_depthwise(child)):
             # Without memory, so that no random number is drawn for weights that are not used.
@@ -44,7 +44,7 @@ def faster(module: nn.Module) -> None:
 
 
 def _slow_in_bf16(images: torch.Tensor) -> bool:
-    """True where a depthwise convolution's gradients use oneDNN's slow kernels: three to ten times as long as in float32."""
+    """True if a depthwise convolution's gradients use oneDNN's slow kernels: three to ten times as long as in float32."""
     is_training = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
     return is_training and torch.get_autocast_dtype("cpu") == torch.bfloat16
 

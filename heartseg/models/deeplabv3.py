@@ -87,7 +87,7 @@ def _replace_batch_norm(module: nn.Module) -> None:
 
 
 def wants_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """True where bf16 autocast is asked for, or is `auto` and the hardware computes in it."""
+    """True if bf16 autocast is asked for, or is `auto` and the hardware supports it."""
     if config.precision != "auto":
         return config.precision == "bf16"
     if device.type == "cuda":

@@ -63,7 +63,7 @@ def write_page(out: str, entries: Sequence[Entry], compared: dict, pictures: Map
 
 
 def _rows(names: Sequence[str], cell: Callable, entries: Mapping[str, dict]) -> list[tuple[str, list]]:
-    """A row a score: its title, and a cell an entry."""
+    """A row per score: its title, and a cell per entry."""
     return [(TITLES[name], [cell(scores, name) for scores in entries.values()]) for name in names]
 
 

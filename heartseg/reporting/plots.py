@@ -143,7 +143,7 @@ def _known_pairs(estimate: Sequence[float], reference: Sequence[float]) -> tuple
 
 
 def _points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """One point a pair; many of them are fainter, so that the dense part still shows; without any, a note."""
+    """One point per pair, fainter if there are many, so that dense parts stay visible; a note if there are none."""
     alpha = 0.75 if len(x) <= 100 else 0.45
     axes.scatter(x, y, s=20, color=POINT, alpha=alpha, linewidths=0, rasterized=len(x) > 500)
     if not len(x):

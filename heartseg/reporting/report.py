@@ -1,4 +1,4 @@
-"""What a training run and an evaluation left behind as one self-contained HTML page; it recomputes no metric."""
+"""The results of a training run and an evaluation as one self-contained HTML page; no metric is recomputed."""
 
 import pandas
 
@@ -140,7 +140,7 @@ def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict |
 
 
 def published_section(summary: dict, dataset: str) -> dict | None:
-    """Ours first, then the published rows in the same convention; None for anything but CAMUS."""
+    """Our scores first, then the published ones in the same convention; None for data other than CAMUS."""
     phases = summary["by"].get("phase", {})
     if dataset != "CAMUS" or any(phase not in phases for phase in PHASES):
         return None

@@ -43,7 +43,7 @@ def show_cell(value: object) -> str:
 
 
 def show_rows(table: pandas.DataFrame) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Heading and rows of what a reader wants to see of each trial, the best first."""
+    """Heading and rows of what matters about each trial, the best first."""
     columns = [name for name in ["rank", "trial", *varied(table), *SHOWN] if name in table]
     shown = table[columns].copy()
     for name, digits in ((SCORE, 4), (f"last {METRIC}", 4), ("seconds", 0)):
@@ -120,7 +120,7 @@ def schedule_key(figure: Figure, kinds: Collection[str]) -> None:
 
 
 def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: str) -> Figure:
-    """A line a trial over its values of `fields`, evenly in their order, and its score; those not finished are faint."""
+    """A line per trial over its values of `fields`, evenly spaced in order, and its score; unfinished trials are faint."""
     figure, axes = new_axes(max(5.0, 1.9 * (len(fields) + 1)), 3.6)
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -155,7 +155,7 @@ def pick_labels(values: pandas.Series, heights: pandas.Series) -> list[tuple[flo
 
 
 def sweep_curves(records: Sequence[tuple[str, str, list[dict]]], metric: str) -> Figure:
-    """The metric by epoch of (schedule, state, epochs), a line a trial; a dot marks where one was stopped early."""
+    """The metric by epoch of (schedule, state, epochs), a line per trial; a dot marks an early stop."""
     figure, axes = new_axes(6.2, 3.6)
     for kind, state, record in records:
         known = [(row["epoch"], row[metric]) for row in record if row.get(metric) is not None]
@@ -186,7 +186,7 @@ def ranks(table: pandas.DataFrame, score: str, epochs: int) -> Figure:
 
 
 def differences(table: pandas.DataFrame, score: str) -> Figure:
-    """What each listed change reached, in the table's order, against the recipe's own score (a line); its gain at the right."""
+    """The score of each listed change, in the table's order, against the recipe's own (a line); the gain at the right."""
     # A change is settings joined by commas: lines break there.
     labels = [textwrap.fill(change.replace(",", ", "), 44, break_long_words=False) for change in table["change"]]
     rows = 1.5 + max(label.count("\n") for label in labels)
@@ -208,7 +208,7 @@ def differences(table: pandas.DataFrame, score: str) -> Figure:
 def draw_scores(
     axes: Axes, table: pandas.DataFrame, score: str, start: float, labels: Sequence[str]
 ) -> tuple[np.ndarray, list[str]]:
-    """A point a trial with a line from `start` to it, from the top; returns their heights and colours."""
+    """A point per trial with a line from `start` to it, from the top; returns their heights and colours."""
     heights, colours = -np.arange(len(table)), [SCHEDULE_COLOURS[kind] for kind in table["schedule.kind"]]
     axes.hlines(heights, start, table[score], color=colours, linewidth=1.5, alpha=0.7)
     axes.scatter(table[score], heights, c=colours, s=36, zorder=3)

@@ -45,7 +45,7 @@ def find_damage(path: str) -> Iterator[tuple[str, str]]:
 
 
 def check_rows(table: pa.Table, opened: Shards, part: dict) -> None:
-    """Raise ValueError if rows have other columns, labels, shapes or patients than they may."""
+    """Raise ValueError if rows have columns, labels, shapes or patients that shards cannot have."""
     if not table.schema.equals(writer.schema(opened.image)):
         raise ValueError("the columns differ")
     if table.num_rows != part["rows"]:
@@ -81,7 +81,7 @@ class Survey:
 
 
 def ef_counts(ef: pandas.Series) -> dict[str, int]:
-    """Patients by their ejection fraction in percent; the last entry counts those whose is not known."""
+    """Patients by ejection fraction in percent; the last entry counts those without one."""
     inner = (f"{low} to {high}" for low, high in itertools.pairwise(EF_EDGES))
     names = [f"below {EF_EDGES[0]}", *inner, f"{EF_EDGES[-1]} and above"]
     bins = pandas.cut(ef, [-math.inf, *EF_EDGES, math.inf], right=False, labels=names)

@@ -102,7 +102,7 @@ class Batches:
         return self.order(batch_size, seed, epoch)[step].tolist()
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's rows in order, as training batches have them; over all ranks each row comes once."""
+        """This rank's rows in order, shaped like training batches; across all ranks each row occurs once."""
         mine = share(len(self), self.rank, self.world_size)
         return self.batches(torch.arange(mine.start, mine.stop), torch.zeros(batch_size, dtype=torch.int64))
 

@@ -1,4 +1,4 @@
-"""A source to a complete folder of shards: finished parts stay, and a complete folder of something else is refused by name."""
+"""Turns a source into a complete folder of shards: finished parts are kept, and a folder of other data is refused."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -56,7 +56,7 @@ def write_shards(
             damaged = sum(len(part["quarantined"]) for part in parts)
             total = sum(record["recordings"] for part in parts for record in part["patients"].values())
             if damaged > max_quarantined * total:
-                problem = f"{damaged} of {total} recordings are damaged, more than --max-quarantined {max_quarantined:g}"
+                problem = f"Damaged recordings: {damaged} of {total}, more than --max-quarantined {max_quarantined:g}"
                 raise UserError(f"{problem}: repair them and rerun the same command, or allow more.")
             manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
@@ -75,7 +75,7 @@ def write_parts(
     sizes = {name: size for name, size, _ in filesystem.list_files(out)}
     for name, record in records.items():
         if sizes.get(name) != record["bytes"]:
-            raise UserError(f"{out}/{name} is not there as it was written: every node must see --out, so give a shared folder.")
+            raise UserError(f"{out}/{name} is missing or incomplete: every node must see --out, so give a shared folder.")
     return [records[name] for name in parts]
 
 
@@ -96,7 +96,7 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
     if not all(sidecars):  # written by a version that kept one hash of all names and sizes
         now = writer.listing_hash([part["patients"] for part in manifest["parts"]], listing)
         same = now == manifest["source_listing"] and listing.keys() == manifest["patients"].keys()
-        return None if same else "files of the source are new, gone or have another size"
+        return None if same else "files of the source were added, removed or changed in size"
     recorded = {name: files for sidecar in sidecars for name, files in sidecar["made_from"]["listing"].items()}
     both = (recorded, listing)
     old, new = ({f"{name} of {p}": rest for p, files in found.items() for name, *rest in files} for found in both)
@@ -107,7 +107,7 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
 
 
 def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str, list[str]]) -> None:
-    """Raise UserError if a complete folder is split in another way than asked, or than by the source's `official` split now."""
+    """Raise UserError if a complete folder's split is not the one asked for, or not the source's present `official` one."""
     path, patients = filesystem.join(out, writer.SPLITS), manifest["patients"]
     if not filesystem.exists(path):
         return

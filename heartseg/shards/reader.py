@@ -175,7 +175,7 @@ def check_sizes(shards: Shards) -> None:
 
 
 def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns: list[str] | None = None) -> pa.Table:
-    """Some of a group's rows in one part, counted from the group's first one there; `patient` must be among `columns`."""
+    """Some of a group's rows in one part, counted from its first row there; `patient` must be among `columns`."""
     table = read_part(shards, held.part, columns)
     (places,) = np.nonzero(np.isin(np.array(table["patient"].to_pylist(), dtype=str), held.patients))
     if len(places) != held.rows:

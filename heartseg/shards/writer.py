@@ -121,7 +121,7 @@ def write_part(
 
 
 def read_sidecar(part_path: str) -> dict | None:
-    """What a part was `made_from`, and its `record`; None without a readable sidecar, as in older shards."""
+    """What a part was `made_from`, and its `record`; None if its sidecar is missing or unreadable, as in older shards."""
     try:
         sidecar = json.loads(filesystem.read_bytes(part_path.removesuffix(".parquet") + ".json"))
     except (FileNotFoundError, ValueError):
@@ -225,7 +225,7 @@ def write_splits(out: str, config: SplitConfig, manifest_patients: dict, officia
 
 
 def remove_leftovers(out: str, shards: bool = False) -> None:
-    """Delete what a killed job left half written, and with `shards` these too; only the holder of the folder's lock may."""
+    """Delete what a killed job left half written, and with `shards` the shards too; needs the folder's lock."""
     names = [name for name in filesystem.list_names(out) if LEFTOVER.fullmatch(name) or (shards and OURS.fullmatch(name))]
     for name in sorted(names, key=lambda name: name != MANIFEST):  # the manifest first: nothing damaged must look complete
         filesystem.remove(filesystem.join(out, name))

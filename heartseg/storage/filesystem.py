@@ -114,7 +114,7 @@ def last_part(path: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name that can be written as UTF-8: a byte of it that is not becomes %E9, for example."""
+    """The name as valid UTF-8: any other byte is escaped, as %E9."""
     return re.sub("[\udc80-\udcff]", lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 
@@ -129,7 +129,7 @@ def exists(path: str) -> bool:
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """None if a local path does not exist or leads nowhere, which os.path.exists would report of an outage too."""
+    """None if a local path does not exist or is a dead link; os.path.exists would also be False in an outage."""
     try:
         with _storage_errors(path):
             return os.stat(path)
@@ -195,7 +195,7 @@ def walk(path: str) -> list[str]:
 
 
 def read_bytes(path: str, at_most: int = -1) -> bytes:
-    """The whole of a file, or its first `at_most` bytes; raises StorageError and OSError, such as FileNotFoundError."""
+    """A whole file, or its first `at_most` bytes; raises StorageError and OSError, such as FileNotFoundError."""
     if not is_uri(path):
         with _storage_errors(path), open(path, "rb") as stream:
             return stream.read(at_most)
@@ -222,7 +222,7 @@ def read_json(path: str) -> dict:
 
 
 def publish(path: str, data: bytes) -> None:
-    """Write a file that appears complete or not at all, and its folder; raises OSError, a full disk's say, and StorageError."""
+    """Write a file and its folder; it appears complete or not at all. Raises OSError (such as a full disk) and StorageError."""
     with _storage_errors(path):
         (_publish_on_store if is_uri(path) else _publish_locally)(path, data)
 

@@ -27,7 +27,7 @@ HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 
 
 def lock(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Be the only writer of a folder; raises UserError if another process is, or was on a store `DEAD_AFTER_S` ago."""
+    """Become the only writer of a folder; raises UserError if another process is, or was within `DEAD_AFTER_S` on a store."""
     return _claim(folder) if filesystem.is_uri(folder) else _lock_file(folder)
 
 

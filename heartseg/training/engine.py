@@ -1,4 +1,4 @@
-"""Training and evaluation in plain PyTorch: knows nothing of who launched it, and writes no file; `fit` is a run's story."""
+"""Training and evaluation in plain PyTorch: knows nothing of who launched it, and writes no file; `fit` is a whole run."""
 
 import contextlib
 import math
@@ -40,7 +40,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass
 class TrainState:
-    """Everything that training changes: the model, what optimizes it, and how far it is."""
+    """Everything that training changes: the model, its optimizer, and its progress."""
 
     model: nn.Module
     wrapped: nn.Module
@@ -66,7 +66,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Return to where `state_dict` was taken."""
+        """Restore the state that `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -76,7 +76,7 @@ class TrainState:
 
 
 def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable[[nn.Module], nn.Module]) -> TrainState:
-    """Put the model on the device in its fastest layout, wrap it, and build what trains it."""
+    """Put the model on the device in its fastest layout, wrap it, and build its optimizer."""
     set_arithmetic(experiment.train)
     model = model.to(ranks.device, memory_format=torch.channels_last)
     model = share_batch_statistics(model, experiment.model, ranks)
@@ -94,7 +94,7 @@ def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable
 
 
 def set_arithmetic(train: TrainConfig) -> None:
-    """Choose between speed and equal bits, for this process; before its first matrix product on a GPU."""
+    """Choose between speed and bitwise reproducibility for this process; call before its first matrix product on a GPU."""
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(train.deterministic)
@@ -207,7 +207,7 @@ def _raise_if_not_finite(
 def _raise_if_weights_not_finite(
     state: TrainState, metrics: dict[str, float], loaders: dict[str, Batches], train: TrainConfig, ranks: Ranks
 ) -> None:
-    """Raise NonFiniteLoss for an epoch's last update, which no step's loss has seen."""
+    """Raise NonFiniteLoss if an epoch's last update, which no later loss would show, left non-finite weights."""
     # Weights that are finite and yet too large to compute with show in the losses of the evaluated groups alone.
     modules = {state.model, state.evaluated}
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
@@ -219,7 +219,7 @@ def _raise_if_weights_not_finite(
 
 @torch.no_grad()
 def estimate_batch_statistics(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity) -> None:
-    """Replace a model's running batch statistics, which still hold the initial ones, by those of a few training images."""
+    """Replace a model's running batch statistics, still close to their initial values, with those of a few training images."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     model.eval()

@@ -1,4 +1,4 @@
-"""Another run's weights as the first ones of a run."""
+"""Another run's weights as a run's initial weights."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from heartseg.training import run_directory
 
 
 def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
-    """What a run records of its first weights, those of the best checkpoint of the run at `path` (or the last).
+    """What a run records about its initial weights: those of the best checkpoint of the run at `path` (or the last).
 
     Raises UserError if its tensors are not the experiment's, or if it was trained on patients that this run is scored on.
     """
@@ -26,7 +26,7 @@ def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
     seen = set(base["train_patients"]) if base["dataset"] == shards.manifest["dataset"] else set()
     for group in shards.groups.keys() - {"train"}:
         if both := seen.intersection(shards.groups[group]):
-            raise UserError(f"--init-from {path} was trained on {len(both)} patients of this {group} group: take its split.")
+            raise UserError(f"--init-from {path} was trained on {len(both)} patients of this {group} group: use its split.")
     return {"checkpoint": found.path, "weights_sha256": found.card["weights_sha256"], "train_patients": sorted(seen)}
 
 
@@ -34,16 +34,18 @@ def load_initial(model: nn.Module, initial: dict) -> None:
     """Put the weights into a new model; raises UserError if they are no longer those that the run started from."""
     found = checkpoint.open_checkpoint(initial["checkpoint"])
     if found.card["weights_sha256"] != initial["weights_sha256"]:
-        raise UserError(f"{found.path} is no longer what this run began with: give --fresh.")
+        raise UserError(f"{found.path} has changed since this run started from it: give --fresh.")
     weights = found.weights()
     check_tensors(weights, model, found.path)
     model.load_state_dict(weights)
 
 
 def check_tensors(weights: dict[str, torch.Tensor], model: nn.Module, origin: str) -> None:
-    """Raise UserError that names the first tensor in which some weights and a model differ."""
+    """Raise UserError naming the first tensor that differs between some weights and a model."""
     wanted = model.state_dict()
     for name in [*wanted, *(name for name in weights if name not in wanted)]:
         there, asked = (tuple(t[name].shape) if name in t else "missing" for t in (weights, wanted))
         if there != asked:
-            raise UserError(f"The weights {origin} do not fit: {name} is {there} there, {asked} here. Take its --model.")
+            raise UserError(
+                f"The weights {origin} do not fit: {name} is {there} there, {asked} here. Use its --model settings."
+            )

@@ -34,7 +34,7 @@ def segmentation_loss(config: LossConfig, logits: torch.Tensor, target: torch.Te
 
 
 def training_loss(config: LossConfig, outputs, target: torch.Tensor) -> torch.Tensor:
-    """The loss of what a model in training returns: logits, or (logits, auxiliary logits)."""
+    """The loss of a training model's output: logits, or (logits, auxiliary logits)."""
     if not isinstance(outputs, tuple):
         return segmentation_loss(config, outputs, target)
     main, auxiliary = (segmentation_loss(config, logits, target) for logits in outputs)

@@ -73,7 +73,7 @@ def _one_cycle(step: int, steps: int, rise: float) -> float:
 
 
 def _num_plateaus(history: Sequence[float], patience: int) -> int:
-    """How often `history` had more than `patience` values in a row without a gain."""
+    """How often `history` had more than `patience` values in a row without improvement."""
     best, bad, plateaus = -math.inf, 0, 0
     for value in history:
         if best == -math.inf or value > best * (1 + PLATEAU_GAIN):

@@ -72,7 +72,7 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
 
 
 def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
-    """Begin a run, or find the one that the same command began; raises UserError that names the first difference of another."""
+    """Create a run, or find the one that the same command created; raises UserError naming the first difference otherwise."""
     name = choose_name(experiment.runs, name, run_name(experiment, shards, initial), fresh, "run")
     path = filesystem.join(experiment.runs, name)
     asked = {"identity": identity(experiment), "data_fingerprint": shards.fingerprint}
@@ -98,7 +98,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
 
 
 def record_ingest(run: Run, ingest: str, is_main: bool) -> Run:
-    """The run with how it reads its shards, which the first rank records: it resumes the same way, on any machine."""
+    """The run with its way of reading shards, which the first rank records, so that it resumes the same way on any machine."""
     recorded = Run(run.path, run.description | {"ingest": ingest})
     if is_main and recorded != run:
         filesystem.publish_json(filesystem.join(run.path, DESCRIPTION), recorded.description)

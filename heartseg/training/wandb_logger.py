@@ -38,7 +38,7 @@ SETTINGS = {
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Skip a method of a tracker without a run; log the first exception that wandb raises, and never stop a training."""
+    """Skip a method if there is no wandb run; log the first exception that wandb raises, and never stop a training."""
 
     @functools.wraps(method)
     def call(self: "Tracker", *arguments) -> None:
@@ -148,7 +148,7 @@ class Tracker:
 
     @_harmless
     def summarize(self, values: dict[str, object]) -> None:
-        """Record what is true of the whole run."""
+        """Record values that describe the whole run."""
         self.run.summary.update(values)
 
     @_harmless

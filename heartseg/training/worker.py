@@ -143,7 +143,7 @@ def trace_steps(run: str) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
-    """Raise a rank's UserError, or its disk's refusal, on every rank, or the others would wait for it."""
+    """Raise a rank's UserError, or its failed write, on every rank; otherwise the others would wait for it."""
     problem = None
     try:
         with io_errors_as_user_errors():
@@ -154,7 +154,7 @@ def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for the errors that report that memory is short, on a GPU or a CPU."""
+    """True for errors that report a lack of memory, on a GPU or a CPU."""
     message = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 

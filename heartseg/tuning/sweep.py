@@ -67,7 +67,7 @@ class Sweep(run_directory.Run):
 
     @property
     def plan(self) -> SweepPlan:
-        """The plan that it began with."""
+        """The plan that the sweep was created with."""
         return from_json(self.description["plan"], SweepPlan)
 
 
@@ -90,7 +90,7 @@ class Trial:
 def open_sweep(
     base: Experiment, shards: Shards, plan: SweepPlan, name: str = "", fresh: bool = False, ingest: str = "auto"
 ) -> Sweep:
-    """Begin a sweep, or find the one that the same command began; more trials or other workers are the same sweep.
+    """Create a sweep, or find the one that the same command created; more trials or other workers are the same sweep.
 
     All trials read shards as the sweep began, otherwise by `ingest`. Raises UserError for a directory of another sweep or a
     run, and for a name that cannot be a folder's.
@@ -145,7 +145,7 @@ def experiments_to_check(plan: SweepPlan, base: Experiment) -> list[Experiment]:
 
 
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
-    """A trial that is to be trained; its folder is named by its number and its schedule."""
+    """Create a trial to train; its folder is named by its number and its schedule."""
     experiment = apply(sweep.base, values)
     name = f"{number:03d}-{experiment.schedule.kind}"
     return Trial(run_directory.open_run(experiment, shards, name), number, values)
@@ -197,7 +197,7 @@ def end_trial(path: str, state: str, reason: str = "") -> None:
 
 
 def forget_failures(sweep: Sweep) -> None:
-    """Let failed trials be resumed."""
+    """Mark failed trials as unfinished, so that they resume."""
     for trial in read_trials(sweep):
         if trial.state == FAILED:
             filesystem.remove(filesystem.join(trial.run.path, OUTCOME))

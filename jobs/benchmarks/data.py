@@ -51,7 +51,7 @@ def run(options: Options) -> Table:
 
 
 def baseline(source: str, patients: list[str], out: str) -> None:
-    """One file after the other by the tools that everyone knows."""
+    """One file after the other with standard tools."""
     import nibabel
     from skimage.transform import resize
 

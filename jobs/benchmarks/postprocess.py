@@ -97,7 +97,7 @@ def confidence_row(name: str, images: DataFrame) -> tuple[str | float, ...]:
 
 
 def weakened(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Worse copies of uint8 images [N,H,W]: a trained model fails on too few good ones to measure its confidence by."""
+    """Degraded copies of uint8 images [N,H,W]: a trained model fails on too few good ones to measure its confidence."""
     generator = np.random.default_rng(0)
     depth, lateral = np.meshgrid(*map(np.linspace, (0, -0.75), (1, 0.75), images.shape[1:]), indexing="ij")
     centre, spread = generator.random((2, len(images), 1, 1))

@@ -115,7 +115,7 @@ def warn_about_secrets() -> None:
 
 
 def prepare_environment() -> None:
-    """Remove what Ray and W&B stumble over: empty variables, line ends, a TMPDIR too long for sockets, a proxy to loopback."""
+    """Clean Ray's and W&B's environment: no empty variables or line ends, no TMPDIR too long for sockets, no proxy to loopback."""
     for name in [name for name in os.environ if name.startswith(MEANINGLESS_IF_EMPTY)]:
         if value := os.environ.pop(name).strip():  # a secret that is mounted as a file ends with a line end
             os.environ[name] = value
@@ -123,6 +123,7 @@ def prepare_environment() -> None:
         if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
             print(f"{name}={os.environ[name]} is too long for sockets below it: using /tmp.", file=sys.stderr)
             os.environ[name], tempfile.tempdir = "/tmp", None
+    os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")  # "(RayTrainWorker pid=123)"; Ray reads it at its import
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if given != "*":
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [given, "localhost,127.0.0.1,::1"]))

@@ -105,7 +105,7 @@ class ScoredImages:
 
     @property
     def fingerprint(self) -> str:
-        """What distinguishes these images from others; for a tree, the names and sizes of its files."""
+        """A fingerprint of these images; for a tree, of the names and sizes of its files."""
         if self.shards:
             return self.shards.fingerprint
         listing = camus.CamusTree(self.path).list_files(self.groups["all"])
@@ -128,7 +128,7 @@ def choose_group(asked: str, images: ScoredImages) -> str:
     """The group asked for; `auto` is the first of test, val and all that has patients."""
     known = [name for name, patients in images.groups.items() if patients]
     group = asked if asked != "auto" else next((name for name in ("test", "val", "all") if name in known), "test")
-    require(group in known, f"{images.path} has no patients in a group {group}: take one of {', '.join(known)}.")
+    require(group in known, f"{images.path} has no patients in a group {group}: use one of {', '.join(known)}.")
     return group
 
 

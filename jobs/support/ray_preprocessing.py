@@ -25,7 +25,7 @@ def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
         done, running = ray.wait(running, timeout=SECONDS_OF_SILENCE)
         if not done:
             free, total = (resources.get("CPU", 0) for resources in (ray.available_resources(), ray.cluster_resources()))
-            message = "No part was finished for a while: %d of the cluster's %d CPUs are free; others may hold them."
+            message = "No part was finished for a while: %d of the cluster's %d CPUs are free; other jobs may hold them."
             log.info(message, free, total)
         for record in ray.get(done):
             if "error" in record:
@@ -39,7 +39,7 @@ def _write_part(source, out: str, *rest) -> dict:
         with io_errors_as_user_errors(out):
             # On another machine, a source that is not mounted would look like patients without files.
             node = socket.gethostname()
-            require(source.is_there(), f"The source {source.path} is not there on {node}: every node must see --source.")
+            require(source.is_there(), f"The source {source.path} is missing on {node}: every node must see --source.")
             return writer.write_part(source, out, *rest)
     except (UserError, StorageError) as error:
         return {"error": error}

@@ -27,12 +27,14 @@ SECONDS_TO_GROW = 30
 CONNECT_TIMEOUT_S = 10
 PLACEMENT = "placement_group"  # file of a run's folder: the reservation of the cluster that its workers live in
 UPLOAD_LOGGER, REPORT_LOGGER = "ray._private.runtime_env.packaging", "ray.train.v2._internal.execution.context.__file__"
+AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
 # What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
 RAY_PRIVATE = {
     "ray._private.state.state": "An autoscaler's maximum: find get_max_resources_from_cluster_config, or do without.",
     "ray._raylet.PlacementGroupID": "Frees a trial's workers: see the type of ray.util.get_current_placement_group().id.",
     REPORT_LOGGER: "A logger to silence: find what logs `Reporting training result`.",
     "ray._private.services.canonicalize_bootstrap_address": "Finds this machine's cluster: see ray.init('auto').",
+    AUTH_LOGGER: "A logger to silence: find what logs `Token authentication is enabled`.",
     UPLOAD_LOGGER: "A logger to silence: find what logs `Ignoring upload to cluster`.",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "Tests make one: see what wraps a dead worker's error.",
     "ray._private.worker.global_worker": "Tests announce an autoscaler's plan with its gcs_client: find another client.",
@@ -86,6 +88,7 @@ def _start_own_ray() -> None:
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
     # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces the token of a Ray that only this process uses
     # Ray asks its own dashboard for the state of a training run; without one, the log fills with failed requests.
     ray.init(address="local", logging_level=logging.WARNING, include_dashboard=True, dashboard_port=port)
     # A child of this process may join another cluster, and does not belong to this one.
@@ -116,14 +119,14 @@ def _join_cluster(address: str) -> None:
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on at the moment."""
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def worker_resources(workers: int) -> dict[str, float]:
-    """What one of `workers` asks of the cluster: a GPU if there are any or may be, otherwise its share of the cores."""
+    """The resources of one of `workers`: a GPU if the cluster has or may get any, otherwise its share of the cores."""
     # An autoscaled cluster has no GPU until one is asked for.
     if max(sum(_on_each_node("GPU")), _after_autoscaling("GPU")) >= 1:
         return {"GPU": 1, "CPU": 1}
@@ -131,7 +134,7 @@ def worker_resources(workers: int) -> dict[str, float]:
 
 
 def share_of_cores(nodes: Sequence[float], workers: int) -> int:
-    """Cores for each of `workers` on nodes of so many: the most with which all of them fit, and at least 1."""
+    """Cores for each of `workers` on `nodes` with so many cores each: the most with which all fit, and at least 1."""
     # A worker lives on one node, so the cores left over on two nodes do not make another one.
     even = min(int(max(nodes, default=1)), int(sum(nodes) // workers))
     return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
@@ -172,7 +175,7 @@ def build_trainer(
 
 
 def free_placement(path: str) -> None:
-    """Release what the last workers of a run had reserved."""
+    """Release the resources that a run's last workers reserved."""
     # For a run that was ended from outside, Ray Train leaves that to an actor that dies of one failed request.
     noted = filesystem.join(path, PLACEMENT)
     if filesystem.exists(noted):

@@ -88,7 +88,7 @@ class Suggestions(Searcher):
             self.model.on_trial_complete(name, result, error or sweeps.METRIC not in (result or {}))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to store: the sweep's directory has everything."""
+        """Do nothing: the sweep's directory has everything."""
 
     restore = save
 

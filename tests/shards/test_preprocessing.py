@@ -123,7 +123,7 @@ def test_a_damaged_file_that_was_repaired_is_read_by_the_same_command(bad, sourc
     for data in (bad, bad.ljust(len(good), b"x")[: len(good)]):
         filesystem.publish(path, data)
         os.utime(path, (1e9, 1e9))
-        with pytest.raises(UserError, match="1 of 32 recordings are damaged"):
+        with pytest.raises(UserError, match="Damaged recordings: 1 of 32"):
             run(source, out)
     filesystem.publish(path, good)
     os.utime(path, (1e9, 1e9))  # as where only its permissions were wrong
@@ -171,7 +171,7 @@ def test_shards_from_before_there_were_sidecars_are_complete_until_a_size_change
     run(source, finished)
     assert list(find_damage(finished)) == []
     filesystem.publish(still(source), filesystem.read_bytes(still(source)) + b"\0")
-    with pytest.raises(UserError, match=r"files of the source are new, gone or have another size\): give --overwrite"):
+    with pytest.raises(UserError, match=r"files of the source were added, removed or changed in size\): give --overwrite"):
         run(source, finished)
 
 
