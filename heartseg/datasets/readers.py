@@ -28,7 +28,7 @@ PACKAGES = {"dicom": "pydicom", "video": "av"}
 MAX_PIXELS = 2**31  # of one file: two minutes of a large video; more is a whole examination, or a damaged header
 MAX_FILE_BYTES = 2**33
 PLAUSIBLE_DEPTH_MM = (30, 400)  # a spacing that gives another was not measured (1 mm is what headers hold by default)
-NO_PICTURE = "it holds no picture, as a report or a measurement"
+NO_PICTURE = "it holds no picture: reports and measurements have none"
 # The first element of a DICOM without preamble is of group 2 or 8, with its type or the length of its value behind it.
 BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)", re.DOTALL)
 

@@ -115,7 +115,7 @@ def warn_about_secrets() -> None:
 
 
 def prepare_environment() -> None:
-    """Clean Ray's and W&B's environment: no empty variables or line ends, no TMPDIR too long for sockets, no proxy to loopback."""
+    """Remove what Ray and W&B cannot use: empty variables, line ends, a TMPDIR too long for sockets, a proxy to loopback."""
     for name in [name for name in os.environ if name.startswith(MEANINGLESS_IF_EMPTY)]:
         if value := os.environ.pop(name).strip():  # a secret that is mounted as a file ends with a line end
             os.environ[name] = value
@@ -212,7 +212,9 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | No
         if stop.code in (0, None):
             print(re.sub(r"\s*\(default:\s*(''|None)?\) *", "", shown.getvalue()), end="")
             raise
+        # tyro keeps the choices in a set: sorted, one mistake always gives one message.
         text = re.sub(r"'None', |, 'None'", "", " ".join(errors.getvalue().split()))
+        text = re.sub(r"(?<=one of \()[^)]+", lambda choices: ", ".join(sorted(choices[0].split(", "))), text)
         found = next((match.expand(ours) for theirs, ours in MISTAKES if (match := re.search(theirs, text))), "")
         raise UserError(found or "The command line cannot be parsed; --help lists all flags.") from None
 

@@ -222,7 +222,7 @@ IMAGE_DAMAGE = {
     "colour pixels": (values(np.zeros((LATERAL, DEPTH), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "not plain numbers"),
     "complex pixels": (values(np.zeros((LATERAL, DEPTH), np.complex64)), "complex64, not plain numbers"),
     "one axis": (values(np.zeros(DEPTH, np.uint8)), "not a readable NIfTI"),
-    "a sequence in a still's place": (pixels(np.zeros((5, DEPTH, LATERAL), np.uint8)), "a still is one frame, this has 5"),
+    "a sequence in a still's place": (pixels(np.zeros((5, DEPTH, LATERAL), np.uint8)), "a still must be one frame"),
     "sizes of 6 GB": (header_with(40, "<8h", 3, 32767, 32767, 6, 1, 1, 1, 1), "header claims shape"),
     "more than is there": (header_with(40, "<8h", 2, 11000, 11000, 1, 1, 1, 1, 1), "header claims"),
     "pixels far away": (header_with(108, "<f", 1e9), "pixels begin at byte 1000000000"),

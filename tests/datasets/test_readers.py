@@ -315,7 +315,7 @@ def test_what_is_not_a_loop_of_one_plane_is_refused(tags, reason):
         ("1.2.840.10008.1.2.4.80", 8, "JPEG-LS.*`pip install pyjpegls`"),
         ("1.2.840.10008.1.2.4.51", 12, "12-bit JPEG.*`pip install pylibjpeg pylibjpeg-libjpeg`"),
         ("1.2.840.10008.1.2.4.102", 8, "a video"),
-        ("1.2.840.10008.1.2.4.94", 8, "not known here"),
+        ("1.2.840.10008.1.2.4.94", 8, "its compression is unknown"),
         ("1.2.840.10008.1.2.4.50", 8, "it is damaged"),
     ],
 )

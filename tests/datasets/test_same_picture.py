@@ -101,7 +101,7 @@ def test_an_affine_that_a_tool_invents_turns_nothing_and_two_real_ones_that_disa
         put_pair(str(tmp_path), *pair)
         np.testing.assert_array_equal(camus.read_still(str(tmp_path), *STILL).mask, MASK)
     put_pair(str(tmp_path), REAL, REAL @ np.diag([1, -1, 1, 1]))
-    with pytest.raises(nifti.DamagedRecording, match="differ in direction") as caught:
+    with pytest.raises(nifti.DamagedRecording, match="disagree in direction") as caught:
         camus.read_still(str(tmp_path), *STILL)
     assert caught.value.file.endswith("_gt.nii.gz")
 

@@ -53,7 +53,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (train.job, [], "--data is missing"),
         (train.job, ["quick", "--train.epochs", "many"], "--train.epochs must be a whole number, not 'many'."),
         (train.job, ["quick", "optim.lr=fast"], "--optim.lr must be a number, not 'fast'."),
-        (train.job, ["quick", "--optim.kind", "foo"], "--optim.kind must be one of 'sgd', 'adamw', not 'foo'."),
+        (train.job, ["quick", "--optim.kind", "foo"], "--optim.kind must be one of 'adamw', 'sgd', not 'foo'."),
         (predict.job, ["--view", "3CH"], "'4CH', not '3CH'."),
         (predict.job, ["--spacing-mm", "1"], "--spacing-mm must be FLOAT FLOAT, not '1'."),
         (train.job, ["--config", "/nowhere.json"], "/nowhere.json is missing"),

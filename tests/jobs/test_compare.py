@@ -290,7 +290,7 @@ def test_trials_are_trained_and_compared_without_a_look_at_the_test_group(traine
         ((), "at least two runs, not 0"),
         (("{first}", "{first}"), "at least two runs, not 1"),
         (("{first}", "{empty}"), "is not a run and holds none"),
-        (("{first}", "{faster}", "--reference", "bogus"), "--reference bogus is none of the runs"),
+        (("{first}", "{faster}", "--reference", "bogus"), "--reference bogus matches none of the runs"),
         (("{first}", "{faster}", "--data", "{empty}/none"), "/none holds no finished shards"),
         (("{first}", "{faster}", "--truth", "{empty}/none"), "/none does not exist"),
     ],

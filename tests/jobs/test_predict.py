@@ -136,7 +136,7 @@ def test_a_second_call_leaves_no_mask_beside_the_table_of_another_person(trained
         (source / name).unlink()
     capsys.readouterr()
     run(trained, source, out, overlays="off")
-    assert "an earlier call's results of 2 files that --input does not hold" in capsys.readouterr().out
+    assert "earlier results of 2 files that --input does not hold" in capsys.readouterr().out
     assert foreign.exists()
     foreign.unlink()
     second = listed()
@@ -161,14 +161,14 @@ def test_videos_and_pictures_are_outlined_reports_are_listed_apart_and_damage_is
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     report.save_as(source / "report.dcm")
-    with pytest.raises(UserError, match="None of 1 files could be read; the first: it holds no picture"):
+    with pytest.raises(UserError, match="No file could be read \\(1 file\\); the first: it holds no picture"):
         run(trained, source, out)
     (source / "volume.dcm").write_bytes(dicom(LOOP, SOPClassUID="1.2.840.10008.5.1.4.1.1.6.2"))
     (source / "ann_4CH.avi").write_bytes(movie(".avi", "mjpeg", LOOP[:, :96, :80]))
     Image.fromarray(LOOP[0]).save(source / "bob.png")
     run(trained, source, out, spacing_mm=(0.9, 0.8))
     shown = capsys.readouterr().out
-    assert "1 DICOM files hold no picture" in shown and shown.count("left out:") == 1 and "planes of a volume" in shown
+    assert "1 DICOM file without a picture" in shown and shown.count("left out:") == 1 and "planes of a volume" in shown
     mask = nibabel.load(out / "ann" / "ann_4CH_pred.nii.gz")
     assert mask.shape == (80, 96, 3) and mask.header.get_zooms()[:2] == pytest.approx((0.8, 0.9))
     assert all((out / name).exists() for name in ("ann/ann_4CH_overlay.gif", "bob/bob_overlay.png"))
@@ -200,7 +200,7 @@ GIVEN = {"checkpoint": "{run}", "input": "{tree}", "out": "{out}"}
         ({"checkpoint": "/nowhere"}, "/nowhere does not exist"),
         ({"input": "/nowhere"}, "--input /nowhere does not exist"),
         ({"input": "{empty}"}, "holds no NIfTI"),
-        ({"input": "{damaged}"}, "None of 1 files could be read"),
+        ({"input": "{damaged}"}, "No file could be read (1 file)"),
         ({"out": "{tree}/out"}, "outside it"),
         ({"spacing-mm": "0 1"}, "--spacing-mm"),
         ({"device": "cuda"}, "finds no GPU"),

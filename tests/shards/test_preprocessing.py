@@ -221,7 +221,7 @@ def test_parts_that_another_node_wrote_to_a_folder_of_its_own_make_no_complete_f
     def write_elsewhere(tasks: list[tuple]):
         return preprocessing.write_parts_here([(task[0], there, *task[2:]) for task in tasks])
 
-    with pytest.raises(UserError, match=rf"out/{PARTS[0]} is not there as it was written: every node must see --out"):
+    with pytest.raises(UserError, match=rf"out/{PARTS[0]} is missing or incomplete: every node must see --out"):
         preprocessing.write_shards(CamusTree(source), out, experiment.image, experiment.split, map_parts=write_elsewhere)
     assert PARTS[0] in os.listdir(there) and not os.path.exists(os.path.join(out, MANIFEST))
 
@@ -231,14 +231,14 @@ def test_a_node_that_does_not_see_the_source_quarantines_no_one(source, tmp_path
     out, image = str(tmp_path / "out"), tiny_experiment().image
     for gone in ("gone", "not mounted"):
         result = ray_preprocessing._write_part(CamusTree(str(tmp_path / gone)), out, PARTS[0], ["patient0001"], image)
-        assert re.search("is not there on .*: every node must see --source", str(result["error"]))
+        assert re.search("is missing on .*: every node must see --source", str(result["error"]))
     assert not os.path.exists(out)
     assert ray_preprocessing._write_part(CamusTree(source), out, PARTS[0], ["patient0001"], image)["rows"] == 4
 
 
 def test_a_share_outside_0_to_1_is_refused(tmp_path):
     for share in (-0.1, 5, float("nan")):
-        with pytest.raises(UserError, match="is not a share: give one from 0 to 1, as 0.05 for 5 %"):
+        with pytest.raises(UserError, match="is not a share: give one from 0 to 1, such as 0.05 for 5 %"):
             run(str(tmp_path), str(tmp_path / "o"), max_quarantined=share)
 
 

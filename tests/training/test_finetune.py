@@ -73,7 +73,7 @@ def test_first_weights_are_recorded_with_the_patients_that_they_have_seen_and_re
     fewer = replace(opened, groups=opened.groups | {"train": opened.groups["train"][:2]})
     initial = finetune.find_initial(base, tiny_experiment(), fewer)
     assert initial["train_patients"] == sorted(opened.groups["train"])
-    with pytest.raises(UserError, match="no longer what this run began with"):
+    with pytest.raises(UserError, match="has changed since this run started from it"):
         finetune.load_initial(build_model(tiny_experiment().model), initial | {"weights_sha256": "0" * 64})
 
 
