@@ -62,6 +62,8 @@ class ModelConfig:
     """torchvision's backbone."""
     pretrained: bool = False
     """Start from ImageNet weights, which torchvision downloads."""
+    decoder: bool = False
+    """Refine the outlines with features of a quarter of the image's size, by the decoder of DeepLabv3+."""
     aux_head: bool = False
     """Train a second head on an earlier layer."""
     norm: Literal["batch", "group"] = "batch"
@@ -76,6 +78,11 @@ class ModelConfig:
     def __post_init__(self):
         require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
         require(0 < self.bn_momentum <= 1, "model.bn_momentum must lie between 0 and 1.")
+
+    @property
+    def title(self) -> str:
+        """The network's name in a report: DeepLabv3+ is DeepLabv3 with the decoder."""
+        return f"DeepLabv3{'+' * self.decoder} ({self.backbone})"
 
 
 @dataclass(frozen=True)

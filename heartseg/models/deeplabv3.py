@@ -6,16 +6,25 @@ from urllib.error import URLError
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import TrainConfig
 from heartseg.errors import UserError
 from heartseg.labels import NUM_CLASSES
 from heartseg.models import convolutions
+from heartseg.models.decoder import Decoder
+
+# Of each backbone: its first convolution, and the layer with features of stride 4 and their channels.
+LAYERS = {
+    "mobilenet_v3_large": ("0.0", "3", 24),
+    "resnet50": ("conv1", "layer1", 256),
+    "resnet101": ("conv1", "layer1", 256),
+}
 
 
 def _backbone(name: str) -> tuple:
-    """torchvision's DeepLabv3 of a backbone, its ImageNet weights, and the name of its first convolution."""
+    """torchvision's DeepLabv3 of a backbone and its ImageNet weights."""
     try:
         from torchvision import models
     except RuntimeError as error:
@@ -26,7 +35,7 @@ def _backbone(name: str) -> tuple:
             "install both together with `pip install --force-reinstall torch torchvision`."
         ) from error
     weights = models.get_model_weights(name).IMAGENET1K_V2
-    return models.get_model_builder(f"deeplabv3_{name}"), weights, "0.0" if name == "mobilenet_v3_large" else "conv1"
+    return models.get_model_builder(f"deeplabv3_{name}"), weights
 
 
 def check_installation() -> None:
@@ -42,13 +51,18 @@ class DeepLab(nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        outputs = self.network(images)
-        return (outputs["out"], outputs["aux"]) if self.training and "aux" in outputs else outputs["out"]
+        features = self.network.backbone(images)
+        logits = [self.network.classifier(*(features[name] for name in ("out", "fine") if name in features))]
+        if self.training and self.network.aux_classifier:
+            logits.append(self.network.aux_classifier(features["aux"]))
+        logits = tuple(interpolate(each, images.shape[-2:], mode="bilinear", align_corners=False) for each in logits)
+        return logits if len(logits) > 1 else logits[0]
 
 
 def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
     """Build the network, without `own_convolutions` on PyTorch's; raises UserError if weights cannot be downloaded."""
-    constructor, weights, first_conv = _backbone(config.backbone)
+    constructor, weights = _backbone(config.backbone)
+    first_conv, fine, channels = LAYERS[config.backbone]
     # torchvision downloads backbone weights by default.
     arguments = {"weights": None, "num_classes": NUM_CLASSES, "aux_loss": config.aux_head}
     try:
@@ -57,6 +71,9 @@ def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
         fix = f"put {os.path.basename(weights.url)} into {os.path.join(torch.hub.get_dir(), 'checkpoints')}"
         raise UserError(f"The ImageNet weights cannot be downloaded: {fix}, or leave --model.pretrained out.") from error
     _take_one_channel(network.backbone, first_conv)
+    if config.decoder:
+        network.backbone.return_layers[fine] = "fine"
+        network.classifier = Decoder(network.classifier[0], channels)
     if config.norm == "group":
         _replace_batch_norm(network)
     for module in network.modules():

@@ -3,7 +3,7 @@
 import pandas
 
 from heartseg.config import recipes
-from heartseg.config.experiment import flatten
+from heartseg.config.experiment import ModelConfig, flatten
 from heartseg.evaluation.scoring import IMAGES, PAGE, PATIENTS, SUMMARY, Example, read_examples, read_rows
 from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES, PHASES, STRUCTURES, frame_name
 from heartseg.metrics.agreement import MIN_PAIRS
@@ -184,6 +184,7 @@ def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]
     return [
         ("Run", run),
         ("Recipe", description["experiment"]["name"]),
+        ("Network", ModelConfig(**description["identity"]["model"]).title),
         ("Checkpoint", "{} ({}, epoch {})".format(*(summary.get(key, "–") for key in ("checkpoint", "which", "epoch")))),
         *((title, description.get(key, "–")) for title, key in ORIGINS.items()),
         ("Split", ", ".join(f"{key} {value}" for key, value in split.items()) or "–"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas
 
-from heartseg.config.experiment import Experiment, canonical, first_difference, identity, none_if_nan, to_json
+from heartseg.config.experiment import Experiment, ModelConfig, canonical, first_difference, identity, none_if_nan, to_json
 from heartseg.errors import UserError, require
 from heartseg.models import checkpoint
 from heartseg.shards.reader import Shards
@@ -152,7 +152,7 @@ TERMS = {
 
 def model_card(run: Run, metrics: dict[str, float]) -> str:
     """The model card of a finished run as Markdown."""
-    facts, initial, backbone = run.description, run.description.get("initial"), run.description["identity"]["model"]["backbone"]
+    facts, initial, model = run.description, run.description.get("initial"), ModelConfig(**run.description["identity"]["model"])
     groups = "".join(f"- {g}: {n['patients']} patients, {n['images']} images\n" for g, n in facts["groups"].items())
     shown = [name for name in metrics if "/dice" in name or name.endswith(("/iou", "/accuracy"))]
     scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
@@ -160,7 +160,7 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
     weights = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
     return (
         f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
-        f"DeepLabv3 ({backbone}) that outlines the left ventricle's cavity and wall and the left atrium in apical "
+        f"{model.title} that outlines the left ventricle's cavity and wall and the left atrium in apical "
         f"2- and 4-chamber echocardiograms.\n\n"
         f"## Data\n\n{terms}\n\nSplit by patient ({facts['split']['kind']}):\n\n{groups}\n"
         f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "

@@ -150,18 +150,25 @@ def test_every_row_is_evaluated_once_over_all_ranks(rows, size, world):
     assert sum(found, []) == list(range(rows)) and all(0 < len(batch) <= size for batch in found)
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v3_large", "resnet50"])
-def test_the_network_takes_one_channel_and_gives_four(backbone):
-    model = build_model(ModelConfig(backbone, dropout=0.25, bn_momentum=0.05)).eval()
+@pytest.mark.parametrize(("backbone", "stride"), [("mobilenet_v3_large", 16), ("resnet50", 8)])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_network_takes_one_channel_and_returns_four_from_a_quarter_of_the_image_with_the_decoder(backbone, stride, decoder):
+    model = build_model(ModelConfig(backbone, dropout=0.25, bn_momentum=0.05, decoder=decoder)).eval()
+    sizes = []
+    model.network.classifier.register_forward_hook(lambda *call: sizes.append(call[-1].shape))
     assert next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels == 1
     assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.05}
     assert 0.25 in {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     with torch.inference_mode():
         assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 4, 64, 64)
+    side = 64 // (4 if decoder else stride)
+    assert sizes == [(1, 4, side, side)]
 
 
-def test_the_auxiliary_head_has_logits_in_training_only_and_group_normalisation_has_no_batch_statistics():
-    model, images = build_model(ModelConfig(**SMALL, norm="group", aux_head=True)), torch.zeros(2, 1, 64, 64)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_auxiliary_head_has_logits_in_training_only_and_group_normalisation_has_no_batch_statistics(decoder):
+    config = ModelConfig(**SMALL, norm="group", aux_head=True, decoder=decoder)
+    model, images = build_model(config), torch.zeros(2, 1, 64, 64)
     assert not list(model.buffers()) and any(isinstance(module, nn.GroupNorm) for module in model.modules())
     with torch.no_grad():
         outputs = model.train()(images)
