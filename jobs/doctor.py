@@ -206,10 +206,22 @@ def check_gpus() -> Iterator[Finding]:
         yield Finding("GPUs", "none")
 
 
+def check_precision() -> Iterator[Finding]:
+    """What `--train.precision auto` uses on this machine's CPUs, and the rates of a core that it was chosen by."""
+    import torch
+
+    from heartseg.models import precision
+
+    rates = {name: round(rate) for name, rate in precision.cpu_rates().items()}
+    shown = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+    yield Finding("precision", f"{precision.fastest(torch.device('cpu'))} on CPUs ({shown} GFLOP/s a core)", numbers=rates)
+
+
 # What every node of a cluster is asked.
 NODE_CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "CPUs": check_processors, "memory": check_memory, "shared memory": check_shared_memory,
     "temporary files": partial(check_disk, "temporary files", tempfile.gettempdir()), "GPUs": check_gpus,
+    "precision": check_precision,
 }  # fmt: skip
 
 

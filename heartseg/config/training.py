@@ -138,7 +138,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, order, dropout and augmentation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` uses bf16 autocast if the hardware has it; GPUs compute fp32 in TF32."""
+    """`auto`: bf16 autocast if the GPU has it, and on CPUs if it was measured to be faster; GPUs compute fp32 in TF32."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
     """torch.compile for training steps; `reduce-overhead` replays CUDA graphs, for batches too small to fill a GPU."""
     compress_gradients: bool = False

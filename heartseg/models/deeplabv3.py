@@ -12,7 +12,7 @@ from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import TrainConfig
 from heartseg.errors import UserError
 from heartseg.labels import NUM_CLASSES
-from heartseg.models import convolutions
+from heartseg.models import convolutions, precision
 from heartseg.models.decoder import Decoder
 
 # Of each backbone: its first convolution, and the layer with features of stride 4 and their channels.
@@ -104,12 +104,8 @@ def _replace_batch_norm(module: nn.Module) -> None:
 
 
 def wants_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """True if bf16 autocast is asked for, or is `auto` and the hardware supports it."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    """True if bf16 autocast is asked for, or is `auto` and the faster one here."""
+    return (precision.fastest(device) if config.precision == "auto" else config.precision) == "bf16"
 
 
 def forward(train: TrainConfig, model: nn.Module, images: torch.Tensor) -> torch.Tensor:

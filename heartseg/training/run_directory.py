@@ -97,9 +97,9 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
     return Run(path, description)
 
 
-def record_ingest(run: Run, ingest: str, is_main: bool) -> Run:
-    """The run with its way of reading shards, which the first rank records, so that it resumes the same way on any machine."""
-    recorded = Run(run.path, run.description | {"ingest": ingest})
+def record_choices(run: Run, choices: dict[str, str], is_main: bool) -> Run:
+    """The run with what `auto` chose, which the first rank records, so that it resumes the same way on any machine."""
+    recorded = Run(run.path, run.description | choices)
     if is_main and recorded != run:
         filesystem.publish_json(filesystem.join(run.path, DESCRIPTION), recorded.description)
     return recorded

@@ -1,10 +1,12 @@
 """One rank of a training run, from shards to finished checkpoints; the same under Ray, under torchrun and alone."""
 
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import nn, profiler
 
 from heartseg.config.experiment import Experiment
 from heartseg.errors import OneRankError, UserError, io_errors_as_user_errors, require
-from heartseg.models import checkpoint
+from heartseg.models import checkpoint, precision
 from heartseg.models.deeplabv3 import build_model
 from heartseg.shards.loader import Intensity, check_shares, share, steps_per_epoch
 from heartseg.shards.reader import Shards, hold_out, open_shards
@@ -22,6 +24,7 @@ from heartseg.training.distributed import Ranks, from_main, raise_first_problem
 from heartseg.training.finetune import load_initial
 from heartseg.training.wandb_logger import build_tracker
 
+log = logging.getLogger(__name__)
 NUM_SAMPLES = 4  # images of which a run keeps its predictions
 
 
@@ -72,8 +75,9 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
     # Before there was a choice, all runs read from memory.
     begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
     ingest = data_loading.choose(experiment, shards, begun, ranks)
+    chosen = choose_precision(experiment, run, ranks)
     with _problems_on_every_rank(ranks):
-        run = run_directory.record_ingest(run, ingest, ranks.is_main)
+        run = run_directory.record_choices(run, {"ingest": ingest, "precision": chosen}, ranks.is_main)
         data = data_loading.open_groups(shards, ingest, ranks)
         sampled = "val" if "val" in shards.groups else "test"
         count = shards.num_rows(sampled)
@@ -83,7 +87,8 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
     model = build_model(experiment.model)
     if run.description.get("initial") and checkpoint.last(run.path) is None:  # its own checkpoint replaces them
         load_initial(model, run.description["initial"])
-    state = engine.start(experiment, model, ranks, wrap)
+    computed = replace(experiment, train=replace(experiment.train, precision=chosen))  # checkpoints keep `auto`
+    state = engine.start(computed, model, ranks, wrap)
     record = resume(state, run)
     has_card = filesystem.exists(filesystem.join(run.path, run_directory.MODEL_CARD))
     # Not each rank by itself, or one would leave because of a card that another has just written.
@@ -109,7 +114,7 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
                 if ranks.is_main:
                     on_main.print_progress(*at)
 
-            engine.fit(experiment, state, data.loaders, intensity, ranks, after_epoch, after_step)
+            engine.fit(computed, state, data.loaders, intensity, ranks, after_epoch, after_step)
         with _problems_on_every_rank(ranks):
             if ranks.is_main:
                 on_main.finish(state)
@@ -123,6 +128,20 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
         with suppress(Exception):
             on_main.wait()
         tracker.finish(exit_code)
+
+
+def choose_precision(experiment: Experiment, run: run_directory.Run, ranks: Ranks) -> str:
+    """`fp32` or `bf16`, on every rank the same: as the run began, otherwise as asked, otherwise what rank 0 is faster in."""
+    chosen, why = run.description.get("precision"), "as the run began"
+    if not chosen and experiment.train.precision != "auto":
+        chosen, why = experiment.train.precision, "as asked"
+    elif not chosen:
+        chosen, why = precision.fastest(ranks.device), "the GPU has it"
+        if ranks.device.type == "cpu":
+            why = ", ".join(f"{name} {rate:.0f}" for name, rate in precision.cpu_rates().items()) + " GFLOP/s a core"
+    if ranks.is_main:
+        log.info("Computing in %s (%s).", chosen, why)
+    return from_main(chosen, ranks)
 
 
 @contextmanager

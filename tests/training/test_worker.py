@@ -20,7 +20,7 @@ from heartseg.config.training import ScheduleConfig
 from heartseg.datasets.image_folder import open_source
 from heartseg.datasets.phantom import write_phantom
 from heartseg.errors import UserError
-from heartseg.models import checkpoint
+from heartseg.models import checkpoint, precision
 from heartseg.shards import reader
 from heartseg.shards.preprocessing import write_shards
 from heartseg.training import run_directory, worker
@@ -42,6 +42,28 @@ def scores(run) -> list[dict]:
     """The record without what depends on the clock."""
     record = run_directory.read_record(run.path)
     return [{k: v for k, v in epoch.items() if k not in ("seconds", "images_per_s")} for epoch in record]
+
+
+def test_a_run_computes_in_the_faster_precision_of_the_machine_that_it_starts_on_and_keeps_it(shards, tmp_path, monkeypatch):
+    experiment = tiny_experiment(data=shards, runs=str(tmp_path))
+    experiment = replace(experiment, train=replace(experiment.train, precision="auto"))
+    for rates, kept in (({"fp32": 100.0, "bf16": 80.0}, "fp32"), ({"fp32": 100.0, "bf16": 400.0}, "bf16")):
+        monkeypatch.setattr(precision, "cpu_rates", lambda rates=rates: rates)
+        begun = run_directory.open_run(experiment, reader.open_shards(shards), kept)
+        assert worker.choose_precision(experiment, begun, Ranks(0, 1, torch.device("cpu"))) == kept
+    with pytest.raises(InterruptedError):
+        train(experiment, stop)
+    monkeypatch.setattr(precision, "cpu_rates", lambda: {"fp32": 100.0, "bf16": 80.0})
+    resumed = train(experiment)
+    assert resumed.description["precision"] == run_directory.find_run(resumed.path).description["precision"] == "bf16"
+    assert checkpoint.last(resumed.path).card["experiment"]["train"]["precision"] == "auto"  # a prediction chooses
+
+
+def test_measuring_the_precisions_changes_neither_random_numbers_nor_threads():
+    before = torch.random.get_rng_state(), torch.get_num_threads()
+    with torch.inference_mode():
+        assert min(precision.cpu_rates.__wrapped__().values()) > 0
+    assert torch.equal(torch.random.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
 
 
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(shards, tmp_path):
