@@ -24,8 +24,8 @@ class ImageConfig:
     """Columns (lateral) of a stored image, in pixels."""
 
     def __post_init__(self):
-        require(min(self.height, self.width) >= 32, "image.height and image.width must be at least 32 pixels.")
-        require(max(self.height, self.width) <= 2048, "image.height and image.width must be at most 2048 pixels.")
+        fits = min(self.height, self.width) >= 32 and max(self.height, self.width) <= 2048
+        require(fits, f"image.height ({self.height}) and image.width ({self.width}) must be 32 to 2048 pixels.")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,12 @@ class SplitConfig:
     """Give every group its share of each class of ejection fraction and image quality, where they are known."""
 
     def __post_init__(self):
-        shares_fit = min(self.test_share, self.val_share) >= 0 and 0 < self.test_share + self.val_share < 1
-        require(shares_fit, "split.test_share and split.val_share must be shares whose sum lies between 0 and 1.")
-        require(self.folds >= 2, "split.folds must be at least 2.")
-        require(0 <= self.fold < self.folds, f"split.fold must be from 0 to {self.folds - 1}, one less than split.folds.")
+        test, val = self.test_share, self.val_share
+        message = f"split.test_share ({test}) and split.val_share ({val}) must be at least 0, their sum above 0 and below 1."
+        require(min(test, val) >= 0 and 0 < test + val < 1, message)
+        require(self.folds >= 2, f"split.folds must be at least 2, not {self.folds}.")
+        fits = 0 <= self.fold < self.folds
+        require(fits, f"split.fold must be from 0 to {self.folds - 1} (split.folds - 1), not {self.fold}.")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class ModelConfig:
     """Dropout before the head's last convolution."""
 
     def __post_init__(self):
-        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
-        require(0 < self.bn_momentum <= 1, "model.bn_momentum must lie between 0 and 1.")
+        require(0 <= self.dropout < 1, f"model.dropout must be at least 0 and below 1, not {self.dropout}.")
+        require(0 < self.bn_momentum <= 1, f"model.bn_momentum must be above 0 and at most 1, not {self.bn_momentum}.")
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,9 @@ class Experiment:
     """How training reads shards: all into `memory`, or as a `stream`, shuffled by parts; `auto` streams what is too large."""
 
     def __post_init__(self):
-        require(self.workers >= 1, "--workers must be at least 1.")
-        require(0 <= self.min_workers <= self.workers, "--min-workers must be at least 0 and no more than --workers.")
+        require(self.workers >= 1, f"--workers must be at least 1, not {self.workers}.")
+        fits = 0 <= self.min_workers <= self.workers
+        require(fits, f"--min-workers must be at least 0 and no more than --workers ({self.workers}), not {self.min_workers}.")
 
 
 # What decides a run's result; the rest is where it runs and what is reported.

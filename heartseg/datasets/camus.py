@@ -157,7 +157,7 @@ def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, st
     if frames == "stills" and len(values) > 1:
         raise DamagedRecording(f"a still must be one frame, but this has {len(values)}", image_path)
     if masks.shape != values.shape:
-        raise DamagedRecording(f"the mask's shape {masks.shape} is not the image's {values.shape}", mask_path)
+        raise DamagedRecording(f"the mask has shape {masks.shape}, but the image has {values.shape}", mask_path)
     try:
         images, grey = as_grey(values)
     except Unreadable as error:
@@ -231,7 +231,7 @@ def read_text(path: str) -> str:
     try:
         return decode_text(filesystem.read_bytes(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: save it as that.") from error
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
 
 
 def stills_of() -> Iterator[tuple[View, Phase]]:

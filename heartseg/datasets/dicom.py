@@ -77,7 +77,7 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
     whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
     formats = {region.get("RegionSpatialFormat") for region in regions}
     if formats & CURVES and TWO_DIMENSIONAL not in formats:
-        raise Unreadable("it shows no 2-D picture, but a curve over time (M-mode or Doppler)")
+        raise Unreadable("it shows a curve over time (M-mode or Doppler), not a 2-D picture")
     tissue = []
     for region in regions:
         if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE:
@@ -87,15 +87,15 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
         spacing_mm = _positive(dataset.get("PixelSpacing") or ())
         ratio = [float(value) for value in dataset.get("PixelAspectRatio") or (1, 1)]
         odd = not spacing_mm and ratio[0] != ratio[1]
-        return whole, spacing_mm, ("its pixels are not square, and it has no millimetres: give --spacing-mm",) if odd else ()
+        return whole, spacing_mm, ("its pixels are not square, and it has no spacing in mm: give --spacing-mm",) if odd else ()
     corners, region = max(tissue, key=lambda found: _area(found[0]))
     top, left, bottom, right = corners
     if not fits(corners, rows, columns):
-        note = f"its ultrasound region does not fit its picture of {rows} x {columns} pixels"
-        return whole, None, (f"{note}: it is not cut and has no millimetres",)
+        note = f"its ultrasound region does not fit its {rows} x {columns} picture"
+        return whole, None, (f"{note}: it is not cropped, and its spacing is unknown",)
     apart = [other for other, _ in tissue if (other[1] >= right or other[3] <= left or other[0] >= bottom or other[2] <= top)]
     beside = sum(_area(other) > _area(corners) / 4 for other in apart)
-    note = f"it shows {beside + 1} planes at once, and only that of columns {left} to {right - 1} is outlined"
+    note = f"it shows {beside + 1} planes at once; only the one in columns {left} to {right - 1} is outlined"
     is_in_cm = region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == CENTIMETRES
     deltas = [abs(float(region.get(tag, 0))) * 10 for tag in ("PhysicalDeltaY", "PhysicalDeltaX")] if is_in_cm else ()
     return corners, _positive(deltas), (note,) if beside else ()

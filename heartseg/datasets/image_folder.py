@@ -50,9 +50,9 @@ class ImageFolder:
             people = {found[0] for found in parts.values()}
             has_one_each = all(len(found) <= 2 for found in files.values())  # an image and its mask
             if odd or has_one_each and 1 < len(people) < len(files):
-                counts = f"{len(files)} patients, such as {(odd or list(files))[0]!r}, but {len(people)} by the first - or dot"
-                fix = "give --patient-pattern '[^-.]+', or '[^_]+' if all are different"
-                raise UserError(f"{self.path} would have {counts}: {fix}.")
+                names = f"{len(files)} patients, such as {(odd or list(files))[0]!r}"
+                fix = "give --patient-pattern '[^-.]+', or '[^_]+' if they are all different people"
+                raise UserError(f"{self.path} would have {names}, but {len(people)} if names end at the first - or dot: {fix}.")
         return list(files)
 
     def groups(self) -> dict[str, list[str]]:
@@ -112,14 +112,14 @@ class ImageFolder:
                 if match := NAME.fullmatch(name):
                     found[self._patient(match["stem"])].append([f"{folder}/{name}", *rest])
         if not found:
-            raise UserError(f"{self.path} holds no NIfTI file: give a folder of {LAYOUT}.")
+            raise UserError(f"{self.path} holds no NIfTI files: give a folder of {LAYOUT}.")
         return dict(sorted(found.items()))
 
     def _patient(self, stem: str) -> str:
         match = re.match(self.patient_pattern or BEFORE_UNDERSCORE, stem)
         patient = match and match[1 if match.re.groups else 0]
         if not patient:
-            raise UserError(f"--patient-pattern {self.patient_pattern!r} finds no patient in {stem!r}: give another.")
+            raise UserError(f"--patient-pattern {self.patient_pattern!r} does not match {stem!r}: correct it.")
         return patient
 
 
@@ -130,10 +130,10 @@ def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> Camu
     except re.error as error:
         raise UserError(f"--patient-pattern {patient_pattern!r} is not a regular expression: {error}.") from error
     if (tree := CamusTree(path, dataset)).is_there():
-        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} has a folder for each patient.")
+        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} is a CAMUS tree: leave it out.")
         return tree
     if (folder := ImageFolder(path, patient_pattern, dataset)).is_there():
         return folder
     if not filesystem.exists(path):
         raise UserError(f"The source {path} does not exist: give the folder that holds {IMAGES_FOLDER}/ or {LAYOUT}.")
-    raise UserError(f"{path} holds no {IMAGES_FOLDER}/ (the CAMUS release), and no {LAYOUT} either.")
+    raise UserError(f"{path} holds neither {IMAGES_FOLDER}/ (the CAMUS release) nor {LAYOUT}: check the path.")

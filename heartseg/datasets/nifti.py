@@ -157,7 +157,7 @@ def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
         return np.moveaxis(nibabel.apply_orientation(np.moveaxis(masks, 0, -1), turn), -1, 0)
     if place.is_plain() or onto.is_plain():
         return masks
-    raise ValueError("its affine and its image's disagree in direction and position")
+    raise ValueError("its affine and its image's affine disagree in direction and position")
 
 
 def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
@@ -174,7 +174,7 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     end = offset + num_values * dtype.itemsize
     content = unpack(raw, min(end + MAX_EXTRA_BYTES, MAX_DEFLATE_RATIO * len(raw))) if is_packed else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
-        raise ValueError(f"the header claims {end} bytes, and {'many more' if len(content) > end else len(content)} are there")
+        raise ValueError(f"the header claims {end} bytes, and {'many more' if len(content) > end else len(content)} were found")
     # An image of nibabel's would do the same, copy the pixels, and keep extensions, which may be a patient's DICOM text.
     values = np.frombuffer(content, dtype, num_values, offset)
     return header, apply_read_scaling(values.reshape(shape, order="F"), *header.get_slope_inter())
@@ -242,7 +242,7 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
         wrong = [] if mask.dtype == np.uint8 else np.unique(mask[~(np.abs(mask - labels) <= 1e-3)])
     if len(wrong):
         named = ", ".join(f"{value:g}" for value in wrong[:5]) + (", …" if len(wrong) > 5 else "")
-        raise DamagedRecording(f"has labels that are not 0 to {NUM_CLASSES - 1}: {named}", path)
+        raise DamagedRecording(f"has labels other than 0 to {NUM_CLASSES - 1}: {named}", path)
     if labels.max() >= NUM_CLASSES:
         raise DamagedRecording(f"has label {labels.max()}; only 0 to {NUM_CLASSES - 1} are defined", path)
     return labels

@@ -255,13 +255,13 @@ def write_phantom(
         workers: Processes that draw patients side by side.
     """
     if patients < 1 or workers < 1 or seed < 0 or not 0.05 <= scale <= 1:
-        raise UserError("A phantom needs at least one patient, one worker, a seed from 0 and a scale of 0.05 to 1.")
+        raise UserError("A phantom needs at least one patient, one worker, a seed of at least 0 and a scale of 0.05 to 1.")
     marker = filesystem.join(source, camus.PHANTOM_NOTE)
     made_with = {"patients": patients, "seed": seed, "sequences": sequences, "scale": scale}
     if filesystem.exists(marker):
-        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom made with different settings: remove it.")
+        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom of other settings: remove it first.")
     elif filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):
-        raise UserError(f"{source} holds patients that are not a phantom's: give an empty folder.")
+        raise UserError(f"{source} holds patients that are not synthetic: give an empty folder.")
     filesystem.publish_json(marker, made_with)
     job, numbers = partial(write_patient, source, seed, sequences, scale), range(1, patients + 1)
     # Spawned, for a forked child would inherit the locks of pyarrow's threads; one worker needs no process of its own.

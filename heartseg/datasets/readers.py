@@ -94,13 +94,13 @@ def read(
         message = str(error) if kind == "nifti" or isinstance(error, Unreadable) else ""
         raise DamagedRecording(f"is not a readable {kind}: {message or 'it is damaged'}", path) from error
     if found.pixels.size and found.pixels.min() == found.pixels.max():
-        raise DamagedRecording("is empty: all its pixels have one value", path)
+        raise DamagedRecording("is empty: all its pixels have the same value", path)
     notes, own_mm = [*found.notes], found.spacing_mm
     if found.grey != BYTE:
         notes.append("grey levels {} to {} were scaled to 0 to 255".format(*found.grey))
     depth_mm = own_mm and own_mm[0] * found.pixels.shape[1]
     if own_mm and not PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
-        notes.append(f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is not used")
+        notes.append(f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is ignored")
         own_mm = None
     upright = np.require(np.flip(found.pixels, flips), requirements="CW")
     return replace(found, pixels=upright, flips=flips, spacing_mm=own_mm or spacing_mm, notes=tuple(notes))
@@ -111,7 +111,7 @@ def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:
 
     def admit_pixels(count: int) -> None:
         if count > MAX_PIXELS:
-            raise Unreadable("it claims more pixels than two minutes of large pictures have: trim it to the beats of interest")
+            raise Unreadable("it claims more pixels than two minutes of large video: trim it to the beats of interest")
         admit(2 * count + len(raw))
 
     import_package(kind)
@@ -151,7 +151,7 @@ def read_video(raw: bytes, admit: Admit = lambda _: None) -> Frames:
                 admit(more * picture.size)
                 pixels.resize((count + more, *picture.shape), refcheck=False)
             if picture.shape != pixels.shape[1:]:
-                raise Unreadable("its frames have several sizes")
+                raise Unreadable("its frames differ in size")
             pixels[count] = picture
             count += 1
         ratio = stream.sample_aspect_ratio
@@ -170,4 +170,4 @@ def upright(picture: np.ndarray, matrix) -> np.ndarray:
         return picture[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
     if a == d == 0:
         return picture.T[:: 1 if b > 0 else -1, :: 1 if c > 0 else -1]
-    raise Unreadable("it asks to be rotated by an angle that is not a multiple of 90 degrees")
+    raise Unreadable("its display matrix asks for a rotation that is not a multiple of 90 degrees")

@@ -17,7 +17,7 @@ def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for patient, group in ((patient, group) for group, patients in groups.items() for patient in patients):
         if found.setdefault(patient, group) != group:
-            raise UserError(f"{patient} is in both {found[patient]} and {group}: a split must be by patient.")
+            raise UserError(f"{patient} is in both {found[patient]} and {group}: list each patient in one group only.")
     return found
 
 
@@ -39,7 +39,7 @@ def make_groups(
         groups = draw_groups(config, patients, known)
     groups = {group: names for group, names in groups.items() if names}
     if len(groups) < 2 or "train" not in groups:
-        raise UserError(f"{len(patients)} patients give no training group and another one: give more, or another split.")
+        raise UserError(f"{len(patients)} patients do not fill a training and another group: add patients, or change --split.")
     group_of(groups)
     return groups
 

@@ -145,10 +145,10 @@ def check_pattern(pattern: str) -> None:
     try:
         names = [pattern.format(patient=p, view=v, phase=f) for p, v, f in itertools.product("ab", "cd", "ef")]
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"--pattern {pattern!r} may hold {fields} only.") from error
+        raise UserError(f"--pattern {pattern!r} has an invalid field: use only {fields}.") from error
     is_inside = ".." not in names[0].split("/") and not names[0].startswith("/")
-    require(is_inside, f"--pattern {pattern!r} leaves the folder of the predictions: use one below it.")
-    require(len(set(names)) == len(names), f"--pattern {pattern!r} names one file for several stills: it needs {fields}.")
+    require(is_inside, f"--pattern {pattern!r} leads outside --predictions: use a path below it.")
+    require(len(set(names)) == len(names), f"--pattern {pattern!r} gives several stills one file: use {fields}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ class FilePredictions:
         for path in filesystem.walk(folder):
             if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
                 files[match["stem"] + (match["suffix"] or "").lower()].append(path)
-        require(bool(files), f"{folder} holds no NIfTI file: give the folder that holds the masks.")
+        require(bool(files), f"{folder} holds no NIfTI files: give the folder that holds the masks.")
         return cls(folder, pattern, dict(files))
 
     def has_any(self, patient: str) -> bool:
@@ -200,7 +200,7 @@ class FilePredictions:
                     raise DamagedRecording("the prediction is missing", case.name)
                 mask, *_ = read_mask(path, case.place)
                 if mask.shape != case.truth.shape:
-                    raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)
+                    raise DamagedRecording(f"the prediction has shape {mask.shape}, but the truth has {case.truth.shape}", path)
             except DamagedRecording as error:
                 missing.append(_missing(case.patient, case.view, case.phase, error))
                 found.append(None)

@@ -202,7 +202,7 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
         for one in entry.runs:
             epochs, planned = len(one.record), one.run.description["identity"]["train"]["epochs"]
             if epochs < planned:
-                lines.append(f"{one.label} has {epochs} of its {planned} epochs: the comparison uses these.")
+                lines.append(f"{one.label} has finished only {epochs} of its {planned} epochs: the comparison uses those.")
             if one.problem:
                 lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
         if left_out := [one.label for one in entry.runs if one.images is not None and one not in entry.scored]:
@@ -211,20 +211,20 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
             where = "{letter} on the {group} group of {dataset} ({patients} patients)"
             these, those = (where.format(letter=e.letter, **e.scored[0].summary) for e in (entry, reference))
             shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
-            unpaired = "their scores stand side by side and are not paired."
-            lines.append(f"Not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
+            unpaired = "their scores are shown side by side, not paired."
+            lines.append(f"These are not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
     if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
         lines.append(
-            f"There is nothing to compare in {', '.join(untrained)}: with a mean Dice below {UNTRAINED_DICE} the masks are "
-            "empty or lie beside the hearts, and distances mean nothing. Train longer."
+            f"{', '.join(untrained)} cannot be compared: with a mean Dice below {UNTRAINED_DICE}, the masks are "
+            "empty or miss the hearts, and distances mean nothing. Train longer."
         )
     groups = {one.summary["group"] for entry in entries for one in entry.scored}
     sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
     if groups == {"holdout"} and sweeps != {""}:
         chosen = "A sweep's winner was chosen on these held-out patients"
-        lines.append(f"{chosen}: its lead here is part luck. Train both with new seeds.")
+        lines.append(f"{chosen}: its lead here is partly luck. Train both with new seeds.")
     if not reference.scored:
         lines.append(f"The reference {reference.letter} has no scores, so nothing is compared with it.")
     if len({settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}) > 1:
-        lines.append("The runs minimise different losses: only the loss of one kind can be compared.")
+        lines.append("The runs minimise different losses: their loss values cannot be compared.")
     return lines

@@ -44,7 +44,8 @@ class Room:
         """Wait until a clip's bytes, or more of them, fit beside the others'; raises DamagedRecording if they never will."""
         total = self.held.get(number, 0) + num_bytes
         if total > self.alone:
-            raise DamagedRecording(f"needs {total / 1e9:.1f} GB of memory, and has {self.alone / 1e9:.1f} GB: {TOO_LARGE}", "")
+            size = f"needs {total / 1e9:.1f} GB of memory, but may use only {self.alone / 1e9:.1f} GB"
+            raise DamagedRecording(f"{size}: {TOO_LARGE}", "")
         with self.changed:
             self.waiting[number] = num_bytes
             self.changed.notify_all()

@@ -206,5 +206,5 @@ def load_all(paths: Sequence[str], which: str = "last", device: str | torch.devi
     sizes = [f"{member.experiment.image.height} x {member.experiment.image.width}" for member in members]
     for path, size in zip(paths, sizes, strict=True):
         if size != sizes[0]:
-            raise UserError(f"{path} takes {size} images and {paths[0]} takes {sizes[0]}: an ensemble needs runs of one grid.")
+            raise UserError(f"{path} takes {size} images, but {paths[0]} takes {sizes[0]}: an ensemble needs runs on one grid.")
     return Ensemble(members) if len(members) > 1 else members[0]

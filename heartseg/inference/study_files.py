@@ -52,7 +52,7 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
         readers.import_package(kind)
     found = [name_clip(path, source, kind) for path, kind in kinds.items() if kind not in (None, "dicom")]
     found = separate_folders(found) + name_dicoms([path for path, kind in kinds.items() if kind == "dicom"], view)
-    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
+    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another path.")
     clips = separate_stems(found)
     names = [{name: filesystem.printable(getattr(clip, name)) for name in ("patient", "stem", "shown")} for clip in clips]
     found = [replace(c, view=c.view or view, phase=c.phase or phase, **named) for c, named in zip(clips, names, strict=True)]
@@ -146,7 +146,7 @@ def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_fo
     for other, others in group:
         differ = [tag for tag in tags | others if tags.get(tag) != others.get(tag)]
         if differ:
-            return f"{other} has the same {shared} and another {' and '.join(differ)}: they were not taken for one study"
+            return f"{other} has the same {shared} but another {' and '.join(differ)}: they were kept apart"
     if shared == "PatientID":
         return "its files have no StudyInstanceUID: only their folder shows that they are one study"
     if num_folders > 1 and "PatientBirthDate" not in tags:

@@ -117,11 +117,11 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
             reasons.append(f"{stems} show the same view and phase ({view} {phase}): keep one of them")
     for r in results:
         if r.frames > 1 and not r.phases and not {(r.clip.view, phase) for phase in PHASES} <= masks.keys():
-            reasons.append(f"{r.clip.stem} shows no beat (the volume of its plausible frames never changes): give a whole one")
+            reasons.append(f"{r.clip.stem} shows no beat (the volume of its plausible frames never changes): give a whole beat")
     if nameless := [r.clip.stem for r in results if r.clip.view is None]:
-        reasons.append(f"the view of {', '.join(nameless)} is not known: give --view")
+        reasons.append(f"the view of {', '.join(nameless)} is unknown: give --view")
     if phaseless := [r.clip.stem for r in results if r.frames == 1 and r.clip.phase is None]:
-        reasons.append(f"the phase of {', '.join(phaseless)} is not known: give --phase, or names like PATIENT_4CH_ED")
+        reasons.append(f"the phase of {', '.join(phaseless)} is unknown: give --phase, or names like PATIENT_4CH_ED")
     doubts = [*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)]
     (doubts if math.isfinite(row["ef_ase"]) else reasons).extend({r.clip.remark for r in results} - {""})
     row["reason"], row["doubts"] = "; ".join(reasons), "; ".join(doubts)

@@ -52,9 +52,9 @@ def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
     """Raise UserError if a worker's share, or one of its parts, is under two images: batch normalisation needs two."""
     each, batch = batch_size // world_size, f"A batch of {batch_size} over {world_size} workers"
     fix = f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size"
-    require(each >= 2, f"{batch} leaves one of them under 2 images: {fix}.")
+    require(each >= 2, f"{batch} leaves one of them fewer than 2 images: {fix}.")
     fix = f"use --train.accumulate {each // 2} or less, or a larger --train.batch-size"
-    require(each // accumulate >= 2, f"{batch}, each in {accumulate} parts, leaves a part under 2 images: {fix}.")
+    require(each // accumulate >= 2, f"{batch}, each in {accumulate} parts, leaves a part fewer than 2 images: {fix}.")
 
 
 def share(batch_size: int, rank: int, world_size: int) -> slice:
@@ -169,7 +169,7 @@ def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of:
         future, name, waited_s = *pending.popleft(), 0
         while not concurrent.futures.wait([future], SAY_AFTER_S).done:
             waited_s += SAY_AFTER_S
-            log.warning("%s has not come for %d s: waiting for its disk or network.", name, waited_s)
+            log.warning("%s has not arrived after %d s: waiting for its disk or network.", name, waited_s)
             if waited_s > GIVE_UP_AFTER_S - SAY_AFTER_S / 2:
                 fix = "check its disk or network, then rerun the same command to resume"
                 raise StorageError(f"The shard {name} did not come within {GIVE_UP_AFTER_S} s: {fix}.")

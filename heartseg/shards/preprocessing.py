@@ -57,7 +57,7 @@ def write_shards(
             total = sum(record["recordings"] for part in parts for record in part["patients"].values())
             if damaged > max_quarantined * total:
                 problem = f"Damaged recordings: {damaged} of {total}, more than --max-quarantined {max_quarantined:g}"
-                raise UserError(f"{problem}: repair them and rerun the same command, or allow more.")
+                raise UserError(f"{problem}: repair them and rerun the same command, or raise that limit.")
             manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
 
@@ -69,7 +69,7 @@ def write_parts(
     parts = dict(writer.part_names(list(listing), frames))
     for name in filesystem.list_names(out):
         if writer.PART_NAME.fullmatch(name) and name not in parts:
-            raise UserError(f"{out}/{name} is a part of other shards: remove it, or give --overwrite or another --out.")
+            raise UserError(f"{out}/{name} belongs to other shards: remove it, or give --overwrite or another --out.")
     tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk}) for name, chunk in parts.items()]
     records = {record["file"]: record for record in map_parts(tasks)}
     sizes = {name: size for name, size, _ in filesystem.list_files(out)}

@@ -59,7 +59,7 @@ def read_manifest(path: str) -> dict:
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
     manifest = filesystem.read_json(manifest_path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    require(found == FORMAT, f"{path} has shard format {found}, this version reads {FORMAT}: {again}")
+    require(found == FORMAT, f"{path} has shard format {found}, but this version reads {FORMAT}: {again}")
     missing = MANIFEST_KEYS - manifest.keys()
     require(not missing, f"{manifest_path} has no {min(missing, default='')}: {again}")
     is_ours = isinstance(manifest["patients"], dict) and isinstance(manifest["parts"], list)
@@ -67,7 +67,7 @@ def read_manifest(path: str) -> dict:
     if manifest["dataset"] == "CAMUS" and not manifest.get("dataset_is_marked"):
         manifest["dataset"] = "other"  # a guess from patients' names: other people's hearts are private
     for part in manifest["parts"]:  # no path of a manifest leaves its folder
-        require(PART_NAME.fullmatch(part["file"]), f"{manifest_path} names a part {part['file']!r}, which is not one.")
+        require(PART_NAME.fullmatch(part["file"]), f"{manifest_path} names {part['file']!r}, which is not a part: {again}")
     return manifest
 
 

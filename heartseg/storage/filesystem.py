@@ -99,7 +99,7 @@ def _store_error(path: str, answer: str) -> StorageError:
     refusals = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "HTTP status 403")
     if any(refusal in answer for refusal in refusals):
         fix = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for access to the bucket"
-        return StorageRefused(f"{path} is refused by its store: {fix}.")
+        return StorageRefused(f"{path} was refused by its store: {fix}.")
     return StorageError(f"{path} cannot be used: {answer.partition(' (Request ID')[0].partition(chr(10))[0].rstrip('. ')}.")
 
 

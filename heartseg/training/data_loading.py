@@ -59,11 +59,11 @@ def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ran
         chosen, why = experiment.ingest, f"--ingest {experiment.ingest}"
     elif not chosen:
         chosen = "memory" if needed <= room else "stream"
-        why = f"{needed / 1e9:.1f} GB of pixels, and a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
+        why = f"{needed / 1e9:.1f} GB of pixels; a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
     if ranks.is_main and chosen == "stream":
         log.info("Batches stream from %s (%s).", shards.path, why)
     elif ranks.is_main and needed > room:
-        log.warning("%.1f GB of pixels go into memory (%s), where that is tight.", needed / 1e9, why)
+        log.warning("%.1f GB of pixels go into memory (%s), which leaves little room.", needed / 1e9, why)
     return chosen
 
 

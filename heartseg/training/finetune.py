@@ -47,5 +47,5 @@ def check_tensors(weights: dict[str, torch.Tensor], model: nn.Module, origin: st
         there, asked = (tuple(t[name].shape) if name in t else "missing" for t in (weights, wanted))
         if there != asked:
             raise UserError(
-                f"The weights {origin} do not fit: {name} is {there} there, {asked} here. Use its --model settings."
+                f"The weights {origin} do not fit: {name} is {there} there but {asked} here. Use its --model settings."
             )

@@ -48,7 +48,7 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *arguments)
         except Exception as error:
             if not self.has_warned:
-                rest = f"the rest is kept, `wandb sync --include-online {self.run_path}/wandb` sends it later."
+                rest = f"the rest is kept; `wandb sync --include-online {self.run_path}/wandb` sends it later."
                 log.warning("wandb did not accept all of this run (%s: %s): %s", method.__name__, _first_line(error), rest)
             self.has_warned = True
 
@@ -87,7 +87,7 @@ class Tracker:
         try:
             started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
         except Exception as error:
-            later = f"this run is kept offline, `wandb sync {self.run_path}/wandb/offline-run-*` sends it later."
+            later = f"this run is kept offline; `wandb sync {self.run_path}/wandb/offline-run-*` sends it later."
             log.warning("wandb did not start (%s): %s", _first_line(error), later)
             self.wandb.teardown()  # its service holds the run's id for the attempt that failed
             with patch.dict(os.environ):  # wandb refuses a key, an address or a number that is not valid offline as well

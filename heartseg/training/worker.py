@@ -30,7 +30,7 @@ def check_plan(experiment: Experiment, shards: Shards) -> None:
     there, asked = shards.image, experiment.image
     require(
         there == asked,
-        f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
+        f"{shards.path} holds images of {there.height} x {there.width} but {experiment.name} wants {asked.height} x "
         f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}.",
     )
     check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)

@@ -77,7 +77,7 @@ def parse_change(text: str) -> dict[str, object]:
     for part in re.split(r",(?=\s*\w+\.\w+=)", text):
         name, value = (side.strip() for side in part.partition("=")[::2])
         is_change = re.fullmatch(r"\w+\.\w+", name) and value.strip(" ,") == value != ""
-        require(is_change, f"--space.changes {text!r} is not a change: write part.field=value, several with commas.")
+        require(is_change, f"--space.changes {text!r} is not a change: write part.field=value, with commas between several.")
         values[name] = value
         with contextlib.suppress(json.JSONDecodeError):
             values[name] = json.loads(value)
@@ -90,11 +90,11 @@ def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
     require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
     # Trials are compared epoch by epoch up to the recipe's last.
     fixed = not any("train.epochs" in values for values in parsed)
-    require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep are as long as the recipe.")
+    require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep train for as long as the recipe.")
     own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
     points = [own]
     for change, values in zip(changes, parsed, strict=True):
-        require(own | values not in points, f"--space.changes {change!r} is the recipe itself, or is listed twice.")
+        require(own | values not in points, f"--space.changes {change!r} repeats the recipe or another change: leave it out.")
         points.append(own | values)
     return points
 
@@ -130,5 +130,5 @@ def values_of(base: Experiment, fields: Iterable[str]) -> dict:
     """The recipe's own values of some fields; raises UserError for a field that no experiment has."""
     known = flatten(to_json(base))
     for name in fields:
-        require(name in known, f"The search space names {name}, which no experiment has: see train.py --help.")
+        require(name in known, f"The search space names {name}, which is not a setting: see train.py --help.")
     return {name: known[name] for name in fields}

@@ -43,9 +43,9 @@ class SweepPlan:
     """Of the trials that come to a rung, about one in so many continues; each rung is so many times later than the last."""
 
     def __post_init__(self):
-        require(self.search_seed >= 0, "--search-seed must be at least 0.")
-        require(self.grace_epochs >= 0, "--grace-epochs must be at least 0.")
-        require(self.reduction > 1, "--reduction must be above 1.")
+        require(self.search_seed >= 0, f"--search-seed must be at least 0, not {self.search_seed}.")
+        require(self.grace_epochs >= 0, f"--grace-epochs must be at least 0, not {self.grace_epochs}.")
+        require(self.reduction > 1, f"--reduction must be above 1, not {self.reduction:g}.")
 
     @property
     def unused(self) -> dict[str, str]:
@@ -139,7 +139,7 @@ def experiments_to_check(plan: SweepPlan, base: Experiment) -> list[Experiment]:
     """The recipe, and with each listed change or each value of an axis alone: what all trials are made of. Raises UserError."""
     axes = make_axes(plan.space, base)
     for name, values in axes.items():
-        require(name == RATE or len(set(values)) == len(values), f"The search space names a value of {name} twice.")
+        require(name == RATE or len(set(values)) == len(values), f"The search space lists a value of {name} twice.")
     alone = [{}, *({name: value} for name, values in axes.items() for value in values)]
     return [apply(base, point) for point in (listed(base, plan.space.changes) if plan.search == "changes" else alone)]
 
@@ -185,7 +185,7 @@ def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
     # A trial that is faster than Tune may have finished already.
     if not others or len(own) >= sweep.base.train.epochs or not own.get(epoch, np.nan) < np.quantile(others, 1 - 1 / reduction):
         return False
-    reason = f"not among the best 1 in {reduction:g} of the trials that reached it before"
+    reason = f"not among the best 1 in {reduction:g} of the trials that had reached it"
     end_trial(path, STOPPED, f"{METRIC} {own[epoch]:.4f} at epoch {epoch}, {reason}")
     return True
 

@@ -147,7 +147,7 @@ def test_a_split_file_is_read_however_it_was_saved_and_one_that_is_not_text_is_r
     for damage in (text.encode("utf-16-le"), b"d\xf6ra\n", None):
         path.unlink()
         path.write_bytes(damage) if damage else path.mkdir()
-        with pytest.raises(UserError, match=r"subgroup_testing\.txt cannot be read as UTF-8 text"):
+        with pytest.raises(UserError, match=r"subgroup_testing\.txt is not UTF-8 text"):
             camus.CamusTree(str(tmp_path)).groups()
 
 
@@ -231,7 +231,7 @@ IMAGE_DAMAGE = {
     "NaN intercept": (header_with(112, "<ff", 2.0, float("nan")), "not a readable NIfTI"),
     "unknown type": (header_with(70, "<h", 9999), "not a readable NIfTI"),
     "gzip of nothing": (lambda path: put(path, gzip.compress(b"")), "not a readable NIfTI"),
-    "gzip bomb": (gzip_bomb, "many more are there"),
+    "gzip bomb": (gzip_bomb, "many more were found"),
     # Slow for a reader that copies the rest at each member.
     "gzip of very many members": (lambda path: put(path, gzip.compress(b"") * 50_000), "not a readable NIfTI"),
     "wrong gzip checksum": (lambda path: put(path, gzip.compress(bytes(header_bytes(path)))[:-8] + bytes(8)), "hecksum"),
@@ -242,11 +242,11 @@ IMAGE_DAMAGE = {
 MASK_DAMAGE = {
     "label 7": (pixels(changed(7).astype(np.uint8)), "has label 7"),
     "label 7 as float": (pixels(changed(7)), "has label 7"),
-    "fractional label": (pixels(changed(1.5)), "labels that are not 0 to 3: 1.5"),
-    "negative label": (pixels(changed(-1)), "labels that are not 0 to 3: -1"),
-    "label 257": (pixels(changed(257).astype(np.int16)), "labels that are not 0 to 3: 257"),
-    "NaN label": (pixels(changed(np.nan)), "labels that are not 0 to 3: nan"),
-    "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (1, 4, 6) is not the image's (1, 6, 4)"),
+    "fractional label": (pixels(changed(1.5)), "labels other than 0 to 3: 1.5"),
+    "negative label": (pixels(changed(-1)), "labels other than 0 to 3: -1"),
+    "label 257": (pixels(changed(257).astype(np.int16)), "labels other than 0 to 3: 257"),
+    "NaN label": (pixels(changed(np.nan)), "labels other than 0 to 3: nan"),
+    "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (1, 4, 6), but the image has (1, 6, 4)"),
     "missing": (os.remove, "cannot be read: No such file"),
 }
 

@@ -87,7 +87,7 @@ def test_a_wrong_groups_file_or_file_name_is_refused_by_what_is_wrong(folder, tm
         (b"anna,train\n", "must begin with the line `patient,group`"),
         (b"patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
         (b"patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
-        (b"patient,group\nd\xf6ra,train\n", "groups.csv cannot be read as UTF-8 text"),
+        (b"patient,group\nd\xf6ra,train\n", "groups.csv is not UTF-8 text"),
         (b"patient,group\nanna,train\nanna,test\n", "anna is in both"),
     ):
         filesystem.publish(os.path.join(folder, "groups.csv"), text)
@@ -120,7 +120,7 @@ def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):
 
 def test_a_folder_of_neither_layout_names_both(tmp_path):
     os.makedirs(tmp_path / "images")
-    with pytest.raises(UserError, match=r"holds no database_nifti/.*images/PATIENT_ANYTHING"):
+    with pytest.raises(UserError, match=r"holds neither database_nifti/.*images/PATIENT_ANYTHING"):
         open_source(str(tmp_path))
     os.makedirs(tmp_path / "masks")
     with pytest.raises(UserError, match="holds no NIfTI file"):

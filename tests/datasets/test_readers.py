@@ -118,7 +118,7 @@ def test_a_flip_turns_the_frames_and_not_the_file(tmp_path):
 
 
 def test_a_nifti_of_one_value_or_not_a_finite_one_is_refused_with_its_reason(tmp_path):
-    for value, reason in ((np.nan, "not finite"), (7.0, "one value")):
+    for value, reason in ((np.nan, "not finite"), (7.0, "the same value")):
         nibabel.save(nibabel.Nifti1Image(np.full((5, 5), value), np.eye(4)), tmp_path / "a.nii")
         with pytest.raises(DamagedRecording, match=reason):
             readers.read(str(tmp_path / "a.nii"), "nifti")
@@ -288,7 +288,7 @@ def test_a_second_plane_beside_the_first_is_noted():
     second.RegionLocationMinX0, second.RegionLocationMaxX1 = 40, 79
     data.SequenceOfUltrasoundRegions.append(second)
     found = read_dicom(written(data))
-    assert found.pixels.shape == (3, 100, 40) and "2 planes at once, and only that of columns 0 to 39" in found.notes[0]
+    assert found.pixels.shape == (3, 100, 40) and "2 planes at once; only the one in columns 0 to 39" in found.notes[0]
     second.RegionLocationMinX0 = 20  # over the first: one plane
     assert read_dicom(written(data)).notes == ()
 

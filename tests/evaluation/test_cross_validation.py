@@ -68,7 +68,7 @@ def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
         (parts, parts[0], "none is overwritten"),
         ([refused["group"], parts[1]], out, "was trained on"),
         ([parts[1], refused["dataset"]], out, "is of other, "),
-        ([parts[1], refused["post"]], out, "differ in their postprocessing"),
+        ([parts[1], refused["post"]], out, "were postprocessed differently"),
     ):
         with pytest.raises(UserError, match=said):
             cross_validation.pool(evaluations, to)

@@ -152,12 +152,12 @@ def test_of_runs_whose_masks_are_empty_there_is_nothing_to_compare(scored):
     entries = group_by_settings(untrained)
     found = run_comparison.compare_entries(entries, entries[0])
     assert {test["reading"] for test in found["differences"]["B"].values()} == {"nothing to compare"}
-    assert "There is nothing to compare in A, B" in comparison_page.text(entries, found)
+    assert "A, B cannot be compared" in comparison_page.text(entries, found)
     cell = comparison_page.difference_cell(found["differences"]["B"], "hd_la_mm")
     assert not cell["seen"]
     one_alone = group_by_settings([untrained[0], scored["faster"]])  # a real difference
     assert run_comparison.differences(one_alone[1], one_alone[0])["dice"]["reading"] == "higher"
-    assert "nothing to compare in A:" in " ".join(run_comparison.notes(one_alone, one_alone[0]))
+    assert "A cannot be compared:" in " ".join(run_comparison.notes(one_alone, one_alone[0]))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_scores_of_other_hearts_are_neither_paired_nor_pooled_and_a_note_says_so
         assert run_comparison.differences(entries[1], entries[0]) == {} and run_comparison.disagreements(entries, 5) == []
     entries = group_by_settings([one, fewer])
     (note,) = run_comparison.notes(entries, entries[0])
-    assert "Not the same hearts (5 names in common)" in note and "are not paired" in note
+    assert "not the same hearts (5 names in common)" in note and "not paired" in note
     assert run_comparison.means(entries[1])["dice"]["mean"] == pytest.approx(fewer.images["dice"].mean())
     (entry,) = group_by_settings([one, without(scored["seed1"], one.patients["patient"][0])])
     assert run_comparison.means(entry)["dice"]["seeds"] == [one.images["dice"].mean()]

@@ -207,7 +207,7 @@ def test_stray_parts_are_refused_by_name_and_overwrite_starts_over_and_touches_n
     change(os.path.join(unfinished, PARTS[0]), 20_000)
     for stray in ("part-00009.parquet", "part-00009.json"):
         filesystem.publish(os.path.join(unfinished, stray), b"of another time")
-    with pytest.raises(UserError, match=r"part-00009\.parquet is a part of other shards: remove it"):
+    with pytest.raises(UserError, match=r"part-00009\.parquet belongs to other shards: remove it"):
         run(source, unfinished)
     assert filesystem.read_bytes(os.path.join(unfinished, "part-00009.parquet")) == b"of another time"
     run(source, unfinished, overwrite=True)

@@ -140,7 +140,7 @@ CHANGES = {
     "a patient twice": (writer.SPLITS, lambda split: split["groups"].update(test=split["groups"]["train"][:1]), "is in both"),
 }
 for name in ("../x", "/etc/passwd", "part-00000.parquet/../../x", "part-0.parquet", ""):
-    CHANGES[name] = (writer.MANIFEST, lambda m, name=name: m["parts"][0].update(file=name), "names a part .*, which is not one")
+    CHANGES[name] = (writer.MANIFEST, lambda m, name=name: m["parts"][0].update(file=name), "names .*, which is not a part")
 
 
 @pytest.mark.parametrize(("file", "change", "message"), CHANGES.values(), ids=CHANGES)

@@ -72,7 +72,7 @@ def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
 
 
 BAD_CHANGES = [
-    ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which no experiment has"),
+    ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which is not a setting"),
     (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is not a change"),
     (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"),
     (("optim.lr=fast",), "optim.lr"), (("optim.lr=0.1,train.epochs=9",), "cannot vary train.epochs"),
