@@ -61,8 +61,8 @@ class Options:
     """Print JSON and not a table."""
 
     def __post_init__(self):
-        require(self.workers >= 0, "--workers must not be negative.")
-        require(self.seconds > 0 and self.megabytes >= 1, "--seconds must be positive, and --megabytes at least 1.")
+        require(self.workers >= 0, f"--workers must be at least 0, not {self.workers}.")
+        require(self.seconds > 0 and self.megabytes >= 1, "--seconds must be above 0, and --megabytes at least 1.")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def check_processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
 def free_space(name: str, where: str, free: float, least: int, fix: str) -> Finding:
     """A finding of free bytes, with something wrong if they are fewer than `least`."""
     found = f"{free / GIB:.1f} GiB of {where} are free"
-    wrong = f"{found}: at least {least / GIB:g} GiB should be."
+    wrong = f"{found}, but at least {least / GIB:g} GiB should be."
     return Finding(name, found, wrong, fix, {"free_bytes": free}).unless(free >= least)
 
 
@@ -174,7 +174,7 @@ def check_memory(root: str = "/") -> Iterator[Finding]:
 def check_shared_memory(path: str = "/dev/shm") -> Iterator[Finding]:
     """Space for Ray's object store, through which workers exchange data; without it, the store is on the disk and slow."""
     free = shutil.disk_usage(path).free if os.path.exists(path) else 0
-    fix = "Ray's object store goes to the disk, slowly. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory on it."
+    fix = "Ray's object store uses the slow disk instead. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory."
     yield free_space("shared memory", path, free, LEAST_SHARED, fix)
 
 
@@ -200,7 +200,7 @@ def check_gpus() -> Iterator[Finding]:
         yield Finding("CUDA", found, wrong, fix).unless(has_nccl)
     elif shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"):
         built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
-        fix = "Install torch's CUDA build for nvidia-smi's CUDA version; see CUDA_VISIBLE_DEVICES; containers need --gpus all."
+        fix = "Install torch's build for nvidia-smi's CUDA version; check CUDA_VISIBLE_DEVICES; give a container --gpus all."
         yield Finding("GPUs", "none", f"There is an NVIDIA driver, but torch, {built}, cannot use a GPU.", fix)
     else:
         yield Finding("GPUs", "none")
@@ -227,7 +227,7 @@ def check_round_trip(path: str, megabytes: int) -> Iterator[Finding]:
             filesystem.remove(probe)
     speeds = {"write_mb_per_s": megabytes / (written - started), "read_mb_per_s": megabytes / (read - written)}
     found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
-    wrong, fix = f"{path} returned other bytes than were written.", "Use another storage: this one loses data."
+    wrong, fix = f"{path} did not return the bytes that were written.", "Use other storage: this one loses data."
     yield Finding("runs storage", found, wrong, fix, speeds).unless(is_same)
 
 
@@ -253,7 +253,7 @@ def check_wandb() -> Iterator[Finding]:
     asking = threading.Thread(target=lambda: answers.append(ask_wandb(server, key)), daemon=True)
     asking.start()
     asking.join(WANDB_TIMEOUT_S)
-    problem, fix = answers[-1], "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline."
+    problem, fix = answers[-1], "Runs are logged offline until it answers; allow access to it, or set WANDB_MODE=offline."
     if problem == KEY_REFUSED:
         fix = "Set a valid WANDB_API_KEY where the cluster starts."
     found = f"{server} answers, and accepts the key" if not problem else server
@@ -286,7 +286,7 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     found, numbers = f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
-    wrong = "Anyone who reaches the cluster may use it: RAY_AUTH_MODE is not token."
+    wrong = "Anyone who can reach the cluster can use it: RAY_AUTH_MODE is not token."
     fix = "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md)."
     yield Finding("Ray", found, wrong, fix, numbers).unless(is_closed)
     yield from check_other_nodes(nodes)
@@ -303,7 +303,7 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
             "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
             "between them, and see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
         )
-        yield Finding("workers", f"{number} asked for", f"They could not exchange anything: {first_line(error)}", fix)
+        yield Finding("workers", f"{number} asked for", f"They could not exchange data: {first_line(error)}", fix)
     finally:
         with contextlib.suppress(UserError, StorageError, OSError):
             filesystem.remove(folder)
@@ -323,8 +323,8 @@ def check_other_nodes(nodes: list[dict]) -> Iterator[Finding]:
         try:
             host, found = ray.get(answer, timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError as error:
-            wrong = f"Node {address} does not answer ({type(error).__name__})."
-            yield Finding(f"node {address}", "–", wrong, "See its Ray logs, and start Ray on it again.")
+            wrong = f"Node {address} did not answer ({type(error).__name__})."
+            yield Finding(f"node {address}", "–", wrong, "Check its Ray logs, and restart Ray on it.")
         else:
             yield from describe_node(f"node {host} ({address})", found)
 
@@ -340,7 +340,7 @@ def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
     here = {one.name: one.found for one in check_versions()}
     for one in found:
         if not one.wrong and one.found != (ours := here.get(one.name, one.found)):
-            wrong = f"{one.name} is {one.found} there and {ours} here."
+            wrong = f"{one.name} is {one.found} there but {ours} here."
             one = replace(one, wrong=wrong, fix="Give every node the same image.")
         if one.wrong:
             yield replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}")

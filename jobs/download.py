@@ -36,7 +36,7 @@ TERMS = """CAMUS (Cardiac Acquisitions for Multi-structure Ultrasound Segmentati
 
 @dataclass(frozen=True)
 class Options:
-    """What to fetch, and where to."""
+    """What to download, and to which folder."""
 
     out: str = ""
     """Local folder for the tree that `preprocess.py --source` takes."""
@@ -55,11 +55,11 @@ class Options:
 
 
 def run(options: Options) -> str:
-    """Fetch what is missing; returns the folder. Raises UserError that names the patients that did not arrive."""
+    """Fetch what is missing; returns the folder. Raises UserError naming the patients that could not be fetched."""
     out = command_line.required_path(options.out, "out", "a local folder")
-    require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one; preprocess.py writes shards anywhere.")
+    require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one (shards may go elsewhere).")
     valid = options.tries >= 1 and options.wait_s >= 0 and options.timeout_s > 0
-    require(valid, "--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
+    require(valid, "--tries must be at least 1, --wait-s at least 0 and --timeout-s above 0.")
     numbers = parse_numbers(options.patients)
     server = girder_client.Server(options.server, options.tries, options.wait_s, options.timeout_s)
     print(TERMS)
@@ -73,7 +73,7 @@ def run(options: Options) -> str:
             failed = fetch_all(server, out, ids)
     except OSError as error:
         raise UserError(format_write_error(error, out)) from error
-    problem = f"{len(failed)} of {len(ids) + 1} folders did not arrive ({', '.join(failed)})"
+    problem = f"{len(failed)} of {len(ids) + 1} folders could not be fetched ({', '.join(failed)})"
     require(not failed, f"{problem}: rerun the same command to try them again.")
     print(f"{len(ids)} patients: {out}")
     return out
@@ -91,21 +91,21 @@ def parse_numbers(text: str) -> set[int]:
 
 
 def list_patients(server: girder_client.Server, numbers: set[int]) -> dict[str, str]:
-    """Name to folder id of the patients with these numbers, or of all; raises UserError for a number that is not there."""
+    """Names and folder ids of the patients with these numbers, or of all; raises UserError for an unknown number."""
     try:
         folders = server.list_folders(IMAGES_ID)
     except FailedDownload as error:
         raise UserError(f"The server {server.base} {error}: check the network, or --server, and try again.") from error
     names = {int(name.removeprefix("patient")): name for name in folders if camus.PATIENT_PATTERN.fullmatch(name)}
-    require(bool(names), f"The server {server.base} lists no patient: check --server.")
+    require(bool(names), f"The server {server.base} lists no patients: check --server.")
     if unknown := numbers - names.keys():
-        known = f"its {len(names)} are {names[min(names)]} to {names[max(names)]}"
+        known = f"choose from its {len(names)}, {names[min(names)]} to {names[max(names)]}"
         raise UserError(f"The server has no patient {min(unknown)}: {known}.")
     return {names[number]: folders[names[number]] for number in sorted(numbers or names)}
 
 
 def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> list[str]:
-    """Fetch the split and the patients that are missing; returns the names of the folders that did not arrive."""
+    """Fetch the split and the patients that are missing; returns the names of the folders that failed."""
     folders = {camus.SPLIT_FOLDER: SPLIT_ID}
     folders |= {filesystem.join(camus.IMAGES_FOLDER, patient): identity for patient, identity in ids.items()}
     failed, in_a_row = [], 0
@@ -120,21 +120,21 @@ def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> li
                 bar.write(f"failed  {name}: {error}", file=sys.stdout)
                 failed.append(name)
                 in_a_row += 1
-            message = f"{in_a_row} folders failed one after the other, last {name}: try the same command later."
+            message = f"{in_a_row} folders in a row failed, the last being {name}: rerun the same command later."
             require(in_a_row < MAX_FAILED_IN_A_ROW, message)
     return failed
 
 
 def fetch_folder(server: girder_client.Server, out: str, place: str, identity: str) -> list[str]:
-    """Fetch one folder to `out/place`, whole and checked or not at all; returns what is worth a note.
+    """Fetch one folder to `out/place`, complete and checked or not at all; returns notes for the user.
 
-    A folder that is there is left as it is; raises FailedDownload, also for one that is there and not whole.
+    An existing folder is left unchanged; raises FailedDownload, also if an existing folder is incomplete.
     """
     finished, name, unfinished = os.path.join(out, place), os.path.basename(place), os.path.join(out, UNFINISHED)
     if os.path.lexists(finished):
-        # Never overwritten: it came whole, so somebody has worked in it since, or it is not ours.
+        # Never overwritten: it was complete when it arrived, so someone has changed it since, or it is not ours.
         if missing := missing_files(out, name):
-            raise FailedDownload(f"{finished} is there and lacks {missing[0]}: move it away")
+            raise FailedDownload(f"{finished} already exists but lacks {missing[0]}: move it away")
         return []
 
     def unpack_and_check(packed: bytes) -> list[str]:
@@ -151,7 +151,7 @@ def fetch_folder(server: girder_client.Server, out: str, place: str, identity: s
 
 
 def missing_files(source: str, name: str) -> list[str]:
-    """The files that a patient's folder, or the split's, must have and lacks."""
+    """The required files that a patient's folder, or the split's, lacks."""
     wanted = [camus.recording_path(source, name, *still, suffix) for still in camus.stills_of() for suffix in ("", "_gt")]
     if name == camus.SPLIT_FOLDER:
         wanted = [filesystem.join(source, name, file) for file in camus.SPLIT_FILES.values()]
@@ -159,7 +159,7 @@ def missing_files(source: str, name: str) -> list[str]:
 
 
 def check_split(source: str, name: str) -> list[str]:
-    """Raise DamagedDownload if a split file lists anything but patients; there is nothing to note."""
+    """Raise DamagedDownload if a split file lists anything but patients; returns no notes."""
     try:
         groups = camus.CamusTree(source).groups()
     except UserError as error:

@@ -51,7 +51,7 @@ class Options:
     out: str = ""
     """Folder or URI to write."""
     which: Literal["last", "best"] = "last"
-    """The checkpoint of a run; `best` is chosen on val."""
+    """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     data: str = ""
     """Shards whose images the files are checked on; the run's own if not given, synthetic images if they are gone."""
 
@@ -115,8 +115,8 @@ def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
         scanners = [phantom.Scanner(number, 0, view, 0.25) for number in range(1, 1 + CHECKED_IMAGES // 2) for view in VIEWS]
         pictures = [resize_image(scanner.picture(0.0), grid.height, grid.width) for scanner in scanners]
         return torch.from_numpy(np.stack(pictures))[:, None], "synthetic images"
-    sizes = f"{shards.image.height} x {shards.image.width} images, and the model sees {grid.height} x {grid.width}"
-    require(shards.image == grid, f"{shards.path} has {sizes}: give shards of its own grid as --data.")
+    sizes = f"{shards.image.height} x {shards.image.width} images, but the model needs {grid.height} x {grid.width}"
+    require(shards.image == grid, f"{shards.path} has {sizes}: give shards on the model's grid as --data.")
     frames = as_frames(read_part(shards, shards.manifest["parts"][0]), grid)
     kind = "synthetic" if shards.manifest["dataset"] == "phantom" else "real"
     return frames.images[:CHECKED_IMAGES], f"{kind} images"

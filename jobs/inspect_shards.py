@@ -71,7 +71,7 @@ def verify(path: str) -> None:
         damaged.append(file)
     problem = f"{path} has {command_line.counted(len(damaged), 'damaged file')}: {', '.join(damaged)}"
     require(not damaged, f"{problem}; preprocess again with --overwrite.")
-    print(f"{path} is intact: every part is as it was written, every row decodes.\n")
+    print(f"{path} is intact: every part matches the manifest, and every row decodes.\n")
 
 
 def survey_tables(opened: Shards, survey: inspection.Survey) -> list[Table]:

@@ -73,13 +73,13 @@ def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[S
     known = {stage.name for stage in stages}.union(kinds)
     for flag, names in (("--from", [options.begin]), ("--until", [options.until]), ("--force", options.force)):
         for name in filter(None, names):
-            require(name in known, f"{flag} {name}: this pipeline has no such stage, only {', '.join(kinds)}.")
+            require(name in known, f"{flag} {name} is not a stage of this pipeline: use {', '.join(kinds)}.")
     first, last = KINDS.index(options.begin or KINDS[0]), KINDS.index(options.until or KINDS[-1])
-    require(first <= last, f"--from {options.begin} comes after --until {options.until}.")
+    require(first <= last, f"--from {options.begin} comes after --until {options.until}: swap them.")
     chosen = [stage for stage in stages if first <= KINDS.index(stage.kind) <= last]
     forced = [stage for stage in stages if {stage.name, stage.kind} & set(options.force)]
     outside = [stage.name for stage in forced if stage not in chosen]
-    require(not outside, f"--force {' '.join(outside)} lies outside --from and --until.")
+    require(not outside, f"--force {' '.join(outside)} is outside --from and --until: leave one of them out.")
     return chosen, forced
 
 
@@ -102,7 +102,7 @@ class Runner:
             if stage not in chosen:
                 if stage.name in needed:
                     results[stage.name] = self.state.result(stage)
-                    problem = f"--from {self.options.begin}: stage {stage.name} is not done, or its result is gone"
+                    problem = f"--from {self.options.begin}: stage {stage.name} is not done, or its result is missing"
                     require(results[stage.name] is not None, f"{problem}: omit --from {self.options.begin}.")
                 continue
             if missing:  # in a dry run only
@@ -116,7 +116,7 @@ class Runner:
             elif self.options.dry_run:
                 print(f"{title}: would run ({reason})")
             else:
-                print(f"{title} ({reason})".removesuffix(" (not begun)"), flush=True)
+                print(f"{title} ({reason})".removesuffix(" (not started)"), flush=True)
                 results[stage.name] = self.run(stage, inputs, results, stage in forced)
                 self.last = stage
         return results
@@ -168,12 +168,12 @@ class Runner:
                 if stage.kind == "tune" and "ray" in sys.modules:  # a stopped trial may have left a reservation
                     sys.modules["ray"].shutdown()
             fingerprint = stage.fingerprint(path)
-            require(bool(fingerprint), f"{stage.name} left nothing complete at {path}: run it by hand to see why.")
+            require(bool(fingerprint), f"{stage.name} left no complete result at {path}: run it by hand to see why.")
         except (KeyboardInterrupt, Exception) as error:
             is_stopped = isinstance(error, KeyboardInterrupt)
             self.state.end(stage, STOPPED if is_stopped else FAILED, problem="" if is_stopped else first_line(error))
             if "--overwrite" in str(error):
-                log.warning("In a pipeline, --force %s does what --overwrite does.", (*stage.needs, stage.name)[0])
+                log.warning("In a pipeline, use --force %s instead of --overwrite.", (*stage.needs, stage.name)[0])
             raise
         result = Result(path, fingerprint)
         self.state.end(stage, DONE, result)

@@ -61,7 +61,7 @@ class Options:
     overlays: Literal["auto", "on", "off"] = "auto"
     """PNG of a still, GIF of a sequence. `auto`: none of a DICOM that may show a name (burned in, cropped, or no region)."""
     which: Literal["last", "best"] = "last"
-    """The checkpoint of a run; `best` is chosen on val (if there is a val group)."""
+    """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     key: str = ""
     """CSV of which file got which name, written only if asked: DICOM paths may name patients."""
     batch_size: int = 8
@@ -77,10 +77,10 @@ def run(options: Options) -> str:
     source = command_line.required_path(options.input, "input", "a file or a folder")
     out = command_line.required_path(options.out, "out", "a folder for the results")
     is_size = all(0 < value < 100 for value in options.spacing_mm or ())
-    require(is_size, "--spacing-mm must be two sizes of a pixel in mm, above 0: depth, then lateral.")
-    require(options.batch_size >= 1, "--batch-size must be at least 1.")
+    require(is_size, "--spacing-mm must be two pixel sizes in mm, above 0 and below 100: depth, then lateral.")
+    require(options.batch_size >= 1, f"--batch-size must be at least 1, not {options.batch_size}.")
     has_device = options.device != "cuda" or torch.cuda.is_available()
-    require(has_device, "--device cuda: torch finds no GPU here; use cpu or auto.")
+    require(has_device, "--device cuda: torch found no GPU here; use cpu or auto.")
     clips = study_files.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
     study_files.check_out(out, source, clips)
     segmenter = load_all(paths, options.which, None if options.device == "auto" else options.device)
@@ -90,10 +90,10 @@ def run(options: Options) -> str:
 
 
 def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str) -> None:
-    """Write masks and pictures of each clip, then the tables of all."""
+    """Write each clip's masks and pictures, then the tables of all clips."""
     done, damaged, without_picture, without_overlay = [], [], [], []
     if others := study_files.clear(out, clips):
-        print(f"Removed earlier results of {counted(others, 'file')} that --input does not hold by that name.")
+        print(f"Removed earlier results of {counted(others, 'file')} that are not in --input under that name.")
 
     def read(clip: study_files.Clip, admit: Callable[[int], None]) -> readers.Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)
@@ -122,7 +122,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
         filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
     if not done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
-        raise UserError(f"No file could be read ({counted(len(clips), 'file')}); the first: {first}.")
+        raise UserError(f"No file could be read ({counted(len(clips), 'file')}); first: {first}.")
     rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
     weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
@@ -145,7 +145,7 @@ def write_curve(out: str, found: study_results.ClipResult) -> None:
 
 
 def print_results(rows: list[dict], done: list[study_results.ClipResult], damaged: list[dict], shown: int = 20) -> None:
-    """The first patients' ejection fractions, and the files to check; everything is in the tables."""
+    """Print the first patients' ejection fractions, and the files to check; the tables have everything."""
     remarks = {found.clip.patient: found.clip.remark for found in done if found.clip.remark}
     noted = {found.clip.stem: "; ".join(found.notes) for found in done if found.notes}
     doubted = {found.clip.stem: "; ".join(found.doubts) for found in done if found.doubts}

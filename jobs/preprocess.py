@@ -48,7 +48,7 @@ class Options:
         """The experiment's fields that have no effect here, and why."""
         used = {"name", "image", "split", "source", "out", "workers"}
         others = {one.name for one in fields(Experiment)} - used
-        plain = {"workers": "--launcher plain is one process"} if self.launcher == "plain" else {}
+        plain = {"workers": "--launcher plain runs one process"} if self.launcher == "plain" else {}
         return dict.fromkeys(others, "preprocessing reads --source and writes --out") | plain
 
 
@@ -95,9 +95,9 @@ def show_progress(tasks: list[tuple], records: Iterable[dict]) -> Iterator[dict]
 
 def show_ignored(unnamed: list[str], of_patients: list[str]) -> None:
     """Print how many entries of the source were not read, and one of each kind."""
-    kinds = {"files of half sequences": [], "other files of patients": [], "other entries": unnamed}
+    kinds = {"half-sequence files": [], "patients' other files": [], "other entries": unnamed}
     for file in of_patients:
-        kinds["files of half sequences" if camus.HALF_SEQUENCE in file.lower() else "other files of patients"].append(file)
+        kinds["half-sequence files" if camus.HALF_SEQUENCE in file.lower() else "patients' other files"].append(file)
     for what, names in kinds.items():
         if names:
             print(f"ignored  {len(names)} {what}, such as {names[0]}")

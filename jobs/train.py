@@ -41,7 +41,7 @@ class Options:
     @property
     def unused(self) -> dict[str, str]:
         """The experiment's fields that have no effect here, and why."""
-        plain = "--launcher plain is one process, or as many as torchrun starts"
+        plain = "--launcher plain runs one process, or as many as torchrun starts"
         of_plain = dict.fromkeys(("workers", "min_workers"), plain) if self.launcher == "plain" else {}
         return dict.fromkeys(("source", "out", "split"), "a training reads the shards of --data as they are") | of_plain
 

@@ -80,7 +80,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
     is_known = options.plan.search != "optuna" or importlib.util.find_spec("optuna")
-    require(bool(is_known), "--search optuna needs Optuna: pip install 'heartseg[optuna]', or use --search random.")
+    require(bool(is_known), "--search optuna needs Optuna: run `pip install 'heartseg[optuna]'`, or use --search random.")
     shards = open_data(experiment)
     for trained in options.trained(experiment):
         check_plan(trained, shards)

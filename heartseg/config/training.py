@@ -1,4 +1,4 @@
-"""What decides how a model is trained, as typed, frozen values; the text under a field is its `--help`."""
+"""How a model is trained, as typed, frozen values; the text under a field is its `--help`."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ ScheduleKind = Literal[
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised."""
+    """The loss that training minimises."""
 
     kind: LossKind
     """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures."""
@@ -38,9 +38,9 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled for AdamW, L2 for SGD."""
     clip_norm: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Largest norm of the gradient; 0 turns clipping off."""
     ema_decay: float = 0.0
-    """Decay of the exponential average of the weights, which is then what is evaluated; 0 keeps none."""
+    """Decay of the exponential average of the weights, which is then evaluated in their place; 0 turns averaging off."""
 
     def __post_init__(self):
         require(0 < self.lr < 1e6, f"optim.lr must be above 0 and below 1,000,000, not {self.lr}.")
@@ -62,21 +62,21 @@ class ScheduleConfig:
     power: float = 0.9
     """Exponent of `polynomial`."""
     factor: float = 0.1
-    """What each drop of `step`, `multistep` and `plateau` multiplies by."""
+    """Factor of each drop of `step`, `multistep` and `plateau`."""
     step_share: float = 0.3
     """Share of the run between two drops of `step`."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Shares of the run after which `multistep` drops."""
     final: float = 0.01
-    """Where `exponential` ends."""
+    """Multiplier at the end of `exponential`."""
     cycles: int = 3
-    """Falls of `restarts`, a cosine that starts again."""
+    """Cycles of `restarts`, a cosine that starts over."""
     cycle_growth: float = 1.0
     """How many times longer each cycle of `restarts` is than the one before."""
     rise: float = 0.3
-    """Share of the run in which `one_cycle` rises."""
+    """Share of the run during which `one_cycle` rises."""
     patience: int = 5
-    """Epochs without a gain of the validation Dice after which `plateau` drops at the next."""
+    """Epochs without a gain in validation Dice that `plateau` tolerates before it drops."""
 
     def __post_init__(self):
         warm_up, growth = self.warmup_epochs, self.cycle_growth
@@ -91,7 +91,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of training images, each sample with its own draw; 0 switches a kind off. No flips: hearts have sides."""
+    """Random changes to training images, drawn for each sample; 0 turns a kind off. No flips: hearts have sides."""
 
     rotate_deg: float = 0.0
     """Largest rotation to either side, in degrees."""
@@ -108,7 +108,7 @@ class AugmentConfig:
     blur: float = 0.0
     """Largest standard deviation of a Gaussian blur, in pixels of the stored image."""
     sector_dropout: float = 0.0
-    """Largest width of a wedge that is darkened as by a rib's shadow, as a share of the sector's opening."""
+    """Largest width of a wedge darkened as by a rib's shadow, as a share of the sector's opening."""
     contrast: float = 0.0
     """Largest change of the greys' distance from their mean: 0.3 draws from 1/1.3 to 1.3."""
 
@@ -122,20 +122,20 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, batches and arithmetic of a run."""
+    """Length, batch sizes and arithmetic of a run."""
 
     epochs: int
     """Passes over the training group."""
     batch_size: int
     """Images in a training batch, over all workers together."""
     accumulate: int = 1
-    """Parts in which a worker computes its share of a batch, one after the other: less memory, the same update."""
+    """Parts in which a worker processes its share of a batch, one after another: less memory, the same update."""
     eval_batch_size: int = 4
-    """Images in a batch of an evaluation; scores do not depend on it."""
+    """Images in an evaluation batch; scores do not depend on it."""
     intensity: Literal["unit", "standard"] = "unit"
-    """`unit`: images / 255. `standard`: also minus the training group's mean, over its standard deviation."""
+    """`unit`: images / 255. `standard`: then also minus the training group's mean, divided by its standard deviation."""
     holdout: float = 0.0
-    """Share of the training patients that this run validates on instead; the other groups are then not used."""
+    """Share of the training patients held out to validate on; the split's other groups are then not used."""
     seed: int = 0
     """Seed of weights, order, dropout and augmentation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -145,8 +145,8 @@ class TrainConfig:
     compress_gradients: bool = False
     """Workers exchange gradients in bf16: half the bytes, for slow networks."""
     deterministic: bool = False
-    """Two runs on one machine give the same bits: tested on CPUs. On GPUs, where it is slower, PyTorch refuses what has
-    no deterministic kernel; this has not been tried."""
+    """Make two runs on one machine agree bit for bit; tested on CPUs. On GPUs it is slower, and PyTorch refuses operations with
+    no deterministic kernel; it is untested there."""
 
     def __post_init__(self):
         require(self.epochs >= 1, f"train.epochs must be at least 1, not {self.epochs}.")

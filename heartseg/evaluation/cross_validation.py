@@ -1,4 +1,4 @@
-"""Evaluations of folds pooled into one, without scoring again: a model that has not seen them scored each patient."""
+"""Pools the evaluations of folds into one without scoring again: each patient is scored by a model that has not seen it."""
 
 import numpy as np
 import pandas
@@ -10,7 +10,7 @@ from heartseg.storage import filesystem
 
 
 def pool(evaluations: list[str], out: str) -> dict:
-    """Write the pooled evaluation into `out`, and return its summary; raises UserError for what cannot be pooled."""
+    """Write the pooled evaluation to `out` and return its summary; raises UserError if the evaluations cannot be pooled."""
     is_new = len({*evaluations, out}) > len(evaluations)
     require(is_new, "--pool and --out must name different folders, each of them once.")
     summaries = [_summary(path) for path in evaluations]

@@ -1,4 +1,4 @@
-"""What a sweep varies, as a typed value: axes of choices and of ranges, and the experiments that lie on them."""
+"""The search space of a sweep as a typed value: axes of choices and ranges, and the experiments on them."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ RATE = "optim.lr"  # the one field whose values are drawn from a range
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is varied; an empty list leaves the recipe's value."""
+    """The settings that a sweep varies; an empty list keeps the recipe's value."""
 
     schedules: tuple[ScheduleKind, ...] = ("constant", "polynomial", "cosine", "one_cycle")
     """Shapes of the learning rate over the run."""
@@ -49,7 +49,7 @@ class SearchSpace:
 
 
 def make_axes(space: SearchSpace, base: Experiment) -> dict[str, tuple]:
-    """The values to try by the experiment's dotted field, the schedule's kind first; of RATE the two ends of its range."""
+    """The values to try, by dotted field, the schedule's kind first; for RATE, the two ends of its range."""
     axes = {
         "schedule.kind": space.schedules,
         RATE: tuple(base.optim.lr * factor for factor in space.lr_factors),
@@ -63,7 +63,7 @@ def make_axes(space: SearchSpace, base: Experiment) -> dict[str, tuple]:
 
 
 def apply(base: Experiment, values: dict[str, object]) -> Experiment:
-    """The experiment with dotted fields set; raises UserError for a value that the field cannot have."""
+    """The experiment with some dotted fields set; raises UserError for an invalid value."""
     changed = to_json(base)
     for name, value in values.items():
         part, field = name.split(".")
@@ -72,7 +72,7 @@ def apply(base: Experiment, values: dict[str, object]) -> Experiment:
 
 
 def parse_change(text: str) -> dict[str, object]:
-    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError for any other form."""
+    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError for other forms."""
     values = {}
     for part in re.split(r",(?=\s*\w+\.\w+=)", text):
         name, value = (side.strip() for side in part.partition("=")[::2])
@@ -85,10 +85,10 @@ def parse_change(text: str) -> dict[str, object]:
 
 
 def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
-    """The recipe and each change of it, as points that all name the same fields; the schedule's kind is always one."""
+    """The recipe and each change to it, as points that all have the same fields, including the schedule's kind."""
     parsed = [parse_change(text) for text in changes]
     require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
-    # Trials are compared epoch by epoch up to the recipe's last.
+    # Trials are compared epoch by epoch, up to the recipe's last.
     fixed = not any("train.epochs" in values for values in parsed)
     require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep train for as long as the recipe.")
     own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
@@ -100,14 +100,14 @@ def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
 
 
 def describe(own: dict, values: dict) -> str:
-    """What a point changes of the recipe, in the words of --space.changes; `-` for the recipe itself."""
+    """A point's changes to the recipe, in the form of --space.changes; `-` for the recipe itself."""
     changed = {name: value for name, value in values.items() if value != own.get(name)}
     texts = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items())
     return ",".join(texts) or "-"
 
 
 def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
-    """Every combination, `lr_points` base rates in equal ratios, in a seeded order in which the schedules take turns."""
+    """Every combination, with `lr_points` base rates in equal ratios, in a seeded order in which the schedules take turns."""
     low, high = axes[RATE]
     rates = np.geomspace(low, high, lr_points) if lr_points > 1 and low < high else [math.sqrt(low * high)]
     lists = axes | {RATE: [float(f"{rate:.6g}") for rate in rates]}
@@ -118,7 +118,7 @@ def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
 
 
 def draw(axes: dict[str, tuple], number: int, seed: int) -> dict:
-    """The `number`-th random point, the same whenever it is asked for; the schedules take turns, the rest is drawn."""
+    """The `number`-th random point, always the same; the schedules take turns, the rest is drawn."""
     generator = np.random.default_rng([seed, number])
     point = {name: values[generator.integers(len(values))] for name, values in axes.items()}
     low, high = axes[RATE]
@@ -127,7 +127,7 @@ def draw(axes: dict[str, tuple], number: int, seed: int) -> dict:
 
 
 def values_of(base: Experiment, fields: Iterable[str]) -> dict:
-    """The recipe's own values of some fields; raises UserError for a field that no experiment has."""
+    """The recipe's own values of some fields; raises UserError for an unknown field."""
     known = flatten(to_json(base))
     for name in fields:
         require(name in known, f"The search space names {name}, which is not a setting: see train.py --help.")

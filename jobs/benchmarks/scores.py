@@ -1,4 +1,4 @@
-"""Surface distances against MONAI's metrics, and volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
+"""Benchmark of surface distances against MONAI's, and of volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
 
 import warnings
 from collections.abc import Callable
@@ -25,15 +25,15 @@ class Options:
     source: str = ""
     """Folder of the CAMUS release, or of a phantom."""
     images: int = 20
-    """Masks to measure on, all of as many patients as they need."""
+    """Masks to measure, all masks of as many patients as needed."""
     repeats: int = 5
-    """Times that each side measures all images; the median counts."""
+    """Repetitions of each side over all images; the median counts."""
     seed: int = 0
-    """Of the draw of patients, and of the bending that makes a prediction of a truth."""
+    """Seed for drawing patients and for distorting truths into predictions."""
 
 
 def run(options: Options) -> tuple[Table, float]:
-    """Measure both sides and print the table; returns it, and the largest difference of two distances in mm."""
+    """Measure both sides and print the table; returns it, and the largest difference between two distances in mm."""
     require(bool(options.source), "--source is missing: give the folder of the CAMUS release.")
     require(min(options.images, options.repeats) >= 1, "--images and --repeats must be at least 1.")
     torch.set_num_threads(1)
@@ -67,19 +67,19 @@ def run(options: Options) -> tuple[Table, float]:
 
 
 def bend(mask: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The mask distorted by smooth random displacements: contours off by what a fair segmentation's are."""
+    """The mask distorted by smooth random displacements, with contours about as wrong as a fair segmentation's."""
     noise = [gaussian_filter(generator.standard_normal(mask.shape), BEND_LENGTH_PIXELS) for _ in range(2)]
     moved = np.indices(mask.shape) + [BEND_PIXELS * one / one.std() for one in noise]
     return map_coordinates(mask, moved, order=0, mode="nearest")
 
 
 def monai_side() -> tuple[str, Callable]:
-    """MONAI's name with its version, and HausdorffDistanceMetric at 100 and 95 and SurfaceDistanceMetric as one function."""
+    """MONAI's name and version, and its HausdorffDistanceMetric (100 and 95) and SurfaceDistanceMetric as one function."""
     try:
         import monai
         from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
     except ImportError as error:
-        raise UserError("MONAI, which this table compares with, is not installed: pip install 'heartseg[dev]'.") from error
+        raise UserError("MONAI is not installed, which this table compares with: run `pip install 'heartseg[dev]'`.") from error
     metrics = [HausdorffDistanceMetric(include_background=False, percentile=percentile) for percentile in (100, 95)]
     metrics.append(SurfaceDistanceMetric(include_background=False, symmetric=True))
 
@@ -91,6 +91,6 @@ def monai_side() -> tuple[str, Callable]:
 
 
 def one_hot(labels: np.ndarray) -> torch.Tensor:
-    """Background and every structure, float32 [1,5,H,W], as MONAI takes them; endo and myo are in epi too."""
+    """Background and every structure, float32 [1,5,H,W], as MONAI expects; endo and myo are also in epi."""
     masks = [np.isin(labels, chosen) for chosen in ((BACKGROUND,), *STRUCTURE_LABELS.values())]
     return torch.from_numpy(np.stack(masks)[None]).float()

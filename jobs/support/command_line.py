@@ -111,7 +111,7 @@ def warn_about_secrets() -> None:
     given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
     fix = "set it where the cluster starts instead (cluster/README.md, Secrets), and change it if others could see it."
     for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
-        log.warning("%s stands in this job's runtime_env, which Ray's dashboard shows: %s", name, fix)
+        log.warning("%s is in this job's runtime_env, which Ray's dashboard shows: %s", name, fix)
 
 
 def prepare_environment() -> None:
@@ -121,7 +121,7 @@ def prepare_environment() -> None:
             os.environ[name] = value
     for name in ("TMPDIR", "RAY_TMPDIR"):
         if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
-            print(f"{name}={os.environ[name]} is too long for sockets below it: using /tmp.", file=sys.stderr)
+            print(f"{name}={os.environ[name]} is too long a path for sockets: using /tmp instead.", file=sys.stderr)
             os.environ[name], tempfile.tempdir = "/tmp", None
     os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")  # "(RayTrainWorker pid=123)"; Ray reads it at its import
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -154,7 +154,7 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
     command = parse_changes(default=kind("", base, options))
     recipe = command.recipe or "seed"
     if config:
-        require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
+        require(not command.recipe, f"{command.recipe} and --config cannot be combined: leave one of them out.")
     elif recipe != likely:
         require(recipe in RECIPES, f"{recipe!r} is not a recipe: use one of {', '.join(RECIPES)}, or --config FILE.")
         base = RECIPES[recipe]()
@@ -246,7 +246,7 @@ def absolute(path: str, name: str) -> str:
     """The absolute path; raises UserError for a relative one in a submitted job, whose folder is an uploaded copy."""
     path = os.path.expanduser(path)  # a shell leaves --out=~/results as it is
     is_relative = not (filesystem.is_uri(path) or os.path.isabs(path))
-    fix = "and a submitted job runs in a copy of the folder: give an absolute path."
+    fix = "but a submitted job runs in a copy of the folder: give an absolute path."
     require(not (is_relative and JOB_CONFIG in os.environ), f"--{name} {path} is relative, {fix}")
     return filesystem.absolute(path)
 

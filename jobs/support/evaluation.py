@@ -46,16 +46,16 @@ class ScoringOptions:
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
     """Group of patients; `auto`: test if there is one, otherwise val. `holdout`: those that --train.holdout took from train."""
     which: Literal["auto", "last", "best"] = "auto"
-    """`best` is chosen on val; `auto` takes it only to report on test, and otherwise the last one."""
+    """`best`: highest Dice on val. `auto`: `best` on a test group, `last` on all others, since `best` was chosen on val."""
     workers: int = 1
     """Processes that predict."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
     def __post_init__(self):
-        require(self.workers >= 1, "--workers must be at least 1.")
-        require(self.workers == 1 or self.launcher == "ray", "--launcher plain is one process: leave --workers out.")
-        require(not (self.data and self.truth), "--data and --truth are two sets of images to score on: give one of them.")
+        require(self.workers >= 1, f"--workers must be at least 1, not {self.workers}.")
+        require(self.workers == 1 or self.launcher == "ray", "--launcher plain runs one process: leave --workers out.")
+        require(not (self.data and self.truth), "--data and --truth both name the images to score: give one of them.")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ScoredImages:
 
 def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
     """The tree of --truth, or the shards of --data, or those that the run was trained on."""
-    require(bool(options.truth) or not options.dataset, "--dataset is of the tree of --truth; shards know theirs.")
+    require(bool(options.truth) or not options.dataset, "--dataset describes --truth; shards record their own: leave it out.")
     if not options.truth:
         shards = open_shards(command_line.absolute(options.data or trained_on, "data"))
         return ScoredImages(shards.path, shards.groups, shards.manifest["dataset"], shards)
@@ -128,7 +128,7 @@ def choose_group(asked: str, images: ScoredImages) -> str:
     """The group asked for; `auto` is the first of test, val and all that has patients."""
     known = [name for name, patients in images.groups.items() if patients]
     group = asked if asked != "auto" else next((name for name in ("test", "val", "all") if name in known), "test")
-    require(group in known, f"{images.path} has no patients in a group {group}: use one of {', '.join(known)}.")
+    require(group in known, f"{images.path} has no patients in group {group}: use one of {', '.join(known)}.")
     return group
 
 
@@ -137,7 +137,7 @@ def refuse_trained(run: run_directory.Run, group: str, images: ScoredImages) -> 
     seen = set(run.description["train_patients"]) & set(images.groups[group])
     # The phantom's patients and CAMUS's have the same names; those of a data set without a mark may be either's.
     known = {run.description["dataset"], images.dataset} - {"other"}
-    fix = "give another --group, or as --data the shards it was trained on."
+    fix = "give another --group, or the shards it was trained on as --data."
     message = f"{run.path} was trained on {len(seen)} patients of this {group} group: {fix}"
     require(not seen or len(known) == 2 or group == "train", message)
 
@@ -148,7 +148,7 @@ def held_out(run: run_directory.Run) -> list[str]:
 
 
 def choose_checkpoint(asked: str, group: str, images: ScoredImages, owners: Sequence[run_directory.Run]) -> str:
-    """`best` or `last`; `auto` is best to report on test, unless best was chosen on some of its patients."""
+    """`best` or `last`; `auto`: `best` on a test group, unless `best` was chosen on some of its patients; otherwise `last`."""
     chosen_on = {name for owner in owners for name in owner.description.get("val_patients", ())}
     is_fair = group == "test" and not chosen_on & set(images.groups[group])
     return asked if asked != "auto" else "best" if is_fair else "last"
@@ -184,14 +184,14 @@ def plan_files(options: Options) -> EvaluationPlan:
     """The plan for masks of files."""
     is_alone = not (options.checkpoint or options.data or options.ensemble)
     require(is_alone, "--predictions are scored against --truth: leave --checkpoint, --ensemble and --data out.")
-    require(not options.post.tta, "--tta runs a network, and --predictions are finished masks: leave one of them out.")
+    require(not options.post.tta, "--tta runs a network, but --predictions are finished masks: leave one of them out.")
     command_line.required_path(options.truth, "truth", "the folder of the CAMUS tree")
     images = open_images(options)
     masks = FilePredictions.open(command_line.absolute(options.predictions, "predictions"), options.pattern)
     group = "all" if options.group == "auto" else choose_group(options.group, images)
     names = images.groups[group]
     chosen = sorted(name for name in names if options.group != "auto" or masks.has_any(name))
-    message = f"{masks.folder} holds a mask of none of the {len(names)} patients of {images.path}: give --pattern."
+    message = f"{masks.folder} holds no mask of the {len(names)} patients of {images.path}: give --pattern."
     require(bool(chosen), message)
     out = command_line.absolute(options.out or f"evaluation-{filesystem.last_part(masks.folder)}", "out")
     described = {"predictions": masks.folder, "truth": images.path, "group": group, "dataset": images.dataset}

@@ -111,7 +111,7 @@ class Cluster:
             if self.status(job_id) in ALIVE:
                 self.ask(self.client.stop_job, job_id)
             while self.status(job_id) in ALIVE:
-                require(time.monotonic() < end, f"it has not stopped after {STOP_TIMEOUT_S:g} s")
+                require(time.monotonic() < end, f"it had not stopped after {STOP_TIMEOUT_S:g} s")
                 time.sleep(POLL_INTERVAL_S)
         except (UserError, KeyboardInterrupt) as error:
             log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)
@@ -129,8 +129,8 @@ class Cluster:
                 if "does not exist" in str(error) or code and code[1] == "404":
                     return None
                 if not isinstance(error, OSError) and not (code and code[1] >= "500"):
-                    raise UserError(f"The cluster refuses the request ({first_line(error)}): check its token.") from error
+                    raise UserError(f"The cluster refused the request ({first_line(error)}): check its token.") from error
                 if time.monotonic() > end:
                     fix = "once it does, rerun the same command to resume."
-                    raise UserError(f"The cluster does not answer ({first_line(error)}): {fix}") from error
+                    raise UserError(f"The cluster did not answer ({first_line(error)}): {fix}") from error
                 time.sleep(POLL_INTERVAL_S)

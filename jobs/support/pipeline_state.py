@@ -39,7 +39,7 @@ class PipelineState:
             if all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values()):
                 return cls(out, metadata, stages)
         fix = "remove it and rerun pipeline.py, which keeps what is complete."
-        raise UserError(f"{path} is not the record of a pipeline: {fix}")
+        raise UserError(f"{path} is not a pipeline's record: {fix}")
 
     def save(self) -> None:
         filesystem.publish_json(filesystem.join(self.out, RECORD), self.metadata | {"stages": self.stages})
@@ -55,7 +55,7 @@ class PipelineState:
         """Why a stage has to run; empty if its result is up to date."""
         record = self.stages.get(stage.name)
         if is_forced or not record:
-            return "forced" if is_forced else "not begun"
+            return "forced" if is_forced else "not started"
         if difference := first_difference(record["inputs"], inputs):
             return f"changed: {difference if len(difference) <= 100 else difference.partition(':')[0]}"
         if record["state"] != DONE:
@@ -79,7 +79,7 @@ class PipelineState:
         for name in self.metadata.get("stages of", list(self.stages)):
             record = self.stages.get(name)
             if not record:
-                lines.append(f"{name:<18}not begun")
+                lines.append(f"{name:<18}not started")
                 continue
             attempts, is_orphaned = record["attempts"], record["state"] == RUNNING and not is_locked
             state = "interrupted" if is_orphaned else record["state"]

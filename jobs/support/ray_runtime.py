@@ -72,7 +72,7 @@ def start_ray(workers: int) -> None:
     handler, address = signal.getsignal(signal.SIGTERM), cluster_address()
     if address == "local":
         cores = os.cpu_count() or 1
-        require(workers <= cores, f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
+        require(workers <= cores, f"This machine has only {cores} cores for {workers} workers: use --workers {cores} or fewer.")
         _start_own_ray()
     else:
         _join_cluster(address)
@@ -115,7 +115,7 @@ def _join_cluster(address: str) -> None:
         ray.init(address=found, logging_level=logging.WARNING, **code)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         fix = "Correct the address, start the cluster, or unset RAY_ADDRESS to use this machine alone."
-        raise UserError(f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). {fix}") from error
+        raise UserError(f"RAY_ADDRESS={address}: cannot join a cluster there ({first_line(error)}). {fix}") from error
 
 
 def free_port() -> int:

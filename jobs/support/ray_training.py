@@ -53,7 +53,7 @@ def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool
             may_continue = dead_workers(error) or (experiment.min_workers and TIMED_OUT in str(error))
             if not has_advanced or trial or not may_continue:
                 raise_user_error(error, experiment.workers, resources)
-            log.info("Workers were lost %d times; the run continues, since it advanced in between.", ray_runtime.MAX_TRIES + 1)
+            log.info("The run continues after losing workers %d times: it progressed in between.", ray_runtime.MAX_TRIES + 1)
     # A worker returns a user's mistake as a value: if it raised it, Ray would restart the worker.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])

@@ -177,7 +177,7 @@ def test_every_file_is_used_or_in_quarantine_or_counted_as_ignored(tmp_path, cap
     os.rename(os.path.join(folder, "patient0003_2CH_ED.nii.gz"), os.path.join(folder, "2ch.nii.gz"))
     patients = write(source, out, max_quarantined=0.5).manifest["patients"]
     shown = capsys.readouterr().out
-    assert "ignored  8 files of half sequences" in shown and "ignored  1 other files of patients, such as 2ch.nii.gz" in shown
+    assert "ignored  8 half-sequence files" in shown and "ignored  1 patients' other files, such as 2ch.nii.gz" in shown
     assert "ignored  1 other entries, such as Patient_one" in shown and "quarantined  patient0003 2CH ED" in shown
     assert {name: record["rows"] for name, record in patients.items()} == {"patient0002": 4, "patient0003": 3}
     assert all(record["ef"] for record in patients.values())

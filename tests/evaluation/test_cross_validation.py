@@ -64,10 +64,10 @@ def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
     for evaluations, to, said in (
         ([parts[0], whole], out, "patient0001 is scored in"),
         ([parts[0], str(tmp_path)], out, "is not an evaluation"),
-        ([parts[0], parts[0]], out, "pooled once"),
-        (parts, parts[0], "none is overwritten"),
+        ([parts[0], parts[0]], out, "each of them once"),
+        (parts, parts[0], "--pool and --out must name different"),
         ([refused["group"], parts[1]], out, "was trained on"),
-        ([parts[1], refused["dataset"]], out, "is of other, "),
+        ([parts[1], refused["dataset"]], out, "scores other, "),
         ([parts[1], refused["post"]], out, "were postprocessed differently"),
     ):
         with pytest.raises(UserError, match=said):

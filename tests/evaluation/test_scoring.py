@@ -78,7 +78,7 @@ def test_only_patients_with_a_mask_are_scored_unless_a_group_is_asked_for(phanto
     [
         ({"truth": ""}, "--truth is missing"),
         ({"checkpoint": "x"}, "leave --checkpoint"),
-        ({"pattern": "no/{patient}{view}{phase}.nii"}, "of none of the 8 patients"),
+        ({"pattern": "no/{patient}{view}{phase}.nii"}, "holds no mask of the 8 patients"),
         ({"truth": "/nowhere"}, "/nowhere does not exist"),
     ],
 )
@@ -100,7 +100,7 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
 def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
     images = evaluation.ScoredImages(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
     assert evaluation.choose_group("auto", images) == "val"
-    with pytest.raises(UserError, match="no patients in a group test: use one of val, train"):
+    with pytest.raises(UserError, match="no patients in group test: use one of val, train"):
         evaluation.choose_group("test", images)
     run = run_directory.Run("r", {"train_patients": ["patient0001"], "val_patients": ["patient0003"], "dataset": "CAMUS"})
     evaluation.refuse_trained(run, "val", images)  # CAMUS's patient0001 is another one

@@ -37,7 +37,7 @@ def test_killed_workers_restart_as_often_as_the_run_advances(kills, shards, tmp_
     with caplog.at_level("INFO", logger="heartseg"):
         run = train.run(replace(base, train=replace(base.train, epochs=8)), train.Options())
     killer.join(timeout=1)
-    assert not killer.is_alive() and ("advanced in between" in caplog.text) == (kills > 1)
+    assert not killer.is_alive() and ("progressed in between" in caplog.text) == (kills > 1)
     assert epochs_of(run) == list(range(1, 9))
 
 

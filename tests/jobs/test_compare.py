@@ -280,7 +280,7 @@ def test_trials_are_trained_and_compared_without_a_look_at_the_test_group(traine
     scores = scoring.read_rows(os.path.join(os.path.dirname(page), "evaluations", "again"), "images.parquet")
     assert set(scores["patient"]) == set(said["val_patients"]) and len(said["val_patients"]) == 2
     assert not set(said["val_patients"]) & set(said["train_patients"])
-    with pytest.raises(UserError, match="no patients in a group holdout"):
+    with pytest.raises(UserError, match="no patients in group holdout"):
         evaluate.run(evaluate.Options(checkpoint=trained["first"], group="holdout", launcher="plain"))
 
 

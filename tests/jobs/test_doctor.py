@@ -163,7 +163,7 @@ def test_another_version_on_another_node_and_a_wrong_sum_are_reported():
     found = [replace(one, found="0.1") if one.name == "torch" else one for one in doctor.check_versions()]
     row, fault = doctor.describe_node("node b", [*found, Finding("CPUs", "3")])
     assert "torch: 0.1" in row.found and row.found.endswith("CPUs: 3") and fault.fix
-    assert fault.wrong == f"node b: torch is 0.1 there and {importlib.metadata.version('torch')} here."
+    assert fault.wrong == f"node b: torch is 0.1 there but {importlib.metadata.version('torch')} here."
     report = {"bytes": 8 << 20, "seconds": 2.0, "rounds": 100, "is_right": False, "backend": "gloo"}
     found = doctor.bandwidth(2, report | {"machines": [("host4", "CPU"), ("host5", "CPU")]})
     assert "sum over the workers was wrong" in found.wrong and found.fix and "2 on 2 hosts (CPU)" in found.found

@@ -110,10 +110,10 @@ def test_damaged_patients_are_named_at_the_end_the_others_are_there_and_a_missin
     server.faults["patient0001"] = [bytes(packed)] * 3 + [changed_zip(server, "patient0001", **{"2CH_ES_gt": None})] * 3
     server.faults["patient0002"] = changed_zip(server, "patient0002", **{"2CH_half_sequence": None})
     server.faults["patient0003"] = changed_zip(server, "patient0003", **{"4CH_half_sequence_gt": b"no picture"})
-    with pytest.raises(UserError, match=r"2 of 4 folders did not arrive \(patient0001, patient0003\): rerun the same command"):
+    with pytest.raises(UserError, match=r"2 of 4 folders could not be fetched \(patient0001, patient0003\): rerun"):
         fetch(server, out)
     assert camus.find_patients(out) == ["patient0002"] and server.count("patient0001") == 3
-    with pytest.raises(UserError, match=r"did not arrive \(patient0001\)"):
+    with pytest.raises(UserError, match=r"could not be fetched \(patient0001\)"):
         fetch(server, out, patients="1-2")
     printed = capsys.readouterr().out
     assert "failed  patient0001: sends a damaged zip" in printed
@@ -137,7 +137,7 @@ def test_a_split_that_lists_anything_but_patients_is_refused(name, data, server,
 def test_a_server_that_is_down_is_left_in_peace_and_not_called_damage(server, out, monkeypatch, capsys):
     monkeypatch.setattr(download, "MAX_FAILED_IN_A_ROW", 2)
     server.faults |= {"patient0001": 500, "patient0002": "silent"}
-    with pytest.raises(UserError, match="2 folders failed one after the other, last patient0002"):
+    with pytest.raises(UserError, match="2 folders in a row failed, the last being patient0002"):
         fetch(server, out, timeout_s=0.2)
     printed = capsys.readouterr().out
     assert "patient0001: answers 500 Internal Server Error" in printed
@@ -170,7 +170,7 @@ def test_a_folder_that_lacks_a_file_or_that_another_job_writes_is_named_and_neve
         fetch(server, out, patients="1")
     with pytest.raises(UserError, match="patient0001"):
         fetch(server, out, patients="1")
-    assert "is there and lacks patient0001_2CH_ED.nii.gz: move it away" in capsys.readouterr().out
+    assert "already exists but lacks patient0001_2CH_ED.nii.gz: move it away" in capsys.readouterr().out
     assert server.count("patient0001") == 1 and len(os.listdir(folder)) == 13
 
 
@@ -181,7 +181,7 @@ def test_a_folder_that_lacks_a_file_or_that_another_job_writes_is_named_and_neve
         ({"out": ""}, "--out is missing"),
         ({"out": "s3://bucket/x"}, "not a local folder"),
         ({"patients": "3-1"}, "--patients 3-1 is not a list"),
-        ({"patients": "3-5"}, "no patient 4: its 3 are patient0001 to patient0003"),
+        ({"patients": "3-5"}, "no patient 4: choose from its 3, patient0001 to patient0003"),
         ({"server": "ftp://x"}, "ftp://x cannot be reached .*check the network, or --server"),
         ({"tries": 0}, "--tries"),
         ({"server": "http://127.0.0.1:9/api"}, "127.0.0.1:9/api cannot be reached .*refused"),
@@ -211,7 +211,7 @@ def test_a_refused_certificate_is_reported_and_not_tried_again(server, out, tmp_
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"The certificate of https://127.*is refused \(self.signed.*REQUESTS_CA_BUNDLE"):
+    with pytest.raises(UserError, match=r"The certificate of https://127.*was rejected \(self.signed.*REQUESTS_CA_BUNDLE"):
         fetch(server, out, server=server.base.replace("http:", "https:"), wait_s=30.0)
     assert time.monotonic() - started < 10
 
@@ -245,6 +245,6 @@ def test_what_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeyp
         with pytest.raises(DamagedDownload, match="sends a"):
             girder_client.unpack(bomb, str(tmp_path / "target"))
     assert sum(path.stat().st_size for path in tmp_path.rglob("zeros")) <= 900
-    with pytest.raises(UserError, match="did not arrive"):
+    with pytest.raises(UserError, match="could not be fetched"):
         fetch(server, out, patients="1")
     assert "failed  patient0001: sends more than 1000 bytes" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_without_a_cluster_a_submission_says_how_to_get_one(monkeypatch):
         ([(500, "traceback"), (503, "starting"), details("RUNNING")], "RUNNING"),  # a dashboard that fails for a while
         ([(404, f"Job {JOB} does not exist")], None),
         ([(403, "Forbidden")], "check its token"),
-        ([(400, f"bad request for {JOB}")], "refuses the request.*check its token"),  # the name's 0404 is not a status code
+        ([(400, f"bad request for {JOB}")], "refused the request.*check its token"),  # the name's 0404 is not a status code
         ([(500, "traceback")], "does not answer .*500.*rerun the same command"),
     ],
 )

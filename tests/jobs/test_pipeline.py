@@ -128,7 +128,7 @@ def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(p
     stray.write_bytes(b"of other shards")
     with pytest.raises(UserError, match="give --overwrite or another --out"):
         pipeline.run(tiny(phantom, tmp_path / "new"), until)
-    assert "In a pipeline, --force preprocess does what --overwrite does." in caplog.messages
+    assert "In a pipeline, use --force preprocess instead of --overwrite." in caplog.messages
     pipeline.run(tiny(phantom, tmp_path / "new"), replace(until, force=("preprocess",)))
     assert attempts(tmp_path / "new") == {"preprocess": 1} and not stray.exists()  # forced, it starts over
 
@@ -160,7 +160,7 @@ def test_from_uses_earlier_results_as_they_are(finished, phantom, tmp_path):
     assert pipeline.run(other, PipelineOptions(begin="train")).endswith("report.html")
     with pytest.raises(UserError, match="stage preprocess is not done"):
         pipeline.run(tiny(phantom, tmp_path / "new"), PipelineOptions(begin="train"))
-    with pytest.raises(UserError, match="no such stage, only preprocess, train, evaluate"):
+    with pytest.raises(UserError, match="is not a stage of this pipeline: use preprocess, train, evaluate"):
         pipeline.run(tiny(phantom, finished), PipelineOptions(until="tune"))
     with pytest.raises(UserError, match="comes after --until"):
         pipeline.run(tiny(phantom, finished), PipelineOptions(begin="evaluate", until="train"))

@@ -78,5 +78,5 @@ def test_an_address_without_a_cluster_is_a_one_line_error_at_once(address, left_
     address = address.format(port=port)
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: no cluster can be joined.*unset RAY_ADDRESS"):
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: cannot join a cluster.*unset RAY_ADDRESS"):
         ray_runtime.start_ray(1)

@@ -74,7 +74,7 @@ def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
 BAD_CHANGES = [
     ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which is not a setting"),
     (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is not a change"),
-    (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"),
+    (("train.seed=0",), "repeats the recipe"), (("name.x=1",), "names name.x, which is not"),
     (("optim.lr=fast",), "optim.lr"), (("optim.lr=0.1,train.epochs=9",), "cannot vary train.epochs"),
 ]  # fmt: skip
 BAD_PLANS = [(SweepPlan(SearchSpace(changes=changes), search="changes"), says) for changes, says in BAD_CHANGES]
