@@ -43,7 +43,7 @@ class Options(ScoringOptions):
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders of runs; a folder of runs, or of a sweep, stands for all its runs."""
     reference: str = ""
-    """Folder or name of the run that the others are tested against; the first one if not given."""
+    """Folder or name of the run to test the others against; by default the first one."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
     """Group of patients; `auto`: those that --train.holdout took (in a sweep) if all runs have them, then test, then val."""
     out: str = ""

@@ -1,4 +1,4 @@
-"""CAMUS from its authors' server, patient by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
+"""Downloads CAMUS from its authors' server, by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
 
 import contextlib
 import itertools
@@ -20,9 +20,9 @@ from jobs.support import command_line
 
 SERVER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1"
 IMAGES_ID, SPLIT_ID = "63fde55f73e9f004868fb7ac", "66e27d12961576b1bad4e4e1"
-# Folders are unpacked and checked here, on the disk of the finished patients, and are never taken for one of them.
+# Folders are unpacked and checked here, on the same disk as the finished patients, but never mistaken for one.
 UNFINISHED = ".download"
-# When this many folders fail one after the other, the server or the network is down.
+# If this many folders fail in a row, the server or the network is down.
 MAX_FAILED_IN_A_ROW = 5
 TERMS = """CAMUS (Cardiac Acquisitions for Multi-structure Ultrasound Segmentation), Creatis, Lyon. Its terms:
   - CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): non-commercial scientific research only;
@@ -39,19 +39,19 @@ class Options:
     """What to download, and to which folder."""
 
     out: str = ""
-    """Local folder for the tree that `preprocess.py --source` takes."""
+    """Local folder for the tree, which is the `--source` of preprocess.py."""
     accept_licence: bool = False
-    """Confirm that you have read the terms that are shown, and keep to them."""
+    """Confirm that you have read the terms shown, and that you will keep to them."""
     patients: str = ""
     """Numbers of the patients to fetch, such as 1-10,42; all if not given."""
     server: str = SERVER
     """Address of the Girder interface: the authors', or a mirror with the same folders."""
     tries: int = 5
-    """Number of times that a download is tried before its patient is skipped."""
+    """Number of tries for each download before its patient is skipped."""
     wait_s: float = 2.0
-    """Seconds before the second try, then twice as long each."""
+    """Seconds before the second try; doubles with each further try."""
     timeout_s: float = 60.0
-    """Seconds of silence after which a connection is given up."""
+    """Seconds of silence before a connection is dropped."""
 
 
 def run(options: Options) -> str:

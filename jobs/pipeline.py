@@ -1,4 +1,4 @@
-"""The whole pipeline, skipping what is done: `python jobs/pipeline.py quick --source /data/CAMUS --workers 2`.
+"""The whole pipeline, skipping finished stages: `python jobs/pipeline.py quick --source /data/CAMUS --workers 2`.
 
 A graph of stages (preprocess, tune, train, evaluate, pool, predict; jobs/support/pipeline_stages.py), each run in this process
 or submitted as a Ray job. `OUT/pipeline.json` records the state of each; `python jobs/pipeline.py status --out OUT` shows it.
@@ -31,7 +31,7 @@ from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, Pipeline
 
 
 def run(experiment: Experiment, options: PipelineOptions) -> str:
-    """Run the stages asked for; returns the path of the report, or of the last stage's result."""
+    """Run the requested stages; returns the path of the report, or of the last stage's result."""
     check_installation()
     meaning = "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)"
     command_line.required_path(experiment.source, "source", meaning)
@@ -68,7 +68,7 @@ def run(experiment: Experiment, options: PipelineOptions) -> str:
 
 
 def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[Stage], list[Stage]]:
-    """The stages from --from to --until, and those of --force among them; raises UserError for a stage that does not exist."""
+    """The stages from --from to --until, and those of --force; raises UserError for unknown stages and conflicting flags."""
     kinds = list(dict.fromkeys(stage.kind for stage in stages))
     known = {stage.name for stage in stages}.union(kinds)
     for flag, names in (("--from", [options.begin]), ("--until", [options.until]), ("--force", options.force)):
@@ -91,7 +91,7 @@ class Runner:
     options: PipelineOptions
     cluster: Cluster | None = None
     last: Stage | None = None
-    """The stage that ran last, if any had to."""
+    """The last stage that ran, if any."""
 
     def run_all(self, stages: list[Stage], chosen: list[Stage], forced: list[Stage]) -> dict[str, Result]:
         """Run the chosen stages that are not up to date, in order; returns their results. A dry run only prints."""
@@ -122,7 +122,7 @@ class Runner:
         return results
 
     def run(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
-        """Run a stage; after a failure that is not the user's mistake try again, --retries times, from what is complete."""
+        """Run a stage; retry failures other than user mistakes --retries times, each resuming from completed work."""
         before = self.state.stages.get(stage.name)
         for retries_left in range(self.options.retries, -1, -1):
             # Once an attempt is recorded, the state knows whether the stage still has to start from scratch.
@@ -139,7 +139,7 @@ class Runner:
                 ray.shutdown()
 
     def attempt(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
-        """Run a stage once; the state records how it ended."""
+        """Run a stage once, and record how it ended."""
         last = self.state.stages.get(stage.name, {})
         unfinished = last if last.get("inputs") == inputs and last["state"] != DONE else {}
         from_scratch = is_forced
@@ -180,7 +180,7 @@ class Runner:
         return result
 
     def choose_job(self, stage: Stage, is_resumed: bool, is_forced: bool) -> str:
-        """The id of the job to follow, otherwise of a new one; empty without a cluster. Stops jobs of other commands."""
+        """The id of the job to follow, or of a new one; empty without a cluster. Stops jobs of other commands."""
         attempts = [attempt for attempt in self.state.attempts(stage) if attempt["job"]]
         if not self.cluster:
             if attempts and attempts[-1]["state"] == RUNNING and not is_forced:
@@ -200,7 +200,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class StatusOptions:
-    """Which pipeline to show."""
+    """The pipeline to show."""
 
     out: str = "results"
     """Folder or URI of the pipeline."""

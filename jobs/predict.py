@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Before torch is imported: its threads would spin while they wait, on the cores that read and write the files.
+# Set before torch is imported: its idle threads would spin on the cores that read and write files.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -39,12 +39,12 @@ FLIPS = {"none": (), "depth": (1,), "lateral": (2,), "both": (1, 2)}
 
 @dataclass(frozen=True)
 class Options:
-    """What to outline, with what, and where the results go."""
+    """The inputs to outline, the models, and the folder of the results."""
 
     checkpoint: str = ""
     """Folder of a trained run, or of one of its checkpoints."""
     input: str = ""
-    """NIfTI, DICOM, AVI, MP4 or PNG: a file, a patient folder or a tree (CAMUS, say). Files named _gt, _pred are skipped."""
+    """NIfTI, DICOM, AVI, MP4 or PNG: a file, a patient's folder or a tree (CAMUS, say). _gt and _pred files are skipped."""
     out: str = ""
     """Folder for PATIENT/NAME_pred.nii.gz (1 cavity, 2 wall, 3 atrium), overlays, volume curves, ef.csv and studies.json."""
     view: Literal["2CH", "4CH"] | None = None
@@ -52,22 +52,22 @@ class Options:
     phase: Literal["ED", "ES"] | None = None
     """Phase of the stills whose names do not show it."""
     spacing_mm: tuple[float, float] | None = None
-    """Millimetres of a pixel, DEPTH LATERAL, for files that do not hold them; without any, there is an EF but no volume."""
+    """Pixel size in mm, DEPTH LATERAL, for files that do not record it; without one there is an EF, but no volume."""
     flip: Literal["none", "depth", "lateral", "both"] = "none"
     """For pictures that are stored upside down (the probe belongs at the top) or mirrored."""
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
-    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM that may show a name (burned in, cropped, or no region)."""
+    """PNG of a still, GIF of a sequence. `auto`: not for a DICOM that may show a name (burned in, cropped, or no region)."""
     which: Literal["last", "best"] = "last"
     """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     key: str = ""
-    """CSV of which file got which name, written only if asked: DICOM paths may name patients."""
+    """CSV file for the names given to files, written only on request: DICOM paths may name patients."""
     batch_size: int = 8
-    """Frames that the model sees at once; results do not depend on it."""
+    """Frames in a batch; results do not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU if there is one."""
+    """`auto` uses the GPU if there is one."""
 
 
 def run(options: Options) -> str:
@@ -136,7 +136,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
 
 
 def write_curve(out: str, found: study_results.ClipResult) -> None:
-    """Plot a sequence's volume over its frames, in ml or in % of ED, without those whose outline failed."""
+    """Plot a sequence's volume by frame, in ml or in % of ED, without frames whose outline failed."""
     ed, es = (found.phases[phase][0] for phase in PHASES)
     curve = ed_es_detection.plausible(found.volumes_ml)
     shown = (curve, ed, es, "ml") if found.spacing_mm else (100 * curve / curve[ed], ed, es, "%")

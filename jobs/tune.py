@@ -1,7 +1,7 @@
 """A sweep of the learning-rate schedule: `python jobs/tune.py camus --data /data/shards --trials 12`.
 
-Many runs of one recipe, in parallel on a cluster, bad ones stopped early; the winner is chosen on patients held out of the
-training group and written as `best.json`, which `jobs/train.py --config` takes. The same command resumes a sweep.
+Many runs of one recipe, in parallel on a cluster; poor ones are stopped early. The winner is chosen on patients held out of the
+training group and written to `best.json` for `jobs/train.py --config`. The same command resumes a sweep.
 """
 
 import importlib.util
@@ -30,27 +30,27 @@ from heartseg.tuning.sweep import METRIC, Sweep, SweepPlan
 from jobs.support import command_line
 from jobs.support.command_line import log
 
-# Share of the training group that the winner is chosen on if the recipe names none; as many as a CAMUS validation group.
+# Share of the training group that the winner is chosen on by default; as many patients as a CAMUS validation group.
 HOLDOUT = 0.125
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to try, and how much of it."""
+    """The trials of a sweep, and its limits."""
 
     plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     trials: int = 0
-    """Trials in all; with more than before, the same sweep resumes. 0: twelve, or all that --space.changes lists."""
+    """Total number of trials; a larger number extends the same sweep. 0: twelve, or all changes of --space.changes."""
     max_concurrent: int = 0
-    """Trials at a time; 0: as many as fit on the cluster."""
+    """Trials in parallel; 0: as many as fit on the cluster."""
     time_budget: float = 0.0
-    """Minutes after which training stops; 0 sets no limit."""
+    """Minutes after which training stops; 0: no limit."""
     sweep_name: str = ""
-    """Name of the sweep's folder; the recipe and a hash of the configuration if not given."""
+    """Name of the sweep's folder; by default the recipe and a hash of the configuration."""
     fresh: bool = False
-    """Start a new sweep, although the same command would resume one."""
+    """Start a new sweep even if the same command would resume one."""
     retry_failed: bool = False
-    """Resume failed trials from their last checkpoint: after a full disk, say."""
+    """Resume failed trials from their last checkpoint, after a full disk for example."""
 
     def __post_init__(self):
         least = min(self.trials, self.max_concurrent, self.time_budget)
@@ -63,17 +63,17 @@ class Options:
         return reads | {"tracking.job_type": "a trial's is `trial`"}
 
     def trained(self, experiment: Experiment) -> list[Experiment]:
-        """What trials of an experiment are made of."""
+        """The experiments that trials consist of."""
         return sweeps.experiments_to_check(self.plan, experiment)
 
     @property
     def num_trials(self) -> int:
-        """The number of trials asked for."""
+        """The requested number of trials."""
         return self.trials or (len(self.plan.space.changes) + 1 if self.plan.search == "changes" else 12)
 
 
 def run(experiment: Experiment, options: Options) -> Sweep:
-    """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if no trial can be chosen."""
+    """Start or resume a sweep and run it until its trials end; returns it. Raises UserError if no trial can be chosen."""
     command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
     command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
@@ -103,7 +103,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
 
 
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
-    """Train the trials that have not ended. Raises KeyboardInterrupt if it was interrupted (Tune just returns), and outages."""
+    """Train the trials that have not ended. Raises KeyboardInterrupt on interruption (Tune just returns), and StorageError."""
     known = sweeps.read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
@@ -151,13 +151,13 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
 
 
 def publish(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None, str]:
-    """Write the tables, the winner so far and the page, which can be read while the sweep runs."""
+    """Write the tables, the current winner and the page, which can be read while the sweep runs."""
     table, best = sweeps.write_results(sweep)
     return table, best, write_page(sweep, table)
 
 
 def conclude(sweep: Sweep, options: Options) -> None:
-    """Publish and print the results; in the dashboard, end each trial's run and add one for the sweep."""
+    """Publish and print the results; on the dashboard, end each trial's run and add one for the sweep."""
     table, best, page = publish(sweep)
     trials = sweeps.read_trials(sweep)
     for trial in trials:

@@ -64,7 +64,7 @@ def _blur(images: torch.Tensor, sigma_px: torch.Tensor, largest_px: float) -> to
 
 
 def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor, darkness: torch.Tensor) -> torch.Tensor:
-    """Darken a wedge below the probe: `width` is its share of the sector, `place` -1 to 1 across the sector; all are [b,1,1]."""
+    """Darken a wedge below the probe: `width` is its share of the sector, `place` -1 to 1 across it; all are [b,1,1]."""
     depth, lateral = ((torch.arange(size, device=images.device) + 0.5) / size for size in images.shape[-2:])
     # Each line from the apex (the middle of the top row, as in CAMUS) has one tangent, -1 to 1 over the sector.
     tangent = (lateral - 0.5) / depth[:, None] / SECTOR_TANGENT

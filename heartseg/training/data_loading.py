@@ -83,7 +83,7 @@ def free_on_machine(root: str = "/") -> float:
 
 
 def _free_in_container(root: Path) -> float:
-    """The fewest bytes that any of this process's control groups leaves; file caches, which can be freed, do not count as used."""
+    """The bytes that this process's control groups leave it, the fewest of all; file caches can be freed and do not count."""
     free, own = float("inf"), "/"
     with contextlib.suppress(OSError, ValueError):
         (own,) = [line.split(":")[2] for line in Path(root, "proc/self/cgroup").read_text().splitlines() if line[0] == "0"]

@@ -24,13 +24,13 @@ class SearchSpace:
     schedules: tuple[ScheduleKind, ...] = ("constant", "polynomial", "cosine", "one_cycle")
     """Shapes of the learning rate over the run."""
     lr_factors: tuple[float, float] = (0.3, 3.0)
-    """Lowest and highest base rate, as multiples of the recipe's; drawn evenly in the logarithm."""
+    """Lowest and highest base rate, as multiples of the recipe's; drawn uniformly on a logarithmic scale."""
     lr_points: int = 3
-    """Base rates of a grid, from the lowest to the highest in equal ratios."""
+    """Number of base rates in a grid, from lowest to highest in equal ratios."""
     warmup_epochs: tuple[float, ...] = ()
     """Lengths of the warm-up."""
     momentum: tuple[float, ...] = ()
-    """Momenta (of AdamW: first betas)."""
+    """Momenta (first betas of AdamW)."""
     weight_decay: tuple[float, ...] = ()
     """Weight decays."""
     batch_size: tuple[int, ...] = ()
@@ -38,7 +38,7 @@ class SearchSpace:
     losses: tuple[LossKind, ...] = ()
     """Losses."""
     changes: tuple[str, ...] = ()
-    """For `--search changes`, a trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
+    """For `--search changes`, one trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
     All trials have the recipe's train.epochs."""
 
     def __post_init__(self):

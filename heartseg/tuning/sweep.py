@@ -31,16 +31,16 @@ class SweepPlan:
 
     space: SearchSpace = field(default_factory=SearchSpace)
     search: Literal["random", "grid", "optuna", "changes"] = "random"
-    """`random` draws, `grid` takes every combination, `optuna` learns from what ended, `changes` (an ablation) takes those of
+    """`random` draws, `grid` tries every combination, `optuna` learns from ended trials, `changes` (an ablation) tries those of
     --space.changes alone; the recipe is always the first trial."""
     search_seed: int = 0
-    """Seed of the draw, and of a grid's order; the trainings have --train.seed."""
+    """Seed of the random draw and of a grid's order; training itself uses --train.seed."""
     stop_early: bool = True
-    """Stop trials early that do worse than others did at the same epoch (ASHA, arXiv 1810.05934)."""
+    """Stop trials that do worse than others at the same epoch (ASHA, arXiv 1810.05934)."""
     grace_epochs: int = 0
-    """Epochs that no trial is stopped before; 0 takes two, or the warm-up and one more: earlier, ranks reflect the warm-up."""
+    """Epochs before any trial is stopped; 0: two, or the warm-up and one more, since ranks before that reflect the warm-up."""
     reduction: float = 3.0
-    """Of the trials that come to a rung, about one in so many continues; each rung is so many times later than the last."""
+    """About one in this many trials continues past a rung; each rung is this many times later than the one before."""
 
     def __post_init__(self):
         require(self.search_seed >= 0, f"--search-seed must be at least 0, not {self.search_seed}.")
@@ -92,7 +92,7 @@ def open_sweep(
 ) -> Sweep:
     """Create a sweep, or find the one that the same command created, also with more trials or other workers.
 
-    All trials read shards in the way the sweep began, at first by `ingest`. Raises UserError for a directory of another sweep or a
+    All trials read shards as the first command chose, by `ingest`. Raises UserError for a directory of another sweep or a
     run, and for a name that cannot be a folder's.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
@@ -136,7 +136,7 @@ def candidates(sweep: Sweep) -> Iterator[dict]:
 
 
 def experiments_to_check(plan: SweepPlan, base: Experiment) -> list[Experiment]:
-    """The recipe, alone and with each listed change or each value of an axis, to check before any trial. Raises UserError."""
+    """The recipe alone, and with each listed change or axis value, of which all trials are made. Raises UserError."""
     axes = make_axes(plan.space, base)
     for name, values in axes.items():
         require(name == RATE or len(set(values)) == len(values), f"The search space lists a value of {name} twice.")

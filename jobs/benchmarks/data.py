@@ -1,6 +1,6 @@
 """Benchmark of NIfTI files to shards: `python jobs/benchmark.py data --source CAMUS`.
 
-The baseline is nibabel's get_fdata, scikit-image's resize and np.save. Both sides use one thread and are compared mostly by CPU time.
+The baseline is nibabel's get_fdata, scikit-image's resize and np.save. Both sides use one thread, mostly compared by CPU time.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Benchmark of surface distances against MONAI's, and of volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
+"""Surface distances against MONAI's, and volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
 
 import warnings
 from collections.abc import Callable

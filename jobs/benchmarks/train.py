@@ -228,7 +228,7 @@ def score_batches(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, float]
 
 
 def measure_peak(bench: Bench) -> Table:
-    """Our training steps (on a GPU, by batch size) beside matrix products of as many operations; evaluation; the seed in hours."""
+    """Our training steps (by batch on a GPU) beside matrix products of as many operations; evaluation; hours of the seed."""
     on_gpu, experiment, peaks, rates = bench.device.type == "cuda", bench.experiment(), matrix_rates(bench), {}
     flop, steps = flop_per_image(bench, experiment), 20 if on_gpu else bench.options.steps
     rows = [Row(f"matrix product, {name}", rate / 1e9, "GFLOP/s") for name, rate in peaks.items()]

@@ -1,6 +1,6 @@
-"""A training under Ray Train: places the workers, restarts those that die, turns failures into one-line errors.
+"""Training under Ray Train: places the workers, restarts those that die, and turns failures into one-line errors.
 
-Ray sends these functions to the workers by their name, so they stand in a module that every node can import.
+Ray sends these functions to workers by name, so they are in a module that every node can import.
 """
 
 import functools
@@ -23,16 +23,16 @@ from heartseg.training.worker import train_rank
 from jobs.support import command_line, ray_runtime
 from jobs.support.command_line import log
 
-# In the error of Ray Train whose workers found no room in time.
+# In Ray Train's error when its workers found no room in time.
 TIMED_OUT = "worker group startup timed out"
 
 
 class WorkersDied(UserError):
-    """Workers died again and again; unlike a mistake, another try may succeed."""
+    """Workers died repeatedly; unlike after a mistake, another try may succeed."""
 
 
 def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool = False, trial: dict | None = None) -> None:
-    """Train as `experiment.workers` workers of a Ray Train run; `trial` holds the resources of a worker of a sweep's trial."""
+    """Train with `experiment.workers` workers in a Ray Train run; `trial` holds the resources per worker of a sweep's trial."""
     ray_runtime.start_ray(experiment.workers)
     resources = trial or ray_runtime.worker_resources(experiment.workers)
     if trial:
@@ -60,7 +60,7 @@ def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool
 
 
 def dead_workers(error: Exception) -> list[int]:
-    """The ranks of the workers whose processes died without raising."""
+    """The ranks of workers whose processes died without raising an error."""
     deaths = (RayActorError, OutOfMemoryError, NodeDiedError)
     failures = getattr(error, "worker_failures", {}).items()
     # Ray Train wraps the error of a health check.
@@ -68,7 +68,7 @@ def dead_workers(error: Exception) -> list[int]:
 
 
 def raise_user_error(error: Exception, workers: int, resources: dict[str, float]) -> NoReturn:
-    """Raise a UserError for a failure that the user can fix, and the failure itself for any other."""
+    """Raise a UserError for a failure that the user can fix, and any other failure unchanged."""
     for failure in getattr(error, "worker_failures", {}).values():
         if isinstance(failure, (StorageError, OneRankError)):
             raise type(failure)(str(failure)) from error
@@ -88,7 +88,7 @@ def raise_user_error(error: Exception, workers: int, resources: dict[str, float]
 
 
 def worker(config: dict) -> dict:
-    """One rank under Ray: configuration in, the model prepared, every epoch reported."""
+    """Run one rank under Ray: prepare its model, train, and report every epoch."""
     command_line.configure_logging()
     # Ray Train would log a line for each report.
     logging.getLogger(ray_runtime.ray_private(ray_runtime.REPORT_LOGGER)).setLevel(logging.WARNING)
@@ -104,7 +104,7 @@ def worker(config: dict) -> dict:
             if ranks.is_main:
                 reservation = ray.util.get_current_placement_group().id.hex().encode()
                 filesystem.publish(filesystem.join(run.path, ray_runtime.PLACEMENT), reservation)
-        # What reads a trial's reports may end it at any of them: what it reports is on disk.
+        # A trial may be ended at any report, so a reported epoch must be on disk.
         train_rank(experiment, run, ranks, wrap, ray.train.report, config["profile"], saves_first=config["is_trial"])
     except OneRankError:
         raise  # only this rank knows, and the others would wait for it: Ray ends them all and resumes from the checkpoint
@@ -114,7 +114,7 @@ def worker(config: dict) -> dict:
 
 
 def open_on_every_rank(path: str, data: str, ranks: distributed.Ranks) -> run_directory.Run:
-    """The run, once every rank has found it and the shards; raises UserError on every rank if one of them has not."""
+    """The run, once every rank has found it and the shards; raises UserError on every rank if one has not."""
     run, problem = None, None
     try:
         run = run_directory.find_run(path)

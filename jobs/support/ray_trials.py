@@ -1,6 +1,6 @@
-"""What Ray Tune calls during a sweep: which trial comes next, how one is trained, and which are stopped early.
+"""Ray Tune's callbacks during a sweep: the next trial, the training of a trial, and early stopping.
 
-Each trial is a Ray Train run of its own, started and resumed like any other; Tune supervises them and stores nothing itself.
+Each trial is its own Ray Train run, started and resumed like any other; Tune supervises them and stores nothing itself.
 """
 
 import itertools
@@ -29,7 +29,7 @@ MOST_DRAWS = 1000  # known points in a row, after which a space counts as used u
 
 
 def train_trial(config: dict) -> None:
-    """Train one trial to its end, in an actor of Tune's, and write how it ended: Tune's own result is not stored."""
+    """Train one trial to its end, in an actor of Tune's, and record its outcome, since Tune's result is not stored."""
     # No lock: the sweep's own covers its trials, and a trial that Tune ends would leave its lock behind.
     command_line.configure_logging()
     run, experiment = run_directory.find_run(config["run"]), from_json(config["experiment"])
@@ -64,7 +64,7 @@ class Suggestions(Searcher):
         return {"run": trial.run.path, "experiment": experiment, "resources": self.resources}
 
     def new_trial(self, trial_id: str) -> sweeps.Trial | None:
-        """The next point that is not yet a trial; None if there are enough, or if the space holds no more."""
+        """The next point that is not yet a trial; None if there are enough trials or no more points."""
         if len(self.tried) >= self.num_trials:
             return None
         points = enumerate(sweeps.candidates(self.sweep))
@@ -88,13 +88,13 @@ class Suggestions(Searcher):
             self.model.on_trial_complete(name, result, error or sweeps.METRIC not in (result or {}))
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: the sweep's directory has everything."""
+        """Do nothing: the sweep's directory holds everything."""
 
     restore = save
 
 
 def build_model_search(sweep: sweeps.Sweep, known: list[sweeps.Trial]) -> Searcher:
-    """Optuna's tree of Parzen estimators, with the scores of the trials of an earlier command."""
+    """Optuna's tree of Parzen estimators, with the scores of an earlier command's trials."""
     from ray.tune.search.optuna import OptunaSearch
 
     axes = search_space.make_axes(sweep.plan.space, sweep.base)
@@ -110,7 +110,7 @@ def build_model_search(sweep: sweeps.Sweep, known: list[sweeps.Trial]) -> Search
 
 
 class Rungs(FIFOScheduler):
-    """Starts trials in their order and stops those that are behind."""
+    """Starts trials in order and stops those that fall behind."""
 
     def __init__(self, sweep: sweeps.Sweep):
         super().__init__()
@@ -126,7 +126,7 @@ class Rungs(FIFOScheduler):
 
 
 class Progress(tune.Callback):
-    """Logs epochs, records trials that Tune gives up, frees what ended trials reserved; calls `on_end` after each trial."""
+    """Logs epochs, records trials that Tune gives up, frees ended trials' reservations; calls `on_end` after each trial."""
 
     def __init__(self, on_end: Callable[[], None]):
         self.on_end = on_end
