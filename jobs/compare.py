@@ -110,10 +110,7 @@ def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tu
         plan = evaluation.plan_checkpoint(asked)
         folder = find_evaluation(one, plan.described, plan.out)
         if not folder:
-            print(
-                f"scoring {label}: {counted(len(plan.patients), 'patient')} ({plan.described['group']})",
-                flush=True,
-            )
+            print(f"scoring {label}: {counted(len(plan.patients), 'patient')} ({plan.described['group']})", flush=True)
             evaluation.score(plan, asked)
             folder = plan.out
     except UserError as error:

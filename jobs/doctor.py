@@ -299,10 +299,8 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
         trainer = ray_runtime.build_trainer(all_reduce, {"seconds": options.seconds}, number, resources, folder, tries=0)
         yield bandwidth(number, trainer.fit().return_value)
     except Exception as error:
-        fix = (
-            "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
-            "between them, and see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
-        )
+        network = "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the nodes' network where Ray starts, and open its ports"
+        fix = f"{network}; see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
         yield Finding("workers", f"{number} asked for", f"They could not exchange data: {first_line(error)}", fix)
     finally:
         with contextlib.suppress(UserError, StorageError, OSError):

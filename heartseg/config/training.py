@@ -45,9 +45,9 @@ class OptimConfig:
     def __post_init__(self):
         require(0 < self.lr < 1e6, f"optim.lr must be above 0 and below 1,000,000, not {self.lr}.")
         require(0 <= self.momentum < 1, f"optim.momentum must be at least 0 and below 1, not {self.momentum}.")
-        decay, norm = self.weight_decay, self.clip_norm
-        is_finite = 0 <= decay < math.inf and 0 <= norm < math.inf
-        require(is_finite, f"optim.weight_decay ({decay}) and optim.clip_norm ({norm}) must be finite and at least 0.")
+        decay = self.weight_decay
+        require(0 <= decay < math.inf, f"optim.weight_decay must be finite and at least 0, not {decay}.")
+        require(0 <= self.clip_norm < math.inf, f"optim.clip_norm must be finite and at least 0, not {self.clip_norm}.")
         require(0 <= self.ema_decay < 1, f"optim.ema_decay must be at least 0 and below 1, not {self.ema_decay}.")
 
 
@@ -79,13 +79,13 @@ class ScheduleConfig:
     """Epochs without a gain in validation Dice that `plateau` tolerates before it drops."""
 
     def __post_init__(self):
-        warm_up, growth = self.warmup_epochs, self.cycle_growth
+        warm_up = self.warmup_epochs
         require(0 <= warm_up < math.inf, f"schedule.warmup_epochs must be finite and at least 0, not {warm_up}.")
         require(0 < self.power < math.inf, f"schedule.power must be finite and above 0, not {self.power}.")
         bad = [x for x in (self.factor, self.step_share, self.final, self.rise, *self.milestones) if not 0 < x < 1]
         require(not bad, f"schedule.factor, .step_share, .final, .rise and .milestones must be between 0 and 1, not {bad}.")
         require(self.cycles >= 1, f"schedule.cycles must be at least 1, not {self.cycles}.")
-        require(0 < growth < math.inf, f"schedule.cycle_growth must be finite and above 0, not {growth}.")
+        require(0 < self.cycle_growth < math.inf, f"schedule.cycle_growth must be finite and above 0, not {self.cycle_growth}.")
         require(self.patience >= 0, f"schedule.patience must be at least 0, not {self.patience}.")
 
 

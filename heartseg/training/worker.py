@@ -28,11 +28,9 @@ NUM_SAMPLES = 4  # images whose predictions a run keeps
 def check_plan(experiment: Experiment, shards: Shards) -> None:
     """Raise UserError for a plan that would fail later: another grid than the recipe's, shares too small, too few images."""
     there, asked = shards.image, experiment.image
-    require(
-        there == asked,
-        f"{shards.path} holds images of {there.height} x {there.width} but {experiment.name} wants {asked.height} x "
-        f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}.",
-    )
+    sizes = f"{there.height} x {there.width} but {experiment.name} wants {asked.height} x {asked.width}"
+    fix = f"preprocess for it, or give --image.height {there.height} --image.width {there.width}"
+    require(there == asked, f"{shards.path} holds images of {sizes}: {fix}.")
     check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
     has_scores = experiment.schedule.kind != "plateau" or "val" in shards.groups
