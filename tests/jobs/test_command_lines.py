@@ -72,7 +72,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (evaluate.job, ["--checkpoint", "/run", "--data", "/a", "--truth", "/b"], "give one of them"),
         (export.job, [], "--checkpoint is missing"),
         (export.job, ["--checkpoint", "/nowhere"], "--out is missing"),
-        (doctor.job, ["--seconds", "0"], "--seconds must be positive"),
+        (doctor.job, ["--seconds", "0"], "--seconds must be above 0"),
     ],
 )
 def test_a_mistakes_message_names_the_value(job, arguments, said, tmp_path, monkeypatch):
