@@ -54,7 +54,7 @@ def run(options: Options) -> str:
     """Compare the runs; returns the path of the page. Raises UserError for fewer than two."""
     found = find_runs(options.runs)
     out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found.values())
-    if options.data or options.truth:  # a wrong one is refused here, and not reported as a problem of each run
+    if options.data or options.truth:  # a wrong path is refused here, not reported as a problem of each run
         images = evaluation.open_images(options)
         if options.group != HOLDOUT:
             evaluation.choose_group(options.group, images)
@@ -129,7 +129,7 @@ def find_evaluation(one: run_directory.Run, described: dict, own: str = "") -> s
     names = [name for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
     for folder in [*(filesystem.join(one.path, name) for name in names), *filter(None, [own])]:
         summary = evaluation.read_complete(folder, asked) or {}
-        # An evaluation by an older version lacks scores.
+        # Evaluations by older versions lack scores.
         if "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys():
             return folder
     return ""

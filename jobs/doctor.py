@@ -31,12 +31,12 @@ from jobs.support import command_line
 from jobs.support.command_line import counted, first_line
 
 GIB = 1 << 30
-# Below these a training is likely to fail: a worker's memory, checkpoints of a run, Ray's object store.
+# With less than this, training is likely to fail: a worker's memory, a run's checkpoints, Ray's object store.
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 2 * GIB, 5 * GIB, 1 * GIB
-# What workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
+# Bytes that workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
 GPU_BYTES, CPU_BYTES = 64 << 20, 8 << 20
 WANDB_TIMEOUT_S, KEY_REFUSED = 5.0, "refuses the key"
-# How long another node may take to answer; its first process imports torch.
+# Seconds for another node to answer; its first process imports torch.
 NODE_TIMEOUT_S = 60
 REINSTALL = "Install the project: pip install -e ."
 
@@ -249,7 +249,7 @@ def check_wandb() -> Iterator[Finding]:
         yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
         return
     answers = [f"cannot be reached: no answer within {WANDB_TIMEOUT_S:g} s"]
-    # A thread, since no timeout bounds the search for the server's address.
+    # A thread, since no timeout applies to the DNS lookup.
     asking = threading.Thread(target=lambda: answers.append(ask_wandb(server, key)), daemon=True)
     asking.start()
     asking.join(WANDB_TIMEOUT_S)
@@ -397,7 +397,7 @@ def job(argv: list[str]) -> None:
         no_workers = dict.fromkeys(("workers", "seconds"), "--launcher plain starts no workers")
         command_line.refuse_unused(Options(), options, no_workers)
     stdout = os.dup(1)
-    os.dup2(2, 1)  # stdout holds only the result: what is printed or logged meanwhile, also by Ray and C code, goes to stderr
+    os.dup2(2, 1)  # stdout is for the result only: anything else that is printed, also by Ray and C code, goes to stderr
     try:
         found = run(options)
     finally:

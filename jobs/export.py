@@ -32,8 +32,8 @@ from jobs.support import command_line
 FILES = {"torch.export": "model.pt2", "onnx": "model.onnx"}
 NOTE = "export.json"
 INPUT, OUTPUT = "images", "logits"
-# Images that the files are checked on, and the share of their pixels that may get another label: rounding decides only
-# between labels whose scores are practically equal.
+# Images for checking the files, and the share of their pixels that may have another label: rounding only decides
+# between labels with practically equal scores.
 CHECKED_IMAGES, MAX_DIFFERENT = 16, 1e-3
 PREPROCESSING = (
     "Resize an upright greyscale image (row = depth, column = lateral) to the input's height and width, bilinear and "
@@ -130,13 +130,13 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
     portable = Portable(segmenter).to(memory_format=torch.contiguous_format).eval()
     # Two images: a batch of one would become a constant.
     example = torch.zeros(2, 1, grid.height, grid.width)
-    with torch.no_grad():  # with gradients, some convolutions take their form for training
+    with torch.no_grad():  # with gradients, some convolutions use their training form
         exported = torch.export.export(portable, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in exported.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names this machine's folders
+        node.meta.pop("stack_trace", None)  # it contains this machine's folders
     buffer = io.BytesIO()
     torch.export.save(exported, buffer)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its remarks are for the exporter's developers
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its messages are for the exporter's developers
     with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             exported, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},), input_names=[INPUT], output_names=[OUTPUT]

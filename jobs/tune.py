@@ -85,7 +85,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     for trained in options.trained(experiment):
         check_plan(trained, shards)
     ingest = experiment.ingest
-    if ingest == "auto":  # all trials read in one way: from memory if there is enough of it here for a trial per core
+    if ingest == "auto":  # all trials read the same way: from memory if there is enough here for one trial per core
         fits = pixel_bytes(shards) <= MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
         ingest = "memory" if fits else "stream"
     sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
@@ -96,7 +96,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
         try:
             search(sweep, shards, options)
         except (KeyboardInterrupt, StorageError):
-            publish(sweep)  # the results so far, without waiting for a dashboard
+            publish(sweep)  # results so far, without waiting for a dashboard
             raise
         conclude(sweep, options)
     return sweep
@@ -110,7 +110,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     if options.plan.stop_early and not sweeps.rungs(sweep):
         log.info("No trial is stopped early: %d epochs leave no time for a comparison.", sweep.base.train.epochs)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # otherwise Tune prints its own tables beside our lines
     from ray import tune
 
     from jobs.support import ray_runtime, ray_trials
@@ -124,7 +124,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
     progress = ray_trials.Progress(lambda: publish(sweep))
     tuner = tune.Tuner(
-        # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
+        # The actor that starts a trial's workers takes no core from them, and is on the head, which is not a spot node.
         tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
         tune_config=tune.TuneConfig(
             search_alg=ray_trials.Suggestions(sweep, shards, options.num_trials, resources),
@@ -162,7 +162,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
     trials = sweeps.read_trials(sweep)
     for trial in trials:
         if trial.state == sweeps.STOPPED:
-            close_trial(trial.run, trial.record, trial.reason)  # its own process had no time to
+            close_trial(trial.run, trial.record, trial.reason)  # its own process had no time for that
     if len(table):
         track_sweep(sweep.base, sweep, table, page)
         print(show_table(table))

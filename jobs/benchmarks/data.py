@@ -17,7 +17,7 @@ from heartseg.shards import writer
 from jobs.benchmarks.two_sides import Row, Table, in_turn
 
 GRID = seed().image  # 256 x 256
-# Patients of the phantom whose stills are float32, as the release's are: 389 x 549 pixels and more.
+# Phantom patients whose stills are float32, like the release's: 389 x 549 pixels and more.
 FLOAT_PATIENTS = (1, 4, 5, 8, 9, 12, 13, 16)
 
 

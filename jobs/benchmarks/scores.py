@@ -16,7 +16,7 @@ from heartseg.metrics.cardiac_indices import patient_indices
 from heartseg.metrics.segmentation import surface_distances
 from jobs.benchmarks.two_sides import Row, Table, in_turn
 
-# How the truth is bent into a prediction: displacements of this size in pixels, alike over this many pixels.
+# Distortion of the truth into a prediction: displacements of this many pixels, smooth over this many pixels.
 BEND_PIXELS, BEND_LENGTH_PIXELS = 2.0, 12.0
 
 
@@ -52,10 +52,10 @@ def run(options: Options) -> tuple[Table, float]:
     for case in cases:
         hearts.setdefault(case.patient, {})[case.view, case.phase] = case.truth, case.spacing_mm
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI's own deprecations, and structures that an image does not have
+        warnings.simplefilter("ignore")  # MONAI's deprecations, and structures missing from an image
         differences = np.abs(np.subtract(*(side() for side in sides.values())))
         theirs, ours = (1000 * cost.wall_s / len(pairs) for cost in in_turn(sides, options.repeats))
-    # Of values that both have: for a structure in one of two masks, MONAI has infinity and we the diagonal.
+    # Only values that both have: for a structure in only one mask, MONAI has infinity and we have the diagonal.
     difference = float(differences[np.isfinite(differences)].max(initial=0.0))
     (cost,) = in_turn({"": lambda: [*map(patient_indices, hearts.values())]}, options.repeats)
     note = f"{theirs / ours:.1f} times as fast, largest difference {difference:.1e} mm"

@@ -66,7 +66,7 @@ def shown(value: str | float | None) -> str:
 
 def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> list[Cost]:
     """The median costs of each side over some repetitions, after an uncounted one."""
-    # The sides take turns, each time in the reverse order, so that whatever else slows the machine slows all of them.
+    # The sides take turns, in alternating order, so that other load on the machine slows them equally.
     costs: dict[Any, list[Cost]] = {name: [] for name in sides}
     for turn in range(1 + repeats):
         for name in sides if turn % 2 else reversed(sides):
@@ -93,5 +93,5 @@ def peak_memory_gb(device: torch.device = CPU) -> float:
     """The peak memory of the GPU, or the peak resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    # getrusage would also count the process that started this one.
+    # getrusage would also count the parent process.
     return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9

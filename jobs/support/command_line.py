@@ -35,13 +35,13 @@ RECIPE = Annotated[
 ]
 # Set in every submitted job: the configuration that Ray passes to its driver.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# Names of environment variables whose values no one else should see.
+# Names of environment variables whose values must stay secret.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-# Variables of ours, Ray, W&B, S3 and torchrun that mean the same empty as unset, which not every reader knows.
+# Variables of ours, Ray, W&B, S3 and torchrun that should count as unset if empty, which some readers ignore.
 MEANINGLESS_IF_EMPTY = ("HEARTSEG_", "RAY_", "WANDB_", "AWS_", "TMPDIR", "WORLD_SIZE", "RANK", "LOCAL_")
 # A UNIX socket's path has at most 107 bytes, of which Ray's own folders below TMPDIR take 68.
 LONGEST_TMPDIR = 39
-# What tyro reports of a command line, and how we put it.
+# tyro's messages about a command line, and ours.
 MISTAKES = (
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (\S+).*", r"\1 must be a whole number, not \2."),
     (r"Error parsing (\S+): could not convert string to float: (\S+).*", r"\1 must be a number, not \2."),
@@ -60,7 +60,7 @@ EXIT_STORAGE_ERROR = 75
 def main(job: Callable[[Sequence[str]], None]) -> None:
     """Run a job; a user's mistake or a refused write becomes a one-line message and exit code 2, an outage exit code 75."""
     if job.__module__ == "__main__":
-        # What Ray sends to workers must be importable there: it would pickle the classes of a script by value.
+        # Objects sent to workers must be importable there: Ray would pickle the classes of a script by value.
         job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
     configure_logging()
     install_sigterm_handler()
@@ -74,7 +74,7 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     except StorageError as error:
         exit_with_message(str(error), EXIT_STORAGE_ERROR)
     except KeyboardInterrupt:
-        # Ray may raise a KeyboardInterrupt of its own instead of ours; our handler has left SIG_IGN behind.
+        # Ray may raise its own KeyboardInterrupt instead of ours; our handler leaves SIG_IGN behind.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         exit_with_message("stopped; rerun the same command to resume.", 143 if terminated else 130)
 

@@ -26,11 +26,11 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from jobs.support import command_line
 
-# Patients that a worker gets at a time: 16 images, one or a few batches.
+# Patients per task of a worker: 16 images, one or a few batches.
 PATIENTS_PER_TASK = 4
-# Tasks of each actor that are predicted or scored at a time: a GPU is faster than many cores that score.
+# Tasks in progress per actor, predicted or scored: a GPU is faster than many scoring cores.
 TASKS_AHEAD = 16
-HOLDOUT = "holdout"  # the group of patients that --train.holdout took from the training group
+HOLDOUT = "holdout"  # the patients that --train.holdout took from the training group
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Predictor:
 
     def __init__(self, plan: EvaluationPlan, cores: int = 0):
         self.plan = plan
-        if cores:  # an actor of Ray's, which would have one thread
+        if cores:  # a Ray actor, which would have one thread
             command_line.configure_logging()
             torch.set_num_threads(cores)
 
@@ -273,7 +273,7 @@ def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> 
 
     ray_runtime.start_ray(workers)
     share = ray_runtime.worker_resources(workers)
-    # Without GPUs the actors' threads use every core: they reserve half of each, so that the scoring fits.
+    # Without GPUs, the actors' threads use every core: they reserve half of each, to leave room for scoring.
     resources = {"num_gpus": 1, "num_cpus": 1} if "GPU" in share else {"num_cpus": share["CPU"] / 2}
     tries = {"max_restarts": ray_runtime.MAX_TRIES, "max_task_retries": ray_runtime.MAX_TRIES}
     predictor, scorer = ray.remote(**resources, **tries)(Predictor), ray.remote(num_cpus=0.5)(score_predicted)

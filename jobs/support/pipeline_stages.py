@@ -202,7 +202,7 @@ def tune_stage(name: str, data: str, experiment: Experiment, options: PipelineOp
         return {"configuration": identity(experiment), "plan": plan, "data": results[data].fingerprint, **others}
 
     def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
-        digest = filesystem.sha256(filesystem.json_bytes(inputs(results)))[:8]  # more trials resume the same sweep
+        digest = filesystem.sha256(filesystem.json_bytes(inputs(results)))[:8]  # a larger --trials resumes the same sweep
         sweep = run_directory.generation_name(experiment.runs, f"{name}-{digest}", fresh=from_scratch)
         flags = {"config": replace(experiment, data=results[data].path), "trials": options.tune, "sweep_name": sweep}
         return filesystem.join(experiment.runs, sweep), flags | {"retry_failed": options.retry_failed} | plan

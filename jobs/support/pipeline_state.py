@@ -83,7 +83,7 @@ class PipelineState:
                 continue
             attempts, is_orphaned = record["attempts"], record["state"] == RUNNING and not is_locked
             state = "interrupted" if is_orphaned else record["state"]
-            now = timestamp() if is_locked else None  # the time of an attempt whose process was killed is unknown
+            now = timestamp() if is_locked else None  # the duration of a killed process's attempt is unknown
             spans = [(attempt["started"], attempt["ended"] or (attempt["state"] == RUNNING and now)) for attempt in attempts]
             times = [map(datetime.datetime.fromisoformat, span) for span in spans if all(span)]
             minutes, seconds = divmod(round(sum((ended - started).total_seconds() for started, ended in times)), 60)

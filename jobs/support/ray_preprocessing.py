@@ -10,7 +10,7 @@ from heartseg.shards import writer
 from jobs.support import ray_runtime
 from jobs.support.command_line import log
 
-# A part takes seconds; after so long without one, the log says why.
+# A part takes seconds; after this time without one, the log names the reason.
 SECONDS_OF_SILENCE = 60
 
 
@@ -37,7 +37,7 @@ def _write_part(source, out: str, *rest) -> dict:
     """A part's record, or a user's error under `error`, since Ray would wrap a raised one in a traceback."""
     try:
         with io_errors_as_user_errors(out):
-            # On another machine, a source that is not mounted would look like patients without files.
+            # On another machine, an unmounted source would look like patients without files.
             node = socket.gethostname()
             require(source.is_there(), f"The source {source.path} is missing on {node}: every node must see --source.")
             return writer.write_part(source, out, *rest)

@@ -25,7 +25,7 @@ MAX_TRIES = 3
 SECONDS_TO_GROW = 30
 # Seconds for the head of a cluster to accept a connection.
 CONNECT_TIMEOUT_S = 10
-PLACEMENT = "placement_group"  # file of a run's folder: the reservation of the cluster that its workers live in
+PLACEMENT = "placement_group"  # file in a run's folder that names its workers' reservation on the cluster
 UPLOAD_LOGGER, REPORT_LOGGER = "ray._private.runtime_env.packaging", "ray.train.v2._internal.execution.context.__file__"
 AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
 # Objects without a public name in Ray: their purpose here, and where to look if a new version has moved them.
@@ -58,10 +58,10 @@ def cluster_address() -> str:
 
 def start_ray(workers: int) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray for this process alone; raises UserError if no cluster answers there."""
-    # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits, by default up to 2 s.
+    # How often Ray Train and Tune collect reports: an epoch that ends before the last was collected waits up to 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Ray's watch for nodes that are about to be preempted is one more process at each start of the workers, and an error in the
-    # log. Without it a run trains up to the node's last second, and resumes from its last epoch as after any loss of a node.
+    # Ray's watcher for nodes about to be preempted is one more process at each start of the workers, and an error in the
+    # log. Without it, a run trains until the node is lost, and resumes from its last epoch as after any such loss.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if ray.is_initialized():
         return
@@ -88,7 +88,7 @@ def _start_own_ray() -> None:
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
     # Its processes would otherwise contact this machine's last cluster, from a file that a killed one leaves behind.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces the token of a Ray that only this process uses
+    logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces the token of a Ray for this process only
     # Ray asks its dashboard for the state of a training run; without one, the log would fill with failed requests.
     ray.init(address="local", logging_level=logging.WARNING, include_dashboard=True, dashboard_port=port)
     # A child of this process may join another cluster and must not inherit this one.
@@ -127,7 +127,7 @@ def free_port() -> int:
 
 def worker_resources(workers: int) -> dict[str, float]:
     """The resources of one of `workers`: a GPU if the cluster has or may get any, otherwise a share of the cores."""
-    # An autoscaled cluster has no GPU until one is asked for.
+    # An autoscaled cluster has no GPU until one is requested.
     if max(sum(_on_each_node("GPU")), _after_autoscaling("GPU")) >= 1:
         return {"GPU": 1, "CPU": 1}
     return {"CPU": share_of_cores(_on_each_node("CPU"), workers)}
@@ -160,7 +160,7 @@ def build_trainer(
     loop: Callable, config: dict, workers: int | tuple, resources: dict, folder: str, tries: int = MAX_TRIES, callbacks=()
 ) -> Any:
     """A Ray Train trainer for a function that every worker runs with `config`; two numbers in `workers` make it elastic."""
-    # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
+    # Ray Train's own Ctrl-C handler ends the process with code 1 and no message; every job has its own handler.
     trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
     scaling = {"num_workers": workers, "resources_per_worker": resources, "use_gpu": "GPU" in resources}
     run = RunConfig(

@@ -47,8 +47,8 @@ def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool
         try:
             result = ray_runtime.build_trainer(worker, config, workers, resources, folder, callbacks=callbacks).fit()
         except TrainingFailedError as error:
-            # Ray counts the restarts of a whole run. On nodes that come and go, a long run needs many and still advances: an
-            # elastic one also asks for workers on a node that has just gone, until the cluster has noticed.
+            # Ray counts restarts over the whole run. On nodes that come and go, a long run needs many but still advances; an
+            # elastic one also asks for workers on a node that has just gone, until the cluster notices.
             has_advanced = len(run_directory.read_record(run.path)) > epochs
             may_continue = dead_workers(error) or (experiment.min_workers and TIMED_OUT in str(error))
             if not has_advanced or trial or not may_continue:
@@ -107,7 +107,7 @@ def worker(config: dict) -> dict:
         # A trial may be ended at any report, so a reported epoch must be on disk.
         train_rank(experiment, run, ranks, wrap, ray.train.report, config["profile"], saves_first=config["is_trial"])
     except OneRankError:
-        raise  # only this rank knows, and the others would wait for it: Ray ends them all and resumes from the checkpoint
+        raise  # only this rank knows, and the others would wait: Ray ends all of them and resumes from the checkpoint
     except UserError as error:
         return {"error": str(error)}
     return {}

@@ -23,9 +23,9 @@ from heartseg.tuning import sweep as sweeps
 from jobs.support import command_line, ray_runtime, ray_training
 from jobs.support.command_line import log
 
-# Within this time after a trial, Ray Train's controller ends with the trial's actor; until then it would replace lost workers.
+# Seconds in which Ray Train's controller ends after its trial's actor; until then it would replace lost workers.
 SECONDS_TO_LEAVE = 10.0
-MOST_DRAWS = 1000  # known points in a row, after which a space counts as used up
+MOST_DRAWS = 1000  # known points in a row after which a space counts as exhausted
 
 
 def train_trial(config: dict) -> None:
@@ -36,7 +36,7 @@ def train_trial(config: dict) -> None:
     try:
         ray_training.train_with_ray(experiment, run, trial=config["resources"])
     except ray_training.WorkersDied:
-        raise  # not an end yet: Tune tries once more after this and any unforeseen error, an outage too
+        raise  # not final: Tune tries once more after this and any unexpected error, including outages
     except UserError as error:
         sweeps.end_trial(run.path, sweeps.FAILED, str(error))
         return
@@ -54,7 +54,7 @@ class Suggestions(Searcher):
         self.last_number = max((trial.number for trial in known), default=-1)
         self.tried = [trial.values for trial in known]
         self.model, self.of_model = build_model_search(sweep, known) if sweep.plan.search == "optuna" else None, {}
-        self.drawn = 0  # points so far; a generator of them could not be pickled, as Tune does with a searcher
+        self.drawn = 0  # points so far; not a generator, since Tune pickles its searcher
 
     def suggest(self, trial_id: str) -> dict | str:
         trial = self.waiting.pop(0) if self.waiting else self.new_trial(trial_id)
@@ -70,7 +70,7 @@ class Suggestions(Searcher):
         points = enumerate(sweeps.candidates(self.sweep))
         for number, point in itertools.islice(points, self.drawn, self.drawn + MOST_DRAWS):
             self.drawn = number + 1
-            name = str(number) if self.model and number else ""  # what the model knows the point by; the first is the recipe
+            name = str(number) if self.model and number else ""  # the model's name for the point; the first one is the recipe
             values = self.model.suggest(name) if name else point
             if values not in self.tried:
                 self.tried.append(values)
@@ -78,7 +78,7 @@ class Suggestions(Searcher):
                 self.last_number += 1
                 return sweeps.add_trial(self.sweep, self.shards, self.last_number, values)
             if name:
-                self.model.on_trial_complete(name, error=True)  # a point that is not trained has no score
+                self.model.on_trial_complete(name, error=True)  # an untrained point has no score
         log.info("The search space holds no more than %d trials.", len(self.tried))
         self.num_trials = len(self.tried)
         return None
@@ -99,7 +99,7 @@ def build_model_search(sweep: sweeps.Sweep, known: list[sweeps.Trial]) -> Search
 
     axes = search_space.make_axes(sweep.plan.space, sweep.base)
     space = {name: tune.loguniform(*axis) if name == search_space.RATE else tune.choice(axis) for name, axis in axes.items()}
-    # Another seed after each resume, or the same first points would be suggested again.
+    # Another seed after each resume: otherwise the same first points would be suggested again.
     seed = (sweep.plan.search_seed + len(known)) % 2**32
     search = OptunaSearch(OptunaSearch.convert_search_space(space), sweeps.METRIC, "max", seed=seed)
     for trial in known:
@@ -116,7 +116,7 @@ class Rungs(FIFOScheduler):
         super().__init__()
         self.sweep = sweep
         for trial in sweeps.read_trials(sweep):
-            # A kill may have come between a trial's epoch and its comparison with the others.
+            # The trial may have been killed between an epoch and its comparison with the others.
             if not trial.state and trial.record:
                 sweeps.stop_if_behind(sweep, trial.run.path, trial.record[-1]["epoch"])
 
@@ -150,7 +150,7 @@ class Progress(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
         name, file = filesystem.last_part(trial.config["run"]), trial.pickled_error_file
         error = getattr(cloudpickle.loads(Path(file).read_bytes()), "cause", None) if file else None
-        if isinstance(error, StorageError):  # no property of the trial, which stays to be resumed
+        if isinstance(error, StorageError):  # not the trial's fault: it can be resumed
             self.outage = self.outage or error
             log.warning("%s is not finished: %s", name, error)
         else:

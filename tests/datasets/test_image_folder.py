@@ -153,7 +153,7 @@ HYPHENS = [f"p{number:02d}-{view}-{phase}" for number in range(6) for view in ("
         (["ann", "bob"], "(", None),
     ],
 )  # fmt: skip
-def test_names_that_may_count_one_person_as_several_are_asked_about_before_any_writing(names, pattern, patients, tmp_path):
+def test_names_that_may_count_one_person_as_several_are_refused_before_any_writing(names, pattern, patients, tmp_path):
     source, out = str(tmp_path / "own"), str(tmp_path / "out")
     for name in names:
         put(source, name)

@@ -54,7 +54,7 @@ def test_pooled_scores_and_pictures_are_those_of_one_evaluation_of_everybody_and
     assert mean == pytest.approx(expected["scores"]["dice"]["mean"])
 
 
-def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
+def test_evaluations_that_cannot_be_pooled_are_refused(halves, tmp_path):
     parts, whole = halves
     out, refused = str(tmp_path / "out"), {}
     for key, value in {"group": "train", "dataset": "other", "post": {"tta": True}}.items():

@@ -58,7 +58,7 @@ def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, place):
     assert predictions.has_any(PATIENT) and not predictions.has_any("patient0002")
 
 
-def test_a_prediction_goes_before_a_truth_and_that_before_a_bare_name_and_of_two_candidates_a_pattern_decides(cases, tmp_path):
+def test_a_prediction_precedes_a_truth_and_that_a_bare_name_and_a_pattern_decides_between_two(cases, tmp_path):
     bare, gt, pred = (put(tmp_path, f"{cases[0].name}{s}.nii.gz", cases[0].truth) for s in ("", "_gt", "_pred"))
     for path in (pred, gt, bare):
         assert FilePredictions.open(str(tmp_path)).path(PATIENT, View.TWO_CHAMBER, Phase.ED) == path
@@ -75,7 +75,7 @@ OUTSIDE = ["../{patient}{view}{phase}.nii", "/{patient}{view}{phase}.nii"]
 
 
 @pytest.mark.parametrize("pattern", [*OUTSIDE, "{phase", "{study}", "{patient.x}", "{patient[x]}", "{view}.nii"])
-def test_a_pattern_that_leaves_the_folder_or_names_something_else_is_refused(tmp_path, cases, pattern):
+def test_a_pattern_that_leads_outside_the_folder_or_has_other_fields_is_refused(tmp_path, cases, pattern):
     put(tmp_path, "x.nii.gz", cases[0].truth)
     with pytest.raises(UserError, match="--pattern"):
         FilePredictions.open(str(tmp_path), pattern)

@@ -88,7 +88,7 @@ def test_mistakes_are_one_line_errors(phantom, options, said):
         evaluate.run(evaluate.Options(**given | options))
 
 
-def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
+def test_two_pictures_of_one_view_and_phase_make_no_volume(phantom):
     cases, _ = TreeTruth(phantom).cases(["patient0001"])
     twice = [*cases, replace(cases[0], frame=2), replace(cases[1], view=None), replace(cases[1], phase=None)]
     alone, doubled = (patient_row("p", given, [Segmented(case.truth, 1.0) for case in given]) for given in (cases, twice))
@@ -97,7 +97,7 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
     assert doubled["images"] == len(twice)
 
 
-def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
+def test_an_empty_group_is_skipped_and_patients_that_chose_the_checkpoint_never_test_it(phantom, tmp_path):
     images = evaluation.ScoredImages(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
     assert evaluation.choose_group("auto", images) == "val"
     with pytest.raises(UserError, match="no patients in group test: use one of val, train"):

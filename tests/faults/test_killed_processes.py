@@ -57,7 +57,7 @@ def test_the_same_command_resumes_after_the_driver_was_killed(shards, tmp_path, 
 
 
 @pytest.mark.parametrize("launcher", ["plain", pytest.param("ray", marks=pytest.mark.slow)])
-def test_sigterm_ends_in_order_and_the_same_command_resumes(shards, tmp_path, launcher):
+def test_sigterm_ends_cleanly_and_the_same_command_resumes(shards, tmp_path, launcher):
     job = Job(shards, tmp_path, launcher)
     job.wait_for_epoch(2)
     recorded = len(epochs_of(job.run()))

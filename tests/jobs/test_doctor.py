@@ -147,7 +147,7 @@ def test_wandb_is_asked_for_a_limited_time_its_faults_are_named_and_the_key_is_n
     assert (fault in found.wrong and found.fix) if fault else (not found.wrong and "accepts the key" in found.found)
 
 
-def test_a_search_for_the_servers_address_that_stalls_is_limited_too_and_without_a_key_there_is_none(monkeypatch):
+def test_a_stalled_address_lookup_is_limited_too_and_skipped_without_a_key(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(doctor, "WANDB_TIMEOUT_S", 0.1)

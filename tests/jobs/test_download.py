@@ -91,7 +91,7 @@ def test_only_what_is_asked_for_and_missing_is_fetched(server, tree, out):
 FAULTS = ["cut", "long", "short", 500, 503, 429, "silent", b"<html>busy</html>", zip_of({"patient0002/x.txt": b"x"})]
 
 
-def test_passing_faults_of_every_kind_are_tried_again(server, tree, out):
+def test_transient_faults_of_every_kind_are_retried(server, tree, out):
     server.faults = {"patient0002": FAULTS.copy(), "list": ["cut", 500, b'{"a": 1}']}
     fetch(server, out, patients="1-2", timeout_s=0.3, tries=1 + len(FAULTS), wait_s=0.0)
     assert_same(tree, out, PATIENTS[:2])
@@ -134,7 +134,7 @@ def test_a_split_that_lists_anything_but_patients_is_refused(name, data, server,
     assert not os.path.exists(os.path.join(out, "database_split"))
 
 
-def test_a_server_that_is_down_is_left_in_peace_and_not_called_damage(server, out, monkeypatch, capsys):
+def test_a_server_that_is_down_is_not_flooded_with_requests_or_reported_as_damage(server, out, monkeypatch, capsys):
     monkeypatch.setattr(download, "MAX_FAILED_IN_A_ROW", 2)
     server.faults |= {"patient0001": 500, "patient0002": "silent"}
     with pytest.raises(UserError, match="2 folders in a row failed, the last being patient0002"):
@@ -203,7 +203,7 @@ def test_a_server_with_other_folders_is_refused_and_a_listing_that_repeats_itsel
     assert server.count("list") == 2
 
 
-def test_a_refused_certificate_is_reported_and_not_tried_again(server, out, tmp_path):
+def test_a_rejected_certificate_is_reported_and_not_retried(server, out, tmp_path):
     key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
     line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost -keyout"
     subprocess.run([*line.split(), key, "-out", certificate], check=True, capture_output=True)
@@ -227,7 +227,7 @@ def test_a_full_disk_is_reported_and_what_is_complete_stays(server, tree, out):
     assert_same(tree, out, PATIENTS)
 
 
-def test_no_entry_of_a_zip_leaves_the_folder(tmp_path):
+def test_no_zip_entry_is_written_outside_the_folder(tmp_path):
     link = zipfile.ZipInfo("p/link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     names = ["p/good", "../evil", "p/../../evil", str(tmp_path / "evil"), "C:/evil", "p\\..\\..\\evil"]
@@ -237,7 +237,7 @@ def test_no_entry_of_a_zip_leaves_the_folder(tmp_path):
     assert (target / "p" / "good").read_bytes() == b"x" and not (target / "p" / "link").is_symlink()
 
 
-def test_what_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeypatch, server, out, capsys):
+def test_a_zip_that_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeypatch, server, out, capsys):
     monkeypatch.setattr(girder_client, "MAX_BYTES", 1000)
     packed = zip_of({"p/zeros": bytes(2000)})
     # One that claims less than it holds: no more is written than it claims.

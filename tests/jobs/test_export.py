@@ -72,12 +72,12 @@ def check_answers(out: str, segmenter: Segmenter, images: torch.Tensor) -> None:
         assert (reloaded(pixels) - expected).abs().max() < 1e-3
 
 
-def test_both_files_answer_as_the_checkpoint_in_batches_of_any_size(out, segmenter, images):
+def test_both_files_agree_with_the_checkpoint_in_batches_of_any_size(out, segmenter, images):
     check_answers(out, segmenter, images)
 
 
 @pytest.mark.slow
-def test_the_files_of_a_real_network_answer_as_the_checkpoint(path, images, tmp_path):
+def test_the_files_of_a_real_network_agree_with_the_checkpoint(path, images, tmp_path):
     check_answers(export.run(export.Options(checkpoint=path, out=str(tmp_path / "out"))), load(path, device="cpu"), images)
 
 
@@ -107,7 +107,7 @@ def test_without_shards_the_files_are_checked_on_synthetic_images(segmenter):
         export.check_images(segmenter, "/nowhere")
 
 
-def test_only_what_labels_as_the_checkpoint_does_is_written(path, tmp_path, monkeypatch):
+def test_only_files_that_label_like_the_checkpoint_are_written(path, tmp_path, monkeypatch):
     calls = {"onnx": lambda images: -images.expand(-1, 4, -1, -1)}
     monkeypatch.setattr(export, "convert", lambda segmenter: ({"onnx": b"x"}, calls))
     with pytest.raises(UserError, match="nothing was written"):
@@ -116,7 +116,7 @@ def test_only_what_labels_as_the_checkpoint_does_is_written(path, tmp_path, monk
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named_with_what_brings_it(path, package, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(path, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package} is not installed: run `pip install 'heartseg\[export\]'`"):
         export.job(["--checkpoint", path, "--out", "/nowhere/out"])

@@ -79,7 +79,7 @@ def test_a_dashboards_reply_is_a_status_or_a_one_line_error(dashboard, replies, 
             cluster.status(JOB)
 
 
-def test_a_store_that_was_away_is_worth_another_attempt_a_mistake_is_not_and_a_lost_log_ends_nothing(dashboard, capsys):
+def test_an_outage_is_worth_another_attempt_a_mistake_is_not_and_a_lost_log_ends_nothing(dashboard, capsys):
     cluster, answers, logs = dashboard
     answers += [details("RUNNING"), details("RUNNING"), details("FAILED", command_line.EXIT_STORAGE_ERROR)]
     with pytest.raises(job_submission.JobFailed, match="The store does not answer"):
@@ -105,7 +105,7 @@ def test_a_secret_in_a_jobs_runtime_env_is_warned_of_by_its_name(monkeypatch, ca
     [(StorageError("s3://bucket is away."), 75), (StorageRefused("s3://bucket is closed."), 2),
      (UserError("s3://bucket is not a name."), 2), (OSError(errno.ESTALE, "stale", "s3://bucket"), 75)],
 )  # fmt: skip
-def test_a_job_whose_storage_is_away_exits_with_a_code_of_its_own(error, code, monkeypatch, capsys):
+def test_a_job_whose_storage_does_not_answer_has_its_own_exit_code(error, code, monkeypatch, capsys):
     def job(argv):
         raise error
 

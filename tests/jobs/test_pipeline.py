@@ -71,7 +71,7 @@ def copy(finished, tmp_path) -> Path:
     shutil.copytree(tmp_path / "kept", finished)
 
 
-def test_what_is_done_is_skipped_and_status_and_a_dry_run_show_what_is_not(finished, phantom, tmp_path, capsys):
+def test_finished_stages_are_skipped_and_status_and_a_dry_run_show_the_others(finished, phantom, tmp_path, capsys):
     report = pipeline.run(tiny(phantom, finished), PipelineOptions())
     assert os.path.getsize(report) > 50_000 and report.startswith(records(finished)["evaluate"]["result"]["path"])
     assert capsys.readouterr().out.count("done, nothing has changed") == 3
@@ -133,10 +133,10 @@ def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(p
     assert attempts(tmp_path / "new") == {"preprocess": 1} and not stray.exists()  # forced, it starts over
 
 
-def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
+def test_options_that_would_be_ignored_or_fail_late_are_refused_at_once(phantom, tmp_path):
     for options, says in [
         ({"predict": str(tmp_path / "nowhere")}, "nowhere"),
-        ({"force": ("train",), "until": "preprocess"}, "--force train lies outside"),
+        ({"force": ("train",), "until": "preprocess"}, "--force train is outside"),
         ({"plan": SweepPlan(search="grid")}, "add --tune TRIALS"),
         ({"retry_failed": True}, "add --tune TRIALS"),
     ]:

@@ -88,7 +88,7 @@ MOMENTS = {
     ("launcher", "moments"),
     [("plain", ["in a part"]), *(pytest.param(launcher, [*MOMENTS], marks=pytest.mark.slow) for launcher in ("plain", "ray"))],
 )
-def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_one(launcher, moments, many, undisturbed, tmp_path):
+def test_killed_repeatedly_it_ends_with_the_bytes_of_an_undisturbed_one(launcher, moments, many, undisturbed, tmp_path):
     out = str(tmp_path / "out")
     for when in moments:
         # The manifest is there for a moment only before the job is done: then there was nothing left to kill.
@@ -99,7 +99,7 @@ def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_one(launc
     assert hashes(out) == undisturbed
 
 
-def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
+def test_only_files_that_a_kill_left_half_written_are_removed(tmp_path):
     left = [".part-00003.parquet.0a1b2c3d.part", ".part-00003.json.0a1b2c3d.part", ".manifest.json.00000000.part"]
     kept = ["part-00000.parquet", ".part-3.parquet.0a1b2c3d.part", "mine.part", ".mine.0a1b2c3d.part"]
     for name in left + kept:

@@ -63,7 +63,7 @@ def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps
     assert list(Path(small_sweep.path).glob("wandb/offline-run-*/files/media/html/*.html"))
 
 
-def test_a_trial_that_meets_an_outage_twice_is_no_failure_and_the_same_command_resumes_it(small_sweep, monkeypatch):
+def test_a_trial_that_meets_an_outage_twice_is_not_a_failure_and_the_same_command_resumes_it(small_sweep, monkeypatch):
     trial, folder = sweeps.read_trials(small_sweep)[0].run.path, small_sweep.path.rpartition("/")[0]
     os.remove(f"{trial}/{sweeps.OUTCOME}")  # as a kill before the trial's end would leave it
     experiment = replace(small_sweep.base, runs=folder, ingest="auto", tracking=TrackingConfig(wandb="offline"))
@@ -122,7 +122,7 @@ def more_shards(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_what_falls_behind_is_stopped(more_shards, tmp_path):
+def test_a_sweep_killed_half_way_resumes_with_each_epoch_once_and_trials_that_fall_behind_are_stopped(more_shards, tmp_path):
     first = SweepJob(more_shards, tmp_path)
     wait_for(lambda: first.num_epochs() >= 2 * SweepJob.trials, first.process, seconds=300)
     first.process.kill()

@@ -168,7 +168,7 @@ def test_a_damaged_part_is_named_when_it_is_read_and_a_missing_one_before(parted
         opened_as("stream", str(copied))
 
 
-def test_a_part_that_never_comes_is_spoken_of_and_then_given_up(parted, tmp_path, monkeypatch, caplog):
+def test_a_part_that_never_arrives_is_logged_and_then_given_up(parted, tmp_path, monkeypatch, caplog):
     copied = shutil.copytree(parted, tmp_path / "shards")
     streamed = opened_as("stream", str(copied))
     part = copied / "part-00001.parquet"
@@ -185,7 +185,7 @@ def test_a_part_that_never_comes_is_spoken_of_and_then_given_up(parted, tmp_path
         time.sleep(0.05)
 
 
-def test_an_epoch_that_is_broken_off_leaves_no_thread(parted):
+def test_an_interrupted_epoch_leaves_no_thread(parted):
     batches = opened_as("stream", parted).loaders["train"].training_batches(7, 0, 0)
     next(batches)
     batches.close()

@@ -194,7 +194,7 @@ def test_two_ranks_follow_one_and_gradients_travel_once_an_update_rounded_if_ask
     assert not torch.equal(first["bf16"]["0.weight"], first["plain"]["0.weight"])
 
 
-def test_ranks_evaluate_one_model_which_is_one_process_s_stop_together_and_all_report_storage_that_one_cannot_see(two_ranks):
+def test_ranks_evaluate_the_model_of_one_process_stop_together_and_all_report_storage_that_one_cannot_see(two_ranks):
     assert [rank["stopped"] for rank in two_ranks] == [1, 1]
     (message,) = {rank["unseen"] for rank in two_ranks}
     assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
