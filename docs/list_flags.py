@@ -58,11 +58,11 @@ class Flag:
 
 
 class Captured(Exception):
-    """Stops a job once its command line is known."""
+    """Raised to stop a job once its command line is known."""
 
 
 def command(name: str, words: list[str]) -> dict:
-    """What a job passes to the command line's parser: `kind`, `prog`, `description`, `default`."""
+    """The arguments that a job passes to the command-line parser: `kind`, `prog`, `description`, `default`."""
     found: dict = {}
 
     def capture(kind: Callable, argv: list[str], prog: str, description: str = "", default: object = None) -> None:

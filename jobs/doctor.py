@@ -62,7 +62,8 @@ class Options:
 
     def __post_init__(self):
         require(self.workers >= 0, f"--workers must be at least 0, not {self.workers}.")
-        require(self.seconds > 0 and self.megabytes >= 1, "--seconds must be above 0, and --megabytes at least 1.")
+        require(self.seconds > 0, f"--seconds must be above 0, not {self.seconds:g}.")
+        require(self.megabytes >= 1, f"--megabytes must be at least 1, not {self.megabytes}.")
 
 
 @dataclass(frozen=True)

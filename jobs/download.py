@@ -58,10 +58,11 @@ def run(options: Options) -> str:
     """Fetch what is missing; returns the folder. Raises UserError naming the patients that could not be fetched."""
     out = command_line.required_path(options.out, "out", "a local folder")
     require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one (shards may go elsewhere).")
-    valid = options.tries >= 1 and options.wait_s >= 0 and options.timeout_s > 0
-    require(valid, "--tries must be at least 1, --wait-s at least 0 and --timeout-s above 0.")
+    tries, wait_s, timeout_s = options.tries, options.wait_s, options.timeout_s
+    message = f"--tries ({tries}) must be at least 1, --wait-s ({wait_s:g}) at least 0 and --timeout-s ({timeout_s:g}) above 0."
+    require(tries >= 1 and wait_s >= 0 and timeout_s > 0, message)
     numbers = parse_numbers(options.patients)
-    server = girder_client.Server(options.server, options.tries, options.wait_s, options.timeout_s)
+    server = girder_client.Server(options.server, tries, wait_s, timeout_s)
     print(TERMS)
     require(options.accept_licence, "The terms above must be accepted first: add --accept-licence.")
     try:

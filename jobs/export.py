@@ -96,10 +96,8 @@ def run(options: Options) -> str:
         filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked_on | checked))
     for kind, data in written.items():
         logits, labels = checked[kind].values()
-        print(
-            f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin} logits differ "
-            f"from the checkpoint's by at most {logits:.1e}, and {labels:.4%} of the labels do."
-        )
+        size = f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin}"
+        print(f"{size}, logits differ from the checkpoint's by at most {logits:.1e}, and {labels:.4%} of the labels do.")
     return out
 
 

@@ -43,7 +43,8 @@ class Options:
 def run(options: Options) -> str | None:
     """Print a survey of the shards; returns the path of the page, None without --out."""
     path = command_line.required_path(options.data or os.environ.get("HEARTSEG_DATA", ""), "data", "the folder of the shards")
-    require(options.images >= 1 and options.seed >= 0, "--images must be at least 1 and --seed not negative.")
+    fit = options.images >= 1 and options.seed >= 0
+    require(fit, f"--images ({options.images}) must be at least 1, and --seed ({options.seed}) at least 0.")
     if not options.out:
         command_line.refuse_unused(Options(), options, dict.fromkeys(("images", "seed"), "the contact sheet needs --out"))
     if options.verify:

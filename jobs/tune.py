@@ -53,8 +53,9 @@ class Options:
     """Resume failed trials from their last checkpoint, after a full disk for example."""
 
     def __post_init__(self):
-        least = min(self.trials, self.max_concurrent, self.time_budget)
-        require(least >= 0, "--trials, --max-concurrent and --time-budget must be at least 0.")
+        limits = {"--trials": self.trials, "--max-concurrent": self.max_concurrent, "--time-budget": self.time_budget}
+        for flag, value in limits.items():
+            require(value >= 0, f"{flag} must be at least 0, not {value:g}.")
 
     @property
     def unused(self) -> dict[str, str]:

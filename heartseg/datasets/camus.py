@@ -86,7 +86,7 @@ class CamusTree:
         return find_patients(self.path)
 
     def groups(self) -> dict[str, list[str]]:
-        """The source's own split: group (`train`, `val`, `test`) to patients; raises UserError for a file that is not text."""
+        """The source's own split: patients by group (`train`, `val`, `test`); raises UserError for a file that is not text."""
         groups = {}
         for group, name in SPLIT_FILES.items():
             path = filesystem.join(self.path, SPLIT_FOLDER, name)

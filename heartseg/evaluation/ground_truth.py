@@ -42,7 +42,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """`patient0001_2CH_ED`."""
+        """The case's name, such as `patient0001_2CH_ED`."""
         return f"{self.patient}_{self.view}_{self.phase}"
 
 

@@ -214,10 +214,8 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
             unpaired = "their scores are shown side by side, not paired."
             lines.append(f"These are not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
     if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
-        lines.append(
-            f"{', '.join(untrained)} cannot be compared: with a mean Dice below {UNTRAINED_DICE}, the masks are "
-            "empty or miss the hearts, and distances mean nothing. Train longer."
-        )
+        empty = f"with a mean Dice below {UNTRAINED_DICE}, the masks are empty or miss the hearts, and distances mean nothing"
+        lines.append(f"{', '.join(untrained)} cannot be compared: {empty}. Train longer.")
     groups = {one.summary["group"] for entry in entries for one in entry.scored}
     sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
     if groups == {"holdout"} and sweeps != {""}:

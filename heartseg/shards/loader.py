@@ -135,7 +135,7 @@ class Loader(Batches):
 
 
 def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The rows of each global batch of an epoch, int64 [steps, batch_size], lane by lane, for parts of so many rows."""
+    """The rows of each global batch of an epoch, int64 [steps, batch_size], lane by lane, for parts of these sizes."""
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     starts = np.cumsum([0, *rows_of_parts])
     order = torch.randperm(len(rows_of_parts), generator=generator).tolist()

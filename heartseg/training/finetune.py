@@ -46,6 +46,4 @@ def check_tensors(weights: dict[str, torch.Tensor], model: nn.Module, origin: st
     for name in [*wanted, *(name for name in weights if name not in wanted)]:
         there, asked = (tuple(t[name].shape) if name in t else "missing" for t in (weights, wanted))
         if there != asked:
-            raise UserError(
-                f"The weights {origin} do not fit: {name} is {there} there but {asked} here. Use its --model settings."
-            )
+            raise UserError(f"Weights {origin} do not fit: {name} is {there} there but {asked} here. Use its --model settings.")

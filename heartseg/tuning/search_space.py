@@ -43,8 +43,8 @@ class SearchSpace:
 
     def __post_init__(self):
         low, high = self.lr_factors
-        require(0 < low <= high, "--space.lr-factors must be two numbers above 0, the lower one first.")
-        require(self.lr_points >= 1, "--space.lr-points must be at least 1.")
+        require(0 < low <= high, f"--space.lr-factors {low:g} {high:g} must be above 0, the lower one first.")
+        require(self.lr_points >= 1, f"--space.lr-points must be at least 1, not {self.lr_points}.")
         require(len(self.schedules) > 0, "--space.schedules is empty: name at least one schedule.")
 
 

@@ -35,7 +35,8 @@ class Options:
 def run(options: Options) -> tuple[Table, float]:
     """Measure both sides and print the table; returns it, and the largest difference between two distances in mm."""
     require(bool(options.source), "--source is missing: give the folder of the CAMUS release.")
-    require(min(options.images, options.repeats) >= 1, "--images and --repeats must be at least 1.")
+    fit = min(options.images, options.repeats) >= 1
+    require(fit, f"--images ({options.images}) and --repeats ({options.repeats}) must be at least 1.")
     torch.set_num_threads(1)
     name, monai_distances = monai_side()
     patients = np.random.default_rng(options.seed).permutation(camus.find_patients(options.source))

@@ -146,8 +146,9 @@ class Bench:
 
 def run(options: Options) -> list[Table]:
     """Measure one section after another, except those that lack a package, and print each table when it is done."""
-    fit = min(options.batch - 1, options.steps, options.pairs) >= 1
-    require(fit, "--steps and --pairs must be at least 1, --batch at least 2.")
+    steps, pairs, batch = options.steps, options.pairs, options.batch
+    message = f"--steps ({steps}) and --pairs ({pairs}) must be at least 1, and --batch ({batch}) at least 2."
+    require(min(steps, pairs, batch - 1) >= 1, message)
     names, tables = list(SECTIONS) if options.sections == "all" else options.sections.split(","), []
     for name in names:
         require(name in SECTIONS, f"{name!r} is not a section: choose from {', '.join(SECTIONS)}.")

@@ -68,7 +68,7 @@ class PipelineOptions:
 
     def __post_init__(self):
         require(self.folds == 0 or self.folds >= 2, f"--folds must be at least 2, or 0 for none, not {self.folds}.")
-        require(min(self.tune, self.retries) >= 0, "--tune and --retries must be at least 0.")
+        require(min(self.tune, self.retries) >= 0, f"--tune ({self.tune}) and --retries ({self.retries}) must be at least 0.")
         has_sweep_flags = self.plan != SweepPlan() or self.retry_failed
         require(self.tune > 0 or not has_sweep_flags, "Sweep options are given without a sweep: add --tune TRIALS.")
         require(not (self.submit and self.local), "--submit and --local cannot be combined: leave one of them out.")
