@@ -47,7 +47,7 @@ def test_truth_against_itself_is_perfect(phantom, tmp_path):
     assert len(images) == 32 and len(table(out, "patients")) == 8 and set(images["phase"]) == {"ED", "ES"}
     assert set(images.columns) == {*KEYS, "confidence", "implausible", "confusion", *SCORES, *DISTANCES}
     page = filesystem.read_bytes(filesystem.join(out, "report.html")).decode()
-    assert "Ejection fraction and volumes" in page and "say nothing about accuracy on patients" in page
+    assert "Ejection fraction and volumes" in page and "nothing about its accuracy on patients" in page
 
 
 def test_a_missing_prediction_is_named_and_its_patient_has_no_biplane_ef(phantom, tmp_path, capsys):
