@@ -66,7 +66,7 @@ def test_without_a_cluster_a_submission_says_how_to_get_one(monkeypatch):
         ([(404, f"Job {JOB} does not exist")], None),
         ([(403, "Forbidden")], "check its token"),
         ([(400, f"bad request for {JOB}")], "refused the request.*check its token"),  # the name's 0404 is not a status code
-        ([(500, "traceback")], "does not answer .*500.*rerun the same command"),
+        ([(500, "traceback")], "did not answer .*500.*rerun the same command"),
     ],
 )
 def test_a_dashboards_reply_is_a_status_or_a_one_line_error(dashboard, replies, expected):
