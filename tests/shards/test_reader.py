@@ -327,6 +327,6 @@ def test_a_mistake_is_named_in_one_line(monkeypatch):
     monkeypatch.delenv("HEARTSEG_DATA", raising=False)
     with pytest.raises(UserError, match="--data is missing"):
         inspect_shards.job([])
-    for more, message in (([], "no finished"), (["--verify"], "no finished shards"), (["--images", "0"], "--images .0. must be at least 1")):
+    for more, message in (([], "no finished"), (["--verify"], "no finished shards"), (["--images", "0"], "--images .0. must")):
         with pytest.raises(UserError, match=message):
             inspect_shards.job(["--data", "/nowhere", *more])
