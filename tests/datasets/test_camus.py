@@ -1,4 +1,4 @@
-"""What is read from a CAMUS tree is upright and exact; what is damaged has a reason, and costs neither memory nor time."""
+"""Recordings from a CAMUS tree are upright and exact; damaged ones have a reason, and cost neither memory nor time."""
 
 import functools
 import gzip
@@ -183,7 +183,7 @@ def changed(value: float) -> np.ndarray:
 
 
 def instead(make):
-    """Damage that puts something else in the file's place."""
+    """Damage that replaces the file."""
 
     def damage(path: str) -> None:
         os.remove(path)
@@ -193,7 +193,7 @@ def instead(make):
 
 
 def gzip_bomb(path: str) -> None:
-    """A sound picture, and then 128 MB of zeros in 128 kB."""
+    """A valid picture, then 128 MB of zeros in 128 kB."""
     packer = zlib.compressobj(level=9, wbits=31)
     parts = [packer.compress(bytes(header_bytes(path))), *(packer.compress(bytes(2**24)) for _ in range(8)), packer.flush()]
     put(path, b"".join(parts))

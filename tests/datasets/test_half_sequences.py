@@ -1,4 +1,4 @@
-"""Every frame of a half sequence becomes a row, from ED to ES, and what follows copes with frames without a phase."""
+"""Every frame of a half sequence becomes a row, from ED to ES, and later steps handle frames without a phase."""
 
 import os
 import re

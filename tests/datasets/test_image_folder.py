@@ -21,7 +21,7 @@ NAMES += ["emil_1", "finn_1", "gwen_1"]
 
 
 def picture(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its labels, [H,W] of a size of its own, different for each name."""
+    """An image and its labels, [H,W], with its own size, different for each name."""
     rng = np.random.default_rng(list(name.encode()))
     height, width = rng.integers(40, 90, 2)
     mask = np.zeros((height, width), np.uint8)

@@ -1,4 +1,4 @@
-"""Evaluations that share no patient, pooled: the same numbers as one evaluation of everybody, and refusals."""
+"""Pooled evaluations without a common patient: the same numbers as one evaluation of all patients, and refusals."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from jobs import evaluate
 
 @pytest.fixture(scope="module")
 def halves(phantom, tmp_path_factory) -> tuple[list[str], str]:
-    """Evaluations of patients 1 to 4 and of 5 to 8, whose masks are the other phase's, and one of all of them."""
+    """Evaluations of patients 1 to 4, of 5 to 8 and of all, with the other phase's masks as predictions."""
     folder = tmp_path_factory.mktemp("halves")
     images = os.path.join(phantom, camus.IMAGES_FOLDER)
     names = sorted(os.listdir(images))

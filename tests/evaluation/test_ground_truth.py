@@ -1,4 +1,4 @@
-"""Truth and other people's masks: found by name, checked, and what is missing says why."""
+"""Truth and other programs' masks are found by name and checked, and missing ones have a reason."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Files are found and named so that nothing is taken twice or overwritten, and a patient's indices come from the right ones."""
+"""Files are found and named so that none is used twice or overwritten, and a patient's indices come from the right ones."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ TWO, FOUR = VIEWS
 
 @pytest.fixture(scope="module")
 def hearts(tmp_path_factory) -> str:
-    """Two patients with stills and half sequences; the truth stands beside each."""
+    """Two patients with stills and half sequences, and the truth beside each."""
     folder = str(tmp_path_factory.mktemp("hearts"))
     write_phantom(folder, patients=2, scale=0.3, sequences=True)
     return folder
@@ -37,7 +37,7 @@ def hearts(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def stills(hearts, tmp_path_factory) -> list[study_results.ClipResult]:
-    """The first patient's four stills, the truth in the place of a model's masks."""
+    """The first patient's four stills, with the truth in place of a model's masks."""
     found = finished(hearts, str(tmp_path_factory.mktemp("stills")), lambda clip: clip.phase is not None)
     return found["patient0001"]
 

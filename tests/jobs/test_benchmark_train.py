@@ -1,4 +1,4 @@
-"""The tables of jobs/benchmark.py compare like with like, and name what they lack and what is wrong."""
+"""The tables of jobs/benchmark.py compare like with like, and name missing packages and mistakes."""
 
 import os
 import sys

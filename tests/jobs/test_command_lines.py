@@ -1,4 +1,4 @@
-"""What a user sees of a mistake: a one-line message, exit code 2, and no cluster."""
+"""A user's mistake leads to a one-line message, exit code 2, and no cluster."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A comparison's promises: exactly what differs, tests on the same patients only, seeds pooled, and a page on its own."""
+"""A comparison's promises: exactly the differences, tests on the same patients only, pooled seeds, a self-contained page."""
 
 import contextlib
 import io

@@ -23,7 +23,7 @@ from jobs.support import ray_runtime
 
 
 def wrong(check, *arguments) -> list[str]:
-    """What a check finds wrong; each comes with a fix."""
+    """The problems that a check finds; each has a fix."""
     faults = [finding for finding in run_check("the check", partial(check, *arguments)) if finding.wrong]
     assert all(fault.fix for fault in faults)
     return [fault.wrong for fault in faults]
@@ -171,7 +171,7 @@ def test_another_version_on_another_node_and_a_wrong_sum_are_reported():
 
 @pytest.mark.slow
 def test_workers_of_an_autoscaled_cluster_ask_for_the_gpus_that_may_come(ray_session):
-    """The cluster's plan, as an autoscaler reports it to Ray, has a GPU node, and none is up."""
+    """The cluster's plan, as reported to Ray by an autoscaler, has a GPU node, but none is running."""
     client = ray_runtime.ray_private("ray._private.worker.global_worker").gcs_client
     new_plan = ray_runtime.ray_private("ray.core.generated.autoscaler_pb2").ClusterConfig
     plan = new_plan()

@@ -1,4 +1,4 @@
-"""What the download leaves on the disk is whole and checked, whatever the server and the network do."""
+"""Downloaded files are complete and checked, whatever the server and the network do."""
 
 import filecmp
 import os
@@ -28,7 +28,7 @@ PATIENTS = ["patient0001", "patient0002", "patient0003"]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> str:
-    """Three synthetic patients with sequences: what the server has."""
+    """The server's data: three synthetic patients with sequences."""
     folder = str(tmp_path_factory.mktemp("served"))
     write_phantom(folder, patients=3, scale=0.1, sequences=True)
     return folder
@@ -58,7 +58,7 @@ def command(out: str, running: GirderServer) -> list[str]:
 
 
 def assert_same(tree: str, out: str, patients: list[str]) -> None:
-    """These patients and the split are there byte for byte, and nothing else is."""
+    """Exactly these patients and the split exist, byte for byte."""
     assert sorted({*os.listdir(out), ".heartseg.lock"}) == [".heartseg.lock", "camus.json", "database_nifti", "database_split"]
     assert sorted(os.listdir(os.path.join(out, "database_nifti"))) == patients
     for folder in ["database_split", *(f"database_nifti/{patient}" for patient in patients)]:
@@ -99,7 +99,7 @@ def test_transient_faults_of_every_kind_are_retried(server, tree, out):
 
 
 def changed_zip(server: GirderServer, patient: str, **changes: bytes | None) -> bytes:
-    """A patient's zip with some files changed, or left out for None; keys are what comes after the patient's name."""
+    """A patient's zip with some files changed, or left out for None; keys are file names without the patient."""
     files = server.files_of(patient) | {f"{patient}/{patient}_{name}.nii.gz": data for name, data in changes.items()}
     return zip_of({name: data for name, data in files.items() if data is not None})
 

@@ -1,4 +1,4 @@
-"""The exported files answer as the checkpoint does, alone and in batches, and their note says how to use them."""
+"""The exported files agree with the checkpoint, on single images and batches, and their note explains how to use them."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def images(shards) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def path(shards, images, tmp_path_factory) -> str:
-    """A checkpoint of random weights in no run's folder."""
+    """A checkpoint of random weights outside a run's folder."""
     folder = str(tmp_path_factory.mktemp("run"))
     experiment = tiny_experiment(data=shards)
     experiment = replace(experiment, model=replace(experiment.model, norm="batch", bn_momentum=1.0))
@@ -41,7 +41,7 @@ def path(shards, images, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def segmenter(path, images) -> Segmenter:
-    """The checkpoint with a network of two layers in the place of its own, whose export takes half a minute."""
+    """The checkpoint with a two-layer network instead of its own, whose export takes half a minute."""
     torch.manual_seed(0)
     layers = torch.nn.Conv2d(1, 8, 5, padding=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1)
     small = torch.nn.Sequential(*layers)

@@ -22,7 +22,7 @@ def details(status: str, code: int | None = None) -> tuple[int, dict]:
 
 @pytest.fixture()
 def dashboard(monkeypatch):
-    """The client of a dashboard, and what it answers next: pairs of code and status; the last one stays."""
+    """The client of a dashboard, and its next answers: pairs of code and status; the last one is repeated."""
     answers: list[tuple[int, dict | str]] = []
     logs: list[int | dict | str] = [200, {"logs": "epoch 1\ntrain.py: The store does not answer.\n"}]
 

@@ -1,4 +1,4 @@
-"""Source, shards and runs on an object store: the jobs produce the bytes and numbers of a folder, even after a kill."""
+"""Source, shards and runs on an object store: jobs produce the same bytes and numbers as in a folder, even after a kill."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The pipeline as a graph of stages: what runs, what is skipped, what runs again, what it records and what it resumes with."""
+"""The pipeline as a graph of stages: which run, which are skipped, which run again, and what it records and resumes."""
 
 import datetime
 import importlib
@@ -43,7 +43,7 @@ def attempts(out: str | Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module", autouse=True)
 def plain():
-    """Stages run without Ray in this process; in processes of their own (the slow tests) they use it."""
+    """Stages run without Ray in this process; in their own processes (the slow tests) they use it."""
     real = importlib.import_module
 
     def import_plain(name: str) -> SimpleNamespace:
@@ -64,7 +64,7 @@ def finished(phantom, plain, tmp_path_factory) -> Path:
 
 @pytest.fixture()
 def copy(finished, tmp_path) -> Path:
-    """The same at the same path, to be changed; it is restored afterwards."""
+    """The same pipeline at the same path, for tests that change it; it is restored afterwards."""
     shutil.copytree(finished, tmp_path / "kept")
     yield finished
     shutil.rmtree(finished)
@@ -234,7 +234,7 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
 
 
 class Jobs:
-    """Jobs by id, in a cluster's place; each of `deaths` is a job's state when the pipeline's process is killed."""
+    """Jobs by id, in place of a cluster; each of `deaths` is a job's state when the pipeline's process is killed."""
 
     def __init__(self, *deaths: str | None):
         self.states, self.stopped, self.deaths = {}, [], [*deaths]
@@ -260,7 +260,7 @@ class Jobs:
 
 
 def work(path: str, overwrite: bool = False) -> None:
-    """What a stage's job does: another result each time, and none if a complete one is there."""
+    """A stage's job: a different result each time, and none if a complete one exists."""
     os.makedirs(path, exist_ok=True)
     if overwrite or not os.path.exists(os.path.join(path, "result")):
         Path(path, "result").write_text(uuid.uuid4().hex)

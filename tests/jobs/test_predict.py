@@ -33,7 +33,7 @@ from jobs import predict
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> str:
-    """A checkpoint whose network has learned nothing, but answers with all four classes."""
+    """A checkpoint whose untrained network predicts all four classes."""
     run, experiment = str(tmp_path_factory.mktemp("run")), tiny_experiment()
     torch.manual_seed(1)
     model = build_model(experiment.model)

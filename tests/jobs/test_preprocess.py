@@ -1,4 +1,4 @@
-"""A preprocessing job that is killed at any moment resumes by the same command and ends in the files of an undisturbed one."""
+"""A preprocessing job killed at any moment resumes with the same command and ends with the files of an undisturbed one."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ def many(phantom, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(many, tmp_path_factory) -> dict[str, str]:
-    """SHA-256 of every file of a job that nothing disturbed; it shows its progress."""
+    """SHA-256 of every file of an undisturbed job, which shows its progress."""
     out = str(tmp_path_factory.mktemp("undisturbed"))
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         preprocess.run(tiny_experiment(source=many, out=out), preprocess.Options(launcher="plain"))
@@ -46,7 +46,7 @@ def undisturbed(many, tmp_path_factory) -> dict[str, str]:
 
 
 def hashes(out: str) -> dict[str, str]:
-    """SHA-256 of every file below a folder, hidden ones too, but for the lock's empty file."""
+    """SHA-256 of every file below a folder, including hidden ones, except the lock's empty file."""
     paths = [path for path in filesystem.walk(out) if os.path.basename(path) != locks.LOCK_NAME]
     return {os.path.relpath(path, out): filesystem.sha256(filesystem.read_bytes(path)) for path in paths}
 
@@ -60,7 +60,7 @@ def start(many: str, out: str, launcher: str, prefix: tuple[str, ...] = ()) -> s
 
 
 def kill_when(job: subprocess.Popen, out: str, moment) -> bool:
-    """SIGKILL as soon as `moment` is true of the names in `out`; False where the job was done before."""
+    """SIGKILL as soon as `moment` is true for the names in `out`; False if the job was done before that."""
     names: list[str] = []
     while job.poll() is None and not moment(names):
         names = os.listdir(out) if os.path.isdir(out) else []

@@ -36,7 +36,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A cluster of this machine with folders for data and runs; yields its clients' environment."""
+    """A cluster on this machine with folders for data and runs; yields its clients' environment."""
     folder = tmp_path_factory.mktemp("cluster")
     variables = {"HEARTSEG_DATA": str(folder / "shards"), "HEARTSEG_RUNS": str(folder / "runs"), "HOME": str(folder)}
     # The key is where it belongs; its server refuses the connection, so that runs are tracked offline.

@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray: parallel trials, early stopping, a failed trial, kills and resumes, and what wandb has of it all."""
+"""Sweeps on a real Ray: parallel trials, early stopping, a failed trial, kills and resumes, and the records in wandb."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def tracked(folder: str) -> tuple[dict, list[dict]]:
 
 @pytest.fixture(scope="module")
 def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
-    """Two trials of two epochs, of which the second's base rate is ten million times the first's."""
+    """Two trials of two epochs; the second's base rate is ten million times the first's."""
     folder = str(tmp_path_factory.mktemp("sweep"))
     experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
     unclipped = replace(experiment.optim, clip_norm=0.0)
@@ -86,7 +86,7 @@ def test_a_trial_that_meets_an_outage_twice_is_not_a_failure_and_the_same_comman
 
 
 class SweepJob(Job):
-    """`jobs/tune.py` as a process of its own: 5 trials of up to 6 epochs, 4 schedules."""
+    """`jobs/tune.py` as its own process: 5 trials of up to 6 epochs, 4 schedules."""
 
     trials, epochs = 5, 6
 

@@ -1,4 +1,4 @@
-"""The report's promises: one file without network, honest about synthetic hearts, and whole with whatever is there."""
+"""The report's promises: one file without network, honest about synthetic hearts, and complete with whatever data exist."""
 
 import functools
 import io

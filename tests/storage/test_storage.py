@@ -56,7 +56,7 @@ def bucket(s3) -> str:
 
 @pytest.fixture
 def one_try(monkeypatch):
-    """A client that gives up at the first failure, so that a cut connection costs no waiting."""
+    """A client that gives up at the first failure, so that a cut connection causes no wait."""
     monkeypatch.setattr(filesystem, "TRIES", 1)
     filesystem._s3.cache_clear()
     yield
@@ -241,7 +241,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(new, bucket, s3)
 
 @contextlib.contextmanager
 def behind(*arguments, **options):
-    """An S3 client's way to the server leads over this proxy."""
+    """S3 clients reach the server through this proxy."""
     with Proxy(*arguments, **options) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
         yield proxy
 

@@ -1,4 +1,4 @@
-"""Augmentation: what each kind does to an image, what it leaves alone, and draws that do not depend on the number of ranks."""
+"""Augmentation: what each kind changes in an image and what not, and draws that do not depend on the number of ranks."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A run that begins with another's weights: it is another run, remembers them, and refuses what does not fit."""
+"""A run that begins with another's weights: it is another run, records them, and refuses weights that do not fit."""
 
 import shutil
 from dataclasses import replace

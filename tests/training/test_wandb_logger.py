@@ -13,7 +13,7 @@ from helpers.wandb_server import KEY, serving
 
 @pytest.fixture(scope="module")
 def online(shards, tmp_path_factory):
-    """A training that is killed when the server has its first row, and resumed: the server, the run, what was said."""
+    """A training killed when the server has its first row, and resumed: the server, the run and the output."""
     folder = tmp_path_factory.mktemp("online") / "runs"
     with serving() as server:
         process = start(shards, folder, **server.environment())

@@ -39,7 +39,7 @@ def stop(metrics):
 
 
 def scores(run) -> list[dict]:
-    """The record without what depends on the clock."""
+    """The record without columns that depend on the clock."""
     record = run_directory.read_record(run.path)
     return [{k: v for k, v in epoch.items() if k not in ("seconds", "images_per_s")} for epoch in record]
 

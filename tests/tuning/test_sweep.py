@@ -1,4 +1,4 @@
-"""Sweeps without a cluster: which trials there are, which of them are stopped, what a sweep's directory holds."""
+"""Sweeps without a cluster: their trials, early stopping, and the contents of a sweep's directory."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def base(sweep):
 
 @pytest.fixture()
 def sweep(held, shards, tmp_path):
-    """A sweep of four trials as a sweep leaves them, their records made by hand: finished, stopped, failed, under way."""
+    """A sweep of four trials as a sweep leaves them, with handmade records: finished, stopped, failed, under way."""
     experiment = tiny_experiment(data=shards, runs=str(tmp_path))
     experiment = replace(experiment, train=replace(experiment.train, epochs=4, holdout=0.3))
     opened = sweeps.open_sweep(experiment, held, SweepPlan())
