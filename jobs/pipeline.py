@@ -210,7 +210,7 @@ def show_status(out: str) -> None:
     """Print the state of each stage of a pipeline."""
     path = command_line.absolute(out, "out")
     state = PipelineState.open(path)
-    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): correct --out.")
+    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): check --out.")
     print(state.format_table(locks.is_held(path)))
 
 

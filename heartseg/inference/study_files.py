@@ -192,7 +192,7 @@ def separate_stems(clips: list[Clip]) -> list[Clip]:
 
 
 def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
-    """Raise UserError if outputs would be inside the input folder, where the next run would take them for inputs."""
+    """Raise UserError if outputs would be inside the input folder, where the next run would treat them as inputs."""
     if filesystem.is_uri(source) or filesystem.is_uri(out) or os.path.isfile(source):
         return
     inside = os.path.realpath(source) + os.sep

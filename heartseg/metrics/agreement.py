@@ -12,7 +12,7 @@ AGREEMENT = ("r", "r_low", "r_high", "bias", "bias_low", "bias_high", "sd", "loa
 
 
 def _resampled(columns: list[np.ndarray], patients: np.ndarray, draws: int = DRAWS) -> np.ndarray:
-    """Sums [C,draws] of some columns [N], each over as many `patients` [N] as there are, drawn with replacement."""
+    """Sums [C,draws] of some columns [N] over bootstrap draws, which resample whole `patients` [N] with replacement."""
     _, owner = np.unique(patients, return_inverse=True)
     sums = np.stack([np.bincount(owner, weights=column) for column in columns])
     drawn = np.random.default_rng(0).integers(sums.shape[1], size=(draws, sums.shape[1]))

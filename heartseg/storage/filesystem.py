@@ -114,7 +114,7 @@ def last_part(path: str) -> str:
 
 
 def printable(name: str) -> str:
-    """The name as valid UTF-8: any other byte is escaped, as %E9."""
+    """The name as valid UTF-8: any other byte is escaped, such as %E9."""
     return re.sub("[\udc80-\udcff]", lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 

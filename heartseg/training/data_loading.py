@@ -83,7 +83,7 @@ def free_on_machine(root: str = "/") -> float:
 
 
 def _free_in_container(root: Path) -> float:
-    """The bytes that this process's control groups leave it, the fewest of all; file caches can be freed and do not count."""
+    """Free bytes within the tightest of this process's control groups; file caches can be freed and do not count as used."""
     free, own = float("inf"), "/"
     with contextlib.suppress(OSError, ValueError):
         (own,) = [line.split(":")[2] for line in Path(root, "proc/self/cgroup").read_text().splitlines() if line[0] == "0"]

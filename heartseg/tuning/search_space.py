@@ -90,7 +90,7 @@ def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
     require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
     # Trials are compared epoch by epoch, up to the recipe's last.
     fixed = not any("train.epochs" in values for values in parsed)
-    require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep train for as long as the recipe.")
+    require(fixed, "--space.changes cannot vary train.epochs, since all trials are compared epoch by epoch: leave it out.")
     own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
     points = [own]
     for change, values in zip(changes, parsed, strict=True):
