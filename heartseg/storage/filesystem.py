@@ -45,7 +45,8 @@ def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
         try:
             return pyarrow.fs.FileSystem.from_uri(path)
         except pa.ArrowInvalid as error:
-            raise UserError(f"The path {path} cannot be used: {str(error).rstrip('.')}.") from error
+            fix = "use a local path or s3://bucket/folder"
+            raise UserError(f"The path {path} cannot be used ({str(error).rstrip('.')}): {fix}.") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -216,7 +217,7 @@ def read_json(path: str) -> dict:
     try:
         return json.loads(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
-        raise UserError(f"{path} is missing or not valid JSON.") from error
+        raise UserError(f"{path} is missing or not valid JSON: check the path, or restore the file.") from error
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error}).") from error
 

@@ -139,7 +139,7 @@ def experiments_to_check(plan: SweepPlan, base: Experiment) -> list[Experiment]:
     """The recipe alone, and with each listed change or axis value, of which all trials are made. Raises UserError."""
     axes = make_axes(plan.space, base)
     for name, values in axes.items():
-        require(name == RATE or len(set(values)) == len(values), f"The search space lists a value of {name} twice.")
+        require(name == RATE or len(set(values)) == len(values), f"--space lists a value of {name} twice: leave one out.")
     alone = [{}, *({name: value} for name, values in axes.items() for value in values)]
     return [apply(base, point) for point in (listed(base, plan.space.changes) if plan.search == "changes" else alone)]
 
