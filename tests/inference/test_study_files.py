@@ -165,10 +165,10 @@ BORN = PERSON | {"PatientBirthDate": "19500101"}
 @pytest.mark.parametrize(
     ("first", "second", "why"),
     [
-        ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID and another folder"),
-        (*[PERSON | {"StudyInstanceUID": "1.2.3"}] * 2, "same StudyInstanceUID and another folder"),
-        (PERSON, PERSON, "same StudyInstanceUID and another folder"),
-        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "and another folder"),
+        ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID but another folder"),
+        (*[PERSON | {"StudyInstanceUID": "1.2.3"}] * 2, "same StudyInstanceUID but another folder"),
+        (PERSON, PERSON, "same StudyInstanceUID but another folder"),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "but another folder"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "2"}, "several folders"),
         (BORN | {"SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, ""),
         (BORN | {"PatientSex": "F", "SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, "PatientSex"),
