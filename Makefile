@@ -1,8 +1,8 @@
-# `make demo` and `make test` do all their set-up in a fresh clone: a .venv of their own, reused while it is current.
+# `make demo` and `make test` set everything up in a fresh clone: their own .venv, reused while it is current.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes share the tests: half of their time is waiting for a Ray or a command to start. `make test FILE=…` runs one file.
+# Two processes share the tests, which spend half of their time waiting for Ray or a command to start. `make test FILE=…` runs one file.
 FILE :=
 PYTEST = $(BIN)/python -m pytest -q --durations 10 $(if $(FILE),$(FILE),-n 2 --dist loadfile --no-loadscope-reorder)
 
@@ -12,8 +12,8 @@ help:
 	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
 	@echo "make cluster   a Ray cluster on this machine; make cluster-demo submits the demo to it, stage by stage"
 	@echo "make test      the fast tests, the ten slowest and their time; FILE=tests/... runs those of one file"
-	@echo "make test-all  that, and what is slow or needs the real data"
-	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade takes newer ones)"
+	@echo "make test-all  the same, and tests that are slow or need the real data"
+	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade for newer ones)"
 	@echo "make docs      the documentation as a site in build/site; make reference rewrites the list of flags"
 	@echo "make lint | format | wheel | clean"
 
@@ -53,21 +53,21 @@ format: $(VENV)/ready
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --wheel
 
-# Names, versions and hashes; uv writes no address of an index unless asked: that is the installing machine's to know.
+# Names, versions and hashes, without an index address, which depends on the installing machine.
 constraints: $(VENV)/ready
 	$(BIN)/uv pip compile pyproject.toml --extra cluster --extra formats $(UPGRADE) --quiet \
 		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --only-binary :all: \
 		--generate-hashes --custom-compile-command "make constraints" --no-annotate --output-file constraints.txt
 
-# The picture of docs/explanation/architecture.md, from the imports.
+# Draws the picture of docs/explanation/architecture.md from the imports.
 architecture: $(VENV)/ready
 	$(BIN)/python docs/draw_rooms.py
 
-# The list of all flags in docs/reference/flags.md, from the dataclasses.
+# Lists all flags in docs/reference/flags.md from the dataclasses.
 reference: $(VENV)/ready
 	$(BIN)/python docs/list_flags.py
 
-# The site's own packages are installed for it alone. The pages keep their places, and so their links.
+# The site's packages are installed only for it. The pages keep their paths, and so their links.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE CITATION.cff cluster/README.md docs
 MKDOCS = $(BIN)/mkdocs
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Ray cluster on one machine that takes jobs: start, submit, status, env, stop. It listens on loopback by default, every
+# A Ray cluster on one machine that accepts jobs: start, submit, status, env, stop. It listens on loopback by default, every
 # command needs its token, and it only ends processes that `start` started.
 #
 #   cluster/local.sh start [--num-cpus 4 …]                        more options go to `ray start`; --node-ip-address ADDRESS
@@ -12,12 +12,12 @@
 # Set before `start`, and the same for the other verbs:
 #   HEARTSEG_CLUSTER_DIR              token, process number, log (default ~/.local/state/heartseg/cluster)
 #   HEARTSEG_CLUSTER_PORT             6390    the cluster
-#   HEARTSEG_CLUSTER_DASHBOARD_PORT   8290    the dashboard, which takes the jobs
+#   HEARTSEG_CLUSTER_DASHBOARD_PORT   8290    the dashboard, which accepts jobs
 #   HEARTSEG_CLUSTER_AGENT_PORT       52466   its agent
 #   HEARTSEG_CLUSTER_CLIENT_PORT      9001    the Ray client's server
-#   HEARTSEG_CLUSTER_TIMEOUT_S        120     how long `start` waits for the dashboard, and `stop` for the end
+#   HEARTSEG_CLUSTER_TIMEOUT_S        120     seconds that `start` waits for the dashboard, and `stop` for the processes to end
 #   RAY                               the ray program (default .venv/bin/ray, otherwise the one on PATH)
-# Exit code: 2 for a wrong call, 1 for any other failure; `submit` returns the job's: 0, or 1 if it failed.
+# Exit code: 2 for incorrect usage, 1 for any other failure; `submit` returns the job's: 0, or 1 if it failed.
 
 set -euo pipefail
 
@@ -51,7 +51,7 @@ find_ray() {
     RAY=$(command -v "$RAY") || refuse "no ray program found: install the project (see the README), or set RAY."
 }
 
-# What every Ray command needs to reach this cluster and no other.
+# The environment in which every Ray command reaches this cluster and no other.
 set_environment() {
     unset RAY_AUTH_TOKEN RAY_ADDRESS # both would override what follows
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_API_SERVER_ADDRESS=$dashboard

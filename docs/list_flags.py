@@ -37,8 +37,8 @@ INTRODUCTION = """# Flags
 
 Every flag of every command, with its default. `make reference` writes this page from the dataclasses that also make `--help`.
 
-- A setting inside a group has the group's name before it: `--optim.lr 0.0005`. `optim.lr=0.0005` means the same.
-- A flag that is `on` or `off` is given without a value: `--fresh`, and `--no-fresh` for the opposite.
+- A setting in a group is prefixed with the group's name: `--optim.lr 0.0005`. `optim.lr=0.0005` means the same.
+- A flag that is `on` or `off` takes no value: `--fresh`, and `--no-fresh` for the opposite.
 - `preprocess`, `train`, `tune` and `pipeline` also take the settings of [the experiment](#the-experiment), the recipe (`seed`,
   `camus` or `quick`; `seed` if none is named) anywhere on the line, and `--config FILE`, a complete experiment as JSON, in the
   recipe's place.
@@ -58,11 +58,11 @@ class Flag:
 
 
 class Captured(Exception):
-    """Stops a job once its command line is known."""
+    """Raised to stop a job once its command line is known."""
 
 
 def command(name: str, words: list[str]) -> dict:
-    """What a job passes to the command line's parser: `kind`, `prog`, `description`, `default`."""
+    """The arguments that a job passes to the command-line parser: `kind`, `prog`, `description`, `default`."""
     found: dict = {}
 
     def capture(kind: Callable, argv: list[str], prog: str, description: str = "", default: object = None) -> None:

@@ -13,7 +13,7 @@ except PackageNotFoundError:  # a working directory that was submitted, not inst
 
 
 def __getattr__(name: str):
-    """Import `load` only when it is asked for, so that `import heartseg` does not import torch."""
+    """Import `load` only when it is used, so that `import heartseg` does not import torch."""
     if name == "load":
         from heartseg.inference.segmenter import load
 

@@ -15,23 +15,23 @@ OUTAGE_ERRNOS = {
 
 
 class UserError(Exception):
-    """Something that the user can fix; the message is one line: what is wrong, with its value, and what to do."""
+    """A mistake that the user can fix; the message is one line: what is wrong, with its value, and what to do."""
 
 
 class OneRankError(UserError):
-    """A UserError on one rank only, such as running out of memory; the other ranks do not know of it."""
+    """A UserError on one rank only, such as running out of memory, which the other ranks do not notice."""
 
 
 class StorageError(Exception):
-    """Storage did not answer: what it holds is neither missing nor damaged, and the next attempt may succeed. One line."""
+    """Storage did not answer; its files are neither missing nor damaged, and another attempt may succeed. One line."""
 
 
 class StorageRefused(StorageError):
-    """Storage that answers and refuses: the credentials or the bucket are the user's to fix."""
+    """Storage answered with a refusal: the user must fix the credentials or the bucket."""
 
 
 def format_write_error(error: OSError, path: str) -> str:
-    """The one-line message for a full disk or a storage that refuses a write."""
+    """The one-line message for a full disk or storage that refuses a write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return f"{path} cannot be written ({reason}): make room or give another folder, then rerun the same command to resume."
 
@@ -44,7 +44,7 @@ def outage(error: OSError, path: str) -> StorageError:
 
 @contextlib.contextmanager
 def io_errors_as_user_errors(path: str = "A file") -> Iterator[None]:
-    """Turn an OSError of USER_FIXABLE_ERRNOS into a UserError, one of OUTAGE_ERRNOS into a StorageError, with a file's name."""
+    """Turn OSErrors of USER_FIXABLE_ERRNOS into UserErrors, and those of OUTAGE_ERRNOS into StorageErrors, naming the file."""
     try:
         yield
     except OSError as error:
@@ -56,6 +56,6 @@ def io_errors_as_user_errors(path: str = "A file") -> Iterator[None]:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError with a message unless a condition holds."""
+    """Raise UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)

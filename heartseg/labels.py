@@ -1,4 +1,4 @@
-"""The nouns of apical echocardiography as CAMUS uses them: views, phases, the four classes and their colours."""
+"""The terms of apical echocardiography as CAMUS uses them: views, phases, the four classes and their colours."""
 
 from enum import StrEnum
 
@@ -32,14 +32,14 @@ CLASS_COLOURS = ("#000000", "#56B4E9", "#F0E442", "#D55E00")
 # mixed with `myo`, the wall alone, and is not part of the means.
 STRUCTURES = ("endo", "myo", "la")
 STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, MYO)}
-# Classes of ejection fraction in percent as heart failure is classed by it (McDonagh et al. 2021, Eur Heart J 42:3599):
+# Classes of ejection fraction in percent, from the definition of heart failure (McDonagh et al. 2021, Eur Heart J 42:3599):
 # reduced, mildly reduced, preserved. 40 is mildly reduced here, and so is 50: neither is below 40 or above 50.
 EF_CLASSES = ("<40", "40-50", ">50")
-UNTRAINED_DICE = 0.05  # below this mean a model outlines nothing yet: its scores choose no winner and show no difference
+UNTRAINED_DICE = 0.05  # below this mean a model outlines nothing yet: its scores cannot choose a winner or show a difference
 
 
 def frame_name(row: dict) -> str:
-    """The name of a row of shards or results in messages and captions: patient, view, and phase or frame number, if known."""
+    """A name for a row of shards or results in messages and captions: patient, view, and phase or frame number, if known."""
     parts = [row["patient"], row.get("view"), row.get("phase")]
     if parts[2] is None and row.get("frame") is not None:
         parts[2] = f"frame {int(row['frame'])}"
@@ -47,7 +47,7 @@ def frame_name(row: dict) -> str:
 
 
 def bounding_box(region: np.ndarray, margins: tuple[int, int] = (0, 0)) -> tuple[slice, slice]:
-    """Rows and columns of the smallest box around what is not 0 in [H,W], with margins clipped to the image."""
+    """Rows and columns of the smallest box around nonzero pixels of [H,W], with margins clipped to the image."""
     lines = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
     pairs = zip(lines, margins, strict=True)
     return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) if len(at) else slice(0) for at, margin in pairs)

@@ -1,1 +1,1 @@
-"""The command lines, each a `job(argv)`: parse, place on machines, call heartseg, report."""
+"""The commands, each a `job(argv)` that parses flags, places work on machines, calls heartseg and reports."""

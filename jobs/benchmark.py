@@ -1,4 +1,4 @@
-"""Speed and effect, two sides measured in one run and printed as a table: `python jobs/benchmark.py scores`."""
+"""Benchmarks that measure two sides in one run and print a table: `python jobs/benchmark.py scores`."""
 
 import importlib
 import sys

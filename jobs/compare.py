@@ -1,4 +1,4 @@
-"""Runs side by side on one page, without a wandb account: `python jobs/compare.py RUN RUN …`; scores what is not scored yet."""
+"""Compares runs on one page, without a wandb account, scoring them if needed: `python jobs/compare.py RUN RUN …`."""
 
 import contextlib
 import os
@@ -38,12 +38,12 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class Options(ScoringOptions):
-    """What to compare, on which patients, and where the page goes."""
+    """The runs to compare, on which patients, and the folder of the page."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders of runs; a folder of runs, or of a sweep, stands for all its runs."""
     reference: str = ""
-    """Folder or name of the run that the others are tested against; the first one if not given."""
+    """Folder or name of the run to test the others against; by default the first one."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
     """Group of patients; `auto`: those that --train.holdout took (in a sweep) if all runs have them, then test, then val."""
     out: str = ""
@@ -51,10 +51,10 @@ class Options(ScoringOptions):
 
 
 def run(options: Options) -> str:
-    """Compare; returns the path of the page. Raises UserError for fewer than two runs."""
+    """Compare the runs; returns the path of the page. Raises UserError for fewer than two."""
     found = find_runs(options.runs)
     out = command_line.absolute(options.out, "out") if options.out else default_out(options.runs, found.values())
-    if options.data or options.truth:  # a wrong one is refused here, and not reported as a problem of each run
+    if options.data or options.truth:  # a wrong path is refused here, not reported as a problem of each run
         images = evaluation.open_images(options)
         if options.group != HOLDOUT:
             evaluation.choose_group(options.group, images)
@@ -72,13 +72,13 @@ def run(options: Options) -> str:
 
 
 def find_runs(paths: Sequence[str]) -> dict[str, run_directory.Run]:
-    """The runs that some folders are or hold, at least two, by name, or by as much of its path as distinguishes one."""
+    """The runs that some folders are or hold, at least two, by name or, if names repeat, by their paths' distinct parts."""
     found: dict[str, run_directory.Run] = {}
     for path in paths:
         path = command_line.absolute(path, "runs").rstrip("/")
         below = [filesystem.join(f, n) for f in (path, filesystem.join(path, TRIALS)) for n in filesystem.list_names(f)]
         folders = [path] if is_run(path) else [folder for folder in below if is_run(folder)]
-        fix = f"is not a run and holds none (no {run_directory.DESCRIPTION}): give folders of jobs/train.py."
+        fix = f"is not a run and holds none (no {run_directory.DESCRIPTION}): give folders that jobs/train.py wrote."
         require(bool(folders), f"{path} {fix}")
         found |= {folder: run_directory.find_run(folder) for folder in folders}
     fix = "give another one, or a folder of runs."
@@ -93,7 +93,7 @@ def is_run(folder: str) -> bool:
 
 
 def default_out(paths: Sequence[str], found: Iterable[run_directory.Run]) -> str:
-    """`comparison` in a folder of runs; for runs that were named, a folder beside the first that only these runs share."""
+    """`comparison` in a folder of runs; for named runs, a folder beside the first whose name only these runs share."""
     if len(paths) == 1:
         return filesystem.join(command_line.absolute(paths[0], "runs"), "comparison")
     folders = [one.path for one in found]
@@ -101,7 +101,7 @@ def default_out(paths: Sequence[str], found: Iterable[run_directory.Run]) -> str
 
 
 def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
-    """A run's record and scores, and the plan of its evaluation, None if its images or weights cannot be read."""
+    """A run's record and scores, and the plan of its evaluation, or None if its images or weights cannot be read."""
     record, plan, problem = run_directory.read_record(one.path), None, ""
     shared = {each.name: getattr(options, each.name) for each in fields(ScoringOptions)}
     out = filesystem.join(out, "evaluations", label.replace("/", "-"))
@@ -110,10 +110,7 @@ def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tu
         plan = evaluation.plan_checkpoint(asked)
         folder = find_evaluation(one, plan.described, plan.out)
         if not folder:
-            print(
-                f"scoring {label}: {counted(len(plan.patients), 'patient')} ({plan.described['group']})",
-                flush=True,
-            )
+            print(f"scoring {label}: {counted(len(plan.patients), 'patient')} ({plan.described['group']})", flush=True)
             evaluation.score(plan, asked)
             folder = plan.out
     except UserError as error:
@@ -126,20 +123,20 @@ def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tu
 
 
 def find_evaluation(one: run_directory.Run, described: dict, own: str = "") -> str:
-    """The first complete evaluation that matches `described`, in the run's folder or in `own`; empty if there is none."""
-    # The same weights are the same checkpoint, whether it was called last or best.
+    """The first complete evaluation that matches `described`, in the run's folder or in `own`; empty if none does."""
+    # Equal weights mean the same checkpoint, whether it was called last or best.
     asked = {name: described[name] for name in ("weights_sha256", "group", "post", "data_fingerprint") if name in described}
     names = [name for name in filesystem.list_names(one.path) if name.startswith("evaluation")]
     for folder in [*(filesystem.join(one.path, name) for name in names), *filter(None, [own])]:
         summary = evaluation.read_complete(folder, asked) or {}
-        # An evaluation by an older version lacks scores.
+        # Evaluations by older versions lack scores.
         if "clinical" in summary and {*SCORES, *DISTANCES} <= summary["scores"].keys():
             return folder
     return ""
 
 
 def find_old_evaluation(one: run_directory.Run, options: Options) -> str:
-    """An evaluation on the run's own data, for when they can no longer be read; empty if none fits."""
+    """An earlier evaluation on the run's own data, in case the data can no longer be read; empty if none fits."""
     for group in ("test", "val", "all") if options.group == "auto" else (options.group,):
         which = options.which if options.which != "auto" else "best" if group == "test" else "last"
         described = {"group": group, "post": to_json(PredictConfig()), "data_fingerprint": one.description["data_fingerprint"]}
@@ -151,7 +148,7 @@ def find_old_evaluation(one: run_directory.Run, options: Options) -> str:
 
 
 def find_reference(asked: str, found: dict[str, run_directory.Run]) -> run_directory.Run:
-    """The run of a name or folder, the first run if empty; raises UserError if no run or several match."""
+    """The run with this name or folder (empty: the first run); raises UserError unless exactly one matches."""
     if not asked:
         return next(iter(found.values()))
     named = [one for one in found.values() if one.path == filesystem.absolute(asked).rstrip("/")]
@@ -164,7 +161,7 @@ def find_reference(asked: str, found: dict[str, run_directory.Run]) -> run_direc
 def draw_disagreements(
     entries: Sequence[Entry], found: Sequence[dict], plans: dict[str, EvaluationPlan | None]
 ) -> dict[str, list[dict]]:
-    """Pictures of the images that entries disagree on, one per entry, by the image's name; of several seeds, the first's."""
+    """Pictures of the images that entries disagree on, by image name, one per entry (of several seeds, the first)."""
     patients = list(dict.fromkeys(item["patient"] for item in found))
     pictures: dict[str, list[dict]] = {item["image"]: [] for item in found}
     known = [entry for entry in entries if found and entry.letter in found[0]["dice"] and plans[entry.scored[0].label]]

@@ -1,7 +1,7 @@
-"""What this machine or cluster is, what is wrong with it, and how to fix it: `python jobs/doctor.py --workers 4`.
+"""Checks a machine or cluster, and reports what is wrong and how to fix it: `python jobs/doctor.py --workers 4`.
 
-Exit code 0 if nothing is wrong, 1 if something is, 2 for a mistake on the command line. No check keeps a file or a secret.
-What needs torch is imported where it is used: without torch, that is one of the findings.
+Exit code 0 if nothing is wrong, 1 if something is, 2 for a mistake on the command line. Checks keep no file or secret.
+Imports that need torch are local, so that a missing torch is a finding.
 """
 
 import base64
@@ -31,19 +31,19 @@ from jobs.support import command_line
 from jobs.support.command_line import counted, first_line
 
 GIB = 1 << 30
-# Below these a training is likely to fail: a worker's memory, checkpoints of a run, Ray's object store.
+# With less than this, training is likely to fail: a worker's memory, a run's checkpoints, Ray's object store.
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 2 * GIB, 5 * GIB, 1 * GIB
-# What workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
+# Bytes that workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
 GPU_BYTES, CPU_BYTES = 64 << 20, 8 << 20
 WANDB_TIMEOUT_S, KEY_REFUSED = 5.0, "refuses the key"
-# How long another node may take to answer; its first process imports torch.
+# Seconds for another node to answer; its first process imports torch.
 NODE_TIMEOUT_S = 60
 REINSTALL = "Install the project: pip install -e ."
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to check."""
+    """The parts to check."""
 
     data: str = ""
     """Shards whose storage is read; HEARTSEG_DATA's if not given."""
@@ -52,22 +52,23 @@ class Options:
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` checks this machine only, and starts no Ray."""
     workers: int = 0
-    """Workers that exchange data; 0 takes one a GPU or, without GPUs, one a node and at least two."""
+    """Workers that exchange data; 0: one per GPU or, without GPUs, one per node and at least two."""
     seconds: float = 10.0
-    """Seconds that they exchange."""
+    """Seconds that they exchange data for."""
     megabytes: int = 64
-    """Size of the file that is written to runs."""
+    """Size of the file that is written to --runs."""
     json: bool = False
-    """Print JSON and not a table."""
+    """Print JSON instead of a table."""
 
     def __post_init__(self):
-        require(self.workers >= 0, "--workers must not be negative.")
-        require(self.seconds > 0 and self.megabytes >= 1, "--seconds must be positive, and --megabytes at least 1.")
+        require(self.workers >= 0, f"--workers must be at least 0, not {self.workers}.")
+        require(self.seconds > 0, f"--seconds must be above 0, not {self.seconds:g}.")
+        require(self.megabytes >= 1, f"--megabytes must be at least 1, not {self.megabytes}.")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of the table: what was found and, if something is `wrong`, a line about it and one on how to `fix` it."""
+    """A row of the table: what was found and, if something is `wrong`, one line about that and one on how to `fix` it."""
 
     name: str
     found: str
@@ -76,7 +77,7 @@ class Finding:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def unless(self, is_well: bool) -> "Finding":
-        """The same finding, without a problem if all is well."""
+        """The same finding, without the problem if all is well."""
         return replace(self, wrong="", fix="") if is_well else self
 
 
@@ -100,14 +101,14 @@ def run(options: Options) -> list[Finding]:
     for name, check in checks.items():
         print(f"checking {name} …", file=sys.stderr, flush=True)
         found += run_check(name, check)
-    with contextlib.suppress(OSError):  # a folder in which another process has put something stays
+    with contextlib.suppress(OSError):  # a folder that another process has used stays
         for folder in new_folders:
             folder.rmdir()
     return found
 
 
 def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """A check's findings; a check that fails adds one."""
+    """A check's findings; if the check fails, that is one more."""
     found: list[Finding] = []
     try:
         with io_errors_as_user_errors():
@@ -120,7 +121,7 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python and the packages that matter: whether one is missing, and whether torch and torchvision fit together."""
+    """The versions of Python and the main packages; missing ones, and incompatible torch and torchvision."""
     yield Finding("python", platform.python_version())
     missing = []
     for package in ("torch", "torchvision", "ray", "wandb", "pyarrow"):
@@ -141,7 +142,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
-    """CPUs of the machine, and how many of them this process may use."""
+    """The machine's CPUs, and the number that this process may use."""
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     quota = usable
@@ -157,14 +158,14 @@ def check_processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
 
 
 def free_space(name: str, where: str, free: float, least: int, fix: str) -> Finding:
-    """A finding of free bytes, with something wrong if they are fewer than `least`."""
+    """A finding on free bytes, which is wrong if there are fewer than `least`."""
     found = f"{free / GIB:.1f} GiB of {where} are free"
-    wrong = f"{found}: at least {least / GIB:g} GiB should be."
+    wrong = f"{found}, but at least {least / GIB:g} GiB should be."
     return Finding(name, found, wrong, fix, {"free_bytes": free}).unless(free >= least)
 
 
 def check_memory(root: str = "/") -> Iterator[Finding]:
-    """Free memory, within the container's limit if there is one, as training itself counts it."""
+    """Free memory, within the container's limit if any, as training counts it."""
     from heartseg.training.data_loading import free_on_machine
 
     fix = "Stop other programs, raise the container's limit, or use fewer --workers."
@@ -172,21 +173,21 @@ def check_memory(root: str = "/") -> Iterator[Finding]:
 
 
 def check_shared_memory(path: str = "/dev/shm") -> Iterator[Finding]:
-    """Space for Ray's object store, through which workers exchange data; without it, the store is on the disk and slow."""
+    """Space for Ray's object store, through which workers exchange data; without it, the store is on disk and slow."""
     free = shutil.disk_usage(path).free if os.path.exists(path) else 0
-    fix = "Ray's object store goes to the disk, slowly. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory on it."
+    fix = "Ray's object store uses the slow disk instead. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory."
     yield free_space("shared memory", path, free, LEAST_SHARED, fix)
 
 
 def check_disk(name: str, folder: str) -> Iterator[Finding]:
-    """Free space where a local folder is, or will be."""
+    """Free space on the disk of a local folder, which need not exist yet."""
     there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
     fix = "Make room, or give another folder (TMPDIR for temporary files, --runs for runs)."
     yield free_space(name, f"the disk of {folder}", shutil.disk_usage(there).free, LEAST_DISK, fix)
 
 
 def check_gpus() -> Iterator[Finding]:
-    """The GPUs that torch sees, with CUDA and NCCL; a GPU that only the driver sees."""
+    """The GPUs that torch sees, with CUDA and NCCL, or a GPU that only the driver sees."""
     import torch
 
     cuda = torch.version.cuda
@@ -200,7 +201,7 @@ def check_gpus() -> Iterator[Finding]:
         yield Finding("CUDA", found, wrong, fix).unless(has_nccl)
     elif shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"):
         built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
-        fix = "Install torch's CUDA build for nvidia-smi's CUDA version; see CUDA_VISIBLE_DEVICES; containers need --gpus all."
+        fix = "Install torch's build for nvidia-smi's CUDA version; check CUDA_VISIBLE_DEVICES; give a container --gpus all."
         yield Finding("GPUs", "none", f"There is an NVIDIA driver, but torch, {built}, cannot use a GPU.", fix)
     else:
         yield Finding("GPUs", "none")
@@ -217,7 +218,7 @@ def check_precision() -> Iterator[Finding]:
     yield Finding("precision", f"{precision.fastest(torch.device('cpu'))} on CPUs ({shown} GFLOP/s a core)", numbers=rates)
 
 
-# What every node of a cluster is asked.
+# The checks that run on every node of a cluster.
 NODE_CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "CPUs": check_processors, "memory": check_memory, "shared memory": check_shared_memory,
     "temporary files": partial(check_disk, "temporary files", tempfile.gettempdir()), "GPUs": check_gpus,
@@ -226,7 +227,7 @@ NODE_CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 
 def check_round_trip(path: str, megabytes: int) -> Iterator[Finding]:
-    """Write, read and remove a file where runs go; the storage's speed in MB/s."""
+    """Write, read and remove a file in the folder of runs, and measure the storage's speed in MB/s."""
     data, probe = os.urandom(megabytes * 1_000_000), filesystem.join(path, f".doctor-{uuid.uuid4().hex[:8]}")
     try:
         started = time.perf_counter()
@@ -235,16 +236,16 @@ def check_round_trip(path: str, megabytes: int) -> Iterator[Finding]:
         is_same = filesystem.read_bytes(probe) == data
         read = time.perf_counter()
     finally:
-        with contextlib.suppress(UserError, StorageError, OSError):  # a storage that refuses is reported already
+        with contextlib.suppress(UserError, StorageError, OSError):  # storage that refuses is already reported
             filesystem.remove(probe)
     speeds = {"write_mb_per_s": megabytes / (written - started), "read_mb_per_s": megabytes / (read - written)}
     found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
-    wrong, fix = f"{path} returned other bytes than were written.", "Use another storage: this one loses data."
+    wrong, fix = f"{path} did not return the bytes that were written.", "Use other storage: this one loses data."
     yield Finding("runs storage", found, wrong, fix, speeds).unless(is_same)
 
 
 def check_shards(path: str) -> Iterator[Finding]:
-    """The shards: complete, and the speed of their first part in MB/s. Nothing is written."""
+    """Whether the shards are complete, and the reading speed of their first part in MB/s. Nothing is written."""
     from heartseg.shards.reader import open_shards
 
     manifest, started = open_shards(path).manifest, time.perf_counter()
@@ -261,11 +262,11 @@ def check_wandb() -> Iterator[Finding]:
         yield Finding("wandb", "no WANDB_API_KEY, or WANDB_MODE is offline: runs are kept here, `wandb sync` sends them later")
         return
     answers = [f"cannot be reached: no answer within {WANDB_TIMEOUT_S:g} s"]
-    # A thread, since no timeout bounds the search for the server's address.
+    # A thread, since no timeout applies to the DNS lookup.
     asking = threading.Thread(target=lambda: answers.append(ask_wandb(server, key)), daemon=True)
     asking.start()
     asking.join(WANDB_TIMEOUT_S)
-    problem, fix = answers[-1], "Trainings run and are kept offline; open the way to it, or set WANDB_MODE=offline."
+    problem, fix = answers[-1], "Runs are logged offline until it answers; allow access to it, or set WANDB_MODE=offline."
     if problem == KEY_REFUSED:
         fix = "Set a valid WANDB_API_KEY where the cluster starts."
     found = f"{server} answers, and accepts the key" if not problem else server
@@ -273,7 +274,7 @@ def check_wandb() -> Iterator[Finding]:
 
 
 def ask_wandb(server: str, key: str) -> str:
-    """What is wrong with a server or its key; empty if it accepts the key."""
+    """The problem with a server or its key; empty if it accepts the key."""
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
     question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
@@ -288,7 +289,7 @@ def ask_wandb(server: str, key: str) -> str:
 
 
 def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
-    """The cluster as Ray sees it, its other nodes, and how fast its workers exchange data; `runs` may be empty."""
+    """The cluster as Ray sees it, its other nodes, and how fast workers exchange data; `runs` may be empty."""
     import ray
 
     from jobs.support import ray_runtime
@@ -298,7 +299,7 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     found, numbers = f"nodes {len(nodes)}, CPUs {cpus}, GPUs {gpus}", {"nodes": len(nodes), "cpus": cpus, "gpus": gpus}
-    wrong = "Anyone who reaches the cluster may use it: RAY_AUTH_MODE is not token."
+    wrong = "Anyone who can reach the cluster can use it: RAY_AUTH_MODE is not token."
     fix = "Restart it with RAY_AUTH_MODE=token on every node (cluster/README.md)."
     yield Finding("Ray", found, wrong, fix, numbers).unless(is_closed)
     yield from check_other_nodes(nodes)
@@ -311,18 +312,16 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
         trainer = ray_runtime.build_trainer(all_reduce, {"seconds": options.seconds}, number, resources, folder, tries=0)
         yield bandwidth(number, trainer.fit().return_value)
     except Exception as error:
-        fix = (
-            "Name the network that joins the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME where Ray starts, open it "
-            "between them, and see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
-        )
-        yield Finding("workers", f"{number} asked for", f"They could not exchange anything: {first_line(error)}", fix)
+        network = "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the nodes' network where Ray starts, and open its ports"
+        fix = f"{network}; see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
+        yield Finding("workers", f"{number} asked for", f"They could not exchange data: {first_line(error)}", fix)
     finally:
         with contextlib.suppress(UserError, StorageError, OSError):
             filesystem.remove(folder)
 
 
 def check_other_nodes(nodes: list[dict]) -> Iterator[Finding]:
-    """The cluster's other nodes, a row each, and whatever is wrong with them."""
+    """The cluster's other nodes, one row each, and any problems with them."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -335,8 +334,8 @@ def check_other_nodes(nodes: list[dict]) -> Iterator[Finding]:
         try:
             host, found = ray.get(answer, timeout=NODE_TIMEOUT_S)
         except ray.exceptions.RayError as error:
-            wrong = f"Node {address} does not answer ({type(error).__name__})."
-            yield Finding(f"node {address}", "–", wrong, "See its Ray logs, and start Ray on it again.")
+            wrong = f"Node {address} did not answer ({type(error).__name__})."
+            yield Finding(f"node {address}", "–", wrong, "Check its Ray logs, and restart Ray on it.")
         else:
             yield from describe_node(f"node {host} ({address})", found)
 
@@ -347,19 +346,19 @@ def check_node() -> tuple[str, list[Finding]]:
 
 
 def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
-    """Another node's findings as one row, then whatever is wrong with it, including versions that differ from ours."""
+    """Another node's findings as one row, then its problems, including versions that differ from ours."""
     yield Finding(name, "; ".join(f"{one.name}: {one.found}" for one in found))
     here = {one.name: one.found for one in check_versions()}
     for one in found:
         if not one.wrong and one.found != (ours := here.get(one.name, one.found)):
-            wrong = f"{one.name} is {one.found} there and {ours} here."
+            wrong = f"{one.name} is {one.found} there but {ours} here."
             one = replace(one, wrong=wrong, fix="Give every node the same image.")
         if one.wrong:
             yield replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}")
 
 
 def all_reduce(config: dict) -> dict:
-    """One worker: sum a tensor over all of them for a while; the bytes, seconds and rounds, and who took part."""
+    """Run by each worker: sum a tensor over all of them for a while; returns bytes, seconds, rounds and participants."""
     import torch
     import torch.distributed as dist
     from ray.train.torch import get_device
@@ -386,7 +385,7 @@ def all_reduce(config: dict) -> dict:
 
 
 def bandwidth(number: int, report: dict) -> Finding:
-    """The exchange in GB/s as NCCL's tests count it: each worker sends and receives 2 (n - 1) / n of the tensor a round."""
+    """The exchange in GB/s, as NCCL's tests define it: a worker sends and receives 2 (n - 1) / n of the tensor per round."""
     bus = report["bytes"] * report["rounds"] / report["seconds"] * 2 * (number - 1) / number / 1e9
     hosts, devices = (sorted(set(names)) for names in zip(*report["machines"], strict=True))
     found = f"{number} on {counted(len(hosts), 'host')} ({', '.join(devices)}), {report['backend']}, "
@@ -397,7 +396,7 @@ def bandwidth(number: int, report: dict) -> Finding:
 
 
 def findings_text(found: list[Finding]) -> str:
-    """The findings as a table and, below it, what is wrong and how to fix it."""
+    """The findings as a table and, below it, the problems and their fixes."""
     width = max(len(f.name) for f in found)
     lines = [f"{'!' if f.wrong else ' '} {f.name.ljust(width)}  {f.found}" for f in found]
     wrong = [f"! {f.wrong}\n  {f.fix}" for f in found if f.wrong]
@@ -411,7 +410,7 @@ def job(argv: list[str]) -> None:
         no_workers = dict.fromkeys(("workers", "seconds"), "--launcher plain starts no workers")
         command_line.refuse_unused(Options(), options, no_workers)
     stdout = os.dup(1)
-    os.dup2(2, 1)  # stdout holds only the result: what is printed or logged meanwhile, also by Ray and C code, goes to stderr
+    os.dup2(2, 1)  # stdout is for the result only: anything else that is printed, also by Ray and C code, goes to stderr
     try:
         found = run(options)
     finally:

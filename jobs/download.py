@@ -1,4 +1,4 @@
-"""CAMUS from its authors' server, patient by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
+"""Downloads CAMUS from its authors' server, by patient: `python jobs/download.py --out /data/CAMUS --accept-licence`."""
 
 import contextlib
 import itertools
@@ -20,9 +20,9 @@ from jobs.support import command_line
 
 SERVER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1"
 IMAGES_ID, SPLIT_ID = "63fde55f73e9f004868fb7ac", "66e27d12961576b1bad4e4e1"
-# Folders are unpacked and checked here, on the disk of the finished patients, and are never taken for one of them.
+# Folders are unpacked and checked here, on the same disk as the finished patients, but never mistaken for one.
 UNFINISHED = ".download"
-# When this many folders fail one after the other, the server or the network is down.
+# If this many folders fail in a row, the server or the network is down.
 MAX_FAILED_IN_A_ROW = 5
 TERMS = """CAMUS (Cardiac Acquisitions for Multi-structure Ultrasound Segmentation), Creatis, Lyon. Its terms:
   - CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): non-commercial scientific research only;
@@ -36,32 +36,33 @@ TERMS = """CAMUS (Cardiac Acquisitions for Multi-structure Ultrasound Segmentati
 
 @dataclass(frozen=True)
 class Options:
-    """What to fetch, and where to."""
+    """What to download, and to which folder."""
 
     out: str = ""
-    """Local folder for the tree that `preprocess.py --source` takes."""
+    """Local folder for the tree, which is the `--source` of preprocess.py."""
     accept_licence: bool = False
-    """Confirm that you have read the terms that are shown, and keep to them."""
+    """Confirm that you have read the terms shown, and that you will keep to them."""
     patients: str = ""
     """Numbers of the patients to fetch, such as 1-10,42; all if not given."""
     server: str = SERVER
     """Address of the Girder interface: the authors', or a mirror with the same folders."""
     tries: int = 5
-    """Number of times that a download is tried before its patient is skipped."""
+    """Number of tries for each download before its patient is skipped."""
     wait_s: float = 2.0
-    """Seconds before the second try, then twice as long each."""
+    """Seconds before the second try; doubles with each further try."""
     timeout_s: float = 60.0
-    """Seconds of silence after which a connection is given up."""
+    """Seconds of silence before a connection is dropped."""
 
 
 def run(options: Options) -> str:
-    """Fetch what is missing; returns the folder. Raises UserError that names the patients that did not arrive."""
+    """Fetch what is missing; returns the folder. Raises UserError naming the patients that could not be fetched."""
     out = command_line.required_path(options.out, "out", "a local folder")
-    require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one; preprocess.py writes shards anywhere.")
-    valid = options.tries >= 1 and options.wait_s >= 0 and options.timeout_s > 0
-    require(valid, "--tries must be at least 1, --wait-s not negative and --timeout-s positive.")
+    require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one (shards may go elsewhere).")
+    tries, wait_s, timeout_s = options.tries, options.wait_s, options.timeout_s
+    message = f"--tries ({tries}) must be at least 1, --wait-s ({wait_s:g}) at least 0 and --timeout-s ({timeout_s:g}) above 0."
+    require(tries >= 1 and wait_s >= 0 and timeout_s > 0, message)
     numbers = parse_numbers(options.patients)
-    server = girder_client.Server(options.server, options.tries, options.wait_s, options.timeout_s)
+    server = girder_client.Server(options.server, tries, wait_s, timeout_s)
     print(TERMS)
     require(options.accept_licence, "The terms above must be accepted first: add --accept-licence.")
     try:
@@ -73,7 +74,7 @@ def run(options: Options) -> str:
             failed = fetch_all(server, out, ids)
     except OSError as error:
         raise UserError(format_write_error(error, out)) from error
-    problem = f"{len(failed)} of {len(ids) + 1} folders did not arrive ({', '.join(failed)})"
+    problem = f"{len(failed)} of {len(ids) + 1} folders could not be fetched ({', '.join(failed)})"
     require(not failed, f"{problem}: rerun the same command to try them again.")
     print(f"{len(ids)} patients: {out}")
     return out
@@ -91,21 +92,21 @@ def parse_numbers(text: str) -> set[int]:
 
 
 def list_patients(server: girder_client.Server, numbers: set[int]) -> dict[str, str]:
-    """Name to folder id of the patients with these numbers, or of all; raises UserError for a number that is not there."""
+    """Names and folder ids of the patients with these numbers, or of all; raises UserError for an unknown number."""
     try:
         folders = server.list_folders(IMAGES_ID)
     except FailedDownload as error:
         raise UserError(f"The server {server.base} {error}: check the network, or --server, and try again.") from error
     names = {int(name.removeprefix("patient")): name for name in folders if camus.PATIENT_PATTERN.fullmatch(name)}
-    require(bool(names), f"The server {server.base} lists no patient: check --server.")
+    require(bool(names), f"The server {server.base} lists no patients: check --server.")
     if unknown := numbers - names.keys():
-        known = f"its {len(names)} are {names[min(names)]} to {names[max(names)]}"
+        known = f"choose from its {len(names)}, {names[min(names)]} to {names[max(names)]}"
         raise UserError(f"The server has no patient {min(unknown)}: {known}.")
     return {names[number]: folders[names[number]] for number in sorted(numbers or names)}
 
 
 def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> list[str]:
-    """Fetch the split and the patients that are missing; returns the names of the folders that did not arrive."""
+    """Fetch the split and the patients that are missing; returns the names of the folders that failed."""
     folders = {camus.SPLIT_FOLDER: SPLIT_ID}
     folders |= {filesystem.join(camus.IMAGES_FOLDER, patient): identity for patient, identity in ids.items()}
     failed, in_a_row = [], 0
@@ -120,21 +121,21 @@ def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> li
                 bar.write(f"failed  {name}: {error}", file=sys.stdout)
                 failed.append(name)
                 in_a_row += 1
-            message = f"{in_a_row} folders failed one after the other, last {name}: try the same command later."
+            message = f"{in_a_row} folders in a row failed, the last being {name}: rerun the same command later."
             require(in_a_row < MAX_FAILED_IN_A_ROW, message)
     return failed
 
 
 def fetch_folder(server: girder_client.Server, out: str, place: str, identity: str) -> list[str]:
-    """Fetch one folder to `out/place`, whole and checked or not at all; returns what is worth a note.
+    """Fetch one folder to `out/place`, complete and checked or not at all; returns notes for the user.
 
-    A folder that is there is left as it is; raises FailedDownload, also for one that is there and not whole.
+    An existing folder is left unchanged; raises FailedDownload, also if an existing folder is incomplete.
     """
     finished, name, unfinished = os.path.join(out, place), os.path.basename(place), os.path.join(out, UNFINISHED)
     if os.path.lexists(finished):
-        # Never overwritten: it came whole, so somebody has worked in it since, or it is not ours.
+        # Never overwritten: it was complete when it arrived, so someone has changed it since, or it is not ours.
         if missing := missing_files(out, name):
-            raise FailedDownload(f"{finished} is there and lacks {missing[0]}: move it away")
+            raise FailedDownload(f"{finished} already exists but lacks {missing[0]}: move it away")
         return []
 
     def unpack_and_check(packed: bytes) -> list[str]:
@@ -151,7 +152,7 @@ def fetch_folder(server: girder_client.Server, out: str, place: str, identity: s
 
 
 def missing_files(source: str, name: str) -> list[str]:
-    """The files that a patient's folder, or the split's, must have and lacks."""
+    """The required files that a patient's folder, or the split's, lacks."""
     wanted = [camus.recording_path(source, name, *still, suffix) for still in camus.stills_of() for suffix in ("", "_gt")]
     if name == camus.SPLIT_FOLDER:
         wanted = [filesystem.join(source, name, file) for file in camus.SPLIT_FILES.values()]
@@ -159,7 +160,7 @@ def missing_files(source: str, name: str) -> list[str]:
 
 
 def check_split(source: str, name: str) -> list[str]:
-    """Raise DamagedDownload if a split file lists anything but patients; there is nothing to note."""
+    """Raise DamagedDownload if a split file lists anything but patients; returns no notes."""
     try:
         groups = camus.CamusTree(source).groups()
     except UserError as error:

@@ -22,7 +22,7 @@ from jobs.support.evaluation import Options, plan_checkpoint, plan_files, read_c
 
 
 def run(options: Options) -> str:
-    """Score; returns the folder with `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
+    """Score, and return the folder of `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
     if options.pool:
         return pool(options)
     without = {"pattern": "it is for --predictions"}
@@ -43,7 +43,7 @@ def pool(options: Options) -> str:
     only = "--pool takes only finished evaluations and --out"
     others = {one.name for one in fields(Options)} - {"pool", "out", "launcher", "post"}
     command_line.refuse_unused(Options(), options, dict.fromkeys(others, only))
-    require(options.post == PredictConfig(), f"Masks cannot be cleaned here: {only}.")
+    require(options.post == PredictConfig(), f"Pooling cannot clean masks: {only}.")
     out = command_line.required_path(options.out, "out", "a folder for the pooled scores")
     summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
     write_report(out)

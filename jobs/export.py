@@ -1,6 +1,6 @@
-"""A trained model for other programs, as torch.export and ONNX: `python jobs/export.py --checkpoint RUN --out FOLDER`.
+"""Exports a trained model for other programs, as torch.export and ONNX: `python jobs/export.py --checkpoint RUN --out FOLDER`.
 
-Writes `model.pt2`, `model.onnx` and, last, `export.json`: their input and output, and how far both are from the checkpoint.
+Writes `model.pt2`, `model.onnx` and, last, `export.json`, with their input, output and differences from the checkpoint.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from jobs.support import command_line
 FILES = {"torch.export": "model.pt2", "onnx": "model.onnx"}
 NOTE = "export.json"
 INPUT, OUTPUT = "images", "logits"
-# Images that the files are checked on, and the share of their pixels that may get another label: rounding decides only
-# between labels whose scores are practically equal.
+# Images for checking the files, and the share of their pixels that may have another label: rounding only decides
+# between labels with practically equal scores.
 CHECKED_IMAGES, MAX_DIFFERENT = 16, 1e-3
 PREPROCESSING = (
     "Resize an upright greyscale image (row = depth, column = lateral) to the input's height and width, bilinear and "
@@ -44,16 +44,16 @@ PREPROCESSING = (
 
 @dataclass(frozen=True)
 class Options:
-    """What to export, and where."""
+    """The model to export, and the folder to write."""
 
     checkpoint: str = ""
     """Folder of a run, or of one of its checkpoints."""
     out: str = ""
     """Folder or URI to write."""
     which: Literal["last", "best"] = "last"
-    """The checkpoint of a run; `best` is chosen on val."""
+    """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     data: str = ""
-    """Shards whose images the files are checked on; the run's own if not given, synthetic images if they are gone."""
+    """Shards whose images the files are checked on; by default the run's own, or synthetic images if those are gone."""
 
 
 class Portable(nn.Module):
@@ -68,7 +68,7 @@ class Portable(nn.Module):
 
 
 def run(options: Options) -> str:
-    """Write a checkpoint's two files and their note, if both label images as the checkpoint does; returns the folder."""
+    """Write a checkpoint's two files and their note if both label images like the checkpoint; returns the folder."""
     path = command_line.required_path(options.checkpoint, "checkpoint", "the folder of a run")
     out = command_line.required_path(options.out, "out", "the folder to write")
     for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -77,7 +77,7 @@ def run(options: Options) -> str:
         except ImportError as error:
             raise UserError(f"{package} is not installed: run `pip install 'heartseg[export]'`.") from error
     segmenter = load(path, options.which, device="cpu")
-    # With bf16 the differences would be the arithmetic's and not the export's.
+    # With bf16, the differences would be due to the arithmetic, not the export.
     experiment = replace(segmenter.experiment, train=replace(segmenter.experiment.train, precision="fp32"))
     segmenter = replace(segmenter, experiment=experiment)
     images, origin = check_images(segmenter, options.data and command_line.absolute(options.data, "data"))
@@ -88,7 +88,7 @@ def run(options: Options) -> str:
         fix = "Install the versions of torch, onnx and onnxruntime that pyproject.toml names."
         require(found["labels_that_differ"] <= MAX_DIFFERENT, f"{problem}: nothing was written. {fix}")
     with locks.lock(out):
-        # An older export's note would describe these files wrongly.
+        # An older export's note would not describe these files.
         filesystem.remove(filesystem.join(out, NOTE))
         for kind, data in written.items():
             filesystem.publish(filesystem.join(out, FILES[kind]), data)
@@ -96,17 +96,15 @@ def run(options: Options) -> str:
         filesystem.publish_json(filesystem.join(out, NOTE), note(segmenter, path, written, checked_on | checked))
     for kind, data in written.items():
         logits, labels = checked[kind].values()
-        print(
-            f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin} logits differ "
-            f"from the checkpoint's by at most {logits:.1e}, and {labels:.4%} of the labels do."
-        )
+        size = f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin}"
+        print(f"{size}, logits differ from the checkpoint's by at most {logits:.1e}, and {labels:.4%} of the labels do.")
     return out
 
 
 def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
-    """Images uint8 [N,1,H,W] on the stored grid to compare on, and what they are: `real images` or `synthetic images`.
+    """Images uint8 [N,1,H,W] on the stored grid for the comparison, and their kind: `real images` or `synthetic images`.
 
-    They come from the shards of `data`, or from those that the run was trained on, or from the phantom if these are gone.
+    They come from the shards in `data`, or those that the run was trained on, or the phantom if those are gone.
     """
     grid, shards = segmenter.experiment.image, None
     with contextlib.nullcontext() if data else contextlib.suppress(UserError):
@@ -115,28 +113,28 @@ def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
         scanners = [phantom.Scanner(number, 0, view, 0.25) for number in range(1, 1 + CHECKED_IMAGES // 2) for view in VIEWS]
         pictures = [resize_image(scanner.picture(0.0), grid.height, grid.width) for scanner in scanners]
         return torch.from_numpy(np.stack(pictures))[:, None], "synthetic images"
-    sizes = f"{shards.image.height} x {shards.image.width} images, and the model sees {grid.height} x {grid.width}"
-    require(shards.image == grid, f"{shards.path} has {sizes}: give shards of its own grid as --data.")
+    sizes = f"{shards.image.height} x {shards.image.width} images, but the model needs {grid.height} x {grid.width}"
+    require(shards.image == grid, f"{shards.path} has {sizes}: give shards on the model's grid as --data.")
     frames = as_frames(read_part(shards, shards.manifest["parts"][0]), grid)
     kind = "synthetic" if shards.manifest["dataset"] == "phantom" else "real"
     return frames.images[:CHECKED_IMAGES], f"{kind} images"
 
 
 def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]]:
-    """The files' bytes by kind, and for each a function from float32 images [B,1,H,W] to logits, loaded from those bytes."""
+    """The files' bytes by kind, and functions from float32 images [B,1,H,W] to logits, loaded from these bytes."""
     import onnxruntime
 
     grid = segmenter.experiment.image
     portable = Portable(segmenter).to(memory_format=torch.contiguous_format).eval()
     # Two images: a batch of one would become a constant.
     example = torch.zeros(2, 1, grid.height, grid.width)
-    with torch.no_grad():  # with gradients, some convolutions take their form for training
+    with torch.no_grad():  # with gradients, some convolutions use their training form
         exported = torch.export.export(portable, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in exported.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names this machine's folders
+        node.meta.pop("stack_trace", None)  # it contains this machine's folders
     buffer = io.BytesIO()
     torch.export.save(exported, buffer)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its remarks are for the exporter's developers
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its messages are for the exporter's developers
     with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             exported, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},), input_names=[INPUT], output_names=[OUTPUT]
@@ -149,7 +147,7 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
 
 @torch.inference_mode()
 def difference(segmenter: Segmenter, call: Callable, images: torch.Tensor) -> dict[str, float]:
-    """How far a file's logits of uint8 images are from the checkpoint's, in a batch of one and in one of the others."""
+    """A file's differences from the checkpoint on uint8 images, the first one in its own batch, then the others."""
     expected = segmenter.logits(images)
     answers = torch.cat([call(images[:1].float()), call(images[1:].float())])
     labels_that_differ = (answers.argmax(dim=1) != expected.argmax(dim=1)).double().mean().item()

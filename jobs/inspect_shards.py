@@ -1,4 +1,4 @@
-"""What shards hold, in numbers and pictures, and whether they are intact: `python jobs/inspect_shards.py --data SHARDS`."""
+"""Shows shards in numbers and pictures, and checks that they are intact: `python jobs/inspect_shards.py --data SHARDS`."""
 
 import base64
 import os
@@ -26,7 +26,7 @@ SHEET, PAGE = "contact_sheet.png", "shards.html"
 
 @dataclass(frozen=True)
 class Options:
-    """What to inspect, and how."""
+    """The shards to inspect, and how."""
 
     data: str = ""
     """Folder or URI of the shards; by default HEARTSEG_DATA's."""
@@ -37,13 +37,14 @@ class Options:
     images: int = 16
     """Images on the contact sheet."""
     seed: int = 0
-    """Seed of the draw of these images."""
+    """Seed for drawing these images."""
 
 
 def run(options: Options) -> str | None:
-    """Print what the shards hold; returns the path of the page, None without --out."""
+    """Print a survey of the shards; returns the path of the page, None without --out."""
     path = command_line.required_path(options.data or os.environ.get("HEARTSEG_DATA", ""), "data", "the folder of the shards")
-    require(options.images >= 1 and options.seed >= 0, "--images must be at least 1 and --seed not negative.")
+    fit = options.images >= 1 and options.seed >= 0
+    require(fit, f"--images ({options.images}) must be at least 1, and --seed ({options.seed}) at least 0.")
     if not options.out:
         command_line.refuse_unused(Options(), options, dict.fromkeys(("images", "seed"), "the contact sheet needs --out"))
     if options.verify:
@@ -64,18 +65,18 @@ def run(options: Options) -> str | None:
 
 
 def verify(path: str) -> None:
-    """Print every damaged file; raises UserError that names them all."""
+    """Print every damaged file; raises UserError naming them all."""
     damaged = []
     for file, reason in inspection.find_damage(path):
         print(f"damaged  {file}: {reason}")
         damaged.append(file)
     problem = f"{path} has {command_line.counted(len(damaged), 'damaged file')}: {', '.join(damaged)}"
     require(not damaged, f"{problem}; preprocess again with --overwrite.")
-    print(f"{path} is intact: every part is as it was written, every row decodes.\n")
+    print(f"{path} is intact: every part matches the manifest, and every row decodes.\n")
 
 
 def survey_tables(opened: Shards, survey: inspection.Survey) -> list[Table]:
-    """What the survey found, as tables of text."""
+    """The survey as text tables."""
     patients, grouped = opened.manifest["patients"], set().union(*opened.groups.values())
     groups = [(group, str(len(names)), str(opened.num_rows(group))) for group, names in opened.groups.items()]
     if left := [record["rows"] for name, record in patients.items() if record["rows"] and name not in grouped]:
@@ -103,12 +104,12 @@ def survey_tables(opened: Shards, survey: inspection.Survey) -> list[Table]:
 
 
 def counts(column: pandas.Series) -> list[tuple[str, str, str]]:
-    """How often each value occurs, as rows of a histogram."""
+    """The number of occurrences of each value, as rows of a histogram."""
     return bars(column.value_counts().sort_index().to_dict())
 
 
 def write_page(out: str, opened: Shards, facts: str, tables: list[Table], rows: list[dict]) -> str:
-    """Write the contact sheet and a page with it and the tables; returns the page's path."""
+    """Write the contact sheet, and a page that shows it with the tables; returns the page's path."""
     cells = []
     for row in rows:
         caption = " ".join(filter(None, [frame_name(row), row["quality"]]))

@@ -1,4 +1,4 @@
-"""The whole pipeline, skipping what is done: `python jobs/pipeline.py quick --source /data/CAMUS --workers 2`.
+"""The whole pipeline, skipping finished stages: `python jobs/pipeline.py quick --source /data/CAMUS --workers 2`.
 
 A graph of stages (preprocess, tune, train, evaluate, pool, predict; jobs/support/pipeline_stages.py), each run in this process
 or submitted as a Ray job. `OUT/pipeline.json` records the state of each; `python jobs/pipeline.py status --out OUT` shows it.
@@ -31,7 +31,7 @@ from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, Pipeline
 
 
 def run(experiment: Experiment, options: PipelineOptions) -> str:
-    """Run the stages asked for; returns the path of the report, or of the last stage's result."""
+    """Run the requested stages; returns the path of the report, or of the last stage's result."""
     check_installation()
     meaning = "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)"
     command_line.required_path(experiment.source, "source", meaning)
@@ -68,18 +68,18 @@ def run(experiment: Experiment, options: PipelineOptions) -> str:
 
 
 def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[Stage], list[Stage]]:
-    """The stages from --from to --until, and those of --force among them; raises UserError for a stage that does not exist."""
+    """The stages from --from to --until, and those of --force; raises UserError for unknown stages and conflicting flags."""
     kinds = list(dict.fromkeys(stage.kind for stage in stages))
     known = {stage.name for stage in stages}.union(kinds)
     for flag, names in (("--from", [options.begin]), ("--until", [options.until]), ("--force", options.force)):
         for name in filter(None, names):
-            require(name in known, f"{flag} {name}: this pipeline has no such stage, only {', '.join(kinds)}.")
+            require(name in known, f"{flag} {name} is not a stage of this pipeline: use {', '.join(kinds)}.")
     first, last = KINDS.index(options.begin or KINDS[0]), KINDS.index(options.until or KINDS[-1])
-    require(first <= last, f"--from {options.begin} comes after --until {options.until}.")
+    require(first <= last, f"--from {options.begin} comes after --until {options.until}: swap them.")
     chosen = [stage for stage in stages if first <= KINDS.index(stage.kind) <= last]
     forced = [stage for stage in stages if {stage.name, stage.kind} & set(options.force)]
     outside = [stage.name for stage in forced if stage not in chosen]
-    require(not outside, f"--force {' '.join(outside)} lies outside --from and --until.")
+    require(not outside, f"--force {' '.join(outside)} is outside --from and --until: leave one of them out.")
     return chosen, forced
 
 
@@ -91,7 +91,7 @@ class Runner:
     options: PipelineOptions
     cluster: Cluster | None = None
     last: Stage | None = None
-    """The stage that ran last, if any had to."""
+    """The last stage that ran, if any."""
 
     def run_all(self, stages: list[Stage], chosen: list[Stage], forced: list[Stage]) -> dict[str, Result]:
         """Run the chosen stages that are not up to date, in order; returns their results. A dry run only prints."""
@@ -102,7 +102,7 @@ class Runner:
             if stage not in chosen:
                 if stage.name in needed:
                     results[stage.name] = self.state.result(stage)
-                    problem = f"--from {self.options.begin}: stage {stage.name} is not done, or its result is gone"
+                    problem = f"--from {self.options.begin}: stage {stage.name} is not done, or its result is missing"
                     require(results[stage.name] is not None, f"{problem}: omit --from {self.options.begin}.")
                 continue
             if missing:  # in a dry run only
@@ -116,13 +116,13 @@ class Runner:
             elif self.options.dry_run:
                 print(f"{title}: would run ({reason})")
             else:
-                print(f"{title} ({reason})".removesuffix(" (not begun)"), flush=True)
+                print(f"{title} ({reason})".removesuffix(" (not started)"), flush=True)
                 results[stage.name] = self.run(stage, inputs, results, stage in forced)
                 self.last = stage
         return results
 
     def run(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
-        """Run a stage; after a failure that is not the user's mistake try again, --retries times, from what is complete."""
+        """Run a stage; retry failures other than user mistakes --retries times, each resuming from completed work."""
         before = self.state.stages.get(stage.name)
         for retries_left in range(self.options.retries, -1, -1):
             # Once an attempt is recorded, the state knows whether the stage still has to start from scratch.
@@ -139,7 +139,7 @@ class Runner:
                 ray.shutdown()
 
     def attempt(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
-        """Run a stage once; the state records how it ended."""
+        """Run a stage once, and record how it ended."""
         last = self.state.stages.get(stage.name, {})
         unfinished = last if last.get("inputs") == inputs and last["state"] != DONE else {}
         from_scratch = is_forced
@@ -168,19 +168,19 @@ class Runner:
                 if stage.kind == "tune" and "ray" in sys.modules:  # a stopped trial may have left a reservation
                     sys.modules["ray"].shutdown()
             fingerprint = stage.fingerprint(path)
-            require(bool(fingerprint), f"{stage.name} left nothing complete at {path}: run it by hand to see why.")
+            require(bool(fingerprint), f"{stage.name} left no complete result at {path}: run it by hand to see why.")
         except (KeyboardInterrupt, Exception) as error:
             is_stopped = isinstance(error, KeyboardInterrupt)
             self.state.end(stage, STOPPED if is_stopped else FAILED, problem="" if is_stopped else first_line(error))
             if "--overwrite" in str(error):
-                log.warning("In a pipeline, --force %s does what --overwrite does.", (*stage.needs, stage.name)[0])
+                log.warning("In a pipeline, use --force %s instead of --overwrite.", (*stage.needs, stage.name)[0])
             raise
         result = Result(path, fingerprint)
         self.state.end(stage, DONE, result)
         return result
 
     def choose_job(self, stage: Stage, is_resumed: bool, is_forced: bool) -> str:
-        """The id of the job to follow, otherwise of a new one; empty without a cluster. Stops jobs of other commands."""
+        """The id of the job to follow, or of a new one; empty without a cluster. Stops jobs of other commands."""
         attempts = [attempt for attempt in self.state.attempts(stage) if attempt["job"]]
         if not self.cluster:
             if attempts and attempts[-1]["state"] == RUNNING and not is_forced:
@@ -200,7 +200,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class StatusOptions:
-    """Which pipeline to show."""
+    """The pipeline to show."""
 
     out: str = "results"
     """Folder or URI of the pipeline."""
@@ -210,7 +210,7 @@ def show_status(out: str) -> None:
     """Print the state of each stage of a pipeline."""
     path = command_line.absolute(out, "out")
     state = PipelineState.open(path)
-    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): correct --out.")
+    require(bool(state.stages), f"{path} holds no pipeline ({path}/pipeline.json is missing): check --out.")
     print(state.format_table(locks.is_held(path)))
 
 

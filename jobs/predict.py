@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Before torch is imported: its threads would spin while they wait, on the cores that read and write the files.
+# Set before torch is imported: its idle threads would spin on the cores that read and write files.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -39,12 +39,12 @@ FLIPS = {"none": (), "depth": (1,), "lateral": (2,), "both": (1, 2)}
 
 @dataclass(frozen=True)
 class Options:
-    """What to outline, with what, and where the results go."""
+    """The inputs to outline, the models, and the folder of the results."""
 
     checkpoint: str = ""
     """Folder of a trained run, or of one of its checkpoints."""
     input: str = ""
-    """NIfTI, DICOM, AVI, MP4 or PNG: a file, a patient folder or a tree (CAMUS, say). Files named _gt, _pred are skipped."""
+    """NIfTI, DICOM, AVI, MP4 or PNG: a file, a patient's folder or a tree (CAMUS, say). _gt and _pred files are skipped."""
     out: str = ""
     """Folder for PATIENT/NAME_pred.nii.gz (1 cavity, 2 wall, 3 atrium), overlays, volume curves, ef.csv and studies.json."""
     view: Literal["2CH", "4CH"] | None = None
@@ -52,22 +52,22 @@ class Options:
     phase: Literal["ED", "ES"] | None = None
     """Phase of the stills whose names do not show it."""
     spacing_mm: tuple[float, float] | None = None
-    """Millimetres of a pixel, DEPTH LATERAL, for files that do not hold them; without any, there is an EF but no volume."""
+    """Pixel size in mm, DEPTH LATERAL, for files that do not record it; without one there is an EF, but no volume."""
     flip: Literal["none", "depth", "lateral", "both"] = "none"
     """For pictures that are stored upside down (the probe belongs at the top) or mirrored."""
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
-    """PNG of a still, GIF of a sequence. `auto`: none of a DICOM that may show a name (burned in, cropped, or no region)."""
+    """PNG of a still, GIF of a sequence. `auto`: not for a DICOM that may show a name (burned in, cropped, or no region)."""
     which: Literal["last", "best"] = "last"
-    """The checkpoint of a run; `best` is chosen on val (if there is a val group)."""
+    """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     key: str = ""
-    """CSV of which file got which name, written only if asked: DICOM paths may name patients."""
+    """CSV file for the names given to files, written only on request: DICOM paths may name patients."""
     batch_size: int = 8
-    """Frames that the model sees at once; results do not depend on it."""
+    """Frames in a batch; results do not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU if there is one."""
+    """`auto` uses the GPU if there is one."""
 
 
 def run(options: Options) -> str:
@@ -77,10 +77,10 @@ def run(options: Options) -> str:
     source = command_line.required_path(options.input, "input", "a file or a folder")
     out = command_line.required_path(options.out, "out", "a folder for the results")
     is_size = all(0 < value < 100 for value in options.spacing_mm or ())
-    require(is_size, "--spacing-mm must be two sizes of a pixel in mm, above 0: depth, then lateral.")
-    require(options.batch_size >= 1, "--batch-size must be at least 1.")
+    require(is_size, "--spacing-mm must be two pixel sizes in mm, above 0 and below 100: depth, then lateral.")
+    require(options.batch_size >= 1, f"--batch-size must be at least 1, not {options.batch_size}.")
     has_device = options.device != "cuda" or torch.cuda.is_available()
-    require(has_device, "--device cuda: torch finds no GPU here; use cpu or auto.")
+    require(has_device, "--device cuda: torch found no GPU here; use cpu or auto.")
     clips = study_files.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
     study_files.check_out(out, source, clips)
     segmenter = load_all(paths, options.which, None if options.device == "auto" else options.device)
@@ -90,10 +90,10 @@ def run(options: Options) -> str:
 
 
 def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str) -> None:
-    """Write masks and pictures of each clip, then the tables of all."""
+    """Write each clip's masks and pictures, then the tables of all clips."""
     done, damaged, without_picture, without_overlay = [], [], [], []
     if others := study_files.clear(out, clips):
-        print(f"Removed earlier results of {counted(others, 'file')} that --input does not hold by that name.")
+        print(f"Removed earlier results of {counted(others, 'file')} that are not in --input under that name.")
 
     def read(clip: study_files.Clip, admit: Callable[[int], None]) -> readers.Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)
@@ -122,7 +122,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
         filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
     if not done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
-        raise UserError(f"No file could be read ({counted(len(clips), 'file')}); the first: {first}.")
+        raise UserError(f"No file could be read ({counted(len(clips), 'file')}); first: {first}.")
     rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
     weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
@@ -136,7 +136,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
 
 
 def write_curve(out: str, found: study_results.ClipResult) -> None:
-    """Plot a sequence's volume over its frames, in ml or in % of ED, without those whose outline failed."""
+    """Plot a sequence's volume by frame, in ml or in % of ED, without frames whose outline failed."""
     ed, es = (found.phases[phase][0] for phase in PHASES)
     curve = ed_es_detection.plausible(found.volumes_ml)
     shown = (curve, ed, es, "ml") if found.spacing_mm else (100 * curve / curve[ed], ed, es, "%")
@@ -145,7 +145,7 @@ def write_curve(out: str, found: study_results.ClipResult) -> None:
 
 
 def print_results(rows: list[dict], done: list[study_results.ClipResult], damaged: list[dict], shown: int = 20) -> None:
-    """The first patients' ejection fractions, and the files to check; everything is in the tables."""
+    """Print the first patients' ejection fractions, and the files to check; the tables have everything."""
     remarks = {found.clip.patient: found.clip.remark for found in done if found.clip.remark}
     noted = {found.clip.stem: "; ".join(found.notes) for found in done if found.notes}
     doubted = {found.clip.stem: "; ".join(found.doubts) for found in done if found.doubts}

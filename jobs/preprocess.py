@@ -1,6 +1,6 @@
-"""NIfTI files to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`.
+"""Converts NIfTI files to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`.
 
-`--source` is the CAMUS release, or anyone's folder of images and masks (its layout: heartseg/datasets/image_folder.py).
+`--source` is the CAMUS release, or any folder of images and masks in the layout of heartseg/datasets/image_folder.py.
 """
 
 import sys
@@ -26,7 +26,7 @@ from jobs.support.command_line import counted
 
 @dataclass(frozen=True)
 class Options:
-    """How to preprocess."""
+    """How to preprocess a source."""
 
     frames: Literal["stills", "sequence"] = "stills"
     """`stills`: the ED and ES images. `sequence`: every frame of the half sequences, with a phase at ED and at ES only."""
@@ -35,11 +35,11 @@ class Options:
     max_quarantined: float = preprocessing.MAX_QUARANTINED
     """Largest share of the recordings that may be damaged, 0 to 1."""
     resplit: bool = False
-    """Split existing shards in another way, also without --source; runs on the old groups will not resume on them."""
+    """Split existing shards differently, even without --source; runs on the old groups cannot resume."""
     patient_pattern: str = ""
-    """Where a plain folder's file names hold the patient: a regular expression for their beginning, or its first group."""
+    """Patient in a plain folder's file names: a regular expression for the start of a name, or its first group."""
     dataset: Literal["", "camus"] = ""
-    """`camus`: the source is the CAMUS release, fetched by other means than jobs/download.py; all others are private."""
+    """`camus`: the source is the CAMUS release, not downloaded by jobs/download.py; other sources are private."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
@@ -48,12 +48,12 @@ class Options:
         """The experiment's fields that have no effect here, and why."""
         used = {"name", "image", "split", "source", "out", "workers"}
         others = {one.name for one in fields(Experiment)} - used
-        plain = {"workers": "--launcher plain is one process"} if self.launcher == "plain" else {}
+        plain = {"workers": "--launcher plain runs one process"} if self.launcher == "plain" else {}
         return dict.fromkeys(others, "preprocessing reads --source and writes --out") | plain
 
 
 def run(experiment: Experiment, options: Options) -> None:
-    """Write the shards of `experiment.source` to `experiment.out`; what an interrupted job finished is kept."""
+    """Write the shards of `experiment.source` to `experiment.out`, keeping what an interrupted job finished."""
     out = command_line.required_path(experiment.out, "out", "the folder for the shards")
     share = options.max_quarantined
     require(0 <= share <= 1, f"--max-quarantined {share:g} is not a share: give one from 0 to 1, such as 0.05 for 5 %.")
@@ -81,7 +81,7 @@ def run(experiment: Experiment, options: Options) -> None:
 
 
 def show_progress(tasks: list[tuple], records: Iterable[dict]) -> Iterator[dict]:
-    """The records of parts as they come, with a progress line; prints the damaged recordings after the last one."""
+    """Pass on records of parts as they arrive, with a progress line; print the damaged recordings after the last one."""
     quarantined, num_patients = [], sum(len(patients) for _, _, _, patients, *_ in tasks)
     with tqdm(total=num_patients, unit=" patients", desc="preprocess", file=sys.stdout, mininterval=1) as bar:
         for record in records:
@@ -94,10 +94,10 @@ def show_progress(tasks: list[tuple], records: Iterable[dict]) -> Iterator[dict]
 
 
 def show_ignored(unnamed: list[str], of_patients: list[str]) -> None:
-    """Print how many entries of the source were not read, and one of each kind."""
-    kinds = {"files of half sequences": [], "other files of patients": [], "other entries": unnamed}
+    """Print the number of unread entries of each kind in the source, with an example."""
+    kinds = {"half-sequence files": [], "patients' other files": [], "other entries": unnamed}
     for file in of_patients:
-        kinds["files of half sequences" if camus.HALF_SEQUENCE in file.lower() else "other files of patients"].append(file)
+        kinds["half-sequence files" if camus.HALF_SEQUENCE in file.lower() else "patients' other files"].append(file)
     for what, names in kinds.items():
         if names:
             print(f"ignored  {len(names)} {what}, such as {names[0]}")

@@ -1,6 +1,6 @@
-"""Distributed training: `python jobs/train.py seed --data /data/shards --workers 4`, also behind `ray job submit … --`.
+"""Distributed training: `python jobs/train.py seed --data /data/shards --workers 4`, or the same after `ray job submit … --`.
 
-Ray Train places the workers and restarts them when one dies; the state of a run is in its own directory, with and without Ray.
+Ray Train places the workers and restarts them if one dies; the run's directory holds its state, with or without Ray.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from jobs.support import command_line
 
 @dataclass(frozen=True)
 class Options:
-    """How to launch."""
+    """How to launch the run."""
 
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray: one process, or as many as torchrun starts."""
     fresh: bool = False
-    """Start a new run, although the same command would resume one."""
+    """Start a new run even if the same command would resume one."""
     run_name: str = ""
-    """Name of the run's folder; the recipe and a hash of the configuration if not given."""
+    """Name of the run's folder; by default the recipe and a hash of the configuration."""
     init_from: str = ""
     """Folder of a run whose best weights this one starts from, to fine-tune them."""
     profile: bool = False
@@ -41,13 +41,13 @@ class Options:
     @property
     def unused(self) -> dict[str, str]:
         """The experiment's fields that have no effect here, and why."""
-        plain = "--launcher plain is one process, or as many as torchrun starts"
+        plain = "--launcher plain runs one process, or as many as torchrun starts"
         of_plain = dict.fromkeys(("workers", "min_workers"), plain) if self.launcher == "plain" else {}
-        return dict.fromkeys(("source", "out", "split"), "a training reads the shards of --data as they are") | of_plain
+        return dict.fromkeys(("source", "out", "split"), "training reads the shards of --data as they are") | of_plain
 
 
 def run(experiment: Experiment, options: Options) -> str:
-    """Train, or resume; returns the run's directory, and an empty string on all ranks of torchrun but the first."""
+    """Train or resume; returns the run's directory, or an empty string on all torchrun ranks but the first."""
     command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
     command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     if options.launcher == "plain":
@@ -69,7 +69,7 @@ def run(experiment: Experiment, options: Options) -> str:
 
 
 def train_without_ray(experiment: Experiment, shards: Shards, options: Options, initial: dict | None) -> str:
-    """Train in this process, one of torchrun's or the only one."""
+    """Train in this process, which is the only one or one of torchrun's."""
     with distributed.plain_ranks() as ranks:
         opened = None
         if ranks.is_main:

@@ -1,7 +1,7 @@
 """A sweep of the learning-rate schedule: `python jobs/tune.py camus --data /data/shards --trials 12`.
 
-Many runs of one recipe, in parallel on a cluster, bad ones stopped early; the winner is chosen on patients held out of the
-training group and written as `best.json`, which `jobs/train.py --config` takes. The same command resumes a sweep.
+Many runs of one recipe, in parallel on a cluster; poor ones are stopped early. The winner is chosen on patients held out of the
+training group and written to `best.json` for `jobs/train.py --config`. The same command resumes a sweep.
 """
 
 import importlib.util
@@ -30,31 +30,32 @@ from heartseg.tuning.sweep import METRIC, Sweep, SweepPlan
 from jobs.support import command_line
 from jobs.support.command_line import log
 
-# Share of the training group that the winner is chosen on if the recipe names none; as many as a CAMUS validation group.
+# Share of the training group that the winner is chosen on by default; as many patients as a CAMUS validation group.
 HOLDOUT = 0.125
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to try, and how much of it."""
+    """The trials of a sweep, and its limits."""
 
     plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     trials: int = 0
-    """Trials in all; with more than before, the same sweep resumes. 0: twelve, or all that --space.changes lists."""
+    """Total number of trials; a larger number extends the same sweep. 0: twelve, or all changes of --space.changes."""
     max_concurrent: int = 0
-    """Trials at a time; 0: as many as fit on the cluster."""
+    """Trials in parallel; 0: as many as fit on the cluster."""
     time_budget: float = 0.0
-    """Minutes after which training stops; 0 sets no limit."""
+    """Minutes after which training stops; 0: no limit."""
     sweep_name: str = ""
-    """Name of the sweep's folder; the recipe and a hash of the configuration if not given."""
+    """Name of the sweep's folder; by default the recipe and a hash of the configuration."""
     fresh: bool = False
-    """Start a new sweep, although the same command would resume one."""
+    """Start a new sweep even if the same command would resume one."""
     retry_failed: bool = False
-    """Resume failed trials from their last checkpoint: after a full disk, say."""
+    """Resume failed trials from their last checkpoint, after a full disk for example."""
 
     def __post_init__(self):
-        least = min(self.trials, self.max_concurrent, self.time_budget)
-        require(least >= 0, "--trials, --max-concurrent and --time-budget must be at least 0.")
+        limits = {"--trials": self.trials, "--max-concurrent": self.max_concurrent, "--time-budget": self.time_budget}
+        for flag, value in limits.items():
+            require(value >= 0, f"{flag} must be at least 0, not {value:g}.")
 
     @property
     def unused(self) -> dict[str, str]:
@@ -63,29 +64,29 @@ class Options:
         return reads | {"tracking.job_type": "a trial's is `trial`"}
 
     def trained(self, experiment: Experiment) -> list[Experiment]:
-        """What trials of an experiment are made of."""
+        """The experiments that trials consist of."""
         return sweeps.experiments_to_check(self.plan, experiment)
 
     @property
     def num_trials(self) -> int:
-        """The number of trials asked for."""
+        """The requested number of trials."""
         return self.trials or (len(self.plan.space.changes) + 1 if self.plan.search == "changes" else 12)
 
 
 def run(experiment: Experiment, options: Options) -> Sweep:
-    """Start or resume a sweep, until its trials have ended; returns it. Raises UserError if no trial can be chosen."""
+    """Start or resume a sweep and run it until its trials end; returns it. Raises UserError if no trial can be chosen."""
     command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
     command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
     is_known = options.plan.search != "optuna" or importlib.util.find_spec("optuna")
-    require(bool(is_known), "--search optuna needs Optuna: pip install 'heartseg[optuna]', or use --search random.")
+    require(bool(is_known), "--search optuna needs Optuna: run `pip install 'heartseg[optuna]'`, or use --search random.")
     shards = open_data(experiment)
     for trained in options.trained(experiment):
         check_plan(trained, shards)
     ingest = experiment.ingest
-    if ingest == "auto":  # all trials read in one way: from memory if there is enough of it here for a trial per core
+    if ingest == "auto":  # all trials read the same way: from memory if there is enough here for one trial per core
         fits = pixel_bytes(shards) <= MEMORY_SHARE * free_on_machine() / (os.cpu_count() or 1)
         ingest = "memory" if fits else "stream"
     sweep = sweeps.open_sweep(experiment, shards, options.plan, options.sweep_name, options.fresh, ingest)
@@ -96,21 +97,21 @@ def run(experiment: Experiment, options: Options) -> Sweep:
         try:
             search(sweep, shards, options)
         except (KeyboardInterrupt, StorageError):
-            publish(sweep)  # the results so far, without waiting for a dashboard
+            publish(sweep)  # results so far, without waiting for a dashboard
             raise
         conclude(sweep, options)
     return sweep
 
 
 def search(sweep: Sweep, shards: Shards, options: Options) -> None:
-    """Train the trials that have not ended. Raises KeyboardInterrupt if it was interrupted (Tune just returns), and outages."""
+    """Train the trials that have not ended. Raises KeyboardInterrupt on interruption (Tune just returns), and StorageError."""
     known = sweeps.read_trials(sweep)
     if len(known) >= options.num_trials and all(trial.state for trial in known):
         return
     if options.plan.stop_early and not sweeps.rungs(sweep):
         log.info("No trial is stopped early: %d epochs leave no time for a comparison.", sweep.base.train.epochs)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # or Tune prints tables of its own beside our lines
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # otherwise Tune prints its own tables beside our lines
     from ray import tune
 
     from jobs.support import ray_runtime, ray_trials
@@ -124,7 +125,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
     progress = ray_trials.Progress(lambda: publish(sweep))
     tuner = tune.Tuner(
-        # The actor that starts a trial's workers takes no core from them, and stays where no spot node is lost.
+        # The actor that starts a trial's workers takes no core from them, and is on the head, which is not a spot node.
         tune.with_resources(ray_trials.train_trial, {"CPU": 0, "node:__internal_head__": 0.001}),
         tune_config=tune.TuneConfig(
             search_alg=ray_trials.Suggestions(sweep, shards, options.num_trials, resources),
@@ -151,18 +152,18 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
 
 
 def publish(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None, str]:
-    """Write the tables, the winner so far and the page, which can be read while the sweep runs."""
+    """Write the tables, the current winner and the page, which can be read while the sweep runs."""
     table, best = sweeps.write_results(sweep)
     return table, best, write_page(sweep, table)
 
 
 def conclude(sweep: Sweep, options: Options) -> None:
-    """Publish and print the results; in the dashboard, end each trial's run and add one for the sweep."""
+    """Publish and print the results; on the dashboard, end each trial's run and add one for the sweep."""
     table, best, page = publish(sweep)
     trials = sweeps.read_trials(sweep)
     for trial in trials:
         if trial.state == sweeps.STOPPED:
-            close_trial(trial.run, trial.record, trial.reason)  # its own process had no time to
+            close_trial(trial.run, trial.record, trial.reason)  # its own process had no time for that
     if len(table):
         track_sweep(sweep.base, sweep, table, page)
         print(show_table(table))

@@ -109,7 +109,7 @@ def test_every_documented_command_line_is_valid(monkeypatch):
 
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory) -> Path:
-    """The folder in which the lesson's commands on synthetic hearts ran: half of the hearts, small images, one epoch."""
+    """The folder where the lesson's commands on synthetic hearts ran, with half of the hearts, small images and one epoch."""
     folder, smaller = tmp_path_factory.mktemp("lesson"), {"--train.epochs 8": "--train.epochs 1"}
     smaller |= {"--patients 16": "--patients 8", "quick": "quick --image.height 64 --image.width 64"}
     lines = re.findall(r"^    python (.*lesson/.*)$", LESSON.read_text(), re.MULTILINE)

@@ -24,34 +24,36 @@ class ImageConfig:
     """Columns (lateral) of a stored image, in pixels."""
 
     def __post_init__(self):
-        require(min(self.height, self.width) >= 32, "image.height and image.width must be at least 32 pixels.")
-        require(max(self.height, self.width) <= 2048, "image.height and image.width must be at most 2048 pixels.")
+        fits = min(self.height, self.width) >= 32 and max(self.height, self.width) <= 2048
+        require(fits, f"image.height ({self.height}) and image.width ({self.width}) must be 32 to 2048 pixels.")
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How patients are divided; always whole patients."""
+    """How patients are divided into groups; a patient is never split."""
 
     kind: Literal["official", "ratio", "kfold"]
     """`official`: the source's own groups. `ratio`: a seeded draw by patient. `kfold`: one of `folds` test groups in turn."""
     test_share: float = 0.2
     """Share of the patients in the test group (ratio only)."""
     val_share: float = 0.0
-    """Share in a validation group: of all patients (ratio), of those outside the test group (kfold)."""
+    """Share of the validation group: of all patients (ratio), or of those outside the test group (kfold)."""
     seed: int = 0
     """Seed of the draw (ratio and kfold)."""
     folds: int = 5
-    """Number of test groups, which share no patient and hold everybody between them (kfold only)."""
+    """Number of test groups; each patient is in exactly one of them (kfold only)."""
     fold: int = 0
-    """Which of them is the test group, from 0 (kfold only)."""
+    """Number of this run's test group, from 0 (kfold only)."""
     stratify: bool = True
     """Give every group its share of each class of ejection fraction and image quality, where they are known."""
 
     def __post_init__(self):
-        shares_fit = min(self.test_share, self.val_share) >= 0 and 0 < self.test_share + self.val_share < 1
-        require(shares_fit, "split.test_share and split.val_share must be shares whose sum lies between 0 and 1.")
-        require(self.folds >= 2, "split.folds must be at least 2.")
-        require(0 <= self.fold < self.folds, f"split.fold must be from 0 to {self.folds - 1}, one less than split.folds.")
+        test, val = self.test_share, self.val_share
+        message = f"split.test_share ({test}) and split.val_share ({val}) must be at least 0, their sum above 0 and below 1."
+        require(min(test, val) >= 0 and 0 < test + val < 1, message)
+        require(self.folds >= 2, f"split.folds must be at least 2, not {self.folds}.")
+        fits = 0 <= self.fold < self.folds
+        require(fits, f"split.fold must be from 0 to {self.folds - 1} (split.folds - 1), not {self.fold}.")
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,17 @@ class ModelConfig:
     aux_head: bool = False
     """Train a second head on an earlier layer."""
     norm: Literal["batch", "group"] = "batch"
-    """`group` has no batch statistics: for very small shares of a batch per worker."""
+    """`group` uses no batch statistics: for workers with very few images each."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """Batch statistics over all workers' images (GPUs only): `auto`: if several workers have GPUs."""
+    """Compute batch statistics over all workers' images (GPUs only); `auto`: if several workers have GPUs."""
     bn_momentum: float = 0.1
     """Momentum of the running statistics of batch normalisation."""
     dropout: float = 0.5
     """Dropout before the head's last convolution."""
 
     def __post_init__(self):
-        require(0 <= self.dropout < 1, "model.dropout must be at least 0 and below 1.")
-        require(0 < self.bn_momentum <= 1, "model.bn_momentum must lie between 0 and 1.")
+        require(0 <= self.dropout < 1, f"model.dropout must be at least 0 and below 1, not {self.dropout}.")
+        require(0 < self.bn_momentum <= 1, f"model.bn_momentum must be above 0 and at most 1, not {self.bn_momentum}.")
 
     @property
     def title(self) -> str:
@@ -92,18 +94,18 @@ class TrackingConfig:
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """`auto`: online if WANDB_API_KEY is set or after `wandb login`, otherwise offline."""
     project: str = "heartseg"
-    """Project of the dashboard."""
+    """Project on the dashboard."""
     group: str = ""
-    """Group of the dashboard, for runs that belong together; a sweep's trials have its name."""
+    """Group on the dashboard, for runs that belong together; a sweep's trials are grouped by its name."""
     job_type: str = "train"
-    """Job type of the dashboard; `trial` in a sweep."""
+    """Job type on the dashboard; `trial` in a sweep."""
     images: Literal["auto", "on", "off"] = "auto"
     """Send overlays: `auto` for CAMUS and the phantom only, since other people's patients stay here unless asked."""
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """What is done to a prediction beyond the network's own labels; off unless asked for, so that scores are the network's."""
+    """Postprocessing of the network's labels; off by default, so that scores are the network's own."""
 
     tta: bool = False
     """Average over five slightly shifted copies of the image, at five times the cost."""
@@ -115,10 +117,10 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that makes a run: a recipe with its changes."""
+    """Everything that defines a run: a recipe and the changes to it."""
 
     name: str
-    """Name of the recipe; a run is called after it."""
+    """Name of the recipe; runs are named after it."""
     image: ImageConfig
     split: SplitConfig
     model: ModelConfig
@@ -139,19 +141,20 @@ class Experiment:
     workers: int = 1
     """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` sets --min-workers as well."""
     min_workers: int = 0
-    """Fewest workers to train on with when nodes are lost, until new ones come; 0 wants all of them."""
+    """Fewest workers to continue with when nodes are lost, until new ones join; 0 requires all of them."""
     ingest: Literal["auto", "memory", "stream"] = "auto"
     """How training reads shards: all into `memory`, or as a `stream`, shuffled by parts; `auto` streams what is too large."""
 
     def __post_init__(self):
-        require(self.workers >= 1, "--workers must be at least 1.")
-        require(0 <= self.min_workers <= self.workers, "--min-workers must be at least 0 and no more than --workers.")
+        require(self.workers >= 1, f"--workers must be at least 1, not {self.workers}.")
+        fits = 0 <= self.min_workers <= self.workers
+        require(fits, f"--min-workers must be at least 0 and no more than --workers ({self.workers}), not {self.min_workers}.")
 
 
-# What decides a run's result; the rest is where it runs and what is reported.
+# The parts that decide a run's result; the rest is where it runs and what it reports.
 IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
 
-# The fields that act only with some values of another one.
+# Fields that have an effect only for some values of another field.
 ACTS_WITH = {
     "schedule.kind": {
         "schedule.power": "polynomial", "schedule.factor": "step multistep plateau", "schedule.step_share": "step",
@@ -169,7 +172,7 @@ ACTS_WITH = {
 
 
 def without_effect(experiments: Sequence[Experiment]) -> dict[str, str]:
-    """The fields of ACTS_WITH that act in none of some experiments, and why."""
+    """The fields of ACTS_WITH that have no effect in any of some experiments, and why."""
     values = [flatten(to_json(one)) for one in experiments]
     return {
         name: f"it is for --{other.replace('_', '-')} {needed.replace(' ', ' or ')}"
@@ -181,12 +184,12 @@ def without_effect(experiments: Sequence[Experiment]) -> dict[str, str]:
 
 def to_json(value: object) -> dict:
     """A dataclass as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(value)))  # a tuple is a list there
+    return json.loads(json.dumps(dataclasses.asdict(value)))  # tuples become lists
 
 
 def identity(experiment: Experiment) -> dict:
     """The part of an experiment that decides its result, as plain JSON values."""
-    # Memory and stream differ in the order of the images; what `auto` finds is the machine's, and the run's directory keeps it.
+    # Memory and stream differ in image order; what `auto` chooses depends on the machine, and the run's directory records it.
     asked = {"ingest": experiment.ingest} if experiment.ingest != "auto" else {}
     return {part: to_json(getattr(experiment, part)) for part in IDENTITY} | asked
 
@@ -197,14 +200,14 @@ def canonical(value: object) -> bytes:
 
 
 def none_if_nan(value: object) -> object:
-    """A value as JSON can hold it: None for NaN and infinity, a Python float for NumPy's; anything different as it is."""
+    """The value in a form that JSON allows: NaN and infinity become None, NumPy floats Python's; others are unchanged."""
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return value
 
 
 def from_json(value: dict, kind: type = Experiment, origin: str = "the configuration"):
-    """Build a dataclass from JSON values; raises UserError that names `origin` and an unknown or missing key or wrong value."""
+    """Build a dataclass from JSON values; raises UserError naming `origin` and the unknown or missing key or wrong value."""
     require(isinstance(value, dict), f"Bad configuration: {origin} is not a JSON object.")
     try:
         return _converter.structure(value, kind)
@@ -214,14 +217,14 @@ def from_json(value: dict, kind: type = Experiment, origin: str = "the configura
 
 
 def _problem(error: BaseException, kind: type | None) -> str:
-    """A problem in our own words if we raised it, otherwise in the converter's."""
+    """A problem in our own words if heartseg raised it, otherwise in the converter's."""
     if isinstance(error, UserError):
         return str(error).rstrip(".")
     return str(error) if isinstance(error, ValueError) else cattrs.v.format_exception(error, kind)
 
 
 def _check_kind(value: object, kind: type):
-    """A bool is an int to Python, and an int is a valid float; nothing else is accepted for another kind."""
+    """Accept an int for a float, but not a bool for an int, although Python would; other types must match."""
     if kind is float and type(value) is int:
         return float(value)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
@@ -235,14 +238,14 @@ for _kind in (int, float, str, bool):
 
 
 def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
-    """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if there is none."""
+    """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if they are equal."""
     there, asked = flatten(old, prefix), flatten(new, prefix)
     differing = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
     return f"{differing[0]}: {there.get(differing[0])} there, {asked.get(differing[0])} asked" if differing else None
 
 
 def flatten(value: dict, prefix: str = "") -> dict[str, object]:
-    """Nested values by their dotted names, as `train.epochs`; an empty dict is a value."""
+    """Nested values by their dotted names, such as `train.epochs`; an empty dict is a value."""
     flat = {}
     for key, inner in value.items():
         flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}

@@ -1,4 +1,4 @@
-"""Named experiments as functions. A variant calls another recipe and changes what differs."""
+"""Named experiments as functions. A variant calls another recipe and changes some of its fields."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def seed() -> Experiment:
     )
 
 
-# What the specification of `seed` leaves open and we fixed; the report lists it as our choice.
+# Choices that the specification of `seed` leaves open; the report lists them as ours.
 SEED_CHOICES = (
     "SGD momentum 0.9, no weight decay",
     "polynomial decay of the learning rate, power 0.9",
@@ -31,7 +31,7 @@ SEED_CHOICES = (
 
 
 def camus() -> Experiment:
-    """What we recommend on GPUs: the seed's network with AdamW, Dice loss, augmentation and averaged weights."""
+    """The recommended recipe for GPUs: the seed's network with AdamW, Dice loss, augmentation and averaged weights."""
     return replace(
         seed(),
         name="camus",

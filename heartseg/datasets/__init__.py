@@ -1,1 +1,1 @@
-"""Files of a dataset in, upright recordings out; patients into groups. Open camus.py first."""
+"""Reads a dataset's files as upright recordings and divides its patients into groups. Start with camus.py."""

@@ -19,7 +19,7 @@ IMAGES_FOLDER = "database_nifti"
 SPLIT_FOLDER = "database_split"
 # A tree with one of these files beside database_nifti/ was made by phantom.py, or by jobs/download.py.
 PHANTOM_NOTE, DOWNLOAD_NOTE = "phantom.json", "camus.json"
-HALF_SEQUENCE = "half_sequence"  # stands in a phase's place in a file's name
+HALF_SEQUENCE = "half_sequence"  # takes the place of the phase in a file's name
 SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt", "test": "subgroup_testing.txt"}
 PATIENT_PATTERN = re.compile(r"patient\d+")
 UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a name that are not UTF-8
@@ -27,7 +27,7 @@ UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a na
 
 @dataclass(frozen=True)
 class Info:
-    """What an `Info_*.cfg` holds about one view, None for what it lacks; `ed`, `es` count from 1, `ef` is in percent."""
+    """The contents of a view's `Info_*.cfg`, None for missing values; `ed` and `es` count from 1, `ef` is in percent."""
 
     ed: int | None = None
     es: int | None = None
@@ -44,8 +44,8 @@ class Info:
 class Recording:
     """One annotated frame, upright.
 
-    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if no one has drawn one), `spacing_mm` is (depth, lateral).
-    `frame` counts from 1; a frame between ED and ES has no phase. `grey` is the range of values that became 0 to 255.
+    `image` is uint8 [H,W], `mask` uint8 [H,W] with labels 0-3 (None if there is no mask), `spacing_mm` is (depth, lateral).
+    `frame` counts from 1; a frame between ED and ES has no phase. `grey` is the range of values scaled to 0 to 255.
     """
 
     patient: str
@@ -65,7 +65,7 @@ CFG_FIELDS = {  # the lines of a cfg: key, field, type
     "ImageQuality": ("quality", str), "EF": ("ef", float), "FrameRate": ("frame_rate", float),
     "EFConvention": ("ef_convention", str),
 }  # fmt: skip
-CFG_NOISE = " \t,;\"'"  # what spreadsheets put around a value
+CFG_NOISE = " \t,;\"'"  # characters that spreadsheets put around a value
 # A view, a phase, and a function that reads the frames of that recording; it raises DamagedRecording.
 Readable = tuple[View | None, Phase | None, Callable[[], list[Recording]]]
 
@@ -78,7 +78,7 @@ class CamusTree:
     dataset: str = ""  # `camus` if the user declares that the tree is the release
 
     def is_there(self) -> bool:
-        """True if this machine sees the tree; a disk that is not mounted is an empty folder."""
+        """True if this machine can see the tree; the folder of an unmounted disk is empty."""
         return filesystem.exists(filesystem.join(self.path, IMAGES_FOLDER))
 
     def patients(self) -> list[str]:
@@ -86,7 +86,7 @@ class CamusTree:
         return find_patients(self.path)
 
     def groups(self) -> dict[str, list[str]]:
-        """The source's own split: group (`train`, `val`, `test`) to patients; raises UserError for a file that is not text."""
+        """The source's own split: patients by group (`train`, `val`, `test`); raises UserError for a file that is not text."""
         groups = {}
         for group, name in SPLIT_FILES.items():
             path = filesystem.join(self.path, SPLIT_FOLDER, name)
@@ -96,29 +96,29 @@ class CamusTree:
         return groups
 
     def dataset_name(self) -> str:
-        """`phantom` or `CAMUS` by the note of whoever wrote the tree, or by the user's word; otherwise `other`: private."""
+        """`phantom` or `CAMUS` by the note in the tree, or by the user's declaration; otherwise `other`, which is private."""
         for note, name in ((PHANTOM_NOTE, "phantom"), (DOWNLOAD_NOTE, "CAMUS")):
             if filesystem.exists(filesystem.join(self.path, note)):
                 return name
         return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
-        """Name, size and modification time (ns) of each file of some patients: shows a changed source without reading it."""
+        """Name, size and modification time (ns) of some patients' files, to detect changes without reading them."""
         return {patient: list_folder(filesystem.join(self.path, IMAGES_FOLDER, patient)) for patient in patients}
 
     def unnamed(self) -> list[str]:
-        """Visible entries beside the patients' folders."""
+        """Visible entries other than the patients' folders."""
         names = filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER))
         return [name for name in names if not (name.startswith(".") or PATIENT_PATTERN.fullmatch(name))]
 
     def check_frames(self, patients: list[str], frames: str) -> None:
-        """Raise UserError if sequences are asked for and no patient has one."""
+        """Raise UserError if sequences are requested and no patient has one."""
         names = (name for p in patients for name in filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER, p)))
         if frames == "sequence" and not any(HALF_SEQUENCE in name.lower() for name in names):
             raise UserError(f"{self.path} holds no *_{HALF_SEQUENCE}.nii.gz: use --frames stills.")
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
-        """Each still or sequence that a patient should have; reading puts the SHA-256 of each file into `hashes`, by path."""
+        """Each still or sequence that a patient should have; reading it adds each file's SHA-256 to `hashes`, by path."""
         if frames == "sequence":
             for view in VIEWS:
                 yield view, None, partial(read_half_sequence, self.path, patient, view, hashes)
@@ -128,7 +128,7 @@ class CamusTree:
 
 
 def find_patients(source: str) -> list[str]:
-    """Sorted names of the patients of a tree; raises UserError if it has none."""
+    """Sorted names of a tree's patients; raises UserError if it has none."""
     require(filesystem.exists(source), f"The source {source} does not exist: give the folder that holds {IMAGES_FOLDER}/.")
     names = filesystem.list_names(filesystem.join(source, IMAGES_FOLDER))
     patients = [name for name in names if PATIENT_PATTERN.fullmatch(name)]
@@ -142,7 +142,7 @@ def recording_path(source: str, patient: str, view: View, phase: Phase | str, su
 
 
 def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict[str, str] | None = None) -> Recording:
-    """One ED or ES image with its mask and cfg; raises DamagedRecording. `hashes` gets the SHA-256 of each file, by path."""
+    """One ED or ES image with its mask and cfg; raises DamagedRecording. Adds each file's SHA-256 to `hashes`, by path."""
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
     (pixels,) = read_pair(*paths, "stills", hashes)
     info = read_info(source, patient, view, hashes)
@@ -151,13 +151,13 @@ def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict
 
 
 def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[dict]:
-    """`Recording`'s fields that an image file and its mask file hold, frame by frame; raises DamagedRecording."""
+    """The fields of `Recording` that an image file and its mask file hold, frame by frame; raises DamagedRecording."""
     values, spacing_mm, place = read_nifti(image_path, hashes)
     masks, *_ = read_nifti(mask_path, hashes, place)
     if frames == "stills" and len(values) > 1:
         raise DamagedRecording(f"a still must be one frame, but this has {len(values)}", image_path)
     if masks.shape != values.shape:
-        raise DamagedRecording(f"the mask's shape {masks.shape} is not the image's {values.shape}", mask_path)
+        raise DamagedRecording(f"the mask has shape {masks.shape}, but the image has {values.shape}", mask_path)
     try:
         images, grey = as_grey(values)
     except Unreadable as error:
@@ -167,7 +167,7 @@ def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, st
 
 
 def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
-    """All frames of half a beat, `frame` counting from 1 at ED, whichever way the file runs; raises DamagedRecording."""
+    """All frames of half a beat, numbered from 1 at ED even if the file starts at ES; raises DamagedRecording."""
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
     frames = read_pair(*paths, "sequence", hashes)
     info = read_info(source, patient, view, hashes)
@@ -181,7 +181,7 @@ def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, 
 
 
 def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
-    """Which frames, from 1, are ED and ES: by the cfg, otherwise the ends, the larger cavity being ED; None if unknown."""
+    """Numbers (from 1) of the ED and ES frames: the cfg's, otherwise the two ends, ED having the larger cavity; or None."""
     last = len(masks)
     named = (info.ed, info.es) if info else (None, None)
     if None not in named and named[0] != named[1] and all(1 <= frame <= last for frame in named):
@@ -198,7 +198,7 @@ def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | No
     if not filesystem.exists(path):
         return None
     try:
-        # Keys and numbers are ASCII: a remark in another encoding does no harm.
+        # Keys and numbers are ASCII, so a remark in another encoding is harmless.
         text = decode_text(read_source(path, hashes), "replace")
     except ValueError as error:
         raise DamagedRecording("is not text in UTF-8 or UTF-16", path) from error
@@ -209,7 +209,7 @@ def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | No
 
 
 def parse_value(text: str, kind: type) -> str | int | float | None:
-    """A value of a cfg; None for a malformed number or one that no column can hold: a typing error."""
+    """A value of a cfg; None for a number that is malformed or too large for its column, which is a typing error."""
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -218,24 +218,24 @@ def parse_value(text: str, kind: type) -> str | int | float | None:
 
 
 def decode_text(raw: bytes, errors: str = "strict") -> str:
-    """Decode text as Windows, spreadsheets and shells save it: UTF-8, or UTF-16 with a byte order mark; raises ValueError."""
+    """Decode text saved by Windows, spreadsheets or shells: UTF-8, or UTF-16 with a byte order mark; raises ValueError."""
     encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     text = raw.decode(encoding, errors)
-    if "\0" in text:  # UTF-16 without its mark, or no text at all
+    if "\0" in text:  # UTF-16 without a byte order mark, or not text
         raise ValueError("it has zero bytes")
     return text
 
 
 def read_text(path: str) -> str:
-    """The text of a small file that a user wrote; raises UserError that names it."""
+    """The text of a small file that a user wrote; raises UserError naming the file."""
     try:
         return decode_text(filesystem.read_bytes(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: save it as that.") from error
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
 
 
 def stills_of() -> Iterator[tuple[View, Phase]]:
-    """The four stills that a patient has, in the order in which shards hold them."""
+    """The view and phase of a patient's four stills, in the order of the shards."""
     return ((view, phase) for view in VIEWS for phase in PHASES)
 
 
@@ -247,7 +247,7 @@ def write_info(source: str, patient: str, view: View, info: Info) -> None:
 
 
 def write_groups(source: str, groups: dict[str, list[str]]) -> None:
-    """Write the split files of the release: one patient a line."""
+    """Write the release's split files: one patient per line."""
     for group, patients in groups.items():
         path = filesystem.join(source, SPLIT_FOLDER, SPLIT_FILES[group])
         filesystem.publish(path, "".join(f"{patient}\n" for patient in patients).encode())
@@ -262,5 +262,5 @@ def list_folder(path: str) -> list[list]:
 
 
 def names_and_sizes(listing: dict[str, list[list]]) -> dict[str, list[list]]:
-    """A listing of patients' files without the times, which a copy of the source need not keep."""
+    """A listing of patients' files without the times, which change when the source is copied."""
     return {patient: [[name, size] for name, size, _ in files] for patient, files in listing.items()}

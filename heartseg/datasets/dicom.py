@@ -1,6 +1,6 @@
-"""DICOM files to upright grey frames, the millimetres of a pixel, and keyed digests of what identifies a study.
+"""Reads DICOM files as upright grey frames with a pixel spacing, and identifies studies by keyed digests.
 
-The only file that imports pydicom (`pip install heartseg[formats]`). No message quotes a value of a file.
+The only file that imports pydicom (`pip install heartseg[formats]`). No message quotes a value from a file.
 """
 
 import hmac
@@ -16,12 +16,12 @@ import pydicom
 from heartseg.datasets.grey import Unreadable, as_grey
 from heartseg.datasets.readers import NO_PICTURE, Frames
 
-# pydicom's warnings quote the values that they complain about, a patient's name among them.
+# pydicom's warnings quote the values that they complain about, which may be a patient's name.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", module=r"pydicom|heartseg\.datasets\.dicom")
 
-# What a file is (SOP classes, DICOM PS3.6): ultrasound pictures and loops with their retired forms, screenshots; volumes.
+# SOP classes (DICOM PS3.6): ultrasound pictures and loops, with their retired forms and screenshots; volumes.
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 ULTRASOUND = tuple(STORAGE + kind for kind in ("3", "3.1", "6", "6.1"))
 SCREENSHOT, VOLUME = STORAGE + "7", STORAGE + "6.2"
@@ -29,16 +29,16 @@ SCREENSHOT, VOLUME = STORAGE + "7", STORAGE + "6.2"
 TWO_DIMENSIONAL, CURVES, TISSUE, CENTIMETRES = 1, {2, 3}, 1, 3
 CORNERS = ("MinY0", "MinX0"), ("MaxY1", "MaxX1")
 BEYOND_EDGE = 0.02  # share of a picture's side that a region may exceed it by: writers count from 0 or from 1, and round
-# What must agree in all files of a study, where they have it.
+# The tags that must agree in all files of a study that have them.
 IDENTIFIERS = ("PatientID", "StudyInstanceUID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate")
 SHORTEST_UID = 20  # a generator's are longer; an anonymiser's placeholder, such as 1.2.3, is not
 
 
 def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -> Frames:
-    """A DICOM image or loop in grey, cut to its 2-D tissue region if the file names one that fits its picture.
+    """A DICOM image or loop in grey, cropped to its 2-D tissue region if the file names one that fits the picture.
 
-    The spacing is that of the region (0018,6011), otherwise PixelSpacing. `admit` gets the number of pixels before they are
-    decoded. Raises Unreadable for what is not a 2-D picture or loop, and whatever pydicom does.
+    The spacing is the region's (0018,6011), otherwise PixelSpacing. `admit` is called with the number of pixels before they are
+    decoded. Raises Unreadable for anything but a 2-D picture or loop, and whatever pydicom raises.
     """
     dataset = pydicom.dcmread(io.BytesIO(raw), force=True)
     check_is_loop(dataset)
@@ -77,7 +77,7 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
     whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
     formats = {region.get("RegionSpatialFormat") for region in regions}
     if formats & CURVES and TWO_DIMENSIONAL not in formats:
-        raise Unreadable("it shows no 2-D picture, but a curve over time (M-mode or Doppler)")
+        raise Unreadable("it shows a curve over time (M-mode or Doppler), not a 2-D picture")
     tissue = []
     for region in regions:
         if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE:
@@ -87,22 +87,22 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
         spacing_mm = _positive(dataset.get("PixelSpacing") or ())
         ratio = [float(value) for value in dataset.get("PixelAspectRatio") or (1, 1)]
         odd = not spacing_mm and ratio[0] != ratio[1]
-        return whole, spacing_mm, ("its pixels are not square, and it has no millimetres: give --spacing-mm",) if odd else ()
+        return whole, spacing_mm, ("its pixels are not square, and it has no spacing in mm: give --spacing-mm",) if odd else ()
     corners, region = max(tissue, key=lambda found: _area(found[0]))
     top, left, bottom, right = corners
     if not fits(corners, rows, columns):
-        note = f"its ultrasound region does not fit its picture of {rows} x {columns} pixels"
-        return whole, None, (f"{note}: it is not cut and has no millimetres",)
+        note = f"its ultrasound region does not fit its {rows} x {columns} picture"
+        return whole, None, (f"{note}: it is not cropped, and its spacing is unknown",)
     apart = [other for other, _ in tissue if (other[1] >= right or other[3] <= left or other[0] >= bottom or other[2] <= top)]
     beside = sum(_area(other) > _area(corners) / 4 for other in apart)
-    note = f"it shows {beside + 1} planes at once, and only that of columns {left} to {right - 1} is outlined"
+    note = f"it shows {beside + 1} planes at once; only the one in columns {left} to {right - 1} is outlined"
     is_in_cm = region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == CENTIMETRES
     deltas = [abs(float(region.get(tag, 0))) * 10 for tag in ("PhysicalDeltaY", "PhysicalDeltaX")] if is_in_cm else ()
     return corners, _positive(deltas), (note,) if beside else ()
 
 
 def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
-    """True if a region (top, left, bottom, right) lies in a picture, or in one that was cropped along one side."""
+    """True if a region (top, left, bottom, right) lies within a picture, which may have been cropped along one side."""
     top, left, bottom, right = corners
     if not (0 <= top < bottom and 0 <= left < right and top + 1 < rows and left + 1 < columns):
         return False
@@ -116,13 +116,13 @@ def _area(corners: tuple[int, int, int, int]) -> int:
 
 
 def _positive(spacing_mm) -> tuple[float, float] | None:
-    """A spacing as numbers; None if it is not two positive ones."""
+    """A spacing as two numbers; None unless both are positive."""
     values = tuple(float(value) for value in spacing_mm)
     return values if len(values) == 2 and all(np.isfinite(values)) and min(values) > 0 else None
 
 
 def decode(dataset, frames: int, window: tuple[slice, slice]) -> np.ndarray:
-    """Pixel values [T,h,w] in a window of every frame, one frame after the other; colours become luminance."""
+    """Pixel values [T,h,w] in a window of every frame, decoded one by one; colours become luminance."""
     values, decoder = None, _decoder(dataset)
     found = decoder.iter_array(dataset, raw=False)
     if dataset.PhotometricInterpretation == "YBR_FULL_422" and not decoder.is_encapsulated:
@@ -143,7 +143,7 @@ def decode(dataset, frames: int, window: tuple[slice, slice]) -> np.ndarray:
 
 
 def _decoder(dataset):
-    """pydicom's decoder of a file's pixels; raises Unreadable, with what to install, if there is none here."""
+    """pydicom's decoder for a file's pixels; raises Unreadable, naming the package to install, if there is none."""
     if "TransferSyntaxUID" not in dataset.file_meta:  # a bare data set
         names = {(True, True): "ImplicitVRLittleEndian", (False, False): "ExplicitVRBigEndian"}
         syntax = getattr(pydicom.uid, names.get(dataset.original_encoding, "ExplicitVRLittleEndian"))

@@ -1,7 +1,7 @@
-"""Folders of a Girder server (the REST interface of girder.readthedocs.io): listed, fetched as zips, unpacked.
+"""Lists, downloads (as zips) and unpacks folders of a Girder server, by the REST interface of girder.readthedocs.io.
 
-The only file that imports requests. Such a zip is made while it is sent: without a checksum to compare or a part to resume
-from, a damaged one is fetched again as a whole.
+The only file that imports requests. The server makes a zip while sending it, with no checksum to compare and no part to resume
+from, so a damaged one is downloaded again in full.
 """
 
 import io
@@ -27,24 +27,24 @@ MAX_BYTES = 2**30  # of an answer or a zip; a patient's folder has 14 files and 
 
 
 class FailedDownload(Exception):
-    """The server refuses; the message is appended to a name."""
+    """The server refused; the message is appended to a name."""
 
 
 class DamagedDownload(FailedDownload):
-    """Nothing arrives, or the download is truncated or damaged: another try may succeed."""
+    """Nothing arrived, or the download is truncated or damaged: another try may succeed."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A Girder server by the address of its interface (`https://…/api/v1`), with the client's timeouts and tries."""
+    """A Girder server: the address of its interface (`https://…/api/v1`), and the client's timeouts and tries."""
 
     base: str
     tries: int
-    wait_s: float  # before the second try, then twice as long each
-    timeout_s: float  # of silence, after which a connection is given up
+    wait_s: float  # before the second try; doubles with each further one
+    timeout_s: float  # of silence before a connection is dropped
 
     def list_folders(self, parent: str) -> dict[str, str]:
-        """Name to id of the folders in a folder; raises FailedDownload."""
+        """Ids of the folders in a folder, by name; raises FailedDownload."""
         found, before = {}, -1
         while len(found) > before:  # the last page is empty; a server that ignores the offset repeats one
             before = len(found)
@@ -53,7 +53,7 @@ class Server:
         return found
 
     def fetch(self, path: str, use: Callable[[bytes], T], params: dict | None = None) -> T:
-        """Pass a response's body to `use`, retrying while that raises DamagedDownload; raises FailedDownload."""
+        """Pass a response's body to `use`, and retry if that raises DamagedDownload; raises FailedDownload."""
         for wait_s in [self.wait_s * 2**earlier for earlier in range(self.tries - 1)]:
             try:
                 return use(self._body(path, params))
@@ -78,7 +78,7 @@ class Server:
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
                 raise DamagedDownload(f"breaks off the encrypted connection ({cause(error)})") from error
             fix = "check the clock and the address, or name your network's own certificates in REQUESTS_CA_BUNDLE"
-            raise UserError(f"The certificate of {self.base} is refused ({cause(error)}): {fix}.") from error
+            raise UserError(f"The certificate of {self.base} was rejected ({cause(error)}): {fix}.") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:  # the second for an odd host name
             kind = FailedDownload if isinstance(error, ValueError) else DamagedDownload  # a bad address stays one
             what = f"breaks off after {body.tell()} bytes" if body.tell() else f"cannot be reached ({cause(error)})"
@@ -87,12 +87,12 @@ class Server:
 
 
 def cause(error: Exception) -> str:
-    """Why a request failed, without the wrappers that requests and urllib3 put around it."""
+    """Why a request failed, without the wrapping of requests and urllib3."""
     return str(getattr(error.args[0], "reason", error) if error.args else error).rpartition(": ")[2]
 
 
 def parse_listing(body: bytes) -> dict[str, str]:
-    """Name to id of the folders in a page; raises DamagedDownload."""
+    """Ids of the folders on a page, by name; raises DamagedDownload."""
     try:
         return {str(entry["name"]): str(entry["_id"]) for entry in json.loads(body)}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -100,7 +100,7 @@ def parse_listing(body: bytes) -> dict[str, str]:
 
 
 def unpack(packed: bytes, target: str) -> None:
-    """Unpack a zip into the folder `target`, flushed to the disk; raises DamagedDownload before anything is written."""
+    """Unpack a zip into the folder `target` and flush it to disk; raises DamagedDownload before anything is written."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(packed))
         size, damaged = sum(entry.file_size for entry in archive.infolist()), archive.testzip()

@@ -1,4 +1,4 @@
-"""Grey values of any number type to 8 bits, by one rule: training, evaluation and prediction see the same picture of a file."""
+"""Converts grey values of any type to 8 bits by one rule, so that training, evaluation and prediction see the same picture."""
 
 import numpy as np
 
@@ -12,10 +12,10 @@ class Unreadable(ValueError):
 
 
 def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """The values of a whole file as a uint8 array of its own, and the range that became 0 to 255.
+    """A copy of a whole file's values as uint8, and the range that was scaled to 0 to 255.
 
-    Bytes stay; other values have the first range that holds all of them: 8, 12 or 16 bits, unsigned or signed, and for
-    fractions 0 to 1, -1 to 1, or percent. Raises Unreadable if no range does, or if several might.
+    Bytes are unchanged; other values use the first range that holds them all: 8, 12 or 16 bits, unsigned or signed, and for
+    fractions 0 to 1, -1 to 1, or percent. Raises Unreadable if no range fits, or if several might.
     """
     if values.dtype == np.uint8:
         return values.copy(order="C"), BYTE
@@ -32,7 +32,7 @@ def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def describe(levels: tuple[int, int]) -> str:
-    """A range of grey levels and the factor that brought it to 0 to 255, as a manifest names them."""
+    """A range of grey levels and the factor that scaled it to 0 to 255, as the manifest shows them."""
     return f"{levels[0]} to {levels[1]}, times {255 / (levels[1] - levels[0]):.4g}"
 
 

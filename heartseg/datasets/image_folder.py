@@ -2,10 +2,10 @@
 
     FOLDER/images/NAME.nii.gz     the picture, any size and spacing, values 0 to 255 (.nii works as well)
     FOLDER/masks/NAME.nii.gz      its labels 0 to 3, on the same grid, under the same name
-    FOLDER/groups.csv             optional: a line `patient,group`, then one line a patient; groups train, val, test
+    FOLDER/groups.csv             optional: a line `patient,group`, then one line per patient; groups train, val, test
 
-NAME begins with the patient, up to the first `_` (`patient_pattern` may show another place): `anna_2CH_ED`, `anna_2CH_ES`,
-`bert_visit2_4CH`. A part of it that is 2CH or 4CH gives the view, one that is ED or ES the phase. Files that are not NIfTI are
+NAME begins with the patient, up to the first `_` (or as `patient_pattern` matches): `anna_2CH_ED`, `anna_2CH_ES`,
+`bert_visit2_4CH`. A part that is 2CH or 4CH is the view, one that is ED or ES the phase. Files that are not NIfTI are
 ignored, and counted. `nifti.decode_nifti` describes which axis of a file is which.
 """
 
@@ -31,10 +31,10 @@ SEPARATOR = re.compile(r"[-_. ]")
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A plain folder as a source of shards; `camus.CamusTree` has the same methods and describes them."""
+    """A plain folder as a source of shards; `camus.CamusTree` has the same methods and documents them."""
 
     path: str
-    patient_pattern: str = ""  # for the beginning of a name: its first group, or all that it matches, is the patient
+    patient_pattern: str = ""  # matched at the start of a name: its first group, or the whole match, is the patient
     dataset: str = ""
 
     def is_there(self) -> bool:
@@ -42,7 +42,7 @@ class ImageFolder:
         return all(filesystem.exists(filesystem.join(self.path, name)) for name in (IMAGES, MASKS))
 
     def patients(self) -> list[str]:
-        """Sorted names; raises UserError if there are none, or if one person's images may count as several people's."""
+        """Sorted names; raises UserError if there are none, or if one person's images may be counted as several people's."""
         files = self._files()
         if not self.patient_pattern:
             parts = {name: SEPARATOR.split(name) for name in files}
@@ -50,18 +50,18 @@ class ImageFolder:
             people = {found[0] for found in parts.values()}
             has_one_each = all(len(found) <= 2 for found in files.values())  # an image and its mask
             if odd or has_one_each and 1 < len(people) < len(files):
-                counts = f"{len(files)} patients, such as {(odd or list(files))[0]!r}, but {len(people)} by the first - or dot"
-                fix = "give --patient-pattern '[^-.]+', or '[^_]+' if all are different"
-                raise UserError(f"{self.path} would have {counts}: {fix}.")
+                names = f"{len(files)} patients, such as {(odd or list(files))[0]!r}"
+                fix = "give --patient-pattern '[^-.]+', or '[^_]+' if they are all different people"
+                raise UserError(f"{self.path} would have {names}, but {len(people)} if names end at the first - or dot: {fix}.")
         return list(files)
 
     def groups(self) -> dict[str, list[str]]:
-        """Group to patients, from groups.csv if there is one; raises UserError for whatever is wrong with it."""
+        """Patients by group, from groups.csv if there is one; raises UserError for any mistake in it."""
         path = filesystem.join(self.path, GROUPS)
         if not filesystem.exists(path):
             return {}
         lines = camus.read_text(path).splitlines()
-        delimiter = next((mark for mark in ";\t" if mark in "".join(lines[:1])), ",")  # by the spreadsheet's language
+        delimiter = next((mark for mark in ";\t" if mark in "".join(lines[:1])), ",")  # depends on the spreadsheet's language
         rows = [[cell.strip() for cell in row if cell.strip()] for row in csv.reader(lines, delimiter=delimiter)]
         if not rows or [cell.lower() for cell in rows[0]] != ["patient", "group"]:
             raise UserError(f"{path} must begin with the line `patient,group`.")
@@ -74,16 +74,16 @@ class ImageFolder:
         return {group: sorted(names) for group, names in groups.items()}
 
     def dataset_name(self) -> str:
-        """`other`, or `CAMUS` by the user's word."""
+        """`other`, or `CAMUS` if the user declares it."""
         return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
-        """Path below the folder, size and modification time (ns) of each file of some patients."""
+        """Path below the folder, size and modification time (ns) of some patients' files."""
         found = self._files()
         return {patient: found.get(patient, []) for patient in patients}
 
     def unnamed(self) -> list[str]:
-        """Visible files beside the images and masks that are not NIfTI."""
+        """Visible files in the folders of images and masks that are not NIfTI."""
         names = (name for folder in (IMAGES, MASKS) for name in filesystem.list_names(filesystem.join(self.path, folder)))
         return [name for name in names if not (name.startswith(".") or NAME.fullmatch(name))]
 
@@ -91,7 +91,7 @@ class ImageFolder:
         """Any file may be a sequence."""
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
-        """Each picture of a patient, by its `files`; in a `sequence`, the third axis is time, and the phase stays unknown."""
+        """Each picture of a patient, from its `files`; in a `sequence`, the third axis is time, and the phase is unknown."""
         for name in sorted({re.sub(r"(?i)\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
             parts = SEPARATOR.split(name.upper())[1:]
             view = next((View(part) for part in parts if part in VIEWS), None)
@@ -112,28 +112,28 @@ class ImageFolder:
                 if match := NAME.fullmatch(name):
                     found[self._patient(match["stem"])].append([f"{folder}/{name}", *rest])
         if not found:
-            raise UserError(f"{self.path} holds no NIfTI file: give a folder of {LAYOUT}.")
+            raise UserError(f"{self.path} holds no NIfTI files: give a folder of {LAYOUT}.")
         return dict(sorted(found.items()))
 
     def _patient(self, stem: str) -> str:
         match = re.match(self.patient_pattern or BEFORE_UNDERSCORE, stem)
         patient = match and match[1 if match.re.groups else 0]
         if not patient:
-            raise UserError(f"--patient-pattern {self.patient_pattern!r} finds no patient in {stem!r}: give another.")
+            raise UserError(f"--patient-pattern {self.patient_pattern!r} does not match {stem!r}: correct it.")
         return patient
 
 
 def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> CamusTree | ImageFolder:
-    """The source at a path; raises UserError if there is none, or for a pattern that is invalid or unused."""
+    """The source at a path; raises UserError if there is none, or if the pattern is invalid or unused."""
     try:
         re.compile(patient_pattern)
     except re.error as error:
         raise UserError(f"--patient-pattern {patient_pattern!r} is not a regular expression: {error}.") from error
     if (tree := CamusTree(path, dataset)).is_there():
-        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} has a folder for each patient.")
+        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} is a CAMUS tree: leave it out.")
         return tree
     if (folder := ImageFolder(path, patient_pattern, dataset)).is_there():
         return folder
     if not filesystem.exists(path):
         raise UserError(f"The source {path} does not exist: give the folder that holds {IMAGES_FOLDER}/ or {LAYOUT}.")
-    raise UserError(f"{path} holds no {IMAGES_FOLDER}/ (the CAMUS release), and no {LAYOUT} either.")
+    raise UserError(f"{path} holds neither {IMAGES_FOLDER}/ (the CAMUS release) nor {LAYOUT}: check the path.")

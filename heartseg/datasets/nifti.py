@@ -1,4 +1,4 @@
-"""NIfTI files to upright arrays (rows are depth) and back; whatever is wrong with a file becomes a reason.
+"""Reads NIfTI files as upright arrays (rows are depth) and writes them; any fault of a file becomes a one-line reason.
 
 The only file that imports nibabel. On disk, axis 0 of an array is lateral and axis 1 is depth.
 """
@@ -20,7 +20,7 @@ from heartseg.storage import filesystem
 
 MAX_VALUES = 2**27  # a header that claims more is damaged; a sequence of the release has under 80 million
 MAX_FILE_BYTES = 2**30
-MAX_EXTRA_BYTES = 2**20  # what may stand before the pixels, and what may follow them
+MAX_EXTRA_BYTES = 2**20  # allowed before the pixels, and after them
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
@@ -30,7 +30,7 @@ UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is mil
 
 
 class DamagedRecording(Exception):
-    """A recording that cannot be used; the message is the reason that goes to quarantine."""
+    """A recording that cannot be used; the message is the reason recorded in quarantine."""
 
     def __init__(self, reason: str, file: str):
         super().__init__(reason)
@@ -39,7 +39,7 @@ class DamagedRecording(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """How a file's array holds frames: `order` is its axes as (time, depth, lateral, single ones), `axes` depth and lateral."""
+    """How a file's array holds frames: `order` lists its axes as (time, depth, lateral, others), `axes` depth and lateral."""
 
     header: nibabel.Nifti1Header
     affine: np.ndarray
@@ -59,7 +59,7 @@ class Place:
         return is_named and max(self.axes) < 3 and self.affine[:3, self.axes].any(axis=0).all()
 
     def is_plain(self) -> bool:
-        """True for what tools write without a real affine: spacings from the origin, in NIfTI's directions or in ITK's."""
+        """True for the affine that tools write without a real one: spacings from the origin, in NIfTI's or ITK's directions."""
         spacings = np.diag(self.affine)
         return np.array_equal(self.affine, np.diag(spacings)) and spacings[0] * spacings[1] > 0
 
@@ -67,12 +67,12 @@ class Place:
 def read_nifti(
     path: str, hashes: dict[str, str] | None = None, onto: Place | None = None
 ) -> tuple[np.ndarray, tuple[float, float], Place]:
-    """Decode the file that `find_file` finds and put its SHA-256 into `hashes`; raises DamagedRecording."""
+    """Decode the file that `find_file` finds and add its SHA-256 to `hashes`; raises DamagedRecording."""
     path = find_file(path)
     raw = read_source(path, hashes)
     try:
         return decode_nifti(raw, onto)
-    except Exception as error:  # nibabel raises a dozen kinds for a damaged header
+    except Exception as error:  # nibabel raises a dozen exception types for a damaged header
         raise DamagedRecording(f"is not a readable NIfTI: {str(error) or type(error).__name__}", path) from error
 
 
@@ -88,8 +88,8 @@ def find_file(path: str) -> str:
 
 
 def read_source(path: str, hashes: dict[str, str] | None = None, most: int = MAX_FILE_BYTES) -> bytes:
-    """At most `most` bytes of a file; puts their SHA-256 into `hashes`. Raises DamagedRecording."""
-    # A pipe in a file's place would keep the reader waiting for ever.
+    """At most `most` bytes of a file; adds their SHA-256 to `hashes`. Raises DamagedRecording."""
+    # Reading a pipe instead of a file would block forever.
     if not filesystem.is_uri(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise DamagedRecording("cannot be read: not a file", path)
     if (filesystem.size_or_none(path) or 0) > most:
@@ -104,11 +104,11 @@ def read_source(path: str, hashes: dict[str, str] | None = None, most: int = MAX
 
 
 def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tuple[float, float], Place]:
-    """Scaled values [T,H,W] upright, (depth, lateral) spacing in mm, and place of a `.nii` or `.nii.gz`.
+    """Upright scaled values [T,H,W], (depth, lateral) spacing in mm, and place of a `.nii` or `.nii.gz`.
 
-    Axes of one element are skipped; of the others the first is lateral, the second depth, the third time, as in CAMUS. The
-    first two change places if the affine shows that the second alone runs along the world's x; writers differ in its signs, so
-    these mean nothing. With `onto`, the place of its image, a mask is turned onto that. Raises ValueError and others.
+    Axes of length one are skipped; of the others, the first is lateral, the second depth, the third time, as in CAMUS. The
+    first two are swapped if, by the affine, only the second runs along the world's x. Writers disagree on the signs, so
+    signs are ignored. With `onto`, the place of its image, a mask is turned onto the image. Raises ValueError and others.
     """
     header, values = open_nifti(raw)
     place = find_place(header, onto)
@@ -117,13 +117,13 @@ def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tup
 
 
 def find_place(header: nibabel.Nifti1Header, onto: Place | None = None) -> Place:
-    """How a file holds frames, by its header and, for a mask, by the place of its image; raises ValueError if it cannot."""
+    """How a file holds frames, from its header and, for a mask, the place of its image; raises ValueError for other shapes."""
     shape = header.get_data_shape()
     wide = [axis for axis, size in enumerate(shape) if size > 1]
     if len(wide) not in (2, 3):
         raise ValueError(f"shape {shape} is neither an image nor a sequence of images")
     lateral, depth = wide[:2]
-    if not 0 < header["sform_code"] <= MAX_FORM_CODE:  # slow, and only needed then
+    if not 0 < header["sform_code"] <= MAX_FORM_CODE:  # slow, so only if needed
         header.check_fix()
     affine = header.get_best_affine()
     along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
@@ -134,17 +134,17 @@ def find_place(header: nibabel.Nifti1Header, onto: Place | None = None) -> Place
 
 
 def read_place(path: str) -> Place | None:
-    """How a file as `find_file` finds it holds frames, by its first bytes; None if it is missing or damaged there."""
+    """How the file that `find_file` finds holds frames, from its first bytes; None if they are missing or damaged."""
     try:
         return find_place(read_header(filesystem.read_bytes(find_file(path), START_BYTES)))
     except StorageError:
         raise
-    except Exception:  # nibabel raises a dozen kinds
+    except Exception:  # nibabel raises a dozen types
         return None
 
 
 def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
-    """Masks [T,H,W] turned onto their image as both affines show; raises ValueError if two real ones disagree on the place."""
+    """Masks [T,H,W] turned onto their image by the two affines; raises ValueError if both are real and disagree on position."""
     is_same = place.axes == onto.axes and np.array_equal(place.affine, onto.affine)
     if is_same or not (place.has_affine() and onto.has_affine()):
         return masks
@@ -157,11 +157,11 @@ def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
         return np.moveaxis(nibabel.apply_orientation(np.moveaxis(masks, 0, -1), turn), -1, 0)
     if place.is_plain() or onto.is_plain():
         return masks
-    raise ValueError("its affine and its image's disagree in direction and position")
+    raise ValueError("its affine and its image's affine disagree in direction and position")
 
 
 def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
-    """Header and scaled values, axes as on disk; what the header claims is checked before anything is allocated or inflated."""
+    """Header and scaled values, axes as on disk; the header's claims are checked before anything is allocated or inflated."""
     header, is_packed = read_header(raw), raw[:2] == GZIP
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if dtype.kind not in "iuf":
@@ -174,21 +174,21 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
     end = offset + num_values * dtype.itemsize
     content = unpack(raw, min(end + MAX_EXTRA_BYTES, MAX_DEFLATE_RATIO * len(raw))) if is_packed else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
-        raise ValueError(f"the header claims {end} bytes, and {'many more' if len(content) > end else len(content)} are there")
+        raise ValueError(f"the header claims {end} bytes, and {'many more' if len(content) > end else len(content)} were found")
     # An image of nibabel's would do the same, copy the pixels, and keep extensions, which may be a patient's DICOM text.
     values = np.frombuffer(content, dtype, num_values, offset)
     return header, apply_read_scaling(values.reshape(shape, order="F"), *header.get_slope_inter())
 
 
 def unpack(packed: bytes, most: int) -> bytes:
-    """The first `most` bytes in a gzip file, allocated at once; like nibabel, ignores what follows the last member.
+    """The first `most` bytes in a gzip file, allocated at once; like nibabel, ignores anything after the last member.
 
-    ISA-L inflates float pixels three times as fast as zlib, which took half of all the time of a picture of the release.
+    ISA-L inflates float pixels three times as fast as zlib, which took half the time to read a picture of the release.
     """
     try:
         with igzip.IGzipFile(fileobj=io.BytesIO(packed), mode="rb") as stream:
             return stream.read(most)
-    except (EOFError, igzip.BadGzipFile) as error:  # damage, which raises here too, or something else behind the last member
+    except (EOFError, igzip.BadGzipFile) as error:  # damage, or other bytes after the last member
         parts = []
         while packed and GZIP.startswith(packed[:2]):
             member = isal_zlib.decompressobj(wbits=31)
@@ -200,7 +200,7 @@ def unpack(packed: bytes, most: int) -> bytes:
 
 
 def read_header(block: bytes) -> nibabel.Nifti1Header:
-    """The header at the start of a file, NIfTI-1 or -2 of either byte order; raises ValueError and what nibabel does."""
+    """The header at the start of a file, NIfTI-1 or -2 in either byte order; raises ValueError and nibabel's errors."""
     if block[:2] == GZIP:  # opening the whole stream for its header alone took a tenth of a picture's time
         start = isal_zlib.decompressobj(wbits=31).decompress(block[:START_BYTES], HEADER_BYTES)
         block = start if len(start) == HEADER_BYTES else unpack(block, HEADER_BYTES)
@@ -216,33 +216,33 @@ def read_header(block: bytes) -> nibabel.Nifti1Header:
 
 
 def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[float, float]:
-    """Pixel sizes along two axes in mm, whatever unit of length the header names; raises ValueError if it has none."""
+    """Pixel sizes along two axes in mm, converted from the header's unit of length; raises ValueError if it has none."""
     unit_mm = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    sizes = [abs(float(header.get_zooms()[axis])) * unit_mm for axis in axes]  # some writers give directions by signs
+    sizes = [abs(float(header.get_zooms()[axis])) * unit_mm for axis in axes]  # some writers encode directions as signs
     if not all(0 < size < math.inf for size in sizes):
         raise ValueError(f"the pixel spacing {sizes} is not positive")
     return tuple(sizes)
 
 
 def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
-    """Write masks uint8 [T,H,W] where their images were: the same shape, affine and header; gzipped, whole or not at all."""
+    """Write masks uint8 [T,H,W] with the shape, affine and header of their images; gzipped, complete or not at all."""
     header = place.header.copy()
-    header.check_fix()  # as nibabel repairs it: reading does not need that, and it takes as long as decoding
+    header.check_fix()  # nibabel's repairs, which take as long as decoding, and which reading does not need
     shape = header.get_data_shape()
     disk = masks.reshape([shape[axis] for axis in place.order]).transpose(np.argsort(place.order))
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0  # the picture's display range would show labels 0-3 as black
-    filesystem.publish(path, pack(header, disk, level=1))  # small anyway
+    filesystem.publish(path, pack(header, disk, level=1))  # small at any level
 
 
 def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
-    """A copy of a mask as uint8, values within 0.001 of a label rounded to it; raises DamagedRecording naming any others."""
-    with np.errstate(invalid="ignore"):  # what no uint8 can hold is found by the comparison
+    """A copy of a mask as uint8, with values within 0.001 of a label rounded to it; raises DamagedRecording naming others."""
+    with np.errstate(invalid="ignore"):  # the comparison finds values that uint8 cannot hold
         labels = (mask if mask.dtype == np.uint8 else np.rint(mask)).astype(np.uint8, order="C")
         wrong = [] if mask.dtype == np.uint8 else np.unique(mask[~(np.abs(mask - labels) <= 1e-3)])
     if len(wrong):
         named = ", ".join(f"{value:g}" for value in wrong[:5]) + (", …" if len(wrong) > 5 else "")
-        raise DamagedRecording(f"has labels that are not 0 to {NUM_CLASSES - 1}: {named}", path)
+        raise DamagedRecording(f"has labels other than 0 to {NUM_CLASSES - 1}: {named}", path)
     if labels.max() >= NUM_CLASSES:
         raise DamagedRecording(f"has label {labels.max()}; only 0 to {NUM_CLASSES - 1} are defined", path)
     return labels
@@ -260,11 +260,11 @@ def write_nifti(path: str, array: np.ndarray, spacing_mm: tuple[float, float] | 
 
 
 def pack(header: nibabel.Nifti1Header, disk: np.ndarray, level: int = 6) -> bytes:
-    """The bytes of a NIfTI file with the values `disk`, gzipped without a time stamp, so that equal pixels make equal files.
+    """The bytes of a NIfTI file with the values `disk`, gzipped without a time stamp, so that equal pixels yield equal files.
 
-    nibabel's images would write the same bytes line by line, in three times as long.
+    nibabel's images would write the same bytes line by line, which takes three times as long.
     """
     header.set_slope_inter(1, 0)
-    header["vox_offset"] = header.single_vox_offset  # right behind the header, for no extension stands between
+    header["vox_offset"] = header.single_vox_offset  # directly after the header: there is no extension
     no_extension = bytes(header.single_vox_offset - header.template_dtype.itemsize)
     return gzip.compress(header.binaryblock + no_extension + disk.tobytes(order="F"), level, mtime=0)

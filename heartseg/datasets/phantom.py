@@ -1,6 +1,6 @@
-"""A synthetic CAMUS tree with known geometry, so that everything runs and is tested without the data.
+"""A synthetic CAMUS tree with known geometry, to run and test everything without the data.
 
-The ventricle is a truncated ellipsoid, the pictures are speckle made in beam space; `python -m heartseg.datasets.phantom OUT`.
+The ventricle is a truncated ellipsoid, and pictures are speckle made in beam space: `python -m heartseg.datasets.phantom OUT`.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ CONTRACTION = {Phase.ED: 0.0, Phase.ES: 1.0}
 # (depth, lateral) mm: the current release's isotropic 0.308, the older one's 1:2, others; mostly small ones, for speed.
 SPACINGS_MM = ((0.308, 0.308), (0.154, 0.308), (0.308, 0.308), (0.22, 0.22), (0.308, 0.308), (0.24, 0.26))
 
-# What full contraction does, per ejection fraction: in real stills the wall's area is the same in both phases and the
+# Effect of full contraction, per ejection fraction: in real stills the wall's area is the same in both phases and the
 # length shrinks by an eighth. The atrium grows by a fixed share; last, how far below the plane its centre is.
 SHORTENING, THICKENING, ATRIAL_FILLING, ATRIUM_TRUNCATION = 0.30, 0.40, 0.20, 0.75
 
@@ -36,7 +36,7 @@ TISSUE_GREY, HISS = 109, 0.01
 
 @dataclass(frozen=True)
 class Geometry:
-    """A heart and its probe; pairs by `VIEWS`; the mitral plane cuts the ellipsoid `truncation` half lengths below centre."""
+    """A heart and its probe; pairs follow `VIEWS`; the mitral plane is `truncation` half lengths below the centre."""
 
     patient: str
     ef: float
@@ -55,18 +55,18 @@ class Geometry:
 
     @property
     def length_mm(self) -> float:
-        """From the cavity's apex to the mitral plane."""
+        """Distance from the cavity's apex to the mitral plane."""
         return self.half_length_mm * (1 + self.truncation)
 
 
 def patient_geometry(patient_index: int, seed: int = 0) -> Geometry:
-    """Heart at end-diastole and probe of patient `patient_index` (from 1); the same for the same two numbers."""
+    """Heart at end-diastole and probe of patient `patient_index` (from 1), determined by the two arguments."""
     rng = np.random.default_rng([seed, patient_index])
 
     def bell(mean, spread, low, high):
         return float(np.clip(rng.normal(mean, spread), low, high))
 
-    poor = rng.random() < 0.3  # hearts that pump poorly are dilated
+    poor = rng.random() < 0.3  # weak hearts are dilated
     half_length, radius = bell(46, 4.5, 37, 56), bell(27 if poor else 23.5, 2.5, 18, 32)
     length = half_length * (1 + (truncation := rng.uniform(0.55, 0.75)))
     apex_depth = length * rng.uniform(0.28, 0.46)
@@ -93,14 +93,14 @@ def geometry_at(geometry: Geometry, contraction: float) -> Geometry:
 
 
 def volume_ml(geometry: Geometry, phase: Phase) -> float:
-    """Volume of a patient's cavity in ml: ellipses pi a b (1 - z^2 / c^2), integrated from the apex, -c, to the plane t c."""
+    """Volume of a patient's cavity in ml: ellipses pi a b (1 - z^2 / c^2), integrated from the apex -c to the plane t c."""
     heart = geometry_at(geometry, CONTRACTION[phase])
     (a, b), c, t = heart.radii_mm, heart.half_length_mm, heart.truncation
     return float(np.pi * a * b * c * (2 / 3 + t - t**3 / 3) / 1000)
 
 
 def patient_info(patient_index: int, seed: int = 0) -> camus.Info:
-    """The patient's cfg, the same in both views; its EF is the closed form's, by the `ase` convention."""
+    """The patient's cfg, the same in both views; its EF is the closed form, in the `ase` convention."""
     rng = np.random.default_rng([seed, patient_index, 1])
     frames = int(rng.integers(10, 31))
     ed, es = (frames, 1) if rng.random() < 0.25 else (1, frames)  # some half sequences run from ES to ED
@@ -110,7 +110,7 @@ def patient_info(patient_index: int, seed: int = 0) -> camus.Info:
 
 
 def heart_coordinates(heart: Geometry, view: View, depth_mm, lateral_mm):
-    """Image (lateral from its middle) to heart: mm from the apex, which stands still, along its axis and across."""
+    """Image coordinates (lateral from the middle) to heart coordinates: mm from the fixed apex along the axis and across."""
     index = VIEWS.index(view)
     sine, cosine = np.sin(np.radians(heart.tilt_deg[index])), np.cos(np.radians(heart.tilt_deg[index]))
     down, right = depth_mm - heart.apex_depth_mm, lateral_mm - heart.apex_lateral_mm[index]
@@ -129,7 +129,7 @@ def labels_at(heart: Geometry, view: View, along, across) -> np.ndarray:
 
 
 class Scanner:
-    """Takes the pictures of one patient's view; speckle, texture, gain and dropouts are drawn once, from the seed."""
+    """Draws the pictures of one patient's view; speckle, texture, gain and dropouts are drawn once, from the seed."""
 
     def __init__(self, patient_index: int, seed: int, view: View, scale: float = 1.0):
         self.geometry, self.view = patient_geometry(patient_index, seed), view
@@ -149,7 +149,7 @@ class Scanner:
         self.angle = np.linspace(-half_angle, half_angle, BEAMS, dtype=np.float32)[None]
         self.sigmas = (PULSE_MM / reach * (SAMPLES - 1), BEAM_RAD / (2 * half_angle) * (BEAMS - 1))
         self.noise = rng.standard_normal((2, 2, SAMPLES, BEAMS), dtype=np.float32)
-        # What differs from picture to picture, in dB: gain, blood, texture, attenuation, dropouts, clutter.
+        # Variation between pictures, in dB: gain, blood, texture, attenuation, dropouts, clutter.
         worse = QUALITIES.index(patient_info(patient_index, seed).quality)
         white = rng.standard_normal((2, SAMPLES, BEAMS), dtype=np.float32)
         # Interfaces across the beam shine: fine along it, long across it.
@@ -168,7 +168,7 @@ class Scanner:
         self.gain_db = self.gain_db + rng.uniform(2, 6) * np.exp(-self.radius / rng.uniform(10, 18)) + 4 * rings
 
     def echo_db(self, contraction: float) -> np.ndarray:
-        """Strength of the echo in beam space [SAMPLES, BEAMS] in dB, before gain."""
+        """Strength of the echo in dB in beam space [SAMPLES, BEAMS], before gain."""
         heart = geometry_at(self.geometry, contraction)
         radius, length = heart.radii_mm[VIEWS.index(self.view)], heart.length_mm
         depth, lateral = self.radius * np.cos(self.angle), self.radius * np.sin(self.angle) + heart.probe_offset_mm
@@ -196,8 +196,8 @@ class Scanner:
     def picture(self, contraction: float) -> np.ndarray:
         """The image, uint8 [H,W]: the envelope of filtered complex noise, smoothed, compressed and scan-converted.
 
-        An equal width in beam space makes the lateral correlation grow with depth (Wagner et al. 1983, IEEE Trans.
-        Sonics Ultrason. 30(3)). The noise turns from one draw into another over the beat, so neighbours are alike.
+        A constant width in beam space makes the lateral correlation grow with depth (Wagner et al. 1983, IEEE Trans.
+        Sonics Ultrason. 30(3)). The noise changes from one draw to another over the beat, so neighbours are alike.
         """
         noise = np.cos(np.pi / 2 * contraction) * self.noise[0] + np.sin(np.pi / 2 * contraction) * self.noise[1]
         amplitude = 10 ** ((self.echo_db(contraction) + self.gain_db) / 20)
@@ -216,7 +216,7 @@ class Scanner:
 
 
 def write_patient(source: str, seed: int, sequences: bool, scale: float, patient_index: int) -> None:
-    """Write one patient's folder: four stills with masks, two cfg files and, if asked for, two half sequences."""
+    """Write one patient's folder: four stills with masks, two cfg files and, on request, two half sequences."""
     info = patient_info(patient_index, seed)
     dtype = (np.float32, np.uint8)[patient_index // 2 % 2]  # the release has both; at every kind of spacing
     for view in VIEWS:
@@ -234,7 +234,7 @@ def write_patient(source: str, seed: int, sequences: bool, scale: float, patient
 
 
 def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:
-    """About 80:10:10; from three patients on no group is empty."""
+    """About 80:10:10; with three or more patients, no group is empty."""
     held_out = max(1, round(len(patients) / 10)) if len(patients) >= 3 else 0
     shuffled = np.random.default_rng(seed).permutation(patients).tolist()
     val, test, train = shuffled[:held_out], shuffled[held_out : 2 * held_out], shuffled[2 * held_out :]
@@ -247,24 +247,24 @@ def write_phantom(
     """Write a synthetic CAMUS tree; the same seed makes the same bytes, whatever the number of workers.
 
     Args:
-        source: The folder to write: an empty one, or this same phantom's.
+        source: The folder to write: empty, or with this same phantom.
         patients: Number of patients.
         seed: Seed of every heart and every picture.
-        sequences: Also write the half sequences, from one still to the other.
-        scale: Rows and columns as a share of the full ones; the spacing grows as they shrink.
-        workers: Processes that draw patients side by side.
+        sequences: Also write the half sequences between the two stills.
+        scale: Rows and columns as a share of full size; the spacing grows as they shrink.
+        workers: Processes that draw patients in parallel.
     """
     if patients < 1 or workers < 1 or seed < 0 or not 0.05 <= scale <= 1:
-        raise UserError("A phantom needs at least one patient, one worker, a seed from 0 and a scale of 0.05 to 1.")
+        raise UserError("A phantom needs at least one patient, one worker, a seed of at least 0 and a scale of 0.05 to 1.")
     marker = filesystem.join(source, camus.PHANTOM_NOTE)
     made_with = {"patients": patients, "seed": seed, "sequences": sequences, "scale": scale}
     if filesystem.exists(marker):
-        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom made with different settings: remove it.")
+        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom of other settings: remove it first.")
     elif filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):
-        raise UserError(f"{source} holds patients that are not a phantom's: give an empty folder.")
+        raise UserError(f"{source} holds patients that are not synthetic: give an empty folder.")
     filesystem.publish_json(marker, made_with)
     job, numbers = partial(write_patient, source, seed, sequences, scale), range(1, patients + 1)
-    # Spawned, for a forked child would inherit the locks of pyarrow's threads; one worker needs no process of its own.
+    # Spawned, since a forked child would inherit the locks of pyarrow's threads; one worker needs no process of its own.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         written = (pool.map if workers > 1 else map)(job, numbers)
         list(tqdm(written, total=patients, desc="phantom", unit=" patients"))

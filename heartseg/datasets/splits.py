@@ -1,4 +1,4 @@
-"""Divides patients into groups, always by patient: a heart's other views and phases never cross a group's border."""
+"""Divides patients into groups, so that all views and phases of a heart are in the same group."""
 
 import difflib
 import random
@@ -13,21 +13,21 @@ QUALITIES = ("Good", "Medium", "Poor")
 
 
 def group_of(groups: dict[str, list[str]]) -> dict[str, str]:
-    """The group of each patient; raises UserError if one is in two."""
+    """The group of each patient; raises UserError if a patient is in two."""
     found: dict[str, str] = {}
     for patient, group in ((patient, group) for group, patients in groups.items() for patient in patients):
         if found.setdefault(patient, group) != group:
-            raise UserError(f"{patient} is in both {found[patient]} and {group}: a split must be by patient.")
+            raise UserError(f"{patient} is in both {found[patient]} and {group}: list each patient in one group only.")
     return found
 
 
 def make_groups(
     config: SplitConfig, patients: list[str], official: dict[str, list[str]], known: dict[str, dict] | None = None
 ) -> dict[str, list[str]]:
-    """Group names to sorted patients; `official` is the split that the source's own files give.
+    """Sorted patients by group; `official` is the split in the source's own files.
 
     `known` holds a patient's `rows` (0 leaves the patient out), `ef` in percent and `quality` by view, as a manifest does.
-    Raises UserError if an official split is missing, or if no patient is left to train on.
+    Raises UserError if the official split is missing, or if no patient remains to train on.
     """
     known = known or {}
     patients = [patient for patient in patients if known.get(patient, {}).get("rows") != 0]
@@ -39,13 +39,13 @@ def make_groups(
         groups = draw_groups(config, patients, known)
     groups = {group: names for group, names in groups.items() if names}
     if len(groups) < 2 or "train" not in groups:
-        raise UserError(f"{len(patients)} patients give no training group and another one: give more, or another split.")
+        raise UserError(f"{len(patients)} patients do not fill a training and another group: add patients, or change --split.")
     group_of(groups)
     return groups
 
 
 def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
-    """Raise UserError if the source's split names an unknown patient, unless it is part of CAMUS, whose files name all 500."""
+    """Raise UserError if the split names an unknown patient, unless the source is part of CAMUS, whose files name all 500."""
     named = {name for names in official.values() for name in names}
     left_out = sorted(set(patients) - named)
     strangers = [name for name in sorted(named - set(patients)) if left_out or not re.fullmatch(r"patient\d{4}", name)]
@@ -57,14 +57,14 @@ def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
 
 
 def stratum(known: dict) -> str:
-    """What patients of a stratum share: the class of the ejection fraction and the worst image quality."""
+    """A patient's stratum: the class of the ejection fraction and the worst image quality."""
     ef, qualities = known.get("ef"), set((known.get("quality") or {}).values())
     worst = max(qualities, key=lambda quality: (quality in QUALITIES and QUALITIES.index(quality), quality), default="")
     return f"{'' if ef is None else EF_CLASSES[int(ef_class(ef))]}/{worst}"
 
 
 def draw_groups(config: SplitConfig, patients: list[str], known: dict[str, dict]) -> dict[str, list[str]]:
-    """The groups, sorted: shares are rounded to whole patients, folds are dealt like cards, and what remains trains."""
+    """The groups, sorted: shares are rounded to whole patients, folds are dealt like cards, and the rest train."""
     drawn, by_stratum = sorted(patients), defaultdict(list)
     random.Random(config.seed).shuffle(drawn)
     for patient in drawn:
@@ -84,9 +84,9 @@ def draw_groups(config: SplitConfig, patients: list[str], known: dict[str, dict]
 
 
 def take(strata: list[list[str]], count: int, seed: int) -> tuple[list[str], list[list[str]]]:
-    """The first few of every stratum, `count` in all, and the others by stratum.
+    """The first few patients of every stratum, `count` in all, and the remaining ones by stratum.
 
-    Each gives its share of the running total, cut at whole patients from a drawn start, so that none is always rounded up.
+    Each stratum's share is rounded along the running total, from a random offset, so that none is always rounded up.
     """
     total = max(1, sum(map(len, strata)))
     start, taken, rest, before = random.Random(seed).randrange(total), [], [], 0

@@ -1,1 +1,1 @@
-"""Masks and their truth in, tables of scores out. Open scoring.py first."""
+"""Masks and their truth in, tables of scores out. Start with scoring.py."""

@@ -1,4 +1,4 @@
-"""Evaluations of folds pooled into one, without scoring again: a model that has not seen them scored each patient."""
+"""Pools the evaluations of folds into one without scoring again: each patient is scored by a model that has not seen it."""
 
 import numpy as np
 import pandas
@@ -10,9 +10,9 @@ from heartseg.storage import filesystem
 
 
 def pool(evaluations: list[str], out: str) -> dict:
-    """Write the pooled evaluation into `out`, and return its summary; raises UserError for what cannot be pooled."""
+    """Write the pooled evaluation to `out` and return its summary; raises UserError if the evaluations cannot be pooled."""
     is_new = len({*evaluations, out}) > len(evaluations)
-    require(is_new, "Each evaluation is pooled once, and none is overwritten: give different folders.")
+    require(is_new, "--pool and --out must name different folders, each of them once.")
     summaries = [_summary(path) for path in evaluations]
     images, patients = ([_table(path, name) for path in evaluations] for name in (IMAGES, PATIENTS))
     _check(evaluations, summaries, patients)
@@ -42,7 +42,7 @@ def _summary(path: str) -> dict:
 def _table(path: str, name: str) -> pandas.DataFrame:
     table = scoring.read_rows(path, name)
     is_whole = table is not None and (name != IMAGES or "confusion" in table)
-    require(is_whole, f"{path} lacks what pooling needs (an earlier version wrote it): evaluate again.")
+    require(is_whole, f"{path} was written by an earlier version and cannot be pooled: evaluate again.")
     return table
 
 
@@ -60,9 +60,9 @@ def _check(evaluations: list[str], summaries: list[dict], patients: list[pandas.
         is_unseen = summary["group"] != "train"
         require(is_unseen, f"{path} scores the patients that its model was trained on: pool evaluations of unseen patients.")
         is_alike = one.get("post") == same.get("post")
-        require(is_alike, f"{path} and {first} differ in their postprocessing: use the same options.")
+        require(is_alike, f"{path} and {first} were postprocessed differently: evaluate them with the same options.")
         is_one_dataset = one["dataset"] == same["dataset"]
-        require(is_one_dataset, f"{path} is of {one['dataset']}, {first} of {same['dataset']}: pool one dataset.")
+        require(is_one_dataset, f"{path} scores {one['dataset']}, {first} {same['dataset']}: pool one dataset.")
         for patient in rows["patient"]:
             if seen.setdefault(patient, path) != path:
                 both = f"{seen[patient]} and in {path}"

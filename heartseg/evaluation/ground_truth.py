@@ -1,4 +1,4 @@
-"""Annotated images to score, from shards or a CAMUS tree, and other people's masks of them, each with what is missing."""
+"""Annotated images to score, from shards or a CAMUS tree, and other programs' masks of them; both report missing ones."""
 
 import contextlib
 import functools
@@ -24,10 +24,10 @@ NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?", re
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """An expert's label map `truth` uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and whose it is.
+    """An expert's label map `truth`, uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and its origin.
 
-    `image` is uint8, upright, on the native or on a stored grid; None if it was not asked for. View and phase are None if
-    unknown; a frame of a sequence has its number. `place` is how the file holds it, None for a case from shards.
+    `image` is uint8, upright, on the native or a stored grid; None if not requested. View and phase are None if
+    unknown; a frame of a sequence has a number. `place` is its layout in the file, None for a case from shards.
     """
 
     patient: str
@@ -42,7 +42,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """`patient0001_2CH_ED`."""
+        """The case's name, such as `patient0001_2CH_ED`."""
         return f"{self.patient}_{self.view}_{self.phase}"
 
 
@@ -53,7 +53,7 @@ def _missing(patient: str, view: View, phase: Phase, error: DamagedRecording) ->
 
 @dataclass(frozen=True, eq=False)
 class ShardTruth:
-    """The cases of a group of shards; their images are on the stored grid."""
+    """The cases of a group in shards; their images are on the stored grid."""
 
     shards: Shards
     group: str
@@ -76,7 +76,7 @@ class ShardTruth:
         return case.image
 
     def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
-        """The cases of some patients; none is missing, since damaged files never became rows."""
+        """The cases of some patients; none is missing, since damaged files do not become rows."""
         return [self._case(row) for patient in patients for row in self.rows.get(patient, [])], []
 
     def _case(self, row: int) -> Case:
@@ -87,7 +87,7 @@ class ShardTruth:
         return Case(kept["patient"], view, phase, truth, spacing_mm, self.frames.images[row, 0].numpy(), info, kept["frame"])
 
     def __reduce__(self):
-        # A worker of another process reads manifest and rows itself; neither is pickled.
+        # A worker in another process reads the manifest and rows itself; neither is pickled.
         return _open_truth, (self.shards.path, self.group)
 
 
@@ -103,7 +103,7 @@ class TreeTruth:
     images: bool = True
 
     def picture(self, case: Case) -> np.ndarray | None:
-        """A case's image, uint8 [H,W]; None if it cannot be read or only the mask exists."""
+        """A case's image, uint8 [H,W]; None if it is unreadable or only the mask exists."""
         if case.image is not None:
             return case.image
         with contextlib.suppress(DamagedRecording):
@@ -125,14 +125,14 @@ class TreeTruth:
             still = camus.read_still(self.source, patient, view, phase)
             return Case(patient, view, phase, still.mask, still.spacing_mm, still.image, still.info, place=still.place)
         image, mask = (camus.recording_path(self.source, patient, view, phase, suffix) for suffix in ("", "_gt"))
-        onto = nifti.read_place(image)  # what other programs write without an affine lies as the image does
+        onto = nifti.read_place(image)  # a mask written without an affine is oriented like the image
         truth, spacing_mm, own = read_mask(mask, onto)
         info = camus.read_info(self.source, patient, view)
         return Case(patient, view, phase, truth, spacing_mm, info=info, place=onto or own)
 
 
 def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, tuple[float, float], nifti.Place]:
-    """A label map uint8 [H,W], lying as `onto` does, (depth, lateral) spacing in mm and place; raises DamagedRecording."""
+    """A label map uint8 [H,W] oriented like `onto`, its (depth, lateral) spacing in mm and place; raises DamagedRecording."""
     masks, spacing_mm, place = nifti.read_nifti(path, onto=onto)
     if len(masks) > 1:
         raise DamagedRecording(f"the mask of a still must be one frame, but this has {len(masks)}", path)
@@ -140,20 +140,20 @@ def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, t
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise UserError for a pattern that cannot name a file below a folder, or names one file for several stills."""
+    """Raise UserError for a pattern that cannot name a file below a folder, or that gives several stills the same file."""
     fields = "{patient}, {view} and {phase}"
     try:
         names = [pattern.format(patient=p, view=v, phase=f) for p, v, f in itertools.product("ab", "cd", "ef")]
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"--pattern {pattern!r} may hold {fields} only.") from error
+        raise UserError(f"--pattern {pattern!r} has an invalid field: use only {fields}.") from error
     is_inside = ".." not in names[0].split("/") and not names[0].startswith("/")
-    require(is_inside, f"--pattern {pattern!r} leaves the folder of the predictions: use one below it.")
-    require(len(set(names)) == len(names), f"--pattern {pattern!r} names one file for several stills: it needs {fields}.")
+    require(is_inside, f"--pattern {pattern!r} leads outside --predictions: use a path below it.")
+    require(len(set(names)) == len(names), f"--pattern {pattern!r} gives several stills one file: use {fields}.")
 
 
 @dataclass(frozen=True, eq=False)
 class FilePredictions:
-    """NIfTI masks below a folder: `patient0001_2CH_ED_pred`, or `…_gt`, or no suffix if it holds labels, or the `pattern`."""
+    """NIfTI masks below a folder: `patient0001_2CH_ED_pred`, `…_gt`, no suffix if it holds labels, or by the `pattern`."""
 
     folder: str
     pattern: str = ""
@@ -169,7 +169,7 @@ class FilePredictions:
         for path in filesystem.walk(folder):
             if match := NIFTI_NAME.fullmatch(filesystem.last_part(path)):
                 files[match["stem"] + (match["suffix"] or "").lower()].append(path)
-        require(bool(files), f"{folder} holds no NIfTI file: give the folder that holds the masks.")
+        require(bool(files), f"{folder} holds no NIfTI files: give the folder that holds the masks.")
         return cls(folder, pattern, dict(files))
 
     def has_any(self, patient: str) -> bool:
@@ -177,7 +177,7 @@ class FilePredictions:
         return any(self.path(patient, view, phase) for view, phase in camus.stills_of())
 
     def path(self, patient: str, view: View | None, phase: Phase | None) -> str | None:
-        """The file that holds a still's mask, or None; raises UserError if two files match."""
+        """The file of a still's mask, or None; raises UserError if two files match."""
         if self.pattern:
             path = filesystem.join(self.folder, self.pattern.format(patient=patient, view=view, phase=phase))
             return path if filesystem.exists(path) else None
@@ -191,7 +191,7 @@ class FilePredictions:
         return None
 
     def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
-        """A mask for each case, None if it has no usable one, and the reasons."""
+        """A mask for each case, or None with a reason."""
         found, missing = [], []
         for case in cases:
             path = self.path(case.patient, case.view, case.phase)
@@ -200,7 +200,7 @@ class FilePredictions:
                     raise DamagedRecording("the prediction is missing", case.name)
                 mask, *_ = read_mask(path, case.place)
                 if mask.shape != case.truth.shape:
-                    raise DamagedRecording(f"the prediction's shape {mask.shape} is not the truth's {case.truth.shape}", path)
+                    raise DamagedRecording(f"the prediction has shape {mask.shape}, but the truth has {case.truth.shape}", path)
             except DamagedRecording as error:
                 missing.append(_missing(case.patient, case.view, case.phase, error))
                 found.append(None)

@@ -1,4 +1,4 @@
-"""Runs side by side as plain tables: which settings differ, how scores differ on the same patients, where they disagree."""
+"""Compares runs in plain tables: which settings differ, how scores differ on the same patients, and where masks disagree."""
 
 import functools
 import itertools
@@ -17,17 +17,17 @@ from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.training.run_directory import Run
 
 SEED, CODE = "train.seed", "code"
-# Absolute errors of the ejection fraction, a value a patient, by the name of the convention.
+# Absolute errors of the ejection fraction, one per patient, by the name of the convention.
 EF_ERRORS = {f"ef_{convention}_error": f"ef_{convention}" for convention in ("camus", "ase")}
 NAMES = (*SCORES, *DISTANCES, *EF_ERRORS)
-# Truths that differ by more than this share are not of one heart.
+# Truths that differ by more than this share are of different hearts.
 SAME_TRUTH = 1e-3
 NO_DIFFERENCE, NOTHING = "no difference seen", "nothing to compare"
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A run, its epochs so far, and its evaluation's tables and summary; None with the `problem` if it has no scores."""
+    """A run, its epochs so far, and its evaluation's tables and summary, which are None, with the `problem`, without scores."""
 
     run: Run
     label: str
@@ -40,20 +40,20 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One thing that is compared: a run, or several that differ in their seed only."""
+    """One side of a comparison: a run, or several that differ only in their seed."""
 
     letter: str
     runs: tuple[Scored, ...]
 
     @property
     def label(self) -> str:
-        """The run's name, or the first one's and how many seeds there are."""
+        """The run's name, or the first run's and the number of seeds."""
         first = self.runs[0].label
         return first if len(self.runs) == 1 else f"{first} ({len(self.runs)} seeds)"
 
     @functools.cached_property
     def scored(self) -> list[Scored]:
-        """The runs whose scores are pooled: those with scores, on the same hearts as the first of them."""
+        """The runs whose scores are pooled: those scored on the same hearts as the first one."""
         known = [run for run in self.runs if run.images is not None]
         return [run for run in known if same_hearts(run, known[0])]
 
@@ -68,7 +68,7 @@ class Entry:
 
 
 def compare_entries(entries: Sequence[Entry], reference: Entry) -> dict:
-    """Compare entries with a reference among them, as `comparison.json` has it; see the function of each key."""
+    """Compare entries with a reference among them, in the form of `comparison.json`; each key has a function below."""
     return {
         "reference": reference.letter,
         "entries": {entry.letter: [one.run.path for one in entry.runs] for entry in entries},
@@ -81,9 +81,9 @@ def compare_entries(entries: Sequence[Entry], reference: Entry) -> dict:
 
 
 def settings(run: Run) -> dict[str, str]:
-    """Dotted names and texts of what decides a run's result: configuration, data and first weights; and of its code."""
+    """Dotted names and texts of the settings that decide a run's result: configuration, data, initial weights and code."""
     try:
-        # An older program's run has the defaults of the settings that it did not know.
+        # A run of an older version has the defaults of settings that did not exist yet.
         decided = identity(from_json(run.description["experiment"]))
     except UserError:
         decided = run.description["identity"]
@@ -96,12 +96,12 @@ def settings(run: Run) -> dict[str, str]:
 
 
 def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
-    """Runs as entries A, B, C …, in their order; runs that differ only in their seed (and code revision) are one."""
+    """Runs as entries A, B, C …, in order; runs that differ only in their seed (and code revision) share an entry."""
     entries: dict[tuple, dict[str, Scored]] = {}
     for one in found:
         texts = settings(one.run)
         alike = tuple(sorted((name, text) for name, text in texts.items() if name not in (SEED, CODE)))
-        # A seed that comes again with the same settings, as with `--fresh`, starts another entry.
+        # A repeated seed with the same settings, as after `--fresh`, starts another entry.
         again = next(n for n in itertools.count() if texts[SEED] not in entries.get((alike, n), {}))
         entries.setdefault((alike, again), {})[texts[SEED]] = one
     by_seed = [tuple(mine[seed] for seed in sorted(mine, key=int)) for mine in entries.values()]
@@ -111,7 +111,7 @@ def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
 
 
 def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """Rows of a setting's dotted name and its text in each entry, for those that differ; an entry's seeds are listed."""
+    """A row per setting that differs: its dotted name and its text in each entry; an entry's seeds are listed."""
     texts = [[settings(one.run) for one in entry.runs] for entry in entries]
     names = dict.fromkeys(name for mine in texts for one in mine for name in one)
     rows = [(n, *(", ".join(dict.fromkeys(one.get(n, "–") for one in mine)) for mine in texts)) for n in names]
@@ -119,7 +119,7 @@ def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 
 
 def image_names(rows: Iterable[dict]) -> list[str]:
-    """Each image's `frame_name`, numbered if it comes again: unique in one evaluation, and found in another."""
+    """Each image's `frame_name`, numbered if repeated: unique within an evaluation, and the same in another."""
     keys = ("patient", "view", "phase", "frame")
     names = [frame_name({key: None if pandas.isna(row[key]) else row[key] for key in keys}) for row in rows]
     places = pandas.Series(names).groupby(names).cumcount()
@@ -127,7 +127,7 @@ def image_names(rows: Iterable[dict]) -> list[str]:
 
 
 def score_table(one: Scored) -> pandas.DataFrame:
-    """A row an image and a row a patient, by name: `patient` and NAMES, NaN if a score is not of that kind."""
+    """One row per image and one per patient, by name: `patient` and NAMES, NaN for scores of the other kind."""
     images = one.images[["patient", *SCORES, *DISTANCES]].set_axis(image_names(one.images.to_dict("records")))
     known = one.patients
     errors = {name: (known[f"{index}_prediction"] - known[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()}
@@ -136,7 +136,7 @@ def score_table(one: Scored) -> pandas.DataFrame:
 
 
 def same_hearts(one: Scored, other: Scored) -> bool:
-    """True if two evaluations scored the same patients against the same truth: names alone prove little."""
+    """True if two evaluations scored the same patients against the same truth; equal names alone prove little."""
     tables = [each.patients.set_index("patient").sort_index() for each in (one, other)]
     known = [table.filter(regex="_truth$").select_dtypes("number") for table in tables]
     if one.summary["dataset"] != other.summary["dataset"] or not known[0].index.equals(known[1].index):
@@ -146,7 +146,7 @@ def same_hearts(one: Scored, other: Scored) -> bool:
 
 
 def means(entry: Entry) -> dict[str, dict]:
-    """Each score's mean with its 95 % interval over patients, and `seeds`, the mean of each seed; empty without scores."""
+    """Each score's mean with its 95 % interval over patients, and `seeds`, the mean per seed; empty without scores."""
     if entry.table is None:
         return {}
     alone, owners = [score_table(one)[list(NAMES)].mean() for one in entry.scored], entry.table["patient"].to_numpy()
@@ -166,13 +166,13 @@ def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
 
 
 def is_untrained(entry: Entry) -> bool:
-    """True if an entry's masks are empty or lie beside the hearts, so that their scores and distances mean nothing."""
+    """True if an entry's masks are empty or miss the hearts, so that scores and distances mean nothing."""
     return bool(entry.scored) and entry.table["dice"].mean() < UNTRAINED_DICE
 
 
 def reading(found: dict) -> str:
-    """A paired test in words: no difference unless interval and p agree on one, otherwise its direction."""
-    # A bootstrap over a handful of patients is too narrow; the signed-rank test of as many cannot reach 0.05.
+    """A paired test in words: a direction if interval and p agree on a difference, otherwise no difference."""
+    # With a handful of patients, a bootstrap interval is too narrow, and the signed-rank test cannot reach 0.05.
     if found["difference"] is None:
         return "too few patients"
     if found["low"] <= 0 <= found["high"] or found["p"] >= 0.05:
@@ -181,7 +181,7 @@ def reading(found: dict) -> str:
 
 
 def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
-    """The images that all scored whose mean Dice differs most between entries of the same hearts, the widest first."""
+    """The images, scored by all entries of the same hearts, whose mean Dice differs most between them, widest first."""
     scored = [entry for entry in entries if entry.scored]
     alike = [entry for entry in scored if same_hearts(entry.scored[0], scored[0].scored[0])]
     if len(alike) < 2:
@@ -196,13 +196,13 @@ def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
 
 
 def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
-    """Sentences on missing results and on comparisons that are not valid."""
+    """Sentences about missing results and invalid comparisons."""
     lines = []
     for entry in entries:
         for one in entry.runs:
             epochs, planned = len(one.record), one.run.description["identity"]["train"]["epochs"]
             if epochs < planned:
-                lines.append(f"{one.label} has {epochs} of its {planned} epochs: the comparison uses these.")
+                lines.append(f"{one.label} has finished only {epochs} of its {planned} epochs: the comparison uses those.")
             if one.problem:
                 lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
         if left_out := [one.label for one in entry.runs if one.images is not None and one not in entry.scored]:
@@ -211,20 +211,18 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
             where = "{letter} on the {group} group of {dataset} ({patients} patients)"
             these, those = (where.format(letter=e.letter, **e.scored[0].summary) for e in (entry, reference))
             shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
-            unpaired = "their scores stand side by side and are not paired."
-            lines.append(f"Not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
+            unpaired = "their scores are shown side by side, not paired."
+            lines.append(f"These are not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
     if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
-        lines.append(
-            f"There is nothing to compare in {', '.join(untrained)}: with a mean Dice below {UNTRAINED_DICE} the masks are "
-            "empty or lie beside the hearts, and distances mean nothing. Train longer."
-        )
+        empty = f"with a mean Dice below {UNTRAINED_DICE}, the masks are empty or miss the hearts, and distances mean nothing"
+        lines.append(f"{', '.join(untrained)} cannot be compared: {empty}. Train longer.")
     groups = {one.summary["group"] for entry in entries for one in entry.scored}
     sweeps = {entry.runs[0].run.description["experiment"]["tracking"].get("group") for entry in entries}
     if groups == {"holdout"} and sweeps != {""}:
         chosen = "A sweep's winner was chosen on these held-out patients"
-        lines.append(f"{chosen}: its lead here is part luck. Train both with new seeds.")
+        lines.append(f"{chosen}: its lead here is partly luck. Train both with new seeds.")
     if not reference.scored:
         lines.append(f"The reference {reference.letter} has no scores, so nothing is compared with it.")
     if len({settings(one.run).get("loss.kind") for entry in entries for one in entry.runs}) > 1:
-        lines.append("The runs minimise different losses: only the loss of one kind can be compared.")
+        lines.append("The runs minimise different losses: their loss values cannot be compared.")
     return lines

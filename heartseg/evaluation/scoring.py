@@ -1,4 +1,4 @@
-"""Scores on the native grid, clinical indices, and their summary: one row an image, one row a patient."""
+"""Scores on the native grid, clinical indices, and their summary: one row per image and one per patient."""
 
 import io
 import zlib
@@ -32,12 +32,12 @@ AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_"
 
 
 def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig) -> list[Segmented]:
-    """A predicted mask on the native grid for each case, from its image."""
+    """Predict a mask on the native grid from each case's image."""
     return segment_images(segmenter, [case.image for case in cases], options, [case.truth.shape for case in cases])
 
 
 def score_image(case: Case, predicted: Segmented) -> dict:
-    """One image's row: KEYS but `number`, SCORES, DISTANCES, confidence, what is implausible, confusion, packed mask."""
+    """One image's row: KEYS except `number`, SCORES, DISTANCES, confidence, implausibilities, confusion, packed mask."""
     prediction = predicted.mask
     counts = confusion(torch.tensor(prediction)[None], torch.tensor(case.truth)[None])  # arrays from Ray are read-only
     row = {"patient": case.patient, "view": case.view and str(case.view), "phase": case.phase and str(case.phase)}
@@ -50,7 +50,7 @@ def score_image(case: Case, predicted: Segmented) -> dict:
 
 def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> dict:
     """One patient's row: clinical indices from predicted and true masks, each with its `reason_…`, and the cfg's EF."""
-    # A volume needs a known view and phase; of two pictures of one view and phase, no rule says which one counts.
+    # A volume needs a known view and phase; if two pictures share both, no rule decides which one counts.
     seen = Counter((c.view, c.phase) for c in cases)
     pairs = [(c, p) for c, p in zip(cases, predictions, strict=True) if c.view and c.phase and seen[c.view, c.phase] == 1]
     predicted = {(c.view, c.phase): (found.mask, c.spacing_mm) for c, found in pairs if found is not None}
@@ -64,11 +64,11 @@ def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segme
 
 
 def score_patients(cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> tuple[list[dict], list[dict]]:
-    """Rows of images and rows of patients; a case whose prediction is None gives no image row."""
+    """Rows of images and rows of patients; a case whose prediction is None has no image row."""
     images, patients = [], []
     for patient in dict.fromkeys(case.patient for case in cases):
         mine = [pair for pair in zip(cases, predictions, strict=True) if pair[0].patient == patient]
-        # `number` finds the case again among its patient's; view and phase may be unknown.
+        # `number` identifies the case among its patient's, since view and phase may be unknown.
         images += [score_image(case, found) | {"number": i} for i, (case, found) in enumerate(mine) if found is not None]
         patients.append(patient_row(patient, [case for case, _ in mine], [found for _, found in mine]))
     return images, patients
@@ -97,7 +97,7 @@ def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeT
 
 
 def extreme_rows(images: pandas.DataFrame) -> list[int]:
-    """Index of the images of lowest and of highest Dice, NUM_EXAMPLES of each at most, from the lowest to the highest."""
+    """Indices of the images of lowest and highest Dice, at most NUM_EXAMPLES of each, in ascending order of Dice."""
     ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "number"]).index
     return list(dict.fromkeys([*ordered[:NUM_EXAMPLES], *ordered[-NUM_EXAMPLES:]]))
 
@@ -112,7 +112,7 @@ def publish_examples(out: str, examples: Mapping[int, Example]) -> None:
 
 
 def read_examples(evaluation: str) -> dict[int, Example]:
-    """The examples that an evaluation kept, by row of the images' table, the lowest Dice first; empty if it kept none."""
+    """The examples that an evaluation kept, by row of the images' table, lowest Dice first; empty if it kept none."""
     path = filesystem.join(evaluation, EXAMPLES)
     if not filesystem.exists(path):
         return {}
@@ -144,7 +144,7 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
 
 
 def size_thirds(images: pandas.DataFrame) -> list[str | None]:
-    """Each image's third of them all by the share that the experts' heart fills; None under nine images or three sizes."""
+    """Each image's tercile by the share that the experts' heart fills; None with under nine images or three sizes."""
     counts = np.stack(images["confusion"].to_list()).reshape(-1, 4, 4).sum(axis=2)  # rows are the truth's classes
     shares = counts[:, 1:].sum(axis=1) / counts.sum(axis=1)
     low, high = np.quantile(shares, [1 / 3, 2 / 3])
@@ -155,7 +155,7 @@ def size_thirds(images: pandas.DataFrame) -> list[str | None]:
 
 
 def write_results(out: str, images: pandas.DataFrame, patients: pandas.DataFrame, summary: dict) -> None:
-    """Write `images.parquet`, `patients.parquet` and, last, `summary.json`."""
+    """Write `images.parquet`, `patients.parquet` and finally `summary.json`."""
     for name, rows in ((IMAGES, images), (PATIENTS, patients)):
         filesystem.write_table(filesystem.join(out, name), pa.Table.from_pandas(rows, preserve_index=False))
     filesystem.publish_json(filesystem.join(out, SUMMARY), summary)
@@ -168,10 +168,10 @@ def read_rows(evaluation: str, name: str) -> pandas.DataFrame | None:
 
 
 def flags(images: pandas.DataFrame) -> dict:
-    """The warnings a user would have seen: implausible masks, and how well the confidence separates the images of low Dice.
+    """The warnings that a user would see: implausible masks, and how well confidence separates images of low Dice.
 
-    `spearman` is the rank correlation of confidence and Dice; `auc` the chance that of two images, one under LOW_DICE and one
-    not, the former has the lower confidence; `unsure` are the images under REVIEW_THRESHOLD, which a user is asked to review.
+    `spearman` is the rank correlation of confidence and Dice; `auc` is the chance that, of an image under LOW_DICE and one
+    above, the former has the lower confidence; `unsure` counts images under REVIEW_THRESHOLD, which users should review.
     """
     doubted = images["implausible"] != ""
     reasons = images.loc[doubted, "implausible"].str.split("; ").explode().value_counts().head(3)
@@ -190,7 +190,7 @@ def flags(images: pandas.DataFrame) -> dict:
 
 
 def clinical_agreement(patients: pandas.DataFrame) -> dict:
-    """Predicted against the experts' masks' indices, and both against the cfg's EF in the cfg's own convention."""
+    """Agreement of predicted indices with those of the experts' masks, and of both with the cfg's EF in its own convention."""
     owner = patients["patient"].to_numpy()
     found = {name: agree(patients[f"{name}_prediction"], patients[f"{name}_truth"], owner) for name in AGREEMENTS}
     classes = ef_confusion(patients["ef_camus_prediction"], patients["ef_camus_truth"])

@@ -1,1 +1,1 @@
-"""A checkpoint and new images in, masks, ejection fractions and tables out. Open segmenter.py first."""
+"""A checkpoint and new images in; masks, ejection fractions and tables out. Start with segmenter.py."""

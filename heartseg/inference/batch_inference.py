@@ -1,6 +1,6 @@
-"""Many clips to masks at the speed of the model: threads read and write files while it runs, in batches across clips.
+"""Segments many clips at the speed of the model: threads read and write files while it runs in batches across clips.
 
-What clips in flight hold is bounded in bytes, so that long films take turns.
+The memory of clips in flight is bounded, so that long films take turns.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from heartseg.training.data_loading import free_on_machine
 Clip, Result = TypeVar("Clip"), TypeVar("Result")
 READERS, WRITERS = 2, 2
 AHEAD, BATCHES = 12, 8  # clips in memory on either side of the model; batches whose scores wait to be resampled
-# Of the memory that is free at the start, all clips in flight share this, and no more than so many bytes but for one clip.
+# Clips in flight share this part of the memory that is free at the start, and at most so many bytes unless there is one clip.
 SHARE, MOST_BYTES = 0.75, 4 << 30
 TOO_LARGE = "trim it to the beats of interest, or use a machine with more memory"
 
 
 class Room:
-    """The bytes that clips in flight may hold together; they are admitted in the order of their numbers, each when it fits."""
+    """The bytes that all clips in flight may hold; clips are admitted in the order of their numbers, each once it fits."""
 
     def __init__(self, free: float):
         self.alone, self.together = SHARE * free, min(SHARE * free, MOST_BYTES)
@@ -41,10 +41,11 @@ class Room:
         self.outside, self.waiting, self.held = set(), {}, {}  # numbers not admitted yet; bytes by number
 
     def admit(self, number: int, num_bytes: int) -> None:
-        """Wait until a clip's bytes, or more of them, fit beside the others'; raises DamagedRecording if they never will."""
+        """Wait until a clip's bytes, or additional ones, fit beside the others'; raises DamagedRecording if they never will."""
         total = self.held.get(number, 0) + num_bytes
         if total > self.alone:
-            raise DamagedRecording(f"needs {total / 1e9:.1f} GB of memory, and has {self.alone / 1e9:.1f} GB: {TOO_LARGE}", "")
+            size = f"needs {total / 1e9:.1f} GB of memory, but may use only {self.alone / 1e9:.1f} GB"
+            raise DamagedRecording(f"{size}: {TOO_LARGE}", "")
         with self.changed:
             self.waiting[number] = num_bytes
             self.changed.notify_all()
@@ -68,12 +69,12 @@ class Room:
             self.changed.notify_all()
 
     def wake(self, *_) -> None:
-        """Wake all waiting threads, so that they check again."""
+        """Wake all waiting threads to check again."""
         with self.changed:
             self.changed.notify_all()
 
     def is_read(self, number: int, reading: Future) -> bool:
-        """Wait until a clip is read, and return True, or False if it waits for others to leave."""
+        """Wait until a clip is read; returns False if it must first wait for others to leave."""
         reading.add_done_callback(self.wake)
         with self.changed:
             self.changed.wait_for(lambda: reading.done() or (number in self.waiting and not self.may_enter(number)))
@@ -81,7 +82,7 @@ class Room:
 
 
 def free_bytes() -> float:
-    """Bytes that this process may still take: of the machine's, of its container's, of its address space."""
+    """Bytes that this process may still allocate, by the limits of the machine, its container and its address space."""
     free, (most, _) = free_on_machine(), resource.getrlimit(resource.RLIMIT_AS)
     if most == resource.RLIM_INFINITY:
         return free
@@ -90,7 +91,7 @@ def free_bytes() -> float:
 
 @dataclass(eq=False)
 class ClipInFlight:
-    """A clip that is being segmented; `small` [T,1,h,w] are its frames on the model's grid, empty if it is damaged."""
+    """A clip being segmented; `small` [T,1,h,w] are its frames on the model's grid, empty if it is damaged."""
 
     number: int
     clip: object
@@ -103,7 +104,7 @@ class ClipInFlight:
 
     @contextlib.contextmanager
     def keeps_damage(self) -> Iterator[None]:
-        """Record what is wrong with the clip, including running out of memory."""
+        """Record any fault of the clip, including running out of memory."""
         try:
             yield
         except DamagedRecording as damage:
@@ -122,10 +123,10 @@ def outline(
     batch_size: int = 8,
     options: PredictConfig = NO_POSTPROCESSING,
 ) -> Iterator[tuple[Clip, Result | DamagedRecording]]:
-    """Segment every frame of every clip; yields each clip, in order, with the result of `finish`, or with its DamagedRecording.
+    """Segment every frame of every clip; yields each clip, in order, with the result of `finish` or its DamagedRecording.
 
-    `read` and `finish` are called in threads; `read` gets a clip, and a function to call with the bytes of its frames and masks
-    before it decodes them; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each.
+    `read` and `finish` run in threads. `read` gets a clip, and a function to call with the bytes of its frames and masks
+    before decoding; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each.
     """
     room, waiting, parts = Room(free_bytes()), deque(), deque()
 
@@ -140,7 +141,7 @@ def outline(
         return one
 
     def prepared(readers: ThreadPoolExecutor) -> Iterator[ClipInFlight | None]:
-        """The clips in order, a few of them read ahead; None if the next one waits until those before it are finished."""
+        """The clips in order, some read ahead; None if the next one must wait until earlier ones are finished."""
         coming, ahead = (ClipInFlight(number, clip) for number, clip in enumerate(clips)), deque()
         try:
             while True:
@@ -179,8 +180,8 @@ def outline(
             room.leave(one.number)
         return one.clip, one.damage
 
-    torch.get_num_threads()  # fixes this thread's share of the cores before the others ask for one each
-    # Threads that each start as many of torch's own as there are cores would take them from the model.
+    torch.get_num_threads()  # fixes this thread's share of the cores before other threads ask for theirs
+    # Threads that each start one torch thread per core would take the cores from the model.
     pool = partial(ThreadPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))
     with pool(READERS) as readers, pool(WRITERS) as writers:
         try:
@@ -195,16 +196,16 @@ def outline(
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            room.is_closed = True  # nothing will leave any more
+            room.is_closed = True  # no clip will leave from here on
             room.wake()
             for future in waiting:
                 future.cancel()
 
 
 def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tuple[ClipInFlight, int, int]]]:
-    """Frames of successive clips in batches of `size`: lists of (clip, its first frame in the batch, one past its last).
+    """Frames of successive clips in batches of `size`: lists of (clip, first frame in the batch, one past the last).
 
-    A clip without frames (a damaged one) is (clip, 0, 0), so that the order is kept. None in a clip's place ends a batch.
+    A clip without frames (damaged) is (clip, 0, 0), which keeps the order. None in place of a clip ends a batch.
     """
     batch, room = [], size
     for one in clips:

@@ -1,4 +1,4 @@
-"""Checkpoints and images to masks on the images' own grid, cleaned if asked, each with the network's confidence in it.
+"""Turns images into masks on their own grid with one or more checkpoints, optionally cleaned, each with a confidence.
 
 Scoring and prediction share `scores_of`, `confidence` and `to_mask`, so that both get the same masks.
 """
@@ -23,7 +23,7 @@ from heartseg.models.deeplabv3 import build_model, forward
 from heartseg.shards.loader import Intensity, to_device
 from heartseg.shards.writer import resize_image
 
-# Test-time augmentation: the image as it is and shifted up, down, left and right by this share of its side. The network's
+# Test-time augmentation: the image itself and copies shifted up, down, left and right by this share of its side. The network's
 # last map is 8 or 16 times coarser than its input, and shifted copies fall on it differently; changes of size or
 # brightness gained less (jobs/benchmarks/postprocess.py), and flips would exchange the heart's sides.
 TTA_SHIFT = 0.05
@@ -31,13 +31,13 @@ LEAST = 1e-12  # probability whose log is taken: finite for a class that is cert
 TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 NO_POSTPROCESSING = PredictConfig()
 LARGEST_HOLE = 0.10  # of the heart; a larger one is a missed structure, not a flaw to repair
-# A mask of less confidence needs review: `confidence` expects a Dice, about 0.03 too high, and 0.80 is a poor one.
+# Masks of lower confidence need review: `confidence` overestimates the Dice by about 0.03, and 0.80 is a poor Dice.
 REVIEW_THRESHOLD = 0.83
 
 
 @dataclass(frozen=True, eq=False)
 class Segmenter:
-    """A trained model with all that it needs to prepare an image as in training."""
+    """A trained model with everything needed to prepare an image as in training."""
 
     model: nn.Module
     experiment: Experiment
@@ -47,12 +47,12 @@ class Segmenter:
 
     @property
     def members(self) -> tuple["Segmenter", ...]:
-        """A list of itself, as an ensemble has several members."""
+        """A list of this model alone, for the same interface as an ensemble's."""
         return (self,)
 
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [B,4,H,W] of uint8 images [B,1,H,W] that are on the stored grid."""
+        """Logits [B,4,H,W] of uint8 images [B,1,H,W] on the stored grid."""
         unit = to_device(images, self.device).float().div_(255)
         return forward(self.experiment.train, self.model, self.intensity.apply(unit))
 
@@ -63,13 +63,13 @@ class Segmenter:
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Several trained models on one grid whose class probabilities are averaged; it replaces a Segmenter anywhere."""
+    """Several trained models on one grid whose class probabilities are averaged; usable anywhere in place of a Segmenter."""
 
     members: tuple[Segmenter, ...]
 
     @property
     def experiment(self) -> Experiment:
-        """The first member's: all have its grid."""
+        """The first member's experiment: all members share its grid."""
         return self.members[0].experiment
 
     @property
@@ -79,7 +79,7 @@ class Ensemble:
 
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Logs of the members' mean class probabilities [B,4,H,W], whose softmax is that mean."""
+        """Logs of the members' mean class probabilities [B,4,H,W]; their softmax is that mean."""
         mean = sum(member.logits(images).softmax(dim=1) for member in self.members) / len(self.members)
         return mean.clamp_min(LEAST).log()
 
@@ -91,7 +91,7 @@ Model = Segmenter | Ensemble
 
 @dataclass(frozen=True, eq=False)
 class Segmented:
-    """A mask uint8 [H,W] on the image's own grid, and the network's `confidence` in it from 0 to 1."""
+    """A mask uint8 [H,W] on the image's own grid, and the network's `confidence` in it, from 0 to 1."""
 
     mask: np.ndarray
     confidence: float
@@ -100,7 +100,7 @@ class Segmented:
 def segment_images(
     segmenter: Model, images: Sequence[np.ndarray], options: PredictConfig = NO_POSTPROCESSING, shapes: Sequence | None = None
 ) -> list[Segmented]:
-    """Masks of upright uint8 images [H,W] of any sizes on the grids of `shapes`, by default the images' own."""
+    """Masks of upright uint8 images [H,W] of any size, on the grids of `shapes` (default: the images' own)."""
     shapes, size, found = shapes or [image.shape for image in images], segmenter.experiment.train.eval_batch_size, []
     for start in range(0, len(images), size):
         chosen = slice(start, start + size)
@@ -111,7 +111,7 @@ def segment_images(
 
 
 def scores_of(segmenter: Model, images: torch.Tensor, options: PredictConfig) -> torch.Tensor:
-    """Class scores [B,4,H,W], whose softmax is the class probabilities, of uint8 images [B,1,H,W] on the stored grid."""
+    """Class scores [B,4,H,W] of uint8 images [B,1,H,W] on the stored grid; their softmax is the class probabilities."""
     return shifted_logits(segmenter, images) if options.tta else segmenter.logits(images)
 
 
@@ -143,10 +143,10 @@ def shifted_logits(segmenter: Model, images: torch.Tensor) -> torch.Tensor:
 
 
 def confidence(scores: torch.Tensor) -> list[float]:
-    """The network's confidence in its own labels, from 0 to 1, from class scores [B,4,H,W]: the Dice it expects.
+    """The network's confidence in its own labels, from 0 to 1, from class scores [B,4,H,W]: the Dice that it expects.
 
     With class probabilities p (averaged over copies and members) and labels m, a structure's is 2 sum(p m) / (sum p + sum m),
-    and 0 if it was not found; the mean over the three is taken. Use it to rank images; it is not calibrated.
+    and 0 if it was not found; the confidence is the mean of the three. Use it to rank images; it is not calibrated.
     """
     probabilities = scores[..., ::2, ::2].softmax(dim=1)  # every second pixel both ways: a sum needs no more
     labels = torch.arange(1, NUM_CLASSES, device=scores.device).view(1, -1, 1, 1)
@@ -156,12 +156,12 @@ def confidence(scores: torch.Tensor) -> list[float]:
 
 
 def to_mask(logits: torch.Tensor, shape: tuple[int, int], options: PredictConfig) -> np.ndarray:
-    """Labels uint8 [H,W] on the native grid: class scores [4,h,w], not labels, are resampled, and the mask is cleaned."""
+    """Labels uint8 [H,W] on the native grid: the class scores [4,h,w] are resampled, not labels, and the mask is cleaned."""
     return clean(predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy(), options)
 
 
 def clean(mask: np.ndarray, options: PredictConfig) -> np.ndarray:
-    """The mask uint8 [H,W], postprocessed as `options` ask: stray pieces first, so that the holes they leave are closed too."""
+    """The mask uint8 [H,W] postprocessed by `options`: stray pieces first, so that the holes they leave are closed too."""
     if options.largest_component:
         mask = largest_components(mask)
     return fill_holes(mask) if options.fill_holes else mask
@@ -176,7 +176,7 @@ def largest_components(mask: np.ndarray) -> np.ndarray:
 
 
 def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """The mask [H,W] without holes up to LARGEST_HOLE of the heart: what cavity or atrium enclose, then enclosed background."""
+    """The mask [H,W] without holes up to LARGEST_HOLE of the heart: holes in cavity or atrium, then enclosed background."""
     filled, largest = mask.copy(), LARGEST_HOLE * np.count_nonzero(mask)
     for label in (ENDO, LA):
         filled[enclosed_holes(filled == label, largest)] = label
@@ -189,7 +189,7 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 
 
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
-    """The trained model in a run's folder (checkpoint `last` or `best`) or a checkpoint's; raises UserError if damaged."""
+    """The trained model of a run's folder (checkpoint `last` or `best`) or of a checkpoint's; raises UserError if damaged."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = checkpoint.find(path, which)
     experiment = from_json(found.card["experiment"], origin=found.path)
@@ -200,11 +200,11 @@ def load(path: str, which: str = "last", device: str | torch.device | None = Non
 
 
 def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Model:
-    """One checkpoint as a Segmenter, several as an Ensemble; raises UserError as `load` does, and if their grids differ."""
+    """One checkpoint as a Segmenter, several as an Ensemble; raises UserError like `load`, and if their grids differ."""
     require(len(paths) > 0, "An ensemble needs at least one checkpoint: give the folders of runs.")
     members = tuple(load(path, which, device) for path in paths)
     sizes = [f"{member.experiment.image.height} x {member.experiment.image.width}" for member in members]
     for path, size in zip(paths, sizes, strict=True):
         if size != sizes[0]:
-            raise UserError(f"{path} takes {size} images and {paths[0]} takes {sizes[0]}: an ensemble needs runs of one grid.")
+            raise UserError(f"{path} takes {size} images, but {paths[0]} takes {sizes[0]}: an ensemble needs runs on one grid.")
     return Ensemble(members) if len(members) > 1 else members[0]

@@ -1,6 +1,6 @@
-"""Studies (a patient's clips) on disk: which files are inputs, what their outputs are called, and the outputs themselves.
+"""Studies (a patient's clips) on disk: finds the input files, names their outputs, and writes masks.
 
-Names come from file names, except for DICOM, whose files are often named by what identifies a patient.
+Names come from file names, except for DICOM, whose file names often identify a patient.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png")
 
 @dataclass(frozen=True)
 class Clip:
-    """An input, a still or a sequence; `shown` is its name in messages, `remark` a doubt about the study that it belongs to."""
+    """An input, a still or a sequence; `shown` is its name in messages, `remark` a doubt about its study."""
 
     path: str
     kind: str
@@ -43,7 +43,7 @@ class Clip:
 
 
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
-    """The inputs in a file or a tree, by patient; `view` and `phase` apply if a name shows none; raises UserError."""
+    """The inputs in a file or a tree, by patient; `view` and `phase` apply to names that show none; raises UserError."""
     require(filesystem.exists(source), f"--input {source} does not exist: give a file, or a folder of patients or of files.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
     visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(path)))
@@ -52,28 +52,28 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
         readers.import_package(kind)
     found = [name_clip(path, source, kind) for path, kind in kinds.items() if kind not in (None, "dicom")]
     found = separate_folders(found) + name_dicoms([path for path, kind in kinds.items() if kind == "dicom"], view)
-    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another.")
+    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another path.")
     clips = separate_stems(found)
     names = [{name: filesystem.printable(getattr(clip, name)) for name in ("patient", "stem", "shown")} for clip in clips]
     found = [replace(c, view=c.view or view, phase=c.phase or phase, **named) for c, named in zip(clips, names, strict=True)]
-    # A study's clips in the order of their files, not of their digests.
+    # A study's clips are in the order of their files, not of their digests.
     return sorted(found, key=lambda clip: (clip.patient, clip.path if clip.kind == "dicom" else clip.stem))
 
 
 def stem_of(path: str) -> str:
-    """A file's name without the suffixes that its kind is known by."""
+    """A file's name without the suffixes that mark its kind."""
     name = os.path.basename(path)
     return name[: len(name) - max(len(suffix) for suffix in ("", *readers.KINDS) if name.lower().endswith(suffix))]
 
 
 def view_and_phase(stem: str) -> tuple[View | None, Phase | None]:
-    """View and phase in a file's name, None if it shows none."""
+    """View and phase in a file's name, each None if not shown."""
     view, phase = VIEW_IN_NAME.search(stem), PHASE_IN_NAME.search(stem)
     return view and View(f"{view[1] or view[2]}CH"), phase and Phase(phase[1].upper())
 
 
 def name_clip(path: str, source: str, kind: str) -> Clip:
-    """A clip named by its file: the patient is the text before the view, or the folder, or the whole name."""
+    """A clip named after its file: the patient is the text before the view, or the folder, or the whole name."""
     stem, match = stem_of(path), VIEW_IN_NAME.search(stem_of(path))
     folder = os.path.basename(os.path.dirname(path))
     patient = (stem[: match.start()] or folder) if match else (PHASE_IN_NAME.sub("", stem) or folder)
@@ -82,7 +82,7 @@ def name_clip(path: str, source: str, kind: str) -> Clip:
 
 
 def separate_folders(clips: list[Clip]) -> list[Clip]:
-    """Patients whose name occurs in several folders are named by these: ann/rest_2CH, bob/rest_2CH, ann_visit1, bob_visit1."""
+    """Name patients after their folders if one name occurs in several: ann/rest_2CH, bob/rest_2CH, ann_visit1, bob_visit1."""
     folders = defaultdict(set)
     for clip in clips:
         folders[clip.patient].add(os.path.dirname(clip.path))
@@ -101,10 +101,10 @@ def separate_folders(clips: list[Clip]) -> list[Clip]:
 
 
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
-    """DICOM clips by study, study3f9a2c71d04e_4CH_clip0b61e7: nothing of a path but view and phase is kept.
+    """Name DICOM clips by study, as study3f9a2c71d04e_4CH_clip0b61e7: of a path, only view and phase are kept.
 
     The names are keyed digests of a study's identifiers and of a file's bytes. Files are of one study if their identifiers
-    agree, and they lie in one folder or their StudyInstanceUID can be trusted: a long one, no series of it in several folders.
+    agree, and they are in one folder or their StudyInstanceUID can be trusted: it is long, and no series spans several folders.
     """
     if not paths:
         return []
@@ -114,7 +114,7 @@ def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
     for path in paths:
         try:
             raw = filesystem.read_bytes(path)
-        except OSError:  # is reported when the pixels are read
+        except OSError:  # reported when the pixels are read
             raw = path.encode()
         tags = dicom.identify(raw, secret)
         found.append((path, dicom.digest(secret, raw)[:6], tags))
@@ -141,12 +141,12 @@ def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
 
 
 def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_folders: int) -> str:
-    """Why a study is not one with another of its `group`, or how weak the evidence is that its own files are one."""
+    """Why a study was kept apart from another of its `group`, or how weak the evidence is that its files belong together."""
     shared = "StudyInstanceUID" if "StudyInstanceUID" in tags else "PatientID"
     for other, others in group:
         differ = [tag for tag in tags | others if tags.get(tag) != others.get(tag)]
         if differ:
-            return f"{other} has the same {shared} and another {' and '.join(differ)}: they were not taken for one study"
+            return f"{other} has the same {shared} but another {' and '.join(differ)}: they were kept apart"
     if shared == "PatientID":
         return "its files have no StudyInstanceUID: only their folder shows that they are one study"
     if num_folders > 1 and "PatientBirthDate" not in tags:
@@ -155,7 +155,7 @@ def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_fo
 
 
 def name_secret() -> bytes:
-    """The secret that keys the names of DICOM studies: HEARTSEG_NAME_KEY, or a file of the user's, created if missing."""
+    """The secret that keys the names of DICOM studies: HEARTSEG_NAME_KEY, or a file in the user's home, created if missing."""
     if given := os.environ.get("HEARTSEG_NAME_KEY"):
         return given.encode()
     folder = os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "heartseg")
@@ -176,7 +176,7 @@ def name_secret() -> bytes:
 
 
 def separate_stems(clips: list[Clip]) -> list[Clip]:
-    """Clips of one patient whose outputs would have one name are named by their suffix too, x_avi and x_mp4, or numbered."""
+    """Rename a patient's clips whose outputs would have the same name: by their suffix, x_avi and x_mp4, or by a number."""
     counts, taken, named = Counter((clip.patient, clip.stem) for clip in clips), set(), []
     for clip in clips:
         stem, number = clip.stem, 1
@@ -192,7 +192,7 @@ def separate_stems(clips: list[Clip]) -> list[Clip]:
 
 
 def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
-    """Raise UserError if outputs would lie inside the input folder: the next run would find its own pictures there."""
+    """Raise UserError if outputs would be inside the input folder, where the next run would treat them as inputs."""
     if filesystem.is_uri(source) or filesystem.is_uri(out) or os.path.isfile(source):
         return
     inside = os.path.realpath(source) + os.sep
@@ -202,7 +202,7 @@ def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
 
 
 def clear(out: str, clips: Iterable[Clip]) -> int:
-    """Remove an earlier call's results, which another call's tables would not list; returns how many were not asked for."""
+    """Remove an earlier call's results, which the new tables would not list; returns the number of files not in `clips`."""
     tables, asked = filesystem.join(out, "studies.json"), {f"{clip.patient}/{clip.stem}_pred.nii.gz" for clip in clips}
     earlier = {clip["mask"] for clip in filesystem.read_json(tables).get("clips", [])} if filesystem.exists(tables) else set()
     filesystem.publish_json(tables, {"unfinished": True, "clips": [{"mask": mask} for mask in sorted(asked | earlier)]})
@@ -210,7 +210,7 @@ def clear(out: str, clips: Iterable[Clip]) -> int:
     stems = defaultdict(set)
     for mask in earlier:
         patient, _, name = mask.rpartition("/")
-        if patient and os.path.basename(patient) == patient and patient != "..":  # no other folder, whatever a table lists
+        if patient and os.path.basename(patient) == patient and patient != "..":  # inside this folder, whatever a table lists
             stems[patient].add(name.removesuffix("_pred.nii.gz"))
     for patient, known in stems.items():
         folder = filesystem.join(out, patient)
@@ -224,12 +224,12 @@ def clear(out: str, clips: Iterable[Clip]) -> int:
 
 
 def output(out: str, clip: Clip, ending: str) -> str:
-    """Path of one of a clip's outputs, `_pred.nii.gz` for example."""
+    """Path of one of a clip's outputs, such as `_pred.nii.gz`."""
     return filesystem.join(out, clip.patient, clip.stem + ending)
 
 
 def write_masks(path: str, masks: np.ndarray, frames: Frames) -> None:
-    """Masks uint8 [T,H,W] on the grid of the whole file: a NIfTI's own, otherwise CAMUS's order at the pictures' full size."""
+    """Write masks uint8 [T,H,W] on the whole file's grid: a NIfTI's own, otherwise CAMUS's order at the pictures' full size."""
     whole = np.flip(masks, frames.flips)
     if frames.box:
         top, left, height, width = frames.box

@@ -1,4 +1,4 @@
-"""Results of clips: their files, the ED and ES of a sequence, each patient's ejection fraction, and the tables of all."""
+"""Results of clips: their files, a sequence's ED and ES, each patient's ejection fraction, and the tables of them all."""
 
 import csv
 import io
@@ -21,21 +21,21 @@ from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
 from heartseg.storage import filesystem
 
-USUAL_DEPTH_MM = 145.0  # of apical views: what the anatomical checks assume of a file without a scale
+USUAL_DEPTH_MM = 145.0  # of apical views: assumed by the anatomical checks for a file without a scale
 INTENDED_USE = "research use only, not a medical device"
 # The first columns of ef.csv; the other indices follow.
 FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_camus", "esv_ml_camus")
 FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
-# Characters of a cell of ef.csv and of what a line in the terminal holds beside a name; studies.json has all.
+# Characters in a cell of ef.csv, and in a terminal line besides the name; studies.json has the full text.
 MAX_TEXT, MORE = 200, " … (more in studies.json)"
 MOST_APART = 20.0  # points of EF between two views of one heart
 
 
 @dataclass(frozen=True, eq=False)
 class ClipResult:
-    """What is kept of a clip once its files are written; `doubts` and the lowest `confidence` refer to the measured masks.
+    """A clip's results after its files are written; `doubts` and the lowest `confidence` refer to the measured masks.
 
-    `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES, as far as they are known. `volumes_ml` [T] is a sequence's
+    `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES, if known. `volumes_ml` [T] is a sequence's
     single-plane curve, without a unit if there is no `spacing_mm`.
     """
 
@@ -68,12 +68,12 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
     elif clip.phase:
         phases = {clip.phase: (0, masks[0])}
     spacing_mm = frames.spacing_mm or (USUAL_DEPTH_MM / masks.shape[1],) * 2
-    # Of a sequence, the frames that its EF comes from count.
+    # For a sequence, the frames used for its EF count.
     measured = sorted(at for at, _ in phases.values()) or range(len(masks))
     found, doubts = defaultdict(list), []
     for at in measured:
         for doubt in implausibilities(masks[at], spacing_mm):
-            found[re.sub(r"\d[\d.]*", "0", doubt)].append((at + 1, doubt))  # those of one kind differ in what was measured
+            found[re.sub(r"\d[\d.]*", "0", doubt)].append((at + 1, doubt))  # of one kind: they differ in what was measured
     for same in found.values():
         numbers, texts = zip(*same, strict=True)
         doubts.append(f"{ranges(numbers)}: {texts[0]}{' (or similar)' if len(set(texts)) > 1 else ''}")
@@ -84,7 +84,7 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
 
 
 def ranges(frames: Sequence[int]) -> str:
-    """Ascending frame numbers in words: `frame 7`, `frames 3-41, 50`."""
+    """Ascending frame numbers as text: `frame 7`, `frames 3-41, 50`."""
     runs = np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1)
     words = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"frame{'s' if len(frames) > 1 else ''} {words}"
@@ -96,7 +96,7 @@ def shorten(text: str) -> str:
 
 
 def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
-    """A patient's indices: in each view from its two stills, otherwise from its first sequence that shows ED and ES."""
+    """A patient's indices: for each view from its two stills, otherwise from the first sequence that shows ED and ES."""
     stills, masks, sources, reasons = defaultdict(list), {}, {}, []
     for r in results:
         for phase in r.phases if r.frames == 1 else ():
@@ -117,11 +117,11 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
             reasons.append(f"{stems} show the same view and phase ({view} {phase}): keep one of them")
     for r in results:
         if r.frames > 1 and not r.phases and not {(r.clip.view, phase) for phase in PHASES} <= masks.keys():
-            reasons.append(f"{r.clip.stem} shows no beat (the volume of its plausible frames never changes): give a whole one")
+            reasons.append(f"{r.clip.stem} shows no beat (the volume of its plausible frames never changes): give a whole beat")
     if nameless := [r.clip.stem for r in results if r.clip.view is None]:
-        reasons.append(f"the view of {', '.join(nameless)} is not known: give --view")
+        reasons.append(f"the view of {', '.join(nameless)} is unknown: give --view")
     if phaseless := [r.clip.stem for r in results if r.frames == 1 and r.clip.phase is None]:
-        reasons.append(f"the phase of {', '.join(phaseless)} is not known: give --phase, or names like PATIENT_4CH_ED")
+        reasons.append(f"the phase of {', '.join(phaseless)} is unknown: give --phase, or names like PATIENT_4CH_ED")
     doubts = [*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)]
     (doubts if math.isfinite(row["ef_ase"]) else reasons).extend({r.clip.remark for r in results} - {""})
     row["reason"], row["doubts"] = "; ".join(reasons), "; ".join(doubts)
@@ -130,7 +130,7 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
 
 
 def _views_apart(row: dict) -> list[str]:
-    """A doubt if the single-plane EFs of the two views disagree."""
+    """A doubt, if the single-plane EFs of the two views disagree."""
     four, two = row["ef_4ch_ase"], row["ef_2ch_ase"]
     doubt = f"the views disagree by {abs(four - two):.0f} points: EF is {four:.0f} % in 4CH alone and {two:.0f} % in 2CH alone"
     return [doubt] if abs(four - two) > MOST_APART else []
@@ -155,7 +155,7 @@ def clip_record(result: ClipResult) -> dict:
 
 
 def write_tables(out: str, rows: list[dict], everything: dict) -> None:
-    """Write `ef.csv`, a line per patient, and `studies.json` with the same rows and `everything`."""
+    """Write `ef.csv`, one line per patient, and `studies.json` with the same rows and `everything`."""
     columns = [*FIRST, *(name for name in INDICES if name not in FIRST), "intended_use"]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -187,7 +187,7 @@ def headline(row: dict) -> str:
 
 
 def _cell(value):
-    """Empty for NaN; two decimals, more than a mask can resolve; long texts are cut."""
+    """A cell of ef.csv: empty for NaN, two decimals (more than a mask can resolve), long texts shortened."""
     if isinstance(value, (float, np.floating)):
         return f"{value:.2f}" if math.isfinite(value) else ""
     return shorten(value) if isinstance(value, str) else value

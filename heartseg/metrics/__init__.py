@@ -1,1 +1,1 @@
-"""Arrays in, numbers out; knows no file. Open segmentation.py for scores, cardiac_indices.py for volumes and EF."""
+"""Arrays in, numbers out; no file is read. segmentation.py has the scores, cardiac_indices.py volumes and EF."""

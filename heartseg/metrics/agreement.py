@@ -1,4 +1,4 @@
-"""How well two measurements agree, and how sure a mean is (a bootstrap over patients), as plain JSON; NaN are left out."""
+"""Agreement of two measurements, and intervals of means (bootstrap over patients), as plain JSON; NaN are left out."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from heartseg.labels import ef_class
 
 MIN_PAIRS = 3
 DRAWS, TAILS = 2000, (0.025, 0.975)
-# The keys of `agree` beside `n`.
+# The keys of `agree` other than `n`.
 AGREEMENT = ("r", "r_low", "r_high", "bias", "bias_low", "bias_high", "sd", "loa_low", "loa_high", "mae", "mae_low", "mae_high")
 
 
 def _resampled(columns: list[np.ndarray], patients: np.ndarray, draws: int = DRAWS) -> np.ndarray:
-    """Sums [C,draws] of some columns [N], each over as many `patients` [N] as there are, drawn with replacement."""
+    """Sums [C,draws] of some columns [N] over bootstrap draws, which resample whole `patients` [N] with replacement."""
     _, owner = np.unique(patients, return_inverse=True)
     sums = np.stack([np.bincount(owner, weights=column) for column in columns])
     drawn = np.random.default_rng(0).integers(sums.shape[1], size=(draws, sums.shape[1]))
@@ -38,7 +38,7 @@ def mean_interval(values: np.ndarray, patients: np.ndarray) -> dict[str, float |
 
 
 def _pairs(estimate, reference, patients) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both as float [N] and their owners, without the pairs that have a NaN; without `patients` each pair is one."""
+    """Both as float [N] and their patients, without pairs that contain NaN; without `patients`, each pair is one patient."""
     estimate, reference = np.asarray(estimate, float), np.asarray(reference, float)
     patients = np.arange(len(estimate)) if patients is None else np.asarray(patients)
     if not len(estimate) == len(reference) == len(patients):
@@ -48,7 +48,7 @@ def _pairs(estimate, reference, patients) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _pearson(sums: np.ndarray) -> np.ndarray:
-    """Correlation from the sums [6,...] of 1, x, y, xx, yy, xy; NaN if one does not vary."""
+    """Correlation from the sums [6,...] of 1, x, y, xx, yy, xy; NaN if x or y does not vary."""
     count, x, y, xx, yy, xy = sums
     spread_x, spread_y = count * xx - x * x, count * yy - y * y
     varies = (spread_x > 1e-12 * count * xx) & (spread_y > 1e-12 * count * yy)  # less is rounding
@@ -84,18 +84,18 @@ def agree(estimate, reference, patients=None) -> dict[str, float | int | None]:
 
 
 def ef_confusion(estimate, reference) -> np.ndarray:
-    """Patients by class of ejection fraction, int [3,3]: rows the reference's class, columns the estimate's."""
+    """Numbers of patients by class of ejection fraction, int [3,3]: rows are the reference's class, columns the estimate's."""
     x, y, _ = _pairs(estimate, reference, None)
     return np.bincount(3 * ef_class(y) + ef_class(x), minlength=9).reshape(3, 3)
 
 
 def paired_test(a, b, patients) -> dict[str, float | int | None]:
-    """Is one of two methods better on the same images? `a`, `b` [N] are their scores, `patients` [N] the images' owners.
+    """Test whether one of two methods is better on the same images: scores `a`, `b` [N] of images of `patients` [N].
 
-    `n` pairs of `patients`, the mean `difference` a - b over images, `low` and `high` of its `bootstrap_interval` and two-sided
+    Returns `n` pairs of `patients`, the mean `difference` a - b over images, its interval (`low`, `high`) and the two-sided
     `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on patients' means. Under 3 patients these are None.
     """
-    from scipy.stats import wilcoxon  # here, since every command imports this file: a quarter of the time to start
+    from scipy.stats import wilcoxon  # imported here, since every command imports this file: a quarter of the start-up time
 
     x, y, owners = _pairs(a, b, patients)
     names, owner = np.unique(owners, return_inverse=True)
@@ -109,7 +109,7 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
 
 
 def auc(score: np.ndarray, is_good: np.ndarray) -> float:
-    """Area under the ROC curve (Hanley and McNeil 1982): the chance that a good one scores higher; NaN without a pair."""
+    """Area under the ROC curve (Hanley and McNeil 1982): the chance that a good one scores higher; NaN if one side is empty."""
     from scipy.stats import mannwhitneyu
 
     good, poor = score[is_good], score[~is_good]

@@ -27,7 +27,7 @@ CAVITY_SHARE, MOST_ATRIUM = (0.11, 0.75), 5.0
 
 
 def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[str]:
-    """Why an upright mask uint8 [H,W] of (depth, lateral) spacing is not a whole heart; raises UserError for a bad spacing."""
+    """Why an upright mask uint8 [H,W] with (depth, lateral) spacing is not a whole heart; raises UserError for bad spacing."""
     is_valid = all(0 < mm < np.inf for mm in spacing_mm)
     require(is_valid, f"The pixel spacing {spacing_mm} mm is not valid: give (depth, lateral), both above 0.")
     missing = [f"the {name} is missing" for label, name in STRUCTURE_NAMES.items() if not (mask == label).any()]
@@ -80,13 +80,13 @@ def contact_mm(mask: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
 
 
 def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]) -> float:
-    """The share of the cavity's contour, the image's edge left out, that faces a label."""
+    """The share of the cavity's contour, excluding the image's edge, that faces a label."""
     contour = contact_mm(mask, spacing_mm)[ENDO]
     return contour[label] / max(contour[[BACKGROUND, MYO, LA]].sum(), 1e-9)
 
 
 def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
-    """Why parts are misplaced: the wall surrounds the cavity except at its base, the atrium lies below, the apex up."""
+    """Misplaced parts: the wall should surround the cavity except at its base, the atrium lie below, and the apex point up."""
     cavity = bounding_box(mask == ENDO, (1, 1))  # with its neighbours: a contour has two sides
     closed, atrium = mask.copy(), bounding_box(mask == LA, tuple(int(BASE_MM / mm) + 1 for mm in spacing_mm))
     at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM
@@ -108,7 +108,7 @@ def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[st
 
 
 def _centre(region: np.ndarray) -> np.ndarray:
-    """Mean row and column of a region; from counts by line, which are faster than the pixels' positions."""
+    """Mean row and column of a region, from counts per line, which is faster than from pixel positions."""
     counts = (np.count_nonzero(region, axis=axis) for axis in (1, 0))
     return np.array([np.average(np.arange(len(count)), weights=count) for count in counts])
 

@@ -1,4 +1,4 @@
-"""Clinical indices from a patient's label maps: volumes, ejection fraction, wall and atrium, one flat row.
+"""Clinical indices from a patient's label maps, in one flat row: volumes, ejection fraction, wall and atrium.
 
 Lang et al. 2015 below is the recommendation of the American Society of Echocardiography and the European Association of
 Cardiovascular Imaging, J Am Soc Echocardiogr 28:1-39. For research only: none of this is a medical device.
@@ -44,26 +44,26 @@ def ejection_fraction(edv: float, esv: float) -> float:
 
 
 def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
-    """Single-plane volume in ml of the ventricle in a label map [H,W]; NaN if it has none; in no unit for (1, aspect)."""
+    """Single-plane volume in ml of the ventricle in a label map [H,W]; NaN without one; unitless for spacing (1, aspect)."""
     ventricle = measure(mask, spacing_mm).ventricle
     return float("nan") if isinstance(ventricle, str) else disks_ml(ventricle, ventricle, ventricle.length_mm)
 
 
 def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float | str]:
-    """All indices of one patient, a flat row: INDICES, NaN if unknown, and `reason`, '' if all are known.
+    """All indices of one patient in a flat row: INDICES, NaN if unknown, and `reason`, '' if all are known.
 
     `masks` are label maps [H,W] with their (depth, lateral) spacing in mm. Unless `spacing_known`, the spacing is a pixel's
     shape only (None: square), and volumes and areas are missing. EF needs no scale: each view is measured in its own
-    end-diastolic long axis, which is the same axis in both views. A view's two phases must share their scale: two shapes
-    without spacing, or a spacing of one alone, do not, and that view is left out.
+    end-diastolic long axis, which is the same axis in both views. A view's two phases must share their scale: different shapes
+    without spacing, or a spacing in only one phase, do not, and that view is left out.
 
     The atrium's volume is by disks too, which Lang et al. 2015 prefer to area-length, along the line from the mitral
     plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes do not fit (ESV
-    above EDV) has them in the row, and no EF. Nothing raises: a missing index has a reason.
+    above EDV) has them in the row, but no EF. No error is raised: a missing index has a reason.
     """
     frames, reasons = _measured(masks, spacing_known)
     if not spacing_known:
-        # Without a spacing a picture's scale is known by its shape only; with one it is millimetres.
+        # Without a spacing, only a picture's shape indicates its scale; with one, the scale is millimetres.
         scales = {(view, np.shape(mask) if spacing is None else "mm") for (view, _), (mask, spacing) in masks.items()}
         for view in VIEWS:
             if sum(found == view for found, _ in scales) > 1:
@@ -88,7 +88,7 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
 
 
 def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase], Frame], list[str]]:
-    """Frames by (view, phase), and what is missing in words."""
+    """Frames by (view, phase), and text naming what is missing."""
     frames, reasons = {}, []
     for view, phase in STILLS:
         mask, spacing_mm = masks.get((view, phase)) or (None, None)
@@ -107,7 +107,7 @@ def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase
 
 
 def _missing(frame: Frame, spacing_known: bool) -> list[str]:
-    """What a frame lacks, in words: a missing ventricle alone, and without a scale nothing besides."""
+    """Text naming what a frame lacks: only the ventricle if that is missing, and nothing else without a scale."""
     if isinstance(frame.ventricle, str):
         return [frame.ventricle]
     lacks = {frame.atrium: isinstance(frame.atrium, str), "no wall": not frame.wall_area_mm2}
@@ -134,7 +134,7 @@ def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[f
 
 
 def _areas_and_atrium(frames: dict[tuple[View, Phase], Frame]) -> dict[str, float]:
-    """Areas in cm2 of every mask that shows the structure, and the atrium's biplane volume in ml."""
+    """Areas in cm2 from every mask that shows the structure, and the atrium's biplane volume in ml."""
     row = {
         f"{name}_area_cm2_{view}_{phase}": area_mm2 / 100 or float("nan")
         for (view, phase), frame in frames.items()

@@ -1,4 +1,4 @@
-"""The heart's cycle in a sequence: from the cavity's volume in each frame, which frames are end-diastole and end-systole."""
+"""Finds end-diastole and end-systole in a sequence from the cavity's volume in each frame."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def plausible(volumes: np.ndarray) -> np.ndarray:
 
 
 def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
-    """Frames (from 0) of the largest and smallest volume of the smoothed curve [T]; None if two are not plausible or differ."""
+    """Frames (from 0) of largest and smallest volume of the smoothed curve [T]; None without two plausible, different ones."""
     curve = plausible(volumes)
     num_plausible = np.isfinite(curve).sum()
     if num_plausible < 2:
@@ -28,7 +28,7 @@ def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
 
 
 def _over_windows(take: Callable, values: np.ndarray, width: int) -> np.ndarray:
-    """`take` over a window around each of [T], NaN left out; windows shrink at the ends, so that extremes stay there."""
+    """Apply `take` to a window around each of [T], without NaN; windows shrink at the ends, so that extremes stay there."""
     around = (values[max(0, at - width // 2) : at + width // 2 + 1] for at in range(len(values)))
     windows = (window[np.isfinite(window)] for window in around)
     return np.array([take(window) if len(window) else np.nan for window in windows])

@@ -1,4 +1,4 @@
-"""Connected pieces and enclosed holes of a region, by one rule for cleaning, checking and measuring.
+"""Connected pieces and enclosed holes of a region, under one definition for cleaning, checking and measuring.
 
 Pixels of a region are neighbours over edges and corners, pixels outside it over edges alone: then a diagonal line either
 connects or separates, and never both.
@@ -11,7 +11,7 @@ CORNERS_TOO = np.ones((3, 3), bool)
 
 
 def connected_components(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Connected pieces of a region, numbered from 1, int [H,W], and the pixels of each."""
+    """Connected pieces of a region, int [H,W] numbered from 1, and each piece's number of pixels."""
     pieces, _ = ndimage.label(region, CORNERS_TOO)
     return pieces, np.bincount(pieces.ravel())[1:]
 
@@ -23,7 +23,7 @@ def largest_component(region: np.ndarray) -> np.ndarray:
 
 
 def enclosed_holes(region: np.ndarray, largest: float = np.inf) -> np.ndarray:
-    """The pixels, bool [H,W], that a region encloses, in holes of at most `largest` pixels."""
+    """The pixels, bool [H,W], of holes of at most `largest` pixels that a region encloses."""
     pieces, _ = ndimage.label(~region)
     sizes = np.bincount(pieces.ravel())
     enclosed = sizes <= largest

@@ -1,8 +1,8 @@
-"""Counts to accuracy, Dice and IoU, and masks to surface distances in mm, by the definitions that every table uses.
+"""Accuracy, Dice and IoU from pixel counts, and surface distances in mm from masks, by the definitions used everywhere.
 
-Per image first, then the mean over images. A structure that is absent from truth and prediction has no score (NaN) and
-is left out of means; absent from one of the two it scores 0. `dice` and `iou` are means over endo, myo and la; `dice4`
-counts the background as a fourth; `epi` is endo and myo together and is in no mean.
+Scores are per image, then averaged over images. A structure absent from truth and prediction has no score (NaN) and
+is left out of means; absent from only one, it scores 0. `dice` and `iou` are means over endo, myo and la; `dice4`
+includes the background as a fourth; `epi` is endo and myo together and is in no mean.
 """
 
 import math
@@ -29,7 +29,7 @@ def predicted_labels(logits: torch.Tensor) -> torch.Tensor:
 
 def confusion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Pixel counts int64 [B,4,4] (truth by prediction) of two label tensors [B,H,W] with fewer than 2^24 pixels an image."""
-    # bincount is the fastest on CPUs, and on GPUs waits for the device at every call.
+    # bincount is the fastest on CPUs, but on GPUs it waits for the device at every call.
     return _count_by_product(prediction, target) if target.is_cuda else _count_by_cell(prediction, target)
 
 
@@ -48,7 +48,7 @@ def _count_by_cell(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 
 def _overlap(counts: torch.Tensor, labels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels in both, and the sum of pixels in each, for the union of some labels; float64 [B]."""
+    """For the union of some labels, the pixels in both maps, and the sum of each map's pixels; float64 [B]."""
     chosen = list(labels)
     in_truth, in_prediction = counts[:, chosen], counts[:, :, chosen]
     both = in_truth[:, :, chosen].sum(dim=(1, 2))
@@ -75,7 +75,7 @@ def image_scores(counts: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class ScoreSums:
-    """Sums and counts of a group's scores and loss on the device, one tensor for ranks to reduce; divided once at the end."""
+    """A group's sums and counts of scores and loss on the device, in one tensor that ranks reduce; divided once at the end."""
 
     def __init__(self, device: torch.device):
         self._sums = torch.zeros(2, len(SCORES) + 1, dtype=torch.float64, device=device)
@@ -83,7 +83,7 @@ class ScoreSums:
 
     def add(self, loss: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor) -> None:
         """Add a batch: its mean loss, and labels [B,H,W] predicted and true."""
-        # Scores are a hundred small operations whatever the number of images: they are left until they are asked for.
+        # Scores take a hundred small operations for any number of images, so they are computed only when needed.
         self._batches.append((loss.double().expand(len(prediction)), confusion(prediction, target)))
 
     @property
@@ -95,7 +95,7 @@ class ScoreSums:
             scores = image_scores(counts)
             values = torch.stack([scores[name] for name in SCORES] + [losses])
             known = ~values.isnan()
-            # A loss that is NaN must show as NaN, and must not be left out as an absent structure is.
+            # A NaN loss must stay NaN, and not be left out like an absent structure.
             known[-1] = True
             self._sums += torch.stack([torch.where(known, values, 0).sum(dim=1), known.sum(dim=1).double()])
         return self._sums
@@ -107,14 +107,14 @@ class ScoreSums:
 
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tuple[float, float]) -> dict[str, float]:
-    """Distances in mm, by the names in DISTANCES, between two label maps uint8 [H,W]; `spacing_mm` is (depth, lateral).
+    """Distances in mm, named as in DISTANCES, between two label maps uint8 [H,W]; `spacing_mm` is (depth, lateral).
 
-    A surface is the pixels of a structure with a side at another label or at the image's border. `hd` is the largest distance
+    A surface is the pixels of a structure that border another label or the image's edge. `hd` is the largest distance
     from a pixel of one surface to the other surface; `hd95` the larger of both directions' 95th percentiles; `masd` the mean
     over both directions together (MONAI's HausdorffDistanceMetric and SurfaceDistanceMetric(symmetric=True)).
 
-    A structure absent from both maps has no distance (NaN); absent from one, all are the image's diagonal, which no distance
-    can exceed: the counterpart of a Dice of 0. Raises ValueError for maps of different shapes and spacings not above 0.
+    A structure absent from both maps has no distance (NaN); absent from one, its distances are the image's diagonal, which none
+    can exceed: the counterpart of a Dice of 0. Raises ValueError for maps of different shapes, and for spacings not above 0.
     """
     if prediction.shape != truth.shape or prediction.ndim != 2:
         raise ValueError(f"two label maps [H,W] are needed, these have shapes {prediction.shape} and {truth.shape}")
@@ -122,7 +122,7 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tup
         raise ValueError(f"the pixel spacing {spacing_mm} is not positive")
     diagonal_mm = math.hypot(*(side * size for side, size in zip(spacing_mm, truth.shape, strict=True)))
     maps = np.stack([prediction, truth])
-    # Outside the image is background, so a frame of it surrounds the part that is measured.
+    # Everything outside the image is background, so a frame of it surrounds the measured part.
     maps = np.pad(maps[:, *bounding_box(maps.any(axis=0))], ((0, 0), (1, 1), (1, 1)))
     found = []
     for labels in STRUCTURE_LABELS.values():
@@ -136,15 +136,15 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tup
 
 
 def _surfaces(masks: np.ndarray) -> np.ndarray:
-    """Pixels of masks [2,h+2,w+2], framed by background, that erosion by a cross takes away; [2,h,w]."""
+    """The pixels of masks [2,h+2,w+2], framed by background, that erosion by a cross removes; [2,h,w]."""
     middle = masks[:, 1:-1, 1:-1]
     inner = masks[:, :-2, 1:-1] & masks[:, 2:, 1:-1] & masks[:, 1:-1, :-2] & masks[:, 1:-1, 2:]
     return middle & ~inner
 
 
 def _distances(surfaces: np.ndarray, spacing_mm: tuple[float, float]) -> list[float]:
-    """Hausdorff distance, its 95th percentile and the mean distance of two surfaces [2,h,w], neither of them empty."""
-    from scipy.spatial import cKDTree  # half a second, which training, that has no distances, need not wait for at its start
+    """Hausdorff distance, its 95th percentile and the mean distance of two non-empty surfaces [2,h,w]."""
+    from scipy.spatial import cKDTree  # half a second, which training, without distances, need not spend at its start
 
     # A tree of the surface's points grows with the outline; a distance transform grows with the picture.
     points = [np.argwhere(surface) * spacing_mm for surface in surfaces]

@@ -1,7 +1,7 @@
-"""One label map to its chambers: area, long axis and 20 disks in mm of the left ventricle and of the left atrium.
+"""Measures the chambers of a label map: area, long axis and 20 disks, in mm, of the left ventricle and the left atrium.
 
-Everything is scale-free: no threshold is in mm, and only the size under which nothing is measured is in pixels. So the same
-shape on another grid has the same result (up to a pixel's edge), and all lengths grow with the spacing.
+Everything is scale-free: no threshold is in mm, and only the smallest measurable size is in pixels. So the same
+shape on another grid has the same result (up to a pixel's edge), and all lengths scale with the spacing.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from heartseg.labels import ENDO, LA, MYO, bounding_box
 from heartseg.metrics.regions import largest_component
 
 DISKS = 20  # Lang et al. 2015, figure of the biplane method of disks
-MIN_PIXELS = 30  # a chamber of fewer has no shape
+MIN_PIXELS = 30  # a smaller chamber has no shape
 # Share of the square root of the cavity's area: the mitral plane is 0.37 to 0.96 of it in 40 CAMUS patients.
 MIN_MITRAL_SHARE = 0.3
 MIN_WALL_SHARE = 0.5  # of the cavity's rim: under it the wall's gap is not a mitral plane
-BASAL_SHARE = 0.1  # of the cavity's extent: what counts as its lowest part
+BASAL_SHARE = 0.1  # of the cavity's extent: its lowest part
 
 
 @dataclass(frozen=True, eq=False)
 class Chamber:
-    """A chamber in one view: area, length from mitral plane to far end, widths [20] of its disks, from the mitral plane on."""
+    """A chamber in one view: area, length from mitral plane to far end, and widths [20] of its disks, from the mitral plane."""
 
     area_mm2: float
     length_mm: float
@@ -50,14 +50,14 @@ def rim(part: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float]) -
 
 
 def ends(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two outermost of some points [N,2] along the direction in which they spread most."""
+    """The two outermost of some points [N,2] along their main direction."""
     direction = np.linalg.eigh(np.cov(points.T))[1][:, 1]
     along = points @ direction
     return points[along.argmin()], points[along.argmax()]
 
 
 def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> np.ndarray:
-    """Middle of the line between the two sections of the mitral ring, in mm, from a cavity's rim.
+    """Midpoint between the two sections of the mitral ring, in mm, from a cavity's rim.
 
     Lang et al. 2015 close the contour at the mitral valve with a straight line between the opposite sections of the
     mitral ring. These are the outermost points of, in this order, (1) the rim that faces the atrium; (2) without one, the
@@ -86,10 +86,10 @@ def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> 
 
 
 def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spacing_mm: tuple[float, float]) -> Chamber:
-    """A part with its rim, cut from the mitral plane's midpoint to the rim's most distant point (Lang et al. 2015).
+    """Slice a part with its rim from the mitral plane's midpoint to the rim's most distant point (Lang et al. 2015).
 
-    A disk's width is the area of its slice by its height, so the slices add up to the chamber's area. What lies beyond the
-    midpoint counts at its mirror image: of an oblique plane, one half dips below it by what the other half is short.
+    A disk's width is its slice's area divided by its height, so the slices add up to the chamber's area. Pixels beyond the
+    midpoint count at their mirror image: one half of an oblique plane dips below it by as much as the other half is short.
     """
     distances = np.hypot(*(points - mitral).T)
     far, length_mm = points[distances.argmax()], float(distances.max())
@@ -102,7 +102,7 @@ def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spac
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The measurements of one label map; in place of a chamber that cannot be measured stands the reason, a short text."""
+    """The measurements of one label map; a chamber that cannot be measured is replaced by a short text with the reason."""
 
     ventricle: Chamber | str
     atrium: Chamber | str
@@ -111,7 +111,7 @@ class Frame:
 
 
 def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
-    """Measure a label map [H,W] of (depth, lateral) spacing: the largest part of cavity and atrium, every pixel of the wall."""
+    """Measure a label map [H,W] with (depth, lateral) spacing: the largest part of cavity and atrium, the whole wall."""
     labels, pixel_mm2 = np.pad(mask[bounding_box(mask)], 1), float(np.prod(spacing_mm))
     ventricle, atrium = (largest_component(labels == label) for label in (ENDO, LA))
     labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is not a mitral plane

@@ -1,1 +1,1 @@
-"""The network, its arithmetic, and its checkpoints: one device, no optimizer. Open deeplabv3.py first."""
+"""The network, its arithmetic and its checkpoints, for one device and without an optimizer. Start with deeplabv3.py."""

@@ -1,7 +1,7 @@
-"""Checkpoints: weights and plain JSON that rebuild the model alone, and the states that training resumes from.
+"""Checkpoints: weights and plain JSON, which are enough to rebuild the model, and the states for resuming training.
 
-A folder `epoch_0007` holds `model.safetensors` (the weights that are evaluated: the averaged ones if averaging is
-on), `training.pt` (raw weights, optimizer, average) and, written last, `checkpoint.json`: with it, the folder is complete.
+A folder `epoch_0007` holds `model.safetensors` (the weights to evaluate: the averaged ones if averaging is
+on), `training.pt` (raw weights, optimizer, average) and, written last, `checkpoint.json`, which marks it as complete.
 """
 
 import io
@@ -29,7 +29,7 @@ class Checkpoint:
 
     @property
     def epoch(self) -> int:
-        """Epochs that were trained, counted from 1."""
+        """Number of trained epochs."""
         return self.card["epoch"]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -44,7 +44,7 @@ class Checkpoint:
             raise UserError(f"The weights {path} are damaged: use another checkpoint.") from error
 
     def training_state(self) -> dict:
-        """The states that training resumes from; unpickles nothing but tensors and plain values."""
+        """The states for resuming training; unpickles only tensors and plain values."""
         path = filesystem.join(self.path, TRAINING)
         try:
             return torch.load(io.BytesIO(filesystem.read_bytes(path)), map_location="cpu", weights_only=True)
@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 def snapshot(value: object) -> object:
-    """A copy on the CPU of nested states, which training may change later."""
+    """A copy of nested states on the CPU, which later training does not change."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -63,9 +63,9 @@ def snapshot(value: object) -> object:
 
 
 def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:
-    """Write the checkpoint of `card["epoch"]` below a run; it is complete once its card is there."""
+    """Write the checkpoint of `card["epoch"]` below a run; it is complete once its card is written."""
     path = filesystem.join(run, FOLDER, f"epoch_{card['epoch']:04d}")
-    # A copy of the same epoch from before an interruption is no longer complete from here on.
+    # From here on, a copy of this epoch from before an interruption is no longer complete.
     filesystem.remove(filesystem.join(path, CARD))
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     torch.save(training_state, buffer := io.BytesIO())
@@ -97,7 +97,7 @@ def last(run: str) -> Checkpoint | None:
 
 
 def best(run: str) -> Checkpoint | None:
-    """The checkpoint of the highest `val/dice` among those kept; None without a validation group."""
+    """The kept checkpoint with the highest `val/dice`; None without a validation group."""
     scored = [c for c in complete(run) if c.card["metrics"].get("val/dice") is not None]
     return max(scored, key=lambda c: c.card["metrics"]["val/dice"], default=None)
 
@@ -107,12 +107,12 @@ def keep_last_and_best(run: str) -> None:
     top = best(run)
     for old in complete(run)[:-1]:
         if top is None or old.path != top.path:
-            filesystem.remove(filesystem.join(old.path, CARD))  # first, so that an interrupted removal is not complete
+            filesystem.remove(filesystem.join(old.path, CARD))  # first: an interrupted removal is then not complete
             filesystem.remove(old.path)
 
 
 def find(path: str, which: str = "last") -> Checkpoint:
-    """A checkpoint in a run's folder (`which` is `last` or `best`) or in its own; raises UserError."""
+    """The checkpoint of a run (`which`: `last` or `best`; without val scores, always last) or in `path`; raises UserError."""
     require(filesystem.exists(path), f"The checkpoint {path} does not exist: give the folder of a run.")
     found = best(path) if which == "best" else None
     return found or last(path) or open_checkpoint(path)

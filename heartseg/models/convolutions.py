@@ -1,8 +1,8 @@
-"""Convolutions that compute what nn.Conv2d does with less work, where DeepLabv3 on echocardiograms wastes most of it.
+"""Convolutions that compute the same as nn.Conv2d with less work, for the layers where DeepLabv3 wastes most of it.
 
-The atrous rates of DeepLabv3's head (12, 24, 36) are made for large pictures. At 256 x 256 and an output stride of 8 its
-map is 32 x 32: of the nine taps at rate 36, eight see nothing but the padding, and at rate 24 three quarters of their
-places do. Libraries multiply these zeros all the same: an eighth of ResNet-101's arithmetic.
+The atrous rates of DeepLabv3's head (12, 24, 36) are meant for large pictures. At 256 x 256 and an output stride of 8, its
+map is 32 x 32: of the nine taps at rate 36, eight see only padding, and at rate 24, so do three quarters of their
+positions. Libraries multiply these zeros anyway: an eighth of ResNet-101's arithmetic.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 
 
 class Conv2d(nn.Conv2d):
-    """An nn.Conv2d with the same parameters and, but for rounding, the same results and gradients."""
+    """An nn.Conv2d with the same parameters and, up to rounding, the same results and gradients."""
 
     def _conv_forward(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if _is_depthwise(self) and weight.dtype == torch.float32 and _slow_in_bf16(images):
@@ -21,7 +21,7 @@ class Conv2d(nn.Conv2d):
             rate, grid = self.dilation[0], images.shape[-2:]
             if rate >= max(grid):
                 return conv2d(images, weight[:, :, 1:2, 1:2], bias)
-            # Many small products instead of a large one pay in the backward pass on CPUs; on GPUs they were not measured.
+            # Many small products instead of a large one pay off in the backward pass on CPUs; GPUs were not measured.
             halved = max(grid) < 2 * rate < 2 * min(grid)
             if halved and images.ndim == 4 and torch.is_grad_enabled() and images.device.type != "cuda":
                 return _by_blocks(images, weight, bias, rate)
@@ -29,10 +29,10 @@ class Conv2d(nn.Conv2d):
 
 
 def faster(module: nn.Module) -> None:
-    """Replace the convolutions in a module that get faster; parameters and their names stay."""
+    """Replace the convolutions in a module that become faster; parameters and their names are unchanged."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and (_is_atrous(child) or _is_depthwise(child)):
-            # Without memory, so that no random number is drawn for weights that are not used.
+            # On the meta device, so that no random numbers are drawn for unused weights.
             new = Conv2d(
                 child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding, child.dilation,
                 child.groups, child.bias is not None, device="meta",
@@ -54,7 +54,7 @@ def _is_depthwise(convolution: nn.Conv2d) -> bool:
 
 
 def _is_atrous(convolution: nn.Conv2d) -> bool:
-    """True of a 3 x 3 convolution over all channels whose result is of its input's size."""
+    """True for a 3 x 3 convolution over all channels whose output has its input's size."""
     rate = convolution.dilation[0]
     return convolution.groups == 1 and rate > 1 and convolution.padding_mode == "zeros" and (
         (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
@@ -63,7 +63,7 @@ def _is_atrous(convolution: nn.Conv2d) -> bool:
 
 
 def _by_blocks(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rate: int) -> torch.Tensor:
-    """A convolution whose rate is more than half the grid, as products of nine blocks."""
+    """A convolution whose rate exceeds half the grid, as products of nine blocks."""
     taps = weight.flatten(2).unbind(2)
     # Lines are cut at `n - rate` and at `rate`. For each block, which block is seen and by which of the three taps: the first
     # by the centre and by the tap behind it, which sees the last block; the middle one by the centre alone.

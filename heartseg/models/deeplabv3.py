@@ -1,4 +1,4 @@
-"""DeepLabv3 for one-channel echocardiograms and its arithmetic: [B,1,H,W] in, [B,4,H,W] out; single-device."""
+"""DeepLabv3 for one-channel echocardiograms on one device, and its arithmetic: [B,1,H,W] in, [B,4,H,W] out."""
 
 import math
 import os
@@ -31,7 +31,7 @@ def _backbone(name: str) -> tuple:
         if "torchvision::nms" not in str(error):
             raise
         raise UserError(
-            "torch and torchvision are of different builds (a CPU-only torch beside an ordinary torchvision): "
+            "torch and torchvision come from different builds (a CPU-only torch beside an ordinary torchvision): "
             "install both together with `pip install --force-reinstall torch torchvision`."
         ) from error
     weights = models.get_model_weights(name).IMAGENET1K_V2
@@ -39,12 +39,12 @@ def _backbone(name: str) -> tuple:
 
 
 def check_installation() -> None:
-    """Raise UserError if torch and torchvision do not fit together."""
+    """Raise UserError if torch and torchvision are incompatible."""
     _backbone("resnet101")
 
 
 class DeepLab(nn.Module):
-    """torchvision's DeepLabv3: logits [B,4,H,W]; with an auxiliary head, training has (logits, auxiliary logits)."""
+    """torchvision's DeepLabv3: logits [B,4,H,W], or (logits, auxiliary logits) when training with an auxiliary head."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -60,7 +60,7 @@ class DeepLab(nn.Module):
 
 
 def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
-    """Build the network, without `own_convolutions` on PyTorch's; raises UserError if weights cannot be downloaded."""
+    """Build the network, with PyTorch's convolutions unless `own_convolutions`; raises UserError if a download fails."""
     constructor, weights = _backbone(config.backbone)
     first_conv, fine, channels = LAYERS[config.backbone]
     # torchvision downloads backbone weights by default.
@@ -87,7 +87,7 @@ def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
 
 
 def _take_one_channel(backbone: nn.Module, name: str) -> None:
-    """Make the first convolution take one channel; its kernel is the sum over colours, as for a grey RGB image."""
+    """Reduce the first convolution to one channel: its kernel is the sum over colours, as for a grey RGB image."""
     old = backbone.get_submodule(name)
     new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)
     new.weight.data = old.weight.data.sum(dim=1, keepdim=True)
@@ -104,7 +104,7 @@ def _replace_batch_norm(module: nn.Module) -> None:
 
 
 def wants_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """True if bf16 autocast is asked for, or is `auto` and the faster one here."""
+    """True if bf16 autocast is requested, or is `auto` and the faster one here."""
     return (precision.fastest(device) if config.precision == "auto" else config.precision) == "bf16"
 
 
@@ -112,5 +112,5 @@ def forward(train: TrainConfig, model: nn.Module, images: torch.Tensor) -> torch
     """Logits [B,4,H,W] in float32 of normalised images, computed in the configured precision."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=wants_bf16(train, images.device)):
         logits = model(images.contiguous(memory_format=torch.channels_last))
-    # One class after the other: so losses take a third and labels half of the time on CPUs.
+    # One class after another: on CPUs, losses then take a third of the time and labels half.
     return logits.to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,1 +1,1 @@
-"""Tables in, pictures and pages out; recomputes no score. Open report.py first."""
+"""Tables in, pictures and pages out; no score is recomputed. Start with report.py."""

@@ -1,4 +1,4 @@
-"""A comparison of runs as one self-contained HTML page, as text for a terminal, and as JSON; it recomputes no metric."""
+"""A comparison of runs as one self-contained HTML page, as text for a terminal, and as JSON; no metric is recomputed."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -33,7 +33,7 @@ TEXT_NAMES = ("dice", "dice_endo", "dice_myo", "dice_la", "dice_epi", "masd_endo
 
 
 def write_page(out: str, entries: Sequence[Entry], compared: dict, pictures: Mapping[str, list[dict]]) -> str:
-    """Write `compare.html` with pictures by image, and `comparison.json`, into a folder; returns the page's path."""
+    """Write `compare.html`, with pictures by image, and `comparison.json` into a folder; returns the page's path."""
     filesystem.publish_json(filesystem.join(out, NUMBERS), compared)
     means, differences = compared["means"], compared["differences"]
     scored, paired = any(means.values()), any(differences.values())
@@ -63,7 +63,7 @@ def write_page(out: str, entries: Sequence[Entry], compared: dict, pictures: Map
 
 
 def _rows(names: Sequence[str], cell: Callable, entries: Mapping[str, dict]) -> list[tuple[str, list]]:
-    """A row per score: its title, and a cell per entry."""
+    """One row per score: its title, and one cell per entry."""
     return [(TITLES[name], [cell(scores, name) for scores in entries.values()]) for name in names]
 
 
@@ -86,12 +86,12 @@ def digits_of(name: str) -> int:
 
 
 def show_signed(value: float, digits: int) -> str:
-    """A number with its sign."""
+    """A number with an explicit sign."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def score_cell(means: dict, name: str) -> dict[str, str]:
-    """A mean of an entry as texts, with its interval and the range of its seeds."""
+    """An entry's mean as texts, with its interval and the range over its seeds."""
     digits, score = digits_of(name), means.get(name) or {"mean": None, "seeds": []}
     seeds = [value for value in score["seeds"] if value is not None]
     return {"mean": pages.show_number(score["mean"], digits), "interval": pages.show_interval(score, digits),
@@ -99,7 +99,7 @@ def score_cell(means: dict, name: str) -> dict[str, str]:
 
 
 def difference_cell(differences: dict, name: str) -> dict | None:
-    """A paired difference of an entry as texts, to one decimal more than its score; `patients` if fewer than mean Dice's."""
+    """An entry's paired difference as texts, with one decimal more than its score; `patients` if fewer than for mean Dice."""
     found, digits = differences.get(name), digits_of(name) + 1
     if not found or found["difference"] is None:
         return None
@@ -130,7 +130,7 @@ def curve_figures(entries: Sequence[Entry]) -> list[dict]:
 
 
 def draw_outlines(name: str, letter: str, case: Case, pixels: np.ndarray, mask: np.ndarray, caption: str) -> dict:
-    """An image's `pixels` with the outlines of the truth (white) and of an entry's `mask`, all [H,W], for the page."""
+    """An image's `pixels` with the outlines of the truth (white) and an entry's `mask`, all [H,W], for the page."""
     positions = contours.overlay(pixels, mask, case.spacing_mm, PICTURE_ROWS, case.truth)
     return pages.picture(positions, caption, f"{name} with the outlines of {letter} and of the expert")
 

@@ -1,4 +1,4 @@
-"""Outlines of label maps on echocardiograms, as pictures of palette positions (greys and the classes' colours), and PNGs."""
+"""Outlines of label maps on echocardiograms, as arrays of palette positions (greys and class colours) and as PNGs."""
 
 import io
 
@@ -17,8 +17,8 @@ CHANNEL_OFF, CHANNEL_BACKGROUND = 24, 215
 
 
 def contours(mask: np.ndarray) -> np.ndarray:
-    """Label map [h,w] with 0 everywhere but on the rim of each structure; the image's own edge is not a rim."""
-    # A neighbour in the background or of higher label makes a rim: the border of two structures is drawn once.
+    """Label map [h,w] with 0 everywhere except on the rim of each structure; the image's edge is not a rim."""
+    # A neighbour in the background or with a higher label makes a rim, so the border of two structures is drawn once.
     padded = np.pad(mask, 1, mode="edge")
     neighbours = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
     on_rim = ((neighbours == BACKGROUND) | (neighbours > mask)).any(axis=0)
@@ -26,7 +26,7 @@ def contours(mask: np.ndarray) -> np.ndarray:
 
 
 def thicken(rims: np.ndarray) -> np.ndarray:
-    """Rims [h,w] grown by a pixel to each side; where two meet, the lower label stays on top."""
+    """Rims [h,w] grown by a pixel on each side; where two meet, the lower label is on top."""
     padded = np.pad(rims, 1)
     around = np.stack([rims, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
     lowest = np.where(around == BACKGROUND, NUM_CLASSES, around).min(axis=0)
@@ -54,7 +54,7 @@ def overlay(
 
 
 def resize_labels(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Labels on another grid, each class resampled as a share of 0 to 1 and the largest taken: no staircase along the rims."""
+    """Labels on another grid: each class is resampled as a share of 0 to 1 and the largest wins, so rims have no staircases."""
     best, labels = np.full((rows, columns), 126, np.uint8), np.zeros((rows, columns), np.uint8)
     for label in np.unique(mask[mask != BACKGROUND]):
         share = Image.fromarray((mask == label).astype(np.uint8) * 255)
@@ -75,14 +75,14 @@ def channels(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def as_image(positions: np.ndarray) -> Image.Image:
-    """Palette positions [h,w] as Pillow's image."""
+    """Palette positions [h,w] as a Pillow image."""
     image = Image.frombytes("P", positions.shape[::-1], positions.tobytes())
     image.putpalette(PALETTE.tobytes())
     return image
 
 
 def encode_png(positions: np.ndarray) -> bytes:
-    """PNG of palette positions; lightly compressed, since its time counts more than its size."""
+    """PNG of palette positions; lightly compressed, since time matters more than size."""
     buffer = io.BytesIO()
     as_image(positions).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

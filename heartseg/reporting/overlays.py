@@ -1,4 +1,4 @@
-"""Overlays that prediction writes: a PNG of a still, an animated GIF of a sequence, over a strip that names the colours."""
+"""The overlays of predict: a PNG of a still or an animated GIF of a sequence, with a strip below that names the colours."""
 
 import functools
 import io
@@ -22,7 +22,7 @@ FRAME_MS, MAX_GIF_FRAMES = 80, 60
 def outlined(
     image: np.ndarray, mask: np.ndarray, spacing_mm: tuple[float, float] | None, caption: str, moving: bool = False
 ) -> np.ndarray:
-    """`overlay` of an image [H,W] over its strip; a `moving` picture has fewer rows and fewer greys."""
+    """The `overlay` of an image [H,W] above its strip; a `moving` picture has fewer rows and greys."""
     rows, grey_step = (GIF_ROWS, GIF_GREY_STEP) if moving else (ROWS, 1)
     picture = overlay(image, mask, spacing_mm, rows, grey_step=grey_step)
     return np.vstack([picture, strip(picture.shape[1], caption)])
@@ -47,7 +47,7 @@ def strip(width: int, caption: str) -> np.ndarray:
 
 
 def encode_gif(pictures: list[np.ndarray]) -> bytes:
-    """Endless GIF of pictures of palette positions, all of one size."""
+    """A looping GIF of pictures of palette positions, all of the same size."""
     buffer = io.BytesIO()
     first, *others = [as_image(positions) for positions in pictures]
     first.save(buffer, format="GIF", save_all=True, append_images=others, duration=FRAME_MS, loop=0, optimize=False, disposal=1)
@@ -55,12 +55,12 @@ def encode_gif(pictures: list[np.ndarray]) -> bytes:
 
 
 def shown_frames(count: int, always: Iterable[int] = ()) -> list[int]:
-    """The frames of a sequence that a GIF shows: every second, third … if there are more than MAX_GIF_FRAMES, and `always`."""
+    """The frames of a sequence that a GIF shows: `always`, and every second, third … one if there are over MAX_GIF_FRAMES."""
     return sorted({*range(0, count, -(-count // MAX_GIF_FRAMES)), *always})
 
 
 def write_overlays(out: str, clip: Clip, frames: Frames, masks: np.ndarray, marked: Mapping[int, str]) -> None:
-    """A PNG of a still, an animated GIF of a sequence; `marked` maps frames (from 0) to captions, such as ED and ES."""
+    """Write a still's PNG or a sequence's animated GIF; `marked` maps frames (from 0) to captions, such as ED and ES."""
     count, view = len(masks), f"{clip.view} " if clip.view else ""
     if count == 1:
         picture = outlined(frames.pixels[0], masks[0], frames.spacing_mm, f"{view}{clip.phase or ''}".strip())

@@ -1,4 +1,4 @@
-"""What every page shares: templates, numbers as text, figures and pictures inside the page, and how a page is written."""
+"""Shared by all pages: templates, numbers as text, inline figures and pictures, and writing a page."""
 
 import base64
 import functools
@@ -14,14 +14,14 @@ from heartseg.storage import filesystem
 
 
 def write(out: str, page: str, /, **values: object) -> str:
-    """Write a page from the template of its name and some values into a folder, and return its path."""
+    """Render the template of this name into a page in a folder, and return its path."""
     path = filesystem.join(out, page)
     filesystem.publish(path, environment().get_template(page).render(**values).encode())
     return path
 
 
 def environment() -> jinja2.Environment:
-    """The templates of pages, with the filters `score`, `interval` and `number`; a value that is missing is an error."""
+    """The environment of the page templates, with the filters `score`, `interval` and `number`; a missing value is an error."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("heartseg.reporting"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -31,7 +31,7 @@ def environment() -> jinja2.Environment:
 
 
 def show_number(value: float | None, digits: int = 1) -> str:
-    """Some decimals, or a dash for a missing value."""
+    """A number with some decimals, or a dash if it is missing."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -42,7 +42,7 @@ def show_interval(score: dict | None, digits: int = 3) -> str:
 
 
 def figure(drawn: Figure, name: str, alt: str) -> dict:
-    """A figure for a template: its SVG, whose identifiers begin with `name`, and the text that stands for it."""
+    """A figure for a template: its SVG, whose identifiers begin with `name`, and its alternative text."""
     return {"svg": Markup(plots.save_svg(drawn, name)), "alt": alt}
 
 

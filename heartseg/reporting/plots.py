@@ -15,7 +15,7 @@ from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
 
 # Lines and text that must follow the page's text colour, light or dark: `save_svg` replaces it by `currentColor`.
 INK = "#123457"
-# Distinct by shade, hue and dash, and at least 3:1 against a white and against a near-black page.
+# Distinct in shade, hue and dash, with a contrast of at least 3:1 on white and on near-black pages.
 GROUP_STYLES = {"train": ("#868C96", "--"), "val": ("#2F86D6", "-"), "test": ("#D2691E", "-")}
 OTHER_STYLE = ("#9A6FC4", "-.")
 RUN_COLOURS = ("#2F86D6", "#D2691E", "#2E9457", "#C74FA0", "#868C96", "#9A6FC4", "#14919B", "#A08414")
@@ -45,7 +45,7 @@ def save_svg(figure: Figure, name: str) -> str:
 
 
 def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of some inches with one set of axes that has only what is needed to read it."""
+    """A figure of some inches with one set of axes, reduced to what is needed to read it."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     plain(axes)
@@ -69,7 +69,7 @@ def write_labels(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = ""
 
 
 def contact_sheet(cells: Sequence[tuple[np.ndarray, str]], columns: int = 4) -> Figure:
-    """Pictures uint8 [h,w,3] of square pixels with captions in rows, under the key of the classes' colours."""
+    """Pictures uint8 [h,w,3] with square pixels, captioned and in rows, below the key of the class colours."""
     rows = -(-len(cells) // columns)
     tallest = max((pixels.shape[0] / pixels.shape[1] for pixels, _ in cells), default=1.0)
     figure = Figure(figsize=(2.6 * columns, (2.6 * tallest + 0.3) * rows + 0.5), layout="constrained")
@@ -90,7 +90,7 @@ def colour_key(figure: Figure, colours: Mapping[str, str], columns: int = 3) -> 
 
 
 def run_style(place: int) -> tuple[str, str]:
-    """Colour and dash of the run at a place from 0; after all colours the next dash begins."""
+    """Colour and dash of the run at an index from 0; after all colours, the next dash begins."""
     return RUN_COLOURS[place % len(RUN_COLOURS)], RUN_DASHES[place // len(RUN_COLOURS) % len(RUN_DASHES)]
 
 
@@ -98,7 +98,7 @@ def curve(
     epochs: Sequence[int], series: Mapping[str, Sequence[float]], title: str, marked: int | None = None,
     styles: Mapping[str, tuple[str, str]] | None = None,
 ) -> Figure:  # fmt: skip
-    """A quantity by epoch, a line a group; NaN is a gap, `marked` has a dotted line; `styles` are (colour, dash) by name."""
+    """A quantity by epoch, one line per group; NaN is a gap, `marked` a dotted line; `styles` are (colour, dash) by name."""
     figure, axes = new_axes(4.4, 2.9)
     for group, values in series.items():
         colour, dash = (INK, "-") if not group else (styles or GROUP_STYLES).get(group, OTHER_STYLE)
@@ -114,7 +114,7 @@ def curve(
 
 
 def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: str) -> Figure:
-    """Box (median, quartiles, the last image within 1.5 boxes) and points of images' scores, a row a structure, without NaN."""
+    """Box (median, quartiles, the last image within 1.5 boxes) and points of images' scores, one row per structure, no NaN."""
     known = {name: scores[~np.isnan(scores)] for name, scores in values.items() if not np.isnan(scores).all()}
     figure, axes = new_axes(5.4, 0.7 + 0.55 * max(1, len(known)))
     rng = np.random.default_rng(0)
@@ -137,13 +137,13 @@ def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: 
 
 
 def _known_pairs(estimate: Sequence[float], reference: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays without the pairs that have a NaN."""
+    """Both as arrays, without pairs that contain NaN."""
     pairs = np.stack([np.asarray(estimate, float), np.asarray(reference, float)])
     return tuple(pairs[:, np.isfinite(pairs).all(axis=0)])
 
 
 def _points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """One point per pair, fainter if there are many, so that dense parts stay visible; a note if there are none."""
+    """Draw one point per pair, fainter if there are many, so that dense parts stay visible; without pairs, a note."""
     alpha = 0.75 if len(x) <= 100 else 0.45
     axes.scatter(x, y, s=20, color=POINT, alpha=alpha, linewidths=0, rasterized=len(x) > 500)
     if not len(x):
@@ -174,7 +174,7 @@ def bland_altman(estimate: Sequence[float], reference: Sequence[float], found: M
 
 
 def agreement_scatter(estimate: Sequence[float], reference: Sequence[float], found: Mapping, title: str, unit: str) -> Figure:
-    """Estimate against reference on equal axes, with the line of identity, and r and n of `metrics.agreement.agree`."""
+    """Estimate against reference on equal axes, with the identity line, and r and n of `metrics.agreement.agree`."""
     estimate, reference = _known_pairs(estimate, reference)
     figure, axes = new_axes(3.7, 3.6)
     both = np.concatenate([estimate, reference])

@@ -1,4 +1,4 @@
-"""What others publish on CAMUS; second-hand rows are quoted by a repository and were not read in the paper itself."""
+"""Published results on CAMUS; second-hand rows are quoted from a repository and not checked in the paper itself."""
 
 
 def _challenge(name: str, dice: tuple, hd_mm: tuple = ()) -> dict:

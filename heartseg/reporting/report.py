@@ -53,9 +53,9 @@ WORST_ROWS, EXAMPLE_PIXEL_ROWS = 10, 400
 
 
 def write_report(evaluation: str, run: str | None = None) -> str:
-    """Write `report.html` into an evaluation's folder and return its path; `run` is what was evaluated, None for files' masks.
+    """Write `report.html` into an evaluation's folder and return its path; `run` is the evaluated run, None for masks of files.
 
-    Raises UserError without the run's `experiment.json` or the `summary.json`; without other files, sections are left out.
+    Raises UserError if the run's `experiment.json` or `summary.json` is missing; without other files, sections are left out.
     """
     summary = filesystem.read_json(filesystem.join(evaluation, SUMMARY))
     description = filesystem.read_json(filesystem.join(run, run_directory.DESCRIPTION)) if run else {}
@@ -83,7 +83,7 @@ def write_report(evaluation: str, run: str | None = None) -> str:
 
 
 def score_tables(summary: dict) -> dict:
-    """The headline's cards, the tables of all scores and of distances in mm, and one for each breakdown that is known."""
+    """The headline's cards, the tables of all scores and of distances in mm, and one table per known breakdown."""
     scores, pooled = summary["scores"], summary.get("pooled") or {}
     breakdowns = [(title, summary.get("by", {}).get(key) or {}) for key, title in BREAKDOWNS.items()]
     rows = [(title, [scores.get(f"{kind}_{name}_mm") for kind in DISTANCE_COLUMNS]) for name, title in STRUCTURE_TITLES.items()]
@@ -115,7 +115,7 @@ def image_tables(images: pandas.DataFrame | None) -> dict:
 
 
 def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict | None:
-    """Tables and figures of volumes and EF, and why a patient has none: the reasons alone, if any, under three EFs."""
+    """Tables and figures of volumes and EF, and why patients have none; under three EFs, only the reasons."""
     clinical = summary.get("clinical")
     if not clinical or patients is None:
         return None
@@ -161,7 +161,7 @@ def published_section(summary: dict, dataset: str) -> dict | None:
 
 
 def example_pictures(evaluation: str, images: pandas.DataFrame | None) -> dict[str, list[dict]]:
-    """The images of lowest and of highest Dice with both outlines, in proportions of millimetres."""
+    """The images of lowest and highest Dice with both outlines, in true proportions."""
     examples = {} if images is None else read_examples(evaluation)
     drawn, half = [_example(example, images.loc[row]) for row, example in examples.items()], (len(examples) + 1) // 2
     return {"worst_pictures": drawn[:half], "best_pictures": drawn[half:][::-1]}
@@ -176,7 +176,7 @@ def _example(example: Example, row: pandas.Series) -> dict:
 
 
 def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]:
-    """The origins of the scores, as rows of a name and a text."""
+    """The origins of the scores, as rows of name and text."""
     if not run:  # masks from files
         parts = [(f"Part {number}", path) for number, path in enumerate(summary.get("evaluations", ()), 1)]
         return [(name.title(), summary[name]) for name in ("predictions", "truth", "dataset")] + parts

@@ -1,4 +1,4 @@
-"""A sweep as one self-contained HTML page with its pictures and as a table on the terminal; it recomputes no score."""
+"""A sweep as one self-contained HTML page with its pictures and as a table on the terminal; no score is recomputed."""
 
 import textwrap
 from collections.abc import Collection, Sequence
@@ -17,10 +17,10 @@ from heartseg.tuning.sweep import FINISHED, METRIC, Sweep, Trial, epochs_saved, 
 
 PAGE = "sweep.html"
 SCORE = f"best {METRIC}"
-# What a trial's row has beside what it varied.
+# The columns of a trial's row besides the settings that it varies.
 SHOWN = ["state", "epochs", SCORE, f"last {METRIC}", "seconds"]
 # Okabe and Ito's colours, which colour-blind readers distinguish; yellow darkened to be seen on white. Sorted by kinship:
-# what drops in steps, what falls smoothly, what rises again.
+# schedules that drop in steps, fall smoothly, or rise again.
 SCHEDULE_COLOURS = {
     "constant": "#868C96", "step": "#D55E00", "multistep": "#E69F00", "plateau": "#A8780C", "exponential": "#009E73",
     "polynomial": "#56B4E9", "cosine": "#2F6FD0", "restarts": "#9A6FC4", "one_cycle": "#CC79A7",
@@ -28,7 +28,7 @@ SCHEDULE_COLOURS = {
 
 
 def varied(table: pandas.DataFrame) -> list[str]:
-    """The columns of what differs between trials, the schedule's first; of listed changes their own names."""
+    """The columns that differ between trials, the schedule's first; for listed changes, their names."""
     if "change" in table:
         return ["change"]
     fields = [name for name in table.columns if "." in name and "/" not in name]
@@ -36,14 +36,14 @@ def varied(table: pandas.DataFrame) -> list[str]:
 
 
 def show_cell(value: object) -> str:
-    """A cell's text: scores to four digits, other numbers as short as they are."""
+    """A cell's text: scores with four digits, other numbers as short as possible."""
     if isinstance(value, float):
         return "–" if pandas.isna(value) else f"{value:.4g}"
     return str(value)
 
 
 def show_rows(table: pandas.DataFrame) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Heading and rows of what matters about each trial, the best first."""
+    """Heading and rows with the essentials of each trial, the best first."""
     columns = [name for name in ["rank", "trial", *varied(table), *SHOWN] if name in table]
     shown = table[columns].copy()
     for name, digits in ((SCORE, 4), (f"last {METRIC}", 4), ("seconds", 0)):
@@ -83,7 +83,7 @@ def against_recipe(table: pandas.DataFrame) -> str:
 
 
 def facts(sweep: Sweep) -> list[tuple[str, str]]:
-    """What a reader needs to judge the sweep by."""
+    """The facts that a reader needs to judge the sweep."""
     plan, groups, compared = sweep.plan, sweep.description["groups"], ", ".join(map(str, rungs(sweep)))
     low, high = (sweep.base.optim.lr * factor for factor in plan.space.lr_factors)
     rates = f"{low:g} to {high:g} (recipe: {sweep.base.optim.lr:g})"
@@ -115,17 +115,17 @@ def figures(sweep: Sweep, table: pandas.DataFrame, trials: list[Trial]) -> list[
 
 
 def schedule_key(figure: Figure, kinds: Collection[str]) -> None:
-    """Name the schedules of the colours, above the picture."""
+    """Draw a key of the schedules' colours above the picture."""
     colour_key(figure, {kind: colour for kind, colour in SCHEDULE_COLOURS.items() if kind in kinds}, columns=5)
 
 
 def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: str) -> Figure:
-    """A line per trial over its values of `fields`, evenly spaced in order, and its score; unfinished trials are faint."""
+    """One line per trial across its values of `fields`, evenly spaced in order, and its score; unfinished trials are faint."""
     figure, axes = new_axes(max(5.0, 1.9 * (len(fields) + 1)), 3.6)
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set(xlim=(-0.15, len(fields) + 0.3), ylim=(-0.06, 1.06), yticks=[])
-    # The score's axis is that of the finished trials, or those stopped at their start would press them all into one point.
+    # The score's axis spans the finished trials only; trials stopped at the start would squeeze them into one point.
     is_done = table["state"] == "finished"
     finished = table.loc[is_done, score]
     shown = table[score].clip(lower=1.25 * finished.min() - 0.25 * finished.max() if len(finished) > 1 else None)
@@ -148,14 +148,14 @@ def parallel_coordinates(table: pandas.DataFrame, fields: Sequence[str], score: 
 
 
 def pick_labels(values: pandas.Series, heights: pandas.Series) -> list[tuple[float, str]]:
-    """At most five of a column's values, the lowest and the highest among them, as (height, text)."""
+    """At most five of a column's values, including the lowest and highest, as (height, text)."""
     texts = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
     known = sorted(set(zip(heights, texts, strict=True)))
     return [known[round(place)] for place in np.linspace(0, len(known) - 1, min(len(known), 5))]
 
 
 def sweep_curves(records: Sequence[tuple[str, str, list[dict]]], metric: str) -> Figure:
-    """The metric by epoch of (schedule, state, epochs), a line per trial; a dot marks an early stop."""
+    """The metric by epoch of (schedule, state, epochs), one line per trial; a dot marks an early stop."""
     figure, axes = new_axes(6.2, 3.6)
     for kind, state, record in records:
         known = [(row["epoch"], row[metric]) for row in record if row.get(metric) is not None]
@@ -171,7 +171,7 @@ def sweep_curves(records: Sequence[tuple[str, str, list[dict]]], metric: str) ->
 
 
 def ranks(table: pandas.DataFrame, score: str, epochs: int) -> Figure:
-    """Trials from the best to the worst: the score reached at the left, the epochs trained of those planned at the right."""
+    """Trials from best to worst: the score on the left, the trained share of the planned epochs on the right."""
     figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(table)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     heights, colours = draw_scores(left, table, score, np.nanmin(table[score]), table["trial"])
@@ -186,7 +186,7 @@ def ranks(table: pandas.DataFrame, score: str, epochs: int) -> Figure:
 
 
 def differences(table: pandas.DataFrame, score: str) -> Figure:
-    """The score of each listed change, in the table's order, against the recipe's own (a line); the gain at the right."""
+    """The score of each listed change, in the table's order, against the recipe's own (a line), with the gain on the right."""
     # A change is settings joined by commas: lines break there.
     labels = [textwrap.fill(change.replace(",", ", "), 44, break_long_words=False) for change in table["change"]]
     rows = 1.5 + max(label.count("\n") for label in labels)
@@ -208,7 +208,7 @@ def differences(table: pandas.DataFrame, score: str) -> Figure:
 def draw_scores(
     axes: Axes, table: pandas.DataFrame, score: str, start: float, labels: Sequence[str]
 ) -> tuple[np.ndarray, list[str]]:
-    """A point per trial with a line from `start` to it, from the top; returns their heights and colours."""
+    """Draw a point per trial, from the top, with a line from `start` to it; returns their heights and colours."""
     heights, colours = -np.arange(len(table)), [SCHEDULE_COLOURS[kind] for kind in table["schedule.kind"]]
     axes.hlines(heights, start, table[score], color=colours, linewidth=1.5, alpha=0.7)
     axes.scatter(table[score], heights, c=colours, s=36, zorder=3)

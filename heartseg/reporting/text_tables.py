@@ -5,7 +5,7 @@ import math
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-# Indices whose agreement a terminal shows; the report has all.
+# Indices whose agreement the terminal shows; the report has all of them.
 SHOWN_AGREEMENTS = ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
 
 
@@ -16,7 +16,7 @@ def bars(counts: dict[str, int]) -> list[tuple[str, str, str]]:
 
 
 def table_text(table: Table) -> str:
-    """A table in columns for a terminal: the first and those without heading to the left, others to the right."""
+    """A table for a terminal: the first column and those without heading are left-aligned, others right-aligned."""
     title, heading, rows = table
     widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
     lines = [
@@ -30,7 +30,7 @@ def table_text(table: Table) -> str:
 
 
 def summary_text(summary: dict) -> str:
-    """The summary of an evaluation as tables: scores, distances, agreement of the clinical indices; and what is implausible."""
+    """An evaluation's summary as tables: scores, distances, agreement of the clinical indices, and implausible masks."""
     scores, pooled, clinical = summary["scores"], summary["pooled"], summary["clinical"]
     names = ["dice", "iou", "accuracy", "dice4", *(name for name in SCORES if name.startswith("dice_"))]
     overlaps = [_score_row(name, scores[name], pooled[name], 4) for name in names if scores[name]["mean"] is not None]
@@ -53,6 +53,6 @@ def summary_text(summary: dict) -> str:
 
 
 def _score_row(name: str, score: dict, last: float | None, digits: int) -> tuple[str, ...]:
-    """No interval if there is only one patient."""
+    """A row of a score; without an interval if there is only one patient."""
     mean, low, high, last = ("" if x is None else f"{x:.{digits}f}" for x in (score["mean"], score["low"], score["high"], last))
     return name, mean, f"{low} - {high}" if low and high else "", last

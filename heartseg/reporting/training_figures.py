@@ -1,4 +1,4 @@
-"""Figures of training runs for pages: scores by epoch, and the samples that a run kept with its predictions of them."""
+"""Figures of training runs for pages: scores by epoch, and the samples that a run keeps, with its predictions."""
 
 import io
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ CHANNEL_SAMPLES = 2
 
 
 def run_curves(record: list[dict], marked: int | None) -> list[dict]:
-    """One run's scores and learning rate by epoch, a line a group, as inline figures; none before the first epoch."""
+    """One run's scores and learning rate by epoch, one line per group, as inline figures; none before the first epoch."""
     found = dict.fromkeys(key.split("/")[0] for epoch in record for key in epoch if key.endswith("/loss"))
     groups = sorted(found, key=lambda group: [*GROUP_TITLES, group].index(group))
     panels = {name: {group: (record, f"{group}/{name}") for group in groups} for name in CURVES} | {"lr": {"": (record, "lr")}}
@@ -33,7 +33,7 @@ def curve_figure(
     name: str, title: str, lines: Mapping[str, tuple[list[dict], str]], marked: int | None = None,
     styles: Mapping[str, tuple[str, str]] | None = None,
 ) -> dict:  # fmt: skip
-    """An inline figure of metrics by epoch: `lines` are (record, key) by group or run; an epoch without a value is a gap."""
+    """An inline figure of metrics by epoch; `lines` are (record, key) by group or run; epochs without a value are gaps."""
     epochs = sorted({int(epoch["epoch"]) for record, _ in lines.values() for epoch in record})
     series, known = {}, []
     for label, (record, key) in lines.items():
@@ -45,7 +45,7 @@ def curve_figure(
 
 
 def sample_pictures(run: str) -> dict:
-    """Rows of image, truth and predictions, one a sample; and the one-class channels of the first samples."""
+    """One row per sample with image, truth and predictions, and the single-class channels of the first samples."""
     by_epoch = {}
     for name in ("first", "last"):
         path = filesystem.join(run, "samples", f"{name}.npz")
@@ -64,7 +64,7 @@ def sample_pictures(run: str) -> dict:
 
 
 def _overlays(samples: list[dict], row: int, name: str) -> list[dict]:
-    """A sample's image, its truth, and its prediction after each epoch that was kept."""
+    """A sample's image, its truth, and its kept predictions."""
     image, truth = (samples[-1][key][row] for key in ("images", "masks"))
     drawn = [("Image", np.zeros_like(truth), f"Ultrasound image of {name}")]
     drawn.append(("Truth", truth, f"{name} with the contours of the truth"))

@@ -1,1 +1,1 @@
-"""Recordings to Parquet shards and back to batches. Open writer.py for the format, loader.py for the batches."""
+"""Recordings to Parquet shards and back to batches. writer.py has the format, loader.py the batches."""

@@ -1,4 +1,4 @@
-"""What a folder of shards holds, and whether it is what was written; one part is in memory at a time."""
+"""Surveys a folder of shards and checks it for damage, with one part in memory at a time."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ EF_EDGES = (30, 40, 50, 60, 70)  # percent; bins of a histogram, finer than labe
 
 
 def find_damage(path: str) -> Iterator[tuple[str, str]]:
-    """Each file that is damaged, missing or not in the manifest, and why; raises UserError without a manifest."""
+    """Each file that is damaged, missing or not in the manifest, with the reason; raises UserError without a manifest."""
     try:
         opened = Shards(path, reader.read_manifest(path), {})
         parts = {part["file"]: part for part in opened.manifest["parts"]}
@@ -45,7 +45,7 @@ def find_damage(path: str) -> Iterator[tuple[str, str]]:
 
 
 def check_rows(table: pa.Table, opened: Shards, part: dict) -> None:
-    """Raise ValueError if rows have columns, labels, shapes or patients that shards cannot have."""
+    """Raise ValueError for columns, labels, shapes or patients that shards cannot have."""
     if not table.schema.equals(writer.schema(opened.image)):
         raise ValueError("the columns differ")
     if table.num_rows != part["rows"]:
@@ -63,7 +63,7 @@ def check_rows(table: pa.Table, opened: Shards, part: dict) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """All rows of some shards: `grey` [256] and `labels` [4] count the stored pixels of each value, `frames` has the rest."""
+    """A summary of all rows: `grey` [256] and `labels` [4] count the stored pixels by value, `frames` has the other columns."""
 
     grey: np.ndarray
     labels: np.ndarray
@@ -71,7 +71,7 @@ class Survey:
 
     @property
     def intensity(self) -> dict[str, float]:
-        """Least, greatest, mean and standard deviation of the stored pixels, 0 to 255."""
+        """Minimum, maximum, mean and standard deviation of the stored pixels, 0 to 255."""
         (there,) = np.nonzero(self.grey)
         if not len(there):
             return dict.fromkeys(("min", "max", "mean", "std"), math.nan)
@@ -89,7 +89,7 @@ def ef_counts(ef: pandas.Series) -> dict[str, int]:
 
 
 def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[dict]]:
-    """Count every row, and keep the rows at some positions with their `image` and `mask` [H,W]; raises UserError for damage."""
+    """Survey every row, and keep those at some positions with `image` and `mask` [H,W]; raises UserError for damage."""
     grey, labels, tables, kept, first, positions = 0, 0, [], [], 0, set(positions)
     for part in opened.manifest["parts"]:
         frames = reader.as_frames(reader.read_part(opened, part), opened.image)
@@ -105,5 +105,5 @@ def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[
 
 
 def draw_rows(num_rows: int, num_images: int, seed: int) -> list[int]:
-    """Positions of some rows, drawn without repetition."""
+    """Positions of some rows, drawn without replacement."""
     return sorted(np.random.default_rng(seed).choice(num_rows, min(num_images, num_rows), replace=False).tolist())

@@ -1,6 +1,6 @@
-"""Rows to global batches to this rank's share of them on its device: of a group in memory, or of one that is streamed.
+"""Turns rows into global batches, and those into this rank's share on its device, from memory or streamed.
 
-One permutation an epoch, from (seed, epoch) alone, is cut into global batches, and each rank takes its slice of each.
+One permutation per epoch, from (seed, epoch) alone, is cut into global batches, and each rank takes its slice of each.
 """
 
 import concurrent.futures
@@ -21,17 +21,17 @@ from heartseg.storage import filesystem
 
 log = logging.getLogger(__name__)
 Batch = tuple[torch.Tensor, torch.Tensor]  # images [b,1,H,W] and labels [b,H,W]
-SEEDS = 2**64  # of a generator of torch; what is mixed from a large one wraps around
+SEEDS = 2**64  # number of seeds of a torch generator; mixed seeds wrap around
 LANES = 16  # parts that feed a batch of a stream side by side, and so parts in memory
 PARTS_AHEAD = 4  # parts that are read before they are needed
-SAY_AFTER_S, GIVE_UP_AFTER_S = 30, 300  # until the log names a part that does not come, and until it is given up
+SAY_AFTER_S, GIVE_UP_AFTER_S = 30, 300  # until the log names a late part, and until reading gives up
 COLUMNS = ["patient", "image", "mask"]
-Piece = tuple[int, np.ndarray]  # a part's number in the group's index, and the rows of the group in it to be read
+Piece = tuple[int, np.ndarray]  # a part's number in the group's index, and the group's rows to read from it
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """How images with values from 0 to 1 become what the network sees: (value - mean) / std."""
+    """The normalisation of images with values from 0 to 1 for the network: (value - mean) / std."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -42,51 +42,51 @@ class Intensity:
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Training steps of an epoch: the last incomplete batch is dropped. Raises UserError if none is complete."""
+    """Training steps per epoch; a last incomplete batch is dropped. Raises UserError if no batch is complete."""
     fix = "lower --train.batch-size"
     require(num_rows >= batch_size, f"The training group has {num_rows} images, fewer than a batch of {batch_size}: {fix}.")
     return num_rows // batch_size
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
-    """Raise UserError if a worker's share, or one of its parts, is under two images: batch normalisation needs two."""
+    """Raise UserError if a worker's share, or one of its parts, has under two images, which batch normalisation needs."""
     each, batch = batch_size // world_size, f"A batch of {batch_size} over {world_size} workers"
     fix = f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size"
-    require(each >= 2, f"{batch} leaves one of them under 2 images: {fix}.")
+    require(each >= 2, f"{batch} leaves one of them fewer than 2 images: {fix}.")
     fix = f"use --train.accumulate {each // 2} or less, or a larger --train.batch-size"
-    require(each // accumulate >= 2, f"{batch}, each in {accumulate} parts, leaves a part under 2 images: {fix}.")
+    require(each // accumulate >= 2, f"{batch}, each in {accumulate} parts, leaves a part fewer than 2 images: {fix}.")
 
 
 def share(batch_size: int, rank: int, world_size: int) -> slice:
-    """A rank's rows of a global batch: contiguous, at most one more than any other rank's."""
+    """A rank's contiguous rows of a global batch; shares differ by at most one row."""
     return slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
 
 def lanes_of(batch_size: int) -> torch.Tensor:
-    """The lane of each place of a batch, int64 [batch_size]: as `share` would divide the batch among the lanes."""
+    """The lane of each position in a batch, int64 [batch_size], dividing the batch among the lanes as `share` does."""
     return (torch.arange(1, batch_size + 1) * min(batch_size, LANES) - 1) // batch_size
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device; to a GPU it goes from pinned memory, without waiting for it."""
+    """A tensor on the device; to a GPU it is copied from pinned memory, asynchronously."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def epoch_seed(seed: int, epoch: int, among: int = 1, place: int = 0) -> int:
-    """A generator's seed for an epoch of a run, or for one of `among` places in it: a rank, a step."""
+    """A generator's seed for an epoch of a run, or for one of `among` places in it, such as ranks or steps."""
     return ((seed * 1_000_003 + epoch) * among + place) % SEEDS
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> torch.Tensor:
-    """The permutation of an epoch, the same on every rank: int64 [num_rows]."""
+    """The permutation of an epoch, int64 [num_rows], the same on every rank."""
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 
 
 class Batches:
-    """What feeds the engine, which does not know the kind: a `Loader` in memory, or a `Stream`.
+    """The engine's source of batches: a `Loader` in memory, or a `Stream`.
 
-    Each kind has a length; `order(batch_size, seed, epoch)`, the rows of each global batch, int64 [steps, batch_size]; and
-    `batches(rows, lanes)`, these rows in batches of `len(lanes)`, the place of a batch being filled from its lane.
+    Both have a length; `order(batch_size, seed, epoch)`, the rows of each global batch, int64 [steps, batch_size]; and
+    `batches(rows, lanes)`, these rows in batches of `len(lanes)`, each position being filled from its lane.
     """
 
     rank: int
@@ -98,18 +98,18 @@ class Batches:
         return self.batches(self.order(batch_size, seed, epoch)[:, mine].flatten(), lanes_of(batch_size)[mine])
 
     def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
-        """The rows of one global batch, to name what was in it."""
+        """The rows of one global batch, to name its images."""
         return self.order(batch_size, seed, epoch)[step].tolist()
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's rows in order, shaped like training batches; across all ranks each row occurs once."""
+        """This rank's rows in order, shaped like training batches; over all ranks, each row occurs once."""
         mine = share(len(self), self.rank, self.world_size)
         return self.batches(torch.arange(mine.start, mine.stop), torch.zeros(batch_size, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class Loader(Batches):
-    """A group in memory, resident on the device, and which of its rows are this rank's."""
+    """A group held on the device, and the numbers of this rank's rows."""
 
     images: torch.Tensor
     masks: torch.Tensor
@@ -129,13 +129,13 @@ class Loader(Batches):
         return epoch_order(len(self), seed, epoch)[: steps * batch_size].view(steps, batch_size)
 
     def batches(self, rows: torch.Tensor, lanes: torch.Tensor) -> Iterator[Batch]:
-        for mine in to_device(rows, self.images.device).split(len(lanes)) if len(rows) else ():  # a split of none is not none
-            # Copies whole images: indexing with a tensor copies single bytes, at twenty times the price on a CPU.
+        for mine in to_device(rows, self.images.device).split(len(lanes)) if len(rows) else ():  # not one empty batch
+            # Copies whole images: indexing with a tensor copies single bytes, twenty times slower on a CPU.
             yield self.images.index_select(0, mine).float().div_(255), self.masks.index_select(0, mine)
 
 
 def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The rows of each global batch of an epoch, int64 [steps, batch_size], lane beside lane, for parts of so many rows."""
+    """The rows of each global batch of an epoch, int64 [steps, batch_size], lane by lane, for parts of these sizes."""
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     starts = np.cumsum([0, *rows_of_parts])
     order = torch.randperm(len(rows_of_parts), generator=generator).tolist()
@@ -148,15 +148,15 @@ def stream_order(rows_of_parts: list[int], batch_size: int, seed: int, epoch: in
 
 
 def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of: Callable[[Piece], str]) -> Iterator[Batch]:
-    """What `read` returns (or raises) for each piece, in order; a few are read ahead, each on a thread of its own.
+    """The result (or exception) of `read` for each piece, in order; a few are read ahead, each on its own thread.
 
-    The threads are daemons: a read that never returns keeps neither the training nor its end waiting.
+    The threads are daemons, so that a read that never returns blocks neither training nor exit.
     """
 
     def fulfil(future: Future, piece: Piece) -> None:
         try:
             future.set_result(read(piece))
-        except BaseException as error:  # whoever waits for the piece must get it, whatever it is
+        except BaseException as error:  # the waiting consumer must get any exception
             future.set_exception(error)
 
     waiting, pending = iter(pieces), deque()
@@ -169,7 +169,7 @@ def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of:
         future, name, waited_s = *pending.popleft(), 0
         while not concurrent.futures.wait([future], SAY_AFTER_S).done:
             waited_s += SAY_AFTER_S
-            log.warning("%s has not come for %d s: waiting for its disk or network.", name, waited_s)
+            log.warning("%s has not arrived after %d s: waiting for its disk or network.", name, waited_s)
             if waited_s > GIVE_UP_AFTER_S - SAY_AFTER_S / 2:
                 fix = "check its disk or network, then rerun the same command to resume"
                 raise StorageError(f"The shard {name} did not come within {GIVE_UP_AFTER_S} s: {fix}.")
@@ -178,15 +178,15 @@ def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of:
 
 @dataclass(frozen=True, eq=False)
 class Stream(Batches):
-    """A group that is too large for memory, read from its shards each epoch, on threads of this process.
+    """A group too large for memory, read from its shards each epoch, on threads of this process.
 
-    Threads instead of Ray Data: the order follows from (seed, epoch) alone, under every launcher.
+    Threads rather than Ray Data, so that the order depends on (seed, epoch) alone, under every launcher.
 
     The shuffle has two levels. The parts are permuted, the rows of each are permuted, and that sequence is cut into up to
-    `LANES` equal lanes that run side by side: a batch takes its rows from all of them, seldom two of one part (16 patients'
-    stills). A worker holds a part of each lane of its share, however large the group.
+    `LANES` equal lanes that run in parallel: a batch takes its rows from all of them, rarely two from one part (16 patients'
+    stills). A worker holds one part per lane of its share, however large the group is.
 
-    Raises OneRankError for a damaged part, and StorageError for one that does not come.
+    Raises OneRankError for a damaged part, and StorageError for one that does not arrive.
     """
 
     shards: Shards
@@ -205,7 +205,7 @@ class Stream(Batches):
         rows, size, lanes = rows.numpy(), len(lanes), np.resize(lanes, len(rows))
         starts = np.cumsum([0, *(held.rows for held in self.index)])
         parts = np.searchsorted(starts, rows, side="right") - 1
-        # A piece is what a lane takes from a part, read at once. Pieces are read in the order in which batches need them.
+        # A piece is a lane's rows from one part, read at once. Pieces are read in the order in which batches need them.
         _, first, piece_of = np.unique(lanes * len(starts) + parts, return_index=True, return_inverse=True)
         places = np.split(np.argsort(piece_of, kind="stable"), np.cumsum(np.bincount(piece_of))[:-1])
         schedule = [(int(parts[first[p]]), rows[places[p]] - starts[parts[first[p]]]) for p in np.argsort(first)]

@@ -1,4 +1,4 @@
-"""Turns a source into a complete folder of shards: finished parts are kept, and a folder of other data is refused."""
+"""Turns a source into a complete folder of shards; finished parts are kept, and a folder of other data is refused."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ MapParts = Callable[[list[tuple]], Iterable[dict]]
 
 
 def write_parts_here(tasks: list[tuple]) -> Iterable[dict]:
-    """The records of all parts, written by this process one after the other."""
+    """The records of all parts, written one after another by this process."""
     return itertools.starmap(writer.write_part, tasks)
 
 
@@ -30,10 +30,10 @@ def write_shards(
     resplit: bool = False,
     map_parts: MapParts = write_parts_here,
 ) -> Shards:
-    """Write what is missing of a source's shards, and their split.
+    """Write the missing parts of a source's shards, and the split.
 
     `map_parts` calls `writer.write_part` with each tuple of arguments and returns the records in any order. Raises UserError if
-    a complete folder is of something else or split differently (unless `resplit`), or if too many recordings are damaged.
+    a complete folder holds other data or another split (unless `resplit`), or if too many recordings are damaged.
     """
     patients, official = source.patients(), source.groups()
     source.check_frames(patients, frames)
@@ -57,7 +57,7 @@ def write_shards(
             total = sum(record["recordings"] for part in parts for record in part["patients"].values())
             if damaged > max_quarantined * total:
                 problem = f"Damaged recordings: {damaged} of {total}, more than --max-quarantined {max_quarantined:g}"
-                raise UserError(f"{problem}: repair them and rerun the same command, or allow more.")
+                raise UserError(f"{problem}: repair them and rerun the same command, or raise that limit.")
             manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
 
@@ -69,7 +69,7 @@ def write_parts(
     parts = dict(writer.part_names(list(listing), frames))
     for name in filesystem.list_names(out):
         if writer.PART_NAME.fullmatch(name) and name not in parts:
-            raise UserError(f"{out}/{name} is a part of other shards: remove it, or give --overwrite or another --out.")
+            raise UserError(f"{out}/{name} belongs to other shards: remove it, or give --overwrite or another --out.")
     tasks = [(source, out, name, chunk, image, frames, {p: listing[p] for p in chunk}) for name, chunk in parts.items()]
     records = {record["file"]: record for record in map_parts(tasks)}
     sizes = {name: size for name, size, _ in filesystem.list_files(out)}
@@ -80,7 +80,7 @@ def write_parts(
 
 
 def check_same(source: writer.Source, out: str, image: ImageConfig, frames: str) -> dict:
-    """The manifest of a complete folder; raises UserError if it has other settings, or its source or a part has changed."""
+    """The manifest of a complete folder; raises UserError if its settings differ, or if its source or a part has changed."""
     manifest = reader.read_manifest(out)
     there = {"image": manifest["image"], "frames": manifest.get("frames")}
     difference = first_difference(there, {"image": to_json(image), "frames": frames})
@@ -107,7 +107,7 @@ def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | No
 
 
 def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str, list[str]]) -> None:
-    """Raise UserError if a complete folder's split is not the one asked for, or not the source's present `official` one."""
+    """Raise UserError if a complete folder's split is not the requested one, or not the source's current `official` one."""
     path, patients = filesystem.join(out, writer.SPLITS), manifest["patients"]
     if not filesystem.exists(path):
         return
@@ -124,7 +124,7 @@ def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str
 
 
 def split_again(out: str, split: SplitConfig) -> Shards:
-    """Divide the patients of a complete folder in another way, without its source."""
+    """Divide the patients of a complete folder differently, without its source."""
     with locks.lock(out):
         manifest = reader.read_manifest(out)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], manifest["official_groups"]))

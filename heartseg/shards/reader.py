@@ -1,7 +1,7 @@
-"""Folders of shards: their manifest, their groups of patients, and their rows (one a frame) as tensors.
+"""Reads folders of shards: the manifest, the groups of patients, and the rows (one per frame) as tensors.
 
-A folder holds `part-00000.parquet …`, a record of what each was made from, `splits.json` (patients by group) and, written
-last, `manifest.json`: with a manifest it is complete. Sizes and hashes are checked on reading, and a damaged part is named.
+A folder holds `part-00000.parquet …`, a record of each part's source, `splits.json` (patients by group) and, written
+last, `manifest.json`, which marks it as complete. Sizes and hashes are checked on reading, and a damaged part is named.
 """
 
 import math
@@ -36,7 +36,7 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the parts' hashes and the groups: equal for equal pixels that one version of pyarrow packed."""
+        """SHA-256 over the parts' hashes and the groups; equal for equal pixels written by the same version of pyarrow."""
         hashes = [part["sha256"] for part in self.manifest["parts"]]
         return filesystem.sha256(canonical([hashes, self.groups]))
 
@@ -59,20 +59,20 @@ def read_manifest(path: str) -> dict:
         raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
     manifest = filesystem.read_json(manifest_path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    require(found == FORMAT, f"{path} has shard format {found}, this version reads {FORMAT}: {again}")
+    require(found == FORMAT, f"{path} has shard format {found}, but this version reads {FORMAT}: {again}")
     missing = MANIFEST_KEYS - manifest.keys()
     require(not missing, f"{manifest_path} has no {min(missing, default='')}: {again}")
     is_ours = isinstance(manifest["patients"], dict) and isinstance(manifest["parts"], list)
     require(is_ours, f"{manifest_path} is not a manifest: {again}")
     if manifest["dataset"] == "CAMUS" and not manifest.get("dataset_is_marked"):
         manifest["dataset"] = "other"  # a guess from patients' names: other people's hearts are private
-    for part in manifest["parts"]:  # no path of a manifest leaves its folder
-        require(PART_NAME.fullmatch(part["file"]), f"{manifest_path} names a part {part['file']!r}, which is not one.")
+    for part in manifest["parts"]:  # a manifest's paths must stay in its folder
+        require(PART_NAME.fullmatch(part["file"]), f"{manifest_path} names {part['file']!r}, which is not a part: {again}")
     return manifest
 
 
 def read_split(path: str) -> dict:
-    """The split of a folder of shards: `groups`, and the `config` that made them; raises UserError if it is damaged."""
+    """A folder's split: `groups`, and the `config` that made them; raises UserError if it is damaged."""
     split = filesystem.read_json(filesystem.join(path, SPLITS))
     groups = split.get("groups") if isinstance(split, dict) else None
     names = groups.values() if isinstance(groups, dict) else [None]
@@ -92,7 +92,7 @@ def open_shards(path: str) -> Shards:
 
 
 def hold_out(shards: Shards, share: float) -> Shards:
-    """The training group alone, with a seeded and stratified `share` of its patients as validation group; unchanged for 0."""
+    """Only the training group, with a seeded, stratified `share` of its patients as the validation group; unchanged for 0."""
     if not share:
         return shards
     split = SplitConfig("ratio", test_share=0.0, val_share=share)
@@ -119,7 +119,7 @@ class FrameRows:
 
 
 def read_part(shards: Shards, part: dict, columns: list[str] | None = None) -> pa.Table:
-    """The rows of one part, all columns or some; raises UserError that names it if it is not what the manifest records."""
+    """The rows of one part, all columns or some; raises UserError naming the part if it does not match the manifest."""
     try:
         data = filesystem.read_bytes(filesystem.join(shards.path, part["file"]))
     except OSError as error:
@@ -148,7 +148,7 @@ def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, FrameRows]:
 
 @dataclass(frozen=True)
 class PartRows:
-    """What one part holds of a group: the part's record in the manifest, the group's patients, and their rows."""
+    """A group's rows in one part: the part's record in the manifest, the group's patients, and their rows."""
 
     part: dict
     patients: list[str]
@@ -156,7 +156,7 @@ class PartRows:
 
 
 def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
-    """Which parts hold the rows of each group, in the order in which `load_groups` has them; reads no part."""
+    """The parts that hold each group's rows, in the order of `load_groups`; reads no part."""
     index: dict[str, list[PartRows]] = {}
     for group, names in shards.groups.items():
         inside = [(part, sorted({*names} & {*part["patients"]})) for part in shards.manifest["parts"]]
@@ -166,7 +166,7 @@ def index_groups(shards: Shards) -> dict[str, list[PartRows]]:
 
 
 def check_sizes(shards: Shards) -> None:
-    """Raise UserError for the first part that is missing or has another size: one listing, before anything is read."""
+    """Raise UserError for the first part that is missing or of the wrong size, from one listing, before anything is read."""
     sizes = {name: size for name, size, _ in filesystem.list_files(shards.path)}
     for part in shards.manifest["parts"]:
         if sizes.get(part["file"]) != part["bytes"]:
@@ -175,7 +175,7 @@ def check_sizes(shards: Shards) -> None:
 
 
 def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns: list[str] | None = None) -> pa.Table:
-    """Some of a group's rows in one part, counted from its first row there; `patient` must be among `columns`."""
+    """Some of a group's rows in one part, numbered from its first row there; `patient` must be among `columns`."""
     table = read_part(shards, held.part, columns)
     (places,) = np.nonzero(np.isin(np.array(table["patient"].to_pylist(), dtype=str), held.patients))
     if len(places) != held.rows:
@@ -184,13 +184,13 @@ def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns:
 
 
 def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> FrameRows:
-    """Some rows of a group, counted as in its `load_groups`; reads the parts that hold them and no other."""
+    """Some rows of a group, numbered as in `load_groups`; reads only the parts that hold them."""
     starts = np.cumsum([0, *(held.rows for held in index)])
     wanted = np.asarray(rows, dtype=np.int64)
     owners = np.searchsorted(starts, wanted, side="right") - 1
     by_part = np.argsort(owners, kind="stable")
     tables = [read_part_rows(shards, index[o], wanted[owners == o] - starts[o]) for o in np.unique(owners)]
-    # Read part by part, returned in the order asked for.
+    # Read part by part, returned in the requested order.
     read = pa.concat_tables([schema(shards.image).empty_table(), *tables])
     return as_frames(read.take(pa.array(np.argsort(by_part), pa.int64())), shards.image)
 
@@ -203,7 +203,7 @@ def as_frames(table: pa.Table, image: ImageConfig) -> FrameRows:
 
 
 def column_tensor(column: pa.ChunkedArray, shape: tuple[int, ...]) -> torch.Tensor:
-    """A fixed-size binary column as one uint8 tensor [N, *shape] of its own memory."""
+    """A fixed-size binary column as one uint8 tensor [N, *shape] with its own memory."""
     size = math.prod(shape)
     chunks = (np.frombuffer(one.buffers()[1], np.uint8)[one.offset * size :][: len(one) * size] for one in column.chunks)
     return torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *chunks])).view(len(column), *shape)

@@ -1,6 +1,6 @@
-"""Recordings to Parquet shards, a part at a time; then a split and, last, a manifest: a folder that has one is complete.
+"""Writes recordings to Parquet shards, part by part, then a split and, last, the manifest that marks the folder as complete.
 
-Beside `part-00000.parquet`, `part-00000.json` records what the part was made from, so that an interrupted job keeps it.
+`part-00000.json` records the source of `part-00000.parquet`, so that a rerun after an interruption keeps the part.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FORMAT = 3
 MANIFEST, SPLITS = "manifest.json", "splits.json"
 PART_NAME = re.compile(r"part-\d{5}\.parquet")
 OURS = re.compile(rf"{PART_NAME.pattern}|part-\d{{5}}\.json|{re.escape(MANIFEST)}|{re.escape(SPLITS)}")
-# What a killed job may leave: a file that did not get its name yet.
+# Left by a killed job: a file that has not been renamed yet.
 LEFTOVER = re.compile(rf"\.({OURS.pattern})\.[0-9a-f]{{8}}\.part")
 # Measured: fixed-size binary reads back 5 to 9 times faster than Arrow's tensor type; a dictionary, statistics do not pay.
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
@@ -40,9 +40,9 @@ INFO_COLUMNS = {
 
 
 def schema(image: ImageConfig) -> pa.Schema:
-    """Columns of a part; dtype and shape of the pixel columns stand in the metadata."""
+    """Columns of a part; dtype and shape of the pixel columns are in the metadata."""
     pixels = image.height * image.width
-    # Under the name that Parquet gives them: a part has the schema that was written.
+    # Under Parquet's name for list items, so that a part reads back with the schema that was written.
     reals, sizes = (pa.list_(pa.field("element", kind), 2) for kind in (pa.float64(), pa.int32()))
     columns = {
         "patient": pa.string(), "view": pa.string(), "phase": pa.string(), "frame": pa.int32(),
@@ -67,13 +67,13 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A label mask on another grid by nearest neighbour at pixel centres; labels are never interpolated."""
+    """A label mask on another grid, by nearest neighbour at pixel centres; labels are never interpolated."""
     labels = torch.from_numpy(mask)[None, None]
     return interpolate(labels, (height, width), mode="nearest-exact")[0, 0].numpy()
 
 
 def make_row(recording: Recording, image: ImageConfig) -> dict:
-    """One shard row of a recording that has a mask."""
+    """The shard row of a recording that has a mask."""
     native_shape = recording.image.shape
     grid = (image.height, image.width)
     spacing_mm = [mm * old / new for mm, old, new in zip(recording.spacing_mm, native_shape, grid, strict=True)]
@@ -95,7 +95,7 @@ def make_row(recording: Recording, image: ImageConfig) -> dict:
 def write_part(
     source: Source, out: str, name: str, patients: list[str], image: ImageConfig, frames: str = "stills", listing=None
 ) -> dict:
-    """Write one part and its sidecar, or keep what an interrupted job has finished; returns the part's record.
+    """Write one part and its sidecar, or keep them from an interrupted job; returns the part's record.
 
     A part that lacks recordings is always written again: their files may have been repaired.
     """
@@ -121,7 +121,7 @@ def write_part(
 
 
 def read_sidecar(part_path: str) -> dict | None:
-    """What a part was `made_from`, and its `record`; None if its sidecar is missing or unreadable, as in older shards."""
+    """A part's `made_from` and `record`; None if its sidecar is missing or unreadable, as in older shards."""
     try:
         sidecar = json.loads(filesystem.read_bytes(part_path.removesuffix(".parquet") + ".json"))
     except (FileNotFoundError, ValueError):
@@ -132,7 +132,7 @@ def read_sidecar(part_path: str) -> dict | None:
 def read_patient(
     source: Source, patient: str, files: list[str], image: ImageConfig, frames: str
 ) -> tuple[list[dict], dict, list[dict]]:
-    """A patient's shard rows, what the manifest keeps about the patient, and the damaged recordings."""
+    """A patient's shard rows, entry in the manifest, and damaged recordings."""
     rows, damaged, hashes, recordings, levels = [], [], {}, 0, Counter()
     for view, phase, read in source.recordings(patient, files, frames, hashes):
         recordings += 1
@@ -149,11 +149,11 @@ def read_patient(
         "rows": len(rows),
         "recordings": recordings,
         "sha256": filesystem.sha256(canonical(by_file)),
-        # What groups of patients are balanced by, so that a split needs no rows.
+        # The values that balance the groups, so that a split needs no rows.
         "ef": next((row["ef"] for row in rows if row["ef"] is not None), None),
         "grey_levels": levels,
         "quality": {row["view"]: row["quality"] for row in rows if row["quality"]},
-        # Neither read nor in quarantine: of the other kind of frames, or of another name.
+        # Neither read nor in quarantine: other frames, or another name.
         "ignored": [file for file in files if used.isdisjoint([filesystem.last_part(file), stem_of(file)])],
         "intensity_sums": [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)],
     }
@@ -161,17 +161,17 @@ def read_patient(
 
 
 def stem_of(file: str) -> str:
-    """A file's name without the suffixes that its kind is known by."""
+    """A file's name without the suffixes that mark its kind."""
     return re.sub(r"(_gt)?\.nii(\.gz)?$", "", filesystem.last_part(file).lower())
 
 
 def path_below(folder: str, path: str) -> str:
-    """A path without the folder of the source, so that a moved source is the same one."""
+    """A path relative to the source, so that a moved source counts as the same."""
     return path.removeprefix(folder).lstrip("/")
 
 
 def intensity_sums(row: dict) -> tuple[int, int, int]:
-    """Exact sum, sum of squares and number of a row's pixels: any split's mean and deviation follow from them."""
+    """Exact sum, sum of squares and number of a row's pixels, from which any split's mean and deviation follow."""
     pixels = np.frombuffer(row["image"], dtype=np.uint8).astype(np.float64)  # whole numbers far below 2**53
     # Not `@`: BLAS would wake a thread on each core for every picture.
     return int(pixels.sum()), int(np.einsum("i,i", pixels, pixels)), pixels.size
@@ -185,11 +185,11 @@ def write_manifest(
     manifest = {
         "format": FORMAT,
         "dataset": dataset,
-        "dataset_is_marked": True,  # by a note in the source or by the user; older shards guessed it from patients' names
+        "dataset_is_marked": True,  # by a note in the source or by the user; older versions guessed it from patients' names
         "frames": frames,
         "image": to_json(image),
         "classes": list(CLASSES),
-        # The patients show which parts hold a group's rows, before any part is read.
+        # The patients tell which parts hold a group's rows before any part is read.
         "parts": [
             {key: part[key] for key in ("file", "rows", "bytes", "sha256")} | {"patients": sorted(part["patients"])}
             for part in parts
@@ -206,13 +206,13 @@ def write_manifest(
 
 
 def listing_hash(patients_of_parts: Iterable[Iterable[str]], listing: dict[str, list]) -> str:
-    """One hash of a source's file names and sizes, by part; times would tie it to one copy."""
+    """One hash of a source's file names and sizes, by part; modification times would tie it to one copy."""
     found = names_and_sizes(listing)
     return filesystem.sha256(canonical([{p: found.get(p, []) for p in patients} for patients in patients_of_parts]))
 
 
 def part_names(patients: list[str], frames: str = "stills") -> list[tuple[str, list[str]]]:
-    """File name and patients of the parts that a source's patients fall into."""
+    """File name and patients of each of a source's parts."""
     size = PATIENTS_PER_PART[frames]
     return [(f"part-{i:05d}.parquet", patients[s : s + size]) for i, s in enumerate(range(0, len(patients), size))]
 
@@ -225,7 +225,7 @@ def write_splits(out: str, config: SplitConfig, manifest_patients: dict, officia
 
 
 def remove_leftovers(out: str, shards: bool = False) -> None:
-    """Delete what a killed job left half written, and with `shards` the shards too; needs the folder's lock."""
+    """Delete a killed job's half-written files and, with `shards`, the shards too; needs the folder's lock."""
     names = [name for name in filesystem.list_names(out) if LEFTOVER.fullmatch(name) or (shards and OURS.fullmatch(name))]
     for name in sorted(names, key=lambda name: name != MANIFEST):  # the manifest first: nothing damaged must look complete
         filesystem.remove(filesystem.join(out, name))

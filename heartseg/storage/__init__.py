@@ -1,1 +1,1 @@
-"""Local folders and object stores behind one set of functions, and one writer per folder. Open filesystem.py first."""
+"""Local folders and object stores behind one set of functions, and one writer per folder. Start with filesystem.py."""

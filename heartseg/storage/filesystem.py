@@ -1,6 +1,6 @@
-"""Reads, lists and publishes files on local paths and object-store URIs alike: the only file that uses pyarrow's for it.
+"""Reads, lists and publishes files on local paths and object-store URIs; the only file that uses pyarrow's file systems.
 
-A path is a `str` everywhere (`pathlib` turns `s3://b/x` into `s3:/b/x`). Storage that does not answer raises StorageError.
+Paths are `str` everywhere (`pathlib` turns `s3://b/x` into `s3:/b/x`). Storage that does not answer raises StorageError.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from heartseg.errors import OUTAGE_ERRNOS, StorageError, StorageRefused, UserError, outage
 
-TRIES, CONNECT_S, REQUEST_S = 4, 5, 15  # an object store without an answer is given up after a minute or so
+TRIES, CONNECT_S, REQUEST_S = 4, 5, 15  # give up on an unresponsive object store after about a minute
 READS = 5  # attempts at a file on an object store that is replaced while it is read
 
 
@@ -31,7 +31,7 @@ def is_uri(path: str) -> bool:
 
 
 def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system that a URI names, and the path in its own form; raises UserError for an invalid one.
+    """A URI's file system, and the path within it; raises UserError for an invalid URI.
 
     S3 credentials, region and endpoint come from the AWS_* variables or from the AWS profile.
     """
@@ -45,14 +45,15 @@ def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
         try:
             return pyarrow.fs.FileSystem.from_uri(path)
         except pa.ArrowInvalid as error:
-            raise UserError(f"The path {path} cannot be used: {str(error).rstrip('.')}.") from error
+            fix = "use a local path or s3://bucket/folder"
+            raise UserError(f"The path {path} cannot be used ({str(error).rstrip('.')}): {fix}.") from error
 
 
 @functools.lru_cache(maxsize=8)
 def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3FileSystem:
-    """The client of a bucket, kept while the AWS_* variables stay the same: a new client opens new connections."""
+    """A bucket's client, cached while the AWS_* variables are unchanged: a new client opens new connections."""
     aws = {name: value.strip() for name, value in settings}
-    os.environ.update(aws)  # for the client: a secret that is mounted as a file ends with a line end
+    os.environ.update(aws)  # for the client: a secret mounted as a file ends with a newline
     endpoint = aws.get("AWS_ENDPOINT_URL_S3") or aws.get("AWS_ENDPOINT_URL")
     client = pyarrow.fs.S3FileSystem(
         # Only Amazon's buckets report their region, and only there does it decide which server answers.
@@ -76,7 +77,7 @@ def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3File
 
 @contextlib.contextmanager
 def _storage_errors(path: str) -> Iterator[None]:
-    """Turn what an object store or a mounted disk does not answer into a StorageError; other local errors pass unchanged."""
+    """Turn unanswered requests to an object store or a mounted disk into StorageErrors; other local errors pass unchanged."""
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
@@ -99,7 +100,7 @@ def _store_error(path: str, answer: str) -> StorageError:
     refusals = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "HTTP status 403")
     if any(refusal in answer for refusal in refusals):
         fix = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for access to the bucket"
-        return StorageRefused(f"{path} is refused by its store: {fix}.")
+        return StorageRefused(f"{path} was refused by its store: {fix}.")
     return StorageError(f"{path} cannot be used: {answer.partition(' (Request ID')[0].partition(chr(10))[0].rstrip('. ')}.")
 
 
@@ -109,12 +110,12 @@ def join(base: str, *parts: str) -> str:
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder: what follows the last slash of its path or URI."""
+    """The name of a file or folder: the part of its path or URI after the last slash."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def printable(name: str) -> str:
-    """The name as valid UTF-8: any other byte is escaped, as %E9."""
+    """The name as valid UTF-8: any other byte is escaped, such as %E9."""
     return re.sub("[\udc80-\udcff]", lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 
@@ -129,7 +130,7 @@ def exists(path: str) -> bool:
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """None if a local path does not exist or is a dead link; os.path.exists would also be False in an outage."""
+    """A local path's stat, None if it does not exist or is a dead link; os.path.exists would also be False in an outage."""
     try:
         with _storage_errors(path):
             return os.stat(path)
@@ -149,7 +150,7 @@ def list_names(path: str) -> list[str]:
 
 
 def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
-    """Sorted names of a folder's entries with size and modification time (ns), None for what is not a file; one request."""
+    """Sorted names of a folder's entries with size and modification time (ns), None unless it is a file; one request."""
     if is_uri(path):
         entries = _ask_store(path, recursive=False)
         return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in entries)
@@ -195,14 +196,14 @@ def walk(path: str) -> list[str]:
 
 
 def read_bytes(path: str, at_most: int = -1) -> bytes:
-    """A whole file, or its first `at_most` bytes; raises StorageError and OSError, such as FileNotFoundError."""
+    """A file's bytes, or its first `at_most`; raises StorageError and OSError, such as FileNotFoundError."""
     if not is_uri(path):
         with _storage_errors(path), open(path, "rb") as stream:
             return stream.read(at_most)
     fs, inner = resolve(path)
     with _storage_errors(path):
         for _ in range(READS):
-            # Opening asks for the size, reading for that many bytes: a file replaced in between would come in part.
+            # Opening asks for the size, reading for that many bytes: a file replaced in between would be truncated.
             with fs.open_input_file(inner) as stream:
                 data = stream.read(None if at_most < 0 else at_most)
             size = fs.get_file_info(inner).size or 0
@@ -212,17 +213,17 @@ def read_bytes(path: str, at_most: int = -1) -> bytes:
 
 
 def read_json(path: str) -> dict:
-    """Raises UserError if the file is missing or damaged, and StorageError if it cannot be read."""
+    """The value in a JSON file; raises UserError if it is missing or damaged, and StorageError if it cannot be read."""
     try:
         return json.loads(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
-        raise UserError(f"{path} is missing or not valid JSON.") from error
+        raise UserError(f"{path} is missing or not valid JSON: check the path, or restore the file.") from error
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror or error}).") from error
 
 
 def publish(path: str, data: bytes) -> None:
-    """Write a file and its folder; it appears complete or not at all. Raises OSError (such as a full disk) and StorageError."""
+    """Write a file, with its folder; it appears complete or not at all. Raises OSError (a full disk, say) and StorageError."""
     with _storage_errors(path):
         (_publish_on_store if is_uri(path) else _publish_locally)(path, data)
 
@@ -254,7 +255,7 @@ def _publish_on_store(path: str, data: bytes) -> None:
     try:
         with fs.open_output_stream(temporary, compression=None) as stream:
             stream.write(data)
-        # A stream that an exception drops still leaves a visible object: read it back before it gets its name.
+        # A stream dropped by an exception still leaves a visible object: read it back before renaming it.
         with fs.open_input_file(temporary) as stream:
             if stream.read() != data:
                 raise OSError("the bytes that arrived are not those that were sent")
@@ -276,7 +277,7 @@ def json_bytes(value: object) -> bytes:
 
 
 def remove(path: str) -> None:
-    """Delete a file or a folder, if it exists."""
+    """Delete a file or folder if it exists."""
     with _storage_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not is_uri(path):
             (shutil.rmtree if os.path.isdir(path) and not os.path.islink(path) else os.remove)(path)

@@ -27,24 +27,24 @@ HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 
 
 def lock(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Become the only writer of a folder; raises UserError if another process is, or was within `DEAD_AFTER_S` on a store."""
+    """Become the only writer of a folder; raises UserError if another process is, or on a store was within `DEAD_AFTER_S`."""
     return _claim(folder) if filesystem.is_uri(folder) else _lock_file(folder)
 
 
 def is_held(folder: str) -> bool:
-    """True if a process is writing a folder at the moment."""
+    """True if a process is currently writing a folder."""
     if filesystem.is_uri(folder):
         claims = filesystem.join(folder, LOCK_NAME)
         if not _ages_of_claims(claims):
             return False
-        clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # not a claim: it only shows what time it is there
+        clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # not a claim: it only reads the store's clock
         try:
             filesystem.publish(clock, b"")
             return any(age_s < DEAD_AFTER_S for age_s in _ages_of_claims(claims).values())
         finally:
             filesystem.remove(clock)
     try:
-        with open(os.path.join(folder, LOCK_NAME)) as file:  # for reading: whoever asks need not be allowed to write
+        with open(os.path.join(folder, LOCK_NAME)) as file:  # for reading: asking requires no write permission
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)
@@ -70,7 +70,7 @@ def _lock_file(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claim(folder: str) -> Iterator[None]:
-    """Write a claim, then list all claims: of two jobs that start at once, at most one is admitted."""
+    """Write a claim, then list all claims, so that of two jobs starting at once at most one is admitted."""
     claims, mine = filesystem.join(folder, LOCK_NAME), f"{uuid.uuid4().hex[:12]}.json"
     path, stop, started = filesystem.join(claims, mine), threading.Event(), _now()
 
@@ -94,7 +94,7 @@ def _claim(folder: str) -> Iterator[None]:
             yield
         finally:
             stop.set()
-            beating.join()  # a heartbeat after the removal would leave the claim behind
+            beating.join()  # a heartbeat after the removal would recreate the claim
     finally:
         with contextlib.suppress(StorageError):
             filesystem.remove(path)
@@ -116,7 +116,7 @@ def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
 
 
 def _ages_of_claims(claims: str) -> dict[str, float]:
-    """Seconds since each claim was renewed, counted from the newest file there: by the store's clock, never this machine's."""
+    """Seconds since each claim was renewed, relative to the newest file there: by the store's clock, not this machine's."""
     times = {name: time_ns for name, _, time_ns in filesystem.list_files(claims) if time_ns is not None}
     return {name: (max(times.values()) - time_ns) / 1e9 for name, time_ns in times.items() if CLAIM.fullmatch(name)}
 

@@ -1,1 +1,1 @@
-"""Batches in, checkpoints and a record out; knows nothing of who launched it. Open engine.py first: `fit` is a whole run."""
+"""Batches in, checkpoints and a record out, whatever the launcher. Start with engine.py: `fit` is a whole run."""

@@ -1,4 +1,4 @@
-"""Paired random changes of images and masks, a batch at a time on its device, each sample with its own draw."""
+"""Paired random changes of images and masks, on a batch's device, drawn for each sample."""
 
 import math
 
@@ -14,10 +14,10 @@ SECTOR_TANGENT = 0.65
 def augment(
     config: AugmentConfig, images: torch.Tensor, masks: torch.Tensor, global_size: int, offset: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Change images [b,1,H,W] (floats 0 to 1) and masks [b,H,W] alike; returns both.
+    """Change images [b,1,H,W] (floats from 0 to 1) together with their masks [b,H,W]; returns both.
 
-    `seed` draws for a whole global batch of `global_size` images, and these rows take theirs from `offset` on, so that changes
-    do not depend on the number of ranks. Kinds that came later draw last, and leave the others' draws alone.
+    `seed` determines the draws of a global batch of `global_size` images, of which these start at `offset`, so that changes
+    do not depend on the number of ranks. Newer kinds draw last, so that the draws of older ones stay the same.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows = slice(offset, offset + len(images))
@@ -31,7 +31,7 @@ def augment(
         images = (gain * images.pow(exponent)).clamp_(0, 1)
     if config.noise:
         noise = torch.randn(global_size, *images.shape[1:], generator=generator, device=images.device)[rows]
-        # Speckle is multiplicative: what is black, the outside of the sector above all, stays black.
+        # Speckle is multiplicative: black stays black, above all outside the sector.
         images = (images * (1 + config.noise * draw(1, 1, 1).abs() * noise)).clamp_(0, 1)
     is_moved = bool(config.rotate_deg or config.scale or config.translate)
     moves = draw(4) if is_moved else None
@@ -45,18 +45,18 @@ def augment(
 
 
 def _stretch(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Move each image's greys away from its mean, `factor` [b,1,1,1] times as far; what is black stays black."""
+    """Scale the distance of each image's greys from their mean by `factor` [b,1,1,1]; black stays black."""
     seen = images > 0
     mean = images.sum(dim=(1, 2, 3), keepdim=True) / seen.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
     return torch.where(seen, (mean + factor * (images - mean)).clamp(0, 1), images)
 
 
 def _blur(images: torch.Tensor, sigma_px: torch.Tensor, largest_px: float) -> torch.Tensor:
-    """Blur each image with a Gaussian of its own: `sigma_px` [b,1], none above `largest_px`; borders are repeated."""
+    """Blur each image with its own Gaussian: `sigma_px` [b,1], none above `largest_px`; borders are replicated."""
     reach = math.ceil(3 * largest_px)
     offsets = torch.arange(-reach, reach + 1, device=images.device)
     kernels = torch.softmax(-0.5 * (offsets / sigma_px.clamp(min=1e-3)) ** 2, dim=1)
-    # One group a sample: the batch becomes the channels of one image, each with its own kernel.
+    # One group per sample: the batch becomes the channels of one image, each with its own kernel.
     rows = pad(images.transpose(0, 1), (0, 0, reach, reach), mode="replicate")
     rows = conv2d(rows, kernels[:, None, :, None], groups=len(images))
     columns = pad(rows, (reach, reach, 0, 0), mode="replicate")
@@ -64,9 +64,9 @@ def _blur(images: torch.Tensor, sigma_px: torch.Tensor, largest_px: float) -> to
 
 
 def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor, darkness: torch.Tensor) -> torch.Tensor:
-    """Darken a wedge from the probe down: `width` is its share of the sector, `place` -1 to 1 across it; all are [b,1,1]."""
+    """Darken a wedge below the probe: `width` is its share of the sector, `place` -1 to 1 across it; all are [b,1,1]."""
     depth, lateral = ((torch.arange(size, device=images.device) + 0.5) / size for size in images.shape[-2:])
-    # Lines from the apex, the middle of the top row as in CAMUS, have one tangent each, -1 to 1 over the sector.
+    # Each line from the apex (the middle of the top row, as in CAMUS) has one tangent, -1 to 1 over the sector.
     tangent = (lateral - 0.5) / depth[:, None] / SECTOR_TANGENT
     # A beam has no sharp border: the shadow's edge is a tenth of its half-width.
     inside = ((1 - (tangent - place).abs() / width.clamp(min=1e-6)) * 10).clamp(0, 1)
@@ -76,12 +76,12 @@ def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor
 def _affine(
     config: AugmentConfig, images: torch.Tensor, masks: torch.Tensor, draws: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate, scale and shift; images bilinear, masks nearest, black and background from outside."""
+    """Rotate, scale and shift, images bilinear and masks nearest; outside is black and background."""
     height, width = images.shape[-2:]
     angle = draws[:, 0] * math.radians(config.rotate_deg)
     zoom = 1 / (1 + config.scale * draws[:, 1])
     cosine, sine = zoom * angle.cos(), zoom * angle.sin()
-    # The grid's axes run from -1 to 1 along sides of different length: the aspect ratio keeps a rotation rigid.
+    # The grid's axes run from -1 to 1 along sides of different lengths; the aspect ratio keeps a rotation rigid.
     first = torch.stack([cosine, -sine * height / width, 2 * config.translate * draws[:, 2]], dim=1)
     second = torch.stack([sine * width / height, cosine, 2 * config.translate * draws[:, 3]], dim=1)
     grid = affine_grid(torch.stack([first, second], dim=1), list(images.shape), align_corners=False)

@@ -1,4 +1,4 @@
-"""What the first rank does after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
+"""The first rank's work after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
 
 A thread writes checkpoints while the next epoch trains; an epoch enters the record once its checkpoint is complete.
 """
@@ -30,7 +30,7 @@ SECONDS_PER_LINE = 10.0
 
 @dataclass
 class EpochCallbacks:
-    """What rank 0 does with an epoch's results; `samples` are the images whose predictions are kept."""
+    """Writes and reports an epoch's results on rank 0; `samples` are the images whose predictions are kept."""
 
     experiment: Experiment
     run: run_directory.Run
@@ -43,8 +43,8 @@ class EpochCallbacks:
     last_line: float = -SECONDS_PER_LINE
 
     def end_epoch(self, state: engine.TrainState, metrics: dict[str, float]) -> None:
-        """Copy the epoch's states and start to write them; raises what writing the epoch before raised."""
-        self.wait()  # so that memory holds one copy of the states
+        """Copy the epoch's states and start writing them; raises an error from writing the epoch before."""
+        self.wait()  # so that memory holds only one copy of the states
         self.write_samples(state)
         copied = checkpoint.snapshot(state.state_dict())
         card = {
@@ -59,13 +59,13 @@ class EpochCallbacks:
         self.pending, self.last_line = self.thread.submit(self.write_epoch, copied, card, metrics), time.monotonic()
 
     def wait(self) -> None:
-        """Wait until the last epoch is written; raises what writing it raised."""
+        """Wait until the last epoch is written; raises an error from writing it."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
 
     def write_epoch(self, states: dict, card: dict, metrics: dict[str, float]) -> None:
-        """Write the checkpoint first, then everything that shows the epoch. Raises UserError if the storage refuses."""
+        """Write the checkpoint, then everything that shows the epoch. Raises UserError if the storage refuses."""
         try:
             checkpoint.save(self.run.path, states["average"] or states["model"], states, card)
             self.record.append(metrics)
@@ -94,7 +94,7 @@ class EpochCallbacks:
             filesystem.publish(filesystem.join(self.run.path, "samples", f"{name}.npz"), buffer.getvalue())
 
     def print_epoch(self, metrics: dict[str, float]) -> None:
-        """Print a line per epoch: scores, speed, and how long the rest will take."""
+        """Print a line per epoch: scores, speed and the remaining time."""
         shown, epochs = ("train/loss", "train/dice", "val/dice", "test/dice"), self.experiment.train.epochs
         scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
         seconds = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
@@ -102,7 +102,7 @@ class EpochCallbacks:
         log.info("epoch %d/%d  %s  %.0f images/s  %s left", metrics["epoch"], epochs, scores, metrics["images_per_s"], left)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
-        """Print a line at the first step, then at most every ten seconds, also after an epoch, whose own line comes first."""
+        """Print a line at the first step, then at most every ten seconds, counting from the line of an epoch."""
         if step < steps and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)

@@ -1,4 +1,4 @@
-"""The batches of a run from memory or a stream; their order, and with it the weights, differ: a run resumes as it began."""
+"""The batches of a run, from memory or a stream; as these differ in order, and so in weights, a run resumes as it began."""
 
 import contextlib
 import logging
@@ -17,20 +17,20 @@ from heartseg.shards.reader import FrameRows, Shards, check_sizes, index_groups,
 from heartseg.training.distributed import Ranks, from_main, reduce_over_ranks
 
 log = logging.getLogger(__name__)
-# Of what is free for a worker, on its machine and GPU: reading holds pixels twice for a moment, the model wants the rest.
+# Of a worker's free memory, on its machine and GPU: reading briefly holds pixels twice, and the model needs the rest.
 MEMORY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Opened groups: `loaders` feed the engine; `rows(group, numbers)` returns some images and their columns."""
+    """Open groups: `loaders` feed the engine; `rows(group, numbers)` returns some images and their columns."""
 
     loaders: dict[str, Batches]
     rows: Callable[[str, Sequence[int]], FrameRows]
 
 
 def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
-    """Open all groups of some shards, `ingest` being `memory` or `stream`; raises UserError for damaged ones."""
+    """Open all groups of some shards; `ingest` is `memory` or `stream`. Raises UserError for damaged ones."""
     at = (ranks.rank, ranks.world_size, ranks.device)
     if ingest == "stream":
         check_sizes(shards)
@@ -47,7 +47,7 @@ def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
 
 
 def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:
-    """`memory` or `stream`, on every rank the same: as the run was `begun`, otherwise as asked, otherwise by size."""
+    """`memory` or `stream`, the same on every rank: as the run was `begun`, otherwise as configured, otherwise by size."""
     # torchrun and Ray Train set LOCAL_WORLD_SIZE; otherwise, all workers may be on this machine.
     on_machine = free_on_machine() / int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     on_gpu = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else float("inf")
@@ -59,11 +59,11 @@ def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ran
         chosen, why = experiment.ingest, f"--ingest {experiment.ingest}"
     elif not chosen:
         chosen = "memory" if needed <= room else "stream"
-        why = f"{needed / 1e9:.1f} GB of pixels, and a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
+        why = f"{needed / 1e9:.1f} GB of pixels; a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
     if ranks.is_main and chosen == "stream":
         log.info("Batches stream from %s (%s).", shards.path, why)
     elif ranks.is_main and needed > room:
-        log.warning("%.1f GB of pixels go into memory (%s), where that is tight.", needed / 1e9, why)
+        log.warning("%.1f GB of pixels go into memory (%s), which leaves little room.", needed / 1e9, why)
     return chosen
 
 
@@ -73,17 +73,17 @@ def pixel_bytes(shards: Shards) -> int:
 
 
 def free_on_machine(root: str = "/") -> float:
-    """Bytes that this process may still take without swapping, its container's limit included; infinite if unknown."""
+    """Bytes that this process can still use without swapping, within its container's limit; infinite if unknown."""
     try:
         lines = Path(root, "proc/meminfo").read_text().splitlines()
         found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    except OSError:  # not Linux: all memory there is
+    except OSError:  # not Linux: all memory
         found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     return min(_free_in_container(Path(root)), *found)
 
 
 def _free_in_container(root: Path) -> float:
-    """The least that the control groups of this process leave it; file caches, which give way, do not count as taken."""
+    """Free bytes within the tightest of this process's control groups; file caches can be freed and do not count as used."""
     free, own = float("inf"), "/"
     with contextlib.suppress(OSError, ValueError):
         (own,) = [line.split(":")[2] for line in Path(root, "proc/self/cgroup").read_text().splitlines() if line[0] == "0"]

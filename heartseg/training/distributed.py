@@ -1,4 +1,4 @@
-"""Ranks, sums over ranks, rows gathered over ranks; the identity in one process."""
+"""Ranks, and the operations across them, which do nothing in a single process."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ class Ranks:
 
 
 def current(device: torch.device) -> Ranks:
-    """The ranks as torch.distributed has them; one process if it is not initialised."""
+    """The ranks of torch.distributed, or a single one if it is not initialised."""
     return Ranks(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else Ranks(0, 1, device)
 
 
 @contextlib.contextmanager
 def plain_ranks() -> Iterator[Ranks]:
-    """Join the group that torchrun describes in the environment, or be alone; leaves the group at the end."""
+    """Join the group that torchrun describes in the environment, if any, and leave it at the end."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -51,13 +51,13 @@ def plain_ranks() -> Iterator[Ranks]:
 
 def ddp_options(train: TrainConfig) -> dict[str, bool]:
     """DistributedDataParallel's arguments, for `wrap_model` and Ray's `prepare_model`."""
-    # Buckets that view the gradients save a copy of them. The graph is the same at every step, but a static graph dies
-    # of an internal assertion in the first backward pass without synchronisation, and torch.compile splits it again.
+    # Buckets that are views of the gradients save a copy. The graph is the same at every step, but a static graph fails
+    # an internal assertion in the first backward pass without synchronisation, and torch.compile splits it again.
     return {"gradient_as_bucket_view": True, "static_graph": train.accumulate == 1 and train.compile == "off"}
 
 
 def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
-    """The model with its gradients averaged over ranks; the model itself in one process."""
+    """The model with its gradients averaged over ranks; in a single process, the model itself."""
     if ranks.world_size == 1:
         return model
     devices = [ranks.device] if ranks.device.type == "cuda" else None
@@ -65,7 +65,7 @@ def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
 
 
 def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
-    """The model, with batch statistics over all ranks' images if `sync_bn` says so; raises UserError for `on` on CPUs."""
+    """The model, with batch statistics over all ranks' images depending on `sync_bn`; raises UserError for `on` on CPUs."""
     if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
         return model
     has_gpu = ranks.device.type == "cuda"
@@ -75,21 +75,21 @@ def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) 
 
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the running statistics of rank 0, in place, so that all evaluate the model that rank 0 keeps."""
+    """Copy rank 0's running statistics to every rank, in place, so that all evaluate the model that rank 0 keeps."""
     for buffer in model.buffers() if ranks.world_size > 1 else ():
         if buffer.is_floating_point():
             dist.broadcast(buffer, src=0)
 
 
 def reduce_over_ranks(tensor: torch.Tensor, ranks: Ranks, operation=dist.ReduceOp.SUM) -> torch.Tensor:
-    """Add a tensor over ranks, in place, or take another `operation`."""
+    """Sum a tensor over ranks in place, or reduce it by another `operation`."""
     if ranks.world_size > 1:
         dist.all_reduce(tensor, op=operation)
     return tensor
 
 
 def from_main(value: object, ranks: Ranks) -> object:
-    """What rank 0 holds, on every rank."""
+    """Rank 0's value, on every rank."""
     box = [value]
     if ranks.world_size > 1:
         dist.broadcast_object_list(box, src=0)
@@ -97,13 +97,13 @@ def from_main(value: object, ranks: Ranks) -> object:
 
 
 def barrier(ranks: Ranks) -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has arrived."""
     if ranks.world_size > 1:
         dist.barrier()
 
 
 def raise_first_problem(problem: str | None, ranks: Ranks) -> None:
-    """Raise UserError with the first rank's problem, on every rank, so that none of them waits."""
+    """Raise UserError with the first rank's problem on every rank, so that none of them is left waiting."""
     problems = [problem] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(problems, problem)

@@ -1,4 +1,4 @@
-"""Training and evaluation in plain PyTorch: knows nothing of who launched it, and writes no file; `fit` is a whole run."""
+"""Training and evaluation in plain PyTorch, independent of the launcher and without writing files; `fit` is a whole run."""
 
 import contextlib
 import math
@@ -24,14 +24,14 @@ from heartseg.training.lr_schedules import lr_multiplier
 from heartseg.training.optimizers import AveragedWeights, build_optimizer
 
 OnStep = Callable[[int, int, int], None]
-STEPS_PER_CHECK = 20  # of the device, which each check waits for
-# Up to this step, running batch statistics lag so far behind the weights that whole scores are zero. Measured on CAMUS: later,
-# they are better than an estimate from so few images. At most an eighth of the training group, so that it costs 1 %.
+STEPS_PER_CHECK = 20  # each check waits for the device
+# Up to this step, running batch statistics lag so far behind the weights that entire scores are zero. On CAMUS, later
+# ones are better than an estimate from so few images. At most an eighth of the training group, which costs 1 %.
 YOUNG_STEPS, STATISTICS_IMAGES = 200, 64
 
 
 class NonFiniteLoss(Exception):
-    """The loss was NaN or infinite at a step, or the weights after its update; `rows` are those of its global batch."""
+    """The loss of a step, or the weights after its update, were NaN or infinite; `rows` are those of its global batch."""
 
     def __init__(self, epoch: int, step: int, rows: list[int]):
         super().__init__(f"the loss of epoch {epoch}, step {step} is not finite")
@@ -40,7 +40,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass
 class TrainState:
-    """Everything that training changes: the model, its optimizer, and its progress."""
+    """Everything that training changes: the model, the optimizer and the progress."""
 
     model: nn.Module
     wrapped: nn.Module
@@ -51,11 +51,11 @@ class TrainState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is scored and kept: the averaged one if there is one."""
+        """The model that is scored and saved: the averaged one, if any."""
         return self.average.model if self.average else self.model
 
     def state_dict(self) -> dict:
-        """The states that a resumed run needs; random generators start again each epoch from (seed, epoch, rank)."""
+        """The states for resuming a run; random generators restart each epoch from (seed, epoch, rank)."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -76,7 +76,7 @@ class TrainState:
 
 
 def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable[[nn.Module], nn.Module]) -> TrainState:
-    """Put the model on the device in its fastest layout, wrap it, and build its optimizer."""
+    """Move the model to the device in its fastest layout, wrap it, and build its optimizer."""
     set_arithmetic(experiment.train)
     model = model.to(ranks.device, memory_format=torch.channels_last)
     model = share_batch_statistics(model, experiment.model, ranks)
@@ -111,7 +111,7 @@ def fit(
 
     `loaders` holds `train` and the groups to evaluate. After each epoch, `on_epoch_end(state, metrics)` is called on every
     rank with `epoch`, `lr`, `images_per_s`, `seconds`, `workers` and `{group}/{score}`; after each step,
-    `on_step(epoch, step, steps)`, both counted from 1, when the device may still be computing it.
+    `on_step(epoch, step, steps)`, with both counted from 1, perhaps before the device has finished computing it.
     """
     check_shares(experiment.train.batch_size, ranks.world_size, experiment.train.accumulate)
     others = {group: loader for group, loader in loaders.items() if group != "train"}
@@ -162,12 +162,12 @@ def train_one_epoch(
 def train_step(
     experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update from this rank's share, in `train.accumulate` parts; returns its mean loss and predicted labels [b,H,W]."""
+    """One update from this rank's share, in `train.accumulate` parts; returns the mean loss and predicted labels [b,H,W]."""
     train, num_images, losses, predictions = experiment.train, len(images), [], []
     state.optimizer.zero_grad(set_to_none=True)
     for part in range(train.accumulate):
         rows, is_last = share(num_images, part, train.accumulate), part + 1 == train.accumulate
-        # Gradients travel once an update, with the last part.
+        # Gradients are exchanged once per update, with the last part.
         with contextlib.nullcontext() if is_last or ranks.world_size == 1 else state.wrapped.no_sync():
             loss, prediction = _add_gradients(experiment, state, images[rows], masks[rows], ranks)
         losses.append(loss * ((rows.stop - rows.start) / num_images))
@@ -183,14 +183,14 @@ def train_step(
 def _add_gradients(
     experiment: Experiment, state: TrainState, images: torch.Tensor, masks: torch.Tensor, ranks: Ranks
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward pass of some images; returns their mean loss and predicted labels."""
+    """Forward and backward pass for some images; returns their mean loss and predicted labels."""
     train = experiment.train
     if train.compile == "reduce-overhead":
         torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(ranks.device.type, torch.bfloat16, enabled=wants_bf16(train, ranks.device)):
         outputs = state.wrapped(images.contiguous(memory_format=torch.channels_last))
     loss = training_loss(experiment.loss, outputs, masks)
-    # DDP takes the mean over ranks: with this weight it becomes the mean over the images of the global batch.
+    # DDP averages over ranks; with this weight, that is the mean over the images of the global batch.
     (loss * (len(images) * ranks.world_size / train.batch_size)).backward()
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
     return loss.detach(), predicted_labels(logits.detach())
@@ -207,8 +207,8 @@ def _raise_if_not_finite(
 def _raise_if_weights_not_finite(
     state: TrainState, metrics: dict[str, float], loaders: dict[str, Batches], train: TrainConfig, ranks: Ranks
 ) -> None:
-    """Raise NonFiniteLoss if an epoch's last update, which no later loss would show, left non-finite weights."""
-    # Weights that are finite and yet too large to compute with show in the losses of the evaluated groups alone.
+    """Raise NonFiniteLoss if an epoch's last update left non-finite weights, which no later loss would show."""
+    # Weights that are finite but too large to compute with show up only in the losses of the evaluated groups.
     modules = {state.model, state.evaluated}
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
     fine = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
@@ -219,7 +219,7 @@ def _raise_if_weights_not_finite(
 
 @torch.no_grad()
 def estimate_batch_statistics(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity) -> None:
-    """Replace a model's running batch statistics, still close to their initial values, with those of a few training images."""
+    """Replace running batch statistics, still close to their initial values, with those of a few training images."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
@@ -233,7 +233,7 @@ def estimate_batch_statistics(experiment: Experiment, model: nn.Module, loader: 
 
 
 def _statistics_batches(train: TrainConfig, loader: Batches) -> Iterator[torch.Tensor]:
-    """Images [b,1,H,W], at least two in a batch, of the first global batches of a run."""
+    """Images [b,1,H,W], at least two per batch, from the first global batches of a run."""
     whole = replace(loader, rank=0, world_size=1)
     left = min(STATISTICS_IMAGES, max(8, len(loader) // 8))
     for images, _ in whole.training_batches(train.batch_size, train.seed, epoch=0):
@@ -247,7 +247,7 @@ def _statistics_batches(train: TrainConfig, loader: Batches) -> Iterator[torch.T
 
 @torch.inference_mode()
 def evaluate(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity, ranks: Ranks) -> dict[str, float]:
-    """Loss and scores of a group on the stored grid; every image counts once, whatever the number of ranks."""
+    """Loss and scores of a group on the stored grid; every image counts once, for any number of ranks."""
     model.eval()
     sums = ScoreSums(ranks.device)
     for images, masks in loader.evaluation_batches(experiment.train.eval_batch_size):

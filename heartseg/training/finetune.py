@@ -1,4 +1,4 @@
-"""Another run's weights as a run's initial weights."""
+"""Starts a run from another run's weights."""
 
 from dataclasses import replace
 
@@ -14,15 +14,15 @@ from heartseg.training import run_directory
 
 
 def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
-    """What a run records about its initial weights: those of the best checkpoint of the run at `path` (or the last).
+    """The record of a run's initial weights: those of the best checkpoint of the run at `path`, or of the last one.
 
-    Raises UserError if its tensors are not the experiment's, or if it was trained on patients that this run is scored on.
+    Raises UserError if its tensors do not fit the experiment, or if it was trained on patients that this run is scored on.
     """
     found, base = checkpoint.find(path, "best"), run_directory.find_run(path).description
     with torch.device("meta"):
         model = build_model(replace(experiment.model, pretrained=False))
     check_tensors(found.weights(), model, found.path)
-    # Names are only one dataset's: patient0001 of another one is another patient.
+    # Names are unique only within a dataset: another dataset's patient0001 is another patient.
     seen = set(base["train_patients"]) if base["dataset"] == shards.manifest["dataset"] else set()
     for group in shards.groups.keys() - {"train"}:
         if both := seen.intersection(shards.groups[group]):
@@ -31,7 +31,7 @@ def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
 
 
 def load_initial(model: nn.Module, initial: dict) -> None:
-    """Put the weights into a new model; raises UserError if they are no longer those that the run started from."""
+    """Load the weights into a new model; raises UserError if they are no longer those that the run started from."""
     found = checkpoint.open_checkpoint(initial["checkpoint"])
     if found.card["weights_sha256"] != initial["weights_sha256"]:
         raise UserError(f"{found.path} has changed since this run started from it: give --fresh.")
@@ -46,6 +46,4 @@ def check_tensors(weights: dict[str, torch.Tensor], model: nn.Module, origin: st
     for name in [*wanted, *(name for name in weights if name not in wanted)]:
         there, asked = (tuple(t[name].shape) if name in t else "missing" for t in (weights, wanted))
         if there != asked:
-            raise UserError(
-                f"The weights {origin} do not fit: {name} is {there} there, {asked} here. Use its --model settings."
-            )
+            raise UserError(f"Weights {origin} do not fit: {name} is {there} there but {asked} here. Use its --model settings.")

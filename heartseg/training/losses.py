@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy (the seed's), or cross-entropy with soft Dice."""
+"""Training losses: cross-entropy (the seed's), or cross-entropy with soft Dice."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,13 +9,13 @@ from heartseg.labels import NUM_CLASSES
 
 
 def one_hot(mask: torch.Tensor) -> torch.Tensor:
-    """The four-channel truth: labels [B,H,W] to 0/1 floats [B,4,H,W]."""
+    """Labels [B,H,W] as the four-channel truth, 0/1 floats [B,4,H,W]."""
     return class_one_hot(mask.long(), NUM_CLASSES).permute(0, 3, 1, 2).float()
 
 
 def soft_dice_loss(logits: torch.Tensor, target: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
-    """One minus V-Net's soft Dice (Milletari 2016, plain sums) of the three structures of [B,4,H,W]: a mean over images."""
-    # `smooth` pixels keep a structure that is absent from both from counting as a failure.
+    """One minus V-Net's soft Dice (Milletari 2016, plain sums) of the three structures of [B,4,H,W], averaged over images."""
+    # `smooth` pixels keep a structure absent from both from counting as a failure.
     probability = logits.float().softmax(dim=1)[:, 1:]
     truth = one_hot(target)[:, 1:]
     overlap = (probability * truth).sum(dim=(2, 3))
@@ -24,9 +24,9 @@ def soft_dice_loss(logits: torch.Tensor, target: torch.Tensor, smooth: float = 1
 
 
 def segmentation_loss(config: LossConfig, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The configured loss of logits [B,4,H,W] against labels [B,H,W]: a mean over images."""
+    """The configured loss of logits [B,4,H,W] against labels [B,H,W], averaged over images."""
     logits, labels = logits.float(), target.long()
-    if torch.are_deterministic_algorithms_enabled():  # PyTorch's kernel for images has no deterministic form on GPUs
+    if torch.are_deterministic_algorithms_enabled():  # PyTorch's kernel for images is not deterministic on GPUs
         loss = -logits.log_softmax(dim=1).gather(1, labels[:, None]).mean()
     else:
         loss = cross_entropy(logits, labels)

@@ -1,11 +1,11 @@
-"""Learning-rate schedules as pure functions of the step; one that reacts gets the past validation values as an argument."""
+"""Learning-rate schedules as pure functions of the step; `plateau` also depends on past validation values."""
 
 import math
 from collections.abc import Sequence
 
 from heartseg.config.training import ScheduleConfig
 
-# One-cycle begins at the peak's 25th part and ends at a 10,000th of that, as torch.optim.lr_scheduler.OneCycleLR does.
+# One-cycle starts at a 25th of the peak and ends at a 10,000th of that, like torch.optim.lr_scheduler.OneCycleLR.
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1 / 25e4
 # Smaller relative gains than this do not count, as in torch.optim.lr_scheduler.ReduceLROnPlateau.
 PLATEAU_GAIN = 1e-4
@@ -14,9 +14,9 @@ PLATEAU_GAIN = 1e-4
 def lr_multiplier(
     config: ScheduleConfig, step: int, total_steps: int, steps_per_epoch: int, history: Sequence[float] = ()
 ) -> float:
-    """What the base rate is multiplied by at `step` (from 0) of `total_steps`; `plateau` uses the `history` of validation Dice.
+    """The multiplier of the base rate at `step` (from 0) of `total_steps`; `plateau` uses the `history` of validation Dice.
 
-    The warm-up rises linearly to where the shape begins (1; for `one_cycle`, which has a rise of its own, the foot of that);
+    The warm-up rises linearly to where the shape begins (1, but for `one_cycle`, which has its own rise, the foot of that);
     the shape runs over the remaining steps.
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
@@ -54,10 +54,10 @@ def _fall(progress: float, start: float = 1.0, end: float = 0.0) -> float:
 
 
 def _progress_in_cycle(progress: float, cycles: int, growth: float) -> float:
-    """Share of the current cycle completed; each is `growth` times as long as the last, and their lengths sum to 1."""
+    """Completed share of the current cycle; each is `growth` times as long as the one before, and their lengths sum to 1."""
     length = 1 / sum(growth**cycle for cycle in range(cycles))
     for _ in range(cycles - 1):
-        # A restart that falls on a step must not come one later for the last bit of a sum.
+        # A restart that falls on a step must not be delayed by a rounding error.
         if progress < length - 1e-9:
             break
         progress, length = max(0.0, progress - length), length * growth
@@ -65,7 +65,7 @@ def _progress_in_cycle(progress: float, cycles: int, growth: float) -> float:
 
 
 def _one_cycle(step: int, steps: int, rise: float) -> float:
-    """Up and down in half cosines (Smith and Topin 2019, arXiv 1708.07120); the last step of either has its end's value."""
+    """Up and down in half cosines (Smith and Topin 2019, arXiv 1708.07120); the last step of each reaches its end value."""
     top, last = max(1e-9, rise * steps - 1), steps - 1
     if step <= top:
         return _fall(step / top, ONE_CYCLE_START, 1.0)
@@ -73,7 +73,7 @@ def _one_cycle(step: int, steps: int, rise: float) -> float:
 
 
 def _num_plateaus(history: Sequence[float], patience: int) -> int:
-    """How often `history` had more than `patience` values in a row without improvement."""
+    """The number of times that `history` had more than `patience` values in a row without improvement."""
     best, bad, plateaus = -math.inf, 0, 0
     for value in history:
         if best == -math.inf or value > best * (1 + PLATEAU_GAIN):

@@ -1,4 +1,4 @@
-"""A run's directory: its description, its record epoch by epoch, and how the same command finds it again."""
+"""A run's directory: its description, its record of epochs, and how the same command finds it again."""
 
 import contextlib
 import functools
@@ -37,13 +37,13 @@ class Run:
 
 
 def run_name(experiment: Experiment, shards: Shards, initial: dict | None = None) -> str:
-    """The recipe and eight hex digits of its configuration, data and first weights: the same command finds the same run."""
+    """The recipe and eight hex digits of its configuration, data and initial weights: the same command finds the same run."""
     parts = [identity(experiment), shards.fingerprint, *([initial["weights_sha256"]] if initial else [])]
     return f"{experiment.name}-{filesystem.sha256(canonical(parts))[:8]}"
 
 
 def generation_name(runs: str, name: str, fresh: bool) -> str:
-    """The newest of `name`, `name-2`, `name-3` …; with `fresh` the next one, so that nothing is ever overwritten."""
+    """The newest of `name`, `name-2`, `name-3` …, or with `fresh` the next one, so that nothing is overwritten."""
     found = [re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", entry) for entry in filesystem.list_names(runs)]
     newest = max((int(match[1] or 1) for match in found if match), default=0)
     wanted = newest + 1 if fresh else max(newest, 1)
@@ -51,14 +51,14 @@ def generation_name(runs: str, name: str, fresh: bool) -> str:
 
 
 def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> str:
-    """A run's or sweep's folder: as `asked`, otherwise the newest generation; with `fresh` the next. Raises UserError."""
+    """The name of a run or sweep: as `asked`, otherwise the newest generation, or with `fresh` the next. Raises UserError."""
     is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked)
     require(is_name, f"--{kind}-name {asked!r} cannot be the name of a folder: use letters, digits, `-`, `_` and `.`.")
     return asked if asked and not fresh else generation_name(runs, asked or default, fresh)
 
 
 def read_matching(path: str, asked: dict, kind: str) -> dict | None:
-    """The description of a run or a sweep in a file, or None; raises UserError naming the first difference to `asked`."""
+    """The description of a run or sweep in a file, or None; raises UserError naming the first difference from `asked`."""
     folder, other = path.rpartition("/")[0], SWEEP if kind == "run" else DESCRIPTION
     if not filesystem.exists(path):
         is_free = not filesystem.exists(filesystem.join(folder, other))
@@ -72,7 +72,7 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
 
 
 def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
-    """Create a run, or find the one that the same command created; raises UserError naming the first difference otherwise."""
+    """Create a run, or find the one that the same command created; raises UserError naming the first difference from it."""
     name = choose_name(experiment.runs, name, run_name(experiment, shards, initial), fresh, "run")
     path = filesystem.join(experiment.runs, name)
     asked = {"identity": identity(experiment), "data_fingerprint": shards.fingerprint}
@@ -86,7 +86,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
         "split": filesystem.read_json(filesystem.join(shards.path, "splits.json"))["config"],
         "groups": {g: {"patients": len(p), "images": shards.num_rows(g)} for g, p in shards.groups.items()},
         "initial": initial,
-        # So that no patient of the training is ever scored, however the shards are divided later.
+        # So that no training patient is ever scored, however the shards are divided later.
         "val_patients": shards.groups.get("val", []),
         "train_patients": sorted({*shards.groups["train"], *(initial["train_patients"] if initial else ())}),
         "source_sha256": shards.manifest["source_sha256"],
@@ -98,7 +98,7 @@ def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool
 
 
 def record_choices(run: Run, choices: dict[str, str], is_main: bool) -> Run:
-    """The run with what `auto` chose, which the first rank records, so that it resumes the same way on any machine."""
+    """Record on the first rank what `auto` chose, so that the run resumes the same way on any machine; returns the run."""
     recorded = Run(run.path, run.description | choices)
     if is_main and recorded != run:
         filesystem.publish_json(filesystem.join(run.path, DESCRIPTION), recorded.description)
@@ -106,7 +106,7 @@ def record_choices(run: Run, choices: dict[str, str], is_main: bool) -> Run:
 
 
 def find_run(path: str) -> Run:
-    """The run in a directory, or the one that a checkpoint's directory belongs to; raises UserError."""
+    """The run in a directory, or the run that a checkpoint's directory belongs to; raises UserError."""
     inner = re.sub(rf"/{checkpoint.FOLDER}/epoch_\d+/?$", "", filesystem.absolute(path))
     is_run = filesystem.exists(filesystem.join(inner, DESCRIPTION))
     require(is_run, f"{path} is not a run (no {DESCRIPTION}): give a folder that jobs/train.py wrote.")
@@ -114,7 +114,7 @@ def find_run(path: str) -> Run:
 
 
 def read_record(run: str) -> list[dict]:
-    """The epochs of a run so far, a dict of metrics each; NaN for a metric that has no value."""
+    """A run's epochs so far, each a dict of metrics; NaN for a metric without a value."""
     path = filesystem.join(run, RECORD)
     if not filesystem.exists(path):
         return []
@@ -123,7 +123,7 @@ def read_record(run: str) -> list[dict]:
 
 
 def write_record(run: str, record: list[dict]) -> None:
-    """Write the record, one JSON line an epoch (null for NaN) and a CSV beside it, each whole or not at all."""
+    """Write the record, one JSON line per epoch (null for NaN), and a CSV beside it, each complete or not at all."""
     epochs = ({name: none_if_nan(value) for name, value in epoch.items()} for epoch in record)
     lines = "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in epochs)
     filesystem.publish(filesystem.join(run, RECORD), lines.encode())

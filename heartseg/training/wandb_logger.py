@@ -1,6 +1,6 @@
-"""Metrics to Weights & Biases; the only file that knows wandb.
+"""Logs metrics to Weights & Biases; the only file that imports wandb.
 
-A training run is one wandb run with one row per epoch through kills, resumes and a server that does not answer; only a run
+A training run is one wandb run with one row per epoch, despite kills, resumes and unreachable servers; only a run
 that was online or synced before and is resumed offline sends its earlier rows again.
 """
 
@@ -26,19 +26,19 @@ from heartseg.training.run_directory import Run
 
 log = logging.getLogger(__name__)
 SHAREABLE = ("CAMUS", "phantom")  # datasets whose images may be sent by default: public, or synthetic
-CLOSED = "wandb_closed"  # marks a run of the dashboard that was ended on behalf of a process that could not do it
+CLOSED = "wandb_closed"  # marks a wandb run that was ended on behalf of a process that could not
 # wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
 SETTINGS = {
     **{"silent": True, "console": "off"},
-    # Seconds to wait for a server at the start, and at the end for what has not been sent yet.
+    # Seconds to wait for a server at the start, and for unsent data at the end.
     **{"init_timeout": 10.0, "finish_timeout": 60.0, "finish_timeout_raises": True},
     "x_transaction_log_flush_interval": 1.0,  # rows are on disk every second, so that a kill loses one and not fifteen
-    "x_file_stream_retry_max": 100_000,  # by default it stops for good after 40 minutes: a server may be down for a night
+    "x_file_stream_retry_max": 100_000,  # by default it gives up after 40 minutes, but a server may be down for a night
 }
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Skip a method if there is no wandb run; log the first exception that wandb raises, and never stop a training."""
+    """Skip a method without a wandb run, and log the first exception that wandb raises instead of stopping the training."""
 
     @functools.wraps(method)
     def call(self: "Tracker", *arguments) -> None:
@@ -48,7 +48,7 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *arguments)
         except Exception as error:
             if not self.has_warned:
-                rest = f"the rest is kept, `wandb sync --include-online {self.run_path}/wandb` sends it later."
+                rest = f"the rest is kept; `wandb sync --include-online {self.run_path}/wandb` sends it later."
                 log.warning("wandb did not accept all of this run (%s: %s): %s", method.__name__, _first_line(error), rest)
             self.has_warned = True
 
@@ -56,7 +56,7 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Tracker:
-    """The wandb run of a training run, one row per epoch; without `run`, it tracks nothing."""
+    """The wandb run of a training run, with one row per epoch; without `run`, it tracks nothing."""
 
     def __init__(self, experiment: Experiment | None = None, run: Run | None = None):
         self.run, self.has_warned, self.superseded = None, False, []
@@ -87,10 +87,10 @@ class Tracker:
         try:
             started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
         except Exception as error:
-            later = f"this run is kept offline, `wandb sync {self.run_path}/wandb/offline-run-*` sends it later."
+            later = f"this run is kept offline; `wandb sync {self.run_path}/wandb/offline-run-*` sends it later."
             log.warning("wandb did not start (%s): %s", _first_line(error), later)
-            self.wandb.teardown()  # its service holds the run's id for the attempt that failed
-            with patch.dict(os.environ):  # wandb refuses a key, an address or a number that is not valid offline as well
+            self.wandb.teardown()  # its service still holds the run's id for the failed attempt
+            with patch.dict(os.environ):  # wandb refuses an invalid key, address or number even offline
                 for name in _variables():
                     if not name.endswith(("_DIR", "_REPORTING")):
                         del os.environ[name]
@@ -100,7 +100,7 @@ class Tracker:
         return started
 
     def has_key(self) -> bool:
-        """True if there is a key for wandb's server: in the environment, or from `wandb login`."""
+        """True if there is a key for wandb's server, in the environment or from `wandb login`."""
         if os.environ.keys() & {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"}:
             return True
         path = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
@@ -114,7 +114,7 @@ class Tracker:
     def resume(self, record: list[dict]) -> None:
         """Log the epochs of a resumed run that the server does not have (all of them if offline).
 
-        Then this process's files hold every row, and earlier ones are marked as synced; on an object store by `finish`.
+        This process's files then hold every row, and earlier files are marked as synced; on an object store, by `finish`.
         """
         for row in record[self.run.starting_step :]:
             self.run.log(row)
@@ -131,12 +131,12 @@ class Tracker:
 
     @_harmless
     def log(self, metrics: dict[str, float]) -> None:
-        """Record an epoch's metrics; `metrics["epoch"]` is the step."""
+        """Log an epoch's metrics; `metrics["epoch"]` is the step."""
         self.run.log(metrics)
 
     @_harmless
     def overlays(self, epoch: int, images: np.ndarray, masks: np.ndarray, predictions: np.ndarray, names: list[str]) -> None:
-        """Record images uint8 [k,H,W] with true and predicted labels [k,H,W], in the row of the epoch's metrics."""
+        """Log images uint8 [k,H,W] with true and predicted labels [k,H,W], in the row of the epoch's metrics."""
         if not self.sends_images:
             return
         labels, pictures = dict(enumerate(CLASSES)), []
@@ -148,17 +148,17 @@ class Tracker:
 
     @_harmless
     def summarize(self, values: dict[str, object]) -> None:
-        """Record values that describe the whole run."""
+        """Log values that describe the whole run."""
         self.run.summary.update(values)
 
     @_harmless
     def pages(self, table: pandas.DataFrame, html: str) -> None:
-        """Record a table and a page."""
+        """Log a table and a page."""
         self.run.log({"trials": self.wandb.Table(dataframe=table), "page": self.wandb.Html(html, inject=False)})
 
     @_harmless
     def artifact(self, checkpoint_path: str, fingerprint: str) -> None:
-        """Record a checkpoint with the fingerprint of its data; one on an object store is left out."""
+        """Log a checkpoint with the fingerprint of its data, unless it is on an object store."""
         if filesystem.is_uri(checkpoint_path):
             return
         item = self.wandb.Artifact(f"{self.run.id}-model", type="model", metadata={"data_fingerprint": fingerprint})
@@ -168,7 +168,7 @@ class Tracker:
 
     @_harmless
     def finish(self, exit_code: int = 0) -> None:
-        """Send the rest, within `finish_timeout`."""
+        """Send the remaining rows, within `finish_timeout`."""
         try:
             self.run.finish(exit_code=exit_code)
         finally:
@@ -176,7 +176,7 @@ class Tracker:
                 self.move_to_store()
 
     def move_to_store(self) -> None:
-        """Move wandb's files to the run on an object store; they stay where they are if it refuses."""
+        """Move wandb's files to the run on an object store; if the store refuses, they stay where they are."""
         try:
             found = [os.path.join(at, name) for at, _, names in os.walk(os.path.join(self.folder, "wandb")) for name in names]
             for local in filter(os.path.isfile, found):  # neither the link to the latest run's folder nor dead ones
@@ -189,8 +189,8 @@ class Tracker:
 
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:
-    """The tracker of this rank; `record` holds the epochs that the run has already."""
-    for name in _variables():  # a secret that is mounted as a file ends with a line end; an empty variable is an unset one
+    """This rank's tracker; `record` holds the run's earlier epochs."""
+    for name in _variables():  # a secret mounted as a file ends with a newline; an empty variable counts as unset
         if value := os.environ.pop(name).strip():
             os.environ[name] = value
     if not is_main or _asked_mode(experiment) in ("off", "disabled"):
@@ -206,7 +206,7 @@ def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[
 
 
 def close_trial(run: Run, record: list[dict], reason: str) -> None:
-    """End the wandb run of a trial that was stopped from outside: its summary has the reason, missing rows are sent."""
+    """End the wandb run of a trial that was stopped from outside: send missing rows, and the reason in its summary."""
     experiment = from_json(run.description["experiment"])
     if experiment.tracking.wandb == "off" or filesystem.exists(filesystem.join(run.path, CLOSED)):
         return
@@ -217,7 +217,7 @@ def close_trial(run: Run, record: list[dict], reason: str) -> None:
 
 
 def track_sweep(experiment: Experiment, run: Run, table: pandas.DataFrame, page: str) -> None:
-    """Record a sweep's table and page in a wandb run of its own, in the group of its trials."""
+    """Log a sweep's table and page to its own wandb run, in the group of its trials."""
     own = replace(experiment, tracking=replace(experiment.tracking, job_type="sweep"))
     tracker = build_tracker(own, run, True, [])
     tracker.pages(table, filesystem.read_bytes(page).decode())
@@ -239,10 +239,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _keep_files_in(folder: str) -> None:
-    """Keep wandb's cache and artifact staging with the run; it would use the home directory."""
-    # A parent process's service would end with the parent, and keeps the id of an attempt that failed.
+    """Keep wandb's cache and artifact staging with the run rather than in the home directory."""
+    # A parent process's service would end with the parent, and keeps the id of a failed attempt.
     os.environ.pop("WANDB_SERVICE", None)
-    # Its reports on itself leave the machine unasked, and delay the exit by 10 s if the server is silent.
+    # Its telemetry leaves the machine unasked, and delays the exit by 10 s if the server is silent.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     for variable in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         os.environ[variable] = os.path.join(folder, variable.removeprefix("WANDB_").removesuffix("_DIR").lower())

@@ -25,17 +25,15 @@ from heartseg.training.finetune import load_initial
 from heartseg.training.wandb_logger import build_tracker
 
 log = logging.getLogger(__name__)
-NUM_SAMPLES = 4  # images of which a run keeps its predictions
+NUM_SAMPLES = 4  # images whose predictions a run keeps
 
 
 def check_plan(experiment: Experiment, shards: Shards) -> None:
-    """Raise UserError for what would fail later: another grid than the recipe's, too small shares, too few images."""
+    """Raise UserError for a plan that would fail later: another grid than the recipe's, shares too small, too few images."""
     there, asked = shards.image, experiment.image
-    require(
-        there == asked,
-        f"{shards.path} holds images of {there.height} x {there.width} and {experiment.name} wants {asked.height} x "
-        f"{asked.width}: preprocess for it, or give --image.height {there.height} --image.width {there.width}.",
-    )
+    sizes = f"{there.height} x {there.width} but {experiment.name} wants {asked.height} x {asked.width}"
+    fix = f"preprocess for it, or give --image.height {there.height} --image.width {there.width}"
+    require(there == asked, f"{shards.path} holds images of {sizes}: {fix}.")
     check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
     has_scores = experiment.schedule.kind != "plateau" or "val" in shards.groups
@@ -43,7 +41,7 @@ def check_plan(experiment: Experiment, shards: Shards) -> None:
 
 
 def open_data(experiment: Experiment) -> Shards:
-    """The shards that a run trains on, in the groups of their split, or with `train.holdout` of the training group held out."""
+    """The shards that a run trains on, in the groups of their split or with `train.holdout` of the training group held out."""
     return hold_out(open_shards(experiment.data), experiment.train.holdout)
 
 
@@ -51,10 +49,10 @@ def train_rank(
     experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None] = lambda metrics: None, profile: bool = False, saves_first: bool = False,
 ) -> None:  # fmt: skip
-    """Train this rank's share of a run, from its last checkpoint if it has one; with `profile`, rank 0 traces a few steps.
+    """Train this rank's share of a run, from the last checkpoint if there is one; with `profile`, rank 0 traces a few steps.
 
-    `wrap` gives the model its gradient averaging; `report` is called on every rank after each epoch, while its checkpoint
-    is being written or, with `saves_first`, once it is. Raises UserError on every rank at once, but OneRankError on one.
+    `wrap` adds gradient averaging to the model; `report` is called on every rank after each epoch, while its checkpoint
+    is being written or, with `saves_first`, once it is. Raises UserError on all ranks at once, but OneRankError on one.
     """
     try:
         _train(experiment, run, ranks, wrap, report, profile, saves_first)
@@ -72,7 +70,7 @@ def train_rank(
 
 def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, report, profile, saves_first) -> None:
     shards = open_data(experiment)
-    # Before there was a choice, all runs read from memory.
+    # Runs from before there was a choice all read from memory.
     begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
     ingest = data_loading.choose(experiment, shards, begun, ranks)
     chosen = choose_precision(experiment, run, ranks)
@@ -91,7 +89,7 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
     state = engine.start(computed, model, ranks, wrap)
     record = resume(state, run)
     has_card = filesystem.exists(filesystem.join(run.path, run_directory.MODEL_CARD))
-    # Not each rank by itself, or one would leave because of a card that another has just written.
+    # Not decided by each rank alone, or one could leave because of a card that another has just written.
     if from_main(state.epoch >= experiment.train.epochs and has_card, ranks):
         return
     tracker = build_tracker(experiment, run, ranks.is_main, record)
@@ -155,14 +153,14 @@ def trace_steps(run: str) -> Iterator[Callable[[], None]]:
             filesystem.publish(filesystem.join(run, "profile", "steps.json"), filesystem.read_bytes(file))
 
     activities = [profiler.ProfilerActivity.CPU, *[profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()]
-    schedule = profiler.schedule(wait=2, warmup=1, active=3, repeat=1)  # compilation and the choice of kernels are left out
+    schedule = profiler.schedule(wait=2, warmup=1, active=3, repeat=1)  # excludes compilation and the choice of kernels
     with profiler.profile(activities=activities, schedule=schedule, on_trace_ready=keep) as trace:
         yield trace.step
 
 
 @contextmanager
 def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
-    """Raise a rank's UserError, or its failed write, on every rank; otherwise the others would wait for it."""
+    """Raise a rank's UserError, or its failed write, on every rank, since the others would wait for it."""
     problem = None
     try:
         with io_errors_as_user_errors():
@@ -173,7 +171,7 @@ def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for errors that report a lack of memory, on a GPU or a CPU."""
+    """True for an out-of-memory error, on a GPU or a CPU."""
     message = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 
@@ -186,6 +184,6 @@ def resume(state: engine.TrainState, run: run_directory.Run) -> list[dict]:
     state.load_state_dict(found.training_state())
     record = [epoch for epoch in run_directory.read_record(run.path) if epoch["epoch"] <= state.epoch]
     if not record or record[-1]["epoch"] < state.epoch:
-        # A kill between the checkpoint and the record's line: the checkpoint's card has the same metrics.
+        # After a kill between writing the checkpoint and the record's line, the checkpoint's card has the same metrics.
         record.append({name: np.nan if value is None else value for name, value in found.card["metrics"].items()})
     return record

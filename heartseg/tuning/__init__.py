@@ -1,1 +1,1 @@
-"""Sweeps: what a trial may change, and what the trials found. Open sweep.py first."""
+"""Sweeps: the settings that trials vary, and their results. Start with sweep.py."""

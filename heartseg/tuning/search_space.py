@@ -1,4 +1,4 @@
-"""What a sweep varies, as a typed value: axes of choices and of ranges, and the experiments that lie on them."""
+"""The search space of a sweep as a typed value: axes of choices and ranges, and the experiments on them."""
 
 import contextlib
 import itertools
@@ -19,18 +19,18 @@ RATE = "optim.lr"  # the one field whose values are drawn from a range
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is varied; an empty list leaves the recipe's value."""
+    """The settings that a sweep varies; an empty list keeps the recipe's value."""
 
     schedules: tuple[ScheduleKind, ...] = ("constant", "polynomial", "cosine", "one_cycle")
     """Shapes of the learning rate over the run."""
     lr_factors: tuple[float, float] = (0.3, 3.0)
-    """Lowest and highest base rate, as multiples of the recipe's; drawn evenly in the logarithm."""
+    """Lowest and highest base rate, as multiples of the recipe's; drawn uniformly on a logarithmic scale."""
     lr_points: int = 3
-    """Base rates of a grid, from the lowest to the highest in equal ratios."""
+    """Number of base rates in a grid, from lowest to highest in equal ratios."""
     warmup_epochs: tuple[float, ...] = ()
     """Lengths of the warm-up."""
     momentum: tuple[float, ...] = ()
-    """Momenta (of AdamW: first betas)."""
+    """Momenta (first betas of AdamW)."""
     weight_decay: tuple[float, ...] = ()
     """Weight decays."""
     batch_size: tuple[int, ...] = ()
@@ -38,18 +38,18 @@ class SearchSpace:
     losses: tuple[LossKind, ...] = ()
     """Losses."""
     changes: tuple[str, ...] = ()
-    """For `--search changes`, a trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
+    """For `--search changes`, one trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
     All trials have the recipe's train.epochs."""
 
     def __post_init__(self):
         low, high = self.lr_factors
-        require(0 < low <= high, "--space.lr-factors must be two numbers above 0, the lower one first.")
-        require(self.lr_points >= 1, "--space.lr-points must be at least 1.")
+        require(0 < low <= high, f"--space.lr-factors {low:g} {high:g} must be above 0, the lower one first.")
+        require(self.lr_points >= 1, f"--space.lr-points must be at least 1, not {self.lr_points}.")
         require(len(self.schedules) > 0, "--space.schedules is empty: name at least one schedule.")
 
 
 def make_axes(space: SearchSpace, base: Experiment) -> dict[str, tuple]:
-    """The values to try by the experiment's dotted field, the schedule's kind first; of RATE the two ends of its range."""
+    """The values to try, by dotted field, the schedule's kind first; for RATE, the two ends of its range."""
     axes = {
         "schedule.kind": space.schedules,
         RATE: tuple(base.optim.lr * factor for factor in space.lr_factors),
@@ -63,7 +63,7 @@ def make_axes(space: SearchSpace, base: Experiment) -> dict[str, tuple]:
 
 
 def apply(base: Experiment, values: dict[str, object]) -> Experiment:
-    """The experiment with dotted fields set; raises UserError for a value that the field cannot have."""
+    """The experiment with some dotted fields set; raises UserError for an invalid value."""
     changed = to_json(base)
     for name, value in values.items():
         part, field = name.split(".")
@@ -72,12 +72,12 @@ def apply(base: Experiment, values: dict[str, object]) -> Experiment:
 
 
 def parse_change(text: str) -> dict[str, object]:
-    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError for any other form."""
+    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError for other forms."""
     values = {}
     for part in re.split(r",(?=\s*\w+\.\w+=)", text):
         name, value = (side.strip() for side in part.partition("=")[::2])
         is_change = re.fullmatch(r"\w+\.\w+", name) and value.strip(" ,") == value != ""
-        require(is_change, f"--space.changes {text!r} is not a change: write part.field=value, several with commas.")
+        require(is_change, f"--space.changes {text!r} is not a change: write part.field=value, with commas between several.")
         values[name] = value
         with contextlib.suppress(json.JSONDecodeError):
             values[name] = json.loads(value)
@@ -85,29 +85,29 @@ def parse_change(text: str) -> dict[str, object]:
 
 
 def listed(base: Experiment, changes: tuple[str, ...]) -> list[dict]:
-    """The recipe and each change of it, as points that all name the same fields; the schedule's kind is always one."""
+    """The recipe and each change to it, as points that all have the same fields, including the schedule's kind."""
     parsed = [parse_change(text) for text in changes]
     require(len(parsed) > 0, "--search changes needs --space.changes: name at least one.")
-    # Trials are compared epoch by epoch up to the recipe's last.
+    # Trials are compared epoch by epoch, up to the recipe's last.
     fixed = not any("train.epochs" in values for values in parsed)
-    require(fixed, "--space.changes cannot vary train.epochs: all trials of a sweep are as long as the recipe.")
+    require(fixed, "--space.changes cannot vary train.epochs, since all trials are compared epoch by epoch: leave it out.")
     own = values_of(base, dict.fromkeys(["schedule.kind", *(name for values in parsed for name in values)]))
     points = [own]
     for change, values in zip(changes, parsed, strict=True):
-        require(own | values not in points, f"--space.changes {change!r} is the recipe itself, or is listed twice.")
+        require(own | values not in points, f"--space.changes {change!r} repeats the recipe or another change: leave it out.")
         points.append(own | values)
     return points
 
 
 def describe(own: dict, values: dict) -> str:
-    """What a point changes of the recipe, in the words of --space.changes; `-` for the recipe itself."""
+    """A point's changes to the recipe, in the form of --space.changes; `-` for the recipe itself."""
     changed = {name: value for name, value in values.items() if value != own.get(name)}
     texts = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changed.items())
     return ",".join(texts) or "-"
 
 
 def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
-    """Every combination, `lr_points` base rates in equal ratios, in a seeded order in which the schedules take turns."""
+    """Every combination, with `lr_points` base rates in equal ratios, in a seeded order in which the schedules take turns."""
     low, high = axes[RATE]
     rates = np.geomspace(low, high, lr_points) if lr_points > 1 and low < high else [math.sqrt(low * high)]
     lists = axes | {RATE: [float(f"{rate:.6g}") for rate in rates]}
@@ -118,7 +118,7 @@ def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
 
 
 def draw(axes: dict[str, tuple], number: int, seed: int) -> dict:
-    """The `number`-th random point, the same whenever it is asked for; the schedules take turns, the rest is drawn."""
+    """The `number`-th random point, always the same; the schedules take turns, the rest is drawn."""
     generator = np.random.default_rng([seed, number])
     point = {name: values[generator.integers(len(values))] for name, values in axes.items()}
     low, high = axes[RATE]
@@ -127,8 +127,8 @@ def draw(axes: dict[str, tuple], number: int, seed: int) -> dict:
 
 
 def values_of(base: Experiment, fields: Iterable[str]) -> dict:
-    """The recipe's own values of some fields; raises UserError for a field that no experiment has."""
+    """The recipe's own values of some fields; raises UserError for an unknown field."""
     known = flatten(to_json(base))
     for name in fields:
-        require(name in known, f"The search space names {name}, which no experiment has: see train.py --help.")
+        require(name in known, f"The search space names {name}, which is not a setting: see train.py --help.")
     return {name: known[name] for name in fields}

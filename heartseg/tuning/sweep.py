@@ -1,4 +1,4 @@
-"""A sweep's directory, its only state: trials as runs in `trials/`, how each ended, the table of them all and the winner."""
+"""A sweep's directory, its only state: trials as runs in `trials/`, their outcomes, the table of all trials and the winner."""
 
 import itertools
 import math
@@ -20,36 +20,36 @@ from heartseg.training import run_directory
 from heartseg.tuning.search_space import RATE, SearchSpace, apply, describe, draw, grid, listed, make_axes, values_of
 
 DESCRIPTION, OUTCOME, TRIALS = run_directory.SWEEP, "outcome.json", "trials"
-# How a trial can have ended; one without an outcome is trained, or resumed.
+# The possible outcomes; a trial without one is trained or resumed.
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 METRIC = "val/dice"
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What decides which trials there are and which of them are stopped early."""
+    """The plan of a sweep: which trials it has, and which of them are stopped early."""
 
     space: SearchSpace = field(default_factory=SearchSpace)
     search: Literal["random", "grid", "optuna", "changes"] = "random"
-    """`random` draws, `grid` takes every combination, `optuna` learns from what ended, `changes` (an ablation) takes those of
+    """`random` draws, `grid` tries every combination, `optuna` learns from ended trials, `changes` (an ablation) tries those of
     --space.changes alone; the recipe is always the first trial."""
     search_seed: int = 0
-    """Seed of the draw, and of a grid's order; the trainings have --train.seed."""
+    """Seed of the random draw and of a grid's order; training itself uses --train.seed."""
     stop_early: bool = True
-    """Stop trials early that do worse than others did at the same epoch (ASHA, arXiv 1810.05934)."""
+    """Stop trials that do worse than others at the same epoch (ASHA, arXiv 1810.05934)."""
     grace_epochs: int = 0
-    """Epochs that no trial is stopped before; 0 takes two, or the warm-up and one more: earlier, ranks reflect the warm-up."""
+    """Epochs before any trial is stopped; 0: two, or the warm-up and one more, since ranks before that reflect the warm-up."""
     reduction: float = 3.0
-    """Of the trials that come to a rung, about one in so many continues; each rung is so many times later than the last."""
+    """About one in this many trials continues past a rung; each rung is this many times later than the one before."""
 
     def __post_init__(self):
-        require(self.search_seed >= 0, "--search-seed must be at least 0.")
-        require(self.grace_epochs >= 0, "--grace-epochs must be at least 0.")
-        require(self.reduction > 1, "--reduction must be above 1.")
+        require(self.search_seed >= 0, f"--search-seed must be at least 0, not {self.search_seed}.")
+        require(self.grace_epochs >= 0, f"--grace-epochs must be at least 0, not {self.grace_epochs}.")
+        require(self.reduction > 1, f"--reduction must be above 1, not {self.reduction:g}.")
 
     @property
     def unused(self) -> dict[str, str]:
-        """The fields that have no effect beside the others, and why."""
+        """The fields that have no effect given the others, and why."""
         axes = {one.name for one in fields(SearchSpace)} - {"changes"}
         ignored = {"search_seed", *(f"space.{name}" for name in axes)}
         if self.search != "changes":
@@ -61,7 +61,7 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class Sweep(run_directory.Run):
-    """A sweep's directory and the experiment that its trials vary; its name is their group in the dashboard."""
+    """A sweep's directory and the experiment that its trials vary; its name is their group on the dashboard."""
 
     base: Experiment
 
@@ -73,7 +73,7 @@ class Sweep(run_directory.Run):
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a sweep. `state` is empty while it is to be trained; `values` are those of the fields that the sweep varies."""
+    """A run of a sweep. `state` is empty until it has ended; `values` are those of the fields that the sweep varies."""
 
     run: run_directory.Run
     number: int
@@ -90,9 +90,9 @@ class Trial:
 def open_sweep(
     base: Experiment, shards: Shards, plan: SweepPlan, name: str = "", fresh: bool = False, ingest: str = "auto"
 ) -> Sweep:
-    """Create a sweep, or find the one that the same command created; more trials or other workers are the same sweep.
+    """Create a sweep, or find the one that the same command created, also with more trials or other workers.
 
-    All trials read shards as the sweep began, otherwise by `ingest`. Raises UserError for a directory of another sweep or a
+    All trials read shards as the first command chose, by `ingest`. Raises UserError for a directory of another sweep or a
     run, and for a name that cannot be a folder's.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
@@ -105,26 +105,26 @@ def open_sweep(
         groups = {group: len(patients) for group, patients in shards.groups.items()}
         there |= {"groups": groups, "experiment": to_json(base)}
         filesystem.publish_json(described, there)
-    # Its trials are one group of the dashboard, and lie in its own folder.
+    # Its trials are one group on the dashboard, and are in its own folder.
     tracking = replace(base.tracking, group=base.tracking.group or name, job_type="trial")
     inner = replace(base, runs=filesystem.join(path, TRIALS), tracking=tracking, ingest=there["ingest"])
     return Sweep(path, there, inner)
 
 
 def find_sweep(path: str) -> Sweep:
-    """The sweep in a folder, as it was begun; raises UserError if the folder has none."""
+    """The sweep in a folder, as it was created; raises UserError if there is none."""
     there = filesystem.read_json(filesystem.join(path, DESCRIPTION))
     return Sweep(path, there, replace(from_json(there["experiment"]), runs=filesystem.join(path, TRIALS)))
 
 
 def recipe_values(sweep: Sweep) -> dict:
-    """The recipe's own values of the fields in which trials may differ, the schedule's kind first."""
+    """The recipe's own values of the fields that trials vary, the schedule's kind first."""
     space, base = sweep.plan.space, sweep.base
     return listed(base, space.changes)[0] if sweep.plan.search == "changes" else values_of(base, make_axes(space, base))
 
 
 def candidates(sweep: Sweep) -> Iterator[dict]:
-    """The points to train in their order, the recipe's own first; a random search has no end and may repeat itself."""
+    """The points to train, in order, the recipe's own first; a random search is endless and may repeat points."""
     plan, axes = sweep.plan, make_axes(sweep.plan.space, sweep.base)
     yield recipe_values(sweep)
     if plan.search == "changes":
@@ -136,16 +136,16 @@ def candidates(sweep: Sweep) -> Iterator[dict]:
 
 
 def experiments_to_check(plan: SweepPlan, base: Experiment) -> list[Experiment]:
-    """The recipe, and with each listed change or each value of an axis alone: what all trials are made of. Raises UserError."""
+    """The recipe alone, and with each listed change or axis value, of which all trials are made. Raises UserError."""
     axes = make_axes(plan.space, base)
     for name, values in axes.items():
-        require(name == RATE or len(set(values)) == len(values), f"The search space names a value of {name} twice.")
+        require(name == RATE or len(set(values)) == len(values), f"--space lists a value of {name} twice: leave one out.")
     alone = [{}, *({name: value} for name, values in axes.items() for value in values)]
     return [apply(base, point) for point in (listed(base, plan.space.changes) if plan.search == "changes" else alone)]
 
 
 def add_trial(sweep: Sweep, shards: Shards, number: int, values: dict) -> Trial:
-    """Create a trial to train; its folder is named by its number and its schedule."""
+    """Create a trial to train; its folder is named after its number and schedule."""
     experiment = apply(sweep.base, values)
     name = f"{number:03d}-{experiment.schedule.kind}"
     return Trial(run_directory.open_run(experiment, shards, name), number, values)
@@ -165,7 +165,7 @@ def read_trials(sweep: Sweep) -> list[Trial]:
 
 
 def rungs(sweep: Sweep) -> list[int]:
-    """The epochs at which trials are compared and some are stopped, never the last one; none without early stopping."""
+    """The epochs at which trials are compared and some stopped, never the last epoch; none without early stopping."""
     plan, epochs = sweep.plan, sweep.base.train.epochs
     warmup = max([sweep.base.schedule.warmup_epochs, *plan.space.warmup_epochs])
     found, rung = set(), float(plan.grace_epochs or max(2, math.ceil(warmup) + 1))
@@ -176,35 +176,35 @@ def rungs(sweep: Sweep) -> list[int]:
 
 
 def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
-    """Stop a run's trial if `epoch` is a rung at which too many others' records were better (ASHA, arXiv 1810.05934)."""
+    """Stop a run's trial if `epoch` is a rung at which too many other trials were better (ASHA, arXiv 1810.05934)."""
     if epoch not in rungs(sweep):
         return False
     scores = {t.run.path: {row["epoch"]: row.get(METRIC, np.nan) for row in t.record} for t in read_trials(sweep)}
     own, reduction = scores.pop(path), sweep.plan.reduction
     others = [reached[epoch] for reached in scores.values() if not np.isnan(reached.get(epoch, np.nan))]
-    # A trial that is faster than Tune may have finished already.
+    # A trial faster than Tune may have finished already.
     if not others or len(own) >= sweep.base.train.epochs or not own.get(epoch, np.nan) < np.quantile(others, 1 - 1 / reduction):
         return False
-    reason = f"not among the best 1 in {reduction:g} of the trials that reached it before"
+    reason = f"not among the best 1 in {reduction:g} of the trials that had reached it"
     end_trial(path, STOPPED, f"{METRIC} {own[epoch]:.4f} at epoch {epoch}, {reason}")
     return True
 
 
 def end_trial(path: str, state: str, reason: str = "") -> None:
-    """Record how a trial has ended: finished, stopped early, or failed for a reason; the first outcome stays."""
+    """Record a trial's outcome: finished, stopped early, or failed, with a reason; the first outcome is final."""
     if not filesystem.exists(filesystem.join(path, OUTCOME)):
         filesystem.publish_json(filesystem.join(path, OUTCOME), {"state": state, "reason": reason})
 
 
 def forget_failures(sweep: Sweep) -> None:
-    """Mark failed trials as unfinished, so that they resume."""
+    """Mark failed trials as unfinished, to resume them."""
     for trial in read_trials(sweep):
         if trial.state == FAILED:
             filesystem.remove(filesystem.join(trial.run.path, OUTCOME))
 
 
 def tabulate(sweep: Sweep) -> pandas.DataFrame:
-    """A row a trial, finished ones and the best first: what it varied, how it ended, epochs, seconds, validation Dice."""
+    """One row per trial, finished and best ones first: varied settings, outcome, epochs, seconds, validation Dice."""
     rows, own, best = [], recipe_values(sweep), f"best {METRIC}"
     for trial in read_trials(sweep):
         record = pandas.DataFrame(trial.record, columns=["epoch", METRIC, "seconds"], dtype=float)
@@ -223,13 +223,13 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
 
 
 def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
-    """Epochs trained, and epochs that the same trials would have taken without early stopping; failed ones left out."""
+    """Epochs trained, and epochs that the same trials would have taken without early stopping, excluding failed ones."""
     counted = table.loc[table["state"].isin((FINISHED, STOPPED)), "epochs"]
     return int(counted.sum()), len(counted) * sweep.base.train.epochs
 
 
 def why_no_winner(table: pandas.DataFrame) -> str:
-    """Why no trial can be chosen; empty if one can: the first row."""
+    """Why no trial can be chosen; empty if the first row can."""
     highest = table.loc[table["state"] == FINISHED, f"best {METRIC}"].max()
     if pandas.isna(highest):
         return "No trial has finished."
@@ -239,10 +239,10 @@ def why_no_winner(table: pandas.DataFrame) -> str:
 
 
 def write_results(sweep: Sweep) -> tuple[pandas.DataFrame, Experiment | None]:
-    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner, None if no trial has learned.
+    """Write `sweep.parquet`, `sweep.csv` and `best.json`; returns the table and the winner (None if no trial has learned).
 
-    The winner is the best finished trial as a complete experiment that jobs/train.py reproduces. It was chosen on `val/dice`
-    of patients held out of the training group, and on no reported group.
+    The winner is the best finished trial as a complete experiment for jobs/train.py. It was chosen on `val/dice`
+    of patients held out from the training group, never on a reported group.
     """
     table = tabulate(sweep)
     filesystem.publish(filesystem.join(sweep.path, "sweep.csv"), table.to_csv(index=False).encode())

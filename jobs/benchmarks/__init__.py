@@ -1,1 +1,1 @@
-"""One module a table: `run(Options(…))` measures and prints it. What is compared is measured in the same run."""
+"""One module per table: `run(Options(…))` measures and prints it. Both sides are measured in the same run."""

@@ -1,6 +1,6 @@
-"""From NIfTI files to shards, in a table of two sides: `python jobs/benchmark.py data --source CAMUS`.
+"""Benchmark of NIfTI files to shards: `python jobs/benchmark.py data --source CAMUS`.
 
-The baseline is nibabel's get_fdata, scikit-image's resize and np.save. Sides are compared on one thread, mostly by CPU time.
+The baseline is nibabel's get_fdata, scikit-image's resize and np.save. Both sides use one thread, mostly compared by CPU time.
 """
 
 import os
@@ -17,7 +17,7 @@ from heartseg.shards import writer
 from jobs.benchmarks.two_sides import Row, Table, in_turn
 
 GRID = seed().image  # 256 x 256
-# Patients of the phantom whose stills are float32, as the release's are: 389 x 549 pixels and more.
+# Phantom patients whose stills are float32, like the release's: 389 x 549 pixels and more.
 FLOAT_PATIENTS = (1, 4, 5, 8, 9, 12, 13, 16)
 
 
@@ -26,13 +26,13 @@ class Options:
     source: str = ""
     """Folder of the CAMUS release, or of a phantom."""
     patients: int = 48
-    """Patients of the source; eight synthetic ones of the release's size are taken as well."""
+    """Patients of the source; eight synthetic ones of the release's size are added."""
     repeats: int = 3
-    """Times that each side does the same; the median counts."""
+    """Repetitions of each side; the median counts."""
 
 
 def run(options: Options) -> Table:
-    """Images per second of one core, ours and the baseline's; prints the table."""
+    """Measure images per second on one core, ours and the baseline's, and print the table."""
     require(bool(options.source), "--source is missing: give the folder of the CAMUS release.")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def run(options: Options) -> Table:
 
 
 def baseline(source: str, patients: list[str], out: str) -> None:
-    """One file after the other with standard tools."""
+    """Convert one file after another with standard tools."""
     import nibabel
     from skimage.transform import resize
 
@@ -67,6 +67,6 @@ def baseline(source: str, patients: list[str], out: str) -> None:
 
 
 def ours(source: str, patients: list[str], out: str) -> None:
-    """Shards with native masks, checked labels and hashes."""
+    """Write shards with native masks, checked labels and hashes."""
     for part in writer.part_names(patients):
         writer.write_part(camus.CamusTree(source), out, *part, GRID)

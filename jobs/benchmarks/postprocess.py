@@ -1,4 +1,4 @@
-"""What test-time augmentation, largest pieces and closed holes do to a model's scores, and what its confidence shows."""
+"""Effect of test-time augmentation, largest pieces and closed holes on a model's scores, and the value of its confidence."""
 
 import time
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Measure the members alone, every variant, and the confidence on the images and on worse copies; print both tables."""
+    """Measure each member, every variant, and the confidence on the images and on degraded copies; print both tables."""
     require(bool(options.checkpoint), "--checkpoint is missing: give the folder of a run.")
     segmenter = load_all(options.checkpoint.split(","))
     shards = open_shards(options.data or segmenter.experiment.data)
@@ -71,7 +71,7 @@ def run(options: Options) -> None:
 def measure(
     segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig = VARIANTS[OWN]
 ) -> tuple[DataFrame, float]:
-    """The rows of all images by `score_image`, and the seconds of all masks, without scoring."""
+    """The rows of all images by `score_image`, and the seconds that the masks took, without scoring."""
     started = time.perf_counter()
     found = segment_cases(segmenter, cases, options)
     seconds = time.perf_counter() - started
@@ -79,7 +79,7 @@ def measure(
 
 
 def score_row(name: str, images: DataFrame, seconds: float, before: np.ndarray) -> tuple[str | float, ...]:
-    """A row of the table of scores, its change from the Dice `before` per image."""
+    """A row of the table of scores, with its change from each image's Dice `before`."""
     change = (images["dice"] - before).to_numpy()
     interval = "{:+.4f} to {:+.4f}".format(*bootstrap_interval(change, images["patient"].to_numpy()))
     implausible = f"{(images['implausible'] != '').mean():.1%}"
@@ -87,7 +87,7 @@ def score_row(name: str, images: DataFrame, seconds: float, before: np.ndarray) 
 
 
 def confidence_row(name: str, images: DataFrame) -> tuple[str | float, ...]:
-    """How well an image's confidence ranks its Dice; the interval resamples whole patients."""
+    """A row on how well confidence ranks images by Dice; the interval resamples whole patients."""
     dice, sure, generator = images["dice"].to_numpy(), images["confidence"].to_numpy(), np.random.default_rng(0)
     rows = list(images.groupby("patient").indices.values())
     draws = [np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))]) for _ in range(300)]

@@ -1,4 +1,4 @@
-"""Files to masks against the forward passes alone: what reading, resampling and writing cost beside the model."""
+"""Files to masks against the forward passes alone: the cost of reading, resampling and writing beside the model."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -23,15 +23,15 @@ from jobs.benchmarks.two_sides import CPU, Row, Table, in_turn
 @dataclass(frozen=True)
 class Options:
     source: str = ""
-    """A CAMUS tree, of which the first images count; synthetic ones of the release's size if not given."""
+    """A CAMUS tree whose first images are used; synthetic ones of the release's size if not given."""
     images: int = 200
     """Number of images."""
     side: int = 256
     """Rows and columns of the grid of the model, a MobileNetV3 with random weights."""
     batch_size: int = 8
-    """Frames that the model sees at once, in both."""
+    """Frames in a batch, on both sides."""
     repeats: int = 3
-    """Times that each side does the same, in turn; the median counts."""
+    """Repetitions of each side, in turn; the median counts."""
 
 
 def run(options: Options) -> Table:
@@ -48,7 +48,7 @@ def run(options: Options) -> Table:
         images = torch.zeros((len(clips), 1, options.side, options.side), dtype=torch.uint8).split(options.batch_size)
 
         def files_to_masks() -> None:
-            """What jobs/predict.py does with its clips; overlays and the EF table come after it."""
+            """Segment clips as jobs/predict.py does, without overlays and the EF table."""
             read, finish = lambda clip, _: readers.read(clip.path, clip.kind), partial(study_results.finish, folder)
             for _, result in outline(segmenter, clips, read, finish, options.batch_size):
                 if isinstance(result, DamagedRecording):

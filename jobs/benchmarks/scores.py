@@ -1,4 +1,4 @@
-"""Surface distances against MONAI's metrics, and volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
+"""Surface distances against MONAI's, and volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
 
 import warnings
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from heartseg.metrics.cardiac_indices import patient_indices
 from heartseg.metrics.segmentation import surface_distances
 from jobs.benchmarks.two_sides import Row, Table, in_turn
 
-# How the truth is bent into a prediction: displacements of this size in pixels, alike over this many pixels.
+# Distortion of the truth into a prediction: displacements of this many pixels, smooth over this many pixels.
 BEND_PIXELS, BEND_LENGTH_PIXELS = 2.0, 12.0
 
 
@@ -25,17 +25,18 @@ class Options:
     source: str = ""
     """Folder of the CAMUS release, or of a phantom."""
     images: int = 20
-    """Masks to measure on, all of as many patients as they need."""
+    """Masks to measure, all masks of as many patients as needed."""
     repeats: int = 5
-    """Times that each side measures all images; the median counts."""
+    """Repetitions of each side over all images; the median counts."""
     seed: int = 0
-    """Of the draw of patients, and of the bending that makes a prediction of a truth."""
+    """Seed for drawing patients and for distorting truths into predictions."""
 
 
 def run(options: Options) -> tuple[Table, float]:
-    """Measure both sides and print the table; returns it, and the largest difference of two distances in mm."""
+    """Measure both sides and print the table; returns it, and the largest difference between two distances in mm."""
     require(bool(options.source), "--source is missing: give the folder of the CAMUS release.")
-    require(min(options.images, options.repeats) >= 1, "--images and --repeats must be at least 1.")
+    fit = min(options.images, options.repeats) >= 1
+    require(fit, f"--images ({options.images}) and --repeats ({options.repeats}) must be at least 1.")
     torch.set_num_threads(1)
     name, monai_distances = monai_side()
     patients = np.random.default_rng(options.seed).permutation(camus.find_patients(options.source))
@@ -52,10 +53,10 @@ def run(options: Options) -> tuple[Table, float]:
     for case in cases:
         hearts.setdefault(case.patient, {})[case.view, case.phase] = case.truth, case.spacing_mm
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI's own deprecations, and structures that an image does not have
+        warnings.simplefilter("ignore")  # MONAI's deprecations, and structures missing from an image
         differences = np.abs(np.subtract(*(side() for side in sides.values())))
         theirs, ours = (1000 * cost.wall_s / len(pairs) for cost in in_turn(sides, options.repeats))
-    # Of values that both have: for a structure in one of two masks, MONAI has infinity and we the diagonal.
+    # Only values that both have: for a structure in only one mask, MONAI has infinity and we have the diagonal.
     difference = float(differences[np.isfinite(differences)].max(initial=0.0))
     (cost,) = in_turn({"": lambda: [*map(patient_indices, hearts.values())]}, options.repeats)
     note = f"{theirs / ours:.1f} times as fast, largest difference {difference:.1e} mm"
@@ -67,19 +68,19 @@ def run(options: Options) -> tuple[Table, float]:
 
 
 def bend(mask: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The mask distorted by smooth random displacements: contours off by what a fair segmentation's are."""
+    """The mask distorted by smooth random displacements, with contours about as wrong as a fair segmentation's."""
     noise = [gaussian_filter(generator.standard_normal(mask.shape), BEND_LENGTH_PIXELS) for _ in range(2)]
     moved = np.indices(mask.shape) + [BEND_PIXELS * one / one.std() for one in noise]
     return map_coordinates(mask, moved, order=0, mode="nearest")
 
 
 def monai_side() -> tuple[str, Callable]:
-    """MONAI's name with its version, and HausdorffDistanceMetric at 100 and 95 and SurfaceDistanceMetric as one function."""
+    """MONAI's name and version, and its HausdorffDistanceMetric (100 and 95) and SurfaceDistanceMetric as one function."""
     try:
         import monai
         from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
     except ImportError as error:
-        raise UserError("MONAI, which this table compares with, is not installed: pip install 'heartseg[dev]'.") from error
+        raise UserError("MONAI is not installed, which this table compares with: run `pip install 'heartseg[dev]'`.") from error
     metrics = [HausdorffDistanceMetric(include_background=False, percentile=percentile) for percentile in (100, 95)]
     metrics.append(SurfaceDistanceMetric(include_background=False, symmetric=True))
 
@@ -91,6 +92,6 @@ def monai_side() -> tuple[str, Callable]:
 
 
 def one_hot(labels: np.ndarray) -> torch.Tensor:
-    """Background and every structure, float32 [1,5,H,W], as MONAI takes them; endo and myo are in epi too."""
+    """Background and every structure, float32 [1,5,H,W], as MONAI expects; endo and myo are also in epi."""
     masks = [np.isin(labels, chosen) for chosen in ((BACKGROUND,), *STRUCTURE_LABELS.values())]
     return torch.from_numpy(np.stack(masks)[None]).float()

@@ -1,8 +1,8 @@
-"""Training speed in tables of two sides: `python jobs/benchmark.py train`, or some sections, `--sections plain,metrics`.
+"""Benchmarks of training speed: `python jobs/benchmark.py train`, or some sections, `--sections plain,metrics`.
 
-A section is a function of the bench that returns its table. The baseline trains as public repositories on CAMUS do: it reads a
-NIfTI pair with nibabel and resizes it each time an image is needed, computes in float32 in the ordinary memory layout, and
-fetches the loss and a Dice made in Python at every step.
+A section is a function of the bench that returns a table. The baseline trains like public repositories for CAMUS: it reads a
+NIfTI pair with nibabel and resizes it whenever an image is needed, computes in float32 in the default memory layout, and
+fetches the loss and a Dice computed in Python at every step.
 """
 
 import os
@@ -55,53 +55,53 @@ SEED_EPOCHS, SEED_TRAINING, SEED_TEST = 170, 1600, 400
 @dataclass(frozen=True)
 class Options:
     sections: str = "all"
-    """What to measure, with commas between: plain, convolutions, metrics, peak, ray."""
+    """Sections to measure, separated by commas: plain, convolutions, metrics, peak, ray."""
     source: str = ""
     """Folder of the CAMUS release; synthetic patients if not given."""
     backbone: Backbone = "resnet101"
-    """Network of the steps that are timed."""
+    """Network for the timed steps."""
     size: int = 256
     """Height and width of their images."""
     batch: int = 12
     """Images in a batch."""
     steps: int = 2
-    """Steps that are timed, after one that is not; the median counts."""
+    """Timed steps, after an untimed one; the median counts."""
     pairs: int = 5
-    """Section ray: pairs of runs, one under Ray and one without, in turn; the median of their ratios counts."""
+    """Section ray: pairs of runs, with and without Ray in turn; the median of their ratios counts."""
     ray_size: int = 128
-    """Section ray: height and width of the images, for MobileNetV3, so that it takes minutes on CPUs."""
+    """Section ray: height and width of the images for MobileNetV3, small enough to take minutes on CPUs."""
     ray_patients: int = 40
-    """Section ray: synthetic patients whose images make an epoch; 500 make epochs of half a minute or more on 2 cores."""
+    """Section ray: synthetic patients in an epoch; with 500, epochs take half a minute or more on 2 cores."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A run of the benchmark: its settings, a folder for its data, and the device."""
+    """A benchmark's settings, a folder for its data, and the device."""
 
     options: Options
     folder: str
     device: torch.device
 
     def experiment(self, backbone: Backbone | None = None, size: int | None = None, **train) -> Experiment:
-        """The seed recipe without dropout, which would draw differently on two sides; by default of the settings' size."""
+        """The seed recipe without dropout, which would draw differently on the two sides; by default at the settings' size."""
         recipe, side = seed(), size or self.options.size
         model = replace(recipe.model, backbone=backbone or self.options.backbone, dropout=0.0)
         train = replace(recipe.train, **{"batch_size": self.options.batch} | train)
         return replace(recipe, image=ImageConfig(side, side), model=model, train=train, tracking=TrackingConfig(wandb="off"))
 
     def model(self, experiment: Experiment, own_convolutions: bool = True) -> torch.nn.Module:
-        """The experiment's network with its first weights, on the device."""
+        """The experiment's network with its initial weights, on the device."""
         torch.manual_seed(experiment.train.seed)
         return build_model(experiment.model, own_convolutions).to(self.device)
 
     def random_batch(self, experiment: Experiment, size: int) -> Batch:
-        """Images and masks of noise on the device, for figures that do not depend on pixels."""
+        """Images and masks of noise on the device, for measurements that do not depend on pixels."""
         grid = (experiment.image.height, experiment.image.width)
         images = torch.rand(size, 1, *grid, device=self.device)
         return images, torch.randint(4, (size, *grid), device=self.device, dtype=torch.uint8)
 
     def our_steps(self, experiment: Experiment, batches: Iterable[Batch], own_convolutions: bool = True) -> Losses:
-        """Take one training step at each call, scores included; yields its loss, on the device."""
+        """Take one training step per iteration, with scores; yields its loss, on the device."""
         model, ranks, sums = self.model(experiment, own_convolutions), Ranks(0, 1, self.device), ScoreSums(self.device)
         state = engine.start(experiment, model, ranks, lambda model: model)
         state.wrapped.train()
@@ -111,7 +111,7 @@ class Bench:
             yield loss
 
     def baseline_steps(self, experiment: Experiment, stills: "Stills") -> Losses:
-        """Take one training step of the baseline at each call; yields its loss."""
+        """Take one training step of the baseline per iteration; yields its loss."""
         model = self.model(experiment, own_convolutions=False).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=experiment.optim.lr, momentum=experiment.optim.momentum)
         for epoch in count():
@@ -133,7 +133,7 @@ class Bench:
         return in_turn({place: partial(next, side) for place, side in enumerate(sides)}, self.options.steps, self.device)
 
     def both_sides(self, experiment: Experiment) -> tuple[Losses, Losses]:
-        """The steps of the baseline and ours, from the same weights over the same images."""
+        """The baseline's steps and ours, from the same weights over the same images."""
         source, train = self.options.source or os.path.join(self.folder, "source"), experiment.train
         if not self.options.source:
             phantom.write_phantom(source, 8)  # enough for two batches of the seed's 12 in the training group
@@ -145,12 +145,13 @@ class Bench:
 
 
 def run(options: Options) -> list[Table]:
-    """Measure the sections one after the other, but for those that lack a package, and print each table when it is done."""
-    fit = min(options.batch - 1, options.steps, options.pairs) >= 1
-    require(fit, "--steps and --pairs must be at least 1, --batch at least 2.")
+    """Measure one section after another, except those that lack a package, and print each table when it is done."""
+    steps, pairs, batch = options.steps, options.pairs, options.batch
+    message = f"--steps ({steps}) and --pairs ({pairs}) must be at least 1, and --batch ({batch}) at least 2."
+    require(min(steps, pairs, batch - 1) >= 1, message)
     names, tables = list(SECTIONS) if options.sections == "all" else options.sections.split(","), []
     for name in names:
-        require(name in SECTIONS, f"{name!r} is not a section: use some of {', '.join(SECTIONS)}.")
+        require(name in SECTIONS, f"{name!r} is not a section: choose from {', '.join(SECTIONS)}.")
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -169,7 +170,7 @@ def about(experiment: Experiment) -> str:
 
 
 def measure_plain(bench: Bench) -> Table:
-    """Images per second and memory of the baseline and of our steps, in turn, and the losses of the same steps."""
+    """Images per second and memory of the baseline's steps and ours, in turn, and the losses of the same steps."""
     experiment, batch, losses = bench.experiment(), bench.options.batch, ([], [])
 
     def recorded(steps: Iterator[torch.Tensor], kept: list[torch.Tensor]) -> Iterator[None]:
@@ -201,7 +202,7 @@ def measure_convolutions(bench: Bench) -> Table:
 
 
 def measure_metrics(bench: Bench) -> Table:
-    """What the scores of an evaluation cost beside its forward passes."""
+    """The cost of an evaluation's scores beside its forward passes."""
     rows = []
     for experiment in (bench.experiment(batch_size=4), bench.experiment(SMALL, 128, batch_size=32)):
         forward, masks = forward_pass(bench, experiment)
@@ -213,14 +214,14 @@ def measure_metrics(bench: Bench) -> Table:
 
 
 def forward_pass(bench: Bench, experiment: Experiment) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    """A function that computes the logits of a batch of noise as an evaluation does, and the masks of the batch."""
+    """A function that computes the logits of a batch of noise like an evaluation, and the batch's masks."""
     model = bench.model(experiment).to(memory_format=torch.channels_last).eval()
     images, masks = bench.random_batch(experiment, experiment.train.batch_size)
     return torch.inference_mode()(partial(deeplabv3.forward, experiment.train, model, images)), masks
 
 
 def score_batches(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, float]:
-    """What an evaluation does with the logits of some batches except the loss."""
+    """Score the logits of some batches like an evaluation, without the loss."""
     sums = ScoreSums(logits.device)
     for _ in range(BATCHES_SCORED):
         sums.add(logits.new_zeros(()), predicted_labels(logits), masks)
@@ -228,7 +229,7 @@ def score_batches(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, float]
 
 
 def measure_peak(bench: Bench) -> Table:
-    """Our training steps, by batch on a GPU, beside matrix products of as many operations; evaluation; the seed in hours."""
+    """Our training steps (by batch on a GPU) beside matrix products of as many operations; evaluation; hours of the seed."""
     on_gpu, experiment, peaks, rates = bench.device.type == "cuda", bench.experiment(), matrix_rates(bench), {}
     flop, steps = flop_per_image(bench, experiment), 20 if on_gpu else bench.options.steps
     rows = [Row(f"matrix product, {name}", rate / 1e9, "GFLOP/s") for name, rate in peaks.items()]
@@ -265,7 +266,7 @@ def matrix_rates(bench: Bench) -> dict[str, float]:
 
 
 def flop_per_image(bench: Bench, experiment: Experiment) -> float:
-    """Floating-point operations of one image's forward and backward pass on the device, counted without computing them."""
+    """Floating-point operations of one image's forward and backward pass, counted without computing them."""
     with FakeTensorMode(), bench.device:
         model = build_model(experiment.model).train()
         images = torch.empty(2, 1, experiment.image.height, experiment.image.width)
@@ -275,7 +276,7 @@ def flop_per_image(bench: Bench, experiment: Experiment) -> float:
 
 
 def measure_ray(bench: Bench) -> Table:
-    """An epoch under Ray and in a plain process, whole runs of jobs/train.py in turn; and the time to their first step."""
+    """An epoch under Ray and in a plain process, from whole runs of jobs/train.py in turn, and the time to the first step."""
     import ray  # noqa: F401  (a machine without Ray leaves this section out)
 
     experiment, pairs = bench.experiment(SMALL, bench.options.ray_size, epochs=2), bench.options.pairs
@@ -297,7 +298,7 @@ def measure_ray(bench: Bench) -> Table:
 
 
 def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float, float]:
-    """Seconds from the command of a run of two epochs to its first step, and of its second epoch, Ray's report included."""
+    """Seconds from the start of a two-epoch run to its first step, and of its second epoch, including Ray's report."""
     runs, config = (os.path.join(folder, name) for name in ("runs", "experiment.json"))
     filesystem.publish_json(config, to_json(experiment))
     job = Path(__file__).resolve().parents[1] / "train.py"
@@ -317,13 +318,13 @@ def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float,
 
 
 def write_shards(experiment: Experiment, source: str, out: str) -> FrameRows:
-    """Write the shards of a source on an experiment's grid; returns its training group."""
+    """Write a source's shards on an experiment's grid; returns the training group."""
     shards = preprocessing.write_shards(open_source(source), out, experiment.image, experiment.split)
     return load_groups(shards, ["train"])["train"]
 
 
 class Stills(Dataset):
-    """The images of a group, in the order of its shards' rows, each read from its NIfTI files when it is needed."""
+    """A group's images in the order of its rows, each read from its NIfTI files when needed."""
 
     def __init__(self, source: str, frames: FrameRows, size: int):
         stills = frames.table.select(["patient", "view", "phase"]).to_pylist()
@@ -342,7 +343,7 @@ class Stills(Dataset):
 
 
 def dice_in_python(logits: torch.Tensor, masks: torch.Tensor) -> float:
-    """The mean Dice over structures and images, one after the other."""
+    """The mean Dice over structures and images, computed one by one."""
     found = []
     for prediction, mask in zip(logits.argmax(dim=1).cpu().numpy(), masks.cpu().numpy(), strict=True):
         for label in range(1, len(STRUCTURES) + 1):

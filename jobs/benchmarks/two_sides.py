@@ -1,4 +1,4 @@
-"""Two sides of one task, measured in turn in one run, and the table that shows them beside each other."""
+"""Measures two sides of a task in turn in one run, and prints them side by side in a table."""
 
 import contextlib
 import datetime
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Cost(NamedTuple):
-    """Seconds of the clock, seconds of this process's cores, and the peak memory meanwhile."""
+    """Wall-clock seconds, CPU seconds of this process, and peak memory."""
 
     wall_s: float
     cpu_s: float
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A figure of our side, and of the baseline's if there is one."""
+    """A measurement of our side, and of the baseline, if any."""
 
     name: str
     value: float
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Figures of two sides, which `sides` names: the baseline, then ours."""
+    """Measurements of two sides, named by `sides`: the baseline, then ours."""
 
     title: str
     sides: tuple[str, str]
@@ -49,7 +49,7 @@ class Table(NamedTuple):
 
 
 def print_table(title: str, heading: Sequence[str], rows: Iterable[Sequence], device: torch.device = CPU) -> None:
-    """Print a table below the date, the processor or GPU, the threads of the arithmetic and the version of torch."""
+    """Print a table below the date, the processor or GPU, the number of threads and the version of torch."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else found[1] if found else platform.machine()
     table = text_tables.table_text((title, tuple(heading), [tuple(map(shown, row)) for row in rows]))
@@ -58,15 +58,15 @@ def print_table(title: str, heading: Sequence[str], rows: Iterable[Sequence], de
 
 
 def shown(value: str | float | None) -> str:
-    """A cell: four digits of a number, which is as much as a measurement can resolve; nothing for None."""
+    """A cell: four digits of a number, as many as a measurement can resolve; empty for None."""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "" if value is None else str(value)
 
 
 def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> list[Cost]:
-    """The median costs of each side over some repeats, after one that is not counted."""
-    # The sides take turns, each time in the reverse order, so that whatever else slows the machine slows all of them.
+    """The median costs of each side over some repetitions, after an uncounted one."""
+    # The sides take turns, in alternating order, so that other load on the machine slows them equally.
     costs: dict[Any, list[Cost]] = {name: [] for name in sides}
     for turn in range(1 + repeats):
         for name in sides if turn % 2 else reversed(sides):
@@ -75,7 +75,7 @@ def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.
 
 
 def cost_of(action: Callable[[], Any], device: torch.device = CPU) -> Cost:
-    """What an action takes, the device's work included; if Linux does not reset the peak, it is the whole process's."""
+    """The cost of an action, including the device's work; the peak is the whole process's if Linux cannot reset it."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -93,5 +93,5 @@ def peak_memory_gb(device: torch.device = CPU) -> float:
     """The peak memory of the GPU, or the peak resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    # getrusage would also count the process that started this one.
+    # getrusage would also count the parent process.
     return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9

@@ -1,1 +1,1 @@
-"""What the jobs share: command lines, Ray, stages of the pipeline. Open command_line.py first."""
+"""Code that the jobs share: command lines, Ray, stages of the pipeline. Start with command_line.py."""

@@ -1,4 +1,4 @@
-"""What every job shares: its command line, one-line error messages, exit codes and SIGTERM."""
+"""Shared by all jobs: command lines, one-line error messages, exit codes and SIGTERM."""
 
 import contextlib
 import importlib
@@ -35,13 +35,13 @@ RECIPE = Annotated[
 ]
 # Set in every submitted job: the configuration that Ray passes to its driver.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# Names of environment variables whose values no one else should see.
+# Names of environment variables whose values must stay secret.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-# Variables of ours, Ray, W&B, S3 and torchrun that mean the same empty as unset, which not every reader knows.
+# Variables of ours, Ray, W&B, S3 and torchrun that should count as unset if empty, which some readers ignore.
 MEANINGLESS_IF_EMPTY = ("HEARTSEG_", "RAY_", "WANDB_", "AWS_", "TMPDIR", "WORLD_SIZE", "RANK", "LOCAL_")
 # A UNIX socket's path has at most 107 bytes, of which Ray's own folders below TMPDIR take 68.
 LONGEST_TMPDIR = 39
-# What tyro reports of a command line, and how we put it.
+# tyro's messages about a command line, and ours.
 MISTAKES = (
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (\S+).*", r"\1 must be a whole number, not \2."),
     (r"Error parsing (\S+): could not convert string to float: (\S+).*", r"\1 must be a number, not \2."),
@@ -58,9 +58,9 @@ EXIT_STORAGE_ERROR = 75
 
 
 def main(job: Callable[[Sequence[str]], None]) -> None:
-    """Run a job; a user's mistake or a refused write becomes a one-line message and exit code 2, an outage one and 75."""
+    """Run a job; a user's mistake or a refused write becomes a one-line message and exit code 2, an outage exit code 75."""
     if job.__module__ == "__main__":
-        # What Ray sends to workers must be importable there: it would pickle the classes of a script by value.
+        # Objects sent to workers must be importable there: Ray would pickle the classes of a script by value.
         job = importlib.import_module(f"jobs.{Path(job.__code__.co_filename).stem}").job
     configure_logging()
     install_sigterm_handler()
@@ -74,7 +74,7 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
     except StorageError as error:
         exit_with_message(str(error), EXIT_STORAGE_ERROR)
     except KeyboardInterrupt:
-        # Ray may raise a KeyboardInterrupt of its own instead of ours; our handler has left SIG_IGN behind.
+        # Ray may raise its own KeyboardInterrupt instead of ours; our handler leaves SIG_IGN behind.
         terminated = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         exit_with_message("stopped; rerun the same command to resume.", 143 if terminated else 130)
 
@@ -96,32 +96,32 @@ def first_line(error: BaseException) -> str:
 
 
 def install_sigterm_handler() -> None:
-    """Make SIGTERM an exception in the main thread, so that a job ends in order."""
+    """Turn SIGTERM into an exception in the main thread, so that a job ends cleanly."""
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
-        raise KeyboardInterrupt  # nothing else ends a wait of Ray's
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the exit
+        raise KeyboardInterrupt  # only this interrupts a wait in Ray
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
 
 
 def warn_about_secrets() -> None:
-    """Warn of secrets in a submitted job's runtime_env: Ray shows it to everyone who sees the dashboard."""
+    """Warn of secrets in a submitted job's runtime_env, which Ray shows to everyone who can see the dashboard."""
     given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
     fix = "set it where the cluster starts instead (cluster/README.md, Secrets), and change it if others could see it."
     for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
-        log.warning("%s stands in this job's runtime_env, which Ray's dashboard shows: %s", name, fix)
+        log.warning("%s is in this job's runtime_env, which Ray's dashboard shows: %s", name, fix)
 
 
 def prepare_environment() -> None:
-    """Remove what Ray and W&B cannot use: empty variables, line ends, a TMPDIR too long for sockets, a proxy to loopback."""
+    """Remove settings that Ray and W&B cannot use: empty variables, trailing newlines, a long TMPDIR, a proxy to loopback."""
     for name in [name for name in os.environ if name.startswith(MEANINGLESS_IF_EMPTY)]:
-        if value := os.environ.pop(name).strip():  # a secret that is mounted as a file ends with a line end
+        if value := os.environ.pop(name).strip():  # a secret mounted as a file ends with a newline
             os.environ[name] = value
     for name in ("TMPDIR", "RAY_TMPDIR"):
         if len(os.fsencode(os.environ.get(name, ""))) > LONGEST_TMPDIR:
-            print(f"{name}={os.environ[name]} is too long for sockets below it: using /tmp.", file=sys.stderr)
+            print(f"{name}={os.environ[name]} is too long a path for sockets: using /tmp instead.", file=sys.stderr)
             os.environ[name], tempfile.tempdir = "/tmp", None
     os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "1")  # "(RayTrainWorker pid=123)"; Ray reads it at its import
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -130,7 +130,7 @@ def prepare_environment() -> None:
 
 
 def configure_logging() -> None:
-    """Print the log lines of heartseg, here and in Ray's workers; what a terminal cannot show becomes a question mark."""
+    """Print heartseg's log lines, here and in Ray's workers; characters that a terminal cannot show become question marks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -139,22 +139,22 @@ def configure_logging() -> None:
 
 
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
-    """A recipe (`seed` if none is named) or `--config FILE`, and changes to it: the experiment and the job's options.
+    """Parse a recipe (default `seed`) or `--config FILE`, and changes to it; returns the experiment and the job's options.
 
-    The class of `options` has an `unused`: the experiment's fields that have no effect in the job, and why; and a `trained` if
-    the job changes the experiment: all that come of it.
+    The class of `options` has `unused`: the experiment's fields that have no effect in the job, and why; and `trained`, if
+    the job changes the experiment: all resulting experiments.
     """
     words, config = _split_words(argv)
     fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
     kind = make_dataclass("Command", fields, frozen=True)
-    # The first word that names a recipe is almost always the recipe, and not the value of a flag.
+    # The first word that names a recipe is almost always the recipe, not the value of a flag.
     likely = next((word for word in words if word in RECIPES), "seed")
     base = read_config(config) if config else RECIPES[likely]()
     parse_changes = partial(parse_line, kind, words, f"python jobs/{prog}", description)
     command = parse_changes(default=kind("", base, options))
     recipe = command.recipe or "seed"
     if config:
-        require(not command.recipe, f"{command.recipe} and --config exclude each other: leave one of them out.")
+        require(not command.recipe, f"{command.recipe} and --config cannot be combined: leave one of them out.")
     elif recipe != likely:
         require(recipe in RECIPES, f"{recipe!r} is not a recipe: use one of {', '.join(RECIPES)}, or --config FILE.")
         base = RECIPES[recipe]()
@@ -166,7 +166,7 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tup
 
 
 def refuse_unused(base: object, changed: object, unused: Mapping[str, str]) -> None:
-    """Raise UserError for a changed field of a dataclass that has no effect; `unused` holds the reason by a field's name."""
+    """Raise UserError for a changed field that has no effect; `unused` holds the reasons by field name."""
     before, after = flatten(to_json(base)), flatten(to_json(changed))
     for field, value in after.items():
         reason = unused.get(field) or unused.get(field.partition(".")[0])
@@ -175,7 +175,7 @@ def refuse_unused(base: object, changed: object, unused: Mapping[str, str]) -> N
 
 
 def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
-    """The words without `--config FILE`, and that file; `--workers 1:4` and `optim.lr=0.001` are spelled out as flags."""
+    """The words without `--config FILE`, and that file; `--workers 1:4` and `optim.lr=0.001` are expanded to flags."""
     parts = [word.split("=", 1) if word.startswith(("--config=", "--workers=")) else [word] for word in argv]
     words, config = list(itertools.chain(*parts)), ""
     if "--config" in words:
@@ -196,15 +196,15 @@ def _split_words(argv: Sequence[str]) -> tuple[list[str], str]:
 
 
 def read_config(path: str) -> Experiment:
-    """The experiment in a JSON file; a run's experiment.json and a checkpoint's card hold it under that key."""
+    """The experiment in a JSON file, which may be under the key `experiment`, as in experiment.json and a checkpoint's card."""
     value, fix = filesystem.read_json(absolute(path, "config")), "give a JSON object, such as a run's experiment.json."
     require(isinstance(value, dict), f"--config {path} is not an experiment: {fix}")
     return from_json(value.get("experiment", value), origin=path)
 
 
 def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | None = None, **default: Any) -> Any:
-    """tyro's command line for a dataclass; turns its boxed errors into a one-line UserError."""
-    shown, errors = io.StringIO(), io.StringIO()  # plain text: for a terminal, tyro draws boxes in colour
+    """Parse a command line with tyro into a dataclass; its boxed errors become a one-line UserError."""
+    shown, errors = io.StringIO(), io.StringIO()  # plain text: on a terminal, tyro draws coloured boxes
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=list(argv), prog=prog, description=description, **default)
@@ -212,7 +212,7 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | No
         if stop.code in (0, None):
             print(re.sub(r"\s*\(default:\s*(''|None)?\) *", "", shown.getvalue()), end="")
             raise
-        # tyro keeps the choices in a set: sorted, one mistake always gives one message.
+        # tyro keeps the choices in a set: they are sorted, so that a mistake always has the same message.
         text = re.sub(r"'None', |, 'None'", "", " ".join(errors.getvalue().split()))
         text = re.sub(r"(?<=one of \()[^)]+", lambda choices: ", ".join(sorted(choices[0].split(", "))), text)
         found = next((match.expand(ours) for theirs, ours in MISTAKES if (match := re.search(theirs, text))), "")
@@ -234,7 +234,7 @@ def as_flags(values: dict, prefix: str = "--") -> list[str]:
 
 
 def with_environment(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths, those that were not given taken from the environment."""
+    """The experiment with absolute paths, and missing ones taken from the environment."""
     defaults = {"source": "HEARTSEG_SOURCE", "data": "HEARTSEG_DATA", "runs": "HEARTSEG_RUNS"}
     paths = {name: getattr(experiment, name) or os.environ.get(variable, "") for name, variable in defaults.items()}
     here = "" if JOB_CONFIG in os.environ else "runs"  # a submitted job's folder is a temporary copy
@@ -243,10 +243,10 @@ def with_environment(experiment: Experiment) -> Experiment:
 
 
 def absolute(path: str, name: str) -> str:
-    """The absolute path; raises UserError for a relative one in a submitted job, whose folder is an uploaded copy."""
+    """The absolute path; raises UserError for a relative path in a submitted job, whose folder is an uploaded copy."""
     path = os.path.expanduser(path)  # a shell leaves --out=~/results as it is
     is_relative = not (filesystem.is_uri(path) or os.path.isabs(path))
-    fix = "and a submitted job runs in a copy of the folder: give an absolute path."
+    fix = "but a submitted job runs in a copy of the folder: give an absolute path."
     require(not (is_relative and JOB_CONFIG in os.environ), f"--{name} {path} is relative, {fix}")
     return filesystem.absolute(path)
 

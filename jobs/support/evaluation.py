@@ -1,6 +1,6 @@
-"""An evaluation: what is scored (whose images, which checkpoint or masks, where to), and its scoring here or on Ray.
+"""An evaluation: the plan of what to score and where to write, and the scoring, in this process or on Ray.
 
-Ray sends these functions to the workers by their name, so they stand in a module that every node can import.
+Ray sends these functions to workers by name, so they are in a module that every node can import.
 """
 
 import functools
@@ -26,62 +26,62 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 from jobs.support import command_line
 
-# Patients that a worker gets at a time: 16 images, one or a few batches.
+# Patients per task of a worker: 16 images, one or a few batches.
 PATIENTS_PER_TASK = 4
-# Tasks of each actor that are predicted or scored at a time: a GPU is faster than many cores that score.
+# Tasks in progress per actor, predicted or scored: a GPU is faster than many scoring cores.
 TASKS_AHEAD = 16
-HOLDOUT = "holdout"  # the group of patients that --train.holdout took from the training group
+HOLDOUT = "holdout"  # the patients that --train.holdout took from the training group
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """Which images to score, and where: what an evaluation and a comparison of runs have in common."""
+    """The images to score, and where to compute: options that evaluate and compare share."""
 
     data: str = ""
     """Folder or URI of the shards; each run's own if neither this nor --truth is given."""
     truth: str = ""
     """Folder of a CAMUS tree to score on, instead of shards."""
     dataset: Literal["", "camus"] = ""
-    """`camus`: the tree of --truth is the CAMUS release, fetched by other means than jobs/download.py."""
+    """`camus`: the tree of --truth is the CAMUS release, not downloaded by jobs/download.py."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
-    """Group of patients; `auto`: test if there is one, otherwise val. `holdout`: those that --train.holdout took from train."""
+    """Group of patients; `auto`: test if there is one, otherwise val. `holdout`: those that --train.holdout held out."""
     which: Literal["auto", "last", "best"] = "auto"
-    """`best` is chosen on val; `auto` takes it only to report on test, and otherwise the last one."""
+    """`best`: highest Dice on val. `auto`: `best` on a test group, `last` on all others, since `best` was chosen on val."""
     workers: int = 1
-    """Processes that predict."""
+    """Number of processes that predict."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
     def __post_init__(self):
-        require(self.workers >= 1, "--workers must be at least 1.")
-        require(self.workers == 1 or self.launcher == "ray", "--launcher plain is one process: leave --workers out.")
-        require(not (self.data and self.truth), "--data and --truth are two sets of images to score on: give one of them.")
+        require(self.workers >= 1, f"--workers must be at least 1, not {self.workers}.")
+        require(self.workers == 1 or self.launcher == "ray", "--launcher plain runs one process: leave --workers out.")
+        require(not (self.data and self.truth), "--data and --truth both name the images to score: give one of them.")
 
 
 @dataclass(frozen=True)
 class Options(ScoringOptions):
-    """What to evaluate, and where."""
+    """The model or masks to evaluate, and the folder of the results."""
 
     checkpoint: str = ""
     """Folder of a run, or of one of its checkpoints."""
     predictions: str = ""
-    """Folder of NIfTI masks to score against --truth, also nnU-Net's; with --group auto, everyone who has a mask."""
+    """Folder of NIfTI masks (nnU-Net's, say) to score against --truth; with --group auto, all patients that have a mask."""
     pattern: str = ""
-    """File of a mask below --predictions, as {patient}/{patient}_{view}_{phase}.nii.gz; found by its name if not given."""
+    """Path of a mask below --predictions, such as {patient}/{patient}_{view}_{phase}.nii.gz; by default found by name."""
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     pool: tuple[str, ...] = ()
-    """Instead of a checkpoint: folders of evaluations that share no patient (of folds, say), to combine; needs --out."""
+    """Instead of a checkpoint: folders of evaluations without a common patient (folds, say) to combine; needs --out."""
     overwrite: bool = False
-    """Score again although the same evaluation is complete."""
+    """Score again even if the same evaluation is complete."""
     out: str = ""
-    """Folder of the results; by default in the run's, or `evaluation-NAME` here for --predictions NAME."""
+    """Folder of the results; by default in the run's folder, or `evaluation-NAME` here for --predictions NAME."""
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is scored on which patients, and where the results go."""
+    """What to score on which patients, and where the results go."""
 
     truth: ShardTruth | TreeTruth
     predictor: tuple[str, ...] | FilePredictions
@@ -91,12 +91,12 @@ class EvaluationPlan:
     run: str | None
     post: PredictConfig
     described: dict
-    """What distinguishes these results from others; goes into `summary.json`."""
+    """The facts that distinguish these results from others, for `summary.json`."""
 
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images with a truth, by group of patients: shards or a CAMUS tree."""
+    """Images with a truth, by group of patients, from shards or a CAMUS tree."""
 
     path: str
     groups: dict[str, list[str]]
@@ -114,7 +114,7 @@ class ScoredImages:
 
 def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
     """The tree of --truth, or the shards of --data, or those that the run was trained on."""
-    require(bool(options.truth) or not options.dataset, "--dataset is of the tree of --truth; shards know theirs.")
+    require(bool(options.truth) or not options.dataset, "--dataset describes --truth; shards record their own: leave it out.")
     if not options.truth:
         shards = open_shards(command_line.absolute(options.data or trained_on, "data"))
         return ScoredImages(shards.path, shards.groups, shards.manifest["dataset"], shards)
@@ -125,30 +125,30 @@ def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
 
 
 def choose_group(asked: str, images: ScoredImages) -> str:
-    """The group asked for; `auto` is the first of test, val and all that has patients."""
+    """The requested group; `auto` is the first of test, val and all that has patients."""
     known = [name for name, patients in images.groups.items() if patients]
     group = asked if asked != "auto" else next((name for name in ("test", "val", "all") if name in known), "test")
-    require(group in known, f"{images.path} has no patients in a group {group}: use one of {', '.join(known)}.")
+    require(group in known, f"{images.path} has no patients in group {group}: use one of {', '.join(known)}.")
     return group
 
 
 def refuse_trained(run: run_directory.Run, group: str, images: ScoredImages) -> None:
-    """Raise UserError for a group other than train that has patients whom the run was trained on."""
+    """Raise UserError for a group other than train with patients that the run was trained on."""
     seen = set(run.description["train_patients"]) & set(images.groups[group])
-    # The phantom's patients and CAMUS's have the same names; those of a data set without a mark may be either's.
+    # The phantom's patients and CAMUS's have the same names; an unmarked dataset may be either.
     known = {run.description["dataset"], images.dataset} - {"other"}
-    fix = "give another --group, or as --data the shards it was trained on."
+    fix = "give another --group, or the shards it was trained on as --data."
     message = f"{run.path} was trained on {len(seen)} patients of this {group} group: {fix}"
     require(not seen or len(known) == 2 or group == "train", message)
 
 
 def held_out(run: run_directory.Run) -> list[str]:
-    """The patients of the training group that a run validated on; none if its validation group was the split's."""
+    """The training group's patients that a run validated on; none if it used the split's validation group."""
     return run.description["val_patients"] if run.description["identity"]["train"].get("holdout") else []
 
 
 def choose_checkpoint(asked: str, group: str, images: ScoredImages, owners: Sequence[run_directory.Run]) -> str:
-    """`best` or `last`; `auto` is best to report on test, unless best was chosen on some of its patients."""
+    """`best` or `last`; `auto`: `best` on a test group, unless `best` was chosen on some of its patients; otherwise `last`."""
     chosen_on = {name for owner in owners for name in owner.description.get("val_patients", ())}
     is_fair = group == "test" and not chosen_on & set(images.groups[group])
     return asked if asked != "auto" else "best" if is_fair else "last"
@@ -174,24 +174,24 @@ def plan_checkpoint(options: Options) -> EvaluationPlan:
     done = [f"ensemble{len(found)}"] * (len(found) > 1) + [name for name, on in post.items() if on]
     name = "-".join(["evaluation", group, *([] if images.shards else [filesystem.last_part(images.path)]), *done])
     out = command_line.absolute(options.out, "out") if options.out else filesystem.join(owners[0].path, name)
-    # Those held out are rows of the training group.
+    # Held-out patients are rows of the training group.
     truth = ShardTruth(images.shards, "train" if group == HOLDOUT else group) if images.shards else TreeTruth(images.path)
     checkpoints, patients = tuple(each.path for each in found), sorted(images.groups[group])
     return EvaluationPlan(truth, checkpoints, patients, out, owners[0].path, options.post, described)
 
 
 def plan_files(options: Options) -> EvaluationPlan:
-    """The plan for masks of files."""
+    """The plan for masks from files."""
     is_alone = not (options.checkpoint or options.data or options.ensemble)
     require(is_alone, "--predictions are scored against --truth: leave --checkpoint, --ensemble and --data out.")
-    require(not options.post.tta, "--tta runs a network, and --predictions are finished masks: leave one of them out.")
+    require(not options.post.tta, "--tta runs a network, but --predictions are finished masks: leave one of them out.")
     command_line.required_path(options.truth, "truth", "the folder of the CAMUS tree")
     images = open_images(options)
     masks = FilePredictions.open(command_line.absolute(options.predictions, "predictions"), options.pattern)
     group = "all" if options.group == "auto" else choose_group(options.group, images)
     names = images.groups[group]
     chosen = sorted(name for name in names if options.group != "auto" or masks.has_any(name))
-    message = f"{masks.folder} holds a mask of none of the {len(names)} patients of {images.path}: give --pattern."
+    message = f"{masks.folder} holds no mask of the {len(names)} patients of {images.path}: give --pattern."
     require(bool(chosen), message)
     out = command_line.absolute(options.out or f"evaluation-{filesystem.last_part(masks.folder)}", "out")
     described = {"predictions": masks.folder, "truth": images.path, "group": group, "dataset": images.dataset}
@@ -200,7 +200,7 @@ def plan_files(options: Options) -> EvaluationPlan:
 
 
 def read_complete(folder: str, described: dict) -> dict | None:
-    """The summary of a complete evaluation in a folder; None if there is none, or if it is not of what `described` holds."""
+    """The summary of a complete evaluation in a folder; None without one, or if it does not match `described`."""
     files = [filesystem.join(folder, name) for name in (scoring.SUMMARY, scoring.IMAGES, scoring.PATIENTS, scoring.PAGE)]
     summary = filesystem.read_json(files[0]) if all(map(filesystem.exists, files)) else {}
     return summary if summary and {name: summary.get(name) for name in described} == described else None
@@ -234,21 +234,21 @@ def score(plan: EvaluationPlan, options: Options) -> dict:
 
 
 class Predictor:
-    """Patients to cases and masks; loads the model once in each process."""
+    """Turns patients into cases and masks; loads the model once per process."""
 
     def __init__(self, plan: EvaluationPlan, cores: int = 0):
         self.plan = plan
-        if cores:  # an actor of Ray's, which would have one thread
+        if cores:  # a Ray actor, which would have one thread
             command_line.configure_logging()
             torch.set_num_threads(cores)
 
     @functools.cached_property
     def segmenter(self) -> Segmenter | Ensemble | None:
-        """The model, or the models; None for masks of files."""
+        """The model or models; None for masks from files."""
         return load_all(self.plan.predictor) if isinstance(self.plan.predictor, tuple) else None
 
     def predict(self, patients: list[str]) -> tuple[list, list, list[dict]]:
-        """The patients' cases without their images, a mask for each, and what is missing."""
+        """The patients' cases without images, a mask for each, and missing cases."""
         cases, missing = self.plan.truth.cases(patients)
         if self.segmenter:
             masks, unpredicted = scoring.segment_cases(self.segmenter, cases, self.plan.post), []
@@ -259,13 +259,13 @@ class Predictor:
 
 
 def score_predicted(predicted: tuple[list, list, list[dict]]) -> tuple[list[dict], list[dict], list[dict]]:
-    """Rows of images, of patients and of what is missing, from what `Predictor.predict` returned."""
+    """Rows of images, patients and missing cases, from the results of `Predictor.predict`."""
     cases, masks, missing = predicted
     return *scoring.score_patients(cases, masks), missing
 
 
 def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> Iterator[tuple]:
-    """Predict on actors (with a GPU each if there are any) and score on CPUs meanwhile; results in the tasks' order."""
+    """Predict on actors (with a GPU each, if any) and score on CPUs meanwhile; results are in the order of the tasks."""
     import ray
     from ray.util import ActorPool
 
@@ -273,7 +273,7 @@ def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> 
 
     ray_runtime.start_ray(workers)
     share = ray_runtime.worker_resources(workers)
-    # Without GPUs the actors' threads use every core: they reserve half of each, so that the scoring fits.
+    # Without GPUs, the actors' threads use every core: they reserve half of each, to leave room for scoring.
     resources = {"num_gpus": 1, "num_cpus": 1} if "GPU" in share else {"num_cpus": share["CPU"] / 2}
     tries = {"max_restarts": ray_runtime.MAX_TRIES, "max_task_retries": ray_runtime.MAX_TRIES}
     predictor, scorer = ray.remote(**resources, **tries)(Predictor), ray.remote(num_cpus=0.5)(score_predicted)

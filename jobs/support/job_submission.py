@@ -1,4 +1,4 @@
-"""Stages as submitted Ray jobs: submitted, followed until they end, found again by their id, and stopped with the follower."""
+"""Runs stages as Ray jobs: submits and follows them, finds them again by id, and stops them with the follower."""
 
 import logging
 import os
@@ -15,19 +15,19 @@ from jobs.support.command_line import first_line, log
 
 POLL_INTERVAL_S = 1.0
 MAX_LOG_BYTES_PER_S = 1_000_000
-# A dashboard that has not answered for so long will not come back by itself.
+# A dashboard that has not answered for this long will not come back by itself.
 DASHBOARD_TIMEOUT_S = 120.0
-# A stopped job has Ray's grace period (3 s by default on the head) and the time that its workers take to exit.
+# A stopped job has Ray's grace period (3 s by default on the head) and the time that its workers need to exit.
 STOP_TIMEOUT_S = 60.0
 ALIVE = ("PENDING", "RUNNING")
 
 
 class JobFailed(RuntimeError):
-    """A job failed, and not by a user's mistake: another attempt may help."""
+    """A job failed, but not by a user's mistake: another attempt may help."""
 
 
 class Cluster:
-    """The cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS; raises UserError if none answers."""
+    """The cluster at RAY_API_SERVER_ADDRESS or RAY_ADDRESS; raises UserError if none answers."""
 
     def __init__(self):
         from ray.exceptions import RayError
@@ -35,7 +35,7 @@ class Cluster:
 
         from jobs.support import ray_runtime
 
-        # They report every file that is not uploaded and every connection that ends.
+        # They log every file that is not uploaded and every closed connection.
         for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", ray_runtime.UPLOAD_LOGGER):
             logging.getLogger(name).setLevel(logging.WARNING)
         fix = 'start one (cluster/local.sh start), set its address and token (eval "$(cluster/local.sh env)"), or use --local.'
@@ -48,7 +48,7 @@ class Cluster:
             raise UserError(f"--submit finds no cluster ({first_line(error)}): {fix}") from error
 
     def run(self, job: str, arguments: list[str], job_id: str) -> None:
-        """Run a job under an id until it ends, or follow the one that has it; raises UserError for a mistake, or JobFailed."""
+        """Run a job under an id until it ends, or follow the job that has it; raises UserError for a mistake, or JobFailed."""
         try:
             self.submit(job, arguments, job_id)
             output = self.follow(job_id)
@@ -69,13 +69,13 @@ class Cluster:
         raise JobFailed(f"{job_id} ended {ended}: {message}")
 
     def submit(self, job: str, arguments: list[str], job_id: str) -> None:
-        """Submit a job, unless the cluster knows its id: from an earlier command, or from a reply that was lost."""
+        """Submit a job unless the cluster knows its id, from an earlier command or after a lost reply."""
 
         def submit_once() -> str:
             if self.status(job_id):
                 return "found"
             entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
-            # Settings and secrets belong to the cluster's own environment, not into a runtime_env.
+            # Settings and secrets belong in the cluster's own environment, not in a runtime_env.
             runtime_env = {"working_dir": str(command_line.ROOT)}
             self.client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env)
             return "submitted"
@@ -100,37 +100,37 @@ class Cluster:
             except (RuntimeError, OSError, UserError) as error:  # its node may be gone, and its log with it
                 log.debug("The log of %s cannot be read: %s", job_id, error)
             if is_alive:
-                time.sleep(POLL_INTERVAL_S + len(output) / MAX_LOG_BYTES_PER_S)  # Ray sends the log from its start
+                time.sleep(POLL_INTERVAL_S + len(output) / MAX_LOG_BYTES_PER_S)  # Ray sends the whole log each time
         return output
 
     def stop(self, job_id: str) -> None:
-        """Stop a job and wait until it has ended; warn with the command to type if that fails."""
+        """Stop a job and wait until it has ended; if that fails, warn with the command to type."""
         log.info("stopping %s …", job_id)
         end = time.monotonic() + STOP_TIMEOUT_S
         try:
             if self.status(job_id) in ALIVE:
                 self.ask(self.client.stop_job, job_id)
             while self.status(job_id) in ALIVE:
-                require(time.monotonic() < end, f"it has not stopped after {STOP_TIMEOUT_S:g} s")
+                require(time.monotonic() < end, f"it had not stopped after {STOP_TIMEOUT_S:g} s")
                 time.sleep(POLL_INTERVAL_S)
         except (UserError, KeyboardInterrupt) as error:
             log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)
 
     def ask(self, question: Callable[..., Any], *arguments: str) -> Any:
-        """A reply of the cluster, None for a job that it does not know; waits up to DASHBOARD_TIMEOUT_S for an answer."""
+        """The cluster's reply, None for a job that it does not know; waits up to DASHBOARD_TIMEOUT_S for an answer."""
         from ray.exceptions import AuthenticationError
 
         end = time.monotonic() + DASHBOARD_TIMEOUT_S
         while True:
             try:
                 return question(*arguments)
-            except (AuthenticationError, OSError, RuntimeError) as error:  # those of requests are OSErrors
+            except (AuthenticationError, OSError, RuntimeError) as error:  # errors of requests are OSErrors
                 code = re.search(r"status code (\d{3})", str(error))  # in the messages of Ray's client
                 if "does not exist" in str(error) or code and code[1] == "404":
                     return None
                 if not isinstance(error, OSError) and not (code and code[1] >= "500"):
-                    raise UserError(f"The cluster refuses the request ({first_line(error)}): check its token.") from error
+                    raise UserError(f"The cluster refused the request ({first_line(error)}): check its token.") from error
                 if time.monotonic() > end:
                     fix = "once it does, rerun the same command to resume."
-                    raise UserError(f"The cluster does not answer ({first_line(error)}): {fix}") from error
+                    raise UserError(f"The cluster did not answer ({first_line(error)}): {fix}") from error
                 time.sleep(POLL_INTERVAL_S)

@@ -1,7 +1,7 @@
-"""The stages of a pipeline: the command of each, what its result depends on, and whether that result is complete.
+"""The stages of a pipeline: their commands, what their results depend on, and whether these are complete.
 
-A stage is one job's command line, the same whether it runs in this process or is submitted to a cluster. Its inputs are the
-configuration that decides its result and the fingerprints of the results that it needs; equal inputs, equal result.
+A stage is one job's command line, whether it runs in this process or is submitted to a cluster. Its inputs are the
+configuration that decides its result and the fingerprints of the results that it needs: equal inputs mean an equal result.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,46 +32,46 @@ SCORES = ("summary.json", "report.html")
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """Which stages there are, which of them run, and where."""
+    """The stages of the pipeline, which of them run, and where."""
 
     frames: Literal["stills", "sequence"] = "stills"
     """Train on the ED and ES images, or on every frame of the half sequences."""
     folds: int = 0
-    """Train on each of this many folds and pool the scores, each patient's by the model that has not seen it; 0: no folds."""
+    """Train on each of this many folds and pool the scores of the patients that each model has not seen; 0: no folds."""
     tune: int = 0
-    """Trials of a sweep whose winner is trained; 0 trains the recipe itself."""
+    """Trials of a sweep whose winner is then trained; 0: train the recipe itself."""
     plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     retry_failed: bool = False
     """Resume the sweep's failed trials."""
     max_quarantined: float = MAX_QUARANTINED
     """Largest share of the recordings that may be damaged."""
     patient_pattern: str = ""
-    """Where a plain folder's file names hold the patient: a regular expression for their beginning, or its first group."""
+    """Patient in a plain folder's file names: a regular expression for the start of a name, or its first group."""
     dataset: Literal["", "camus"] = ""
-    """`camus`: the source is the CAMUS release, fetched by other means than jobs/download.py; all others are private."""
+    """`camus`: the source is the CAMUS release, not downloaded by jobs/download.py; other sources are private."""
     predict: str = ""
     """New studies to outline with the trained model (with those of all folds together): a file or a folder."""
     submit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Submit each stage as a Ray job to the cluster of RAY_API_SERVER_ADDRESS."""
+    """Submit each stage as a Ray job to the cluster at RAY_API_SERVER_ADDRESS."""
     local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run the stages in this process, the default."""
+    """Run the stages in this process (the default)."""
     begin: Annotated[Kind | None, tyro.conf.arg(name="from")] = None
-    """First stage to run; uses the results of those before it as they are, whatever has changed."""
+    """First stage to run; the results of earlier stages are used as they are, even if inputs have changed."""
     until: Kind | None = None
     """Last stage to run."""
     force: tuple[str, ...] = ()
-    """Stages to run from scratch though nothing has changed (`train`, or `train-2of5` of folds); leave it out to resume one."""
+    """Stages to rerun from scratch (`train`, or a fold's `train-2of5`), changed or not; to resume a stage, leave this out."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Show what would run, and why; write nothing."""
     retries: int = 1
-    """Further attempts at a stage that fails other than by a user's mistake; each resumes from what is complete."""
+    """Retries of a stage that fails other than by a user's mistake; each resumes from completed work."""
 
     def __post_init__(self):
-        require(self.folds == 0 or self.folds >= 2, "--folds must be at least 2, or 0 for none.")
-        require(min(self.tune, self.retries) >= 0, "--tune and --retries must be at least 0.")
+        require(self.folds == 0 or self.folds >= 2, f"--folds must be at least 2, or 0 for none, not {self.folds}.")
+        require(min(self.tune, self.retries) >= 0, f"--tune ({self.tune}) and --retries ({self.retries}) must be at least 0.")
         has_sweep_flags = self.plan != SweepPlan() or self.retry_failed
-        require(self.tune > 0 or not has_sweep_flags, "Options of a sweep are given, but no sweep: add --tune TRIALS.")
-        require(not (self.submit and self.local), "--submit and --local exclude each other.")
+        require(self.tune > 0 or not has_sweep_flags, "Sweep options are given without a sweep: add --tune TRIALS.")
+        require(not (self.submit and self.local), "--submit and --local cannot be combined: leave one of them out.")
 
     @property
     def unused(self) -> dict[str, str]:
@@ -81,7 +81,7 @@ class PipelineOptions:
         return below_out | dict.fromkeys(of_split, "--folds divides the patients")
 
     def trained(self, experiment: Experiment) -> list[Experiment]:
-        """What is trained, in all folds and trials."""
+        """The experiments that are trained, in all folds and trials."""
         if self.folds:
             experiment = replace(experiment, split=replace(experiment.split, kind="kfold"))
         return experiments_to_check(self.plan, experiment) if self.tune else [experiment]
@@ -94,7 +94,7 @@ class Result(NamedTuple):
     fingerprint: str
 
 
-# The results of the stages before, by their names.
+# The results of earlier stages, by name.
 Results = Mapping[str, Result]
 
 
@@ -106,9 +106,9 @@ class Stage:
     job: str
     needs: tuple[str, ...]
     inputs: Callable[[Results], dict]
-    """What decides the result, as plain JSON values."""
+    """The inputs that decide the result, as plain JSON values."""
     command: Callable[[Results, bool], tuple[str, dict]]
-    """The path of the result and the job's flags by field, `config` as an Experiment; True to start from scratch."""
+    """Returns the path of the result and the job's flags by field, `config` as an Experiment; True: start from scratch."""
     read_fingerprint: Callable[[str], str | None]
     """The fingerprint of the result at a path; None if it is not complete."""
 
@@ -156,13 +156,13 @@ def shards_name(experiment: Experiment, frames: str) -> str:
 
 
 def hash_complete(path: str, *names: str) -> str | None:
-    """The hash of the first of the files that a job writes last; None if one of them is missing."""
+    """The hash of the first of the files that a job writes last; None if any is missing."""
     paths = [filesystem.join(path, name) for name in names]
     return filesystem.sha256(filesystem.read_bytes(paths[0])) if all(map(filesystem.exists, paths)) else None
 
 
 def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions) -> Stage:
-    """NIfTI to shards; overwrites what is there of another source or grid, and divides it again for another split."""
+    """NIfTI to shards; overwrites shards of another source or grid, and splits again for another split."""
     path, frames, kind = experiment.data, options.frames, (options.patient_pattern, options.dataset)
 
     def inputs(results: Results) -> dict:
@@ -202,7 +202,7 @@ def tune_stage(name: str, data: str, experiment: Experiment, options: PipelineOp
         return {"configuration": identity(experiment), "plan": plan, "data": results[data].fingerprint, **others}
 
     def command(results: Results, from_scratch: bool) -> tuple[str, dict]:
-        digest = filesystem.sha256(filesystem.json_bytes(inputs(results)))[:8]  # more trials resume the same sweep
+        digest = filesystem.sha256(filesystem.json_bytes(inputs(results)))[:8]  # a larger --trials resumes the same sweep
         sweep = run_directory.generation_name(experiment.runs, f"{name}-{digest}", fresh=from_scratch)
         flags = {"config": replace(experiment, data=results[data].path), "trials": options.tune, "sweep_name": sweep}
         return filesystem.join(experiment.runs, sweep), flags | {"retry_failed": options.retry_failed} | plan
@@ -256,7 +256,7 @@ def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
 
 
 def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
-    """The scores of all folds as one evaluation: each patient's by the model that has not seen it."""
+    """The pooled evaluation of all folds, each patient scored by the model that has not seen it."""
     path = filesystem.join(out, f"evaluation-{len(evaluations)}folds")
     return Stage(
         "pool", "evaluate", evaluations,
@@ -267,7 +267,7 @@ def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
 
 
 def predictions_path(out: str, source: str) -> str:
-    """A folder for each input, so that its tables name all masks beside them."""
+    """A folder per input, so that its tables list all masks beside them."""
     return filesystem.join(out, f"predictions-{filesystem.last_part(source)}-{filesystem.sha256(source.encode())[:4]}")
 
 

@@ -1,4 +1,4 @@
-"""The state of a pipeline's stages, in `OUT/pipeline.json`: what has run with which inputs, and what has to run again."""
+"""The state of a pipeline's stages in `OUT/pipeline.json`: which have run, on which inputs, and which must run again."""
 
 import contextlib
 import datetime
@@ -19,7 +19,7 @@ def timestamp() -> str:
 
 @dataclass
 class PipelineState:
-    """What `pipeline.json` holds; every change is saved at once, so that a rerun of the same command resumes."""
+    """The contents of `pipeline.json`; every change is saved at once, so that a rerun of the same command resumes."""
 
     out: str
     metadata: dict = field(default_factory=dict)
@@ -29,7 +29,7 @@ class PipelineState:
 
     @classmethod
     def open(cls, out: str) -> "PipelineState":
-        """The state in a folder; an empty one if no pipeline was started there."""
+        """The state in a folder, empty if no pipeline was started there."""
         path = filesystem.join(out, RECORD)
         if not filesystem.exists(path):
             return cls(out)
@@ -39,23 +39,23 @@ class PipelineState:
             if all({"state", "inputs", "path", "attempts", "result"} <= record.keys() for record in stages.values()):
                 return cls(out, metadata, stages)
         fix = "remove it and rerun pipeline.py, which keeps what is complete."
-        raise UserError(f"{path} is not the record of a pipeline: {fix}")
+        raise UserError(f"{path} is not a pipeline's record: {fix}")
 
     def save(self) -> None:
         filesystem.publish_json(filesystem.join(self.out, RECORD), self.metadata | {"stages": self.stages})
 
     def result(self, stage: Stage) -> Result | None:
-        """The result of a stage, if it is done and its result has not changed since."""
+        """The result of a stage that is done, if it has not changed since."""
         record = self.stages.get(stage.name, {})
         if record.get("state") != DONE or stage.fingerprint(record["result"]["path"]) != record["result"]["fingerprint"]:
             return None
         return Result(**record["result"])
 
     def reason_to_run(self, stage: Stage, inputs: dict, is_forced: bool) -> str:
-        """Why a stage has to run; empty if its result is up to date."""
+        """Why a stage must run; empty if its result is up to date."""
         record = self.stages.get(stage.name)
         if is_forced or not record:
-            return "forced" if is_forced else "not begun"
+            return "forced" if is_forced else "not started"
         if difference := first_difference(record["inputs"], inputs):
             return f"changed: {difference if len(difference) <= 100 else difference.partition(':')[0]}"
         if record["state"] != DONE:
@@ -74,16 +74,16 @@ class PipelineState:
         self.save()
 
     def format_table(self, is_locked: bool) -> str:
-        """All stages as a table for a terminal; `is_locked`: a process is working on the pipeline now."""
+        """All stages as a table for a terminal; `is_locked`: a process is working on the pipeline."""
         lines = [f"{'stage':<18}{'state':<13}{'time':>9}  {'tries':>5}  result"]
         for name in self.metadata.get("stages of", list(self.stages)):
             record = self.stages.get(name)
             if not record:
-                lines.append(f"{name:<18}not begun")
+                lines.append(f"{name:<18}not started")
                 continue
             attempts, is_orphaned = record["attempts"], record["state"] == RUNNING and not is_locked
             state = "interrupted" if is_orphaned else record["state"]
-            now = timestamp() if is_locked else None  # the time of an attempt whose process was killed is unknown
+            now = timestamp() if is_locked else None  # the duration of a killed process's attempt is unknown
             spans = [(attempt["started"], attempt["ended"] or (attempt["state"] == RUNNING and now)) for attempt in attempts]
             times = [map(datetime.datetime.fromisoformat, span) for span in spans if all(span)]
             minutes, seconds = divmod(round(sum((ended - started).total_seconds() for started, ended in times)), 60)
@@ -97,7 +97,7 @@ class PipelineState:
 
 
 def begin_attempt(attempts: list[dict], job: str) -> list[dict]:
-    """The attempts that a new one resumes, and itself, or the last one if its job is followed; `job`: its id, or empty."""
+    """The attempts so far and a new one with the id `job` (may be empty), unless that job is the last attempt's."""
     for attempt in attempts:
         if attempt["state"] == RUNNING:
             attempt["state"] = KILLED

@@ -10,12 +10,12 @@ from heartseg.shards import writer
 from jobs.support import ray_runtime
 from jobs.support.command_line import log
 
-# A part takes seconds; after so long without one, the log says why.
+# A part takes seconds; after this time without one, the log names the reason.
 SECONDS_OF_SILENCE = 60
 
 
 def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
-    """The records of all parts as they are finished; each worker writes at most one part at a time."""
+    """The records of all parts as they finish; each worker writes one part at a time."""
     ray_runtime.start_ray(workers)
     write_part = ray.remote(num_cpus=1, max_retries=ray_runtime.MAX_TRIES)(_write_part)
     waiting, running = list(reversed(tasks)), []
@@ -34,10 +34,10 @@ def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
 
 
 def _write_part(source, out: str, *rest) -> dict:
-    """A part's record, or an error for the user under `error`: Ray would wrap it in a traceback if it were raised."""
+    """A part's record, or a user's error under `error`, since Ray would wrap a raised one in a traceback."""
     try:
         with io_errors_as_user_errors(out):
-            # On another machine, a source that is not mounted would look like patients without files.
+            # On another machine, an unmounted source would look like patients without files.
             node = socket.gethostname()
             require(source.is_there(), f"The source {source.path} is missing on {node}: every node must see --source.")
             return writer.write_part(source, out, *rest)

@@ -1,4 +1,4 @@
-"""Ray for the jobs: starts or joins a cluster, counts what fits on it, and frees what a dead run reserved."""
+"""Ray for the jobs: starts or joins a cluster, counts the workers that fit, and frees a dead run's reservations."""
 
 import logging
 import os
@@ -19,16 +19,16 @@ from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
 from jobs.support.command_line import JOB_CONFIG, ROOT, first_line, log
 
-# Ray restarts a worker group that cannot start or that dies this often, and not for ever.
+# Times that Ray restarts a worker group that cannot start or that dies.
 MAX_TRIES = 3
-# Seconds between two checks for nodes that an elastic run could grow onto.
+# Seconds between checks for nodes that an elastic run could grow onto.
 SECONDS_TO_GROW = 30
-# How long the head of a cluster may take to accept a connection.
+# Seconds for the head of a cluster to accept a connection.
 CONNECT_TIMEOUT_S = 10
-PLACEMENT = "placement_group"  # file of a run's folder: the reservation of the cluster that its workers live in
+PLACEMENT = "placement_group"  # file in a run's folder that names its workers' reservation on the cluster
 UPLOAD_LOGGER, REPORT_LOGGER = "ray._private.runtime_env.packaging", "ray.train.v2._internal.execution.context.__file__"
 AUTH_LOGGER = "ray._private.authentication.authentication_token_setup"
-# What has no public name in Ray: what it is for here, and where to look when a new Ray has moved it.
+# Objects without a public name in Ray: their purpose here, and where to look if a new version has moved them.
 RAY_PRIVATE = {
     "ray._private.state.state": "An autoscaler's maximum: find get_max_resources_from_cluster_config, or do without.",
     "ray._raylet.PlacementGroupID": "Frees a trial's workers: see the type of ray.util.get_current_placement_group().id.",
@@ -44,7 +44,7 @@ RAY_PRIVATE = {
 
 
 def ray_private(name: str) -> Any:
-    """An object of RAY_PRIVATE; raises ImportError with its line if this Ray does not have it."""
+    """An object of RAY_PRIVATE; raises ImportError with its explanation if this version of Ray lacks it."""
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as error:
@@ -52,27 +52,27 @@ def ray_private(name: str) -> Any:
 
 
 def cluster_address() -> str:
-    """The cluster to join, by RAY_ADDRESS (every submitted job has one); `local` means a Ray of this process's own."""
+    """The cluster to join, from RAY_ADDRESS (set in every submitted job); `local` means this process's own Ray."""
     return os.environ.get("RAY_ADDRESS") or "local"
 
 
 def start_ray(workers: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a Ray of this process's own; raises UserError if no cluster answers there."""
-    # How often Ray Train and Tune take a report. An epoch that ends before the last was taken waits, by default up to 2 s.
+    """Join the cluster at RAY_ADDRESS, or start Ray for this process alone; raises UserError if no cluster answers there."""
+    # How often Ray Train and Tune collect reports: an epoch that ends before the last was collected waits up to 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Ray's watch for nodes that are about to be preempted is one more process at each start of the workers, and an error in the
-    # log. Without it a run trains up to the node's last second, and resumes from its last epoch as after any loss of a node.
+    # Ray's watcher for nodes about to be preempted is one more process at each start of the workers, and an error in the
+    # log. Without it, a run trains until the node is lost, and resumes from its last epoch as after any such loss.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if ray.is_initialized():
         return
-    # The workers of a Ray of our own import heartseg and jobs from here, wherever the command was typed.
+    # The workers of our own Ray import heartseg and jobs from here, wherever the command was started.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     handler, address = signal.getsignal(signal.SIGTERM), cluster_address()
     if address == "local":
         cores = os.cpu_count() or 1
-        require(workers <= cores, f"This machine has {cores} cores for {workers} workers: use --workers {cores} or fewer.")
+        require(workers <= cores, f"This machine has only {cores} cores for {workers} workers: use --workers {cores} or fewer.")
         _start_own_ray()
     else:
         _join_cluster(address)
@@ -86,19 +86,19 @@ def start_ray(workers: int) -> None:
 
 def _start_own_ray() -> None:
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
-    # Its processes would ask whichever cluster this machine had last, by a file that a killed one leaves behind.
+    # Its processes would otherwise contact this machine's last cluster, from a file that a killed one leaves behind.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces the token of a Ray that only this process uses
-    # Ray asks its own dashboard for the state of a training run; without one, the log fills with failed requests.
+    logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces the token of a Ray for this process only
+    # Ray asks its dashboard for the state of a training run; without one, the log would fill with failed requests.
     ray.init(address="local", logging_level=logging.WARNING, include_dashboard=True, dashboard_port=port)
-    # A child of this process may join another cluster, and does not belong to this one.
+    # A child of this process may join another cluster and must not inherit this one.
     del os.environ["RAY_API_SERVER_ADDRESS"]
     if asked:
         os.environ["RAY_API_SERVER_ADDRESS"] = asked
 
 
 def _join_cluster(address: str) -> None:
-    """Join a cluster; raises UserError if it does not answer, which Ray itself reports after minutes."""
+    """Join a cluster; raises UserError if it does not answer, which Ray would report only after minutes."""
     found = address
     try:
         if address == "auto":
@@ -115,34 +115,34 @@ def _join_cluster(address: str) -> None:
         ray.init(address=found, logging_level=logging.WARNING, **code)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         fix = "Correct the address, start the cluster, or unset RAY_ADDRESS to use this machine alone."
-        raise UserError(f"RAY_ADDRESS={address}: no cluster can be joined there ({first_line(error)}). {fix}") from error
+        raise UserError(f"RAY_ADDRESS={address}: cannot join a cluster there ({first_line(error)}). {fix}") from error
 
 
 def free_port() -> int:
-    """A free port of the loopback interface."""
+    """A free port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def worker_resources(workers: int) -> dict[str, float]:
-    """The resources of one of `workers`: a GPU if the cluster has or may get any, otherwise its share of the cores."""
-    # An autoscaled cluster has no GPU until one is asked for.
+    """The resources of one of `workers`: a GPU if the cluster has or may get any, otherwise a share of the cores."""
+    # An autoscaled cluster has no GPU until one is requested.
     if max(sum(_on_each_node("GPU")), _after_autoscaling("GPU")) >= 1:
         return {"GPU": 1, "CPU": 1}
     return {"CPU": share_of_cores(_on_each_node("CPU"), workers)}
 
 
 def share_of_cores(nodes: Sequence[float], workers: int) -> int:
-    """Cores for each of `workers` on `nodes` with so many cores each: the most with which all fit, and at least 1."""
-    # A worker lives on one node, so the cores left over on two nodes do not make another one.
+    """Cores for each of `workers` on `nodes` with these numbers of cores: the most with which all fit, but at least 1."""
+    # A worker is on one node, so cores left over on two nodes do not make another worker.
     even = min(int(max(nodes, default=1)), int(sum(nodes) // workers))
     return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
 
 
 def room_for(workers: int) -> int:
-    """How many runs of `workers` each fit on the cluster or its autoscaled maximum: by GPUs if there are any, or by cores."""
-    # A worker's GPU and its core are whole ones of one node.
+    """The number of runs of `workers` each that fit on the cluster, at its autoscaled maximum: by GPUs if any, or by cores."""
+    # A worker's GPU and core are whole, and on one node.
     gpus, cores = (max(sum(map(int, _on_each_node(kind))), int(_after_autoscaling(kind))) for kind in ("GPU", "CPU"))
     return max(1, (gpus or cores) // workers)
 
@@ -152,19 +152,19 @@ def _on_each_node(kind: str) -> list[float]:
 
 
 def _after_autoscaling(kind: str) -> float:
-    """What the cluster may have of a resource once its autoscaler has added all it may; 0 without an autoscaler."""
+    """The most of a resource that the cluster's autoscaler can reach; 0 without an autoscaler."""
     return (ray_private("ray._private.state.state").get_max_resources_from_cluster_config() or {}).get(kind, 0)
 
 
 def build_trainer(
     loop: Callable, config: dict, workers: int | tuple, resources: dict, folder: str, tries: int = MAX_TRIES, callbacks=()
 ) -> Any:
-    """Ray Train's trainer of a function that every worker runs with `config`; two numbers of `workers` make it elastic."""
-    # Ray Train's own handler of Ctrl-C ends the process with code 1 and no message; every job has a handler of its own.
+    """A Ray Train trainer for a function that every worker runs with `config`; two numbers in `workers` make it elastic."""
+    # Ray Train's own Ctrl-C handler ends the process with code 1 and no message; every job has its own handler.
     trainer = type("Trainer", (TorchTrainer,), {"_register_sigint_handler": lambda self, controller: None})
     scaling = {"num_workers": workers, "resources_per_worker": resources, "use_gpu": "GPU" in resources}
     run = RunConfig(
-        name=uuid.uuid4().hex[:8],  # a new one each time: the run directory decides what to resume, not Ray's snapshot
+        name=uuid.uuid4().hex[:8],  # new each time: the run directory decides what to resume, not Ray's snapshot
         storage_path=folder,
         failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
         logging_config=LoggingConfig(log_level="WARNING"),
@@ -176,7 +176,7 @@ def build_trainer(
 
 def free_placement(path: str) -> None:
     """Release the resources that a run's last workers reserved."""
-    # For a run that was ended from outside, Ray Train leaves that to an actor that dies of one failed request.
+    # For a run ended from outside, Ray Train leaves this to an actor that dies after one failed request.
     noted = filesystem.join(path, PLACEMENT)
     if filesystem.exists(noted):
         number = ray_private("ray._raylet.PlacementGroupID")(bytes.fromhex(filesystem.read_bytes(noted).decode()))

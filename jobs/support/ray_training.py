@@ -1,6 +1,6 @@
-"""A training under Ray Train: places the workers, restarts those that die, turns failures into one-line errors.
+"""Training under Ray Train: places the workers, restarts those that die, and turns failures into one-line errors.
 
-Ray sends these functions to the workers by their name, so they stand in a module that every node can import.
+Ray sends these functions to workers by name, so they are in a module that every node can import.
 """
 
 import functools
@@ -23,16 +23,16 @@ from heartseg.training.worker import train_rank
 from jobs.support import command_line, ray_runtime
 from jobs.support.command_line import log
 
-# In the error of Ray Train whose workers found no room in time.
+# In Ray Train's error when its workers found no room in time.
 TIMED_OUT = "worker group startup timed out"
 
 
 class WorkersDied(UserError):
-    """Workers died again and again; unlike a mistake, another try may succeed."""
+    """Workers died repeatedly; unlike after a mistake, another try may succeed."""
 
 
 def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool = False, trial: dict | None = None) -> None:
-    """Train as `experiment.workers` workers of a Ray Train run; `trial` holds the resources of a worker of a sweep's trial."""
+    """Train with `experiment.workers` workers in a Ray Train run; `trial` holds the resources per worker of a sweep's trial."""
     ray_runtime.start_ray(experiment.workers)
     resources = trial or ray_runtime.worker_resources(experiment.workers)
     if trial:
@@ -47,20 +47,20 @@ def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool
         try:
             result = ray_runtime.build_trainer(worker, config, workers, resources, folder, callbacks=callbacks).fit()
         except TrainingFailedError as error:
-            # Ray counts the restarts of a whole run. On nodes that come and go, a long run needs many and still advances: an
-            # elastic one also asks for workers on a node that has just gone, until the cluster has noticed.
+            # Ray counts restarts over the whole run. On nodes that come and go, a long run needs many but still advances; an
+            # elastic one also asks for workers on a node that has just gone, until the cluster notices.
             has_advanced = len(run_directory.read_record(run.path)) > epochs
             may_continue = dead_workers(error) or (experiment.min_workers and TIMED_OUT in str(error))
             if not has_advanced or trial or not may_continue:
                 raise_user_error(error, experiment.workers, resources)
-            log.info("Workers were lost %d times; the run continues, since it advanced in between.", ray_runtime.MAX_TRIES + 1)
+            log.info("The run continues after losing workers %d times: it progressed in between.", ray_runtime.MAX_TRIES + 1)
     # A worker returns a user's mistake as a value: if it raised it, Ray would restart the worker.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])
 
 
 def dead_workers(error: Exception) -> list[int]:
-    """The ranks of the workers whose processes died without raising."""
+    """The ranks of workers whose processes died without raising an error."""
     deaths = (RayActorError, OutOfMemoryError, NodeDiedError)
     failures = getattr(error, "worker_failures", {}).items()
     # Ray Train wraps the error of a health check.
@@ -68,7 +68,7 @@ def dead_workers(error: Exception) -> list[int]:
 
 
 def raise_user_error(error: Exception, workers: int, resources: dict[str, float]) -> NoReturn:
-    """Raise a UserError for a failure that the user can fix, and the failure itself for any other."""
+    """Raise a UserError for a failure that the user can fix, and any other failure unchanged."""
     for failure in getattr(error, "worker_failures", {}).values():
         if isinstance(failure, (StorageError, OneRankError)):
             raise type(failure)(str(failure)) from error
@@ -88,7 +88,7 @@ def raise_user_error(error: Exception, workers: int, resources: dict[str, float]
 
 
 def worker(config: dict) -> dict:
-    """One rank under Ray: configuration in, the model prepared, every epoch reported."""
+    """Run one rank under Ray: prepare its model, train, and report every epoch."""
     command_line.configure_logging()
     # Ray Train would log a line for each report.
     logging.getLogger(ray_runtime.ray_private(ray_runtime.REPORT_LOGGER)).setLevel(logging.WARNING)
@@ -104,17 +104,17 @@ def worker(config: dict) -> dict:
             if ranks.is_main:
                 reservation = ray.util.get_current_placement_group().id.hex().encode()
                 filesystem.publish(filesystem.join(run.path, ray_runtime.PLACEMENT), reservation)
-        # What reads a trial's reports may end it at any of them: what it reports is on disk.
+        # A trial may be ended at any report, so a reported epoch must be on disk.
         train_rank(experiment, run, ranks, wrap, ray.train.report, config["profile"], saves_first=config["is_trial"])
     except OneRankError:
-        raise  # only this rank knows, and the others would wait for it: Ray ends them all and resumes from the checkpoint
+        raise  # only this rank knows, and the others would wait: Ray ends all of them and resumes from the checkpoint
     except UserError as error:
         return {"error": str(error)}
     return {}
 
 
 def open_on_every_rank(path: str, data: str, ranks: distributed.Ranks) -> run_directory.Run:
-    """The run, once every rank has found it and the shards; raises UserError on every rank if one of them has not."""
+    """The run, once every rank has found it and the shards; raises UserError on every rank if one has not."""
     run, problem = None, None
     try:
         run = run_directory.find_run(path)

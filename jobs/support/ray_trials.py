@@ -1,6 +1,6 @@
-"""What Ray Tune calls during a sweep: which trial comes next, how one is trained, and which are stopped early.
+"""Ray Tune's callbacks during a sweep: the next trial, the training of a trial, and early stopping.
 
-Each trial is a Ray Train run of its own, started and resumed like any other; Tune supervises them and stores nothing itself.
+Each trial is its own Ray Train run, started and resumed like any other; Tune supervises them and stores nothing itself.
 """
 
 import itertools
@@ -23,20 +23,20 @@ from heartseg.tuning import sweep as sweeps
 from jobs.support import command_line, ray_runtime, ray_training
 from jobs.support.command_line import log
 
-# Within this time after a trial, Ray Train's controller ends with the trial's actor; until then it would replace lost workers.
+# Seconds in which Ray Train's controller ends after its trial's actor; until then it would replace lost workers.
 SECONDS_TO_LEAVE = 10.0
-MOST_DRAWS = 1000  # known points in a row, after which a space counts as used up
+MOST_DRAWS = 1000  # known points in a row after which a space counts as exhausted
 
 
 def train_trial(config: dict) -> None:
-    """Train one trial to its end, in an actor of Tune's, and write how it ended: Tune's own result is not stored."""
+    """Train one trial to its end, in an actor of Tune's, and record its outcome, since Tune's result is not stored."""
     # No lock: the sweep's own covers its trials, and a trial that Tune ends would leave its lock behind.
     command_line.configure_logging()
     run, experiment = run_directory.find_run(config["run"]), from_json(config["experiment"])
     try:
         ray_training.train_with_ray(experiment, run, trial=config["resources"])
     except ray_training.WorkersDied:
-        raise  # not an end yet: Tune tries once more after this and any unforeseen error, an outage too
+        raise  # not final: Tune tries once more after this and any unexpected error, including outages
     except UserError as error:
         sweeps.end_trial(run.path, sweeps.FAILED, str(error))
         return
@@ -54,7 +54,7 @@ class Suggestions(Searcher):
         self.last_number = max((trial.number for trial in known), default=-1)
         self.tried = [trial.values for trial in known]
         self.model, self.of_model = build_model_search(sweep, known) if sweep.plan.search == "optuna" else None, {}
-        self.drawn = 0  # points so far; a generator of them could not be pickled, as Tune does with a searcher
+        self.drawn = 0  # points so far; not a generator, since Tune pickles its searcher
 
     def suggest(self, trial_id: str) -> dict | str:
         trial = self.waiting.pop(0) if self.waiting else self.new_trial(trial_id)
@@ -64,13 +64,13 @@ class Suggestions(Searcher):
         return {"run": trial.run.path, "experiment": experiment, "resources": self.resources}
 
     def new_trial(self, trial_id: str) -> sweeps.Trial | None:
-        """The next point that is not yet a trial; None if there are enough, or if the space holds no more."""
+        """The next point that is not yet a trial; None if there are enough trials or no more points."""
         if len(self.tried) >= self.num_trials:
             return None
         points = enumerate(sweeps.candidates(self.sweep))
         for number, point in itertools.islice(points, self.drawn, self.drawn + MOST_DRAWS):
             self.drawn = number + 1
-            name = str(number) if self.model and number else ""  # what the model knows the point by; the first is the recipe
+            name = str(number) if self.model and number else ""  # the model's name for the point; the first one is the recipe
             values = self.model.suggest(name) if name else point
             if values not in self.tried:
                 self.tried.append(values)
@@ -78,7 +78,7 @@ class Suggestions(Searcher):
                 self.last_number += 1
                 return sweeps.add_trial(self.sweep, self.shards, self.last_number, values)
             if name:
-                self.model.on_trial_complete(name, error=True)  # a point that is not trained has no score
+                self.model.on_trial_complete(name, error=True)  # an untrained point has no score
         log.info("The search space holds no more than %d trials.", len(self.tried))
         self.num_trials = len(self.tried)
         return None
@@ -88,18 +88,18 @@ class Suggestions(Searcher):
             self.model.on_trial_complete(name, result, error or sweeps.METRIC not in (result or {}))
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: the sweep's directory has everything."""
+        """Do nothing: the sweep's directory holds everything."""
 
     restore = save
 
 
 def build_model_search(sweep: sweeps.Sweep, known: list[sweeps.Trial]) -> Searcher:
-    """Optuna's tree of Parzen estimators, with the scores of the trials of an earlier command."""
+    """Optuna's tree of Parzen estimators, with the scores of an earlier command's trials."""
     from ray.tune.search.optuna import OptunaSearch
 
     axes = search_space.make_axes(sweep.plan.space, sweep.base)
     space = {name: tune.loguniform(*axis) if name == search_space.RATE else tune.choice(axis) for name, axis in axes.items()}
-    # Another seed after each resume, or the same first points would be suggested again.
+    # Another seed after each resume: otherwise the same first points would be suggested again.
     seed = (sweep.plan.search_seed + len(known)) % 2**32
     search = OptunaSearch(OptunaSearch.convert_search_space(space), sweeps.METRIC, "max", seed=seed)
     for trial in known:
@@ -110,13 +110,13 @@ def build_model_search(sweep: sweeps.Sweep, known: list[sweeps.Trial]) -> Search
 
 
 class Rungs(FIFOScheduler):
-    """Starts trials in their order and stops those that are behind."""
+    """Starts trials in order and stops those that fall behind."""
 
     def __init__(self, sweep: sweeps.Sweep):
         super().__init__()
         self.sweep = sweep
         for trial in sweeps.read_trials(sweep):
-            # A kill may have come between a trial's epoch and its comparison with the others.
+            # The trial may have been killed between an epoch and its comparison with the others.
             if not trial.state and trial.record:
                 sweeps.stop_if_behind(sweep, trial.run.path, trial.record[-1]["epoch"])
 
@@ -126,7 +126,7 @@ class Rungs(FIFOScheduler):
 
 
 class Progress(tune.Callback):
-    """Logs epochs, records trials that Tune gives up, frees what ended trials reserved; calls `on_end` after each trial."""
+    """Logs epochs, records trials that Tune gives up, frees ended trials' reservations; calls `on_end` after each trial."""
 
     def __init__(self, on_end: Callable[[], None]):
         self.on_end = on_end
@@ -150,7 +150,7 @@ class Progress(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
         name, file = filesystem.last_part(trial.config["run"]), trial.pickled_error_file
         error = getattr(cloudpickle.loads(Path(file).read_bytes()), "cause", None) if file else None
-        if isinstance(error, StorageError):  # no property of the trial, which stays to be resumed
+        if isinstance(error, StorageError):  # not the trial's fault: it can be resumed
             self.outage = self.outage or error
             log.warning("%s is not finished: %s", name, error)
         else:

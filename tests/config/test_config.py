@@ -99,7 +99,7 @@ def test_a_bad_value_is_refused_by_its_field(path, value):
 
 
 def test_parts_with_replayed_graphs_and_what_is_not_an_object_are_refused_and_an_integer_is_a_float():
-    with pytest.raises(UserError, match="train.accumulate needs train.compile off or default"):
+    with pytest.raises(UserError, match="train.accumulate 2 excludes train.compile reduce-overhead"):
         TrainConfig(epochs=1, batch_size=12, accumulate=2, compile="reduce-overhead")
     assert from_json(changed("optim.lr", 1)).optim.lr == 1.0
     for value in (None, [], "text", 3):  # none is a JSON object
@@ -161,7 +161,7 @@ def test_the_official_split_keeps_its_groups_and_only_patients_that_are_there_an
     assert groups == {"train": ["a", "c"], "test": ["b"]}
     with pytest.raises(UserError, match="database_split"):
         splits.make_groups(SplitConfig("official"), ["a"], {})
-    with pytest.raises(UserError, match="1 patients give no training group"):
+    with pytest.raises(UserError, match="1 patients do not fill a training"):
         splits.make_groups(SplitConfig("ratio"), ["a"], {})
     with pytest.raises(UserError, match="a is in both train and test"):
         splits.make_groups(SplitConfig("official"), ["a", "b"], {"train": ["a"], "test": ["a", "b"]})

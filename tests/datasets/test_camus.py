@@ -1,4 +1,4 @@
-"""What is read from a CAMUS tree is upright and exact; what is damaged has a reason, and costs neither memory nor time."""
+"""Recordings from a CAMUS tree are upright and exact; damaged ones have a reason, and cost neither memory nor time."""
 
 import functools
 import gzip
@@ -147,7 +147,7 @@ def test_a_split_file_is_read_however_it_was_saved_and_one_that_is_not_text_is_r
     for damage in (text.encode("utf-16-le"), b"d\xf6ra\n", None):
         path.unlink()
         path.write_bytes(damage) if damage else path.mkdir()
-        with pytest.raises(UserError, match=r"subgroup_testing\.txt cannot be read as UTF-8 text"):
+        with pytest.raises(UserError, match=r"subgroup_testing\.txt is not UTF-8 text"):
             camus.CamusTree(str(tmp_path)).groups()
 
 
@@ -183,7 +183,7 @@ def changed(value: float) -> np.ndarray:
 
 
 def instead(make):
-    """Damage that puts something else in the file's place."""
+    """Damage that replaces the file."""
 
     def damage(path: str) -> None:
         os.remove(path)
@@ -193,7 +193,7 @@ def instead(make):
 
 
 def gzip_bomb(path: str) -> None:
-    """A sound picture, and then 128 MB of zeros in 128 kB."""
+    """A valid picture, then 128 MB of zeros in 128 kB."""
     packer = zlib.compressobj(level=9, wbits=31)
     parts = [packer.compress(bytes(header_bytes(path))), *(packer.compress(bytes(2**24)) for _ in range(8)), packer.flush()]
     put(path, b"".join(parts))
@@ -231,7 +231,7 @@ IMAGE_DAMAGE = {
     "NaN intercept": (header_with(112, "<ff", 2.0, float("nan")), "not a readable NIfTI"),
     "unknown type": (header_with(70, "<h", 9999), "not a readable NIfTI"),
     "gzip of nothing": (lambda path: put(path, gzip.compress(b"")), "not a readable NIfTI"),
-    "gzip bomb": (gzip_bomb, "many more are there"),
+    "gzip bomb": (gzip_bomb, "many more were found"),
     # Slow for a reader that copies the rest at each member.
     "gzip of very many members": (lambda path: put(path, gzip.compress(b"") * 50_000), "not a readable NIfTI"),
     "wrong gzip checksum": (lambda path: put(path, gzip.compress(bytes(header_bytes(path)))[:-8] + bytes(8)), "hecksum"),
@@ -242,11 +242,11 @@ IMAGE_DAMAGE = {
 MASK_DAMAGE = {
     "label 7": (pixels(changed(7).astype(np.uint8)), "has label 7"),
     "label 7 as float": (pixels(changed(7)), "has label 7"),
-    "fractional label": (pixels(changed(1.5)), "labels that are not 0 to 3: 1.5"),
-    "negative label": (pixels(changed(-1)), "labels that are not 0 to 3: -1"),
-    "label 257": (pixels(changed(257).astype(np.int16)), "labels that are not 0 to 3: 257"),
-    "NaN label": (pixels(changed(np.nan)), "labels that are not 0 to 3: nan"),
-    "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (1, 4, 6) is not the image's (1, 6, 4)"),
+    "fractional label": (pixels(changed(1.5)), "labels other than 0 to 3: 1.5"),
+    "negative label": (pixels(changed(-1)), "labels other than 0 to 3: -1"),
+    "label 257": (pixels(changed(257).astype(np.int16)), "labels other than 0 to 3: 257"),
+    "NaN label": (pixels(changed(np.nan)), "labels other than 0 to 3: nan"),
+    "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (1, 4, 6), but the image has (1, 6, 4)"),
     "missing": (os.remove, "cannot be read: No such file"),
 }
 

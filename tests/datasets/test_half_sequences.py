@@ -1,4 +1,4 @@
-"""Every frame of a half sequence becomes a row, from ED to ES, and what follows copes with frames without a phase."""
+"""Every frame of a half sequence becomes a row, from ED to ES, and later steps handle frames without a phase."""
 
 import os
 import re
@@ -110,7 +110,7 @@ def spoil_a_label(mask: np.ndarray) -> np.ndarray:
     return np.where(np.arange(len(mask))[:, None, None] == 4, 7, mask)
 
 
-@pytest.mark.parametrize(("change", "reason"), [(lambda mask: mask[1:], "not the image's"), (spoil_a_label, "has label 7")])
+@pytest.mark.parametrize(("change", "reason"), [(lambda mask: mask[1:], "but the image has"), (spoil_a_label, "has label 7")])
 def test_a_damaged_sequence_goes_to_quarantine_whole(change, reason, copied, tmp_path):
     path = recording_path(copied, FORWARDS, VIEW, HALF_SEQUENCE, "_gt")
     masks, spacing_mm, _ = nifti.read_nifti(path)

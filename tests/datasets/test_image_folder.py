@@ -21,7 +21,7 @@ NAMES += ["emil_1", "finn_1", "gwen_1"]
 
 
 def picture(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its labels, [H,W] of a size of its own, different for each name."""
+    """An image and its labels, [H,W], with its own size, different for each name."""
     rng = np.random.default_rng(list(name.encode()))
     height, width = rng.integers(40, 90, 2)
     mask = np.zeros((height, width), np.uint8)
@@ -87,7 +87,7 @@ def test_a_wrong_groups_file_or_file_name_is_refused_by_what_is_wrong(folder, tm
         (b"anna,train\n", "must begin with the line `patient,group`"),
         (b"patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
         (b"patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
-        (b"patient,group\nd\xf6ra,train\n", "groups.csv cannot be read as UTF-8 text"),
+        (b"patient,group\nd\xf6ra,train\n", "groups.csv is not UTF-8 text"),
         (b"patient,group\nanna,train\nanna,test\n", "anna is in both"),
     ):
         filesystem.publish(os.path.join(folder, "groups.csv"), text)
@@ -120,7 +120,7 @@ def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):
 
 def test_a_folder_of_neither_layout_names_both(tmp_path):
     os.makedirs(tmp_path / "images")
-    with pytest.raises(UserError, match=r"holds no database_nifti/.*images/PATIENT_ANYTHING"):
+    with pytest.raises(UserError, match=r"holds neither database_nifti/.*images/PATIENT_ANYTHING"):
         open_source(str(tmp_path))
     os.makedirs(tmp_path / "masks")
     with pytest.raises(UserError, match="holds no NIfTI file"):
@@ -153,7 +153,7 @@ HYPHENS = [f"p{number:02d}-{view}-{phase}" for number in range(6) for view in ("
         (["ann", "bob"], "(", None),
     ],
 )  # fmt: skip
-def test_names_that_may_count_one_person_as_several_are_asked_about_before_any_writing(names, pattern, patients, tmp_path):
+def test_names_that_may_count_one_person_as_several_are_refused_before_any_writing(names, pattern, patients, tmp_path):
     source, out = str(tmp_path / "own"), str(tmp_path / "out")
     for name in names:
         put(source, name)
@@ -177,7 +177,7 @@ def test_every_file_is_used_or_in_quarantine_or_counted_as_ignored(tmp_path, cap
     os.rename(os.path.join(folder, "patient0003_2CH_ED.nii.gz"), os.path.join(folder, "2ch.nii.gz"))
     patients = write(source, out, max_quarantined=0.5).manifest["patients"]
     shown = capsys.readouterr().out
-    assert "ignored  8 files of half sequences" in shown and "ignored  1 other files of patients, such as 2ch.nii.gz" in shown
+    assert "ignored  8 half-sequence files" in shown and "ignored  1 patients' other files, such as 2ch.nii.gz" in shown
     assert "ignored  1 other entries, such as Patient_one" in shown and "quarantined  patient0003 2CH ED" in shown
     assert {name: record["rows"] for name, record in patients.items()} == {"patient0002": 4, "patient0003": 3}
     assert all(record["ef"] for record in patients.values())

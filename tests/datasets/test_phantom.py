@@ -211,12 +211,12 @@ def test_pictures_look_like_the_real_ones_and_their_speckle_widens_with_depth(st
 def test_a_folder_with_other_patients_is_never_written_into_and_the_same_phantom_may_be_written_again(tmp_path):
     for _ in range(2):
         phantom.write_phantom(str(tmp_path / "own"), patients=1, scale=0.1)
-    with pytest.raises(UserError, match="different settings"):
+    with pytest.raises(UserError, match="other settings"):
         phantom.write_phantom(str(tmp_path / "own"), patients=2, scale=0.1)
     theirs = tmp_path / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"somebody's heart")
-    with pytest.raises(UserError, match="not a phantom's"):
+    with pytest.raises(UserError, match="not synthetic"):
         phantom.write_phantom(str(tmp_path), patients=1, scale=0.1)
     assert theirs.read_bytes() == b"somebody's heart" and {*os.listdir(tmp_path)} == {"own", "database_nifti"}
 

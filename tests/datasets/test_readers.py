@@ -118,13 +118,13 @@ def test_a_flip_turns_the_frames_and_not_the_file(tmp_path):
 
 
 def test_a_nifti_of_one_value_or_not_a_finite_one_is_refused_with_its_reason(tmp_path):
-    for value, reason in ((np.nan, "not finite"), (7.0, "one value")):
+    for value, reason in ((np.nan, "not finite"), (7.0, "the same value")):
         nibabel.save(nibabel.Nifti1Image(np.full((5, 5), value), np.eye(4)), tmp_path / "a.nii")
         with pytest.raises(DamagedRecording, match=reason):
             readers.read(str(tmp_path / "a.nii"), "nifti")
 
 
-def test_a_spacing_that_no_scanner_has_is_not_used_and_the_one_asked_for_is(tmp_path):
+def test_an_implausible_spacing_is_ignored_and_the_given_one_is_used(tmp_path):
     picture = nibabel.Nifti1Image(np.arange(60000, dtype=np.float32).reshape(100, 600), np.eye(4))  # 1 mm: 600 mm deep
     nibabel.save(picture, tmp_path / "a.nii")
     found = readers.read(str(tmp_path / "a.nii"), "nifti")
@@ -288,7 +288,7 @@ def test_a_second_plane_beside_the_first_is_noted():
     second.RegionLocationMinX0, second.RegionLocationMaxX1 = 40, 79
     data.SequenceOfUltrasoundRegions.append(second)
     found = read_dicom(written(data))
-    assert found.pixels.shape == (3, 100, 40) and "2 planes at once, and only that of columns 0 to 39" in found.notes[0]
+    assert found.pixels.shape == (3, 100, 40) and "2 planes at once; only the one in columns 0 to 39" in found.notes[0]
     second.RegionLocationMinX0 = 20  # over the first: one plane
     assert read_dicom(written(data)).notes == ()
 
@@ -303,7 +303,7 @@ def test_a_second_plane_beside_the_first_is_noted():
         ({"region": {"RegionSpatialFormat": 3}}, "M-mode or Doppler"),
     ],
 )
-def test_what_is_not_a_loop_of_one_plane_is_refused(tags, reason):
+def test_files_other_than_a_loop_of_one_plane_are_refused(tags, reason):
     with pytest.raises(readers.Unreadable, match=reason):
         read_dicom(dicom(LOOP, **tags))
 

@@ -36,7 +36,7 @@ TURNS = st.tuples(st.booleans(), st.booleans(), st.booleans())
 
 
 def disk_array(upright: np.ndarray, turn: tuple[bool, bool, bool]) -> tuple[np.ndarray, np.ndarray]:
-    """The array of a file that lies turned in the world, and the affine that says so."""
+    """The array of a file that is turned in the world, and its affine."""
     array, affine = upright.T, np.diag([MM, MM, 1.0, 1.0])
     for axis in (axis for axis in (0, 1) if turn[axis]):
         affine[:, 3] += affine[:, axis] * (array.shape[axis] - 1)

@@ -1,4 +1,4 @@
-"""Groups are by patient, disjoint, balanced where something is known, and drawn as before where nothing is."""
+"""Groups are by patient, disjoint, balanced if anything is known, and drawn as before if not."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ PLAIN = preprocess.Options(launcher="plain")
 
 @st.composite
 def known_patients(draw) -> dict[str, dict]:
-    """Patients of whom EF and quality are known to some, and nothing to others."""
+    """Patients with known EF and quality, and others without."""
     quality = st.dictionaries(st.sampled_from(["2CH", "4CH"]), st.sampled_from(["Good", "Medium", "Poor", "odd"]))
     record = st.fixed_dictionaries({"ef": st.none() | st.floats(10, 80), "quality": quality})
     listed = draw(st.lists(st.just({}) | record, min_size=5, max_size=150))

@@ -1,4 +1,4 @@
-"""Evaluations that share no patient, pooled: the same numbers as one evaluation of everybody, and refusals."""
+"""Pooled evaluations without a common patient: the same numbers as one evaluation of all patients, and refusals."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from jobs import evaluate
 
 @pytest.fixture(scope="module")
 def halves(phantom, tmp_path_factory) -> tuple[list[str], str]:
-    """Evaluations of patients 1 to 4 and of 5 to 8, whose masks are the other phase's, and one of all of them."""
+    """Evaluations of patients 1 to 4, of 5 to 8 and of all, with the other phase's masks as predictions."""
     folder = tmp_path_factory.mktemp("halves")
     images = os.path.join(phantom, camus.IMAGES_FOLDER)
     names = sorted(os.listdir(images))
@@ -54,7 +54,7 @@ def test_pooled_scores_and_pictures_are_those_of_one_evaluation_of_everybody_and
     assert mean == pytest.approx(expected["scores"]["dice"]["mean"])
 
 
-def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
+def test_evaluations_that_cannot_be_pooled_are_refused(halves, tmp_path):
     parts, whole = halves
     out, refused = str(tmp_path / "out"), {}
     for key, value in {"group": "train", "dataset": "other", "post": {"tta": True}}.items():
@@ -64,11 +64,11 @@ def test_what_cannot_be_one_evaluation_is_refused(halves, tmp_path):
     for evaluations, to, said in (
         ([parts[0], whole], out, "patient0001 is scored in"),
         ([parts[0], str(tmp_path)], out, "is not an evaluation"),
-        ([parts[0], parts[0]], out, "pooled once"),
-        (parts, parts[0], "none is overwritten"),
+        ([parts[0], parts[0]], out, "each of them once"),
+        (parts, parts[0], "--pool and --out must name different"),
         ([refused["group"], parts[1]], out, "was trained on"),
-        ([parts[1], refused["dataset"]], out, "is of other, "),
-        ([parts[1], refused["post"]], out, "differ in their postprocessing"),
+        ([parts[1], refused["dataset"]], out, "scores other, "),
+        ([parts[1], refused["post"]], out, "were postprocessed differently"),
     ):
         with pytest.raises(UserError, match=said):
             cross_validation.pool(evaluations, to)

@@ -1,4 +1,4 @@
-"""Truth and other people's masks: found by name, checked, and what is missing says why."""
+"""Truth and other programs' masks are found by name and checked, and missing ones have a reason."""
 
 import os
 import pickle
@@ -58,7 +58,7 @@ def test_a_mask_is_found_by_its_name_wherever_it_lies(cases, tmp_path, place):
     assert predictions.has_any(PATIENT) and not predictions.has_any("patient0002")
 
 
-def test_a_prediction_goes_before_a_truth_and_that_before_a_bare_name_and_of_two_candidates_a_pattern_decides(cases, tmp_path):
+def test_a_prediction_precedes_a_truth_and_that_a_bare_name_and_a_pattern_decides_between_two(cases, tmp_path):
     bare, gt, pred = (put(tmp_path, f"{cases[0].name}{s}.nii.gz", cases[0].truth) for s in ("", "_gt", "_pred"))
     for path in (pred, gt, bare):
         assert FilePredictions.open(str(tmp_path)).path(PATIENT, View.TWO_CHAMBER, Phase.ED) == path
@@ -75,7 +75,7 @@ OUTSIDE = ["../{patient}{view}{phase}.nii", "/{patient}{view}{phase}.nii"]
 
 
 @pytest.mark.parametrize("pattern", [*OUTSIDE, "{phase", "{study}", "{patient.x}", "{patient[x]}", "{view}.nii"])
-def test_a_pattern_that_leaves_the_folder_or_names_something_else_is_refused(tmp_path, cases, pattern):
+def test_a_pattern_that_leads_outside_the_folder_or_has_other_fields_is_refused(tmp_path, cases, pattern):
     put(tmp_path, "x.nii.gz", cases[0].truth)
     with pytest.raises(UserError, match="--pattern"):
         FilePredictions.open(str(tmp_path), pattern)
@@ -88,7 +88,7 @@ def test_images_wrong_shapes_and_absent_masks_are_missing_with_a_reason(phantom,
     masks, missing = FilePredictions.open(str(tmp_path)).masks(cases[:3])
     assert masks == [None, None, None]
     reasons = [row["reason"] for row in missing]
-    assert "label" in reasons[0] and "is not the truth's" in reasons[1] and reasons[2] == "the prediction is missing"
+    assert "label" in reasons[0] and "but the truth has" in reasons[1] and reasons[2] == "the prediction is missing"
 
 
 @pytest.mark.parametrize(("folder", "said"), [("", "holds no NIfTI file"), ("gone", "do not exist")])

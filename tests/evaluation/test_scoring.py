@@ -47,7 +47,7 @@ def test_truth_against_itself_is_perfect(phantom, tmp_path):
     assert len(images) == 32 and len(table(out, "patients")) == 8 and set(images["phase"]) == {"ED", "ES"}
     assert set(images.columns) == {*KEYS, "confidence", "implausible", "confusion", *SCORES, *DISTANCES}
     page = filesystem.read_bytes(filesystem.join(out, "report.html")).decode()
-    assert "Ejection fraction and volumes" in page and "say nothing about accuracy on patients" in page
+    assert "Ejection fraction and volumes" in page and "nothing about its accuracy on patients" in page
 
 
 def test_a_missing_prediction_is_named_and_its_patient_has_no_biplane_ef(phantom, tmp_path, capsys):
@@ -78,7 +78,7 @@ def test_only_patients_with_a_mask_are_scored_unless_a_group_is_asked_for(phanto
     [
         ({"truth": ""}, "--truth is missing"),
         ({"checkpoint": "x"}, "leave --checkpoint"),
-        ({"pattern": "no/{patient}{view}{phase}.nii"}, "of none of the 8 patients"),
+        ({"pattern": "no/{patient}{view}{phase}.nii"}, "holds no mask of the 8 patients"),
         ({"truth": "/nowhere"}, "/nowhere does not exist"),
     ],
 )
@@ -88,7 +88,7 @@ def test_mistakes_are_one_line_errors(phantom, options, said):
         evaluate.run(evaluate.Options(**given | options))
 
 
-def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
+def test_two_pictures_of_one_view_and_phase_make_no_volume(phantom):
     cases, _ = TreeTruth(phantom).cases(["patient0001"])
     twice = [*cases, replace(cases[0], frame=2), replace(cases[1], view=None), replace(cases[1], phase=None)]
     alone, doubled = (patient_row("p", given, [Segmented(case.truth, 1.0) for case in given]) for given in (cases, twice))
@@ -97,10 +97,10 @@ def test_of_two_pictures_of_one_view_and_phase_neither_makes_a_volume(phantom):
     assert doubled["images"] == len(twice)
 
 
-def test_an_empty_group_is_passed_over_and_who_chose_the_checkpoint_is_never_tested_with_it(phantom, tmp_path):
+def test_an_empty_group_is_skipped_and_patients_that_chose_the_checkpoint_never_test_it(phantom, tmp_path):
     images = evaluation.ScoredImages(phantom, {"test": [], "val": ["patient0001"], "train": ["patient0002"]}, "phantom")
     assert evaluation.choose_group("auto", images) == "val"
-    with pytest.raises(UserError, match="no patients in a group test: use one of val, train"):
+    with pytest.raises(UserError, match="no patients in group test: use one of val, train"):
         evaluation.choose_group("test", images)
     run = run_directory.Run("r", {"train_patients": ["patient0001"], "val_patients": ["patient0003"], "dataset": "CAMUS"})
     evaluation.refuse_trained(run, "val", images)  # CAMUS's patient0001 is another one

@@ -1,4 +1,4 @@
-"""A job that ends while a thread of a library still holds an object of Python's aborts with -6: no such thread is left."""
+"""A job that ends while a library's thread holds a Python object aborts with -6: no such thread may remain."""
 
 import os
 import subprocess

@@ -37,7 +37,7 @@ def test_killed_workers_restart_as_often_as_the_run_advances(kills, shards, tmp_
     with caplog.at_level("INFO", logger="heartseg"):
         run = train.run(replace(base, train=replace(base.train, epochs=8)), train.Options())
     killer.join(timeout=1)
-    assert not killer.is_alive() and ("advanced in between" in caplog.text) == (kills > 1)
+    assert not killer.is_alive() and ("progressed in between" in caplog.text) == (kills > 1)
     assert epochs_of(run) == list(range(1, 9))
 
 
@@ -57,7 +57,7 @@ def test_the_same_command_resumes_after_the_driver_was_killed(shards, tmp_path, 
 
 
 @pytest.mark.parametrize("launcher", ["plain", pytest.param("ray", marks=pytest.mark.slow)])
-def test_sigterm_ends_in_order_and_the_same_command_resumes(shards, tmp_path, launcher):
+def test_sigterm_ends_cleanly_and_the_same_command_resumes(shards, tmp_path, launcher):
     job = Job(shards, tmp_path, launcher)
     job.wait_for_epoch(2)
     recorded = len(epochs_of(job.run()))

@@ -67,7 +67,7 @@ def test_a_full_disk_is_a_one_line_error_at_the_start_of_a_run_at_its_pictures_a
         assert "No space left on device" in sentence and "rerun the same command to resume" in sentence
 
 
-def test_another_error_than_a_refusal_is_no_sentence():
+def test_errors_other_than_refusals_are_not_turned_into_messages():
     with pytest.raises(FileNotFoundError), worker._problems_on_every_rank(Ranks(0, 1, torch.device("cpu"))):
         Path("/nowhere/at/all").read_bytes()
 

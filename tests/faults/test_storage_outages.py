@@ -31,7 +31,7 @@ DESTRUCTIVE = re.compile(
 
 
 class Flaky:
-    """A file system that counts calls; the `fail_at`-th raises what pyarrow raises if a store does not answer."""
+    """A file system that counts calls; the `fail_at`-th raises pyarrow's error for a store that does not answer."""
 
     def __init__(self, fail_at: int = 0):
         self.calls, self.fail_at, self.real = 0, fail_at, filesystem.resolve
@@ -100,7 +100,7 @@ def one_run(at: str) -> str:
 
 @pytest.fixture(scope="module")
 def world(phantom, tmp_path_factory) -> Path:
-    """A source, its shards, a pipeline that has made them, and the place of runs."""
+    """A source, its shards, the pipeline that made them, and the folder of runs."""
     folder = tmp_path_factory.mktemp("world")
     at = f"file://{folder}"
     shutil.copytree(phantom, folder / "source")
@@ -121,7 +121,7 @@ def trained(world, ray_session) -> Path:
 
 
 def stay_here(patch: pytest.MonkeyPatch) -> None:
-    """Let this process do what Ray's workers do, so that the outage meets it."""
+    """Run the work of Ray's workers in this process, so that the outage affects it."""
 
     def train_here(experiment, run, profile: bool) -> None:
         with distributed.plain_ranks() as ranks:

@@ -50,7 +50,7 @@ def record(name: str) -> list[dict]:
 
 
 def wait_until(condition, host: two_hosts.Host, training: subprocess.Popen, seconds: float = 150) -> float:
-    """Wait for a condition of a training; returns how long it took, or fails with what the training printed."""
+    """Wait for a condition in a training; returns the time it took, or fails with the training's output."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds and training.poll() is None, host.output(training)[-5000:]

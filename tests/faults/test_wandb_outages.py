@@ -1,4 +1,4 @@
-"""Servers that never answer, fall silent, fail or come back: tracking slows nothing, loses nothing and stops no training."""
+"""Servers that never answer, fall silent, fail or recover: tracking slows nothing, loses nothing and stops no training."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ from helpers.wandb_server import KEY, Server, serving
 
 
 def assert_kept_offline(run: Path, said: str) -> None:
-    """All is in one offline fragment, and one sentence said so."""
+    """Everything is in one offline fragment, and one message said so."""
     assert said.count("kept offline") == 1
     fragments = list(run.glob("wandb/offline-run-*/*.wandb"))
     assert len(fragments) == 1, said
@@ -23,7 +23,7 @@ def assert_kept_offline(run: Path, said: str) -> None:
 
 
 def assert_sent_later(server: Server, run: Path, said: str) -> None:
-    """All is on disk, one sentence named a command, and the command gives a healthy server what it lacks."""
+    """Everything is on disk, one message named a command, and the command sends a healthy server the missing data."""
     record, (sent,) = run_directory.read_record(str(run)), server.runs.values()
     assert 1 <= len(sent.rows()) < len(record)
     command = f"wandb sync --include-online {run}/wandb"
@@ -41,7 +41,7 @@ def assert_sent_later(server: Server, run: Path, said: str) -> None:
 
 @pytest.fixture
 def parents_service():
-    """A service of wandb's that this process started, which wandb offers to every child through the environment."""
+    """A wandb service started by this process, which wandb offers to every child through the environment."""
     wandb.teardown()  # of earlier tests
     wandb.setup().ensure_service()
     assert "WANDB_SERVICE" in os.environ

@@ -1,1 +1,1 @@
-"""What tests share: servers, clusters and processes to talk to, files to read, the tiny experiment."""
+"""Shared by tests: servers, clusters and processes to talk to, files to read, the tiny experiment."""

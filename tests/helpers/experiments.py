@@ -1,4 +1,4 @@
-"""The repository, the real data, the tiny experiment that equalities are tested on, and models that give every label."""
+"""The repository, the real data, the tiny experiment for tests of equality, and models that predict every label."""
 
 import os
 from dataclasses import replace
@@ -17,12 +17,12 @@ CAMUS = os.environ.get("HEARTSEG_CAMUS", str(ROOT.parent / "shared" / "camus"))
 
 
 def skip_or_fail(reason: str) -> NoReturn:
-    """Skip a test that needs what this machine lacks; fail it if HEARTSEG_NO_SKIPS is set."""
+    """Skip a test whose requirements this machine lacks; fail it if HEARTSEG_NO_SKIPS is set."""
     (pytest.fail if os.environ.get("HEARTSEG_NO_SKIPS") else pytest.skip)(reason)
 
 
 def tiny_experiment(**changes) -> Experiment:
-    """MobileNetV3 on 64 x 64 without batch statistics, dropout or augmentation, in fp32: what equalities are tested on."""
+    """MobileNetV3 on 64 x 64 without batch statistics, dropout or augmentation, in fp32: for tests of equality."""
     recipe = quick()
     base = replace(
         recipe,
@@ -40,7 +40,7 @@ def tiny_experiment(**changes) -> Experiment:
 
 
 def spread(model: torch.nn.Module, head: torch.nn.Conv2d, pixels: torch.Tensor) -> None:
-    """Give a model its own batch statistics, and each class a mean of 0 and a deviation of 1: every label comes up."""
+    """Give a model its own batch statistics, and each class a mean of 0 and a deviation of 1, so that every label occurs."""
     with torch.no_grad():
         model.train()(pixels)
         logits = model.eval()(pixels)

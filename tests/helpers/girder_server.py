@@ -25,7 +25,7 @@ def zip_of(files: dict[str, bytes]) -> bytes:
 
 
 class GirderServer(ThreadingHTTPServer):
-    """Serves `tree`; `faults` holds, by folder name, what goes wrong at each next request; `requests` are their names.
+    """Serves `tree`; `faults` holds, by folder name, the faults of the next requests; `requests` are their names.
 
     A fault is a status code, `cut`, `long`, `short`, `silent`, or the bytes to send instead; a fault that is not in a list
     stays for ever.
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         return json.dumps(entries[start : start + min(int(query["limit"]), self.server.page_size)]).encode()
 
     def answer(self, body: bytes, fault=None) -> None:
-        """Send a body in chunks, as Girder does, or in the way of the fault."""
+        """Send a body in chunks, like Girder, or with the fault."""
         if isinstance(fault, bytes):
             body = fault
         if isinstance(fault, int):

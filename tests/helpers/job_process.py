@@ -23,7 +23,7 @@ def train_arguments(shards: str, folder: Path, launcher: str, epochs: int) -> li
 
 
 def changed_train(change: str) -> list[str]:
-    """The command of `jobs/train.py` after statements that change `ray_runtime` or the process; its flags follow."""
+    """The command of `jobs/train.py`, without flags, after statements that change `ray_runtime` or the process."""
     code = f"import functools, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'; from jobs import train; "
     code += f"from jobs.support import command_line, ray_runtime; {change}; command_line.main(train.job)"
     return [sys.executable, "-c", code]
@@ -89,6 +89,6 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
 
 
 def trained_again(*outputs: str) -> int:
-    """How many recorded epochs were trained again: repeated lines of an epoch's end in the outputs together."""
+    """The number of recorded epochs that were trained again, from repeated lines of epochs in all outputs."""
     ended = re.findall(r"epoch (\d+)/\d+  train/loss", "".join(outputs))
     return len(ended) - len(set(ended))

@@ -1,4 +1,4 @@
-"""A cluster of this machine as `cluster/local.sh` starts it, on ports of its own, and commands that are read while they run."""
+"""A cluster on this machine, started by `cluster/local.sh` on its own ports, and commands whose output is read as they run."""
 
 import contextlib
 import os

@@ -42,7 +42,7 @@ def outside_links(text: str) -> set[str]:
 
 
 def look_at(page, folder, width: int) -> None:
-    """Take a browser's pictures of a page in light and in dark; what it shows is readable and fits."""
+    """Take a browser's screenshots of a page in light and dark mode, and check that the contents are readable and fit."""
     for scheme, ground in ((1, (0xF4, 0xF6, 0xF8)), (0, (0x11, 0x15, 0x1A))):
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += [f"--window-size={width},1500", f"--blink-settings=preferredColorScheme={scheme}"]

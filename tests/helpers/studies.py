@@ -1,4 +1,4 @@
-"""Studies on disk and their results, with the truth in the place of a model's masks."""
+"""Studies on disk and their results, with the truth in place of a model's masks."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def truth_of(clip: Clip) -> np.ndarray:
 
 
 def finished(hearts: str, out: str, keep=lambda clip: True) -> dict[str, list[study_results.ClipResult]]:
-    """Results by patient with the truth in the place of a model's masks."""
+    """Results by patient with the truth in place of a model's masks."""
     clips = [clip for clip in find_clips(hearts) if keep(clip)]
     return study_results.by_patient(
         study_results.finish(out, clip, readers.read(clip.path, "nifti"), truth_of(clip), [1.0] * 99) for clip in clips

@@ -1,4 +1,4 @@
-"""Trainings and bare trackers that talk to a wandb server, started, killed and waited for: what tests of tracking share."""
+"""Trainings and bare trackers that talk to a wandb server, for tests of tracking to start, kill and wait for."""
 
 import json
 import os
@@ -27,7 +27,7 @@ FAST = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_X_FILE_STREAM_RETRY
 
 
 def start(shards: str, folder: Path, epochs: int = EPOCHS, **environment: str) -> subprocess.Popen:
-    """A plain training process on tiny shards; what it says goes to `folder`.log."""
+    """A plain training process on tiny shards; its output goes to `folder`.log."""
     sizes = ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8", "--train.epochs", str(epochs)]
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "quick", *sizes, "--launcher", "plain"]
     command += ["--data", shards, "--runs", str(folder)]
@@ -42,7 +42,7 @@ def tracked_run(shards: str, folder: Path) -> Run:
 
 
 def track(run: Run, epochs: int, pause_s: float = 0, artifact: bool = False, **environment: str) -> dict[str, float]:
-    """Track a run as a training does, without the training, or resume it: the seconds that calls took."""
+    """Track a run like a training would, or resume it, without training; returns the seconds that calls took."""
     record, slowest_s = run_directory.read_record(run.path), 0.0
     wandb.teardown()  # what earlier tests of this process left, WANDB_SERVICE included, which the patch would restore
     with patch.dict(os.environ, FAST | environment):
@@ -73,7 +73,7 @@ def start_tracking(run: Run, epochs: int, pause_s: float, **environment: str) ->
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:
-    """Wait for a training process to end well; returns what it and those before it said."""
+    """Wait for a training process to succeed; returns its output and that of earlier ones."""
     assert process.wait(timeout=200) == 0, folder.with_suffix(".log").read_text()
     return folder.with_suffix(".log").read_text()
 
@@ -91,7 +91,7 @@ def the_run(folder: Path) -> Path:
 
 
 def sync(server: Server, *arguments: str) -> str:
-    """The command that our sentences and the README name."""
+    """The command that our messages and the README name."""
     environment = os.environ | server.environment()
     done = subprocess.run([WANDB, "sync", *arguments], capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -67,7 +67,7 @@ class Host:
         (self.init,) = wait_for(lambda: [pid for pid in children(self.keeper) if is_sleep(pid)], self.keeper, seconds=10)
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen:
-        """Start a command on this host; its output goes to a file, for a pipe that is not read would block it."""
+        """Start a command on this host; its output goes to a file, since an unread pipe would block it."""
         inside = ["nsenter", "--target", str(self.init), "--mount", "--net", "--pid", "--", *command]
         variables = self.environment | {"GLOO_SOCKET_IFNAME": self.link} | environment
         path = self.logs / str(time.monotonic_ns())
@@ -88,7 +88,7 @@ class Host:
             raise AssertionError(self.output(process)) from None
 
     def stop(self, process: subprocess.Popen) -> str:
-        """Ask a command of this host to end (SIGTERM), and return its output."""
+        """Ask a command on this host to end (SIGTERM), and return its output."""
         # nsenter does not pass signals to the command that it waits for.
         for child in children(process):
             os.kill(child, signal.SIGTERM)
@@ -96,7 +96,7 @@ class Host:
         return self.output(process)
 
     def kill(self) -> None:
-        """Cut the power: with the host's first process all others die at once."""
+        """Cut the power: when the host's first process dies, so do all others."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.init, signal.SIGKILL)
         for process in (self.keeper, *self.outputs):
@@ -111,7 +111,7 @@ class Host:
         assert code == 0, output
 
     def announce_end(self, head: "Host", seconds: int) -> None:
-        """Notify the cluster, as a cloud that takes a machine back does, that this host has some seconds left."""
+        """Notify the cluster that this host has some seconds left, like a cloud that reclaims a machine."""
         code, output = head.run(sys.executable, "-c", NODE_ID, self.address, RAY_ADDRESS=f"{head.address}:{PORT}")
         assert code == 0, output
         drain = [RAY, "drain-node", "--address", f"{head.address}:{PORT}", "--node-id", output.split()[-1]]
@@ -122,7 +122,7 @@ class Host:
 
 @contextlib.contextmanager
 def joined() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with Ray on both and an S3 server on the first, whose bucket this process sees too."""
+    """Two hosts with Ray on both and an S3 server on the first, whose bucket this process can also access."""
     tag = f"hs{os.getpid() % 10000}"
     kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
     environment = {name: os.environ[name] for name in kept if name in os.environ}

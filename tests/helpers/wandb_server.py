@@ -1,4 +1,4 @@
-"""A Weights & Biases server on loopback, as far as wandb's own client needs one: it keeps what arrives, and when.
+"""A Weights & Biases server on loopback, with what wandb's own client needs: it keeps all data and their times of arrival.
 
 It answers the GraphQL operations that wandb 0.31 was seen to ask (a run, its files, its artifacts), takes the stream of
 rows and the uploads, and falls silent or fails on demand.
@@ -20,7 +20,7 @@ PROJECT = {"id": "project-1", "name": "heartseg", "entity": {"id": "entity-1", "
 
 @dataclass
 class SentRun:
-    """What a run has sent: its configuration, its rows by line, when each came first, and how it ended."""
+    """The data that a run has sent: its configuration, its rows by line, their times of arrival, and how it ended."""
 
     config: dict = field(default_factory=dict)
     lines: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def environment(self) -> dict[str, str]:
-        """The variables that send a run here, with a key that opens nothing."""
+        """The variables that send a run here, with a dummy key."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
 
     def handle_error(self, request, client_address) -> None:
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = serve
 
     def answer(self, body: bytes) -> dict:
-        """The JSON answer to a request, after keeping what it brought."""
+        """The JSON answer to a request, after storing its data."""
         if self.path == "/graphql":
             asked = json.loads(body)
             operation = asked.get("operationName") or asked["query"].split("(")[0].split()[1]
@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def keep_stream(self, run: SentRun, sent: dict) -> None:
-        """Keep lines under their numbers, as the real server does: a line that is sent again replaces itself."""
+        """Store lines by number, like the real server: a line that is sent again replaces the earlier one."""
         for name, part in (sent.get("files") or {}).items():
             lines = run.lines.setdefault(name, {})
             lines |= dict(enumerate(part["content"], part["offset"]))
@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def resumed(name: str, run: SentRun) -> dict:
-    """What the client asks of a run in order to resume it."""
+    """The reply to the client's query before it resumes a run."""
     lines, events = (run.lines.get(name, {}) for name in (HISTORY, "wandb-events.jsonl"))
     return {
         "id": f"id-{name}", "name": name, "displayName": name, "notes": None, "tags": [],

@@ -64,7 +64,7 @@ def hole(rng, mask, spacing_mm):
 
 
 def gap_in_wall(rng, mask, spacing_mm):
-    """The wall is cut through, 8 to 20 mm wide, on a straight way from a point of the cavity's rim to the outside."""
+    """The wall is cut through, 8 to 20 mm wide, straight from a point of the cavity's rim to the outside."""
     start = rng.choice(np.argwhere(rim(mask, spacing_mm)))
     out = (start - np.argwhere(mask == ENDO).mean(axis=0)) * spacing_mm
     out, (depth, lateral) = out / np.linalg.norm(out), offset_mm(mask, spacing_mm, start)
@@ -93,7 +93,7 @@ def spill(rng, mask, spacing_mm):
 
 
 def tiny_ventricle(rng, mask, spacing_mm):
-    """The cavity has shrunk to 2 to 10 % of its area on its base, and wall has taken its place."""
+    """The cavity has shrunk to 2 to 10 % of its area at its base, and wall has replaced it."""
     share, cavity = rng.uniform(0.02, 0.10), mask == ENDO
     from_base = ndimage.distance_transform_edt(mask != LA, sampling=spacing_mm)
     return paint(mask, cavity & (from_base > np.quantile(from_base[cavity], share)), MYO)
@@ -118,7 +118,7 @@ DEFECTS = {
 
 
 def flagged(masks) -> float:
-    """Share of masks that the checks find fault with."""
+    """Share of masks that the checks flag."""
     return float(np.mean([bool(implausibilities(mask, spacing_mm)) for mask, spacing_mm in masks]))
 
 

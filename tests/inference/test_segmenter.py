@@ -1,4 +1,4 @@
-"""Batches, shifted copies and ensembles give masks by their definitions, and what clips in flight hold is bounded in bytes."""
+"""Batches, shifted copies and ensembles return masks by their definitions, and the memory of clips in flight is bounded."""
 
 import threading
 import time
@@ -154,7 +154,7 @@ ROOM = 60 * 2 * SIDE * SIDE  # bytes of 60 frames and their masks
 
 
 def outlined(lengths: list[int], free: float, monkeypatch, finish=None, fails: tuple[int, ...] = ()) -> tuple[list, int]:
-    """Results of clips of so many frames in memory of `free` bytes, and the most bytes that frames and masks held at a time."""
+    """Results of clips with these numbers of frames in `free` bytes of memory, and the peak bytes of frames and masks."""
     monkeypatch.setattr(batch_inference, "free_bytes", lambda: free)
     held, most, lock = {}, [0], threading.Lock()
 

@@ -1,4 +1,4 @@
-"""Files are found and named so that nothing is taken twice or overwritten, and a patient's indices come from the right ones."""
+"""Files are found and named so that none is used twice or overwritten, and a patient's indices come from the right ones."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ TWO, FOUR = VIEWS
 
 @pytest.fixture(scope="module")
 def hearts(tmp_path_factory) -> str:
-    """Two patients with stills and half sequences; the truth stands beside each."""
+    """Two patients with stills and half sequences, and the truth beside each."""
     folder = str(tmp_path_factory.mktemp("hearts"))
     write_phantom(folder, patients=2, scale=0.3, sequences=True)
     return folder
@@ -37,7 +37,7 @@ def hearts(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def stills(hearts, tmp_path_factory) -> list[study_results.ClipResult]:
-    """The first patient's four stills, the truth in the place of a model's masks."""
+    """The first patient's four stills, with the truth in place of a model's masks."""
     found = finished(hearts, str(tmp_path_factory.mktemp("stills")), lambda clip: clip.phase is not None)
     return found["patient0001"]
 
@@ -87,7 +87,7 @@ def test_links_to_folders_are_followed_and_a_circle_of_them_ends(tmp_path):
     assert [clip.stem for clip in find_clips(str(tmp_path / "in"))] == ["a_2CH"]
 
 
-def test_masks_pictures_of_masks_and_hidden_files_are_not_inputs_and_view_and_phase_serve_where_a_name_is_silent(tmp_path):
+def test_masks_pictures_of_masks_and_hidden_files_are_not_inputs_and_view_and_phase_apply_to_names_without_them(tmp_path):
     put(tmp_path, "a_gt.nii.gz", "a_pred.nii.gz", ".a.nii.gz", "a.nii.gz", "b_2CH_ES.nii.gz", "c_overlay.nii.gz")
     (tmp_path / "a_overlay.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("")
@@ -165,10 +165,10 @@ BORN = PERSON | {"PatientBirthDate": "19500101"}
 @pytest.mark.parametrize(
     ("first", "second", "why"),
     [
-        ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID and another folder"),
-        (*[PERSON | {"StudyInstanceUID": "1.2.3"}] * 2, "same StudyInstanceUID and another folder"),
-        (PERSON, PERSON, "same StudyInstanceUID and another folder"),
-        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "and another folder"),
+        ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID but another folder"),
+        (*[PERSON | {"StudyInstanceUID": "1.2.3"}] * 2, "same StudyInstanceUID but another folder"),
+        (PERSON, PERSON, "same StudyInstanceUID but another folder"),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "but another folder"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "2"}, "several folders"),
         (BORN | {"SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, ""),
         (BORN | {"PatientSex": "F", "SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, "PatientSex"),
@@ -203,7 +203,7 @@ def test_the_secret_of_the_names_is_the_users_own_file_and_one_line_if_it_cannot
         study_files.name_secret()
 
 
-def test_a_cut_and_turned_picture_has_its_mask_where_the_file_has_the_heart(tmp_path):
+def test_a_cropped_and_turned_picture_has_its_mask_where_the_file_has_the_heart(tmp_path):
     masks = np.zeros((1, 4, 3), np.uint8)
     masks[0, 0, 0] = 1  # upper left of what was turned round: lower right of the region in the file
     frames = Frames(masks * 9, (0.5, 0.25), box=(2, 1, 10, 8), flips=(1, 2))
@@ -303,14 +303,14 @@ def test_views_that_disagree_are_a_doubt_and_names_without_a_phase_have_advice(s
     assert "give --phase" in study_results.study_row("patient0001", [unnamed])["reason"]
 
 
-def test_of_two_stills_of_one_view_and_phase_none_is_taken_and_both_are_named(stills):
+def test_two_stills_of_one_view_and_phase_are_both_named_and_neither_is_used(stills):
     (es,) = [one for one in stills if (one.clip.view, one.clip.phase) == (FOUR, Phase.ES)]
     row = study_results.study_row("p", [*stills, replace(es, clip=replace(es.clip, stem="again_4CH_ES"))])
     assert np.isnan(row["ef_ase"]) and np.isnan(row["ef_4ch_ase"]) and np.isfinite(row["ef_2ch_ase"])
     assert f"{es.clip.stem} and again_4CH_ES show the same view and phase (4CH ES)" in row["reason"]
 
 
-def test_a_clip_that_shows_no_beat_is_named_only_where_its_view_is_wanting(stills):
+def test_a_clip_that_shows_no_beat_is_named_only_if_its_view_is_missing(stills):
     clip = replace(stills[0].clip, view=FOUR, phase=None, stem="frozen_4CH")
     frozen = replace(stills[0], clip=clip, frames=9, phases={}, volumes_ml=np.full(9, 80.0))
     row = study_results.study_row("p", [*(one for one in stills if one.clip.view == TWO), frozen])
@@ -360,7 +360,7 @@ def test_a_clip_that_fails_is_named_by_ranges_of_frames_and_cut_to_a_cell(hearts
     assert whole["doubts"] == row["doubts"] and len(study_results.headline(row)) < 230
 
 
-def test_the_tables_hold_every_patient_and_say_what_they_are_not_for(hearts, tmp_path):
+def test_the_tables_hold_every_patient_and_the_intended_use(hearts, tmp_path):
     rows = [study_results.study_row(patient, found) for patient, found in finished(hearts, str(tmp_path)).items()]
     study_results.write_tables(str(tmp_path), rows, {"damaged": [{"input": "x", "reason": "is empty"}]})
     with open(tmp_path / "ef.csv") as stream:

@@ -1,4 +1,4 @@
-"""The tables of jobs/benchmark.py compare like with like, and name what they lack and what is wrong."""
+"""The tables of jobs/benchmark.py compare like with like, and name missing packages and mistakes."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ def test_both_sides_train_on_the_same_images_from_the_same_weights(bench):
 
 
 @pytest.mark.parametrize("sections", ["peak,ray", pytest.param("convolutions,metrics,ray", marks=pytest.mark.slow)])
-def test_sections_are_printed_and_what_lacks_a_package_is_left_out(sections, monkeypatch, capsys):
+def test_sections_are_printed_and_those_that_lack_a_package_are_left_out(sections, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(train, "MATRIX_SIZES", (64, 128))
     tables = train.run(replace(TINY, sections=sections, batch=2))
@@ -106,7 +106,7 @@ def test_the_table_of_predictions_measures_files_to_masks_against_forward_passes
         ("train --batch 1", "--batch"),
         ("data", "--source is missing"),
         ("scores --source /no/such/folder", "/no/such/folder does not exist"),
-        ("scores --source /no/such/folder --images 0", "--images and --repeats must be at least 1"),
+        ("scores --source /no/such/folder --images 0", "--images .0. and --repeats .5. must be at least 1"),
         ("scores --bogus 1", "--bogus"),
         ("bogus", "'bogus' is not a table"),
     ],

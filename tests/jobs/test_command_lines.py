@@ -1,4 +1,4 @@
-"""What a user sees of a mistake: a one-line message, exit code 2, and no cluster."""
+"""A user's mistake leads to a one-line message, exit code 2, and no cluster."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (train.job, ["--workers", "0"], "--workers must be at least 1"),
         (train.job, ["quick", "--workers", "4:1"], "--min-workers must be at least 0 and no more than"),
         (preprocess.job, ["quick", "--out", "/tmp/x"], "--source is missing"),
-        (preprocess.job, ["quick", "--source", "{empty}", "--out", "/tmp/x"], "holds no database_nifti"),
+        (preprocess.job, ["quick", "--source", "{empty}", "--out", "/tmp/x"], "holds neither database_nifti"),
         (evaluate.job, [], "--checkpoint is missing"),
         (evaluate.job, ["--checkpoint", "/nowhere"], "/nowhere does not exist"),
         (evaluate.job, ["--checkpoint", "{empty}"], "is not a checkpoint"),
@@ -72,7 +72,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (evaluate.job, ["--checkpoint", "/run", "--data", "/a", "--truth", "/b"], "give one of them"),
         (export.job, [], "--checkpoint is missing"),
         (export.job, ["--checkpoint", "/nowhere"], "--out is missing"),
-        (doctor.job, ["--seconds", "0"], "--seconds must be positive"),
+        (doctor.job, ["--seconds", "0"], "--seconds must be above 0"),
     ],
 )
 def test_a_mistakes_message_names_the_value(job, arguments, said, tmp_path, monkeypatch):

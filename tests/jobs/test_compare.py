@@ -1,4 +1,4 @@
-"""A comparison's promises: exactly what differs, tests on the same patients only, seeds pooled, and a page on its own."""
+"""A comparison's promises: exactly the differences, tests on the same patients only, pooled seeds, a self-contained page."""
 
 import contextlib
 import io
@@ -93,7 +93,7 @@ def copied(trained, tmp_path) -> dict[str, Path]:
     return {name: Path(shutil.copytree(path, tmp_path / "runs" / Path(path).name)) for name, path in trained.items()}
 
 
-def test_exactly_the_settings_that_differ_are_named_and_one_that_an_older_version_did_not_know_does_not(scored):
+def test_exactly_the_differing_settings_are_named_and_not_those_unknown_to_an_older_version(scored):
     entries = group_by_settings([scored["seed0"], scored["seed1"], scored["faster"]])
     assert run_comparison.differing_settings(entries) == [("optim.lr", "0.02", "0.1"), ("train.seed", "0, 1", "0")]
     old = scored["seed0"]
@@ -122,7 +122,7 @@ def test_seeds_are_averaged_image_by_image_and_their_means_are_reported(scored):
     assert (found["low"], found["high"]) == pytest.approx(interval)
 
 
-def test_a_difference_is_of_the_same_images_its_interval_is_over_patients_and_to_itself_a_run_has_none(scored):
+def test_a_difference_is_over_the_same_images_its_interval_over_patients_and_a_run_has_none_to_itself(scored):
     itself = group_by_settings([scored["seed0"], scored["seed0"]])
     assert {run_comparison.differences(*itself)[name]["reading"] for name in ("dice", "hd_la_mm")} == {"no difference seen"}
     assert run_comparison.disagreements(itself, 5) == []
@@ -147,17 +147,17 @@ def test_a_difference_is_of_the_same_images_its_interval_is_over_patients_and_to
     assert set(found[0]["dice"]) == {"A", "B"}
 
 
-def test_of_runs_whose_masks_are_empty_there_is_nothing_to_compare(scored):
+def test_runs_with_empty_masks_cannot_be_compared(scored):
     untrained = [replace(one, images=one.images.assign(dice=0.01)) for one in (scored["seed0"], scored["faster"])]
     entries = group_by_settings(untrained)
     found = run_comparison.compare_entries(entries, entries[0])
     assert {test["reading"] for test in found["differences"]["B"].values()} == {"nothing to compare"}
-    assert "There is nothing to compare in A, B" in comparison_page.text(entries, found)
+    assert "A, B cannot be compared" in comparison_page.text(entries, found)
     cell = comparison_page.difference_cell(found["differences"]["B"], "hd_la_mm")
     assert not cell["seen"]
     one_alone = group_by_settings([untrained[0], scored["faster"]])  # a real difference
     assert run_comparison.differences(one_alone[1], one_alone[0])["dice"]["reading"] == "higher"
-    assert "nothing to compare in A:" in " ".join(run_comparison.notes(one_alone, one_alone[0]))
+    assert "A cannot be compared:" in " ".join(run_comparison.notes(one_alone, one_alone[0]))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_of_runs_whose_masks_are_empty_there_is_nothing_to_compare(scored):
     [(-0.1, 0.2, 0.01, "no difference seen"), (0.0, 0.2, 0.01, "no difference seen"), (0.01, 0.2, 0.01, "higher"),
      (-0.2, -0.1, 0.01, "lower"), (0.01, 0.2, 0.06, "no difference seen"), (None, None, 0.01, "too few patients")],
 )  # fmt: skip
-def test_a_difference_is_one_where_interval_and_p_agree(low, high, p, said):
+def test_a_difference_is_reported_only_if_interval_and_p_agree(low, high, p, said):
     difference = None if low is None else (low + high) / 2
     assert run_comparison.reading({"low": low, "high": high, "difference": difference, "p": p}) == said
 
@@ -188,7 +188,7 @@ def test_scores_of_other_hearts_are_neither_paired_nor_pooled_and_a_note_says_so
         assert run_comparison.differences(entries[1], entries[0]) == {} and run_comparison.disagreements(entries, 5) == []
     entries = group_by_settings([one, fewer])
     (note,) = run_comparison.notes(entries, entries[0])
-    assert "Not the same hearts (5 names in common)" in note and "are not paired" in note
+    assert "not the same hearts (5 names in common)" in note and "not paired" in note
     assert run_comparison.means(entries[1])["dice"]["mean"] == pytest.approx(fewer.images["dice"].mean())
     (entry,) = group_by_settings([one, without(scored["seed1"], one.patients["patient"][0])])
     assert run_comparison.means(entry)["dice"]["seeds"] == [one.images["dice"].mean()]
@@ -227,7 +227,7 @@ def test_curves_are_as_long_as_each_run_and_a_run_under_way_is_named(scored):
     entries = group_by_settings([longer, scored["faster"]])
     dice, *_ = comparison_page.curve_figures(entries)
     assert f"{longer.label} 0.5" in dice["alt"] and f"c {scored['faster'].record[0]['test/dice']:.4g}" in dice["alt"]
-    assert "c has 0 of its 1 epochs" in " ".join(run_comparison.notes(group_by_settings([longer, under_way]), entries[0]))
+    assert "c has finished only 0 of" in " ".join(run_comparison.notes(group_by_settings([longer, under_way]), entries[0]))
     assert len({plots.run_style(place) for place in range(24)}) == 24
 
 
@@ -243,7 +243,7 @@ def test_a_run_without_evaluation_and_data_has_curves_and_settings_only(copied, 
     assert "has no scores here: /no/such/shards" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_fits_is_taken_and_one_of_other_weights_is_not(copied, compared, tmp_path, capsys):
+def test_a_matching_evaluation_is_reused_and_one_of_other_weights_is_not(copied, compared, tmp_path, capsys):
     path = str(copied["first"])
     shutil.copytree(Path(compared[0]).parent / "evaluations" / copied["first"].name, f"{path}/evaluation-train")
     one, options = run_directory.find_run(path), compare.Options(**PLAIN)
@@ -268,7 +268,7 @@ def test_a_sweeps_folder_stands_for_its_trials_and_two_of_one_name_get_different
     assert ends == sorted([["trials", first], [Path(trained["first"]).parent.name, first]])
 
 
-def test_trials_are_trained_and_compared_without_a_look_at_the_test_group(trained, shards, tmp_path, capsys):
+def test_trials_are_trained_and_compared_without_the_test_group(trained, shards, tmp_path, capsys):
     base = changed(data=shards, runs=str(tmp_path / "trials"))
     first = train.run(replace(base, train=replace(base.train, holdout=0.34)), train.Options(launcher="plain"))
     (row,) = run_directory.read_record(first)
@@ -280,7 +280,7 @@ def test_trials_are_trained_and_compared_without_a_look_at_the_test_group(traine
     scores = scoring.read_rows(os.path.join(os.path.dirname(page), "evaluations", "again"), "images.parquet")
     assert set(scores["patient"]) == set(said["val_patients"]) and len(said["val_patients"]) == 2
     assert not set(said["val_patients"]) & set(said["train_patients"])
-    with pytest.raises(UserError, match="no patients in a group holdout"):
+    with pytest.raises(UserError, match="no patients in group holdout"):
         evaluate.run(evaluate.Options(checkpoint=trained["first"], group="holdout", launcher="plain"))
 
 

@@ -23,7 +23,7 @@ from jobs.support import ray_runtime
 
 
 def wrong(check, *arguments) -> list[str]:
-    """What a check finds wrong; each comes with a fix."""
+    """The problems that a check finds; each has a fix."""
     faults = [finding for finding in run_check("the check", partial(check, *arguments)) if finding.wrong]
     assert all(fault.fix for fault in faults)
     return [fault.wrong for fault in faults]
@@ -147,7 +147,7 @@ def test_wandb_is_asked_for_a_limited_time_its_faults_are_named_and_the_key_is_n
     assert (fault in found.wrong and found.fix) if fault else (not found.wrong and "accepts the key" in found.found)
 
 
-def test_a_search_for_the_servers_address_that_stalls_is_limited_too_and_without_a_key_there_is_none(monkeypatch):
+def test_a_stalled_address_lookup_is_limited_too_and_skipped_without_a_key(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(doctor, "WANDB_TIMEOUT_S", 0.1)
@@ -163,7 +163,7 @@ def test_another_version_on_another_node_and_a_wrong_sum_are_reported():
     found = [replace(one, found="0.1") if one.name == "torch" else one for one in doctor.check_versions()]
     row, fault = doctor.describe_node("node b", [*found, Finding("CPUs", "3")])
     assert "torch: 0.1" in row.found and row.found.endswith("CPUs: 3") and fault.fix
-    assert fault.wrong == f"node b: torch is 0.1 there and {importlib.metadata.version('torch')} here."
+    assert fault.wrong == f"node b: torch is 0.1 there but {importlib.metadata.version('torch')} here."
     report = {"bytes": 8 << 20, "seconds": 2.0, "rounds": 100, "is_right": False, "backend": "gloo"}
     found = doctor.bandwidth(2, report | {"machines": [("host4", "CPU"), ("host5", "CPU")]})
     assert "sum over the workers was wrong" in found.wrong and found.fix and "2 on 2 hosts (CPU)" in found.found
@@ -171,7 +171,7 @@ def test_another_version_on_another_node_and_a_wrong_sum_are_reported():
 
 @pytest.mark.slow
 def test_workers_of_an_autoscaled_cluster_ask_for_the_gpus_that_may_come(ray_session):
-    """The cluster's plan, as an autoscaler reports it to Ray, has a GPU node, and none is up."""
+    """The cluster's plan, as reported to Ray by an autoscaler, has a GPU node, but none is running."""
     client = ray_runtime.ray_private("ray._private.worker.global_worker").gcs_client
     new_plan = ray_runtime.ray_private("ray.core.generated.autoscaler_pb2").ClusterConfig
     plan = new_plan()

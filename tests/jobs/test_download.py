@@ -1,4 +1,4 @@
-"""What the download leaves on the disk is whole and checked, whatever the server and the network do."""
+"""Downloaded files are complete and checked, whatever the server and the network do."""
 
 import filecmp
 import os
@@ -28,7 +28,7 @@ PATIENTS = ["patient0001", "patient0002", "patient0003"]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> str:
-    """Three synthetic patients with sequences: what the server has."""
+    """The server's data: three synthetic patients with sequences."""
     folder = str(tmp_path_factory.mktemp("served"))
     write_phantom(folder, patients=3, scale=0.1, sequences=True)
     return folder
@@ -58,7 +58,7 @@ def command(out: str, running: GirderServer) -> list[str]:
 
 
 def assert_same(tree: str, out: str, patients: list[str]) -> None:
-    """These patients and the split are there byte for byte, and nothing else is."""
+    """Exactly these patients and the split exist, byte for byte."""
     assert sorted({*os.listdir(out), ".heartseg.lock"}) == [".heartseg.lock", "camus.json", "database_nifti", "database_split"]
     assert sorted(os.listdir(os.path.join(out, "database_nifti"))) == patients
     for folder in ["database_split", *(f"database_nifti/{patient}" for patient in patients)]:
@@ -91,7 +91,7 @@ def test_only_what_is_asked_for_and_missing_is_fetched(server, tree, out):
 FAULTS = ["cut", "long", "short", 500, 503, 429, "silent", b"<html>busy</html>", zip_of({"patient0002/x.txt": b"x"})]
 
 
-def test_passing_faults_of_every_kind_are_tried_again(server, tree, out):
+def test_transient_faults_of_every_kind_are_retried(server, tree, out):
     server.faults = {"patient0002": FAULTS.copy(), "list": ["cut", 500, b'{"a": 1}']}
     fetch(server, out, patients="1-2", timeout_s=0.3, tries=1 + len(FAULTS), wait_s=0.0)
     assert_same(tree, out, PATIENTS[:2])
@@ -99,7 +99,7 @@ def test_passing_faults_of_every_kind_are_tried_again(server, tree, out):
 
 
 def changed_zip(server: GirderServer, patient: str, **changes: bytes | None) -> bytes:
-    """A patient's zip with some files changed, or left out for None; keys are what comes after the patient's name."""
+    """A patient's zip with some files changed, or left out for None; keys are file names without the patient."""
     files = server.files_of(patient) | {f"{patient}/{patient}_{name}.nii.gz": data for name, data in changes.items()}
     return zip_of({name: data for name, data in files.items() if data is not None})
 
@@ -110,10 +110,10 @@ def test_damaged_patients_are_named_at_the_end_the_others_are_there_and_a_missin
     server.faults["patient0001"] = [bytes(packed)] * 3 + [changed_zip(server, "patient0001", **{"2CH_ES_gt": None})] * 3
     server.faults["patient0002"] = changed_zip(server, "patient0002", **{"2CH_half_sequence": None})
     server.faults["patient0003"] = changed_zip(server, "patient0003", **{"4CH_half_sequence_gt": b"no picture"})
-    with pytest.raises(UserError, match=r"2 of 4 folders did not arrive \(patient0001, patient0003\): rerun the same command"):
+    with pytest.raises(UserError, match=r"2 of 4 folders could not be fetched \(patient0001, patient0003\): rerun"):
         fetch(server, out)
     assert camus.find_patients(out) == ["patient0002"] and server.count("patient0001") == 3
-    with pytest.raises(UserError, match=r"did not arrive \(patient0001\)"):
+    with pytest.raises(UserError, match=r"could not be fetched \(patient0001\)"):
         fetch(server, out, patients="1-2")
     printed = capsys.readouterr().out
     assert "failed  patient0001: sends a damaged zip" in printed
@@ -134,10 +134,10 @@ def test_a_split_that_lists_anything_but_patients_is_refused(name, data, server,
     assert not os.path.exists(os.path.join(out, "database_split"))
 
 
-def test_a_server_that_is_down_is_left_in_peace_and_not_called_damage(server, out, monkeypatch, capsys):
+def test_a_server_that_is_down_is_not_flooded_with_requests_or_reported_as_damage(server, out, monkeypatch, capsys):
     monkeypatch.setattr(download, "MAX_FAILED_IN_A_ROW", 2)
     server.faults |= {"patient0001": 500, "patient0002": "silent"}
-    with pytest.raises(UserError, match="2 folders failed one after the other, last patient0002"):
+    with pytest.raises(UserError, match="2 folders in a row failed, the last being patient0002"):
         fetch(server, out, timeout_s=0.2)
     printed = capsys.readouterr().out
     assert "patient0001: answers 500 Internal Server Error" in printed
@@ -170,7 +170,7 @@ def test_a_folder_that_lacks_a_file_or_that_another_job_writes_is_named_and_neve
         fetch(server, out, patients="1")
     with pytest.raises(UserError, match="patient0001"):
         fetch(server, out, patients="1")
-    assert "is there and lacks patient0001_2CH_ED.nii.gz: move it away" in capsys.readouterr().out
+    assert "already exists but lacks patient0001_2CH_ED.nii.gz: move it away" in capsys.readouterr().out
     assert server.count("patient0001") == 1 and len(os.listdir(folder)) == 13
 
 
@@ -181,7 +181,7 @@ def test_a_folder_that_lacks_a_file_or_that_another_job_writes_is_named_and_neve
         ({"out": ""}, "--out is missing"),
         ({"out": "s3://bucket/x"}, "not a local folder"),
         ({"patients": "3-1"}, "--patients 3-1 is not a list"),
-        ({"patients": "3-5"}, "no patient 4: its 3 are patient0001 to patient0003"),
+        ({"patients": "3-5"}, "no patient 4: choose from its 3, patient0001 to patient0003"),
         ({"server": "ftp://x"}, "ftp://x cannot be reached .*check the network, or --server"),
         ({"tries": 0}, "--tries"),
         ({"server": "http://127.0.0.1:9/api"}, "127.0.0.1:9/api cannot be reached .*refused"),
@@ -203,7 +203,7 @@ def test_a_server_with_other_folders_is_refused_and_a_listing_that_repeats_itsel
     assert server.count("list") == 2
 
 
-def test_a_refused_certificate_is_reported_and_not_tried_again(server, out, tmp_path):
+def test_a_rejected_certificate_is_reported_and_not_retried(server, out, tmp_path):
     key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
     line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost -keyout"
     subprocess.run([*line.split(), key, "-out", certificate], check=True, capture_output=True)
@@ -211,7 +211,7 @@ def test_a_refused_certificate_is_reported_and_not_tried_again(server, out, tmp_
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"The certificate of https://127.*is refused \(self.signed.*REQUESTS_CA_BUNDLE"):
+    with pytest.raises(UserError, match=r"The certificate of https://127.*was rejected \(self.signed.*REQUESTS_CA_BUNDLE"):
         fetch(server, out, server=server.base.replace("http:", "https:"), wait_s=30.0)
     assert time.monotonic() - started < 10
 
@@ -227,7 +227,7 @@ def test_a_full_disk_is_reported_and_what_is_complete_stays(server, tree, out):
     assert_same(tree, out, PATIENTS)
 
 
-def test_no_entry_of_a_zip_leaves_the_folder(tmp_path):
+def test_no_zip_entry_is_written_outside_the_folder(tmp_path):
     link = zipfile.ZipInfo("p/link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     names = ["p/good", "../evil", "p/../../evil", str(tmp_path / "evil"), "C:/evil", "p\\..\\..\\evil"]
@@ -237,7 +237,7 @@ def test_no_entry_of_a_zip_leaves_the_folder(tmp_path):
     assert (target / "p" / "good").read_bytes() == b"x" and not (target / "p" / "link").is_symlink()
 
 
-def test_what_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeypatch, server, out, capsys):
+def test_a_zip_that_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeypatch, server, out, capsys):
     monkeypatch.setattr(girder_client, "MAX_BYTES", 1000)
     packed = zip_of({"p/zeros": bytes(2000)})
     # One that claims less than it holds: no more is written than it claims.
@@ -245,6 +245,6 @@ def test_what_unpacks_to_more_than_a_patient_can_be_is_refused(tmp_path, monkeyp
         with pytest.raises(DamagedDownload, match="sends a"):
             girder_client.unpack(bomb, str(tmp_path / "target"))
     assert sum(path.stat().st_size for path in tmp_path.rglob("zeros")) <= 900
-    with pytest.raises(UserError, match="did not arrive"):
+    with pytest.raises(UserError, match="could not be fetched"):
         fetch(server, out, patients="1")
     assert "failed  patient0001: sends more than 1000 bytes" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The exported files answer as the checkpoint does, alone and in batches, and their note says how to use them."""
+"""The exported files agree with the checkpoint, on single images and batches, and their note explains how to use them."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def images(shards) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def path(shards, images, tmp_path_factory) -> str:
-    """A checkpoint of random weights in no run's folder."""
+    """A checkpoint of random weights outside a run's folder."""
     folder = str(tmp_path_factory.mktemp("run"))
     experiment = tiny_experiment(data=shards)
     experiment = replace(experiment, model=replace(experiment.model, norm="batch", bn_momentum=1.0))
@@ -41,7 +41,7 @@ def path(shards, images, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def segmenter(path, images) -> Segmenter:
-    """The checkpoint with a network of two layers in the place of its own, whose export takes half a minute."""
+    """The checkpoint with a two-layer network instead of its own, whose export takes half a minute."""
     torch.manual_seed(0)
     layers = torch.nn.Conv2d(1, 8, 5, padding=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1)
     small = torch.nn.Sequential(*layers)
@@ -72,12 +72,12 @@ def check_answers(out: str, segmenter: Segmenter, images: torch.Tensor) -> None:
         assert (reloaded(pixels) - expected).abs().max() < 1e-3
 
 
-def test_both_files_answer_as_the_checkpoint_in_batches_of_any_size(out, segmenter, images):
+def test_both_files_agree_with_the_checkpoint_in_batches_of_any_size(out, segmenter, images):
     check_answers(out, segmenter, images)
 
 
 @pytest.mark.slow
-def test_the_files_of_a_real_network_answer_as_the_checkpoint(path, images, tmp_path):
+def test_the_files_of_a_real_network_agree_with_the_checkpoint(path, images, tmp_path):
     check_answers(export.run(export.Options(checkpoint=path, out=str(tmp_path / "out"))), load(path, device="cpu"), images)
 
 
@@ -107,7 +107,7 @@ def test_without_shards_the_files_are_checked_on_synthetic_images(segmenter):
         export.check_images(segmenter, "/nowhere")
 
 
-def test_only_what_labels_as_the_checkpoint_does_is_written(path, tmp_path, monkeypatch):
+def test_only_files_that_label_like_the_checkpoint_are_written(path, tmp_path, monkeypatch):
     calls = {"onnx": lambda images: -images.expand(-1, 4, -1, -1)}
     monkeypatch.setattr(export, "convert", lambda segmenter: ({"onnx": b"x"}, calls))
     with pytest.raises(UserError, match="nothing was written"):
@@ -116,7 +116,7 @@ def test_only_what_labels_as_the_checkpoint_does_is_written(path, tmp_path, monk
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named_with_what_brings_it(path, package, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(path, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package} is not installed: run `pip install 'heartseg\[export\]'`"):
         export.job(["--checkpoint", path, "--out", "/nowhere/out"])

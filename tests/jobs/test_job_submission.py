@@ -22,7 +22,7 @@ def details(status: str, code: int | None = None) -> tuple[int, dict]:
 
 @pytest.fixture()
 def dashboard(monkeypatch):
-    """The client of a dashboard, and what it answers next: pairs of code and status; the last one stays."""
+    """The client of a dashboard, and its next answers: pairs of code and status; the last one is repeated."""
     answers: list[tuple[int, dict | str]] = []
     logs: list[int | dict | str] = [200, {"logs": "epoch 1\ntrain.py: The store does not answer.\n"}]
 
@@ -65,8 +65,8 @@ def test_without_a_cluster_a_submission_says_how_to_get_one(monkeypatch):
         ([(500, "traceback"), (503, "starting"), details("RUNNING")], "RUNNING"),  # a dashboard that fails for a while
         ([(404, f"Job {JOB} does not exist")], None),
         ([(403, "Forbidden")], "check its token"),
-        ([(400, f"bad request for {JOB}")], "refuses the request.*check its token"),  # the name's 0404 is not a status code
-        ([(500, "traceback")], "does not answer .*500.*rerun the same command"),
+        ([(400, f"bad request for {JOB}")], "refused the request.*check its token"),  # the name's 0404 is not a status code
+        ([(500, "traceback")], "did not answer .*500.*rerun the same command"),
     ],
 )
 def test_a_dashboards_reply_is_a_status_or_a_one_line_error(dashboard, replies, expected):
@@ -79,7 +79,7 @@ def test_a_dashboards_reply_is_a_status_or_a_one_line_error(dashboard, replies, 
             cluster.status(JOB)
 
 
-def test_a_store_that_was_away_is_worth_another_attempt_a_mistake_is_not_and_a_lost_log_ends_nothing(dashboard, capsys):
+def test_an_outage_is_worth_another_attempt_a_mistake_is_not_and_a_lost_log_ends_nothing(dashboard, capsys):
     cluster, answers, logs = dashboard
     answers += [details("RUNNING"), details("RUNNING"), details("FAILED", command_line.EXIT_STORAGE_ERROR)]
     with pytest.raises(job_submission.JobFailed, match="The store does not answer"):
@@ -105,7 +105,7 @@ def test_a_secret_in_a_jobs_runtime_env_is_warned_of_by_its_name(monkeypatch, ca
     [(StorageError("s3://bucket is away."), 75), (StorageRefused("s3://bucket is closed."), 2),
      (UserError("s3://bucket is not a name."), 2), (OSError(errno.ESTALE, "stale", "s3://bucket"), 75)],
 )  # fmt: skip
-def test_a_job_whose_storage_is_away_exits_with_a_code_of_its_own(error, code, monkeypatch, capsys):
+def test_a_job_whose_storage_does_not_answer_has_its_own_exit_code(error, code, monkeypatch, capsys):
     def job(argv):
         raise error
 

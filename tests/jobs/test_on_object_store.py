@@ -1,4 +1,4 @@
-"""Source, shards and runs on an object store: the jobs produce the bytes and numbers of a folder, even after a kill."""
+"""Source, shards and runs on an object store: jobs produce the same bytes and numbers as in a folder, even after a kill."""
 
 import os
 import signal
@@ -186,7 +186,7 @@ def test_an_outage_during_a_training_with_two_workers_ends_it_with_a_one_line_er
 
 
 @pytest.mark.slow
-def test_a_store_that_is_away_for_a_worker_is_not_reported_as_a_mistake(phantom, ray_session):
+def test_an_outage_seen_by_a_worker_is_not_reported_as_a_mistake(phantom, ray_session):
     task = (CamusTree(phantom), "s3://no-such-bucket/shards", "part-00000.parquet", ["patient0001"], tiny_experiment().image)
     with pytest.raises(StorageError, match="bucket that does not exist") as found:
         list(ray_preprocessing.write_parts_with_ray([task], 1))

@@ -1,4 +1,4 @@
-"""The pipeline as a graph of stages: what runs, what is skipped, what runs again, what it records and what it resumes with."""
+"""The pipeline as a graph of stages: which run, which are skipped, which run again, and what it records and resumes."""
 
 import datetime
 import importlib
@@ -43,7 +43,7 @@ def attempts(out: str | Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module", autouse=True)
 def plain():
-    """Stages run without Ray in this process; in processes of their own (the slow tests) they use it."""
+    """Stages run without Ray in this process; in their own processes (the slow tests) they use it."""
     real = importlib.import_module
 
     def import_plain(name: str) -> SimpleNamespace:
@@ -64,14 +64,14 @@ def finished(phantom, plain, tmp_path_factory) -> Path:
 
 @pytest.fixture()
 def copy(finished, tmp_path) -> Path:
-    """The same at the same path, to be changed; it is restored afterwards."""
+    """The same pipeline at the same path, for tests that change it; it is restored afterwards."""
     shutil.copytree(finished, tmp_path / "kept")
     yield finished
     shutil.rmtree(finished)
     shutil.copytree(tmp_path / "kept", finished)
 
 
-def test_what_is_done_is_skipped_and_status_and_a_dry_run_show_what_is_not(finished, phantom, tmp_path, capsys):
+def test_finished_stages_are_skipped_and_status_and_a_dry_run_show_the_others(finished, phantom, tmp_path, capsys):
     report = pipeline.run(tiny(phantom, finished), PipelineOptions())
     assert os.path.getsize(report) > 50_000 and report.startswith(records(finished)["evaluate"]["result"]["path"])
     assert capsys.readouterr().out.count("done, nothing has changed") == 3
@@ -128,15 +128,15 @@ def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(p
     stray.write_bytes(b"of other shards")
     with pytest.raises(UserError, match="give --overwrite or another --out"):
         pipeline.run(tiny(phantom, tmp_path / "new"), until)
-    assert "In a pipeline, --force preprocess does what --overwrite does." in caplog.messages
+    assert "In a pipeline, use --force preprocess instead of --overwrite." in caplog.messages
     pipeline.run(tiny(phantom, tmp_path / "new"), replace(until, force=("preprocess",)))
     assert attempts(tmp_path / "new") == {"preprocess": 1} and not stray.exists()  # forced, it starts over
 
 
-def test_what_would_be_ignored_or_fail_late_is_refused_at_once(phantom, tmp_path):
+def test_options_that_would_be_ignored_or_fail_late_are_refused_at_once(phantom, tmp_path):
     for options, says in [
         ({"predict": str(tmp_path / "nowhere")}, "nowhere"),
-        ({"force": ("train",), "until": "preprocess"}, "--force train lies outside"),
+        ({"force": ("train",), "until": "preprocess"}, "--force train is outside"),
         ({"plan": SweepPlan(search="grid")}, "add --tune TRIALS"),
         ({"retry_failed": True}, "add --tune TRIALS"),
     ]:
@@ -160,7 +160,7 @@ def test_from_uses_earlier_results_as_they_are(finished, phantom, tmp_path):
     assert pipeline.run(other, PipelineOptions(begin="train")).endswith("report.html")
     with pytest.raises(UserError, match="stage preprocess is not done"):
         pipeline.run(tiny(phantom, tmp_path / "new"), PipelineOptions(begin="train"))
-    with pytest.raises(UserError, match="no such stage, only preprocess, train, evaluate"):
+    with pytest.raises(UserError, match="is not a stage of this pipeline: use preprocess, train, evaluate"):
         pipeline.run(tiny(phantom, finished), PipelineOptions(until="tune"))
     with pytest.raises(UserError, match="comes after --until"):
         pipeline.run(tiny(phantom, finished), PipelineOptions(begin="evaluate", until="train"))
@@ -234,7 +234,7 @@ def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
 
 
 class Jobs:
-    """Jobs by id, in a cluster's place; each of `deaths` is a job's state when the pipeline's process is killed."""
+    """Jobs by id, in place of a cluster; each of `deaths` is a job's state when the pipeline's process is killed."""
 
     def __init__(self, *deaths: str | None):
         self.states, self.stopped, self.deaths = {}, [], [*deaths]
@@ -260,7 +260,7 @@ class Jobs:
 
 
 def work(path: str, overwrite: bool = False) -> None:
-    """What a stage's job does: another result each time, and none if a complete one is there."""
+    """A stage's job: a different result each time, and none if a complete one exists."""
     os.makedirs(path, exist_ok=True)
     if overwrite or not os.path.exists(os.path.join(path, "result")):
         Path(path, "result").write_text(uuid.uuid4().hex)

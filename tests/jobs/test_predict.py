@@ -33,7 +33,7 @@ from jobs import predict
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> str:
-    """A checkpoint whose network has learned nothing, but answers with all four classes."""
+    """A checkpoint whose untrained network predicts all four classes."""
     run, experiment = str(tmp_path_factory.mktemp("run")), tiny_experiment()
     torch.manual_seed(1)
     model = build_model(experiment.model)
@@ -136,7 +136,7 @@ def test_a_second_call_leaves_no_mask_beside_the_table_of_another_person(trained
         (source / name).unlink()
     capsys.readouterr()
     run(trained, source, out, overlays="off")
-    assert "earlier results of 2 files that --input does not hold" in capsys.readouterr().out
+    assert "earlier results of 2 files that are not in --input" in capsys.readouterr().out
     assert foreign.exists()
     foreign.unlink()
     second = listed()
@@ -161,7 +161,7 @@ def test_videos_and_pictures_are_outlined_reports_are_listed_apart_and_damage_is
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     report.save_as(source / "report.dcm")
-    with pytest.raises(UserError, match="No file could be read \\(1 file\\); the first: it holds no picture"):
+    with pytest.raises(UserError, match="No file could be read \\(1 file\\); first: it holds no picture"):
         run(trained, source, out)
     (source / "volume.dcm").write_bytes(dicom(LOOP, SOPClassUID="1.2.840.10008.5.1.4.1.1.6.2"))
     (source / "ann_4CH.avi").write_bytes(movie(".avi", "mjpeg", LOOP[:, :96, :80]))
@@ -203,7 +203,7 @@ GIVEN = {"checkpoint": "{run}", "input": "{tree}", "out": "{out}"}
         ({"input": "{damaged}"}, "No file could be read (1 file)"),
         ({"out": "{tree}/out"}, "outside it"),
         ({"spacing-mm": "0 1"}, "--spacing-mm"),
-        ({"device": "cuda"}, "finds no GPU"),
+        ({"device": "cuda"}, "found no GPU"),
     ],
 )
 def test_a_mistake_is_a_one_line_error(changed, message, trained, tree, tmp_path, monkeypatch):

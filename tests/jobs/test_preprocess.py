@@ -1,4 +1,4 @@
-"""A preprocessing job that is killed at any moment resumes by the same command and ends in the files of an undisturbed one."""
+"""A preprocessing job killed at any moment resumes with the same command and ends with the files of an undisturbed one."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ def many(phantom, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(many, tmp_path_factory) -> dict[str, str]:
-    """SHA-256 of every file of a job that nothing disturbed; it shows its progress."""
+    """SHA-256 of every file of an undisturbed job, which shows its progress."""
     out = str(tmp_path_factory.mktemp("undisturbed"))
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         preprocess.run(tiny_experiment(source=many, out=out), preprocess.Options(launcher="plain"))
@@ -46,7 +46,7 @@ def undisturbed(many, tmp_path_factory) -> dict[str, str]:
 
 
 def hashes(out: str) -> dict[str, str]:
-    """SHA-256 of every file below a folder, hidden ones too, but for the lock's empty file."""
+    """SHA-256 of every file below a folder, including hidden ones, except the lock's empty file."""
     paths = [path for path in filesystem.walk(out) if os.path.basename(path) != locks.LOCK_NAME]
     return {os.path.relpath(path, out): filesystem.sha256(filesystem.read_bytes(path)) for path in paths}
 
@@ -60,7 +60,7 @@ def start(many: str, out: str, launcher: str, prefix: tuple[str, ...] = ()) -> s
 
 
 def kill_when(job: subprocess.Popen, out: str, moment) -> bool:
-    """SIGKILL as soon as `moment` is true of the names in `out`; False where the job was done before."""
+    """SIGKILL as soon as `moment` is true for the names in `out`; False if the job was done before that."""
     names: list[str] = []
     while job.poll() is None and not moment(names):
         names = os.listdir(out) if os.path.isdir(out) else []
@@ -88,7 +88,7 @@ MOMENTS = {
     ("launcher", "moments"),
     [("plain", ["in a part"]), *(pytest.param(launcher, [*MOMENTS], marks=pytest.mark.slow) for launcher in ("plain", "ray"))],
 )
-def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_one(launcher, moments, many, undisturbed, tmp_path):
+def test_killed_repeatedly_it_ends_with_the_bytes_of_an_undisturbed_one(launcher, moments, many, undisturbed, tmp_path):
     out = str(tmp_path / "out")
     for when in moments:
         # The manifest is there for a moment only before the job is done: then there was nothing left to kill.
@@ -99,7 +99,7 @@ def test_killed_again_and_again_it_ends_in_the_bytes_of_an_undisturbed_one(launc
     assert hashes(out) == undisturbed
 
 
-def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
+def test_only_files_that_a_kill_left_half_written_are_removed(tmp_path):
     left = [".part-00003.parquet.0a1b2c3d.part", ".part-00003.json.0a1b2c3d.part", ".manifest.json.00000000.part"]
     kept = ["part-00000.parquet", ".part-3.parquet.0a1b2c3d.part", "mine.part", ".mine.0a1b2c3d.part"]
     for name in left + kept:

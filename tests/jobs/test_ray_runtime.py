@@ -1,4 +1,4 @@
-"""What is asked of a cluster, how a training reports the death of its workers, and what Ray must still have; no Ray starts."""
+"""Requests to a cluster, reports of dead workers, and the private names that Ray must still have; no Ray starts."""
 
 import re
 
@@ -43,7 +43,7 @@ def test_workers_ask_for_the_gpus_that_there_are_or_may_be_and_otherwise_for_cor
 
 
 def died(*ranks: int, **others: Exception) -> WorkerGroupError:
-    """What Ray Train raises when the processes of some workers are gone, with what others raised over it."""
+    """Ray Train's error after the processes of some workers died, with the errors that others raised because of it."""
     unhealthy = ray_runtime.ray_private("ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError")
     gone = {rank: unhealthy("A worker health check failed.", ActorDiedError()) for rank in ranks}
     return WorkerGroupError("...", gone | {int(rank.strip("_")): error for rank, error in others.items()})
@@ -78,5 +78,5 @@ def test_an_address_without_a_cluster_is_a_one_line_error_at_once(address, left_
     address = address.format(port=port)
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: no cluster can be joined.*unset RAY_ADDRESS"):
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS={re.escape(address)}: cannot join a cluster.*unset RAY_ADDRESS"):
         ray_runtime.start_ray(1)

@@ -117,7 +117,7 @@ def test_a_submitted_pipeline_killed_in_every_stage_learns_real_hearts_and_does_
 
 
 def drivers_of(out: Path) -> dict[int, str]:
-    """The processes of submitted stages that work on a folder: number and job."""
+    """The processes of submitted stages that work on a folder, with process number and job."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

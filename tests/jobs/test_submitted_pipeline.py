@@ -36,7 +36,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A cluster of this machine with folders for data and runs; yields its clients' environment."""
+    """A cluster on this machine with folders for data and runs; yields its clients' environment."""
     folder = tmp_path_factory.mktemp("cluster")
     variables = {"HEARTSEG_DATA": str(folder / "shards"), "HEARTSEG_RUNS": str(folder / "runs"), "HOME": str(folder)}
     # The key is where it belongs; its server refuses the connection, so that runs are tracked offline.
@@ -112,7 +112,7 @@ def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(clu
     elsewhere = cluster | {"HEARTSEG_DATA": "/elsewhere"}  # than where the cluster started
     done = subprocess.run([*line, code], cwd=ROOT, env=elsewhere, capture_output=True, text=True, timeout=120)
     assert "MY_API_KEY: the dashboard shows" in done.stderr
-    assert "MY_API_KEY stands in this job's runtime_env" in done.stdout
+    assert "MY_API_KEY is in this job's runtime_env" in done.stdout
     assert "SEEN /elsewhere /mine" in done.stdout  # both what the script hands on and what is given
 
 

@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray: parallel trials, early stopping, a failed trial, kills and resumes, and what wandb has of it all."""
+"""Sweeps on a real Ray: parallel trials, early stopping, a failed trial, kills and resumes, and the records in wandb."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def tracked(folder: str) -> tuple[dict, list[dict]]:
 
 @pytest.fixture(scope="module")
 def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
-    """Two trials of two epochs, of which the second's base rate is ten million times the first's."""
+    """Two trials of two epochs; the second's base rate is ten million times the first's."""
     folder = str(tmp_path_factory.mktemp("sweep"))
     experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
     unclipped = replace(experiment.optim, clip_norm=0.0)
@@ -63,7 +63,7 @@ def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps
     assert list(Path(small_sweep.path).glob("wandb/offline-run-*/files/media/html/*.html"))
 
 
-def test_a_trial_that_meets_an_outage_twice_is_no_failure_and_the_same_command_resumes_it(small_sweep, monkeypatch):
+def test_a_trial_that_meets_an_outage_twice_is_not_a_failure_and_the_same_command_resumes_it(small_sweep, monkeypatch):
     trial, folder = sweeps.read_trials(small_sweep)[0].run.path, small_sweep.path.rpartition("/")[0]
     os.remove(f"{trial}/{sweeps.OUTCOME}")  # as a kill before the trial's end would leave it
     experiment = replace(small_sweep.base, runs=folder, ingest="auto", tracking=TrackingConfig(wandb="offline"))
@@ -86,7 +86,7 @@ def test_a_trial_that_meets_an_outage_twice_is_no_failure_and_the_same_command_r
 
 
 class SweepJob(Job):
-    """`jobs/tune.py` as a process of its own: 5 trials of up to 6 epochs, 4 schedules."""
+    """`jobs/tune.py` as its own process: 5 trials of up to 6 epochs, 4 schedules."""
 
     trials, epochs = 5, 6
 
@@ -122,7 +122,7 @@ def more_shards(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_sweep_killed_half_way_is_resumed_with_each_epoch_once_and_what_falls_behind_is_stopped(more_shards, tmp_path):
+def test_a_sweep_killed_half_way_resumes_with_each_epoch_once_and_trials_that_fall_behind_are_stopped(more_shards, tmp_path):
     first = SweepJob(more_shards, tmp_path)
     wait_for(lambda: first.num_epochs() >= 2 * SweepJob.trials, first.process, seconds=300)
     first.process.kill()

@@ -1,4 +1,4 @@
-"""Agreement and its intervals: equal to values worked by hand or by scipy, and plain JSON whatever comes in."""
+"""Agreement and its intervals: equal to values worked by hand or by scipy, and plain JSON for any input."""
 
 import json
 import math

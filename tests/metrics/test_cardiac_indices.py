@@ -110,7 +110,7 @@ def test_an_elliptic_ventricle_needs_both_views_and_the_atrium_has_its_volume_by
 
 
 @given(rows=st.integers(2, 4), columns=st.integers(1, 3), number=st.integers(1, 4))
-def test_a_finer_grid_changes_nothing_much(rows, columns, number):
+def test_a_finer_grid_changes_little(rows, columns, number):
     masks, block = phantom_masks(number, scale=0.4), np.ones((rows, columns), np.uint8)
     finer = {still: (np.kron(mask, block), (s[0] / rows, s[1] / columns)) for still, (mask, s) in masks.items()}
     assert_same(patient_indices(masks), patient_indices(finer), rel=0.015)
@@ -196,7 +196,7 @@ def test_a_diagonal_cut_of_one_pixel_does_not_halve_the_ventricle(falls):
     assert frame_volume_ml(cut, SPACING_MM) == pytest.approx(frame_volume_ml(whole, SPACING_MM), rel=0.05)
 
 
-def test_of_two_lengths_disks_take_the_longer_and_area_length_the_shorter():
+def test_disks_use_the_longer_of_two_lengths_and_area_length_the_shorter():
     row = of_all_stills(mask := ellipsoid_mask(cut=0.6))
     larger = tuple(1.1 * mm for mm in SPACING_MM)  # a view 1.1 times as large, so wider and longer
     spacings = dict(zip(VIEWS, (larger, SPACING_MM), strict=True))

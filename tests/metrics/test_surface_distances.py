@@ -12,7 +12,7 @@ from jobs.benchmarks import scores
 
 
 def random_pair(generator: np.random.Generator, longest: int) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """Two label maps of up to `longest` squared, alike but for a few rectangles, noise and a shift; and a spacing in mm."""
+    """Two label maps of up to `longest` squared, alike except for a few rectangles, noise and a shift; and a spacing in mm."""
     height, width = generator.integers(2, longest + 1, size=2)
     truth = np.zeros((height, width), np.uint8)
     scatter(truth, generator, generator.integers(1, 8))

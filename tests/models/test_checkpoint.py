@@ -117,7 +117,7 @@ def test_a_run_without_checkpoints_and_a_folder_that_is_not_a_run_are_refused(tm
 
 @pytest.fixture
 def data(tmp_path) -> Shards:
-    """What a run needs to know of shards: manifest, groups and their file."""
+    """The facts that a run needs about shards: manifest, groups and their file."""
     folder, groups = str(tmp_path / "shards"), {"train": ["a", "b"], "test": ["c"]}
     manifest = {"dataset": "phantom", "source_sha256": "ab", "parts": [{"sha256": "cd"}]}
     manifest |= {"patients": {patient: {"rows": 4} for patient in "abc"}}

@@ -1,4 +1,4 @@
-"""The report's promises: one file without network, honest about synthetic hearts, and whole with whatever is there."""
+"""The report's promises: one file without network, honest about synthetic hearts, and complete with whatever data exist."""
 
 import functools
 import io
@@ -127,7 +127,7 @@ def test_references_lead_somewhere_and_screen_readers_get_text_for_every_picture
 def test_a_phantom_of_one_epoch_is_never_presented_as_accuracy_and_the_seed_recipe_lists_our_choices(page):
     text = page("phantom")
     words = Reader(text).words
-    assert words.index("they say nothing about accuracy on patients") < words.index("Mean Dice of cavity")
+    assert words.index("but nothing about its accuracy on patients") < words.index("Mean Dice of cavity")
     assert "Overlap with the synthetic truth" in words and "10.1109/TMI.2019.2900516" not in words
     assert words.startswith("Synthetic hearts: ")  # the tab's title, which is what a bookmark keeps
     assert all(choice in words for choice in recipes.SEED_CHOICES) and "Our choices" not in page()

@@ -95,7 +95,7 @@ def test_an_interrupted_job_keeps_its_parts_and_reads_nothing_for_them(unfinishe
         (SIDECAR, os.remove),  # killed in between, or written by an older version
     ],
 )  # fmt: skip
-def test_a_part_that_is_not_as_it_was_written_is_written_again_alone(file, damage, unfinished, source):
+def test_only_a_part_that_changed_since_it_was_written_is_written_again(file, damage, unfinished, source):
     damage(os.path.join(unfinished, file))
     untouched = os.stat(os.path.join(unfinished, PARTS[1])).st_mtime_ns
     run(source, unfinished)
@@ -175,7 +175,7 @@ def test_shards_from_before_there_were_sidecars_are_complete_until_a_size_change
         run(source, finished)
 
 
-def test_a_store_that_cannot_be_reached_is_not_taken_for_damage(unfinished, source, monkeypatch):
+def test_an_unreachable_store_is_not_mistaken_for_damage(unfinished, source, monkeypatch):
     before, read_bytes = filesystem.read_bytes(os.path.join(unfinished, PARTS[0])), filesystem.read_bytes
 
     def unreachable(path: str, *arguments) -> bytes:
@@ -207,7 +207,7 @@ def test_stray_parts_are_refused_by_name_and_overwrite_starts_over_and_touches_n
     change(os.path.join(unfinished, PARTS[0]), 20_000)
     for stray in ("part-00009.parquet", "part-00009.json"):
         filesystem.publish(os.path.join(unfinished, stray), b"of another time")
-    with pytest.raises(UserError, match=r"part-00009\.parquet is a part of other shards: remove it"):
+    with pytest.raises(UserError, match=r"part-00009\.parquet belongs to other shards: remove it"):
         run(source, unfinished)
     assert filesystem.read_bytes(os.path.join(unfinished, "part-00009.parquet")) == b"of another time"
     run(source, unfinished, overwrite=True)
@@ -226,7 +226,7 @@ def test_parts_that_another_node_wrote_to_a_folder_of_its_own_make_no_complete_f
     assert PARTS[0] in os.listdir(there) and not os.path.exists(os.path.join(out, MANIFEST))
 
 
-def test_a_node_that_does_not_see_the_source_quarantines_no_one(source, tmp_path):
+def test_a_node_that_does_not_see_the_source_quarantines_no_patient(source, tmp_path):
     (tmp_path / "not mounted").mkdir()
     out, image = str(tmp_path / "out"), tiny_experiment().image
     for gone in ("gone", "not mounted"):

@@ -140,7 +140,7 @@ CHANGES = {
     "a patient twice": (writer.SPLITS, lambda split: split["groups"].update(test=split["groups"]["train"][:1]), "is in both"),
 }
 for name in ("../x", "/etc/passwd", "part-00000.parquet/../../x", "part-0.parquet", ""):
-    CHANGES[name] = (writer.MANIFEST, lambda m, name=name: m["parts"][0].update(file=name), "names a part .*, which is not one")
+    CHANGES[name] = (writer.MANIFEST, lambda m, name=name: m["parts"][0].update(file=name), "names .*, which is not a part")
 
 
 @pytest.mark.parametrize(("file", "change", "message"), CHANGES.values(), ids=CHANGES)
@@ -327,6 +327,6 @@ def test_a_mistake_is_named_in_one_line(monkeypatch):
     monkeypatch.delenv("HEARTSEG_DATA", raising=False)
     with pytest.raises(UserError, match="--data is missing"):
         inspect_shards.job([])
-    for more, message in (([], "no finished"), (["--verify"], "no finished shards"), (["--images", "0"], "--images must")):
+    for more, message in (([], "no finished"), (["--verify"], "no finished shards"), (["--images", "0"], "--images .0. must")):
         with pytest.raises(UserError, match=message):
             inspect_shards.job(["--data", "/nowhere", *more])

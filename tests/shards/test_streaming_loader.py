@@ -168,7 +168,7 @@ def test_a_damaged_part_is_named_when_it_is_read_and_a_missing_one_before(parted
         opened_as("stream", str(copied))
 
 
-def test_a_part_that_never_comes_is_spoken_of_and_then_given_up(parted, tmp_path, monkeypatch, caplog):
+def test_a_part_that_never_arrives_is_logged_and_then_given_up(parted, tmp_path, monkeypatch, caplog):
     copied = shutil.copytree(parted, tmp_path / "shards")
     streamed = opened_as("stream", str(copied))
     part = copied / "part-00001.parquet"
@@ -178,14 +178,14 @@ def test_a_part_that_never_comes_is_spoken_of_and_then_given_up(parted, tmp_path
     monkeypatch.setattr(loader, "GIVE_UP_AFTER_S", 0.6)
     with pytest.raises(StorageError, match="part-00001.parquet did not come within"):
         list(streamed.loaders["train"].training_batches(7, 0, 0))
-    assert caplog.text.count("part-00001.parquet has not come for") == 3
+    assert caplog.text.count("part-00001.parquet has not arrived after") == 3
     while threads():
         with contextlib.suppress(OSError):
             os.close(os.open(part, os.O_WRONLY | os.O_NONBLOCK))
         time.sleep(0.05)
 
 
-def test_an_epoch_that_is_broken_off_leaves_no_thread(parted):
+def test_an_interrupted_epoch_leaves_no_thread(parted):
     batches = opened_as("stream", parted).loaders["train"].training_batches(7, 0, 0)
     next(batches)
     batches.close()
@@ -224,7 +224,7 @@ def test_a_run_resumes_as_it_began_whatever_the_machine_and_equals_an_undisturbe
     caplog.clear()
     with pytest.raises(InterruptedError), caplog.at_level("INFO"):
         begin(by_size, stop_after_first)
-    assert "0.0 GB of pixels, and a worker may hold 0.0 GB, a quarter of what is free" in caplog.text
+    assert "0.0 GB of pixels; a worker may hold 0.0 GB, a quarter of what is free" in caplog.text
     monkeypatch.setattr(data_loading, "free_on_machine", lambda: 1e12)
     resumed = begin(by_size)
     assert scores(resumed) == scores(asked) and len(scores(asked)) == 2
@@ -255,7 +255,7 @@ def test_the_choice_is_by_size_unless_asked_or_begun(parted, monkeypatch, caplog
     assert chosen(4 * needed) == "memory" and chosen(4 * needed - 1) == "stream"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert chosen(8 * needed) == "memory" and chosen(8 * needed - 1) == "stream"
-    assert chosen(0, "memory") == "memory" and "go into memory (--ingest memory), where that is tight" in caplog.text
+    assert chosen(0, "memory") == "memory" and "go into memory (--ingest memory), which leaves little room" in caplog.text
     assert chosen(1e12, "stream") == "stream" == chosen(1e12, "memory", "stream") and chosen(0, "auto", "memory") == "memory"
 
 

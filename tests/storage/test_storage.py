@@ -56,7 +56,7 @@ def bucket(s3) -> str:
 
 @pytest.fixture
 def one_try(monkeypatch):
-    """A client that gives up at the first failure, so that a cut connection costs no waiting."""
+    """A client that gives up at the first failure, so that a cut connection causes no wait."""
     monkeypatch.setattr(filesystem, "TRIES", 1)
     filesystem._s3.cache_clear()
     yield
@@ -74,7 +74,7 @@ def started(code: str, *arguments: str):
         process.communicate(timeout=30)
 
 
-def test_what_is_published_is_listed_sized_read_replaced_and_removed(folder):
+def test_published_files_are_listed_sized_read_replaced_and_removed(folder):
     name = "file.bin" if folder.startswith("file:") else "file ö.bin"  # file:// URIs need percent-encoding
     path = filesystem.join(folder, "a", name)
     assert not filesystem.exists(path) and filesystem.list_names(folder) == [] and filesystem.size_or_none(path) is None
@@ -170,7 +170,7 @@ def test_a_folder_is_free_again_after_its_block_even_after_an_error(folder):
     assert not locks.is_held(folder)
 
 
-def test_whoever_asks_whether_a_folder_is_held_disturbs_neither_a_writer_nor_another_who_asks(tmp_path):
+def test_checking_whether_a_folder_is_held_disturbs_neither_writers_nor_other_checks(tmp_path):
     with locks.lock(str(tmp_path)):
         pass
     with open(tmp_path / locks.LOCK_NAME) as file:
@@ -241,7 +241,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(new, bucket, s3)
 
 @contextlib.contextmanager
 def behind(*arguments, **options):
-    """An S3 client's way to the server leads over this proxy."""
+    """S3 clients reach the server through this proxy."""
     with Proxy(*arguments, **options) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
         yield proxy
 
@@ -328,7 +328,7 @@ def test_a_claim_is_alive_or_dead_by_the_clock_of_the_store_alone(hours, bucket,
     assert filesystem.list_names(f"{bucket}/{locks.LOCK_NAME}") == [f"{'0' * 12}.json"]
 
 
-def test_of_many_writers_that_start_at_once_at_most_one_is_admitted(bucket):
+def test_at_most_one_of_many_writers_that_start_at_once_is_admitted(bucket):
     inside, most = [], []
 
     def write(_) -> None:
@@ -368,7 +368,7 @@ def unsigned(head: bytes) -> bytes | None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("no credentials", "is refused by its store: check AWS_ACCESS_KEY_ID"),
+        ("no credentials", "was refused by its store: check AWS_ACCESS_KEY_ID"),
         ("unreachable", "cannot be reached"),
         ("no bucket", "is in a bucket that does not exist"),
     ],
@@ -385,7 +385,7 @@ def test_a_store_that_refuses_is_a_one_line_error_with_the_path(case, message, s
             assert path in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_keys_and_an_address_that_end_with_a_line_end_open_the_store(s3):
+def test_keys_and_an_address_with_a_trailing_newline_open_the_store(s3):
     with environment(**{name: f"{value}\n" for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3}.items()}):
         assert filesystem.exists("s3://bucket")
 

@@ -1,4 +1,4 @@
-"""Augmentation: what each kind does to an image, what it leaves alone, and draws that do not depend on the number of ranks."""
+"""Augmentation: what each kind changes in an image and what not, and draws that do not depend on the number of ranks."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_each_image_has_its_own_draw_and_each_seed_others():
 
 
 @pytest.mark.parametrize("kind", ["gain", "gamma", "noise"])
-def test_black_stays_black_and_masks_stand_still_when_only_greys_change(kind):
+def test_black_stays_black_and_masks_stay_the_same_when_only_greys_change(kind):
     images, masks = pictures()
     brighter, same_masks = changed(images, masks, seed=3, **{kind: 0.5})
     assert (brighter[:, :, :6] == 0).all() and not torch.equal(brighter, images) and torch.equal(same_masks, masks)

@@ -1,4 +1,4 @@
-"""What makes training fit and go fast changes no result, nothing is kept of ruined weights, and ranks evaluate one model."""
+"""Savings of memory and time change no result, ruined weights are never kept, and ranks evaluate one model."""
 
 import os
 from dataclasses import replace
@@ -66,7 +66,7 @@ def loader(rank: int = 0, world_size: int = 1, size: int = 28) -> Loader:
 
 
 def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=None, ruin_after: int = 4, keep=None) -> list:
-    """The metrics, or what `keep` finds, of each epoch; `ruin` gets the state after an update of the first epoch."""
+    """Each epoch's metrics, or the result of `keep`; `ruin` gets the state after an update of the first epoch."""
     state, found = started(experiment, ranks, network(nn.BatchNorm2d)), []
 
     def after_step(epoch: int, step: int, steps: int) -> None:
@@ -177,7 +177,7 @@ def evaluated_models(ranks: Ranks) -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, shards) -> list[dict]:
-    """What two processes over gloo have reached: a batch of 13 divides neither between them nor into parts."""
+    """The result of two processes over gloo: a batch of 13 divides neither between them nor into parts."""
     folder = str(tmp_path_factory.mktemp("ranks"))
     filesystem.publish_json(os.path.join(folder, run_directory.DESCRIPTION), {})  # as if it were a run
     mp.spawn(_one_of_two, args=(os.path.join(folder, "store"), folder, shards), nprocs=2)
@@ -194,7 +194,7 @@ def test_two_ranks_follow_one_and_gradients_travel_once_an_update_rounded_if_ask
     assert not torch.equal(first["bf16"]["0.weight"], first["plain"]["0.weight"])
 
 
-def test_ranks_evaluate_one_model_which_is_one_process_s_stop_together_and_all_report_storage_that_one_cannot_see(two_ranks):
+def test_ranks_evaluate_the_model_of_one_process_stop_together_and_all_report_storage_that_one_cannot_see(two_ranks):
     assert [rank["stopped"] for rank in two_ranks] == [1, 1]
     (message,) = {rank["unseen"] for rank in two_ranks}
     assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
@@ -212,7 +212,7 @@ def test_a_young_model_is_scored_and_kept_with_the_batch_statistics_of_its_own_w
     images = loader().images.float() / 255
 
     def error(state: engine.TrainState) -> float:
-        """How far the variances are from those of the training images, at the worst channel."""
+        """The largest deviation of a channel's variance from that of the training images."""
         with torch.no_grad():
             wanted = state.evaluated[0](images).transpose(0, 1).flatten(1).var(dim=1)
         return (state.evaluated[1].running_var / wanted).log().abs().max().item()

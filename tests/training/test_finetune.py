@@ -1,4 +1,4 @@
-"""A run that begins with another's weights: it is another run, remembers them, and refuses what does not fit."""
+"""A run that begins with another's weights: it is another run, records them, and refuses weights that do not fit."""
 
 import shutil
 from dataclasses import replace
@@ -52,9 +52,9 @@ def test_weights_of_another_network_are_refused_by_the_first_tensor(base, shards
             run(replace(experiment, model=replace(experiment.model, **change)), init_from=base)
     assert not list(tmp_path.iterdir())
     model = build_model(tiny_experiment().model)
-    with pytest.raises(UserError, match=r"network.classifier.4.bias is \(7,\) there, \(4,\) here"):
+    with pytest.raises(UserError, match=r"network.classifier.4.bias is \(7,\) there but \(4,\) here"):
         finetune.check_tensors(model.state_dict() | {"network.classifier.4.bias": torch.zeros(7)}, model, "there")
-    with pytest.raises(UserError, match="extra is .* there, missing here"):
+    with pytest.raises(UserError, match="extra is .* there but missing here"):
         finetune.check_tensors(model.state_dict() | {"extra": torch.zeros(1)}, model, "there")
 
 

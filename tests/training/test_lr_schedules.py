@@ -1,4 +1,4 @@
-"""Learning-rate schedules: torch's own values where torch has the same schedule, and what all of them promise."""
+"""Learning-rate schedules: torch's own values if torch has the same schedule, and the promises of all schedules."""
 
 from dataclasses import fields, replace
 

@@ -109,7 +109,7 @@ def test_shares_cover_a_batch_differ_by_at_most_one_and_are_refused_exactly_wher
 
 
 def numbered(rows: int, rank: int = 0, world: int = 1) -> loader.Loader:
-    """A group whose row number stands in its pixels."""
+    """A group whose pixels hold the row number."""
     images = torch.arange(rows, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     return loader.Loader(images, images[:, 0], rank, world)
 

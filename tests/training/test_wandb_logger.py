@@ -13,7 +13,7 @@ from helpers.wandb_server import KEY, serving
 
 @pytest.fixture(scope="module")
 def online(shards, tmp_path_factory):
-    """A training that is killed when the server has its first row, and resumed: the server, the run, what was said."""
+    """A training killed when the server has its first row, and resumed: the server, the run and the output."""
     folder = tmp_path_factory.mktemp("online") / "runs"
     with serving() as server:
         process = start(shards, folder, **server.environment())
@@ -65,7 +65,7 @@ def test_the_newest_offline_fragment_of_a_killed_run_holds_every_epoch_once_and_
     assert first.with_suffix(".wandb.synced").exists() and without_key(offline)
 
 
-def test_the_command_of_the_readme_sends_the_fragments_as_one_run_without_gap_or_double(offline):
+def test_the_readmes_command_sends_the_fragments_as_one_run_without_gaps_or_duplicates(offline):
     with serving() as server:
         for _ in range(2):  # the second time changes nothing
             tracked_runs.sync(server, *map(str, sorted(offline.glob("wandb/offline-run-*"))))

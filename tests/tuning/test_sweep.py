@@ -1,4 +1,4 @@
-"""Sweeps without a cluster: which trials there are, which of them are stopped, what a sweep's directory holds."""
+"""Sweeps without a cluster: their trials, early stopping, and the contents of a sweep's directory."""
 
 import json
 import os
@@ -72,9 +72,9 @@ def test_listed_changes_are_trials_of_their_own_beside_the_recipe():
 
 
 BAD_CHANGES = [
-    ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which no experiment has"),
+    ((), "name at least one"), (("optim.lr",), "is not a change"), (("optim.speed=1",), "which is not a setting"),
     (("optim.lr=-1",), "optim.lr must be above 0"), (("optim.lr=0.002,",), "is not a change"),
-    (("train.seed=0",), "is the recipe itself"), (("name.x=1",), "names name.x, which no"),
+    (("train.seed=0",), "repeats the recipe"), (("name.x=1",), "names name.x, which is not"),
     (("optim.lr=fast",), "optim.lr"), (("optim.lr=0.1,train.epochs=9",), "cannot vary train.epochs"),
 ]  # fmt: skip
 BAD_PLANS = [(SweepPlan(SearchSpace(changes=changes), search="changes"), says) for changes, says in BAD_CHANGES]
@@ -122,7 +122,7 @@ def base(sweep):
 
 @pytest.fixture()
 def sweep(held, shards, tmp_path):
-    """A sweep of four trials as a sweep leaves them, their records made by hand: finished, stopped, failed, under way."""
+    """A sweep of four trials as a sweep leaves them, with handmade records: finished, stopped, failed, under way."""
     experiment = tiny_experiment(data=shards, runs=str(tmp_path))
     experiment = replace(experiment, train=replace(experiment.train, epochs=4, holdout=0.3))
     opened = sweeps.open_sweep(experiment, held, SweepPlan())
