@@ -1,6 +1,7 @@
 """Whatever a NIfTI's encoding, training, evaluation and prediction see one picture of it, with its mask on it, or refuse it."""
 
 import gzip
+import io
 import itertools
 import os
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from heartseg.datasets import camus, nifti, readers
 from heartseg.datasets.grey import BYTE, Unreadable, as_grey
@@ -138,6 +140,9 @@ def test_one_picture_in_any_range_and_type_is_the_same_picture(levels, kinds, da
         grey, found = as_grey((stored if kind[0] == "f" else np.rint(stored)).astype(order + kind))
         assert grey.dtype == np.uint8 and found == levels and grey.flags.c_contiguous and grey.flags.writeable
         np.testing.assert_array_equal(grey, expected)
+        if kind in ("u1", "u2"):  # what PNGs hold
+            Image.fromarray(np.rint(stored).astype(kind)).save(png := io.BytesIO(), "PNG")
+            np.testing.assert_array_equal(readers.decode(png.getvalue(), "picture").pixels[0], expected)
 
 
 def test_grey_levels_that_may_be_several_things_are_refused_with_their_range():
