@@ -228,7 +228,7 @@ def test_an_outage_at_a_call_from_any_place_stops_a_job_and_changes_nothing(name
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", DEAR)
 def test_an_outage_at_any_of_some_places_stops_any_job_and_changes_nothing(name, trained, monkeypatch, measurement):
-    tries = 1000 if name in ("train, finished", "predict", "tune, finished") else 4  # which take half a second
+    tries = 12 if name in ("train, finished", "predict", "tune, finished") else 4  # which take half a second
     check_outages(name, DEAR[name], trained, monkeypatch, measurement, tries)
 
 
