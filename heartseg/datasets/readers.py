@@ -133,7 +133,10 @@ def decode_png(raw: bytes) -> np.ndarray:
 
     with Image.open(io.BytesIO(raw), formats=["PNG"]) as picture:
         is_deep = picture.mode.startswith("I") or picture.mode == "F"
-        return np.asarray(picture if is_deep else picture.convert("L"))[None]
+        values = np.asarray(picture if is_deep else picture.convert("L"))[None]
+    if raw[24] == 16 and not is_deep and values.max() < 16:  # Pillow keeps the upper 8 bits of colours alone
+        raise Unreadable("its 16-bit colours hold 12 bits or fewer, of which 4 would be left: save it as 16-bit grey")
+    return values
 
 
 def read_video(raw: bytes, admit: Admit = lambda _: None) -> Frames:

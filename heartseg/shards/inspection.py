@@ -101,7 +101,7 @@ def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[
         labels += np.bincount(frames.masks.numpy().ravel(), minlength=NUM_CLASSES)[:NUM_CLASSES]
         tables.append(frames.table.select(["patient", "view", "phase", "quality", "ef", "ef_convention"]))
         first += len(frames)
-    return Survey(grey, labels, pa.concat_tables(tables).to_pandas()), kept
+    return Survey(grey, labels, pa.concat_tables(tables).to_pandas(use_threads=False)), kept
 
 
 def draw_rows(num_rows: int, num_images: int, seed: int) -> list[int]:

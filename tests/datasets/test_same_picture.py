@@ -1,6 +1,7 @@
 """Whatever a NIfTI's encoding, training, evaluation and prediction see one picture of it, with its mask on it, or refuse it."""
 
 import gzip
+import io
 import itertools
 import os
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from heartseg.datasets import camus, nifti, readers
 from heartseg.datasets.grey import BYTE, Unreadable, as_grey
@@ -57,7 +59,7 @@ def save(path: str, array: np.ndarray, affine: np.ndarray | None, order: str = "
     levels=st.sampled_from(RANGES).flatmap(lambda pair: st.tuples(st.just(pair[0]), st.sampled_from(pair[1]))),
     order=st.sampled_from("<>"),
     turn=TURNS,
-    mask_turn=TURNS,
+    mask_turn=st.none() | TURNS,  # without an affine it lies as its image does
     suffix=st.sampled_from([".nii.gz", ".nii", ".NII.GZ", ".Nii"]),
 )
 def test_every_reader_sees_one_picture_and_the_mask_on_it(levels, order, turn, mask_turn, suffix, tmp_path_factory):
@@ -65,13 +67,13 @@ def test_every_reader_sees_one_picture_and_the_mask_on_it(levels, order, turn, m
     source, folder = (str(tmp_path_factory.mktemp(name)) for name in ("camus", "folder"))
     stored = IMAGE * ((high - low) / 255) + low
     image, affine = disk_array((stored if kind[0] == "f" else np.rint(stored)).astype(kind), turn)
-    mask, mask_affine = disk_array(MASK, mask_turn)
+    mask, mask_affine = disk_array(MASK, mask_turn or turn)
     name = "_".join(STILL)
     paths = [camus.recording_path(source, *STILL, end).removesuffix(".nii.gz") for end in ("", "_gt")]
     for path in (paths[0], os.path.join(folder, "images", name)):
         save(path + suffix, image, affine, order)
     for path in (paths[1], os.path.join(folder, "masks", name), os.path.join(folder, "predictions", name + "_pred")):
-        save(path + suffix, mask, mask_affine, order)
+        save(path + suffix, mask, mask_turn and mask_affine, order)
 
     seen = np.flip(IMAGE, [axis for axis in (0, 1) if turn[1 - axis]])  # signs are not undone; the order of axes is
     truth = np.flip(MASK, [axis for axis in (0, 1) if turn[1 - axis]])
@@ -138,6 +140,9 @@ def test_one_picture_in_any_range_and_type_is_the_same_picture(levels, kinds, da
         grey, found = as_grey((stored if kind[0] == "f" else np.rint(stored)).astype(order + kind))
         assert grey.dtype == np.uint8 and found == levels and grey.flags.c_contiguous and grey.flags.writeable
         np.testing.assert_array_equal(grey, expected)
+        if kind in ("u1", "u2"):  # what PNGs hold
+            Image.fromarray(np.rint(stored).astype(kind)).save(png := io.BytesIO(), "PNG")
+            np.testing.assert_array_equal(readers.decode(png.getvalue(), "picture").pixels[0], expected)
 
 
 def test_grey_levels_that_may_be_several_things_are_refused_with_their_range():

@@ -17,6 +17,20 @@ before = os.listdir("/proc/self/task")
 assert filesystem.read_table(data).to_pandas(use_threads=False).shape[0] > 0
 assert os.listdir("/proc/self/task") == before
 """
+# The last of Python's handlers counts the threads: the main one, and that of an allocator, which never needs Python.
+ENDS = """
+import atexit, importlib, os, sys
+from pathlib import Path
+
+def count_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    os._exit(sum(name != "jemalloc_bg_thd" for name in names) if is_done else 99)
+
+is_done = False
+atexit.register(count_threads)
+importlib.import_module(f"jobs.{sys.argv[1]}").job(sys.argv[2:])
+is_done = True
+"""
 # Each child runs the job's command line, and ends as Python ends.
 JOB = """
 import os, sys
@@ -41,6 +55,21 @@ def start(code: str, *arguments: str) -> subprocess.Popen:
 def test_reading_a_table_starts_no_thread(shards):
     done = start(TABLE, os.path.join(shards, "part-00000.parquet"))
     assert done.wait(60) == 0, done.communicate()
+
+
+@pytest.mark.slow
+def test_no_thread_outlives_a_job_that_starts_no_ray(phantom, shards, tmp_path):
+    plain, sizes = ["--launcher", "plain"], ["--image.height", "64", "--image.width", "64", "--train.batch-size", "8"]
+    paths = ["--data", shards, "--runs", f"{tmp_path}/runs", "--train.epochs", "1", "--tracking.wandb", "off"]
+    run = ["--checkpoint", f"{tmp_path}/runs/a"]
+    for job in (
+        ["preprocess", "quick", *plain, "--split.kind", "ratio", "--source", phantom, "--out", f"{tmp_path}/new"],
+        ["inspect_shards", "--data", shards, "--verify"],
+        ["train", "quick", *plain, *sizes, *paths, "--run-name", "a"],
+        ["evaluate", *plain, *run],
+        ["predict", *run, "--input", f"{phantom}/database_nifti/patient0001", "--out", f"{tmp_path}/out"],
+    ):
+        assert start(ENDS, *job).wait(100) == 1, job
 
 
 @pytest.mark.slow

@@ -1,12 +1,20 @@
 """Tracking against a server on loopback that wandb's own client talks to: every epoch is one row, live, offline and killed."""
 
+import os
+import shutil
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 
+from heartseg.config.experiment import from_json
+from heartseg.datasets.image_folder import open_source
+from heartseg.shards.preprocessing import write_shards
 from heartseg.storage import filesystem
-from heartseg.training import run_directory
+from heartseg.training import run_directory, wandb_logger
 from helpers import tracked_runs
+from helpers.experiments import tiny_experiment
 from helpers.tracked_runs import EPOCHS, assert_same, finish, kill_after, start, the_run, track, tracked_run, without_key
 from helpers.wandb_server import KEY, serving
 
@@ -74,3 +82,18 @@ def test_the_readmes_command_sends_the_fragments_as_one_run_without_gaps_or_dupl
         assert_same(server.runs[name].rows(), run_directory.read_record(str(offline)))
         assert [row["_step"] for row in server.runs[name].rows()] == list(range(4))
         assert server.artifacts[f"{name}-model"]["is_committed"]
+
+
+@pytest.mark.parametrize(("dataset", "is_marked", "sent"), [("", True, False), ("camus", False, False), ("camus", True, True)])
+@patch.dict(os.environ, WANDB_MODE="offline")
+def test_overlays_of_a_tree_that_only_looks_like_camus_stay_out_of_wandb(dataset, is_marked, sent, phantom, tmp_path):
+    tree, shards = shutil.copytree(phantom, tmp_path / "tree", ignore=lambda *_: ["phantom.json"]), str(tmp_path / "shards")
+    write_shards(open_source(str(tree), dataset=dataset), shards, tiny_experiment().image, tiny_experiment().split)
+    manifest = filesystem.read_json(f"{shards}/manifest.json")  # older shards guessed the dataset from patients' names
+    filesystem.publish_json(f"{shards}/manifest.json", manifest | {"dataset_is_marked": is_marked})
+    run = tracked_run(shards, tmp_path / "runs")
+    tracker = wandb_logger.build_tracker(from_json(run.description["experiment"]), run, True, [])
+    tracker.overlays(1, *np.zeros((3, 1, 8, 8), np.uint8), ["patient0001_2CH_ED"])  # image, mask and prediction
+    tracker.log({"epoch": 1})
+    tracker.finish()
+    assert any(Path(run.path).rglob("media/images/*.png")) == sent
