@@ -31,11 +31,12 @@ SEED_CHOICES = (
 
 
 def camus() -> Experiment:
-    """The recommended recipe for GPUs: the seed's network with AdamW, Dice loss, augmentation and averaged weights."""
+    """The recommended recipe for GPUs: DeepLabv3+ (ResNet-101), AdamW, Dice loss, augmentation and averaged weights."""
     return replace(
         seed(),
         name="camus",
         split=SplitConfig(kind="official"),
+        model=ModelConfig(backbone="resnet101", decoder=True),
         loss=LossConfig(kind="dice_cross_entropy"),
         optim=OptimConfig(kind="adamw", lr=0.002, weight_decay=0.01, clip_norm=1.0, ema_decay=0.998),
         schedule=ScheduleConfig(kind="cosine", warmup_epochs=1.0),
@@ -47,7 +48,7 @@ def camus() -> Experiment:
 def quick() -> Experiment:
     """The same for CPUs, demos and tests: MobileNetV3-Large at 128 x 128, a few epochs."""
     full, image = camus(), ImageConfig(height=128, width=128)
-    model, train = ModelConfig(backbone="mobilenet_v3_large"), replace(full.train, epochs=16)
+    model, train = replace(full.model, backbone="mobilenet_v3_large"), replace(full.train, epochs=16)
     return replace(full, name="quick", image=image, model=model, train=train)
 
 
