@@ -27,6 +27,7 @@ KEYS = ("patient", "view", "phase", "frame", "number", "quality")
 BY = ("phase", "view", "quality", "size")
 EXAMPLES, NUM_EXAMPLES, KINDS = "examples.npz", 10, ("image", "truth", "prediction")
 LOW_DICE = 0.80
+LOW_CAVITY, MAX_EF_ERROR = 0.85, 10.0  # a cavity Dice and points of EF; worse images and patients are outliers
 # Indices whose agreement with the experts' masks is reported, in the order of the tables.
 AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_", "esv_ml_", "la_volume_ml")))
 
@@ -138,6 +139,7 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
         "pooled": {name: none_if_nan(value.item()) for name, value in image_scores(pooled).items()},
         "by": {key: _means_by(images, key) for key in BY if images[key].notna().any()},
         "clinical": clinical_agreement(patients),
+        "outliers": outliers(images, patients),
         "flags": flags(images),
         "missing": list(missing),
     }
@@ -187,6 +189,15 @@ def flags(images: pandas.DataFrame) -> dict:
         "confidence": order | {"low_dice": LOW_DICE, "low_images": int(low.sum())},
         "unsure": {"below": REVIEW_THRESHOLD, "images": int(unsure.sum()), "low_images": int((unsure & low).sum())},
     }
+
+
+def outliers(images: pandas.DataFrame, patients: pandas.DataFrame) -> dict[str, dict]:
+    """Shares with 95 % intervals over patients: cavities with a Dice under LOW_CAVITY, EFs off by over MAX_EF_ERROR points."""
+    shares = {"cavity": (images["dice_endo"] < LOW_CAVITY, images["dice_endo"], images["patient"])}
+    for name in ("ef_camus", "ef_ase"):
+        error = (patients[f"{name}_prediction"] - patients[f"{name}_truth"]).abs()
+        shares[name] = (error > MAX_EF_ERROR, error, patients["patient"])
+    return {name: mean_interval(bad.where(known.notna()), owner.to_numpy()) for name, (bad, known, owner) in shares.items()}
 
 
 def clinical_agreement(patients: pandas.DataFrame) -> dict:

@@ -7,7 +7,7 @@ from heartseg.config.experiment import ModelConfig, flatten
 from heartseg.evaluation.scoring import IMAGES, PAGE, PATIENTS, SUMMARY, Example, read_examples, read_rows
 from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES, PHASES, STRUCTURES, frame_name
 from heartseg.metrics.agreement import MIN_PAIRS
-from heartseg.reporting import contours, pages, plots, published_results, training_figures
+from heartseg.reporting import contours, pages, plots, published_results, text_tables, training_figures
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
 
@@ -71,6 +71,7 @@ def write_report(evaluation: str, run: str | None = None) -> str:
         group_title=training_figures.GROUP_TITLES.get(summary["group"], summary["group"]),
         **score_tables(summary) | image_tables(images) | example_pictures(evaluation, images),
         flags=summary.get("flags"),
+        outliers=text_tables.outlier_rows(summary),
         clinical=clinical_section(summary, patients),
         published=published_section(summary, dataset),
         curves=training_figures.run_curves(run_directory.read_record(run), summary.get("epoch")) if run else [],

@@ -6,6 +6,11 @@ from heartseg.metrics.segmentation import DISTANCES, SCORES
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 # Indices whose agreement the terminal shows; the report has all of them.
+OUTLIER_TITLES = {
+    "cavity": "Images with a cavity Dice under 0.85",
+    "ef_camus": "Patients with an EF off by over 10 points (camus)",
+    "ef_ase": "Patients with an EF off by over 10 points (ase)",
+}
 SHOWN_AGREEMENTS = ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
 
 
@@ -44,12 +49,22 @@ def summary_text(summary: dict) -> str:
         ("", ("score", "mean", "95 % interval", "pooled"), overlaps),
         ("", ("distance", "mean", "95 % interval", "median"), distances),
         ("", ("against masks", "n", "r", "bias", "sd", "MAE"), agreement),
+        ("", ("outliers", "share", "95 % interval"), outlier_rows(summary)),
     ]
     texts, flags = [table_text(table) for table in tables if table[2]], summary["flags"]
     if flags["implausible"]:
         why = next((f"; most often: {reason}" for reason in flags.get("reasons", ())), "")
         texts.append(f"{flags['implausible']} of {summary['images']} masks cannot be a whole left heart{why}.")
     return "\n".join(texts)
+
+
+def outlier_rows(summary: dict) -> list[tuple[str, str, str]]:
+    """Title, share and interval of each kind of outlier; empty for an evaluation from before they were counted."""
+    shares = {name: row for name, row in summary.get("outliers", {}).items() if row["low"] is not None}
+    return [
+        (OUTLIER_TITLES[n], f"{100 * s['mean']:.1f} %", f"{100 * s['low']:.1f} - {100 * s['high']:.1f}")
+        for n, s in shares.items()
+    ]
 
 
 def _score_row(name: str, score: dict, last: float | None, digits: int) -> tuple[str, ...]:

@@ -5,13 +5,14 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 
 from heartseg.config.experiment import PredictConfig
 from heartseg.datasets import camus, nifti
 from heartseg.errors import UserError
 from heartseg.evaluation.ground_truth import TreeTruth
-from heartseg.evaluation.scoring import KEYS, patient_row
+from heartseg.evaluation.scoring import KEYS, outliers, patient_row
 from heartseg.inference.segmenter import Segmented
 from heartseg.labels import Phase, View
 from heartseg.metrics.segmentation import DISTANCES, SCORES
@@ -139,3 +140,11 @@ def test_masks_are_scored_even_if_images_are_missing(is_left, phantom, tmp_path)
         if had:
             still = camus.read_still(tree, shown["patient"], View(shown["view"]), Phase(shown["phase"]))
             np.testing.assert_array_equal(examples[f"image_{number}"], still.image)
+
+
+def test_outliers_are_cavities_under_085_and_efs_more_than_10_points_off_and_what_is_unknown_is_not_counted():
+    images = pandas.DataFrame({"patient": list("aabb"), "dice_endo": [0.9, 0.849, 0.85, np.nan]})
+    columns = {"ef_camus_prediction": [50.0, 39.0, 60.0, np.nan], "ef_ase_prediction": [50.0, 55.0, 45.0, 40.0]}
+    patients = pandas.DataFrame({"patient": list("abcd")} | columns).assign(ef_camus_truth=50.0, ef_ase_truth=50.0)
+    found = outliers(images, patients)
+    assert {name: round(share["mean"], 3) for name, share in found.items()} == {"cavity": 0.333, "ef_camus": 0.333, "ef_ase": 0}
