@@ -17,10 +17,9 @@ help:
 	@echo "make docs      the documentation as a site in build/site; make reference rewrites the list of flags"
 	@echo "make lint | format | wheel | clean"
 
-# Without byte code, which takes a quarter of the time: what is imported is compiled then.
 $(VENV)/ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/ready

@@ -71,7 +71,7 @@ class ModelConfig:
     norm: Literal["batch", "group"] = "batch"
     """`group` uses no batch statistics: for workers with very few images each."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """Compute batch statistics over all workers' images (GPUs only); `auto`: if several workers have GPUs."""
+    """Compute batch statistics over all workers' images (GPUs only); `auto`: if they have fewer than 8 images each."""
     bn_momentum: float = 0.1
     """Momentum of the running statistics of batch normalisation."""
     dropout: float = 0.5

@@ -49,11 +49,17 @@ def plain_ranks() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+# SyncBatchNorm costs several host synchronisations per layer: `auto` uses it only for ranks with fewer images than this.
+FEW_IMAGES = 8
+
+
 def ddp_options(train: TrainConfig) -> dict[str, bool]:
     """DistributedDataParallel's arguments, for `wrap_model` and Ray's `prepare_model`."""
     # Buckets that are views of the gradients save a copy. The graph is the same at every step, but a static graph fails
     # an internal assertion in the first backward pass without synchronisation, and torch.compile splits it again.
-    return {"gradient_as_bucket_view": True, "static_graph": train.accumulate == 1 and train.compile == "off"}
+    is_static = train.accumulate == 1 and train.compile == "off"
+    # Running statistics are not used in training, and `share_buffers` levels them before an evaluation.
+    return {"gradient_as_bucket_view": True, "static_graph": is_static, "broadcast_buffers": False}
 
 
 def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
@@ -64,21 +70,25 @@ def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, **ddp_options(train))
 
 
-def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
-    """The model, with batch statistics over all ranks' images depending on `sync_bn`; raises UserError for `on` on CPUs."""
+def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks, images: int) -> nn.Module:
+    """The model, with batch statistics over all ranks by `sync_bn` and a rank's `images`; raises UserError for `on` on CPUs."""
     if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
         return model
     has_gpu = ranks.device.type == "cuda"
     require(has_gpu or config.sync_bn == "auto", "--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if has_gpu else model
+    is_shared = has_gpu and (config.sync_bn == "on" or images < FEW_IMAGES)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if is_shared else model
 
 
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Copy rank 0's running statistics to every rank, in place, so that all evaluate the model that rank 0 keeps."""
-    for buffer in model.buffers() if ranks.world_size > 1 else ():
-        if buffer.is_floating_point():
-            dist.broadcast(buffer, src=0)
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if ranks.world_size > 1 and buffers:
+        joined = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(joined, src=0)
+        for buffer, part in zip(buffers, joined.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 def reduce_over_ranks(tensor: torch.Tensor, ranks: Ranks, operation=dist.ReduceOp.SUM) -> torch.Tensor:

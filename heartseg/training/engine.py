@@ -79,7 +79,8 @@ def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable
     """Move the model to the device in its fastest layout, wrap it, and build its optimizer."""
     set_arithmetic(experiment.train)
     model = model.to(ranks.device, memory_format=torch.channels_last)
-    model = share_batch_statistics(model, experiment.model, ranks)
+    images = experiment.train.batch_size // (ranks.world_size * experiment.train.accumulate)
+    model = share_batch_statistics(model, experiment.model, ranks, images)
     optimizer = build_optimizer(experiment.optim, model)
     average = AveragedWeights(model, experiment.optim.ema_decay) if experiment.optim.ema_decay else None
     wrapped = wrap(model)

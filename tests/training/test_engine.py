@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
     def after_update(*of_optimizer) -> None:
         updates.append(1)
         if len(updates) == 6:  # the last of the second epoch's three
-            set_first(models[0].network.classifier[-1].bias, float("nan"))
+            set_first(models[0].network.classifier.classify.bias, float("nan"))
 
     with (
         register_optimizer_step_post_hook(after_update),
@@ -223,15 +224,19 @@ def test_a_young_model_is_scored_and_kept_with_the_batch_statistics_of_its_own_w
     assert max(young) < 0.1 < 1 < min(lagging)
 
 
-def test_batch_statistics_are_shared_on_several_gpus_with_the_same_names_and_refused_on_cpus():
+def test_batch_statistics_of_few_images_are_shared_on_several_gpus_with_the_same_names_and_refused_on_cpus():
     gpus, cpus = (Ranks(0, 2, torch.device(kind)) for kind in ("cuda", "cpu"))
-    config, share_statistics = ModelConfig("mobilenet_v3_large", bn_momentum=0.03), distributed.share_batch_statistics
+    config, share_statistics = (
+        ModelConfig("mobilenet_v3_large", bn_momentum=0.03),
+        partial(distributed.share_batch_statistics, images=7),
+    )
     model, on = build_model(config), replace(config, sync_bn="on")
     names = list(model.state_dict())
     with pytest.raises(UserError, match="--model.sync-bn on needs GPUs"):
         share_statistics(model, on, cpus)
     assert share_statistics(model, config, cpus) is share_statistics(model, on, ALONE) is model
     assert share_statistics(model, replace(config, sync_bn="off"), gpus) is model
+    assert share_statistics(model, config, gpus, images=8) is model
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
     shared = share_statistics(model, config, gpus)
     norms = [m for m in shared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
