@@ -1,6 +1,7 @@
 """Ranks, and the operations across them, which do nothing in a single process."""
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,8 +59,11 @@ def ddp_options(train: TrainConfig) -> dict[str, bool]:
     # Buckets that are views of the gradients save a copy. The graph is the same at every step, but a static graph fails
     # an internal assertion in the first backward pass without synchronisation, and torch.compile splits it again.
     is_static = train.accumulate == 1 and train.compile == "off"
-    # Running statistics are not used in training, and `share_buffers` levels them before an evaluation.
-    return {"gradient_as_bucket_view": True, "static_graph": is_static, "broadcast_buffers": False}
+    # Running statistics are not used in training, and `share_buffers` levels them before an evaluation. PyTorch has renamed
+    # the option since 2.11, and warns of the old name.
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {"gradient_as_bucket_view": True, "static_graph": is_static, no_broadcast: False}
 
 
 def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
