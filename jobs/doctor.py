@@ -215,7 +215,7 @@ def check_precision() -> Iterator[Finding]:
 
     rates = {name: round(rate) for name, rate in precision.cpu_rates().items()}
     shown = ", ".join(f"{name} {rate}" for name, rate in rates.items())
-    yield Finding("precision", f"{precision.fastest(torch.device('cpu'))} on CPUs ({shown} GFLOP/s a core)", numbers=rates)
+    yield Finding("precision", f"{precision.fastest(torch.device('cpu'))} on CPUs ({shown} GFLOP/s per core)", numbers=rates)
 
 
 # The checks that run on every node of a cluster.

@@ -244,7 +244,7 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
         named = ", ".join(f"{value:g}" for value in wrong[:5]) + (", …" if len(wrong) > 5 else "")
         raise DamagedRecording(f"has labels other than 0 to {NUM_CLASSES - 1}: {named}", path)
     if labels.max() >= NUM_CLASSES:
-        raise DamagedRecording(f"has label {labels.max()}; only 0 to {NUM_CLASSES - 1} are defined", path)
+        raise DamagedRecording(f"has label {labels.max()}, not 0 to 3 (1 LV cavity, 2 myocardium, 3 left atrium)", path)
     return labels
 
 

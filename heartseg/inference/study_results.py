@@ -110,7 +110,6 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
             chosen, sources[f"from_{view}"] = dict.fromkeys(PHASES, beat), beat.clip.stem
         masks |= {(view, phase): (r.phases[phase][1], r.spacing_mm) for phase, r in chosen.items()}
     row = patient_indices(masks, spacing_known=all(spacing_mm for _, spacing_mm in masks.values()))
-    reasons += [row["reason"]] if row["reason"] else []
     for (view, phase), found in stills.items():
         if view and len(found) > 1:
             stems = " and ".join(r.clip.stem for r in found)
@@ -119,9 +118,10 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
         if r.frames > 1 and not r.phases and not {(r.clip.view, phase) for phase in PHASES} <= masks.keys():
             reasons.append(f"{r.clip.stem} shows no beat (the volume of its plausible frames never changes): give a whole beat")
     if nameless := [r.clip.stem for r in results if r.clip.view is None]:
-        reasons.append(f"the view of {', '.join(nameless)} is unknown: give --view")
+        reasons.append(f"the view of {', '.join(nameless)} is unknown: add 2CH or 4CH to the file's name, or give --view")
     if phaseless := [r.clip.stem for r in results if r.frames == 1 and r.clip.phase is None]:
-        reasons.append(f"the phase of {', '.join(phaseless)} is unknown: give --phase, or names like PATIENT_4CH_ED")
+        reasons.append(f"the phase of {', '.join(phaseless)} is unknown: add ED or ES to the file's name, or give --phase")
+    reasons += [row["reason"]] if row["reason"] else []  # last: the causes come first
     doubts = [*_views_apart(row), *(f"{r.clip.stem}: {doubt}" for r in results for doubt in r.doubts)]
     (doubts if math.isfinite(row["ef_ase"]) else reasons).extend({r.clip.remark for r in results} - {""})
     row["reason"], row["doubts"] = "; ".join(reasons), "; ".join(doubts)

@@ -67,7 +67,7 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
     there = filesystem.read_json(path)
     if difference := first_difference({key: there.get(key) for key in asked}, asked):
         field = difference.removeprefix("identity.")
-        raise UserError(f"{folder} holds another {kind} ({field}): give --fresh or --{kind}-name.")
+        raise UserError(f"{folder} holds another {kind} ({field}): give --{kind}-name, or --fresh for a new one beside it.")
     return there
 
 

@@ -136,9 +136,10 @@ def choose_precision(experiment: Experiment, run: run_directory.Run, ranks: Rank
     elif not chosen:
         chosen, why = precision.fastest(ranks.device), "the GPU has it"
         if ranks.device.type == "cpu":
-            why = ", ".join(f"{name} {rate:.0f}" for name, rate in precision.cpu_rates().items()) + " GFLOP/s a core"
+            rates = ", ".join(f"{name} {rate:.0f}" for name, rate in precision.cpu_rates().items())
+            why = f"the faster one on this CPU: {rates} GFLOP/s per core"
     if ranks.is_main:
-        log.info("Computing in %s (%s).", chosen, why)
+        log.info("Precision: %s (%s).", chosen, why)
     return from_main(chosen, ranks)
 
 
