@@ -182,6 +182,8 @@ def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]
         parts = [(f"Part {number}", path) for number, path in enumerate(summary.get("evaluations", ()), 1)]
         return [(name.title(), summary[name]) for name in ("predictions", "truth", "dataset")] + parts
     groups, split = description.get("groups", {}), flatten(description.get("split") or {})
+    if split.get("kind") == "official":
+        split = {"kind": "official"}  # the other settings are for draws
     return [
         ("Run", run),
         ("Recipe", description["experiment"]["name"]),

@@ -29,9 +29,13 @@ log = logging.getLogger("heartseg.jobs")
 ROOT = Path(__file__).resolve().parents[2]
 # Marks a nested dataclass whose fields become flags without its name as a prefix.
 FLAT = tyro.conf.arg(name="")
+RECIPE_HELP = "A recipe, or a file with a complete experiment; the defaults below are seed's, those of `quick --help` quick's."
 RECIPE = Annotated[
     tyro.conf.Positional[str],
-    tyro.conf.arg(metavar=f"[{'|'.join(RECIPES)}|--config FILE]", help="A recipe, or a file with a complete experiment."),
+    tyro.conf.arg(
+        metavar=f"[{'|'.join(RECIPES)}|--config FILE]",
+        help=RECIPE_HELP,
+    ),
 ]
 # Set in every submitted job: the configuration that Ray passes to its driver.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -223,7 +223,9 @@ def score(plan: EvaluationPlan, options: Options) -> dict:
             bar.update(len(task))
     if not images:
         first = f"{missing[0]['file']} {missing[0]['reason']}"
-        raise UserError(f"None of the {len(plan.patients)} patients can be scored: {first}.")
+        raise UserError(
+            f"No patient can be scored ({command_line.counted(len(plan.patients), 'patient')}); the first: {first}."
+        )
     image_rows, patient_rows = pandas.DataFrame(images), pandas.DataFrame(patients)
     summary = scoring.summarise(image_rows, patient_rows, missing)
     summary |= plan.described | {"seconds": time.perf_counter() - started}
