@@ -62,8 +62,8 @@ def run(experiment: Experiment, options: PipelineOptions) -> str:
     reports = [stage for stage in chosen if stage.job == "evaluate"]
     last = (reports or chosen)[-1]
     path = filesystem.join(results[last.name].path, "report.html") if reports else results[last.name].path
-    if runner.last is not last:
-        print(path)  # otherwise its job has just printed it
+    if cluster or runner.last is not last:
+        print(path)  # otherwise its job has just printed it, and nothing of a cluster's came after that
     return path
 
 
