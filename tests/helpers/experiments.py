@@ -29,7 +29,7 @@ def tiny_experiment(**changes) -> Experiment:
         name="tiny",
         image=ImageConfig(height=64, width=64),
         split=SplitConfig(kind="ratio", test_share=0.25),
-        model=replace(recipe.model, norm="group", dropout=0.0),
+        model=replace(recipe.model, norm="group", dropout=0.0, decoder=False),
         augment=AugmentConfig(),
         # SGD, since AdamW's first steps turn rounding into whole steps.
         optim=OptimConfig(kind="sgd", lr=0.02, clip_norm=1.0, ema_decay=0.9),

@@ -32,7 +32,7 @@ def save_run(folder: str, seed: int, experiment=None) -> str:
     experiment = experiment or tiny_experiment()
     torch.manual_seed(seed)
     model = build_model(experiment.model)
-    model.network.classifier.classify.weight.data *= 40
+    model.network.classifier[-1].weight.data *= 40
     card = {"epoch": 1, "experiment": to_json(experiment), "intensity": [0.2, 0.2], "metrics": {}, "run": "tiny-1"}
     checkpoint.save(folder, model.state_dict(), {}, card)
     return folder

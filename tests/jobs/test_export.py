@@ -33,7 +33,7 @@ def path(shards, images, tmp_path_factory) -> str:
     experiment = replace(experiment, model=replace(experiment.model, norm="batch", bn_momentum=1.0))
     torch.manual_seed(0)
     model = build_model(experiment.model)
-    spread(model, model.network.classifier.classify, images.float().div(255).sub(0.2).div(0.25))
+    spread(model, model.network.classifier[-1], images.float().div(255).sub(0.2).div(0.25))
     card = {"epoch": 1, "experiment": to_json(experiment), "intensity": [0.2, 0.25], "metrics": {}, "run": "tiny-1"}
     checkpoint.save(folder, model.state_dict(), {}, card)
     return folder

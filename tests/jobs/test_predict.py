@@ -37,7 +37,7 @@ def trained(tmp_path_factory) -> str:
     run, experiment = str(tmp_path_factory.mktemp("run")), tiny_experiment()
     torch.manual_seed(1)
     model = build_model(experiment.model)
-    spread(model, model.network.classifier.classify, torch.rand(4, 1, 64, 64))
+    spread(model, model.network.classifier[-1], torch.rand(4, 1, 64, 64))
     card = {"epoch": 1, "experiment": to_json(experiment), "metrics": {}, "intensity": [0.0, 1.0]}
     checkpoint.save(run, model.state_dict(), {}, card)
     return run

@@ -126,7 +126,7 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
     def after_update(*of_optimizer) -> None:
         updates.append(1)
         if len(updates) == 6:  # the last of the second epoch's three
-            set_first(models[0].network.classifier.classify.bias, float("nan"))
+            set_first(models[0].network.classifier[-1].bias, float("nan"))
 
     with (
         register_optimizer_step_post_hook(after_update),

@@ -52,8 +52,8 @@ def test_weights_of_another_network_are_refused_by_the_first_tensor(base, shards
             run(replace(experiment, model=replace(experiment.model, **change)), init_from=base)
     assert not list(tmp_path.iterdir())
     model = build_model(tiny_experiment().model)
-    with pytest.raises(UserError, match=r"network.classifier.classify.bias is \(7,\) there but \(4,\) here"):
-        finetune.check_tensors(model.state_dict() | {"network.classifier.classify.bias": torch.zeros(7)}, model, "there")
+    with pytest.raises(UserError, match=r"network.classifier.4.bias is \(7,\) there but \(4,\) here"):
+        finetune.check_tensors(model.state_dict() | {"network.classifier.4.bias": torch.zeros(7)}, model, "there")
     with pytest.raises(UserError, match="extra is .* there but missing here"):
         finetune.check_tensors(model.state_dict() | {"extra": torch.zeros(1)}, model, "there")
 
