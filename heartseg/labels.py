@@ -35,6 +35,7 @@ STRUCTURE_LABELS = {"endo": (ENDO,), "myo": (MYO,), "la": (LA,), "epi": (ENDO, M
 # Classes of ejection fraction in percent, from the definition of heart failure (McDonagh et al. 2021, Eur Heart J 42:3599):
 # reduced, mildly reduced, preserved. 40 is mildly reduced here, and so is 50: neither is below 40 or above 50.
 EF_CLASSES = ("<40", "40-50", ">50")
+LOW_CAVITY_DICE, MAX_EF_ERROR = 0.85, 10  # cavities below and patients above this many points of EF are outliers
 UNTRAINED_DICE = 0.05  # below this mean a model outlines nothing yet: its scores cannot choose a winner or show a difference
 
 

@@ -213,9 +213,8 @@ def check_precision() -> Iterator[Finding]:
 
     from heartseg.models import precision
 
-    rates = {name: round(rate) for name, rate in precision.cpu_rates().items()}
-    shown = ", ".join(f"{name} {rate}" for name, rate in rates.items())
-    yield Finding("precision", f"{precision.fastest(torch.device('cpu'))} on CPUs ({shown} GFLOP/s per core)", numbers=rates)
+    found = f"{precision.fastest(torch.device('cpu'))} on CPUs ({precision.describe_rates()})"
+    yield Finding("precision", found, numbers={name: round(rate) for name, rate in precision.cpu_rates().items()})
 
 
 # The checks that run on every node of a cluster.

@@ -63,7 +63,7 @@ def run(experiment: Experiment, options: PipelineOptions) -> str:
     last = (reports or chosen)[-1]
     path = filesystem.join(results[last.name].path, "report.html") if reports else results[last.name].path
     if cluster or runner.last is not last:
-        print(path)  # otherwise its job has just printed it, and nothing of a cluster's came after that
+        print(path)  # otherwise its job has just printed it; a cluster's log may end with other lines
     return path
 
 

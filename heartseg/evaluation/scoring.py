@@ -14,7 +14,7 @@ import torch
 from heartseg.config.experiment import PredictConfig, none_if_nan
 from heartseg.evaluation.ground_truth import Case, ShardTruth, TreeTruth
 from heartseg.inference.segmenter import REVIEW_THRESHOLD, Ensemble, Segmented, Segmenter, segment_images
-from heartseg.labels import EF_CLASSES
+from heartseg.labels import EF_CLASSES, LOW_CAVITY_DICE, MAX_EF_ERROR
 from heartseg.metrics.agreement import agree, auc, ef_confusion, mean_interval
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, patient_indices
@@ -27,7 +27,6 @@ KEYS = ("patient", "view", "phase", "frame", "number", "quality")
 BY = ("phase", "view", "quality", "size")
 EXAMPLES, NUM_EXAMPLES, KINDS = "examples.npz", 10, ("image", "truth", "prediction")
 LOW_DICE = 0.80
-LOW_CAVITY, MAX_EF_ERROR = 0.85, 10.0  # a cavity Dice and points of EF; worse images and patients are outliers
 # Indices whose agreement with the experts' masks is reported, in the order of the tables.
 AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_", "esv_ml_", "la_volume_ml")))
 
@@ -192,8 +191,8 @@ def flags(images: pandas.DataFrame) -> dict:
 
 
 def outliers(images: pandas.DataFrame, patients: pandas.DataFrame) -> dict[str, dict]:
-    """Shares with 95 % intervals over patients: cavities with a Dice under LOW_CAVITY, EFs off by over MAX_EF_ERROR points."""
-    shares = {"cavity": (images["dice_endo"] < LOW_CAVITY, images["dice_endo"], images["patient"])}
+    """Shares, with intervals over patients, of cavities with a Dice under LOW_CAVITY_DICE and of EFs off by over MAX_EF_ERROR."""
+    shares = {"cavity": (images["dice_endo"] < LOW_CAVITY_DICE, images["dice_endo"], images["patient"])}
     for name in ("ef_camus", "ef_ase"):
         error = (patients[f"{name}_prediction"] - patients[f"{name}_truth"]).abs()
         shares[name] = (error > MAX_EF_ERROR, error, patients["patient"])

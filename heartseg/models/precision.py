@@ -13,8 +13,12 @@ def fastest(device: torch.device) -> str:
     """`bf16` or `fp32`, whichever this process computes faster in; a GPU has bf16 only if its hardware does."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    rates = cpu_rates() if device.type == "cpu" else {"fp32": 0.0}
-    return max(rates, key=rates.__getitem__)
+    return "bf16" if device.type == "cpu" and cpu_rates()["bf16"] > cpu_rates()["fp32"] else "fp32"
+
+
+def describe_rates() -> str:
+    """The rates that the choice on a CPU rests on, such as `fp32 128, bf16 489 GFLOP/s per core`."""
+    return ", ".join(f"{name} {rate:.0f}" for name, rate in cpu_rates().items()) + " GFLOP/s per core"
 
 
 @functools.cache

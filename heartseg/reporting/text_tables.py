@@ -2,15 +2,16 @@
 
 import math
 
+from heartseg.labels import LOW_CAVITY_DICE, MAX_EF_ERROR
 from heartseg.metrics.segmentation import DISTANCES, SCORES
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-# Indices whose agreement the terminal shows; the report has all of them.
 OUTLIER_TITLES = {
-    "cavity": "Images with a cavity Dice under 0.85",
-    "ef_camus": "Patients with an EF off by over 10 points (camus)",
-    "ef_ase": "Patients with an EF off by over 10 points (ase)",
+    "cavity": f"Images with a cavity Dice under {LOW_CAVITY_DICE}",
+    "ef_camus": f"Patients with an EF off by over {MAX_EF_ERROR} points (camus)",
+    "ef_ase": f"Patients with an EF off by over {MAX_EF_ERROR} points (ase)",
 }
+# Indices whose agreement the terminal shows; the report has all of them.
 SHOWN_AGREEMENTS = ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
 
 

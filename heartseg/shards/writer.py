@@ -189,7 +189,7 @@ def write_manifest(
         "frames": frames,
         "image": to_json(image),
         "classes": list(CLASSES),
-        # The patients tell which parts hold a group's rows before any part is read.
+        # The patients identify the parts that hold a group's rows, before any part is read.
         "parts": [
             {key: part[key] for key in ("file", "rows", "bytes", "sha256")} | {"patients": sorted(part["patients"])}
             for part in parts

@@ -130,16 +130,16 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
 
 def choose_precision(experiment: Experiment, run: run_directory.Run, ranks: Ranks) -> str:
     """`fp32` or `bf16`, on every rank the same: as the run began, otherwise as asked, otherwise what rank 0 is faster in."""
+    if not ranks.is_main:  # which would measure for nothing
+        return from_main(None, ranks)
     chosen, why = run.description.get("precision"), "as the run began"
     if not chosen and experiment.train.precision != "auto":
         chosen, why = experiment.train.precision, "as asked"
     elif not chosen:
-        chosen, why = precision.fastest(ranks.device), "the GPU has it"
+        chosen, why = precision.fastest(ranks.device), "the faster one on this GPU"
         if ranks.device.type == "cpu":
-            rates = ", ".join(f"{name} {rate:.0f}" for name, rate in precision.cpu_rates().items())
-            why = f"the faster one on this CPU: {rates} GFLOP/s per core"
-    if ranks.is_main:
-        log.info("Precision: %s (%s).", chosen, why)
+            why = f"the faster one on this CPU: {precision.describe_rates()}"
+    log.info("Precision: %s (%s).", chosen, why)
     return from_main(chosen, ranks)
 
 

@@ -29,12 +29,11 @@ log = logging.getLogger("heartseg.jobs")
 ROOT = Path(__file__).resolve().parents[2]
 # Marks a nested dataclass whose fields become flags without its name as a prefix.
 FLAT = tyro.conf.arg(name="")
-RECIPE_HELP = "A recipe, or a file with a complete experiment; the defaults below are seed's, those of `quick --help` quick's."
 RECIPE = Annotated[
     tyro.conf.Positional[str],
     tyro.conf.arg(
         metavar=f"[{'|'.join(RECIPES)}|--config FILE]",
-        help=RECIPE_HELP,
+        help="A recipe (name one before --help to see its defaults instead of seed's), or a file with a complete experiment.",
     ),
 ]
 # Set in every submitted job: the configuration that Ray passes to its driver.
