@@ -191,7 +191,7 @@ def flags(images: pandas.DataFrame) -> dict:
 
 
 def outliers(images: pandas.DataFrame, patients: pandas.DataFrame) -> dict[str, dict]:
-    """Shares, with intervals over patients, of cavities with a Dice under LOW_CAVITY_DICE and of EFs off by over MAX_EF_ERROR."""
+    """Shares, with intervals over patients, of cavities with a Dice under LOW_CAVITY_DICE, of EFs off by over MAX_EF_ERROR."""
     shares = {"cavity": (images["dice_endo"] < LOW_CAVITY_DICE, images["dice_endo"], images["patient"])}
     for name in ("ef_camus", "ef_ase"):
         error = (patients[f"{name}_prediction"] - patients[f"{name}_truth"]).abs()
