@@ -62,10 +62,8 @@ def summary_text(summary: dict) -> str:
 def outlier_rows(summary: dict) -> list[tuple[str, str, str]]:
     """Title, share and interval of each kind of outlier; empty for an evaluation from before they were counted."""
     shares = {name: row for name, row in summary.get("outliers", {}).items() if row["low"] is not None}
-    return [
-        (OUTLIER_TITLES[n], f"{100 * s['mean']:.1f} %", f"{100 * s['low']:.1f} - {100 * s['high']:.1f}")
-        for n, s in shares.items()
-    ]
+    known = ((title, shares[name]) for name, title in OUTLIER_TITLES.items() if name in shares)  # a summary's keys are sorted
+    return [(title, f"{100 * s['mean']:.1f} %", f"{100 * s['low']:.1f} - {100 * s['high']:.1f}") for title, s in known]
 
 
 def _score_row(name: str, score: dict, last: float | None, digits: int) -> tuple[str, ...]:
