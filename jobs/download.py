@@ -110,7 +110,7 @@ def fetch_all(server: girder_client.Server, out: str, ids: dict[str, str]) -> li
     folders = {camus.SPLIT_FOLDER: SPLIT_ID}
     folders |= {filesystem.join(camus.IMAGES_FOLDER, patient): identity for patient, identity in ids.items()}
     failed, in_a_row = [], 0
-    with tqdm(folders.items(), unit=" folders", desc="download", file=sys.stdout, mininterval=1) as bar:
+    with tqdm(folders.items(), unit=" folders", desc="download", file=sys.stdout, mininterval=1, disable=None) as bar:
         for place, identity in bar:
             name = os.path.basename(place)
             try:

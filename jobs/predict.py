@@ -107,7 +107,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
         return result
 
     results = outline(segmenter, clips, read, finish, options.batch_size, options.post)
-    for clip, result in tqdm(results, total=len(clips), desc="outline", unit="file"):
+    for clip, result in tqdm(results, total=len(clips), desc="outline", unit=" files", disable=None):
         if not isinstance(result, DamagedRecording):
             done.append(result)
             if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:

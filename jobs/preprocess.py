@@ -83,7 +83,7 @@ def run(experiment: Experiment, options: Options) -> None:
 def show_progress(tasks: list[tuple], records: Iterable[dict]) -> Iterator[dict]:
     """Pass on records of parts as they arrive, with a progress line; print the damaged recordings after the last one."""
     quarantined, num_patients = [], sum(len(patients) for _, _, _, patients, *_ in tasks)
-    with tqdm(total=num_patients, unit=" patients", desc="preprocess", file=sys.stdout, mininterval=1) as bar:
+    with tqdm(total=num_patients, unit=" patients", desc="preprocess", file=sys.stdout, mininterval=1, disable=None) as bar:
         for record in records:
             bar.update(len(record["patients"]))
             quarantined += record["quarantined"]

@@ -96,8 +96,10 @@ def read_source(path: str, hashes: dict[str, str] | None = None, most: int = MAX
         raise DamagedRecording(f"has more than {most} bytes", path)
     try:
         raw = filesystem.read_bytes(path)
+    except FileNotFoundError as error:
+        raise DamagedRecording("is missing", path) from error
     except OSError as error:
-        raise DamagedRecording(f"cannot be read: {error.strerror or 'missing or not a file'}", path) from error
+        raise DamagedRecording(f"cannot be read: {error.strerror or 'not a file'}", path) from error
     if hashes is not None:
         hashes[path] = filesystem.sha256(raw)
     return raw

@@ -267,7 +267,7 @@ def write_phantom(
     # Spawned, since a forked child would inherit the locks of pyarrow's threads; one worker needs no process of its own.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         written = (pool.map if workers > 1 else map)(job, numbers)
-        list(tqdm(written, total=patients, desc="phantom", unit=" patients"))
+        list(tqdm(written, total=patients, desc="phantom", unit=" patients", disable=None))
     # Last, so that a tree with its split files is complete.
     camus.write_groups(source, split_patients([patient_geometry(number, seed).patient for number in numbers], seed))
 

@@ -156,8 +156,9 @@ def size_thirds(images: pandas.DataFrame) -> list[str | None]:
 
 
 def write_results(out: str, images: pandas.DataFrame, patients: pandas.DataFrame, summary: dict) -> None:
-    """Write `images.parquet`, `patients.parquet` and finally `summary.json`."""
+    """Write `images.parquet` and `patients.parquet`, both also as CSV, and finally `summary.json`."""
     for name, rows in ((IMAGES, images), (PATIENTS, patients)):
+        filesystem.publish(filesystem.join(out, name.replace(".parquet", ".csv")), rows.to_csv(index=False).encode())
         filesystem.write_table(filesystem.join(out, name), pa.Table.from_pandas(rows, preserve_index=False))
     filesystem.publish_json(filesystem.join(out, SUMMARY), summary)
 

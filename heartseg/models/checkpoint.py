@@ -4,6 +4,7 @@ A folder `epoch_0007` holds `model.safetensors` (the weights to evaluate: the av
 on), `training.pt` (raw weights, optimizer, average) and, written last, `checkpoint.json`, which marks it as complete.
 """
 
+import difflib
 import io
 import pickle
 import re
@@ -113,6 +114,20 @@ def keep_last_and_best(run: str) -> None:
 
 def find(path: str, which: str = "last") -> Checkpoint:
     """The checkpoint of a run (`which`: `last` or `best`; without val scores, always last) or in `path`; raises UserError."""
-    require(filesystem.exists(path), f"The checkpoint {path} does not exist: give the folder of a run.")
-    found = best(path) if which == "best" else None
-    return found or last(path) or open_checkpoint(path)
+    found = (best(path) if which == "best" else None) or last(path)
+    if not found and not filesystem.exists(filesystem.join(path, CARD)):
+        problem = "has no complete checkpoint" if filesystem.exists(path) else "does not exist"
+        raise UserError(f"{path} {problem}: {_similar_run(path.rstrip('/'))}.")
+    return found or open_checkpoint(path)
+
+
+def _similar_run(path: str) -> str:
+    """Advice for a path without a checkpoint: a run in it, or one beside it with a similar name."""
+
+    def runs_in(folder: str) -> list[str]:
+        return [name for name in filesystem.list_names(folder) if filesystem.exists(filesystem.join(folder, name, FOLDER))]
+
+    if inside := runs_in(path):
+        return f"give one of the runs in it, such as {inside[0]}"
+    near = difflib.get_close_matches(filesystem.last_part(path), runs_in(path.rpartition("/")[0]), 1)
+    return f"did you mean {near[0]}" if near else f"give the folder of a run, or one of its {FOLDER}/epoch_*"

@@ -53,11 +53,13 @@ def write_shards(
         else:
             listing = source.list_files(patients)
             parts = write_parts(source, listing, out, image, frames, map_parts)
-            damaged = sum(len(part["quarantined"]) for part in parts)
+            damaged = [entry for part in parts for entry in part["quarantined"]]
             total = sum(record["recordings"] for part in parts for record in part["patients"].values())
-            if damaged > max_quarantined * total:
-                problem = f"Damaged recordings: {damaged} of {total}, more than --max-quarantined {max_quarantined:g}"
-                raise UserError(f"{problem}: repair them and rerun the same command, or raise that limit.")
+            if len(damaged) > max_quarantined * total:
+                first = "{file} {reason}".format(**damaged[0])
+                problem = f"{len(damaged)} of {total} recordings cannot be used (first: {first})"
+                fix = f"correct them and rerun the same command, or raise --max-quarantined {max_quarantined:g}"
+                raise UserError(f"{problem}: {fix}.")
             manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
 

@@ -99,7 +99,9 @@ class EpochCallbacks:
         scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
         seconds = (epochs - metrics["epoch"]) * float(np.mean([epoch["seconds"] for epoch in self.record[-5:]]))
         left = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
-        log.info("epoch %d/%d  %s  %.0f images/s  %s left", metrics["epoch"], epochs, scores, metrics["images_per_s"], left)
+        speed = metrics["images_per_s"]
+        rate = f"{speed:.1f}" if speed < 10 else f"{speed:.0f}"
+        log.info("epoch %d/%d  %s  %s images/s  %s left", metrics["epoch"], epochs, scores, rate, left)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
         """Print a line at the first step, then at most every ten seconds, counting from the line of an epoch."""

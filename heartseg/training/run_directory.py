@@ -153,7 +153,7 @@ TERMS = {
 def model_card(run: Run, metrics: dict[str, float]) -> str:
     """The model card of a finished run as Markdown."""
     facts, initial, model = run.description, run.description.get("initial"), ModelConfig(**run.description["identity"]["model"])
-    groups = "".join(f"- {g}: {n['patients']} patients, {n['images']} images\n" for g, n in facts["groups"].items())
+    groups = "".join(f"| {g} | {n['patients']} | {n['images']} |\n" for g, n in facts["groups"].items())
     shown = [name for name in metrics if "/dice" in name or name.endswith(("/iou", "/accuracy"))]
     scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
     terms = TERMS.get(facts["dataset"], TERMS["other"])
@@ -162,7 +162,8 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
         f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
         f"{model.title} that outlines the left ventricle's cavity and wall and the left atrium in apical "
         f"2- and 4-chamber echocardiograms.\n\n"
-        f"## Data\n\n{terms}\n\nSplit by patient ({facts['split']['kind']}):\n\n{groups}\n"
+        f"## Data\n\n{terms}\n\nSplit by patient ({facts['split']['kind']}):\n\n"
+        f"| group | patients | images |\n|---|---|---|\n{groups}\n"
         f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
         f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
         f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"

@@ -217,8 +217,8 @@ IMAGE_DAMAGE = {
     "negative size": (header_with(40, "<8h", 2, -4, DEPTH, 1, 1, 1, 1, 1), "not a readable NIfTI"),
     "NaN spacing": (header_with(80, "<f", float("nan")), "spacing"),
     "folder in its place": (instead(os.mkdir), "cannot be read: Is a directory"),
-    "dangling link": (instead(lambda path: os.symlink("/nowhere/at/all", path)), "cannot be read: No such file"),
-    "missing": (os.remove, "cannot be read: No such file"),
+    "dangling link": (instead(lambda path: os.symlink("/nowhere/at/all", path)), "is missing"),
+    "missing": (os.remove, "is missing"),
     "colour pixels": (values(np.zeros((LATERAL, DEPTH), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "not plain numbers"),
     "complex pixels": (values(np.zeros((LATERAL, DEPTH), np.complex64)), "complex64, not plain numbers"),
     "one axis": (values(np.zeros(DEPTH, np.uint8)), "not a readable NIfTI"),
@@ -247,7 +247,7 @@ MASK_DAMAGE = {
     "label 257": (pixels(changed(257).astype(np.int16)), "labels other than 0 to 3: 257"),
     "NaN label": (pixels(changed(np.nan)), "labels other than 0 to 3: nan"),
     "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (1, 4, 6), but the image has (1, 6, 4)"),
-    "missing": (os.remove, "cannot be read: No such file"),
+    "missing": (os.remove, "is missing"),
 }
 
 

@@ -118,7 +118,7 @@ def test_a_damaged_sequence_goes_to_quarantine_whole(change, reason, copied, tmp
     with pytest.raises(DamagedRecording, match=reason):
         read(copied, FORWARDS)
     out = str(tmp_path / "out")
-    with pytest.raises(UserError, match="Damaged recordings: 1 of 8"):
+    with pytest.raises(UserError, match="1 of 8 recordings cannot be used"):
         preprocess.run(tiny_experiment(source=copied, out=out), SEQUENCE)
     preprocess.run(tiny_experiment(source=copied, out=out), replace(SEQUENCE, max_quarantined=0.2))
     opened = open_shards(out)

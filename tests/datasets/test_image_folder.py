@@ -106,7 +106,7 @@ def test_half_a_pair_and_a_sequence_among_stills_go_to_quarantine(folder, tmp_pa
     assert {name: entry["file"] for name, entry in found.items()} == {
         "emil": "masks/emil_1.nii.gz", "finn": "images/finn_1.nii.gz", "gwen": "images/gwen_1.nii.gz",
     }  # fmt: skip
-    assert "No such file" in found["emil"]["reason"] and "a still must be one frame" in found["gwen"]["reason"]
+    assert found["emil"]["reason"] == "is missing" and "a still must be one frame" in found["gwen"]["reason"]
 
 
 def test_the_third_axis_is_time_where_sequences_are_asked_for(folder, tmp_path):

@@ -115,7 +115,7 @@ def test_a_mistake_is_not_retried_and_the_flag_that_its_message_names_fixes_it(p
     source = Path(shutil.copytree(phantom, tmp_path / "damaged"))
     (source / "database_nifti" / "patient0001" / "patient0001_2CH_ED.nii.gz").write_bytes(b"no gzip")
     experiment, until = tiny(str(source), tmp_path / "out"), PipelineOptions(until="preprocess")
-    with pytest.raises(UserError, match="Damaged recordings: .* more than --max-quarantined"):
+    with pytest.raises(UserError, match=" recordings cannot be used .* or raise --max-quarantined"):
         pipeline.run(experiment, until)
     assert attempts(tmp_path / "out") == {"preprocess": 1}
     pipeline.run(replace(experiment, ingest="memory"), replace(until, max_quarantined=0.5))

@@ -53,7 +53,7 @@ def test_a_folder_without_its_card_is_ignored_and_saving_an_epoch_again_replaces
     torn = save(run, 2, 0.95)
     os.remove(os.path.join(torn.path, checkpoint.CARD))
     assert epochs(run) == [1] and checkpoint.last(run).epoch == checkpoint.best(run).epoch == checkpoint.find(run).epoch == 1
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    with pytest.raises(UserError, match="epoch_0002 has no complete checkpoint"):
         checkpoint.find(torn.path)
     again = checkpoint.save(run, {"w": torch.zeros(1)}, {}, {"epoch": 2, "metrics": {}})
     assert epochs(run) == [1, 2] and torch.equal(checkpoint.find(run).weights()["w"], torch.zeros(1))
@@ -108,8 +108,13 @@ def test_after_each_epoch_only_the_last_and_the_best_are_kept(dices, tmp_path_fa
 def test_a_run_without_checkpoints_and_a_folder_that_is_not_a_run_are_refused(tmp_path):
     with pytest.raises(UserError, match="gone does not exist"):
         checkpoint.find(str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    with pytest.raises(UserError, match="has no complete checkpoint: give the folder of a run"):
         checkpoint.find(str(tmp_path))
+    save(str(tmp_path / "quick-1a2b3c4d"), 1, 0.5)
+    with pytest.raises(UserError, match="give one of the runs in it, such as quick-1a2b3c4d"):
+        checkpoint.find(str(tmp_path))
+    with pytest.raises(UserError, match="does not exist: did you mean quick-1a2b3c4d"):
+        checkpoint.find(str(tmp_path / "quick-1a2b3c4"))
     with pytest.raises(UserError, match="is not a run"):
         run_directory.find_run(str(tmp_path))
     assert checkpoint.last(str(tmp_path)) is None

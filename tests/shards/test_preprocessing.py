@@ -123,7 +123,7 @@ def test_a_damaged_file_that_was_repaired_is_read_by_the_same_command(bad, sourc
     for data in (bad, bad.ljust(len(good), b"x")[: len(good)]):
         filesystem.publish(path, data)
         os.utime(path, (1e9, 1e9))
-        with pytest.raises(UserError, match="Damaged recordings: 1 of 32"):
+        with pytest.raises(UserError, match="1 of 32 recordings cannot be used"):
             run(source, out)
     filesystem.publish(path, good)
     os.utime(path, (1e9, 1e9))  # as where only its permissions were wrong
