@@ -18,6 +18,7 @@ from itertools import product
 import numpy as np
 
 from heartseg.labels import PHASES, VIEWS, Phase, View
+from heartseg.metrics.myocardium import Myocardium, measure_myocardium
 from heartseg.metrics.simpson import DISKS, Chamber, Frame, measure
 
 VOLUMES = {Phase.ED: "edv_ml", Phase.ES: "esv_ml"}
@@ -29,8 +30,18 @@ INDICES = (
     *(f"wall_area_cm2_{view}_{phase}" for view, phase in STILLS),
     *(f"la_area_cm2_{view}_{phase}" for view, phase in STILLS),
     *(f"la_volume_ml_{phase}" for phase in PHASES),
+    "la_emptying_fraction",
+    *(f"fac_{view}" for view in VIEWS),
+    *(f"endo_strain_{view}" for view in VIEWS),
+    "endo_strain",
+    *(f"mapse_mm_{view}" for view in VIEWS),
+    *(f"sphericity_{phase}" for phase in PHASES),
+    *(f"wall_thickness_mm_{view}_{phase}" for view, phase in STILLS),
+    "lv_mass_g",
 )
-Masks = Mapping[tuple[View, Phase], tuple[np.ndarray, tuple[float, float] | None]]
+MUSCLE_G_PER_ML = 1.05  # Lang et al. 2015
+Still = tuple[View, Phase]
+Masks = Mapping[Still, tuple[np.ndarray, tuple[float, float] | None]]
 
 
 def disks_ml(one: Chamber, other: Chamber, length_mm: float) -> float:
@@ -61,7 +72,7 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
     plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes do not fit (ESV
     above EDV) has them in the row, but no EF. No error is raised: a missing index has a reason.
     """
-    frames, reasons = _measured(masks, spacing_known)
+    frames, walls, reasons = _measured(masks, spacing_known)
     if not spacing_known:
         # Without a spacing, only a picture's shape indicates its scale; with one, the scale is millimetres.
         scales = {(view, np.shape(mask) if spacing is None else "mm") for (view, _), (mask, spacing) in masks.items()}
@@ -69,7 +80,7 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
             if sum(found == view for found, _ in scales) > 1:
                 frames = {still: frame for still, frame in frames.items() if still[0] != view}
                 reasons.append(f"{view} ED and ES have different scales, so it is not measured")
-    row = dict.fromkeys(INDICES, float("nan"))
+    row = dict.fromkeys(INDICES, float("nan")) | _function(frames, walls)
     ventricles = {still: frame.ventricle for still, frame in frames.items() if not isinstance(frame.ventricle, str)}
     if not spacing_known:
         reasons.append("no pixel spacing, so no volumes and no areas")
@@ -83,13 +94,19 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
         if spacing_known:
             row[f"edv_ml_{method}"], row[f"esv_ml_{method}"] = edv, esv
     if spacing_known:
-        row |= _areas_and_atrium(frames)
+        row |= _areas_and_atrium(frames) | _wall_and_shape(frames, walls) | _excursion(frames, masks)
+        row["la_emptying_fraction"] = percent_less(row["la_volume_ml_ES"], row["la_volume_ml_ED"])
     return row | {"reason": "; ".join(reasons)}
 
 
-def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase], Frame], list[str]]:
-    """Frames by (view, phase), and text naming what is missing."""
-    frames, reasons = {}, []
+def percent_less(before: float, after: float) -> float:
+    """How much smaller the second is, in percent of the first; NaN if one is."""
+    return 100 * (before - after) / before
+
+
+def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[Still, Frame], dict[Still, Myocardium], list[str]]:
+    """Frames and their myocardium by (view, phase), and text naming what is missing."""
+    frames, walls, reasons = {}, {}, []
     for view, phase in STILLS:
         mask, spacing_mm = masks.get((view, phase)) or (None, None)
         if spacing_mm is None and not spacing_known:
@@ -102,8 +119,10 @@ def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[tuple[View, Phase
             reasons.append(f"no pixel spacing in {view} {phase}")
         else:
             frame = frames[view, phase] = measure(np.asarray(mask), spacing_mm)
+            if not isinstance(frame.ventricle, str):
+                walls[view, phase] = measure_myocardium(np.asarray(mask), spacing_mm, frame.ventricle)
             reasons += [f"{what} in {view} {phase}" for what in _missing(frame, spacing_known)]
-    return frames, reasons
+    return frames, walls, reasons
 
 
 def _missing(frame: Frame, spacing_known: bool) -> list[str]:
@@ -114,7 +133,7 @@ def _missing(frame: Frame, spacing_known: bool) -> list[str]:
     return [what for what, is_missing in lacks.items() if is_missing and spacing_known]
 
 
-def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[float, float]]:
+def _volumes(ventricles: dict[Still, Chamber]) -> dict[str, tuple[float, float]]:
     """EDV and ESV by method, NaN if a mask that the method needs is missing."""
     found = {method: {phase: float("nan") for phase in PHASES} for method in METHODS}
     longest_mm = max((chamber.length_mm for chamber in ventricles.values()), default=0.0)
@@ -133,7 +152,7 @@ def _volumes(ventricles: dict[tuple[View, Phase], Chamber]) -> dict[str, tuple[f
     return {method: tuple(by_phase.values()) for method, by_phase in found.items()}
 
 
-def _areas_and_atrium(frames: dict[tuple[View, Phase], Frame]) -> dict[str, float]:
+def _areas_and_atrium(frames: dict[Still, Frame]) -> dict[str, float]:
     """Areas in cm2 from every mask that shows the structure, and the atrium's biplane volume in ml."""
     row = {
         f"{name}_area_cm2_{view}_{phase}": area_mm2 / 100 or float("nan")
@@ -144,4 +163,57 @@ def _areas_and_atrium(frames: dict[tuple[View, Phase], Frame]) -> dict[str, floa
         atria = [frames[view, phase].atrium for view in VIEWS if (view, phase) in frames]
         if len(atria) == len(VIEWS) and not any(isinstance(atrium, str) for atrium in atria):
             row[f"la_volume_ml_{phase}"] = disks_ml(*atria, max(atrium.length_mm for atrium in atria))
+    return row
+
+
+def _function(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) -> dict[str, float]:
+    """Fractional area change and endocardial longitudinal strain in percent; both need no scale.
+
+    Strain is the relative change of the endocardial contour's length from ED to ES, negative where it shortens (Voigt et al.
+    2015, J Am Soc Echocardiogr 28:183-193, "endocardial"), from two outlines: no speckle is tracked.
+    """
+    row = {}
+    for view in VIEWS:
+        ed, es = ((view, phase) for phase in PHASES)
+        if ed in walls and es in walls:
+            row[f"fac_{view}"] = percent_less(frames[ed].ventricle.area_mm2, frames[es].ventricle.area_mm2)
+            row[f"endo_strain_{view}"] = -percent_less(walls[ed].endo_length_mm, walls[es].endo_length_mm)
+    strains = [row[f"endo_strain_{view}"] for view in VIEWS if f"endo_strain_{view}" in row]
+    return row | ({"endo_strain": float(np.mean(strains))} if len(strains) == len(VIEWS) else {})
+
+
+def _wall_and_shape(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) -> dict[str, float]:
+    """Thickness in mm, mass in g at ED by biplane disks, and the sphericity of both phases.
+
+    Mass is the volume between epicardium and endocardium times 1.05 g/ml, as Lang et al. 2015 have it for volumes; their
+    area-length formula needs a short-axis view. Sphericity is the volume's share of a sphere as wide as the ventricle is long
+    (Mannaerts et al. 2004, Eur Heart J 25:680-687).
+    """
+    row = {f"wall_thickness_mm_{view}_{phase}": wall.thickness_mm for (view, phase), wall in walls.items()}
+    for phase in PHASES:
+        found = [frames[view, phase].ventricle for view in VIEWS if (view, phase) in walls]
+        if len(found) < len(VIEWS):
+            continue
+        length_mm = max(chamber.length_mm for chamber in found)
+        cavity_ml = disks_ml(*found, length_mm)
+        row[f"sphericity_{phase}"] = cavity_ml / (np.pi / 6 * length_mm**3 / 1000)
+        outer = [walls[view, phase].epicardium for view in VIEWS]
+        if phase == Phase.ED and all(outer):
+            row["lv_mass_g"] = MUSCLE_G_PER_ML * (disks_ml(*outer, max(one.length_mm for one in outer)) - cavity_ml)
+    return row
+
+
+def _excursion(frames: dict[Still, Frame], masks: Masks) -> dict[str, float]:
+    """MAPSE in mm: how far the mitral hinges move towards the ED apex, from ED to ES (mean of both; one fixed transducer)."""
+    row = {}
+    for view in VIEWS:
+        ed, es = ((view, phase) for phase in PHASES)
+        if not {ed, es} <= frames.keys() or isinstance(frames[ed].ventricle, str) or isinstance(frames[es].ventricle, str):
+            continue
+        (one, one_mm), (other, other_mm) = masks[ed], masks[es]
+        if np.shape(one) == np.shape(other) and tuple(one_mm) == tuple(other_mm):
+            before, after = frames[ed].ventricle, frames[es].ventricle
+            start = before.hinges_mm.mean(axis=0)
+            up = (before.far_mm - start) / before.length_mm
+            row[f"mapse_mm_{view}"] = float((after.hinges_mm.mean(axis=0) - start) @ up)
     return row

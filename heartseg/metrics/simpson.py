@@ -4,7 +4,7 @@ Everything is scale-free: no threshold is in mm, and only the smallest measurabl
 shape on another grid has the same result (up to a pixel's edge), and all lengths scale with the spacing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,15 +21,28 @@ BASAL_SHARE = 0.1  # of the cavity's extent: its lowest part
 
 @dataclass(frozen=True, eq=False)
 class Chamber:
-    """A chamber in one view: area, length from mitral plane to far end, and widths [20] of its disks, from the mitral plane."""
+    """A chamber in one view: area, length from mitral plane to far end, and widths [20] of its disks, from the mitral plane.
+
+    Points are (depth, lateral) in mm, a pixel's centre being its row and column times the spacing: `hinges_mm` [2,2] are the
+    ends of the mitral plane, `far_mm` [2] is the apex, or the atrium's roof, and `centres_mm` [20,2] are the disks' centres.
+    """
 
     area_mm2: float
     length_mm: float
     widths_mm: np.ndarray
+    hinges_mm: np.ndarray
+    far_mm: np.ndarray
+    centres_mm: np.ndarray
 
     def scaled(self, factor: float) -> "Chamber":
         """The same shape, `factor` times as long and as wide."""
-        return Chamber(self.area_mm2 * factor**2, self.length_mm * factor, self.widths_mm * factor)
+        lengths = {name: value * factor for name, value in vars(self).items()}
+        return Chamber(**lengths | {"area_mm2": self.area_mm2 * factor**2})
+
+    def moved(self, by_mm: np.ndarray) -> "Chamber":
+        """The same shape in another place."""
+        points = ("hinges_mm", "far_mm", "centres_mm")
+        return replace(self, **{name: getattr(self, name) + by_mm for name in points})
 
 
 def _where(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,8 +69,8 @@ def ends(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points[along.argmin()], points[along.argmax()]
 
 
-def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> np.ndarray:
-    """Midpoint between the two sections of the mitral ring, in mm, from a cavity's rim.
+def mitral_hinges(points: np.ndarray, across: np.ndarray, area_mm2: float) -> np.ndarray:
+    """The two sections [2,2] of the mitral ring, in mm, from a cavity's rim.
 
     Lang et al. 2015 close the contour at the mitral valve with a straight line between the opposite sections of the
     mitral ring. These are the outermost points of, in this order, (1) the rim that faces the atrium; (2) without one, the
@@ -77,27 +90,33 @@ def mitral_midpoint(points: np.ndarray, across: np.ndarray, area_mm2: float) -> 
         if len(base) > 2:
             one, other = ends(base)
             if np.hypot(*(one - other)) >= MIN_MITRAL_SHARE * area_mm2**0.5:
-                return (one + other) / 2
+                return np.stack([one, other])
     low, high = along.min(), along.max()
     base = along > high - BASAL_SHARE * (high - low)
     sideways = np.array([-down[1], down[0]])
     aside = (points[base] - points.mean(axis=0)) @ sideways
-    return points.mean(axis=0) + down * np.median(along[base]) + sideways * (aside.min() + aside.max()) / 2
+    ends_aside = np.array([[aside.min()], [aside.max()]])
+    return points.mean(axis=0) + down * np.median(along[base]) + sideways * ends_aside
 
 
-def slice_chamber(part: np.ndarray, points: np.ndarray, mitral: np.ndarray, spacing_mm: tuple[float, float]) -> Chamber:
+def slice_chamber(part: np.ndarray, points: np.ndarray, hinges: np.ndarray, spacing_mm: tuple[float, float]) -> Chamber:
     """Slice a part with its rim from the mitral plane's midpoint to the rim's most distant point (Lang et al. 2015).
 
     A disk's width is its slice's area divided by its height, so the slices add up to the chamber's area. Pixels beyond the
     midpoint count at their mirror image: one half of an oblique plane dips below it by as much as the other half is short.
     """
+    mitral = hinges.mean(axis=0)
     distances = np.hypot(*(points - mitral).T)
     far, length_mm = points[distances.argmax()], float(distances.max())
     step = (far - mitral) / length_mm**2 * DISKS * spacing_mm
     (row, column), start = _where(part), (mitral / spacing_mm) @ step
     along = np.abs(row * step[0] + column * step[1] - start).astype(np.intp)
-    areas = np.bincount(np.minimum(along, DISKS - 1), minlength=DISKS) * float(np.prod(spacing_mm))
-    return Chamber(float(areas.sum()), length_mm, areas / (length_mm / DISKS))
+    disk = np.minimum(along, DISKS - 1)
+    counts = np.bincount(disk, minlength=DISKS)
+    areas = counts * float(np.prod(spacing_mm))
+    means = (np.bincount(disk, position, DISKS) / np.maximum(counts, 1) for position in (row, column))
+    centres = np.stack([*means], axis=1) * spacing_mm
+    return Chamber(float(areas.sum()), length_mm, areas / (length_mm / DISKS), hinges, far, centres)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +131,9 @@ class Frame:
 
 def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
     """Measure a label map [H,W] with (depth, lateral) spacing: the largest part of cavity and atrium, the whole wall."""
-    labels, pixel_mm2 = np.pad(mask[bounding_box(mask)], 1), float(np.prod(spacing_mm))
+    box = bounding_box(mask)
+    labels, pixel_mm2 = np.pad(mask[box], 1), float(np.prod(spacing_mm))
+    origin_mm = (np.array([line.start or 0 for line in box]) - 1.0) * spacing_mm
     ventricle, atrium = (largest_component(labels == label) for label in (ENDO, LA))
     labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is not a mitral plane
     atrium_pixels, pixels = np.count_nonzero(atrium), np.count_nonzero(ventricle)
@@ -120,11 +141,12 @@ def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
     if pixels < MIN_PIXELS:
         return Frame(_too_small("ventricle", pixels), "no mitral plane", *areas_mm2)
     points, across = rim(ventricle, labels, spacing_mm)
-    mitral = mitral_midpoint(points, across, pixels * pixel_mm2)
-    chamber = slice_chamber(ventricle, points, mitral, spacing_mm)
+    hinges = mitral_hinges(points, across, pixels * pixel_mm2)
+    chamber = slice_chamber(ventricle, points, hinges, spacing_mm).moved(origin_mm)
     if atrium_pixels < MIN_PIXELS:
         return Frame(chamber, _too_small("atrium", atrium_pixels), *areas_mm2)
-    return Frame(chamber, slice_chamber(atrium, rim(atrium, labels, spacing_mm)[0], mitral, spacing_mm), *areas_mm2)
+    roof = slice_chamber(atrium, rim(atrium, labels, spacing_mm)[0], hinges, spacing_mm).moved(origin_mm)
+    return Frame(chamber, roof, *areas_mm2)
 
 
 def _too_small(name: str, pixels: int) -> str:

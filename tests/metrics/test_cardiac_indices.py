@@ -16,6 +16,7 @@ from heartseg.metrics import simpson
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
 
 STILLS = [(view, phase) for view in VIEWS for phase in PHASES]
+RATIOS = ("ef_", "fac_", "endo_strain", "la_emptying")  # in percent: compared in points
 SPACING_MM = (0.5, 0.7)
 
 
@@ -53,10 +54,10 @@ def of_all_stills(mask: np.ndarray) -> dict:
 
 
 def assert_same(one: dict, other: dict, rel: float, names=INDICES):
-    """Two rows agree; an EF within a hundredth of `rel`, in points, of itself."""
+    """Two rows agree; what is in percent within `rel` of 100 points."""
     assert one["reason"] == other["reason"]
     for name in names:
-        assert one[name] == pytest.approx(other[name], rel=rel, abs=100 * rel if name.startswith("ef") else 0), name
+        assert one[name] == pytest.approx(other[name], rel=rel, abs=100 * rel if name.startswith(RATIOS) else 0), name
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,10 @@ def test_an_elliptic_ventricle_needs_both_views_and_the_atrium_has_its_volume_by
 def test_a_finer_grid_changes_little(rows, columns, number):
     masks, block = phantom_masks(number, scale=0.4), np.ones((rows, columns), np.uint8)
     finer = {still: (np.kron(mask, block), (s[0] / rows, s[1] / columns)) for still, (mask, s) in masks.items()}
-    assert_same(patient_indices(masks), patient_indices(finer), rel=0.015)
+    one, other = patient_indices(masks), patient_indices(finer)
+    subtle = [name for name in INDICES if name.startswith(("wall_thickness", "mapse", "lv_mass"))]  # fractions of a pixel count
+    assert_same(one, other, rel=0.015, names=[name for name in INDICES if name not in subtle])
+    assert all(one[name] == pytest.approx(other[name], rel=0.04, abs=0.3) for name in subtle)
 
 
 @given(factor=st.floats(0.05, 20))
@@ -121,8 +125,8 @@ def test_volumes_grow_with_the_cube_of_the_spacing_areas_with_its_square_and_ef_
     row = patient_indices(heart)
     scaled = patient_indices({still: (m, (s[0] * factor, s[1] * factor)) for still, (m, s) in heart.items()})
     for name in INDICES:
-        power = 3 if "_ml" in name else 2 if "cm2" in name else 0
-        assert scaled[name] == pytest.approx(row[name] * factor**power, rel=2e-4), name  # a pixel on a disk's edge
+        power = 3 if "_ml" in name or name == "lv_mass_g" else 2 if "cm2" in name else 1 if "_mm_" in name else 0
+        assert scaled[name] == pytest.approx(row[name] * factor**power, rel=2e-3 if power == 1 else 2e-4), name  # a pixel on a disk's edge
 
 
 @given(top=st.integers(0, 40), left=st.integers(0, 40), mirrored=st.booleans())
@@ -213,7 +217,8 @@ def test_without_pixel_spacing_there_is_ef_and_nothing_with_a_unit(heart):
     row = patient_indices(relative, spacing_known=False)
     assert row["reason"] == "no pixel spacing, so no volumes and no areas"
     for name in INDICES:
-        expected = pytest.approx(known[name], abs=0.5) if name.startswith("ef_") else pytest.approx(math.nan, nan_ok=True)
+        is_ratio = name.startswith(("ef_", "fac_", "endo_strain"))
+        expected = pytest.approx(known[name], abs=0.5) if is_ratio else pytest.approx(math.nan, nan_ok=True)
         assert row[name] == expected, name
     other = patient_indices(heart, spacing_known=False)
     assert all(row[name] == pytest.approx(other[name], abs=0.01) for name in INDICES if name.startswith("ef_"))
@@ -231,6 +236,8 @@ def test_what_is_missing_has_a_reason_and_the_rest_is_there(heart):
     assert unknown == {
         *("esv_ml_ase", "ef_ase", "esv_ml_area_length", "ef_area_length", "esv_ml_2ch_ase", "ef_2ch_ase"),
         *("edv_ml_camus", "esv_ml_camus", "ef_camus", "wall_area_cm2_2CH_ES", "la_area_cm2_2CH_ES", "la_volume_ml_ES"),
+        *("la_emptying_fraction", "fac_2CH", "endo_strain_2CH", "endo_strain", "mapse_mm_2CH", "sphericity_ES"),
+        "wall_thickness_mm_2CH_ES",
     }
     assert all(found[name] == row[name] for name in INDICES if name not in unknown)
     alone = {still: pair for still, pair in heart.items() if still[0] == View.FOUR_CHAMBER}
@@ -275,6 +282,7 @@ def test_blobs_of_noise_have_a_row_with_every_column_a_value_or_a_reason_and_an_
     row = patient_indices(masks, spacing_known=known)
     assert set(row) == {*INDICES, "reason"}
     values = np.array([row[name] for name in INDICES])
-    assert (np.isnan(values) | (values >= 0)).all() and not np.isinf(values).any()
+    may_fall = np.array([name.startswith(("fac", "endo_strain", "la_emptying", "mapse", "lv_mass")) for name in INDICES])
+    assert (np.isnan(values) | (values >= 0) | may_fall).all() and not np.isinf(values).any()
     assert row["reason"] or not np.isnan(values).any()
     assert all(not row[name] > 100 for name in INDICES if name.startswith("ef"))
