@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from heartseg.metrics import ed_es_detection
 from heartseg.reporting import plots
 from heartseg.reporting.overlays import write_overlays
 from heartseg.storage import filesystem, locks
-from jobs.support import command_line
+from jobs.support import command_line, study_output
 from jobs.support.command_line import counted
 
 # Axes of [T,H,W].
@@ -128,7 +127,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
     record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in done]}
     study_results.write_tables(out, rows, record | {"damaged": damaged, "without_picture": without_picture})
-    print_results(rows, done, damaged)
+    study_output.print_results(rows, done, damaged)
     if without_overlay:
         print(f"No overlay for {counted(len(without_overlay), 'DICOM file')} that may show a name: --overlays on draws it.")
     if without_picture:
@@ -142,24 +141,6 @@ def write_curve(out: str, found: study_results.ClipResult) -> None:
     shown = (curve, ed, es, "ml") if found.spacing_mm else (100 * curve / curve[ed], ed, es, "%")
     figure = plots.volume_curve(range(1, found.frames + 1), *shown)
     filesystem.publish(study_files.output(out, found.clip, "_curve.png"), plots.save_png(figure))
-
-
-def print_results(rows: list[dict], done: list[study_results.ClipResult], damaged: list[dict], shown: int = 20) -> None:
-    """Print the first patients' ejection fractions, and the files to check; the tables have everything."""
-    remarks = {found.clip.patient: found.clip.remark for found in done if found.clip.remark}
-    noted = {found.clip.stem: "; ".join(found.notes) for found in done if found.notes}
-    doubted = {found.clip.stem: "; ".join(found.doubts) for found in done if found.doubts}
-    print("\n".join(map(study_results.headline, rows[:shown])))
-    if len(rows) > shown:
-        print(f"… and {len(rows) - shown} more in ef.csv")
-    for begin, texts in (("note on", remarks | noted), ("check", doubted)):
-        for name, text in itertools.islice(texts.items(), shown):
-            print(f"{begin} {name}: {study_results.shorten(text)}")
-    for entry in damaged:
-        print(f"left out: {entry['input']} {entry['reason']}")
-    counts = {"file": len(done), "frame": sum(found.frames for found in done), "patient": len(rows)}
-    print(f"{', '.join(counted(number, noun) for noun, number in counts.items())}; {len(damaged)} left out.")
-    print(f"{study_results.INTENDED_USE.capitalize()}.")
 
 
 def job(argv: list[str]) -> None:

@@ -95,15 +95,19 @@ def read(
         raise DamagedRecording(f"is not a readable {kind}: {message or 'it is damaged'}", path) from error
     if found.pixels.size and found.pixels.min() == found.pixels.max():
         raise DamagedRecording("is empty: all its pixels have the same value", path)
-    notes, own_mm = [*found.notes], found.spacing_mm
-    if found.grey != BYTE:
-        notes.append("grey levels {} to {} were scaled to 0 to 255".format(*found.grey))
-    depth_mm = own_mm and own_mm[0] * found.pixels.shape[1]
-    if own_mm and not PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
-        notes.append(f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is ignored")
-        own_mm = None
+    notes, scaled = found.notes, "grey levels {} to {} were scaled to 0 to 255".format(*found.grey)
+    notes += (scaled,) if found.grey != BYTE else ()
+    own_mm, doubt = plausible_spacing(found.spacing_mm, found.pixels.shape[1])
     upright = np.require(np.flip(found.pixels, flips), requirements="CW")
-    return replace(found, pixels=upright, flips=flips, spacing_mm=own_mm or spacing_mm, notes=tuple(notes))
+    return replace(found, pixels=upright, flips=flips, spacing_mm=own_mm or spacing_mm, notes=notes + doubt)
+
+
+def plausible_spacing(spacing_mm: Spacing | None, rows: int) -> tuple[Spacing | None, tuple[str, ...]]:
+    """The spacing, or None with a note if it would make a picture of so many rows impossibly shallow or deep."""
+    depth_mm = spacing_mm[0] * rows if spacing_mm else 0.0
+    if not spacing_mm or PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
+        return spacing_mm, ()
+    return None, (f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is ignored",)
 
 
 def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:

@@ -24,8 +24,9 @@ from heartseg.storage import filesystem
 VIEW_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:A(?:P|PICAL)?)?([24])CH?|AP([24]))(?=[_\-. ]|$)", re.IGNORECASE)
 PHASE_IN_NAME = re.compile(r"(?:^|[_\-. ])(ED|ES)(?=[_\-. ]|$)", re.IGNORECASE)
 # Masks and pictures made from an input, by CAMUS and by this program.
+MARK = re.compile(r"_(gt|pred)(?=\.nii(\.gz)?$)", re.IGNORECASE)
 NO_INPUT = re.compile(r"_(gt|pred)(\.nii(\.gz)?|\.png)$|_(overlay|curve)\.(png|gif)$", re.IGNORECASE)
-ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png")
+ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png", "_page.jpg", "_film.jpg")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,30 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
     found = [name_clip(path, source, kind) for path, kind in kinds.items() if kind not in (None, "dicom")]
     found = separate_folders(found) + name_dicoms([path for path, kind in kinds.items() if kind == "dicom"], view)
     require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another path.")
+    return complete_names(found, view, phase)
+
+
+def find_masks(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
+    """The label maps (NIfTI) in a file or a tree: those named `_gt` or `_pred` if there are any, otherwise all.
+
+    A mask's names are those that `find_clips` gives to its image. Raises UserError if there are none, or two of one image.
+    """
+    require(filesystem.exists(source), f"{source} does not exist: give the folder that holds the masks.")
+    paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
+    paths = [path for path in paths if re.search(r"/[^/.][^/]*\.nii(\.gz)?$", path, re.IGNORECASE)]
+    marked = [path for path in paths if MARK.search(path)]
+    require(len(paths) > 0, f"{source} holds no NIfTI files: give the folder that holds the masks.")
+    found = {}
+    for path in marked or paths:
+        image = MARK.sub("", path)
+        if image in found:
+            raise UserError(f"{path} and {found[image].path} are masks of one image: give a folder with one of them.")
+        found[image] = replace(name_clip(image, source, "nifti"), path=path)
+    return complete_names(separate_folders([*found.values()]), view, phase)
+
+
+def complete_names(found: list[Clip], view: View | None, phase: Phase | None) -> list[Clip]:
+    """The clips by patient, with printable and distinct names; `view` and `phase` apply to names that show none."""
     clips = separate_stems(found)
     names = [{name: filesystem.printable(getattr(clip, name)) for name in ("patient", "stem", "shown")} for clip in clips]
     found = [replace(c, view=c.view or view, phase=c.phase or phase, **named) for c, named in zip(clips, names, strict=True)]

@@ -58,16 +58,23 @@ class ClipResult:
 
 
 def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences: Sequence[float]) -> ClipResult:
-    """Write a clip's masks, and find the ED and ES of a sequence."""
+    """Write a clip's masks, and measure them."""
     study_files.write_masks(study_files.output(out, clip, "_pred.nii.gz"), masks, frames)
+    return measure_clip(clip, masks, frames.spacing_mm, frames.notes, confidences)
+
+
+def measure_clip(
+    clip: Clip, masks: np.ndarray, known_mm: tuple[float, float] | None, notes: tuple[str, ...], confidences: Sequence[float]
+) -> ClipResult:
+    """Find the ED and ES of a sequence, and what to doubt in the measured masks uint8 [T,H,W]; `known_mm` is their spacing."""
     phases, volumes_ml = {}, None
     if len(masks) > 1:
-        volumes_ml = np.array([frame_volume_ml(mask, frames.spacing_mm or (1.0, 1.0)) for mask in masks])
+        volumes_ml = np.array([frame_volume_ml(mask, known_mm or (1.0, 1.0)) for mask in masks])
         found = ed_es_detection.find_ed_es(volumes_ml) or ()
         phases = {phase: (at, masks[at]) for phase, at in zip((Phase.ED, Phase.ES), found, strict=False)}
     elif clip.phase:
         phases = {clip.phase: (0, masks[0])}
-    spacing_mm = frames.spacing_mm or (USUAL_DEPTH_MM / masks.shape[1],) * 2
+    spacing_mm = known_mm or (USUAL_DEPTH_MM / masks.shape[1],) * 2
     # For a sequence, the frames used for its EF count.
     measured = sorted(at for at, _ in phases.values()) or range(len(masks))
     found, doubts = defaultdict(list), []
@@ -80,7 +87,7 @@ def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences:
     confidence = min(confidences[at] for at in measured)
     if confidence < REVIEW_THRESHOLD:
         doubts.append(f"the network is unsure of it (confidence {confidence:.2f})")
-    return ClipResult(clip, len(masks), frames.spacing_mm, phases, volumes_ml, frames.notes, tuple(doubts), confidence)
+    return ClipResult(clip, len(masks), known_mm, phases, volumes_ml, notes, tuple(doubts), confidence)
 
 
 def ranges(frames: Sequence[int]) -> str:

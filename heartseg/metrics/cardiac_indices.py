@@ -78,7 +78,7 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
         scales = {(view, np.shape(mask) if spacing is None else "mm") for (view, _), (mask, spacing) in masks.items()}
         for view in VIEWS:
             if sum(found == view for found, _ in scales) > 1:
-                frames = {still: frame for still, frame in frames.items() if still[0] != view}
+                frames, walls = ({still: one for still, one in found.items() if still[0] != view} for found in (frames, walls))
                 reasons.append(f"{view} ED and ES have different scales, so it is not measured")
     row = dict.fromkeys(INDICES, float("nan")) | _function(frames, walls)
     ventricles = {still: frame.ventricle for still, frame in frames.items() if not isinstance(frame.ventricle, str)}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import ellipeinc
 
 from heartseg.datasets import phantom
-from heartseg.labels import ENDO, MYO, VIEWS, Phase
+from heartseg.labels import MYO, VIEWS, Phase
 from heartseg.metrics.cardiac_indices import MUSCLE_G_PER_ML, STILLS, patient_indices
 from heartseg.metrics.myocardium import Grid, contour, length, measure_myocardium
 from heartseg.metrics.simpson import measure
@@ -23,8 +23,8 @@ def masks_of(number: int, scale: float = 1.0) -> dict:
 
 def arc_mm(radius_mm: float, half_length_mm: float, truncation: float) -> float:
     """Length of an ellipse from the plane `truncation` half lengths below its centre, by way of its upper end, and back."""
-    angle = np.pi / 2 + np.arcsin(truncation)  # from the apex
-    return 2 * half_length_mm * (ellipeinc(angle - np.pi / 2, m := 1 - (radius_mm / half_length_mm) ** 2) + ellipeinc(np.pi / 2, m))
+    squared = 1 - (radius_mm / half_length_mm) ** 2
+    return 2 * half_length_mm * (ellipeinc(np.arcsin(truncation), squared) + ellipeinc(np.pi / 2, squared))
 
 
 def hearts(number: int) -> dict[Phase, phantom.Geometry]:
