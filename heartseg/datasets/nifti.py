@@ -237,7 +237,7 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
     """A copy of a mask as uint8, with values within 0.001 of a label rounded to it; raises DamagedRecording naming others."""
     with np.errstate(invalid="ignore"):  # the comparison finds values that uint8 cannot hold
         labels = (mask if mask.dtype == np.uint8 else np.rint(mask)).astype(np.uint8, order="C")
-        wrong = [] if mask.dtype == np.uint8 else np.unique(mask[~(np.abs(mask - labels) <= 1e-3)])
+        wrong = [] if np.array_equal(labels, mask) else np.unique(mask[~(np.abs(mask - labels) <= 1e-3)])
     if len(wrong):
         named = ", ".join(f"{value:g}" for value in wrong[:5]) + (", …" if len(wrong) > 5 else "")
         raise DamagedRecording(f"has labels other than 0 to {NUM_CLASSES - 1}: {named}", path)
