@@ -88,10 +88,11 @@ def find_file(path: str) -> str:
 
 def read_source(path: str, hashes: dict[str, str] | None = None, most: int = MAX_FILE_BYTES) -> bytes:
     """At most `most` bytes of a file; adds their SHA-256 to `hashes`. Raises DamagedRecording."""
+    size = filesystem.size_or_none(path)
     # Reading a pipe instead of a file would block forever.
-    if not filesystem.is_uri(path) and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    if size is None and not filesystem.is_uri(path) and os.path.exists(path) and not os.path.isdir(path):
         raise DamagedRecording("cannot be read: not a file", path)
-    if (filesystem.size_or_none(path) or 0) > most:
+    if (size or 0) > most:
         raise DamagedRecording(f"has more than {most} bytes", path)
     try:
         raw = filesystem.read_bytes(path)
