@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "reference" / "flags.md"
 # A command as it is typed, and the words that choose its flags; the order of the page.
 COMMANDS = {
     "download": [], "preprocess": [], "inspect_shards": [], "train": [], "tune": [], "evaluate": [], "predict": [],
-    "compare": [], "export": [], "pipeline": [], "pipeline status": ["status"], "doctor": [],
+    "measure": [], "compare": [], "export": [], "pipeline": [], "pipeline status": ["status"], "doctor": [],
     **{f"benchmark {table}": [table] for table in ("data", "train", "scores", "predict", "postprocess")},
 }  # fmt: skip
 TYPES = {int: "integer", float: "number", str: "text"}

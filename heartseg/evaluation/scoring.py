@@ -28,7 +28,7 @@ BY = ("phase", "view", "quality", "size")
 EXAMPLES, NUM_EXAMPLES, KINDS = "examples.npz", 10, ("image", "truth", "prediction")
 LOW_DICE = 0.80
 # Indices whose agreement with the experts' masks is reported, in the order of the tables.
-AGREEMENTS = tuple(name for name in INDICES if name.startswith(("ef_", "edv_ml_", "esv_ml_", "la_volume_ml")))
+AGREEMENTS = tuple(name for name in INDICES if "_area_" not in name or name.endswith("area_length"))
 
 
 def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig) -> list[Segmented]:

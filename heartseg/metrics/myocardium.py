@@ -1,4 +1,4 @@
-"""Measures the myocardium of a label map: the endocardium's length, the wall's thickness and the epicardial volume's disks.
+"""Measures the myocardium of a label map: the endocardium's length, the wall's thickness and the epicardium's disks.
 
 Contours run between pixels, at half the height of a slightly smoothed mask: the staircase of a mask's own pixel edges is up to
 1.4 times too long, by a factor that depends on its direction.
