@@ -18,7 +18,8 @@ from helpers.experiments import CAMUS, skip_or_fail, tiny_experiment
 from helpers.job_process import MARK
 
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # 2 s by default, and each report waits for the next check
-os.environ["RAY_worker_niceness"] = "0"  # 15 by default: beside another test that computes, Ray's workers would get 4 % of a core
+# 15 by default: beside another test that computes, Ray's workers would get 4 % of a core.
+os.environ |= {"RAY_worker_niceness": "0"}
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["HEARTSEG_NAME_KEY"] = "the tests'"  # otherwise predictions would keep a secret in the user's home
 os.environ[MARK] = uuid.uuid4().hex

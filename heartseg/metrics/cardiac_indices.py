@@ -94,7 +94,10 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
         if spacing_known:
             row[f"edv_ml_{method}"], row[f"esv_ml_{method}"] = edv, esv
     if spacing_known:
-        row |= _areas_and_atrium(frames) | _wall_and_shape(frames, walls) | _excursion(frames, masks)
+        row |= _areas_and_atrium(frames) | _wall_and_shape(frames, walls)
+        for view, moved_mm in _excursions(ventricles, masks).items():
+            row[f"mapse_mm_{view}"] = moved_mm
+            reasons += [f"{view} ED and ES are on different grids, so no MAPSE"] * bool(np.isnan(moved_mm))
         row["la_emptying_fraction"] = percent_less(row["la_volume_ml_ES"], row["la_volume_ml_ED"])
     return row | {"reason": "; ".join(reasons)}
 
@@ -203,17 +206,16 @@ def _wall_and_shape(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) 
     return row
 
 
-def _excursion(frames: dict[Still, Frame], masks: Masks) -> dict[str, float]:
-    """MAPSE in mm: how far the mitral hinges move towards the ED apex, from ED to ES (mean of both; one fixed transducer)."""
-    row = {}
+def _excursions(ventricles: dict[Still, Chamber], masks: Masks) -> dict[View, float]:
+    """MAPSE in mm by view: how far the mitral hinges (their mean) move towards the ED apex; NaN on two different grids."""
+    found = {}
     for view in VIEWS:
         ed, es = ((view, phase) for phase in PHASES)
-        if not {ed, es} <= frames.keys() or isinstance(frames[ed].ventricle, str) or isinstance(frames[es].ventricle, str):
-            continue
-        (one, one_mm), (other, other_mm) = masks[ed], masks[es]
-        if np.shape(one) == np.shape(other) and tuple(one_mm) == tuple(other_mm):
-            before, after = frames[ed].ventricle, frames[es].ventricle
-            start = before.hinges_mm.mean(axis=0)
+        if ed in ventricles and es in ventricles:
+            (one, one_mm), (other, other_mm) = masks[ed], masks[es]
+            is_same = np.shape(one) == np.shape(other) and tuple(one_mm) == tuple(other_mm)
+            before, start = ventricles[ed], ventricles[ed].hinges_mm.mean(axis=0)
             up = (before.far_mm - start) / before.length_mm
-            row[f"mapse_mm_{view}"] = float((after.hinges_mm.mean(axis=0) - start) @ up)
-    return row
+            moved_mm = float((ventricles[es].hinges_mm.mean(axis=0) - start) @ up)
+            found[view] = moved_mm if is_same else float("nan")
+    return found

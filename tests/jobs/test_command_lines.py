@@ -64,7 +64,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (preprocess.job, ["quick", "--source", "{empty}", "--out", "/tmp/x"], "holds neither database_nifti"),
         (evaluate.job, [], "--checkpoint is missing"),
         (evaluate.job, ["--checkpoint", "/nowhere"], "/nowhere does not exist"),
-        (evaluate.job, ["--checkpoint", "{empty}"], "is not a checkpoint"),
+        (evaluate.job, ["--checkpoint", "{empty}"], "has no complete checkpoint"),
         (pipeline.job, ["quick", "--source", "/nowhere"], "/nowhere does not exist"),
         (train.job, ["--config"], "--config needs a file"),
         (train.job, ["--run-name", "quick", "optim.bogus=3"], "'optim.bogus=3' is not a recipe"),

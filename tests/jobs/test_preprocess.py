@@ -34,11 +34,18 @@ def many(phantom, tmp_path_factory) -> str:
     return source
 
 
+class Terminal(io.StringIO):
+    """An output on which progress is shown; a log has none."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture(scope="module")
 def undisturbed(many, tmp_path_factory) -> dict[str, str]:
-    """SHA-256 of every file of an undisturbed job, which shows its progress."""
+    """SHA-256 of every file of an undisturbed job, which shows its progress on a terminal."""
     out = str(tmp_path_factory.mktemp("undisturbed"))
-    with contextlib.redirect_stdout(io.StringIO()) as shown:
+    with contextlib.redirect_stdout(Terminal()) as shown:
         preprocess.run(tiny_experiment(source=many, out=out), preprocess.Options(launcher="plain"))
     assert f"{NUM_PATIENTS}/{NUM_PATIENTS}" in shown.getvalue()
     assert re.search(r"\d+:\d+<\d+:\d+, +[\d.]+ patients/s", shown.getvalue())
