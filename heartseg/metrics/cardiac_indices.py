@@ -103,8 +103,8 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
 
 
 def percent_less(before: float, after: float) -> float:
-    """How much smaller the second is, in percent of the first; NaN if one is."""
-    return 100 * (before - after) / before
+    """How much smaller the second is, in percent of the first; NaN if the first is 0 or one is NaN."""
+    return 100 * (before - after) / before if before else float("nan")
 
 
 def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[Still, Frame], dict[Still, Myocardium], list[str]]:

@@ -63,6 +63,7 @@ def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps
     assert list(Path(small_sweep.path).glob("wandb/offline-run-*/files/media/html/*.html"))
 
 
+@pytest.mark.slow
 def test_a_trial_that_meets_an_outage_twice_is_not_a_failure_and_the_same_command_resumes_it(small_sweep, monkeypatch):
     trial, folder = sweeps.read_trials(small_sweep)[0].run.path, small_sweep.path.rpartition("/")[0]
     os.remove(f"{trial}/{sweeps.OUTCOME}")  # as a kill before the trial's end would leave it

@@ -44,6 +44,7 @@ def two_workers(shards, tmp_path_factory) -> str:
     return train.run(tiny_experiment(data=shards, runs=folder, workers=2, tracking=tracked), train.Options())
 
 
+@pytest.mark.slow  # two workers follow one in the quick tier
 def test_one_ray_worker_has_the_losses_of_one_plain_process(plain_run, shards, tmp_path):
     path = train.run(tiny_experiment(data=shards, runs=str(tmp_path)), train.Options())
     assert losses(path) == pytest.approx(losses(plain_run), rel=1e-6)
