@@ -3,19 +3,19 @@
 The masks may be ours, corrected by hand, nnU-Net's or experts'; the tables are those of predict.
 """
 
-import csv
-import io
+import contextlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import pandas
 import torch
 from tqdm import tqdm
 
@@ -29,13 +29,15 @@ from heartseg.inference.study_results import ClipResult
 from heartseg.labels import ENDO, LA, MYO, STRUCTURES, Phase, View
 from heartseg.metrics import agreement
 from heartseg.metrics.segmentation import confusion, image_scores
+from heartseg.reporting import studies_page
+from heartseg.reporting.overlays import write_overlays
 from heartseg.storage import filesystem, locks
 from jobs.support import command_line, study_output
 from jobs.support.command_line import counted
 
 Images = dict[tuple[str, str], str]  # paths by patient and clip
-NAMES = {"cavity": ENDO, "wall": MYO, "atrium": LA}
-COMPARISON = "comparison.csv"
+NAMES = {"cavity": ENDO, "wall": MYO, "myocardium": MYO, "atrium": LA}
+COMPARISON, COMPARED, SIDES = "comparison.csv", ("ef_ase", "edv_ml_ase", "esv_ml_ase"), ("masks", "compare")
 READERS = 4
 
 
@@ -46,9 +48,9 @@ class Options:
     masks: str = ""
     """Folder of NIfTI label maps, a file or a tree; those named _gt or _pred if there are any, otherwise all."""
     out: str = ""
-    """Folder for ef.csv, studies.json and, with --compare, comparison.csv."""
+    """Folder for ef.csv, studies.json, studies.html and, with --compare, comparison.csv."""
     labels: str = ""
-    """Values of cavity, wall and atrium if they are not 1, 2, 3: `1=cavity,2=wall,3=atrium`; others become background."""
+    """The values in all files if they are not `1=cavity,2=myocardium,3=atrium`; values that are not named are background."""
     images: str = ""
     """The images, if not beside the masks under the same name; a mask that has no affine is oriented like its image."""
     compare: str = ""
@@ -57,6 +59,8 @@ class Options:
     """Apical view of the masks whose names do not show it (2CH, A2C, AP2 …)."""
     phase: Literal["ED", "ES"] | None = None
     """Phase of the stills whose names do not show it."""
+    page: Literal["on", "off"] = "on"
+    """studies.html, and an overlay of each mask whose image is found."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +85,7 @@ def parse_labels(text: str) -> dict[int, int]:
         is_valid = re.fullmatch(r"\d{1,9}", value.strip()) and name.strip() in NAMES
         require(bool(is_valid), f"--labels {part!r} must be VALUE=NAME, with a name of {', '.join(NAMES)}.")
         found[int(value)] = NAMES[name.strip()]
-    require(not found or set(found.values()) == set(NAMES.values()), f"--labels must name {', '.join(NAMES)}.")
+    require(not found or ENDO in found.values(), "--labels must name the value of the cavity, such as 1=cavity.")
     return found
 
 
@@ -89,25 +93,46 @@ def read_masks(clip: Clip, image: str | None, labels: dict[int, int]) -> tuple[n
     """A clip's masks uint8 [T,H,W], their (depth, lateral) spacing in mm if plausible, and notes; raises DamagedRecording."""
     onto = nifti.read_place(image) if image else None
     values, spacing_mm, _ = nifti.read_nifti(clip.path, onto=onto)
+    if onto and values.shape[1:] != (whole := tuple(onto.header.get_data_shape()[axis] for axis in onto.axes)):
+        sizes = " x ".join(map(str, values.shape[1:])), " x ".join(map(str, whole))
+        raise DamagedRecording("the mask is {}, but its image {}".format(*sizes), clip.path)
     if labels:
         mapped = np.zeros(values.shape, np.uint8)
         for value, label in labels.items():
             mapped[values == value] = label
         values = mapped
-    masks = np.stack([nifti.as_labels(frame, clip.path) for frame in values])
-    return masks, *readers.plausible_spacing(spacing_mm, masks.shape[1])
+    try:
+        masks = np.stack([nifti.as_labels(frame, clip.path) for frame in values])
+    except DamagedRecording as damage:
+        raise DamagedRecording(f"{damage.reason}: name the values with --labels", clip.path) from damage
+    known_mm, notes = readers.plausible_spacing(spacing_mm, masks.shape[1])
+    if onto and not known_mm:  # written by a tool that drops the spacing
+        known_mm, _ = readers.plausible_spacing(nifti.read_spacing(onto.header, onto.axes), masks.shape[1])
+    return masks, known_mm, () if known_mm else notes
 
 
-def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], title: str, keep: bool) -> Reading:
-    """Read and measure all clips; `keep` keeps their masks for a comparison."""
+def draw(out: str, image: str, masks: np.ndarray, result: ClipResult) -> None:
+    """Write the overlays of a clip on its image, unless that is damaged or has another size."""
+    with contextlib.suppress(DamagedRecording):
+        frames = readers.read(image, readers.kind_of(image) or "nifti")
+        if frames.pixels.shape == masks.shape:
+            marked = {at: str(phase) for phase, (at, _) in result.phases.items()}
+            write_overlays(out, result.clip, replace(frames, spacing_mm=result.spacing_mm), masks, marked)
+
+
+def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], title: str, out: str, keep: bool) -> Reading:
+    """Read and measure all clips; draws them into `out` unless empty, and keeps their masks for a comparison if `keep`."""
     reading = Reading({}, {}, [])
 
     def measure(clip: Clip) -> tuple[Clip, np.ndarray | None, ClipResult | DamagedRecording]:
+        image = images.get((clip.patient, clip.stem))
         try:
-            masks, spacing_mm, notes = read_masks(clip, images.get((clip.patient, clip.stem)), labels)
+            masks, spacing_mm, notes = read_masks(clip, image, labels)
         except DamagedRecording as damage:
             return clip, None, damage
         result = study_results.measure_clip(clip, masks, spacing_mm, notes, [float("nan")] * len(masks))
+        if out and image:
+            draw(out, image, masks, result)
         return clip, masks if keep else None, result
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -120,7 +145,8 @@ def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], titl
                 reading.masks[clip.patient, clip.stem] = masks
     if not reading.results:
         first = reading.damaged[0]
-        raise UserError(f"No mask could be read ({counted(len(clips), 'file')}); first: {first['input']} {first['reason']}.")
+        problem = f"No mask of --{title} could be read ({counted(len(clips), 'file')})"
+        raise UserError(f"{problem}; first: {first['input']} {first['reason']}.")
     return reading
 
 
@@ -135,60 +161,79 @@ def find_images(clips: Sequence[Clip], folder: str) -> Images:
 
 def compare(out: str, first: Reading, second: Reading) -> str:
     """Write `comparison.csv`, a row per patient, and return a summary of two readings of the same images."""
-    shared = [key for key in first.masks if key in second.masks]
-    require(bool(shared), "--masks and --compare have no mask of the same name: give two readings of the same images.")
-    dices: dict[str, list[np.ndarray]] = {}
+    shared = [key for key in first.masks if key in second.masks and first.masks[key].shape == second.masks[key].shape]
+    fix = "give two readings of the same images"
+    require(bool(shared), f"--masks and --compare have no mask of the same name and size: {fix}.")
+    scores: dict[str, list[list[float]]] = {}
     for key in shared:
         one, other = first.masks[key], second.masks[key]
-        if one.shape != other.shape:
-            shapes = f"shape {one.shape} in --masks and {other.shape} in --compare"
-            raise UserError(f"{'/'.join(key)} has {shapes}: give two readings on the same grid.")
-        scores = image_scores(confusion(torch.from_numpy(one), torch.from_numpy(other)))
-        found = np.array([scores[f"dice_{name}"].numpy() for name in STRUCTURES]).mean(axis=1)
-        dices.setdefault(key[0], []).append(np.array([*found, np.count_nonzero(one != other)]))
+        found = image_scores(confusion(torch.from_numpy(one), torch.from_numpy(other)))
+        dice = [float(found[f"dice_{name}"].mean()) for name in STRUCTURES]
+        scores.setdefault(key[0], []).append([*dice, np.count_nonzero(one != other)])
     rows = [first.rows(), second.rows()]
-    columns = ["patient", "clips", *(f"dice_{name}" for name in STRUCTURES), "pixels_changed"]
-    columns += [f"{name}_{which}" for name in ("ef_ase", "edv_ml_ase", "esv_ml_ase") for which in ("masks", "compare")]
     table = []
-    for patient, found in dices.items():
-        *dice, changed = *np.nanmean(found, axis=0)[:-1], np.sum(found, axis=0)[-1]
-        both = [row[patient][name] for name in ("ef_ase", "edv_ml_ase", "esv_ml_ase") for row in rows]
-        table.append([patient, len(found), *(f"{value:.4f}" for value in dice), int(changed), *(f"{v:.2f}" for v in both)])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *table])
-    filesystem.publish(filesystem.join(out, COMPARISON), text.getvalue().encode())
-    ef = agreement.agree(*([row[patient]["ef_ase"] for patient in dices] for row in rows))
-    means = np.nanmean(np.concatenate([*dices.values()]), axis=0)
-    lines = [f"{counted(len(shared), 'mask')} of {counted(len(dices), 'patient')} in both readings"]
-    lines += ["Dice: " + ", ".join(f"{name} {value:.3f}" for name, value in zip(NAMES, means, strict=False))]
+    for patient, found in scores.items():
+        both = {f"{name}_{side}": row[patient][name] for name in COMPARED for side, row in zip(SIDES, rows, strict=True)}
+        dice = dict(zip((f"dice_{name}" for name in STRUCTURES), np.nanmean(found, axis=0), strict=False))
+        changed = int(sum(pixels for *_, pixels in found))
+        table.append({"patient": patient, "clips": len(found)} | dice | {"pixels_changed": changed} | both)
+    frame = pandas.DataFrame(table)
+    filesystem.publish(filesystem.join(out, COMPARISON), frame.to_csv(index=False, float_format="%.4f").encode())
+    means = np.nanmean(np.concatenate([*scores.values()]), axis=0)
+    lines = [f"{counted(len(shared), 'mask')} of {counted(len(scores), 'patient')} in both readings"]
+    lines += [
+        "Dice: " + ", ".join(f"{name} {mean:.3f}" for name, mean in zip(("cavity", "wall", "atrium"), means, strict=False))
+    ]
+    ef = agreement.agree(frame["ef_ase_masks"], frame["ef_ase_compare"])
     if ef["r"] is not None:
         lines += ["EF (ase), --masks minus --compare: bias {bias:.1f} points, sd {sd:.1f}, r {r:.2f}, n {n}".format(**ef)]
-    changed = [row[0] for row in table if row[columns.index("pixels_changed")]]
-    some = ", ".join(changed[:10]) + (", …" if len(changed) > 10 else "")
-    return "\n".join([*lines, f"{counted(len(changed), 'patient')} changed{': ' * bool(changed)}{some}"])
+    same = [frame[f"{name}_masks"].equals(frame[f"{name}_compare"]) for name in COMPARED]
+    differs = frame["pixels_changed"] > 0
+    if not all(same):
+        differs |= (
+            pandas.concat([frame[f"{n}_masks"].compare(frame[f"{n}_compare"]) for n in COMPARED], axis=1).notna().any(axis=1)
+        )
+    lines.append(listed(counted(int(differs.sum()), "patient") + " changed", frame.loc[differs, "patient"]))
+    for title, masks, others in (("--masks", first.masks, second.masks), ("--compare", second.masks, first.masks)):
+        if alone := [stem for patient, stem in masks if (patient, stem) not in others]:
+            lines.append(listed(f"{counted(len(alone), 'mask')} in {title} alone, not compared", alone))
+    if sizes := [stem for patient, stem in first.masks if (patient, stem) in second.masks and (patient, stem) not in shared]:
+        lines.append(listed(f"{counted(len(sizes), 'mask')} of another size, not compared", sizes))
+    return "\n".join([*lines, *(f"left out of --compare: {one['input']} {one['reason']}" for one in second.damaged)])
+
+
+def listed(title: str, names: Iterable[str], most: int = 10) -> str:
+    """A title and the first of some names."""
+    names = [*names]
+    return title + ": " * bool(names) + ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 
 def run(options: Options) -> str:
     """Measure every mask; returns the folder of the results. Raises UserError if none could be read."""
     source = command_line.required_path(options.masks, "masks", "a folder of NIfTI masks")
     out = command_line.required_path(options.out, "out", "a folder for the results")
-    require(out != source, f"--out {out} is the folder of the masks: give another.")
-    labels, shown = parse_labels(options.labels), (options.view and View(options.view), options.phase and Phase(options.phase))
     folders = [source, *([command_line.absolute(options.compare, "compare")] if options.compare else [])]
-    clips = [study_files.find_masks(folder, *shown) for folder in folders]
+    require(out not in folders, f"--out {out} is a folder of masks: give another.")
+    labels, shown = parse_labels(options.labels), (options.view and View(options.view), options.phase and Phase(options.phase))
+    found = [study_files.find_masks(folder, *shown) for folder in folders]
+    clips, unused = [masks for masks, _ in found], found[0][1]
     images = command_line.absolute(options.images, "images") if options.images else ""
-    titles = ("masks", "compare")
+    require(not images or filesystem.exists(images), f"--images {images} does not exist: give the folder of the images.")
     with locks.lock(out):
         readings = [
-            read_all(found, find_images(found, images), labels, title, keep=bool(options.compare))
-            for found, title in zip(clips, titles, strict=False)
+            read_all(found, find_images(found, images), labels, title, drawn, keep=bool(options.compare))
+            for found, title, drawn in zip(clips, SIDES, (out if options.page == "on" else "", ""), strict=False)
         ]
         first, rows = readings[0], readings[0].rows()
         places = {clip.stem: clip.path for clip in clips[0]}
         records = [study_results.clip_record(found) | {"mask": places[found.clip.stem]} for found in first.results.values()]
         record = {"made_with": {"heartseg": __version__, "masks": source}, "clips": records, "damaged": first.damaged}
         study_results.write_tables(out, [*rows.values()], record)
+        if options.page == "on":
+            studies_page.write_page(out, [*rows.values()], study_results.by_patient(first.results.values()))
         study_output.print_results([*rows.values()], [*first.results.values()], first.damaged)
+        if unused:
+            print(listed(f"{counted(len(unused), 'image')} without a mask", map(filesystem.last_part, unused)))
         if options.compare:
             print(compare(out, *readings))
     return out

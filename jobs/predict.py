@@ -26,7 +26,7 @@ from heartseg.inference.batch_inference import outline
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
 from heartseg.labels import PHASES, Phase, View
 from heartseg.metrics import ed_es_detection
-from heartseg.reporting import plots
+from heartseg.reporting import plots, studies_page
 from heartseg.reporting.overlays import write_overlays
 from heartseg.storage import filesystem, locks
 from jobs.support import command_line, study_output
@@ -45,7 +45,7 @@ class Options:
     input: str = ""
     """NIfTI, DICOM, AVI, MP4 or PNG: a file, a patient's folder or a tree (CAMUS, say). _gt and _pred files are skipped."""
     out: str = ""
-    """Folder for PATIENT/NAME_pred.nii.gz (1 cavity, 2 wall, 3 atrium), overlays, volume curves, ef.csv and studies.json."""
+    """Folder for PATIENT/NAME_pred.nii.gz (1 cavity, 2 wall, 3 atrium), overlays, curves, ef.csv, studies.json and .html."""
     view: Literal["2CH", "4CH"] | None = None
     """Apical view of the files whose names do not show it (2CH, A2C, AP2 …)."""
     phase: Literal["ED", "ES"] | None = None
@@ -59,6 +59,8 @@ class Options:
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
     """PNG of a still, GIF of a sequence. `auto`: not for a DICOM that may show a name (burned in, cropped, or no region)."""
+    page: Literal["on", "off"] = "on"
+    """studies.html: a table of studies, their pictures with the disks that were measured, and their numbers."""
     which: Literal["last", "best"] = "last"
     """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     key: str = ""
@@ -127,6 +129,8 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
     record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in done]}
     study_results.write_tables(out, rows, record | {"damaged": damaged, "without_picture": without_picture})
+    if options.page == "on":
+        studies_page.write_page(out, rows, study_results.by_patient(done))
     study_output.print_results(rows, done, damaged)
     if without_overlay:
         print(f"No overlay for {counted(len(without_overlay), 'DICOM file')} that may show a name: --overlays on draws it.")

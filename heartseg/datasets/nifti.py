@@ -239,11 +239,11 @@ def as_labels(mask: np.ndarray, path: str) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # the comparison finds values that uint8 cannot hold
         labels = (mask if mask.dtype == np.uint8 else np.rint(mask)).astype(np.uint8, order="C")
         wrong = [] if np.array_equal(labels, mask) else np.unique(mask[~(np.abs(mask - labels) <= 1e-3)])
+    if not len(wrong) and labels.max() >= NUM_CLASSES:
+        wrong = np.unique(labels[labels >= NUM_CLASSES])
     if len(wrong):
         named = ", ".join(f"{value:g}" for value in wrong[:5]) + (", …" if len(wrong) > 5 else "")
-        raise DamagedRecording(f"has labels other than 0 to {NUM_CLASSES - 1}: {named}", path)
-    if labels.max() >= NUM_CLASSES:
-        raise DamagedRecording(f"has label {labels.max()}, not 0 to 3 (1 LV cavity, 2 myocardium, 3 left atrium)", path)
+        raise DamagedRecording(f"has labels other than 0 to 3 (1 LV cavity, 2 myocardium, 3 left atrium): {named}", path)
     return labels
 
 

@@ -25,8 +25,8 @@ VIEW_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:A(?:P|PICAL)?)?([24])CH?|AP([24])
 PHASE_IN_NAME = re.compile(r"(?:^|[_\-. ])(ED|ES)(?=[_\-. ]|$)", re.IGNORECASE)
 # Masks and pictures made from an input, by CAMUS and by this program.
 MARK = re.compile(r"_(gt|pred)(?=\.nii(\.gz)?$)", re.IGNORECASE)
-NO_INPUT = re.compile(r"_(gt|pred)(\.nii(\.gz)?|\.png)$|_(overlay|curve)\.(png|gif)$", re.IGNORECASE)
-ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png", "_page.jpg", "_film.jpg")
+NO_INPUT = re.compile(r"_(gt|pred)(\.nii(\.gz)?|\.png)$|_(overlay|curve|phases)\.(png|gif)$", re.IGNORECASE)
+ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png", "_phases.png", "_film.jpg")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
     return complete_names(found, view, phase)
 
 
-def find_masks(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
+def find_masks(source: str, view: View | None = None, phase: Phase | None = None) -> tuple[list[Clip], list[str]]:
     """The label maps (NIfTI) in a file or a tree: those named `_gt` or `_pred` if there are any, otherwise all.
 
-    A mask's names are those that `find_clips` gives to its image. Raises UserError if there are none, or two of one image.
+    A mask's names are those that `find_clips` gives to its image; the second list has the images without a mask. Raises
+    UserError if there are no masks, or two of one image.
     """
     require(filesystem.exists(source), f"{source} does not exist: give the folder that holds the masks.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
@@ -73,7 +74,8 @@ def find_masks(source: str, view: View | None = None, phase: Phase | None = None
         if image in found:
             raise UserError(f"{path} and {found[image].path} are masks of one image: give a folder with one of them.")
         found[image] = replace(name_clip(image, source, "nifti"), path=path)
-    return complete_names(separate_folders([*found.values()]), view, phase)
+    without = [path for path in paths if marked and path not in found and not MARK.search(path)]
+    return complete_names(separate_folders([*found.values()]), view, phase), without
 
 
 def complete_names(found: list[Clip], view: View | None, phase: Phase | None) -> list[Clip]:

@@ -41,8 +41,7 @@ def overlay(
 
     `spacing_mm` makes pixels square; contours of `truth` are white, thinner and on top; greys are multiples of `grey_step`.
     """
-    depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
-    width = max(64, round(rows * image.shape[1] * lateral_mm / (image.shape[0] * depth_mm)))
+    width = overlay_width(image.shape, spacing_mm, rows)
     grey = np.asarray(Image.fromarray(image).resize((width, rows), Image.Resampling.BILINEAR))
     labels = resize_labels(mask, *grey.shape)
     rims, near = np.zeros_like(labels), bounding_box(labels, (2, 2))
@@ -51,6 +50,12 @@ def overlay(
     if truth is not None:
         picture = np.where(contours(resize_labels(truth, *grey.shape)) != BACKGROUND, GREYS - 1, picture)
     return picture.astype(np.uint8)
+
+
+def overlay_width(shape: tuple[int, int], spacing_mm: tuple[float, float] | None, rows: int) -> int:
+    """Columns of the overlay of an image of this shape with so many rows of square pixels."""
+    depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
+    return max(64, round(rows * shape[1] * lateral_mm / (shape[0] * depth_mm)))
 
 
 def resize_labels(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:

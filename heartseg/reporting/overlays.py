@@ -66,8 +66,32 @@ def write_overlays(out: str, clip: Clip, frames: Frames, masks: np.ndarray, mark
         picture = outlined(frames.pixels[0], masks[0], frames.spacing_mm, f"{view}{clip.phase or ''}".strip())
         filesystem.publish(output(out, clip, "_overlay.png"), encode_png(picture))
         return
-    pictures = []
+    pictures = {}
     for index in shown_frames(count, always=marked):
         caption = f"{marked.get(index, '')}  {view}{index + 1:>{len(str(count))}}/{count}".strip()
-        pictures.append(outlined(frames.pixels[index], masks[index], frames.spacing_mm, caption, moving=True))
-    filesystem.publish(output(out, clip, "_overlay.gif"), encode_gif(pictures))
+        pictures[index] = outlined(frames.pixels[index], masks[index], frames.spacing_mm, caption, moving=True)
+    filesystem.publish(output(out, clip, "_overlay.gif"), encode_gif([*pictures.values()]))
+    if marked:  # for the page of studies, which shows ED and ES side by side and a film that can be stopped
+        filesystem.publish(output(out, clip, "_phases.png"), encode_png(np.hstack([pictures[index] for index in marked])))
+        film = [pictures[index] for index in film_frames(count, always=marked)]
+        filesystem.publish(output(out, clip, "_film.jpg"), encode_film(film))
+
+
+def film_frames(count: int, always: Iterable[int] = ()) -> list[int]:
+    """The frames of a sequence in its film, half of what a GIF shows."""
+    shown = shown_frames(count, always)
+    return sorted({*shown[::2], *always})
+
+
+def encode_film(pictures: list[np.ndarray]) -> bytes:
+    """Pictures of palette positions side by side, at half their size, as a JPEG."""
+    buffer = io.BytesIO()
+    height, width = pictures[0].shape
+    halves = [np.asarray(as_image(one).convert("RGB").resize((width // 2, height // 2))) for one in pictures]
+    Image.fromarray(np.hstack(halves)).save(buffer, format="JPEG", quality=80, subsampling=0)
+    return buffer.getvalue()
+
+
+def rows_of(num_frames: int) -> int:
+    """Rows of an overlay's picture above its strip."""
+    return ROWS if num_frames == 1 else GIF_ROWS

@@ -240,9 +240,9 @@ IMAGE_DAMAGE = {
     "1 TB": (lambda path: os.truncate(path, 2**40), "has more than"),  # sparse: it takes no room
 }
 MASK_DAMAGE = {
-    "label 7": (pixels(changed(7).astype(np.uint8)), "has label 7"),
-    "label 7 as float": (pixels(changed(7)), "has label 7"),
-    "fractional label": (pixels(changed(1.5)), "labels other than 0 to 3: 1.5"),
+    "label 7": (pixels(changed(7).astype(np.uint8)), "(1 LV cavity, 2 myocardium, 3 left atrium): 7"),
+    "label 7 as float": (pixels(changed(7)), "(1 LV cavity, 2 myocardium, 3 left atrium): 7"),
+    "fractional label": (pixels(changed(1.5)), "left atrium): 1.5"),
     "negative label": (pixels(changed(-1)), "labels other than 0 to 3: -1"),
     "label 257": (pixels(changed(257).astype(np.int16)), "labels other than 0 to 3: 257"),
     "NaN label": (pixels(changed(np.nan)), "labels other than 0 to 3: nan"),

@@ -110,7 +110,7 @@ def spoil_a_label(mask: np.ndarray) -> np.ndarray:
     return np.where(np.arange(len(mask))[:, None, None] == 4, 7, mask)
 
 
-@pytest.mark.parametrize(("change", "reason"), [(lambda mask: mask[1:], "but the image has"), (spoil_a_label, "has label 7")])
+@pytest.mark.parametrize(("change", "reason"), [(lambda mask: mask[1:], "but the image has"), (spoil_a_label, "atrium.: 7")])
 def test_a_damaged_sequence_goes_to_quarantine_whole(change, reason, copied, tmp_path):
     path = recording_path(copied, FORWARDS, VIEW, HALF_SEQUENCE, "_gt")
     masks, spacing_mm, _ = nifti.read_nifti(path)

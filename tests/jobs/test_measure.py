@@ -1,6 +1,7 @@
 """Measuring masks without a network: the numbers of evaluate and predict, other labels and writers, and two readings."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -65,9 +66,11 @@ def test_masks_with_other_labels_and_structures_have_the_same_numbers(masks, tmp
         nibabel.Nifti1Image(other, image.affine).to_filename(path)
     found = measured(tmp_path / "other", masks, labels="7=cavity,5=wall,9=atrium")
     assert_equal(found, rows)
-    with pytest.raises(UserError, match="No mask could be read .* has label 9"):
+    with pytest.raises(
+        UserError, match="No mask of --masks could be read .* has labels other than .*: 5, 7, 9: name the values with --labels"
+    ):
         measured(tmp_path / "wrong", masks)
-    for labels in ("7=heart", "x=wall", "1=cavity"):
+    for labels in ("7=heart", "x=wall", "1=wall"):
         with pytest.raises(UserError, match="--labels .*must"):
             measured(tmp_path / "wrong", masks, labels=labels)
 
@@ -84,7 +87,7 @@ def test_a_corrected_mask_changes_its_own_study_alone_and_the_comparison_names_i
     before = measured(tmp_path / "before", masks)
     assert rows["patient0003"]["ef_ase"] != before["patient0003"]["ef_ase"]
     assert_equal({n: r for n, r in rows.items() if n != "patient0003"}, {n: r for n, r in before.items() if n != "patient0003"})
-    assert "1 patient changed: patient0003" in capsys.readouterr().out
+    assert "1 patient changed: patient0003\n" in capsys.readouterr().out
     with open(tmp_path / "out" / measure.COMPARISON) as stream:
         table = {row["patient"]: row for row in csv.DictReader(stream)}
     changed = table.pop("patient0003")
@@ -104,5 +107,34 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_done(masks, tmp_path, 
         measured(tmp_path / "out", masks)
     with pytest.raises(UserError, match="holds no NIfTI files"):
         measured(tmp_path / "again", tmp_path / "out")
-    with pytest.raises(UserError, match="is the folder of the masks"):
+    with pytest.raises(UserError, match="is a folder of masks"):
         measured(masks, masks)
+
+
+def test_a_mask_that_one_reading_lacks_or_has_in_another_size_is_named_and_not_called_equal(masks, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(masks, other)
+    gone, cut, small, *_ = sorted(other.iterdir())
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    values, spacing_mm, _ = nifti.read_nifti(str(small))
+    nifti.write_nifti(str(small), values[:, ::2, ::2].copy(), (spacing_mm[0] * 2, spacing_mm[1] * 2))
+    measured(tmp_path / "out", masks, compare=str(other))
+    shown = capsys.readouterr().out
+    names = [path.name.removesuffix("_gt.nii.gz") for path in (gone, cut, small)]
+    assert f"2 masks in --masks alone, not compared: {names[0]}, {names[1]}" in shown
+    assert f"1 mask of another size, not compared: {names[2]}" in shown and f"left out of --compare: {names[1]}" in shown
+    assert "changed: patient0001" in shown  # an EF that is missing in one reading differs
+
+
+def test_a_mask_of_another_size_than_its_image_and_an_image_without_a_mask_are_named(phantom, tmp_path, capsys):
+    tree = tmp_path / "tree"
+    shutil.copytree(phantom, tree)
+    one, other, *_ = masks_of(tree)
+    values, spacing_mm, _ = nifti.read_nifti(str(one))
+    nifti.write_nifti(str(one), values[:, ::2, ::2].copy(), spacing_mm)
+    other.unlink()
+    measured(tmp_path / "out", tree)
+    shown = capsys.readouterr().out
+    assert re.search(r"left out: .*the mask is \d+ x \d+, but its image \d+ x \d+", shown)
+    assert f"1 image without a mask: {other.name.replace('_gt', '')}" in shown

@@ -1,0 +1,101 @@
+"""The page of studies: every study with its numbers, pictures and disks, without network, and without what it must not show."""
+
+import base64
+import hashlib
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from heartseg.datasets import phantom, readers
+from heartseg.inference import study_files, study_results
+from heartseg.reporting import studies_page
+from heartseg.reporting.overlays import film_frames, write_overlays
+from helpers.studies import truth_of
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """A folder of results with overlays, and the results by patient: stills of two patients, and sequences of one of them."""
+    tree, out = str(tmp_path_factory.mktemp("tree")), str(tmp_path_factory.mktemp("out"))
+    for number in (1, 2):
+        phantom.write_patient(tree, 0, number == 2, 0.25, number)
+    results = []
+    for clip in study_files.find_clips(tree):
+        frames, masks = readers.read(clip.path, "nifti"), truth_of(clip)
+        result = study_results.finish(out, clip, frames, masks, [1.0] * len(masks))
+        write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in result.phases.items()})
+        results.append(result)
+    return out, study_results.by_patient(results)
+
+
+def write(studies, **changes) -> tuple[str, list[dict]]:
+    out, results = studies
+    rows = [study_results.study_row(patient, found) | changes for patient, found in results.items()]
+    with open(studies_page.write_page(out, rows, results)) as page:
+        return page.read(), rows
+
+
+def test_every_study_is_in_the_table_and_below_with_its_ef_its_four_stills_and_their_disks(studies):
+    page, rows = write(studies)
+    for number, row in enumerate(rows, 1):
+        assert f'<a href="#study{number}">{row["patient"]}</a>' in page and f'id="study{number}"' in page
+        assert f"EF {row['ef_ase']:.0f} % (biplane, ase)" in page
+        assert f'data-value="{row["endo_strain"]}"' in page
+    disks = re.findall(r'class="disks" d="([^"]+)"', page)
+    assert len(disks) >= 8 and all(path.count("M") == 22 for path in disks)  # 20 disks, the long axis, the mitral plane
+    assert page.count("esearch use only, not a medical device") >= 2 + len(rows)
+
+
+def test_the_disks_lie_on_the_cavity(studies):
+    _, results = studies
+    result = next(one for found in results.values() for one in found if one.frames == 1)
+    (_, mask), spacing_mm = next(iter(result.phases.values())), np.array(result.spacing_mm)
+    ventricle = studies_page.measure(mask, result.spacing_mm).ventricle
+    path = studies_page.draw_disks(ventricle, spacing_mm, np.array([1.0, 1.0]))
+    ends = np.array(re.findall(r"[ML]([\d.-]+) ([\d.-]+)", path), float).reshape(-1, 2, 2)
+    middles = (ends.mean(axis=1)[:20] - 0.5).round().astype(int)
+    assert (mask[middles[:, 1], middles[:, 0]] == 1).all()
+    lengths_mm = np.hypot(*((ends[:20, 1] - ends[:20, 0]) * spacing_mm[::-1]).T)
+    assert lengths_mm == pytest.approx(ventricle.widths_mm, abs=0.5)
+
+
+def test_a_sequence_has_a_film_that_shows_ed_and_es_and_a_place_on_the_curve_for_each_frame(studies):
+    page, _ = write(studies)
+    out, results = studies
+    films = re.findall(r'class="film" data-width="(\d+)" data-places="([^"]+)"', page)
+    sequences = [one for found in results.values() for one in found if one.frames > 1]
+    assert len(films) == len(sequences) == 2
+    for (_, places), one in zip(films, sequences, strict=True):
+        marked = [at for at, _ in one.phases.values()]
+        shown = film_frames(one.frames, marked)
+        assert set(marked) <= set(shown) and len(places.split()) == len(shown)
+
+
+def test_the_page_needs_no_network_and_runs_no_script_but_its_own(studies):
+    page, _ = write(studies)
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1]
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy and "img-src data:" in policy
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+def test_pictures_that_are_too_many_for_one_file_stay_beside_it(studies, monkeypatch):
+    monkeypatch.setattr(studies_page, "MOST_INLINE_BYTES", 1000)
+    page, rows = write(studies)
+    assert "data:image" not in page
+    assert f'href="{rows[0]["patient"]}/{rows[0]["patient"]}_4CH_ED_overlay.png"' in page
+
+
+def test_text_from_files_is_escaped_and_a_study_without_pictures_or_ef_says_why(studies, tmp_path):
+    _, results = studies
+    (first, *_), *_ = results.values()
+    clip = replace(first.clip, patient="<b>x</b>", stem="bare")
+    bare = replace(first, clip=clip, phases={}, notes=("<script>alert(1)</script>",))
+    rows = [study_results.study_row("<b>x</b>", [bare])]
+    with open(studies_page.write_page(str(tmp_path), rows, {"<b>x</b>": [bare]})) as stream:
+        page = stream.read()
+    assert "<b>x</b>" not in page and "<script>alert" not in page and "no EF" in page and "no 2CH ED mask" in page
+    assert "<image" not in page
