@@ -243,9 +243,9 @@ MASK_DAMAGE = {
     "label 7": (pixels(changed(7).astype(np.uint8)), "(1 LV cavity, 2 myocardium, 3 left atrium): 7"),
     "label 7 as float": (pixels(changed(7)), "(1 LV cavity, 2 myocardium, 3 left atrium): 7"),
     "fractional label": (pixels(changed(1.5)), "left atrium): 1.5"),
-    "negative label": (pixels(changed(-1)), "labels other than 0 to 3: -1"),
-    "label 257": (pixels(changed(257).astype(np.int16)), "labels other than 0 to 3: 257"),
-    "NaN label": (pixels(changed(np.nan)), "labels other than 0 to 3: nan"),
+    "negative label": (pixels(changed(-1)), "left atrium): -1"),
+    "label 257": (pixels(changed(257).astype(np.int16)), "left atrium): 257"),
+    "NaN label": (pixels(changed(np.nan)), "left atrium): nan"),
     "other shape": (pixels(np.zeros((LATERAL, DEPTH), np.uint8)), "shape (1, 4, 6), but the image has (1, 6, 4)"),
     "missing": (os.remove, "is missing"),
 }
