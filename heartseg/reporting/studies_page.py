@@ -101,7 +101,7 @@ def describe_figures(out: str, result: ClipResult) -> Iterator[dict]:
         scale = np.array([rows / mask.shape[0], width / mask.shape[1]])
         yield {
             "path": f"{clip.patient}/{clip.stem}{ending}", "title": f"{clip.view or '?'} {phase}", "clip": clip.stem,
-            "width": width, "height": rows + overlays.STRIP_ROWS, "left": -place * width, "whole": width * len(result.phases),
+            "width": width, "height": rows + overlays.STRIP_ROWS, "place": place, "count": len(result.phases),
             "disks": draw_disks(ventricle, np.array(spacing_mm), scale) if is_measured else "",
             "length": f"{ventricle.length_mm:.0f}" if is_measured and result.spacing_mm else "",
         }  # fmt: skip

@@ -30,12 +30,12 @@ addEventListener("hashchange", open);
 open();
 addEventListener("beforeprint", () => document.querySelectorAll("details.study").forEach(study => study.open = true));
 document.querySelectorAll(".film").forEach(film => {
-  const slider = film.querySelector("input"), play = film.querySelector("button"), strip = film.querySelector("image");
-  const mark = film.querySelector(".now"), width = Number(film.dataset.width), last = Number(slider.max);
+  const slider = film.querySelector("input"), play = film.querySelector("button"), strip = film.querySelector("img");
+  const mark = film.querySelector(".now"), last = Number(slider.max);
   const places = film.dataset.places.split(" ");
   let timer = 0;
   const show = () => {
-    strip.setAttribute("x", -width * slider.value);
+    strip.style.left = `${-100 * slider.value}%`;
     mark.setAttribute("x", places[slider.value]);
   };
   const stop = () => { clearInterval(timer); timer = 0; play.textContent = "Play"; };
