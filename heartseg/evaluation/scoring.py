@@ -202,8 +202,11 @@ def outliers(images: pandas.DataFrame, patients: pandas.DataFrame) -> dict[str, 
 
 def clinical_agreement(patients: pandas.DataFrame) -> dict:
     """Agreement of predicted indices with those of the experts' masks, and of both with the cfg's EF in its own convention."""
-    owner = patients["patient"].to_numpy()
-    found = {name: agree(patients[f"{name}_prediction"], patients[f"{name}_truth"], owner) for name in AGREEMENTS}
+    owner, known = (
+        patients["patient"].to_numpy(),
+        [name for name in AGREEMENTS if f"{name}_truth" in patients],
+    )  # others are newer
+    found = {name: agree(patients[f"{name}_prediction"], patients[f"{name}_truth"], owner) for name in known}
     classes = ef_confusion(patients["ef_camus_prediction"], patients["ef_camus_truth"])
     reasons = patients["reason_prediction"].replace("", np.nan).dropna()
     return {

@@ -6,11 +6,12 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from heartseg.datasets import camus
 from heartseg.errors import UserError
-from heartseg.evaluation import cross_validation
+from heartseg.evaluation import cross_validation, scoring
 from heartseg.evaluation.scoring import EXAMPLES
 from heartseg.metrics.segmentation import SCORES
 from heartseg.storage import filesystem
@@ -75,3 +76,12 @@ def test_evaluations_that_cannot_be_pooled_are_refused(halves, tmp_path):
     for options, said in (({"checkpoint": "run", "out": out}, "takes only finished evaluations"), ({}, "--out")):
         with pytest.raises(UserError, match=said):
             evaluate.run(evaluate.Options(pool=tuple(parts), **options))
+
+
+def test_evaluations_from_before_an_index_was_measured_are_pooled_without_it(halves, tmp_path):
+    older = [str(shutil.copytree(part, tmp_path / str(number))) for number, part in enumerate(halves[0])]
+    for path in older:
+        rows = scoring.read_rows(path, scoring.PATIENTS).drop(columns=["endo_strain_prediction", "endo_strain_truth"])
+        filesystem.write_table(f"{path}/{scoring.PATIENTS}", pa.Table.from_pandas(rows, preserve_index=False))
+    agreement = cross_validation.pool(older, str(tmp_path / "out"))["clinical"]["agreement"]
+    assert "endo_strain" not in agreement and agreement["lv_mass_g"]["n"] == 8
