@@ -129,6 +129,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
     record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in done]}
     study_results.write_tables(out, rows, record | {"damaged": damaged, "without_picture": without_picture})
+    study_results.write_label_names(out)
     if options.page == "on":
         studies_page.write_page(out, rows, study_results.by_patient(done))
     study_output.print_results(rows, done, damaged)

@@ -15,7 +15,7 @@ from heartseg.datasets.readers import Frames
 from heartseg.inference import study_files
 from heartseg.inference.segmenter import REVIEW_THRESHOLD
 from heartseg.inference.study_files import Clip
-from heartseg.labels import PHASES, VIEWS, Phase
+from heartseg.labels import BACKGROUND, CLASS_COLOURS, CLASS_TITLES, PHASES, VIEWS, Phase
 from heartseg.metrics import ed_es_detection
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
@@ -159,6 +159,21 @@ def clip_record(result: ClipResult) -> dict:
         if result.spacing_mm:
             record["volumes_ml"] = [none_if_nan(value) for value in result.volumes_ml]
     return record
+
+
+def write_label_names(out: str) -> None:
+    """Write the labels' names and colours for ITK-SNAP (`labels.txt`) and for 3D Slicer (`labels.ctbl`)."""
+    snap, slicer = (
+        ["# ITK-SnAP Label Description File: IDX R G B A VIS MSH LABEL"],
+        ["# 3D Slicer colour table: IDX NAME R G B A"],
+    )
+    for label, (name, colour) in enumerate(zip(CLASS_TITLES, CLASS_COLOURS, strict=True)):
+        red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+        is_shown = int(label != BACKGROUND)
+        snap.append(f'{label} {red} {green} {blue} {is_shown} {is_shown} {is_shown} "{name}"')
+        slicer.append(f"{label} {name.replace(' ', '_')} {red} {green} {blue} {255 * is_shown}")
+    for name, lines in (("labels.txt", snap), ("labels.ctbl", slicer)):
+        filesystem.publish(filesystem.join(out, name), ("\n".join(lines) + "\n").encode())
 
 
 def write_tables(out: str, rows: list[dict], everything: dict) -> None:

@@ -392,3 +392,12 @@ def test_a_sequence_becomes_an_endless_gif_with_every_frame_and_few_of_a_long_on
         assert gif.n_frames == len(masks) and gif.info["loop"] == 0
     shown = overlays.shown_frames(500, always=[7])
     assert len(shown) <= overlays.MAX_GIF_FRAMES + 1 and 7 in shown and shown[0] == 0
+
+
+def test_both_label_files_name_every_label_with_its_colour(tmp_path):
+    study_results.write_label_names(str(tmp_path))
+    snap = [line.split(maxsplit=7) for line in (tmp_path / "labels.txt").read_text().splitlines() if not line.startswith("#")]
+    slicer = [line.split() for line in (tmp_path / "labels.ctbl").read_text().splitlines() if not line.startswith("#")]
+    assert [int(row[0]) for row in snap] == [int(row[0]) for row in slicer] == [0, 1, 2, 3]
+    assert all(one[1:4] == other[2:5] for one, other in zip(snap, slicer, strict=True))
+    assert snap[1] == ["1", "86", "180", "233", "1", "1", "1", '"Left-ventricular cavity"']
