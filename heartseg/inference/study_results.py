@@ -28,6 +28,7 @@ FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_ca
 FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
 # Characters in a cell of ef.csv, and in a terminal line besides the name; studies.json has the full text.
 MAX_TEXT, MORE = 200, " … (more in studies.json)"
+UNSURE = "the network is unsure of it"
 MOST_APART = 20.0  # points of EF between two views of one heart
 
 
@@ -86,7 +87,7 @@ def measure_clip(
         doubts.append(f"{ranges(numbers)}: {texts[0]}{' (or similar)' if len(set(texts)) > 1 else ''}")
     confidence = min(confidences[at] for at in measured)
     if confidence < REVIEW_THRESHOLD:
-        doubts.append(f"the network is unsure of it (confidence {confidence:.2f})")
+        doubts.append(f"{UNSURE} (confidence {confidence:.2f})")
     return ClipResult(clip, len(masks), known_mm, phases, volumes_ml, notes, tuple(doubts), confidence)
 
 
