@@ -1,6 +1,7 @@
 """Shared by all jobs: command lines, one-line error messages, exit codes and SIGTERM."""
 
 import contextlib
+import difflib
 import importlib
 import io
 import itertools
@@ -51,8 +52,6 @@ MISTAKES = (
     (r"Error parsing (\S+): no type matching (?:{None}\|)?{?(.+?)}? could be .* from \[(.*?)\].*", r"\1 must be \2, not \3."),
     (r"invalid choice (.+) for argument '(.+)'. Expected one of \((?:'', )?(.+?)\).*", r"\2 must be one of \3, not \1."),
     (r"Missing value for argument '(.+?)'.*", r"\1 needs a value; --help lists all flags."),
-    (r"Unrecognized options: ([^\s,]+).*Perhaps you meant: (\S+).*", r"\1 is not a flag of this command: did you mean \2?"),
-    (r"Unrecognized options: ([^\s,]+).*", r"\1 is not a flag of this command; --help lists all flags."),
     (r".* -{3,} (.*?)\.? -{3,} .*", r"\1; --help lists all flags."),
 )
 EXIT_USER_ERROR = 2
@@ -208,9 +207,10 @@ def read_config(path: str) -> Experiment:
 def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | None = None, **default: Any) -> Any:
     """Parse a command line with tyro into a dataclass; its boxed errors become a one-line UserError."""
     shown, errors = io.StringIO(), io.StringIO()  # plain text: on a terminal, tyro draws coloured boxes
+    ask = partial(tyro.cli, kind, prog=prog, description=description, **default)
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **default)
+            return ask(args=list(argv))
     except SystemExit as stop:
         if stop.code in (0, None):
             print(re.sub(r"\s*\(default:\s*(''|None)?\) *", "", shown.getvalue()), end="")
@@ -218,8 +218,29 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | No
         # tyro keeps the choices in a set: they are sorted, so that a mistake always has the same message.
         text = re.sub(r"'None', |, 'None'", "", " ".join(errors.getvalue().split()))
         text = re.sub(r"(?<=one of \()[^)]+", lambda choices: ", ".join(sorted(choices[0].split(", "))), text)
+        if unknown := re.search(r"Unrecognized options: ([^\s,]+)", text):
+            with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+                ask(args=["--help"])
+            raise UserError(f"{unknown[1]} is not a flag of this command{similar_flag(unknown[1], shown.getvalue())}") from None
         found = next((match.expand(ours) for theirs, ours in MISTAKES if (match := re.search(theirs, text))), "")
         raise UserError(found or "The command line cannot be parsed; --help lists all flags.") from None
+
+
+def similar_flag(wrong: str, help_text: str) -> str:
+    """The end of the message about an unknown flag: the one that shares the most words with its last part, if any does."""
+
+    def words(flag: str) -> list[str]:
+        return re.split(r"[-._=]+", flag.strip("-"))
+
+    def likeness(flag: str) -> tuple[int, float]:
+        last = wrong.rpartition(".")[2].strip("-")
+        shared = len(set(words(last)) & set(words(flag)))
+        return shared, difflib.SequenceMatcher(None, last, flag.rpartition(".")[2].strip("-")).ratio()
+
+    flags = set(re.findall(r"--[a-z][\w.-]*", help_text))
+    nearest = max(sorted(flags), key=likeness)
+    is_near = likeness(nearest)[0] > 0 or difflib.get_close_matches(wrong, [nearest])
+    return f": did you mean {nearest}?" if is_near else "; --help lists all flags."
 
 
 def as_flags(values: dict, prefix: str = "--") -> list[str]:
