@@ -54,6 +54,7 @@ MISTAKES = (
     (r"Missing value for argument '(.+?)'.*", r"\1 needs a value; --help lists all flags."),
     (r".* -{3,} (.*?)\.? -{3,} .*", r"\1; --help lists all flags."),
 )
+ALIKE = 0.7  # of 0 to 1: flags that share no word must be as similar as --dta and --data
 EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h: the storage does not answer, and another attempt may help.
 EXIT_STORAGE_ERROR = 75
@@ -239,7 +240,7 @@ def similar_flag(wrong: str, help_text: str) -> str:
 
     flags = set(re.findall(r"--[a-z][\w.-]*", help_text))
     nearest = max(sorted(flags), key=likeness)
-    is_near = likeness(nearest)[0] > 0 or difflib.get_close_matches(wrong, [nearest])
+    is_near = likeness(nearest) >= (0, ALIKE)
     return f": did you mean {nearest}?" if is_near else "; --help lists all flags."
 
 
