@@ -84,15 +84,23 @@ def start_ray(workers: int) -> None:
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
 
 
-def _start_own_ray() -> None:
+def _start_own_ray(tries: int = 2) -> None:
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
     # Its processes would otherwise contact this machine's last cluster, from a file that a killed one leaves behind.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces the token of a Ray for this process only
     # Ray asks its dashboard for the state of a training run; without one, the log would fill with failed requests.
-    ray.init(address="local", logging_level=logging.WARNING, include_dashboard=True, dashboard_port=port)
+    try:
+        ray.init(address="local", logging_level=logging.WARNING, include_dashboard=True, dashboard_port=port)
+    except Exception as error:  # Ray waits half a minute for its own node, which no setting changes, and raises no other type
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        problem = "Ray did not start within 30 s: other programs keep this machine busy"
+        require(tries > 1, f"{problem}. Wait for them, then rerun the same command to resume.")
+        _start_own_ray(tries - 1)
     # A child of this process may join another cluster and must not inherit this one.
-    del os.environ["RAY_API_SERVER_ADDRESS"]
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     if asked:
         os.environ["RAY_API_SERVER_ADDRESS"] = asked
 
