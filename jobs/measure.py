@@ -4,6 +4,7 @@ The masks may be ours, corrected by hand, nnU-Net's or experts'; the tables are 
 """
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -71,6 +72,7 @@ class Reading:
     masks: dict[tuple[str, str], np.ndarray]
     damaged: list[dict]
 
+    @functools.cached_property
     def rows(self) -> dict[str, dict]:
         """A row of indices for each patient."""
         grouped = study_results.by_patient(self.results.values())
@@ -116,8 +118,7 @@ def draw(out: str, image: str, masks: np.ndarray, result: ClipResult) -> None:
     with contextlib.suppress(DamagedRecording):
         frames = readers.read(image, readers.kind_of(image) or "nifti")
         if frames.pixels.shape == masks.shape:
-            marked = {at: str(phase) for phase, (at, _) in result.phases.items()}
-            write_overlays(out, result.clip, replace(frames, spacing_mm=result.spacing_mm), masks, marked)
+            write_overlays(out, result.clip, replace(frames, spacing_mm=result.spacing_mm), masks, result.marked)
 
 
 def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], title: str, out: str, keep: bool) -> Reading:
@@ -170,7 +171,7 @@ def compare(out: str, first: Reading, second: Reading) -> str:
         found = image_scores(confusion(torch.from_numpy(one), torch.from_numpy(other)))
         dice = [float(found[f"dice_{name}"].mean()) for name in STRUCTURES]
         scores.setdefault(key[0], []).append([*dice, np.count_nonzero(one != other)])
-    rows = [first.rows(), second.rows()]
+    rows = [first.rows, second.rows]
     table = []
     for patient, found in scores.items():
         both = {f"{name}_{side}": row[patient][name] for name in COMPARED for side, row in zip(SIDES, rows, strict=True)}
@@ -187,12 +188,9 @@ def compare(out: str, first: Reading, second: Reading) -> str:
     ef = agreement.agree(frame["ef_ase_masks"], frame["ef_ase_compare"])
     if ef["r"] is not None:
         lines += ["EF (ase), --masks minus --compare: bias {bias:.1f} points, sd {sd:.1f}, r {r:.2f}, n {n}".format(**ef)]
-    same = [frame[f"{name}_masks"].equals(frame[f"{name}_compare"]) for name in COMPARED]
     differs = frame["pixels_changed"] > 0
-    if not all(same):
-        differs |= (
-            pandas.concat([frame[f"{n}_masks"].compare(frame[f"{n}_compare"]) for n in COMPARED], axis=1).notna().any(axis=1)
-        )
+    for one, other in ((frame[f"{name}_{side}"] for side in SIDES) for name in COMPARED):
+        differs |= (one != other) & ~(one.isna() & other.isna())
     lines.append(listed(counted(int(differs.sum()), "patient") + " changed", frame.loc[differs, "patient"]))
     for title, masks, others in (("--masks", first.masks, second.masks), ("--compare", second.masks, first.masks)):
         if alone := [stem for patient, stem in masks if (patient, stem) not in others]:
@@ -224,7 +222,7 @@ def run(options: Options) -> str:
             read_all(found, find_images(found, images), labels, title, drawn, keep=bool(options.compare))
             for found, title, drawn in zip(clips, SIDES, (out if options.page == "on" else "", ""), strict=False)
         ]
-        first, rows = readings[0], readings[0].rows()
+        first, rows = readings[0], readings[0].rows
         places = {clip.stem: clip.path for clip in clips[0]}
         records = [study_results.clip_record(found) | {"mask": places[found.clip.stem]} for found in first.results.values()]
         record = {"made_with": {"heartseg": __version__, "masks": source}, "clips": records, "damaged": first.damaged}

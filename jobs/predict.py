@@ -102,7 +102,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     def finish(clip, frames, masks, confidences) -> study_results.ClipResult:
         result = study_results.finish(out, clip, frames, masks, confidences)
         if options.overlays == "on" or (options.overlays == "auto" and not frames.may_show_text):
-            write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in result.phases.items()})
+            write_overlays(out, clip, frames, masks, result.marked)
         elif options.overlays == "auto":
             without_overlay.append(clip)
         return result

@@ -202,10 +202,8 @@ def outliers(images: pandas.DataFrame, patients: pandas.DataFrame) -> dict[str, 
 
 def clinical_agreement(patients: pandas.DataFrame) -> dict:
     """Agreement of predicted indices with those of the experts' masks, and of both with the cfg's EF in its own convention."""
-    owner, known = (
-        patients["patient"].to_numpy(),
-        [name for name in AGREEMENTS if f"{name}_truth" in patients],
-    )  # others are newer
+    owner = patients["patient"].to_numpy()
+    known = [name for name in AGREEMENTS if f"{name}_truth" in patients]  # an older evaluation lacks newer indices
     found = {name: agree(patients[f"{name}_prediction"], patients[f"{name}_truth"], owner) for name in known}
     classes = ef_confusion(patients["ef_camus_prediction"], patients["ef_camus_truth"])
     reasons = patients["reason_prediction"].replace("", np.nan).dropna()

@@ -23,8 +23,8 @@ from heartseg.storage import filesystem
 # `jane_A4C_ED` names the 4-chamber view; 2CH, AP2, A2C and the like the other.
 VIEW_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:A(?:P|PICAL)?)?([24])CH?|AP([24]))(?=[_\-. ]|$)", re.IGNORECASE)
 PHASE_IN_NAME = re.compile(r"(?:^|[_\-. ])(ED|ES)(?=[_\-. ]|$)", re.IGNORECASE)
+MARK = re.compile(r"_(gt|pred)(?=\.nii(\.gz)?$)", re.IGNORECASE)  # of a mask
 # Masks and pictures made from an input, by CAMUS and by this program.
-MARK = re.compile(r"_(gt|pred)(?=\.nii(\.gz)?$)", re.IGNORECASE)
 NO_INPUT = re.compile(r"_(gt|pred)(\.nii(\.gz)?|\.png)$|_(overlay|curve|phases)\.(png|gif)$", re.IGNORECASE)
 ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png", "_phases.png", "_film.jpg")
 

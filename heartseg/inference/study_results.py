@@ -50,6 +50,11 @@ class ClipResult:
     confidence: float
 
     @property
+    def marked(self) -> dict[int, str]:
+        """The frames (from 0) of ED and ES, and what they are."""
+        return {at: str(phase) for phase, (at, _) in self.phases.items()}
+
+    @property
     def ef_single_plane(self) -> float:
         """EF in percent of a sequence, from the masks of its ED and ES in this one view; NaN if they are not found."""
         if self.volumes_ml is None or len(self.phases) < 2:

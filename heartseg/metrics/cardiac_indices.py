@@ -94,7 +94,7 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
         if spacing_known:
             row[f"edv_ml_{method}"], row[f"esv_ml_{method}"] = edv, esv
     if spacing_known:
-        row |= _areas_and_atrium(frames) | _wall_and_shape(frames, walls)
+        row |= _areas_and_atrium(frames) | _wall_and_shape(ventricles, walls, row)
         for view, moved_mm in _excursions(ventricles, masks).items():
             row[f"mapse_mm_{view}"] = moved_mm
             reasons += [f"{view} ED and ES are on different grids, so no MAPSE"] * bool(np.isnan(moved_mm))
@@ -185,8 +185,8 @@ def _function(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) -> dic
     return row | ({"endo_strain": float(np.mean(strains))} if len(strains) == len(VIEWS) else {})
 
 
-def _wall_and_shape(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) -> dict[str, float]:
-    """Thickness in mm, mass in g at ED by biplane disks, and the sphericity of both phases.
+def _wall_and_shape(ventricles: dict[Still, Chamber], walls: dict[Still, Myocardium], volumes: dict) -> dict[str, float]:
+    """Thickness in mm, mass in g at ED and sphericity of both phases, from the `ase` volumes by column.
 
     Mass is the volume between epicardium and endocardium times 1.05 g/ml, as Lang et al. 2015 have it for volumes; their
     area-length formula needs a short-axis view. Sphericity is the volume's share of a sphere as wide as the ventricle is long
@@ -194,11 +194,10 @@ def _wall_and_shape(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) 
     """
     row = {f"wall_thickness_mm_{view}_{phase}": wall.thickness_mm for (view, phase), wall in walls.items()}
     for phase in PHASES:
-        found = [frames[view, phase].ventricle for view in VIEWS if (view, phase) in walls]
+        found = [ventricles[view, phase] for view in VIEWS if (view, phase) in walls]
         if len(found) < len(VIEWS):
             continue
-        length_mm = max(chamber.length_mm for chamber in found)
-        cavity_ml = disks_ml(*found, length_mm)
+        length_mm, cavity_ml = max(chamber.length_mm for chamber in found), volumes[f"{VOLUMES[phase]}_ase"]
         row[f"sphericity_{phase}"] = cavity_ml / (np.pi / 6 * length_mm**3 / 1000)
         outer = [walls[view, phase].epicardium for view in VIEWS]
         if phase == Phase.ED and all(outer):

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from heartseg.labels import ENDO, MYO, bounding_box
 from heartseg.metrics.regions import largest_component
-from heartseg.metrics.simpson import MIN_WALL_SHARE, Chamber, slice_chamber
+from heartseg.metrics.simpson import MIN_WALL_SHARE, Chamber, origin_mm, slice_chamber
 
 # Standard deviation of the smoothing, as a share of the square root of the cavity's area: 1.1 mm for 30 cm2.
 SMOOTHING = 0.02
@@ -90,11 +90,6 @@ def _first_run(values: np.ndarray, run: int) -> int | None:
 def length(line: np.ndarray) -> float:
     """Length of a line through points [N,2]."""
     return float(np.hypot(*np.diff(line, axis=0).T).sum())
-
-
-def origin_mm(box: tuple[slice, slice], spacing_mm: tuple[float, float]) -> np.ndarray:
-    """The place in mm of a box's first pixel."""
-    return np.array([line.start or 0 for line in box]) * spacing_mm
 
 
 def endocardium(mask: np.ndarray, spacing_mm: tuple[float, float], ventricle: Chamber) -> np.ndarray:

@@ -50,6 +50,11 @@ def _where(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(np.flatnonzero(region), region.shape[1])
 
 
+def origin_mm(box: tuple[slice, slice], spacing_mm: tuple[float, float]) -> np.ndarray:
+    """The place in mm of a box's first pixel."""
+    return np.array([line.start or 0 for line in box]) * spacing_mm
+
+
 def rim(part: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """Midpoints [N,2] in mm of the pixel edges around a part inside the array, and the label [N] on the other side of each."""
     points, across, most, later = [], [], slice(None, -1), slice(1, None)
@@ -133,7 +138,7 @@ def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
     """Measure a label map [H,W] with (depth, lateral) spacing: the largest part of cavity and atrium, the whole wall."""
     box = bounding_box(mask)
     labels, pixel_mm2 = np.pad(mask[box], 1), float(np.prod(spacing_mm))
-    origin_mm = (np.array([line.start or 0 for line in box]) - 1.0) * spacing_mm
+    origin = origin_mm(box, spacing_mm) - spacing_mm  # of the padded box
     ventricle, atrium = (largest_component(labels == label) for label in (ENDO, LA))
     labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is not a mitral plane
     atrium_pixels, pixels = np.count_nonzero(atrium), np.count_nonzero(ventricle)
@@ -142,10 +147,10 @@ def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
         return Frame(_too_small("ventricle", pixels), "no mitral plane", *areas_mm2)
     points, across = rim(ventricle, labels, spacing_mm)
     hinges = mitral_hinges(points, across, pixels * pixel_mm2)
-    chamber = slice_chamber(ventricle, points, hinges, spacing_mm).moved(origin_mm)
+    chamber = slice_chamber(ventricle, points, hinges, spacing_mm).moved(origin)
     if atrium_pixels < MIN_PIXELS:
         return Frame(chamber, _too_small("atrium", atrium_pixels), *areas_mm2)
-    roof = slice_chamber(atrium, rim(atrium, labels, spacing_mm)[0], hinges, spacing_mm).moved(origin_mm)
+    roof = slice_chamber(atrium, rim(atrium, labels, spacing_mm)[0], hinges, spacing_mm).moved(origin)
     return Frame(chamber, roof, *areas_mm2)
 
 

@@ -1,6 +1,5 @@
 """Volumes and EF from label maps: right on shapes with a closed form, and never a crash or a wrong number."""
 
-import itertools
 import math
 
 import numpy as np
@@ -14,6 +13,7 @@ from heartseg.inference.segmenter import largest_components
 from heartseg.labels import ENDO, LA, MYO, PHASES, VIEWS, Phase, View
 from heartseg.metrics import simpson
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
+from helpers.hearts import phantom_masks
 
 STILLS = [(view, phase) for view in VIEWS for phase in PHASES]
 RATIOS = ("ef_", "fac_", "endo_strain", "la_emptying")  # in percent: compared in points
@@ -36,12 +36,6 @@ def ellipsoid_mask(shape=(280, 180), spacing_mm=SPACING_MM, radius_mm=24.0, half
 
 def length_mm(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
     return simpson.measure(mask, spacing_mm).ventricle.length_mm
-
-
-def phantom_masks(number: int, scale: float = 1.0) -> dict:
-    scanners = {view: phantom.Scanner(number, 0, view, scale) for view in VIEWS}
-    moments = itertools.product(VIEWS, phantom.CONTRACTION.items())
-    return {(view, phase): (scanners[view].mask(moment), scanners[view].spacing_mm) for view, (phase, moment) in moments}
 
 
 @pytest.fixture(scope="module")

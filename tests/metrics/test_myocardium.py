@@ -1,7 +1,5 @@
 """Strain, excursion, thickness, mass and shape of hearts whose geometry is known in closed form."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,12 +11,7 @@ from heartseg.labels import MYO, VIEWS, Phase
 from heartseg.metrics.cardiac_indices import MUSCLE_G_PER_ML, STILLS, patient_indices
 from heartseg.metrics.myocardium import Grid, contour, length, measure_myocardium
 from heartseg.metrics.simpson import measure
-
-
-def masks_of(number: int, scale: float = 1.0) -> dict:
-    scanners = {view: phantom.Scanner(number, 0, view, scale) for view in VIEWS}
-    moments = itertools.product(VIEWS, phantom.CONTRACTION.items())
-    return {(view, phase): (scanners[view].mask(moment), scanners[view].spacing_mm) for view, (phase, moment) in moments}
+from helpers.hearts import phantom_masks
 
 
 def arc_mm(radius_mm: float, half_length_mm: float, truncation: float) -> float:
@@ -34,7 +27,7 @@ def hearts(number: int) -> dict[Phase, phantom.Geometry]:
 
 @pytest.mark.parametrize(("number", "scale"), [*((number, 1.0) for number in range(1, 9)), (1, 0.5), (2, 0.5)])
 def test_a_phantoms_strain_is_within_a_point_of_the_closed_form_and_its_excursion_within_a_millimetre(number, scale):
-    row, heart = patient_indices(masks_of(number, scale)), hearts(number)
+    row, heart = patient_indices(phantom_masks(number, scale)), hearts(number)
     for at, view in enumerate(VIEWS):
         before, after = (arc_mm(one.radii_mm[at], one.half_length_mm, one.truncation) for one in heart.values())
         assert row[f"endo_strain_{view}"] == pytest.approx(100 * (after / before - 1), abs=1.0)
@@ -45,7 +38,7 @@ def test_a_phantoms_strain_is_within_a_point_of_the_closed_form_and_its_excursio
 
 @pytest.mark.parametrize("number", range(1, 7))
 def test_a_phantoms_wall_mass_sphericity_and_area_change_are_those_of_its_geometry(number):
-    row, heart = patient_indices(masks_of(number)), hearts(number)
+    row, heart = patient_indices(phantom_masks(number)), hearts(number)
     ml = {phase: phantom.volume_ml(heart[Phase.ED], phase) for phase in heart}
     for phase, one in heart.items():
         sphere_ml = np.pi / 6 * one.length_mm**3 / 1000
@@ -77,7 +70,7 @@ def test_the_contour_of_a_circle_has_its_circumference_on_any_grid(radius, ratio
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_pixel_of_noise_along_every_border_moves_strain_by_less_than_two_points(seed):
-    masks, rng, noisy = masks_of(3), np.random.default_rng(seed), {}
+    masks, rng, noisy = phantom_masks(3), np.random.default_rng(seed), {}
     for still, (mask, spacing_mm) in masks.items():
         neighbours = np.stack([np.roll(mask, shift, axis) for axis in (0, 1) for shift in (-1, 1)])
         noisy[still] = np.take_along_axis(neighbours, rng.integers(4, size=(1, *mask.shape)), axis=0)[0], spacing_mm
@@ -87,7 +80,7 @@ def test_a_pixel_of_noise_along_every_border_moves_strain_by_less_than_two_point
 
 
 def test_without_a_wall_there_is_strain_and_no_thickness_and_on_different_grids_no_excursion():
-    masks = masks_of(2, 0.5)
+    masks = phantom_masks(2, 0.5)
     bare = {still: (np.where(mask == MYO, 0, mask).astype(np.uint8), spacing_mm) for still, (mask, spacing_mm) in masks.items()}
     row = patient_indices(bare)
     assert np.isfinite(row["endo_strain"]) and np.isnan(row["lv_mass_g"]) and np.isnan(row["wall_thickness_mm_4CH_ED"])
@@ -98,7 +91,7 @@ def test_without_a_wall_there_is_strain_and_no_thickness_and_on_different_grids_
 
 
 def test_the_epicardium_begins_at_the_cavitys_own_mitral_plane():
-    mask, spacing_mm = masks_of(4)[STILLS[0]]
+    mask, spacing_mm = phantom_masks(4)[STILLS[0]]
     ventricle = measure(mask, spacing_mm).ventricle
     found = measure_myocardium(mask, spacing_mm, ventricle)
     assert found.epicardium.hinges_mm == pytest.approx(ventricle.hinges_mm)

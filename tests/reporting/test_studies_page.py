@@ -25,7 +25,7 @@ def studies(tmp_path_factory):
     for clip in study_files.find_clips(tree):
         frames, masks = readers.read(clip.path, "nifti"), truth_of(clip)
         result = study_results.finish(out, clip, frames, masks, [1.0] * len(masks))
-        write_overlays(out, clip, frames, masks, {at: str(phase) for phase, (at, _) in result.phases.items()})
+        write_overlays(out, clip, frames, masks, result.marked)
         results.append(result)
     return out, study_results.by_patient(results)
 
