@@ -3,7 +3,7 @@
 import codecs
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -121,10 +121,10 @@ class CamusTree:
         """Each still or sequence that a patient should have; reading it adds each file's SHA-256 to `hashes`, by path."""
         if frames == "sequence":
             for view in VIEWS:
-                yield view, None, partial(read_half_sequence, self.path, patient, view, hashes)
+                yield view, None, partial(read_half_sequence, self.path, patient, view, hashes, files)
         else:
             for still in stills_of():
-                yield *still, lambda still=still: [read_still(self.path, patient, *still, hashes)]
+                yield *still, lambda still=still: [read_still(self.path, patient, *still, hashes, files)]
 
 
 def find_patients(source: str) -> list[str]:
@@ -141,19 +141,28 @@ def recording_path(source: str, patient: str, view: View, phase: Phase | str, su
     return filesystem.join(source, IMAGES_FOLDER, patient, f"{patient}_{view}_{phase}{suffix}.nii.gz")
 
 
-def read_still(source: str, patient: str, view: View, phase: Phase, hashes: dict[str, str] | None = None) -> Recording:
-    """One ED or ES image with its mask and cfg; raises DamagedRecording. Adds each file's SHA-256 to `hashes`, by path."""
+def read_still(
+    source: str, patient: str, view: View, phase: Phase,
+    hashes: dict[str, str] | None = None, names: Collection[str] | None = None,
+) -> Recording:  # fmt: skip
+    """One ED or ES image with its mask and cfg; raises DamagedRecording. Adds each file's SHA-256 to `hashes`, by path.
+
+    `names` are those of the patient's files, if they are known.
+    """
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
-    (pixels,) = read_pair(*paths, "stills", hashes)
-    info = read_info(source, patient, view, hashes)
+    (pixels,) = read_pair(*paths, "stills", hashes, names)
+    info = read_info(source, patient, view, hashes, names)
     frame = getattr(info, phase.lower()) if info else None
     return Recording(patient, view, phase, frame, **pixels, info=info)
 
 
-def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, str] | None = None) -> list[dict]:
+def read_pair(
+    image_path: str, mask_path: str, frames: str,
+    hashes: dict[str, str] | None = None, names: Collection[str] | None = None,
+) -> list[dict]:  # fmt: skip
     """The fields of `Recording` that an image file and its mask file hold, frame by frame; raises DamagedRecording."""
-    values, spacing_mm, place = read_nifti(image_path, hashes)
-    masks, *_ = read_nifti(mask_path, hashes, place)
+    values, spacing_mm, place = read_nifti(image_path, hashes, None, names)
+    masks, *_ = read_nifti(mask_path, hashes, place, names)
     if frames == "stills" and len(values) > 1:
         raise DamagedRecording(f"a still must be one frame, but this has {len(values)}", image_path)
     if masks.shape != values.shape:
@@ -166,11 +175,13 @@ def read_pair(image_path: str, mask_path: str, frames: str, hashes: dict[str, st
     return [{"image": image, "mask": mask} | shared for image, mask in zip(images, as_labels(masks, mask_path), strict=True)]
 
 
-def read_half_sequence(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> list[Recording]:
+def read_half_sequence(
+    source: str, patient: str, view: View, hashes: dict[str, str] | None = None, names: Collection[str] | None = None
+) -> list[Recording]:
     """All frames of half a beat, numbered from 1 at ED even if the file starts at ES; raises DamagedRecording."""
     paths = [recording_path(source, patient, view, HALF_SEQUENCE, suffix) for suffix in ("", "_gt")]
-    frames = read_pair(*paths, "sequence", hashes)
-    info = read_info(source, patient, view, hashes)
+    frames = read_pair(*paths, "sequence", hashes, names)
+    info = read_info(source, patient, view, hashes, names)
     ed, es = phase_frames([frame["mask"] for frame in frames], info)
     if ed is not None and ed > es:
         ed, es = len(frames) + 1 - ed, len(frames) + 1 - es
@@ -192,10 +203,12 @@ def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None
     return (1, last) if first_area > last_area else (last, 1)
 
 
-def read_info(source: str, patient: str, view: View, hashes: dict[str, str] | None = None) -> Info | None:
+def read_info(
+    source: str, patient: str, view: View, hashes: dict[str, str] | None = None, names: Collection[str] | None = None
+) -> Info | None:
     """Read `Info_2CH.cfg` or `Info_4CH.cfg`; None if the file does not exist. Unknown lines are ignored."""
-    path = find_file(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"))
-    if not filesystem.exists(path):
+    path = find_file(filesystem.join(source, IMAGES_FOLDER, patient, f"Info_{view}.cfg"), names)
+    if (names is not None and filesystem.last_part(path) not in names) or not filesystem.exists(path):
         return None
     try:
         # Keys and numbers are ASCII, so a remark in another encoding is harmless.

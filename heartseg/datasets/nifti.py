@@ -6,6 +6,7 @@ The only file that imports nibabel. On disk, axis 0 of an array is lateral and a
 import gzip
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import nibabel
@@ -64,10 +65,10 @@ class Place:
 
 
 def read_nifti(
-    path: str, hashes: dict[str, str] | None = None, onto: Place | None = None
+    path: str, hashes: dict[str, str] | None = None, onto: Place | None = None, names: Collection[str] | None = None
 ) -> tuple[np.ndarray, tuple[float, float], Place]:
     """Decode the file that `find_file` finds and add its SHA-256 to `hashes`; raises DamagedRecording."""
-    path = find_file(path)
+    path = find_file(path, names)
     raw = read_source(path, hashes)
     try:
         return decode_nifti(raw, onto)
@@ -75,11 +76,14 @@ def read_nifti(
         raise DamagedRecording(f"is not a readable NIfTI: {str(error) or type(error).__name__}", path) from error
 
 
-def find_file(path: str) -> str:
-    """The file of this name; otherwise one whose name differs in case (`.NII.GZ`) or lacks `.gz`."""
-    if not filesystem.exists(path):
-        folder, _, name = path.rpartition("/")
-        others = [other for other in filesystem.list_names(folder) if other != name]  # not a dead link
+def find_file(path: str, names: Collection[str] | None = None) -> str:
+    """The file of this name; otherwise one whose name differs in case (`.NII.GZ`) or lacks `.gz`.
+
+    `names` are those of its folder, if they are known: asking storage for each file would take a tenth of a still's time.
+    """
+    folder, _, name = path.rpartition("/")
+    if not (filesystem.exists(path) if names is None else name in names):
+        others = [other for other in names or filesystem.list_names(folder) if other != name]  # not a dead link
         for wanted in (name.lower(), name.lower().removesuffix(".gz")):
             for found in (other for other in others if other.lower() == wanted):
                 return filesystem.join(folder, found)
@@ -128,11 +132,16 @@ def find_place(header: nibabel.Nifti1Header, onto: Place | None = None) -> Place
     if not 0 < header["sform_code"] <= MAX_FORM_CODE:  # slow, so only if needed
         header.check_fix()
     affine = header.get_best_affine()
-    along = np.abs(affine[:3, :3]).argmax(axis=0)  # the world's axis that each array axis runs along
-    if onto.axes[0] < onto.axes[1] if onto else depth < 3 and along[depth] == 0 and along[lateral] != 0:
+    is_swapped = depth < 3 and _runs_along_x(affine, depth) and not _runs_along_x(affine, lateral)
+    if onto.axes[0] < onto.axes[1] if onto else is_swapped:
         lateral, depth = depth, lateral
     used = (*wide[2:], depth, lateral)
     return Place(header, affine, used + tuple(axis for axis in range(len(shape)) if axis not in used), (depth, lateral))
+
+
+def _runs_along_x(affine: np.ndarray, axis: int) -> bool:
+    """True if an axis of the array runs along the world's x more than along the others."""
+    return np.abs(affine[:3, axis]).argmax() == 0
 
 
 def read_place(path: str) -> Place | None:
@@ -147,7 +156,7 @@ def read_place(path: str) -> Place | None:
 
 def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
     """Masks [T,H,W] turned onto their image by the two affines; raises ValueError if both are real and disagree on position."""
-    is_same = place.axes == onto.axes and np.array_equal(place.affine, onto.affine)
+    is_same = place.axes == onto.axes and (place.affine == onto.affine).all()
     if is_same or not (place.has_affine() and onto.has_affine()):
         return masks
     (ours, our_ends), (theirs, their_ends) = place.plane(), onto.plane()

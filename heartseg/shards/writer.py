@@ -139,22 +139,23 @@ def read_patient(
         try:
             for recording in read():
                 rows.append(make_row(recording, image))
-                levels[grey.describe(recording.grey)] += 1
+                levels[recording.grey] += 1
         except DamagedRecording as error:
             file = path_below(source.path, error.file)
             damaged.append({"patient": patient, "view": view, "phase": phase, "file": file, "reason": error.reason})
     by_file = {path_below(source.path, path): digest for path, digest in hashes.items()}
-    used = set(map(filesystem.last_part, by_file)) | {stem_of(entry["file"]) for entry in damaged}
+    read_files, damaged_stems = set(map(filesystem.last_part, by_file)), {stem_of(entry["file"]) for entry in damaged}
+    unread = (file for file in files if filesystem.last_part(file) not in read_files)
     record = {
         "rows": len(rows),
         "recordings": recordings,
         "sha256": filesystem.sha256(canonical(by_file)),
         # The values that balance the groups, so that a split needs no rows.
         "ef": next((row["ef"] for row in rows if row["ef"] is not None), None),
-        "grey_levels": levels,
+        "grey_levels": {grey.describe(found): count for found, count in levels.items()},
         "quality": {row["view"]: row["quality"] for row in rows if row["quality"]},
         # Neither read nor in quarantine: other frames, or another name.
-        "ignored": [file for file in files if used.isdisjoint([filesystem.last_part(file), stem_of(file)])],
+        "ignored": [file for file in unread if stem_of(file) not in damaged_stems],
         "intensity_sums": [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)],
     }
     return rows, record, damaged
