@@ -55,6 +55,7 @@ MISTAKES = (
     (r".* -{3,} (.*?)\.? -{3,} .*", r"\1; --help lists all flags."),
 )
 ALIKE = 0.7  # of 0 to 1: flags that share no word must be as similar as --dta and --data
+MOST_SUGGESTIONS = 4
 EXIT_USER_ERROR = 2
 # EX_TEMPFAIL of sysexits.h: the storage does not answer, and another attempt may help.
 EXIT_STORAGE_ERROR = 75
@@ -228,7 +229,7 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | No
 
 
 def similar_flag(wrong: str, help_text: str) -> str:
-    """The end of the message about an unknown flag: the one that shares the most words with its last part, if any does."""
+    """The end of the message about an unknown flag: those that share the most words with its last part, if any do."""
 
     def words(flag: str) -> list[str]:
         return re.split(r"[-._=]+", flag.strip("-"))
@@ -238,10 +239,14 @@ def similar_flag(wrong: str, help_text: str) -> str:
         shared = len(set(words(last)) & set(words(flag)))
         return shared, difflib.SequenceMatcher(None, last, flag.rpartition(".")[2].strip("-")).ratio()
 
-    flags = set(re.findall(r"--[a-z][\w.-]*", help_text))
-    nearest = max(sorted(flags), key=likeness)
-    is_near = likeness(nearest) >= (0, ALIKE)
-    return f": did you mean {nearest}?" if is_near else "; --help lists all flags."
+    found = {flag: likeness(flag) for flag in sorted(set(re.findall(r"--[a-z][\w.-]*", help_text)))}
+    nearest, (shared, ratio) = max(found.items(), key=lambda item: item[1])
+    if (shared, ratio) < (0, ALIKE):
+        return "; --help lists all flags."
+    # One shared word, such as the size of an image or of a batch, does not decide which flag was meant.
+    rivals = [flag for flag, each in found.items() if each[0] == shared > 0 and (each[1] == 1 or ratio < 1)]
+    names = sorted(rivals or [nearest], key=found.get, reverse=True)[:MOST_SUGGESTIONS]
+    return f": did you mean {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}?"
 
 
 def as_flags(values: dict, prefix: str = "--") -> list[str]:
