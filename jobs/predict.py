@@ -25,7 +25,7 @@ from heartseg.inference import study_files, study_results
 from heartseg.inference.batch_inference import outline
 from heartseg.inference.segmenter import Ensemble, Segmenter, load_all
 from heartseg.labels import PHASES, Phase, View
-from heartseg.metrics import ed_es_detection
+from heartseg.metrics import ed_es_detection, ef_intervals
 from heartseg.reporting import plots, studies_page
 from heartseg.reporting.overlays import write_overlays
 from heartseg.storage import filesystem, locks
@@ -63,6 +63,8 @@ class Options:
     """studies.html: a table of studies, their pictures with the disks that were measured, and their numbers."""
     which: Literal["last", "best"] = "last"
     """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
+    calibration: str = ""
+    """Evaluation of this model on patients it has not seen (RUN/evaluation-val), or a pooled one: gives EF 80 % intervals."""
     key: str = ""
     """CSV file for the names given to files, written only on request: DICOM paths may name patients."""
     batch_size: int = 8
@@ -85,12 +87,35 @@ def run(options: Options) -> str:
     clips = study_files.find_clips(source, options.view and View(options.view), options.phase and Phase(options.phase))
     study_files.check_out(out, source, clips)
     segmenter = load_all(paths, options.which, None if options.device == "auto" else options.device)
+    evaluation = command_line.absolute(options.calibration, "calibration") if options.calibration else ""
+    calibrations = read_calibrations(evaluation, segmenter, options.post) if evaluation else {}
     with locks.lock(out):
-        outline_all(options, segmenter, clips, out)
+        outline_all(options, segmenter, clips, out, calibrations)
     return out
 
 
-def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str) -> None:
+def read_calibrations(path: str, segmenter: Segmenter | Ensemble, post: PredictConfig) -> dict[str, dict]:
+    """The calibrations of EF intervals in an evaluation; raises UserError if they are not for this model and `post`."""
+    from heartseg.evaluation.scoring import SUMMARY  # imports pandas, which predictions without intervals do not need
+
+    summary, fix = filesystem.read_json(filesystem.join(path, SUMMARY)), "evaluate this model on patients it has not seen."
+    found = summary.get("clinical", {}).get("ef_intervals")
+    require(summary.get("group") != "train", f"--calibration {path} scores the patients that the model was trained on: {fix}")
+    is_pooled = summary.get("group") == "out-of-fold"  # other models of the same recipe
+    hashes = {one.card["weights_sha256"] for one in segmenter.members}
+    require(is_pooled or {*summary.get("weights_sha256", ())} == hashes, f"--calibration {path} scores another model: {fix}")
+    is_alike = summary.get("post") == to_json(post)
+    require(
+        is_alike, f"--calibration {path} was postprocessed differently: evaluate with --tta and the other flags given here."
+    )
+    fix = f"evaluate again, with at least {ef_intervals.MIN_PATIENTS} patients that have an EF."
+    require(bool(found and found.get("ef_ase")), f"--calibration {path} has no intervals of EF: {fix}")
+    return found
+
+
+def outline_all(
+    options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str, calibrations: dict[str, dict]
+) -> None:
     """Write each clip's masks and pictures, then the tables of all clips."""
     done, damaged, without_picture, without_overlay = [], [], [], []
     if others := study_files.clear(out, clips):
@@ -124,7 +149,7 @@ def outline_all(options: Options, segmenter: Segmenter | Ensemble, clips: list[s
     if not done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
         raise UserError(f"No file could be read ({counted(len(clips), 'file')}); first: {first}.")
-    rows = [study_results.study_row(patient, found) for patient, found in study_results.by_patient(done).items()]
+    rows = [study_results.study_row(*found, calibrations) for found in study_results.by_patient(done).items()]
     weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
     record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in done]}

@@ -21,7 +21,7 @@ def pool(evaluations: list[str], out: str) -> dict:
     summary = scoring.summarise(image_rows, patient_rows, missing)
     summary |= {
         "group": "out-of-fold", "dataset": summaries[0]["dataset"], "evaluations": evaluations,
-        "predictions": _who_predicted(summaries), "truth": "the evaluations' own",
+        "predictions": _who_predicted(summaries), "post": summaries[0].get("post"), "truth": "the evaluations' own",
         "seconds": sum(each["seconds"] for each in summaries),
     }  # fmt: skip
     starts = np.cumsum([0, *(len(rows) for rows in images)])

@@ -18,6 +18,7 @@ from heartseg.labels import EF_CLASSES, LOW_CAVITY_DICE, MAX_EF_ERROR
 from heartseg.metrics.agreement import agree, auc, ef_confusion, mean_interval
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, patient_indices
+from heartseg.metrics.ef_intervals import COVERAGE, EFS, calibrate
 from heartseg.metrics.segmentation import DISTANCES, SCORES, confusion, image_scores, surface_distances
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
@@ -209,10 +210,16 @@ def clinical_agreement(patients: pandas.DataFrame) -> dict:
     reasons = patients["reason_prediction"].replace("", np.nan).dropna()
     return {
         "agreement": found,
+        "ef_intervals": {"coverage": COVERAGE} | {name: _calibrate(patients, name) for name in EFS},
         "ef_classes": {"names": list(EF_CLASSES), "counts": classes.tolist(), "convention": "camus"},
         "reference": {name: _against_reference(mine, name) for name, mine in patients.groupby("ef_convention", sort=False)},
         "incomplete": dict(zip(patients.loc[reasons.index, "patient"], reasons, strict=True)),
     }
+
+
+def _calibrate(patients: pandas.DataFrame, name: str) -> dict[str, float] | None:
+    apart = (patients["ef_4ch_ase_prediction"] - patients["ef_2ch_ase_prediction"]).abs()
+    return calibrate(patients[f"{name}_prediction"], patients[f"{name}_truth"], apart)
 
 
 def _against_reference(patients: pandas.DataFrame, convention: str) -> dict[str, dict]:

@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from heartseg.inference import study_files
 from heartseg.inference.segmenter import REVIEW_THRESHOLD
 from heartseg.inference.study_files import Clip
 from heartseg.labels import BACKGROUND, CLASS_COLOURS, CLASS_TITLES, PHASES, VIEWS, Phase
-from heartseg.metrics import ed_es_detection
+from heartseg.metrics import ed_es_detection, ef_intervals
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
 from heartseg.storage import filesystem
@@ -25,6 +25,7 @@ USUAL_DEPTH_MM = 145.0  # of apical views: assumed by the anatomical checks for 
 INTENDED_USE = "research use only, not a medical device"
 # The first columns of ef.csv; the other indices follow.
 FIRST = ("patient", "ef_ase", "edv_ml_ase", "esv_ml_ase", "ef_camus", "edv_ml_camus", "esv_ml_camus")
+FIRST += tuple(f"{ef}_{end}" for ef in ef_intervals.EFS for end in ("low", "high"))
 FIRST += ("ef_4ch_ase", "ef_2ch_ase", "from_4CH", "from_2CH", "doubts", "confidence", "reason")
 # Characters in a cell of ef.csv, and in a terminal line besides the name; studies.json has the full text.
 MAX_TEXT, MORE = 200, " … (more in studies.json)"
@@ -108,8 +109,11 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - len(MORE)].rsplit(" ", 1)[0].rstrip(" ;,") + MORE
 
 
-def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
-    """A patient's indices: for each view from its two stills, otherwise from the first sequence that shows ED and ES."""
+def study_row(patient: str, results: Sequence[ClipResult], calibrations: Mapping[str, dict | None] | None = None) -> dict:
+    """A patient's indices: for each view from its two stills, otherwise from the first sequence that shows ED and ES.
+
+    With `calibrations` of `ef_intervals`, by EF, the biplane EFs have an interval.
+    """
     stills, masks, sources, reasons = defaultdict(list), {}, {}, []
     for r in results:
         for phase in r.phases if r.frames == 1 else ():
@@ -139,7 +143,7 @@ def study_row(patient: str, results: Sequence[ClipResult]) -> dict:
     (doubts if math.isfinite(row["ef_ase"]) else reasons).extend({r.clip.remark for r in results} - {""})
     row["reason"], row["doubts"] = "; ".join(reasons), "; ".join(doubts)
     row["confidence"] = min((r.confidence for r in results), default=float("nan"))
-    return {"patient": patient} | sources | row
+    return {"patient": patient} | sources | row | ef_intervals.intervals(row, calibrations or {})
 
 
 def _views_apart(row: dict) -> list[str]:
@@ -210,8 +214,15 @@ def headline(row: dict) -> str:
             volumes = [row[f"{name}_ml_{method}"] for name in ("edv", "esv")]
             known = f"   EDV {volumes[0]:.0f} ml, ESV {volumes[1]:.0f} ml" if all(map(math.isfinite, volumes)) else ""
             doubt = "".join(f"   {doubt}" for doubt in _views_apart(row))
-            return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({title}){known}{doubt}"
+            interval = show_interval(row, f"ef_{method}")
+            return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} %{interval and f' ({interval})'} ({title}){known}{doubt}"
     return f"{row['patient']}   no EF: {shorten(row['reason'])}"
+
+
+def show_interval(row: Mapping, name: str) -> str:
+    """The prediction interval of an EF, such as `47 to 61`; empty without one."""
+    low, high = (row.get(f"{name}_{end}", math.nan) for end in ("low", "high"))
+    return f"{low:.0f} to {high:.0f}" if math.isfinite(low) else ""
 
 
 def _cell(value):

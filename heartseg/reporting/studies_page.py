@@ -71,9 +71,9 @@ def describe_study(out: str, name: str, row: Mapping, results: Sequence[ClipResu
     """A study for the template: its measures as text, its doubts in words, its figures and films."""
     measures = []
     for title, unit, digits, columns, normal in MEASURES:
-        value = next((row[column] for column in columns if math.isfinite(row[column])), math.nan)
-        text = pages.show_number(value, digits)
-        measures.append({"title": title, "unit": unit, "text": text, "value": value, "normal": normal})
+        known = next((column for column in columns if math.isfinite(row[column])), columns[0])
+        texts = {"text": pages.show_number(row[known], digits), "interval": study_results.show_interval(row, known)}
+        measures.append({"title": title, "unit": unit, "value": row[known], "normal": normal} | texts)
     methods = zip(MEASURES[0][3], ("biplane, ase", "4CH alone, ase", "2CH alone, ase"), strict=True)
     method = next((title for column, title in methods if math.isfinite(row[column])), "")
     figures = [found for result in results for found in describe_figures(out, result)]

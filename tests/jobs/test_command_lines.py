@@ -50,7 +50,11 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
         (train.job, ["quick", "--bogus", "3"], "--bogus is not a flag of this command; --help lists all flags."),
         (train.job, ["quick", "--optm.lr", "3"], "--optm.lr is not a flag of this command: did you mean --optim.lr?"),
         (train.job, ["quick", "--epochs", "3"], "--epochs is not a flag of this command: did you mean --train.epochs?"),
-        (train.job, ["quick", "--seed", "1"], "--seed is not a flag of this command: did you mean --split.seed or --train.seed?"),
+        (
+            train.job,
+            ["quick", "--seed", "1"],
+            "--seed is not a flag of this command: did you mean --split.seed or --train.seed?",
+        ),
         (train.job, ["quick", "--gpu", "1"], "--gpu is not a flag of this command; --help lists all flags."),
         (train.job, ["quick", "--train.epochs"], "--train.epochs needs a value"),
         (train.job, [], "--data is missing"),

@@ -218,6 +218,30 @@ def test_a_mistake_is_a_one_line_error(changed, message, trained, tree, tmp_path
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_intervals_need_an_evaluation_of_this_model_with_the_same_postprocessing_on_unseen_patients(trained, phantom, tmp_path):
+    weights = [checkpoint.last(trained).card["weights_sha256"]]
+    known = {"ef_ase": {"base": 1.0, "slope": 0.0, "factor": 5.0}, "ef_camus": None}
+    summary = {"group": "val", "weights_sha256": weights, "post": to_json(NO_POSTPROCESSING)}
+    summary |= {"clinical": {"ef_intervals": known}}
+
+    def predict_with(**changes) -> str:
+        filesystem.publish_json(str(tmp_path / "scores" / "summary.json"), summary | changes)
+        return run(trained, f"{phantom}/database_nifti/patient0008", tmp_path / "out", calibration=str(tmp_path / "scores"))
+
+    for changes, message in (
+        ({"group": "train"}, "that the model was trained on: evaluate this model"),
+        ({"weights_sha256": ["0" * 64]}, "scores another model"),
+        ({"post": summary["post"] | {"tta": True}}, "was postprocessed differently"),
+        ({"clinical": {}}, "has no intervals of EF: evaluate again"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict_with(**changes)
+    for changes in ({}, {"group": "out-of-fold", "weights_sha256": []}):
+        (row,) = json.loads(Path(predict_with(**changes), "studies.json").read_bytes())["patients"]
+        assert [row["ef_ase_low"], row["ef_ase_high"]] == pytest.approx([row["ef_ase"] - 5, row["ef_ase"] + 5])
+        assert row["ef_camus"] and row["ef_camus_low"] is None
+
+
 def test_no_identifier_of_a_dicom_reaches_a_name_a_file_or_the_terminal(trained, tmp_path):
     secrets = {
         "PatientName": "DOE^JANE", "PatientID": "MRN778899", "PatientBirthDate": "19510203", "InstitutionName": "Stmarys",

@@ -48,6 +48,19 @@ def test_every_study_is_in_the_table_and_below_with_its_ef_its_four_stills_and_t
     assert page.count("esearch use only, not a medical device") >= 2 + len(rows)
 
 
+def test_an_interval_of_ef_is_in_the_table_in_the_study_and_in_the_line_of_the_terminal(studies):
+    out, results = studies
+    calibration = {"base": 4.0, "slope": 0.0, "factor": 1.5}
+    rows = [study_results.study_row(patient, found, {"ef_ase": calibration}) for patient, found in results.items()]
+    with open(studies_page.write_page(out, rows, results)) as page:
+        text = page.read()
+    for row in rows:
+        interval = f"{row['ef_ase'] - 6:.0f} to {row['ef_ase'] + 6:.0f}"
+        assert text.count(f"({interval})") == 2 and f"EF {row['ef_ase']:.0f} %, {interval} (biplane, ase)" in text
+        assert f"EF {row['ef_ase']:.0f} % ({interval}) (biplane, ase)" in study_results.headline(row)
+    assert "In brackets: the interval" in text and "In brackets" not in write(studies)[0]
+
+
 def test_the_disks_lie_on_the_cavity(studies):
     _, results = studies
     result = next(one for found in results.values() for one in found if one.frames == 1)
