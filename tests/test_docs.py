@@ -184,7 +184,8 @@ def test_the_columns_of_a_sweep_and_the_record_of_a_sequence_are_described(shard
     mask = np.ones((4, 4), np.uint8)
     phases = {Phase.ED: (0, mask), Phase.ES: (2, mask)}
     clip = Clip("x.avi", "video", "x", "x", View.FOUR_CHAMBER, None, "x")
-    record = clip_record(ClipResult(clip, 3, (1.0, 1.0), phases, np.array([3.0, 2.0, 1.0]), (), (), 0.9))
+    curves = [np.array([3.0, 2.0, 1.0]), np.array([30.0, 20.0, 10.0]), np.array([0.0, -9.0, -18.0])]
+    record = clip_record(ClipResult(clip, 3, (1.0, 1.0), phases, curves[0], (), (), 0.9, *curves[1:], frame_ms=20.0))
     assert {"ed_frame", "volumes_ml"} <= record.keys() and not undescribed(record)
 
 

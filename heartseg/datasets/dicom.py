@@ -56,7 +56,8 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     # was cropped later: the region may be elsewhere then.
     may_show_text = is_whole or is_cropped or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
     box = None if is_whole else (top, left, rows, columns)
-    return Frames(pixels, spacing_mm, box=box, notes=notes, grey=grey, may_show_text=may_show_text)
+    frame_ms = float(dataset.get("FrameTime") or 0)
+    return Frames(pixels, spacing_mm, box=box, notes=notes, grey=grey, may_show_text=may_show_text, frame_ms=frame_ms)
 
 
 def check_is_loop(dataset) -> None:

@@ -26,6 +26,7 @@ GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
 START_BYTES = 2048  # of a gzip file, which hold the header
 MAX_FORM_CODE = 5  # of the kinds of affine that NIfTI names
+UNITS_MS = {8: 1000.0, 16: 1.0, 24: 0.001}
 UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
 
 
@@ -230,6 +231,12 @@ def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[f
     if not all(0 < size < math.inf for size in sizes):
         raise ValueError(f"the pixel spacing {sizes} is not positive")
     return tuple(sizes)
+
+
+def read_frame_ms(place: Place) -> float | None:
+    """The time from frame to frame of a sequence, if the header names its unit."""
+    unit_ms = UNITS_MS.get(int(place.header["xyzt_units"]) & 56)
+    return unit_ms and abs(float(place.header.get_zooms()[place.order[0]])) * unit_ms
 
 
 def write_frames(path: str, masks: np.ndarray, place: Place) -> None:

@@ -28,6 +28,7 @@ PACKAGES = {"dicom": "pydicom", "video": "av"}
 MAX_PIXELS = 2**31  # per file: two minutes of a large video; more is a whole examination, or a damaged header
 MAX_FILE_BYTES = 2**33
 PLAUSIBLE_DEPTH_MM = (30, 400)  # a spacing that gives another was not measured (1 mm is what headers hold by default)
+FRAME_MS = (1, 200)  # of an echocardiogram; many headers claim a second per frame
 NO_PICTURE = "it holds no picture: reports and measurements have none"
 # The first element of a DICOM without preamble is of group 2 or 8, with its type or the length of its value behind it.
 BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)", re.DOTALL)
@@ -38,7 +39,8 @@ class Frames:
     """The frames of a file: uint8 [T,H,W], upright (row = depth), and (depth, lateral) `spacing_mm` or None.
 
     `box` is (top, left, height, width): the frames were cropped at (top, left) from whole pictures of that height and width.
-    `flips` are the axes that were reversed, `grey` is the range scaled to 0 to 255, `may_show_text` warns of burned-in names.
+    `flips` are the axes that were reversed, `grey` is the range scaled to 0 to 255, `may_show_text` warns of burned-in names,
+    `frame_ms` is the time from frame to frame, if the file records it; a video records only how fast it plays.
     """
 
     pixels: np.ndarray
@@ -49,6 +51,7 @@ class Frames:
     grey: tuple[int, int] = BYTE
     notes: tuple[str, ...] = ()
     may_show_text: bool = False
+    frame_ms: float | None = None
 
 
 def kind_of(path: str) -> str | None:
@@ -97,9 +100,10 @@ def read(
         raise DamagedRecording("is empty: all its pixels have the same value", path)
     notes, scaled = found.notes, "grey levels {} to {} were scaled to 0 to 255".format(*found.grey)
     notes += (scaled,) if found.grey != BYTE else ()
+    lasts = found.frame_ms if found.frame_ms and FRAME_MS[0] <= found.frame_ms <= FRAME_MS[1] else None
     own_mm, doubt = plausible_spacing(found.spacing_mm, found.pixels.shape[1])
     upright = np.require(np.flip(found.pixels, flips), requirements="CW")
-    return replace(found, pixels=upright, flips=flips, spacing_mm=own_mm or spacing_mm, notes=notes + doubt)
+    return replace(found, pixels=upright, flips=flips, spacing_mm=own_mm or spacing_mm, notes=notes + doubt, frame_ms=lasts)
 
 
 def plausible_spacing(spacing_mm: Spacing | None, rows: int) -> tuple[Spacing | None, tuple[str, ...]]:
@@ -128,7 +132,7 @@ def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:
     values, spacing_mm, place = nifti.decode_nifti(raw) if kind == "nifti" else (decode_png(raw), None, None)
     pixels, grey = as_grey(values)
     admit_pixels(pixels.size)
-    return Frames(pixels, spacing_mm, place, grey=grey)
+    return Frames(pixels, spacing_mm, place, grey=grey, frame_ms=place and nifti.read_frame_ms(place))
 
 
 def decode_png(raw: bytes) -> np.ndarray:

@@ -18,7 +18,7 @@ from heartseg.inference.study_files import Clip
 from heartseg.labels import BACKGROUND, CLASS_COLOURS, CLASS_TITLES, PHASES, VIEWS, Phase
 from heartseg.metrics import ed_es_detection, ef_intervals
 from heartseg.metrics.anatomy_checks import implausibilities
-from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
+from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_measures, patient_indices
 from heartseg.storage import filesystem
 
 USUAL_DEPTH_MM = 145.0  # of apical views: assumed by the anatomical checks for a file without a scale
@@ -37,8 +37,8 @@ MOST_APART = 20.0  # points of EF between two views of one heart
 class ClipResult:
     """A clip's results after its files are written; `doubts` and the lowest `confidence` refer to the measured masks.
 
-    `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES, if known. `volumes_ml` [T] is a sequence's
-    single-plane curve, without a unit if there is no `spacing_mm`.
+    `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES, if known. A sequence has curves [T]: `volumes_ml`
+    (single-plane) and `areas_cm2` of the cavity, without units unless `spacing_mm`, and with a beat `strain` in percent.
     """
 
     clip: Clip
@@ -49,6 +49,9 @@ class ClipResult:
     notes: tuple[str, ...]
     doubts: tuple[str, ...]
     confidence: float
+    areas_cm2: np.ndarray | None = None
+    strain: np.ndarray | None = None
+    frame_ms: float | None = None
 
     @property
     def marked(self) -> dict[int, str]:
@@ -63,22 +66,35 @@ class ClipResult:
         edv, esv = (self.volumes_ml[self.phases[phase][0]] for phase in (Phase.ED, Phase.ES))
         return ejection_fraction(edv, esv)
 
+    @property
+    def peak_strain(self) -> dict[str, float | int]:
+        """The strongest shortening of a sequence, its frame (from 1) and, if frames have a duration, its time after ED."""
+        if self.strain is None or np.isnan(self.strain).all():
+            return {}
+        at = int(np.nanargmin(self.strain))
+        found = {"peak_strain": float(self.strain[at]), "peak_strain_frame": at + 1}
+        after_ed = at - self.phases[Phase.ED][0]
+        return found | ({"peak_strain_ms": after_ed * self.frame_ms} if self.frame_ms and after_ed > 0 else {})
+
 
 def finish(out: str, clip: Clip, frames: Frames, masks: np.ndarray, confidences: Sequence[float]) -> ClipResult:
     """Write a clip's masks, and measure them."""
     study_files.write_masks(study_files.output(out, clip, "_pred.nii.gz"), masks, frames)
-    return measure_clip(clip, masks, frames.spacing_mm, frames.notes, confidences)
+    return measure_clip(clip, masks, frames.spacing_mm, frames.notes, confidences, frames.frame_ms)
 
 
 def measure_clip(
-    clip: Clip, masks: np.ndarray, known_mm: tuple[float, float] | None, notes: tuple[str, ...], confidences: Sequence[float]
-) -> ClipResult:
+    clip: Clip, masks: np.ndarray, known_mm: tuple[float, float] | None, notes: tuple[str, ...],
+    confidences: Sequence[float], frame_ms: float | None = None,
+) -> ClipResult:  # fmt: skip
     """Find the ED and ES of a sequence, and what to doubt in the measured masks uint8 [T,H,W]; `known_mm` is their spacing."""
-    phases, volumes_ml = {}, None
+    phases, volumes_ml, areas_cm2, strain = {}, None, None, None
     if len(masks) > 1:
-        volumes_ml = np.array([frame_volume_ml(mask, known_mm or (1.0, 1.0)) for mask in masks])
+        measures = np.array([frame_measures(mask, known_mm or (1.0, 1.0)) for mask in masks])
+        volumes_ml, areas_cm2, lengths_mm = measures.T
         found = ed_es_detection.find_ed_es(volumes_ml) or ()
         phases = {phase: (at, masks[at]) for phase, at in zip((Phase.ED, Phase.ES), found, strict=False)}
+        strain = ed_es_detection.strain_curve(lengths_mm, volumes_ml, found[0]) if found else None
     elif clip.phase:
         phases = {clip.phase: (0, masks[0])}
     spacing_mm = known_mm or (USUAL_DEPTH_MM / masks.shape[1],) * 2
@@ -94,7 +110,8 @@ def measure_clip(
     confidence = min(confidences[at] for at in measured)
     if confidence < REVIEW_THRESHOLD:
         doubts.append(f"{UNSURE} (confidence {confidence:.2f})")
-    return ClipResult(clip, len(masks), known_mm, phases, volumes_ml, notes, tuple(doubts), confidence)
+    curves = (areas_cm2, strain, frame_ms)
+    return ClipResult(clip, len(masks), known_mm, phases, volumes_ml, notes, tuple(doubts), confidence, *curves)
 
 
 def ranges(frames: Sequence[int]) -> str:
@@ -166,8 +183,9 @@ def clip_record(result: ClipResult) -> dict:
         record |= {f"{phase.lower()}_frame": at + 1 for phase, (at, _) in result.phases.items()}
         record["implausible_frames"] = (np.flatnonzero(np.isnan(ed_es_detection.plausible(result.volumes_ml))) + 1).tolist()
         record["ef_single_plane"] = none_if_nan(result.ef_single_plane)
-        if result.spacing_mm:
-            record["volumes_ml"] = [none_if_nan(value) for value in result.volumes_ml]
+        curves = {"volumes_ml": result.volumes_ml, "areas_cm2": result.areas_cm2} if result.spacing_mm else {}
+        curves |= {"strain": result.strain} if result.strain is not None else {}
+        record |= {name: [none_if_nan(value) for value in curve] for name, curve in curves.items()} | result.peak_strain
     return record
 
 

@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 
 from heartseg.labels import PHASES, VIEWS, Phase, View
-from heartseg.metrics.myocardium import Myocardium, measure_myocardium
+from heartseg.metrics.myocardium import Myocardium, endocardium, length, measure_myocardium
 from heartseg.metrics.simpson import DISKS, Chamber, Frame, measure
 
 VOLUMES = {Phase.ED: "edv_ml", Phase.ES: "esv_ml"}
@@ -54,10 +54,16 @@ def ejection_fraction(edv: float, esv: float) -> float:
     return 100 * (edv - esv) / edv if edv > 0 and 0 <= esv <= edv else float("nan")
 
 
-def frame_volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float]) -> float:
-    """Single-plane volume in ml of the ventricle in a label map [H,W]; NaN without one; unitless for spacing (1, aspect)."""
+def frame_measures(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float, float]:
+    """Single-plane volume in ml, area in cm2 and length of the endocardial contour in mm of the ventricle in a label map [H,W].
+
+    NaN without a ventricle; without units for a spacing of (1, aspect).
+    """
     ventricle = measure(mask, spacing_mm).ventricle
-    return float("nan") if isinstance(ventricle, str) else disks_ml(ventricle, ventricle, ventricle.length_mm)
+    if isinstance(ventricle, str):
+        return (float("nan"),) * 3
+    endo_length_mm = length(endocardium(mask, spacing_mm, ventricle))
+    return disks_ml(ventricle, ventricle, ventricle.length_mm), ventricle.area_mm2 / 100, endo_length_mm
 
 
 def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float | str]:

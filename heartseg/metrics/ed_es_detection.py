@@ -22,9 +22,23 @@ def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
     if num_plausible < 2:
         return None
     if num_plausible > 2:  # the mean of two frames would make them alike
-        curve = np.where(np.isnan(curve), np.nan, _over_windows(np.mean, curve, SMOOTHED_OVER))
+        curve = smooth(curve)
     ed, es = int(np.nanargmax(curve)), int(np.nanargmin(curve))
     return (ed, es) if volumes[ed] != volumes[es] else None
+
+
+def smooth(curve: np.ndarray) -> np.ndarray:
+    """The mean of each frame and its two neighbours [T], without NaN; frames that are NaN stay so."""
+    return np.where(np.isnan(curve), np.nan, _over_windows(np.mean, curve, SMOOTHED_OVER))
+
+
+def strain_curve(lengths: np.ndarray, volumes: np.ndarray, ed: int) -> np.ndarray:
+    """Longitudinal strain in percent [T]: the change of the endocardial contour's smoothed length since frame `ed` (from 0).
+
+    As `endo_strain` (Voigt et al. 2015); NaN where the volume is not plausible.
+    """
+    smoothed = smooth(np.where(np.isnan(plausible(volumes)), np.nan, lengths))
+    return 100 * (smoothed / smoothed[ed] - 1)
 
 
 def _over_windows(take: Callable, values: np.ndarray, width: int) -> np.ndarray:

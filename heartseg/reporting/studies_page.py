@@ -127,17 +127,24 @@ def describe_film(out: str, result: ClipResult) -> Iterator[dict]:
     mask_shape = next(iter(result.phases.values()))[1].shape if result.phases else None
     if mask_shape is None:
         return
-    curve = ed_es_detection.plausible(result.volumes_ml)
-    top, places = np.nanmax(curve), np.linspace(0, 100, len(curve))
-    points = " ".join(f"{x:.1f},{40 - 38 * y / top:.1f}" for x, y in zip(places, curve, strict=True) if math.isfinite(y))
+    curve, places = ed_es_detection.plausible(result.volumes_ml), np.linspace(0, 100, result.frames)
+    curves = [("volume", draw_curve(places, 40 - 38 * curve / np.nanmax(curve)))]
+    if peak := result.peak_strain:
+        strongest = min(-1.0, peak["peak_strain"])  # a heart that does not move has a flat line
+        curves.append(("strain", draw_curve(places, 2 + 38 * result.strain / strongest)))
     yield {
         "path": f"{clip.patient}/{clip.stem}_film.jpg", "clip": clip.stem, "view": clip.view or "?",
         "frames": len(shown), "all": result.frames, "first": shown.index(min(marked, default=0)),
         "width": contours.overlay_width(mask_shape, result.spacing_mm, overlays.GIF_ROWS) // 2,
-        "height": (overlays.GIF_ROWS + overlays.STRIP_ROWS) // 2, "points": points,
+        "height": (overlays.GIF_ROWS + overlays.STRIP_ROWS) // 2, "curves": curves, "peak": peak,
         "places": [round(float(places[at]), 1) for at in shown],
         "marks": [{"name": str(p), "frame": at + 1, "x": round(float(places[at]), 1)} for p, (at, _) in result.phases.items()],
     }  # fmt: skip
+
+
+def draw_curve(places: np.ndarray, heights: np.ndarray) -> str:
+    """The points of a curve for SVG, without frames that are NaN."""
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(places, heights, strict=True) if math.isfinite(y))
 
 
 def data_uri(out: str, path: str) -> str:

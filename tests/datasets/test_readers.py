@@ -133,6 +133,20 @@ def test_an_implausible_spacing_is_ignored_and_the_given_one_is_used(tmp_path):
     assert readers.read(str(tmp_path / "a.nii"), "nifti", (0.3, 0.4)).spacing_mm == (0.3, 0.4)
 
 
+@pytest.mark.parametrize(
+    ("unit", "step", "known_ms"), [("sec", 0.02, 20), ("msec", 20, 20), ("unknown", 20, None), ("sec", 1, None)]
+)
+def test_the_time_between_frames_is_what_a_nifti_or_a_dicom_records_if_an_echo_can_have_it(unit, step, known_ms, tmp_path):
+    image = nibabel.Nifti1Image(LOOP.T, np.diag([0.4, 0.3, 1, 1]))
+    image.header.set_zooms((0.4, 0.3, step))
+    image.header.set_xyzt_units("mm", unit)
+    nibabel.save(image, tmp_path / "loop.nii.gz")
+    found = readers.read(str(tmp_path / "loop.nii.gz"), "nifti").frame_ms
+    assert found == (known_ms and pytest.approx(known_ms))
+    (tmp_path / "loop.dcm").write_bytes(dicom(LOOP, **({"FrameTime": step} if unit == "msec" else {})))
+    assert readers.read(str(tmp_path / "loop.dcm"), "dicom").frame_ms == (20 if unit == "msec" else None)
+
+
 def test_a_png_of_any_mode_is_grey_and_upright(tmp_path):
     for mode in ("L", "RGB", "RGBA", "P"):
         Image.fromarray(UPRIGHT[0]).convert(mode).save(tmp_path / "a.png")

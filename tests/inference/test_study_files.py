@@ -258,6 +258,14 @@ def test_ef_of_the_truth_is_the_closed_forms_from_stills_and_from_sequences(kind
         for one in results if kind == "sequences" else ():  # whichever way they run
             assert {p: at + 1 for p, (at, _) in one.phases.items()} == {Phase.ED: info.ed, Phase.ES: info.es}
             assert one.ef_single_plane == pytest.approx(info.ef, abs=12)
+            # The two frames' own strain, of which the curve is the average over neighbours; ED begins the beat.
+            expected = row[f"endo_strain_{one.clip.view}"]
+            assert one.strain[info.ed - 1] == 0 and one.strain[info.es - 1] == pytest.approx(expected, abs=1)
+            assert one.peak_strain["peak_strain"] == pytest.approx(expected, abs=1)
+            assert abs(one.peak_strain["peak_strain_frame"] - info.es) <= 1 and "peak_strain_ms" not in one.peak_strain
+            timed = replace(one, frame_ms=20.0).peak_strain
+            frames = timed["peak_strain_frame"] - info.ed
+            assert timed.get("peak_strain_ms") == (20 * frames if frames > 0 else None)
 
 
 def changed(stills: list[study_results.ClipResult], view, phase, change) -> list[study_results.ClipResult]:

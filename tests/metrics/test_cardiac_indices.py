@@ -12,7 +12,7 @@ from heartseg.datasets import phantom
 from heartseg.inference.segmenter import largest_components
 from heartseg.labels import ENDO, LA, MYO, PHASES, VIEWS, Phase, View
 from heartseg.metrics import simpson
-from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_volume_ml, patient_indices
+from heartseg.metrics.cardiac_indices import INDICES, ejection_fraction, frame_measures, patient_indices
 from helpers.hearts import phantom_masks
 
 STILLS = [(view, phase) for view in VIEWS for phase in PHASES]
@@ -82,7 +82,7 @@ def test_a_known_ellipsoid_has_its_volume_by_disks_and_by_area_and_length(radius
     shape = {"radius_mm": radius_mm, "half_length_mm": half_length_mm, "tilt_deg": tilt_deg}
     mask, cut = ellipsoid_mask(cut=0.9, **shape), 0.9
     expected_ml = np.pi * radius_mm**2 * half_length_mm * (2 / 3 + cut - cut**3 / 3) / 1000
-    volume_ml, area_mm2 = frame_volume_ml(mask, SPACING_MM), (mask == ENDO).sum() * 0.35
+    volume_ml, area_mm2 = frame_measures(mask, SPACING_MM)[0], (mask == ENDO).sum() * 0.35
     assert volume_ml == pytest.approx(expected_ml, rel=0.01)
     assert length_mm(mask, SPACING_MM) == pytest.approx(half_length_mm * (1 + cut), rel=0.01)
     row = of_all_stills(mask)
@@ -192,7 +192,7 @@ def test_a_diagonal_cut_of_one_pixel_does_not_halve_the_ventricle(falls):
     cut[40 + steps, steps[::-1] if falls else steps] = 0
     area_mm2, whole_mm2 = simpson.measure(cut, SPACING_MM).ventricle.area_mm2, (whole == ENDO).sum() * 0.35
     assert 0.97 * whole_mm2 < area_mm2 < whole_mm2  # the cut runs through it
-    assert frame_volume_ml(cut, SPACING_MM) == pytest.approx(frame_volume_ml(whole, SPACING_MM), rel=0.05)
+    assert frame_measures(cut, SPACING_MM)[0] == pytest.approx(frame_measures(whole, SPACING_MM)[0], rel=0.05)
 
 
 def test_disks_use_the_longer_of_two_lengths_and_area_length_the_shorter():
@@ -265,7 +265,7 @@ def test_a_mask_that_cannot_be_measured_has_a_reason(heart, mask, spacing_mm, re
     assert reason in row["reason"]
     assert math.isnan(row["ef_ase"]) and math.isnan(row["esv_ml_4ch_ase"]) and not math.isnan(row["edv_ml_ase"])
     if mask is not None and mask.ndim == 2 and mask is not ELLIPSOID:
-        assert math.isnan(frame_volume_ml(mask, (0.3, 0.3)))
+        assert math.isnan(frame_measures(mask, (0.3, 0.3))[0])
 
 
 @given(seed=st.integers(0, 10**6), sigma=st.floats(0.3, 8), known=st.booleans())
