@@ -35,14 +35,15 @@ COMMANDS = {
 TYPES = {int: "integer", float: "number", str: "text"}
 INTRODUCTION = """# Flags
 
-Every flag of every command, with its default. `make reference` writes this page from the dataclasses that also make `--help`.
+Every flag of every command, with its default. `make reference` generates it from the dataclasses that also define `--help`.
 
-- A setting in a group is prefixed with the group's name: `--optim.lr 0.0005`. `optim.lr=0.0005` means the same.
-- A flag that is `on` or `off` takes no value: `--fresh`, and `--no-fresh` for the opposite.
-- `preprocess`, `train`, `tune` and `pipeline` also take the settings of [the experiment](#the-experiment), the recipe (`seed`,
-  `camus` or `quick`; `seed` if none is named) anywhere on the line, and `--config FILE`, a complete experiment as JSON, in the
-  recipe's place.
-- A flag that has no effect in a command is refused, with the reason.
+- The flag of a setting in a section starts with the section's name: `--optim.lr 0.0005`. `optim.lr=0.0005` means the same.
+- A flag listed as "on or off" takes no value: `--fresh`, and `--no-fresh` for the opposite. A flag that lists `on` and `off`
+  among its values takes one: `--page off`.
+- `preprocess`, `train`, `tune` and `pipeline` also accept the settings of [the experiment](#the-experiment) and, anywhere on
+  the command line, a recipe: `seed` (the default), `camus` or `quick`. `--config FILE`, a complete experiment as JSON,
+  replaces the recipe.
+- A command rejects a flag that would have no effect in it, and gives the reason.
 """
 
 

@@ -33,7 +33,8 @@ class StorageRefused(StorageError):
 def format_write_error(error: OSError, path: str) -> str:
     """The one-line message for a full disk or storage that refuses a write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{path} cannot be written ({reason}): make room or give another folder, then rerun the same command to resume."
+    fix = "free up space or fix the permissions, then rerun the same command to resume; or start over in another folder"
+    return f"{path} cannot be written ({reason}): {fix}."
 
 
 def outage(error: OSError, path: str) -> StorageError:

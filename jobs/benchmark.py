@@ -12,11 +12,11 @@ from jobs.support import command_line
 
 # Table -> its help; each is the module of that name in jobs/benchmarks/, with `Options` and `run`.
 TABLES = {
-    "data": "NIfTI to shards against nibabel, scikit-image and np.save",
-    "predict": "files to masks against the forward passes alone",
-    "scores": "surface distances against MONAI's, and volumes",
-    "postprocess": "test-time augmentation, largest pieces, closed holes, ensembles: what they do to the scores",
-    "train": "training steps against the baseline, Ray against a plain process, convolutions, share of the machine's peak",
+    "data": "speed of converting NIfTI to shards, compared with nibabel, scikit-image and np.save",
+    "predict": "speed of prediction from files to masks, compared with the forward passes alone",
+    "scores": "speed of surface distances, compared with MONAI's, and of volumes",
+    "postprocess": "effect of test-time augmentation, postprocessing and ensembles on the scores",
+    "train": "speed of training: steps against the baseline, Ray against no Ray, convolutions, share of the machine's peak",
 }
 
 

@@ -45,7 +45,8 @@ class Options(ScoringOptions):
     reference: str = ""
     """Folder or name of the run to test the others against; by default the first one."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
-    """Group of patients; `auto`: those that --train.holdout took (in a sweep) if all runs have them, then test, then val."""
+    """Group of patients; `auto`: the patients held out by --train.holdout (in a sweep) if all runs have them, otherwise test,
+    otherwise val."""
     out: str = ""
     """Folder of the results; by default `comparison` in the folder of runs, or `comparison-HASH` beside the first run."""
 
@@ -136,7 +137,7 @@ def find_evaluation(one: run_directory.Run, described: dict, own: str = "") -> s
 
 
 def find_old_evaluation(one: run_directory.Run, options: Options) -> str:
-    """An earlier evaluation on the run's own data, in case the data can no longer be read; empty if none fits."""
+    """The folder of an earlier evaluation on the run's own data, for when the data cannot be read; empty if none fits."""
     for group in ("test", "val", "all") if options.group == "auto" else (options.group,):
         which = options.which if options.which != "auto" else "best" if group == "test" else "last"
         described = {"group": group, "post": to_json(PredictConfig()), "data_fingerprint": one.description["data_fingerprint"]}

@@ -46,15 +46,15 @@ class Options:
     """The parts to check."""
 
     data: str = ""
-    """Shards whose storage is read; HEARTSEG_DATA's if not given."""
+    """Shards to test reading from (default: HEARTSEG_DATA)."""
     runs: str = ""
-    """Folder or URI to which a file is written, read and removed; HEARTSEG_RUNS's if not given."""
+    """Folder or URI in which to write, read and remove a test file (default: HEARTSEG_RUNS)."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` checks this machine only, and starts no Ray."""
     workers: int = 0
     """Workers that exchange data; 0: one per GPU or, without GPUs, one per node and at least two."""
     seconds: float = 10.0
-    """Seconds that they exchange data for."""
+    """Seconds for which the workers exchange data."""
     megabytes: int = 64
     """Size of the file that is written to --runs."""
     json: bool = False

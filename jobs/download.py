@@ -41,7 +41,7 @@ class Options:
     out: str = ""
     """Local folder for the tree, which is the `--source` of preprocess.py."""
     accept_licence: bool = False
-    """Confirm that you have read the terms shown, and that you will keep to them."""
+    """Confirm that you have read the terms shown and will comply with them."""
     patients: str = ""
     """Numbers of the patients to fetch, such as 1-10,42; all if not given."""
     server: str = SERVER
@@ -100,7 +100,7 @@ def list_patients(server: girder_client.Server, numbers: set[int]) -> dict[str, 
     names = {int(name.removeprefix("patient")): name for name in folders if camus.PATIENT_PATTERN.fullmatch(name)}
     require(bool(names), f"The server {server.base} lists no patients: check --server.")
     if unknown := numbers - names.keys():
-        known = f"choose from its {len(names)}, {names[min(names)]} to {names[max(names)]}"
+        known = f"choose from its {len(names)} patients, {names[min(names)]} to {names[max(names)]}"
         raise UserError(f"The server has no patient {min(unknown)}: {known}.")
     return {names[number]: folders[names[number]] for number in sorted(numbers or names)}
 
@@ -172,7 +172,7 @@ def check_split(source: str, name: str) -> list[str]:
 
 
 def check_patient(source: str, patient: str) -> list[str]:
-    """Raise DamagedDownload if a NIfTI is not readable; returns which of the release's other files are missing."""
+    """A message for each cfg or half sequence that a patient lacks; raises DamagedDownload if a NIfTI file is not readable."""
     folder = os.path.join(source, camus.IMAGES_FOLDER, patient)
     names = filesystem.list_names(folder)
     for name in names:

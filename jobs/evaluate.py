@@ -43,7 +43,8 @@ def pool(options: Options) -> str:
     only = "--pool takes only finished evaluations and --out"
     others = {one.name for one in fields(Options)} - {"pool", "out", "launcher", "post"}
     command_line.refuse_unused(Options(), options, dict.fromkeys(others, only))
-    require(options.post == PredictConfig(), f"Pooling cannot clean masks: {only}.")
+    unused = "--tta, --largest-component and --fill-holes have no effect here"
+    require(options.post == PredictConfig(), f"{unused}: {only}. Leave them out.")
     out = command_line.required_path(options.out, "out", "a folder for the pooled scores")
     summary = cross_validation.pool([command_line.absolute(path, "pool") for path in options.pool], out)
     write_report(out)
@@ -64,7 +65,7 @@ def summary_text(summary: dict) -> str:
 
 
 def job(argv: list[str]) -> None:
-    about = "Score a trained model, or anyone's masks, and write the report."
+    about = "Score a trained model, or masks from any other program, and write the report."
     out = run(command_line.parse_line(Options, argv, "python jobs/evaluate.py", about))
     print(filesystem.join(out, PAGE))
 

@@ -177,7 +177,7 @@ def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
 
 
 def job(argv: list[str]) -> None:
-    about = "Write a trained model for other programs, checked against it."
+    about = "Export a trained model for other programs, and check the exported files against it."
     out = run(command_line.parse_line(Options, argv, "python jobs/export.py", about))
     print(filesystem.join(out, NOTE))
 

@@ -29,15 +29,15 @@ class Options:
     """The shards to inspect, and how."""
 
     data: str = ""
-    """Folder or URI of the shards; by default HEARTSEG_DATA's."""
+    """Folder or URI of the shards (default: HEARTSEG_DATA)."""
     out: str = ""
     """Folder for contact_sheet.png and shards.html; without it, neither is written."""
     verify: bool = False
-    """Check every part against the manifest and every row; damaged files are listed, and the exit code is 2."""
+    """Check every shard file against the manifest, and decode every row; lists damaged files and exits with code 2."""
     images: int = 16
     """Images on the contact sheet."""
     seed: int = 0
-    """Seed for drawing these images."""
+    """Seed for choosing the images of the contact sheet."""
 
 
 def run(options: Options) -> str | None:

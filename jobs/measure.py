@@ -47,7 +47,7 @@ class Options:
     """The masks to measure, and the folder of the results."""
 
     masks: str = ""
-    """Folder of NIfTI label maps, a file or a tree; those named _gt or _pred if there are any, otherwise all."""
+    """NIfTI masks: a file, a folder or a tree. Uses the files named _gt or _pred if there are any, otherwise all files."""
     out: str = ""
     """Folder for ef.csv, studies.json, studies.html and, with --compare, comparison.csv."""
     labels: str = ""
@@ -238,7 +238,7 @@ def run(options: Options) -> str:
 
 
 def job(argv: list[str]) -> None:
-    about = "Measure label maps: volumes, ejection fraction, strain and more, and compare two readings."
+    about = "Measure masks: volumes, ejection fraction, strain and more; compare two readings of the same images."
     print(run(command_line.parse_line(Options, argv, "python jobs/measure.py", about)))
 
 

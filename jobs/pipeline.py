@@ -219,7 +219,7 @@ def job(argv: list[str]) -> None:
         about = "Show the state of each stage of a pipeline."
         show_status(command_line.parse_line(StatusOptions, argv[1:], "python jobs/pipeline.py status", about).out)
         return
-    about = "Preprocess, (tune,) train, evaluate and predict, skipping what is done. --out: results by default."
+    about = "Preprocess, train, evaluate and, on request, tune and predict; skips completed stages. Default --out: results."
     experiment, options = command_line.parse(PipelineOptions(), argv, "pipeline.py", about)
     command_line.refuse_unused(SweepPlan(), options.plan, options.plan.unused)
     run(experiment, options)

@@ -45,7 +45,8 @@ class Options:
     input: str = ""
     """NIfTI, DICOM, AVI, MP4 or PNG: a file, a patient's folder or a tree (CAMUS, say). _gt and _pred files are skipped."""
     out: str = ""
-    """Folder for PATIENT/NAME_pred.nii.gz (1 cavity, 2 wall, 3 atrium), overlays, curves, ef.csv, studies.json and .html."""
+    """Folder for PATIENT/NAME_pred.nii.gz (1 LV cavity, 2 myocardium, 3 left atrium), overlays, curves, ef.csv,
+    studies.json and studies.html."""
     view: Literal["2CH", "4CH"] | None = None
     """Apical view of the files whose names do not show it (2CH, A2C, AP2 …)."""
     phase: Literal["ED", "ES"] | None = None
@@ -58,15 +59,15 @@ class Options:
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     overlays: Literal["auto", "on", "off"] = "auto"
-    """PNG of a still, GIF of a sequence. `auto`: not for a DICOM that may show a name (burned in, cropped, or no region)."""
+    """Write a PNG per still and a GIF per sequence. `auto`: except for DICOM files whose frames may show a patient's name."""
     page: Literal["on", "off"] = "on"
-    """studies.html: a table of studies, their pictures with the disks that were measured, and their numbers."""
+    """Write studies.html: a table of all studies, and the images, measured disks and numbers of each."""
     which: Literal["last", "best"] = "last"
     """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     calibration: str = ""
     """Evaluation of this model on patients it has not seen (RUN/evaluation-val), or a pooled one: gives EF 80 % intervals."""
     key: str = ""
-    """CSV file for the names given to files, written only on request: DICOM paths may name patients."""
+    """CSV file to write that maps output names to input paths; not written by default, since DICOM paths may name patients."""
     batch_size: int = 8
     """Frames in a batch; results do not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -174,7 +175,7 @@ def write_curve(out: str, found: study_results.ClipResult) -> None:
 
 
 def job(argv: list[str]) -> None:
-    about = "Outline the left ventricle, its wall and the left atrium in new echocardiograms, and tabulate ejection fractions."
+    about = "Outline LV cavity, myocardium and left atrium in new echocardiograms, and tabulate ejection fractions."
     print(run(command_line.parse_line(Options, argv, "python jobs/predict.py", about)))
 
 

@@ -29,17 +29,19 @@ class Options:
     """How to preprocess a source."""
 
     frames: Literal["stills", "sequence"] = "stills"
-    """`stills`: the ED and ES images. `sequence`: every frame of the half sequences, with a phase at ED and at ES only."""
+    """`stills`: the ED and ES images. `sequence`: every frame from ED to ES (CAMUS's half sequences); only ED and ES have a
+    phase."""
     overwrite: bool = False
     """Start over if --out holds shards already."""
     max_quarantined: float = preprocessing.MAX_QUARANTINED
-    """Largest share of the recordings that may be damaged, 0 to 1."""
+    """Largest fraction of damaged recordings to tolerate, 0 to 1; damaged recordings are quarantined (left out)."""
     resplit: bool = False
     """Split existing shards differently, even without --source; runs on the old groups cannot resume."""
     patient_pattern: str = ""
-    """Patient in a plain folder's file names: a regular expression for the start of a name, or its first group."""
+    """For images/ and masks/ folders: a regular expression that matches the patient at the start of a file name; if it has a
+    group, the first group is the patient."""
     dataset: Literal["", "camus"] = ""
-    """`camus`: the source is the CAMUS release, not downloaded by jobs/download.py; other sources are private."""
+    """`camus`: declare that --source is CAMUS, for copies that jobs/download.py did not fetch; other sources are private."""
     launcher: Literal["ray", "plain"] = "ray"
     """`plain` needs no Ray and uses one process."""
 
@@ -104,7 +106,7 @@ def show_ignored(unnamed: list[str], of_patients: list[str]) -> None:
 
 
 def job(argv: list[str]) -> None:
-    about = f"Turn a CAMUS folder, or anyone's {image_folder.LAYOUT}, into Parquet shards."
+    about = f"Convert a CAMUS tree, or a folder with {image_folder.LAYOUT}, to Parquet shards."
     run(*command_line.parse(Options(), argv, "preprocess.py", about))
 
 

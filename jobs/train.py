@@ -36,7 +36,7 @@ class Options:
     init_from: str = ""
     """Folder of a run whose best weights this one starts from, to fine-tune them."""
     profile: bool = False
-    """Trace a few steps into the run's profile/steps.json, for https://ui.perfetto.dev."""
+    """Write a trace of a few steps to the run's profile/steps.json; open it at https://ui.perfetto.dev."""
 
     @property
     def unused(self) -> dict[str, str]:
@@ -84,7 +84,7 @@ def train_without_ray(experiment: Experiment, shards: Shards, options: Options, 
 
 
 def job(argv: list[str]) -> None:
-    about = "Train a segmentation model; the same command resumes."
+    about = "Train a segmentation model; rerun the same command to resume."
     path = run(*command_line.parse(Options(), argv, "train.py", about))
     if not path:
         return  # another of torchrun's processes prints the scores

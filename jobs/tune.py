@@ -177,7 +177,8 @@ def conclude(sweep: Sweep, options: Options) -> None:
         winner = table.iloc[0]
         print(f"best {winner['trial']}  {METRIC} {winner[f'best {METRIC}']:.4f}  {filesystem.join(sweep.path, 'best.json')}")
     elif failed and len(failed) == len(trials):
-        raise UserError(f"All trials of {sweep.path} failed: fix what the first one reports, then add --retry-failed.")
+        problem = f"All {len(trials)} trials of {sweep.path} failed (the first: {failed[0].reason})"
+        raise UserError(f"{problem}: fix the cause, then rerun the same command with --retry-failed.")
     elif (table["state"] == sweeps.FINISHED).any():
         raise UserError(f"{sweep.path}: {sweeps.why_no_winner(table)}")
     else:
@@ -185,7 +186,7 @@ def conclude(sweep: Sweep, options: Options) -> None:
 
 
 def job(argv: list[str]) -> None:
-    about = "Sweep the learning-rate schedule; the same command resumes."
+    about = "Sweep the learning-rate schedule; rerun the same command to resume."
     experiment, options = command_line.parse(Options(), argv, "tune.py", about)
     command_line.refuse_unused(SweepPlan(), options.plan, options.plan.unused)
     run(experiment, options)

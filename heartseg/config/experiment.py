@@ -30,10 +30,10 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How patients are divided into groups; a patient is never split."""
+    """How patients are divided into groups; all images of a patient are in the same group."""
 
     kind: Literal["official", "ratio", "kfold"]
-    """`official`: the source's own groups. `ratio`: a seeded draw by patient. `kfold`: one of `folds` test groups in turn."""
+    """`official`: the source's own groups. `ratio`: a seeded draw by patient. `kfold`: cross-validation, one fold a run."""
     test_share: float = 0.2
     """Share of the patients in the test group (ratio only)."""
     val_share: float = 0.0
@@ -41,9 +41,9 @@ class SplitConfig:
     seed: int = 0
     """Seed of the draw (ratio and kfold)."""
     folds: int = 5
-    """Number of test groups; each patient is in exactly one of them (kfold only)."""
+    """Number of folds; each patient is in the test group of exactly one (kfold only)."""
     fold: int = 0
-    """Number of this run's test group, from 0 (kfold only)."""
+    """Index of the fold that is this run's test group, from 0 to folds - 1 (kfold only)."""
     stratify: bool = True
     """Give every group its share of each class of ejection fraction and image quality, where they are known."""
 
@@ -65,13 +65,13 @@ class ModelConfig:
     pretrained: bool = False
     """Start from ImageNet weights, which torchvision downloads."""
     decoder: bool = False
-    """Refine the outlines with features of a quarter of the image's size, by the decoder of DeepLabv3+."""
+    """Add the decoder of DeepLabv3+, which refines outlines with features at a quarter of the image's resolution."""
     aux_head: bool = False
     """Train a second head on an earlier layer."""
     norm: Literal["batch", "group"] = "batch"
     """`group` uses no batch statistics: for workers with very few images each."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """Compute batch statistics over all workers' images (GPUs only); `auto`: if they have fewer than 8 images each."""
+    """Compute batch statistics over all workers' images (GPUs only); `auto`: if each worker has fewer than 8."""
     bn_momentum: float = 0.1
     """Momentum of the running statistics of batch normalisation."""
     dropout: float = 0.5
@@ -100,7 +100,7 @@ class TrackingConfig:
     job_type: str = "train"
     """Job type on the dashboard; `trial` in a sweep."""
     images: Literal["auto", "on", "off"] = "auto"
-    """Send overlays: `auto` for CAMUS and the phantom only, since other people's patients stay here unless asked."""
+    """Send overlays; `auto`: for CAMUS and the phantom only. Other patients' images stay local unless you set `on`."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class PredictConfig:
     tta: bool = False
     """Average over five slightly shifted copies of the image, at five times the cost."""
     largest_component: bool = False
-    """Keep the largest connected piece of cavity, wall and atrium."""
+    """Keep only the largest connected component of each of LV cavity, myocardium and left atrium."""
     fill_holes: bool = False
-    """Close holes inside and between cavity, wall and atrium."""
+    """Fill holes in LV cavity and left atrium, and gaps that the structures enclose."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images, drawn for each sample; 0 turns a kind off. No flips: hearts have sides."""
+    """Random changes to training images, drawn for each sample; 0 turns one off. No flips: left and right differ."""
 
     rotate_deg: float = 0.0
     """Largest rotation to either side, in degrees."""
@@ -129,11 +129,11 @@ class TrainConfig:
     batch_size: int
     """Images in a training batch, over all workers together."""
     accumulate: int = 1
-    """Parts in which a worker processes its share of a batch, one after another: less memory, the same update."""
+    """Gradient accumulation: parts in which a worker processes its images of a batch, one after another, to save memory."""
     eval_batch_size: int = 4
     """Images in an evaluation batch; scores do not depend on it."""
     intensity: Literal["unit", "standard"] = "unit"
-    """`unit`: images / 255. `standard`: then also minus the training group's mean, divided by its standard deviation."""
+    """`unit`: images / 255. `standard`: then standardised by the training group's mean and standard deviation."""
     holdout: float = 0.0
     """Share of the training patients held out to validate on; the split's other groups are then not used."""
     seed: int = 0
@@ -151,7 +151,7 @@ class TrainConfig:
     def __post_init__(self):
         require(self.epochs >= 1, f"train.epochs must be at least 1, not {self.epochs}.")
         size, parts = self.batch_size, self.accumulate
-        require(size >= 2, f"train.batch_size must be at least 2, not {size}: DeepLabv3 cannot normalise a single image.")
+        require(size >= 2, f"train.batch_size must be at least 2, not {size}: batch normalisation needs 2 images.")
         require(0 <= self.seed < 2**63, f"train.seed must be from 0 to 2^63 - 1, not {self.seed}.")
         require(self.eval_batch_size >= 1, f"train.eval_batch_size must be at least 1, not {self.eval_batch_size}.")
         require(0 <= self.holdout < 1, f"train.holdout must be at least 0 and below 1, not {self.holdout}.")

@@ -244,7 +244,7 @@ def read_text(path: str) -> str:
     try:
         return decode_text(filesystem.read_bytes(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+        raise UserError(f"{path} cannot be read ({error}): check its permissions, and save it as UTF-8 text.") from error
 
 
 def stills_of() -> Iterator[tuple[View, Phase]]:

@@ -68,7 +68,7 @@ def check_is_loop(dataset) -> None:
             raise Unreadable("it is cut off before its pixels")
         raise Unreadable(NO_PICTURE if re.fullmatch(r"[\d.]+", kind) else "it is damaged or not a DICOM file")
     if kind == VOLUME or str(dataset.get("DimensionOrganizationType", "")).startswith("3D"):
-        raise Unreadable("its frames are planes of a volume, not a loop of one plane")
+        raise Unreadable("its frames are slices of a 3-D volume: export a 2-D image or loop instead")
     if kind.startswith(STORAGE) and not (kind in ULTRASOUND or kind.startswith(SCREENSHOT)):
         raise Unreadable("it is not an ultrasound picture")
 

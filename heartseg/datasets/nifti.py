@@ -48,7 +48,7 @@ class Place:
     axes: tuple[int, int]
 
     def plane(self) -> tuple[np.ndarray, np.ndarray]:
-        """The affine [4,3] of (depth, lateral), and the two ends [2,3] of the rectangle of pixel centres in the world."""
+        """The affine [4,3] from (depth, lateral, 1) to mm, and the bounding box [2,3] of the pixel centres in mm."""
         affine = self.affine[:, [*self.axes, 3]]
         height, width = (self.header.get_data_shape()[axis] - 1 for axis in self.axes)
         corners = np.array([affine @ corner for corner in ((0, 0, 1), (0, width, 1), (height, 0, 1), (height, width, 1))])
@@ -156,7 +156,10 @@ def read_place(path: str) -> Place | None:
 
 
 def register(masks: np.ndarray, place: Place, onto: Place) -> np.ndarray:
-    """Masks [T,H,W] turned onto their image by the two affines; raises ValueError if both are real and disagree on position."""
+    """Masks [T,H,W] reoriented to their image's axes by the two affines; returned as they are if an affine is a placeholder.
+
+    Raises ValueError if both affines are real and place the masks elsewhere than the image.
+    """
     is_same = place.axes == onto.axes and (place.affine == onto.affine).all()
     if is_same or not (place.has_affine() and onto.has_affine()):
         return masks

@@ -119,7 +119,8 @@ def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:
 
     def admit_pixels(count: int) -> None:
         if count > MAX_PIXELS:
-            raise Unreadable("it claims more pixels than two minutes of large video: trim it to the beats of interest")
+            size = f"it needs memory for {count:,} pixels, over the limit of {MAX_PIXELS:,}"
+            raise Unreadable(f"{size}: trim it to the beats of interest")
         admit(2 * count + len(raw))
 
     import_package(kind)

@@ -33,13 +33,15 @@ def make_groups(
     patients = [patient for patient in patients if known.get(patient, {}).get("rows") != 0]
     if config.kind == "official":
         if not official:
-            raise UserError("The source has no database_split/subgroup_*.txt and no groups.csv: use --split.kind ratio.")
+            missing = "--split.kind official needs database_split/subgroup_*.txt or groups.csv, and the source has neither"
+            raise UserError(f"{missing}: add one, or use --split.kind ratio.")
         groups = {group: sorted({*patients} & {*names}) for group, names in official.items()}
     else:
         groups = draw_groups(config, patients, known)
     groups = {group: names for group, names in groups.items() if names}
     if len(groups) < 2 or "train" not in groups:
-        raise UserError(f"{len(patients)} patients do not fill a training and another group: add patients, or change --split.")
+        problem = f"{len(patients)} patients are too few for a training group and a second group"
+        raise UserError(f"{problem}: add patients, or change the --split flags.")
     group_of(groups)
     return groups
 
@@ -84,9 +86,9 @@ def draw_groups(config: SplitConfig, patients: list[str], known: dict[str, dict]
 
 
 def take(strata: list[list[str]], count: int, seed: int) -> tuple[list[str], list[list[str]]]:
-    """The first few patients of every stratum, `count` in all, and the remaining ones by stratum.
+    """Take `count` patients in proportion to the strata's sizes; returns them, and the remaining patients of each stratum.
 
-    Each stratum's share is rounded along the running total, from a random offset, so that none is always rounded up.
+    Fractions of a patient carry over from stratum to stratum, from a random offset, so that rounding favours no stratum.
     """
     total = max(1, sum(map(len, strata)))
     start, taken, rest, before = random.Random(seed).randrange(total), [], [], 0

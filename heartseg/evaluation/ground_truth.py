@@ -185,7 +185,7 @@ class FilePredictions:
         for stem in (f"{name}_pred", f"{name}_gt", name):
             found = self.files.get(stem, [])
             if len(found) > 1:
-                raise UserError(f"{found[0]} and {found[1]} could both be the mask of {name}: give --pattern.")
+                raise UserError(f"{found[0]} and {found[1]} could both be the mask of {name}: use --pattern to choose.")
             if found:
                 return found[0]
         return None

@@ -33,7 +33,7 @@ TOO_LARGE = "trim it to the beats of interest, or use a machine with more memory
 
 
 class Room:
-    """The bytes that all clips in flight may hold; clips are admitted in the order of their numbers, each once it fits."""
+    """The memory budget of all clips in flight; admits clips in the order of their numbers, each as soon as it fits."""
 
     def __init__(self, free: float):
         self.alone, self.together = SHARE * free, min(SHARE * free, MOST_BYTES)

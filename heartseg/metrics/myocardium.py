@@ -59,7 +59,7 @@ class Grid:
 
 
 def contour(shares: np.ndarray) -> np.ndarray:
-    """The longest closed contour [N,2] at half the height of a smoothed region; its first and last point are equal."""
+    """The longest contour [N,2] of a smoothed mask, at half its maximum value; closed: its first and last points are equal."""
     return max(contour_generator(z=shares).lines(shares.max() / 2), key=len)[:, ::-1]
 
 

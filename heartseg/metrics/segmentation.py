@@ -75,7 +75,7 @@ def image_scores(counts: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class ScoreSums:
-    """A group's sums and counts of scores and loss on the device, in one tensor that ranks reduce; divided once at the end."""
+    """Sums and counts of a group's scores and loss, in one tensor on the device; all-reduced over ranks, then divided once."""
 
     def __init__(self, device: torch.device):
         self._sums = torch.zeros(2, len(SCORES) + 1, dtype=torch.float64, device=device)

@@ -45,7 +45,7 @@ class Checkpoint:
             raise UserError(f"The weights {path} are damaged: use another checkpoint.") from error
 
     def training_state(self) -> dict:
-        """The states for resuming training; unpickles only tensors and plain values."""
+        """The state to resume training from; unpickles only tensors and plain values. Raises UserError if it is damaged."""
         path = filesystem.join(self.path, TRAINING)
         try:
             return torch.load(io.BytesIO(filesystem.read_bytes(path)), map_location="cpu", weights_only=True)

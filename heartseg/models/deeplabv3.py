@@ -60,7 +60,10 @@ class DeepLab(nn.Module):
 
 
 def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
-    """Build the network, with PyTorch's convolutions unless `own_convolutions`; raises UserError if a download fails."""
+    """Build the network, with heartseg's faster convolutions or, without `own_convolutions`, PyTorch's.
+
+    Raises UserError if the ImageNet weights cannot be downloaded.
+    """
     constructor, weights = _backbone(config.backbone)
     first_conv, fine, channels = LAYERS[config.backbone]
     # torchvision downloads backbone weights by default.

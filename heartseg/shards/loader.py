@@ -52,9 +52,9 @@ def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
     """Raise UserError if a worker's share, or one of its parts, has under two images, which batch normalisation needs."""
     each, batch = batch_size // world_size, f"A batch of {batch_size} over {world_size} workers"
     fix = f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size"
-    require(each >= 2, f"{batch} leaves one of them fewer than 2 images: {fix}.")
-    fix = f"use --train.accumulate {each // 2} or less, or a larger --train.batch-size"
-    require(each // accumulate >= 2, f"{batch}, each in {accumulate} parts, leaves a part fewer than 2 images: {fix}.")
+    require(each >= 2, f"{batch} leaves one of them fewer than 2 images, which batch normalisation needs: {fix}.")
+    problem = f"{batch}, each in {accumulate} parts, leaves a part fewer than 2 images, which batch normalisation needs"
+    require(each // accumulate >= 2, f"{problem}: use a smaller --train.accumulate, or a larger --train.batch-size.")
 
 
 def share(batch_size: int, rank: int, world_size: int) -> slice:

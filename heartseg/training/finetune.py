@@ -14,9 +14,10 @@ from heartseg.training import run_directory
 
 
 def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
-    """The record of a run's initial weights: those of the best checkpoint of the run at `path`, or of the last one.
+    """The record of the weights that a new run starts from: those of the best checkpoint of the base run at `path`.
 
-    Raises UserError if its tensors do not fit the experiment, or if it was trained on patients that this run is scored on.
+    Without val scores it is the last checkpoint. Raises UserError if its tensors do not fit the experiment, or if it was
+    trained on patients of the new run's validation or test group.
     """
     found, base = checkpoint.find(path, "best"), run_directory.find_run(path).description
     with torch.device("meta"):

@@ -53,7 +53,8 @@ def generation_name(runs: str, name: str, fresh: bool) -> str:
 def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> str:
     """The name of a run or sweep: as `asked`, otherwise the newest generation, or with `fresh` the next. Raises UserError."""
     is_name = not asked or re.fullmatch(r"\w[\w.-]*", asked)
-    require(is_name, f"--{kind}-name {asked!r} cannot be the name of a folder: use letters, digits, `-`, `_` and `.`.")
+    fix = "use letters, digits, `_`, `-` and `.`, and start with a letter, a digit or `_`"
+    require(is_name, f"--{kind}-name {asked!r} is not a valid folder name: {fix}.")
     return asked if asked and not fresh else generation_name(runs, asked or default, fresh)
 
 

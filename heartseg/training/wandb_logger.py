@@ -87,7 +87,7 @@ class Tracker:
         try:
             started = init(mode=mode if mode != "auto" else "online" if self.has_key() else "offline")
         except Exception as error:
-            later = f"this run is kept offline; `wandb sync {self.run_path}/wandb/offline-run-*` sends it later."
+            later = f"this run is logged offline; upload it with `wandb sync {self.run_path}/wandb/offline-run-*`."
             log.warning("wandb did not start (%s): %s", _first_line(error), later)
             self.wandb.teardown()  # its service still holds the run's id for the failed attempt
             with patch.dict(os.environ):  # wandb refuses an invalid key, address or number even offline
@@ -185,7 +185,8 @@ class Tracker:
             self.mark_superseded()
             shutil.rmtree(self.folder, ignore_errors=True)
         except (OSError, StorageError) as error:
-            log.warning("wandb's files stay in %s: %s", self.folder, error)
+            fix = "upload them from there with `wandb sync`, or copy them"
+            log.warning("wandb's files cannot be moved to %s (%s) and stay in %s: %s.", self.run_path, error, self.folder, fix)
 
 
 def build_tracker(experiment: Experiment, run: Run, is_main: bool, record: list[dict]) -> Tracker:

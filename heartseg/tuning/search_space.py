@@ -22,11 +22,11 @@ class SearchSpace:
     """The settings that a sweep varies; an empty list keeps the recipe's value."""
 
     schedules: tuple[ScheduleKind, ...] = ("constant", "polynomial", "cosine", "one_cycle")
-    """Shapes of the learning rate over the run."""
+    """Learning-rate schedules."""
     lr_factors: tuple[float, float] = (0.3, 3.0)
     """Lowest and highest base rate, as multiples of the recipe's; drawn uniformly on a logarithmic scale."""
     lr_points: int = 3
-    """Number of base rates in a grid, from lowest to highest in equal ratios."""
+    """Number of base rates in a grid, spaced geometrically from lowest to highest."""
     warmup_epochs: tuple[float, ...] = ()
     """Lengths of the warm-up."""
     momentum: tuple[float, ...] = ()
@@ -38,8 +38,8 @@ class SearchSpace:
     losses: tuple[LossKind, ...] = ()
     """Losses."""
     changes: tuple[str, ...] = ()
-    """For `--search changes`, one trial each: `loss.kind=cross_entropy`, or several fields, `optim.lr=0.002,train.seed=1`.
-    All trials have the recipe's train.epochs."""
+    """For `--search changes`: one trial per item, which changes one field (`loss.kind=cross_entropy`) or several
+    (`optim.lr=0.002,train.seed=1`). All trials have the recipe's train.epochs."""
 
     def __post_init__(self):
         low, high = self.lr_factors
@@ -72,7 +72,7 @@ def apply(base: Experiment, values: dict[str, object]) -> Experiment:
 
 
 def parse_change(text: str) -> dict[str, object]:
-    """`optim.lr=0.002,loss.kind=cross_entropy` as values by dotted field; raises UserError for other forms."""
+    """Parse `optim.lr=0.002,loss.kind=cross_entropy` into values by dotted field; raises UserError for any other form."""
     values = {}
     for part in re.split(r",(?=\s*\w+\.\w+=)", text):
         name, value = (side.strip() for side in part.partition("=")[::2])

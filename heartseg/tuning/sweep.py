@@ -31,14 +31,14 @@ class SweepPlan:
 
     space: SearchSpace = field(default_factory=SearchSpace)
     search: Literal["random", "grid", "optuna", "changes"] = "random"
-    """`random` draws, `grid` tries every combination, `optuna` learns from ended trials, `changes` (an ablation) tries those of
-    --space.changes alone; the recipe is always the first trial."""
+    """`random` draws, `grid` tries every combination, `optuna` learns from ended trials, `changes` (an ablation) runs one
+    trial per item of --space.changes; the recipe is always the first trial."""
     search_seed: int = 0
     """Seed of the random draw and of a grid's order; training itself uses --train.seed."""
     stop_early: bool = True
     """Stop trials that do worse than others at the same epoch (ASHA, arXiv 1810.05934)."""
     grace_epochs: int = 0
-    """Epochs before any trial is stopped; 0: two, or the warm-up and one more, since ranks before that reflect the warm-up."""
+    """Epochs before any trial is stopped. 0: two or, if longer, the warm-up plus one; earlier ranks reflect the warm-up."""
     reduction: float = 3.0
     """About one in this many trials continues past a rung; each rung is this many times later than the one before."""
 
@@ -204,7 +204,7 @@ def forget_failures(sweep: Sweep) -> None:
 
 
 def tabulate(sweep: Sweep) -> pandas.DataFrame:
-    """One row per trial, finished and best ones first: varied settings, outcome, epochs, seconds, validation Dice."""
+    """One row per trial, finished trials first, then by best validation Dice: settings, outcome, epochs, seconds, Dice."""
     rows, own, best = [], recipe_values(sweep), f"best {METRIC}"
     for trial in read_trials(sweep):
         record = pandas.DataFrame(trial.record, columns=["epoch", METRIC, "seconds"], dtype=float)
@@ -223,7 +223,7 @@ def tabulate(sweep: Sweep) -> pandas.DataFrame:
 
 
 def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
-    """Epochs trained, and epochs that the same trials would have taken without early stopping, excluding failed ones."""
+    """Epochs that the finished and the stopped trials trained, and epochs that they would train without early stopping."""
     counted = table.loc[table["state"].isin((FINISHED, STOPPED)), "epochs"]
     return int(counted.sum()), len(counted) * sweep.base.train.epochs
 

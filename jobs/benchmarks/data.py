@@ -28,7 +28,7 @@ class Options:
     patients: int = 48
     """Patients of the source; eight synthetic ones of the release's size are added."""
     repeats: int = 3
-    """Repetitions of each side; the median counts."""
+    """Repetitions of each of the two implementations; the median is reported."""
 
 
 def run(options: Options) -> Table:

@@ -71,7 +71,7 @@ def run(options: Options) -> None:
 def measure(
     segmenter: Segmenter | Ensemble, cases: Sequence[Case], options: PredictConfig = VARIANTS[OWN]
 ) -> tuple[DataFrame, float]:
-    """The rows of all images by `score_image`, and the seconds that the masks took, without scoring."""
+    """One row of `score_image` per image, and the seconds that predicting the masks took, without scoring."""
     started = time.perf_counter()
     found = segment_cases(segmenter, cases, options)
     seconds = time.perf_counter() - started

@@ -27,11 +27,11 @@ class Options:
     images: int = 200
     """Number of images."""
     side: int = 256
-    """Rows and columns of the grid of the model, a MobileNetV3 with random weights."""
+    """Height and width of the model's input, in pixels; the model is a MobileNetV3 with random weights."""
     batch_size: int = 8
-    """Frames in a batch, on both sides."""
+    """Frames in a batch, in both measurements."""
     repeats: int = 3
-    """Repetitions of each side, in turn; the median counts."""
+    """Repetitions of both measurements, alternating; the median is reported."""
 
 
 def run(options: Options) -> Table:

@@ -27,7 +27,7 @@ class Options:
     images: int = 20
     """Masks to measure, all masks of as many patients as needed."""
     repeats: int = 5
-    """Repetitions of each side over all images; the median counts."""
+    """Repetitions of each of the two implementations over all images; the median is reported."""
     seed: int = 0
     """Seed for drawing patients and for distorting truths into predictions."""
 

@@ -61,13 +61,13 @@ class Options:
     backbone: Backbone = "resnet101"
     """Network for the timed steps."""
     size: int = 256
-    """Height and width of their images."""
+    """Height and width of the images of the timed steps."""
     batch: int = 12
     """Images in a batch."""
     steps: int = 2
-    """Timed steps, after an untimed one; the median counts."""
+    """Timed steps, after an untimed one; the median is reported."""
     pairs: int = 5
-    """Section ray: pairs of runs, with and without Ray in turn; the median of their ratios counts."""
+    """Section ray: pairs of runs, with and without Ray in turn; the median of their ratios is reported."""
     ray_size: int = 128
     """Section ray: height and width of the images for MobileNetV3, small enough to take minutes on CPUs."""
     ray_patients: int = 40

@@ -225,7 +225,7 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | No
                 ask(args=["--help"])
             raise UserError(f"{unknown[1]} is not a flag of this command{similar_flag(unknown[1], shown.getvalue())}") from None
         found = next((match.expand(ours) for theirs, ours in MISTAKES if (match := re.search(theirs, text))), "")
-        raise UserError(found or "The command line cannot be parsed; --help lists all flags.") from None
+        raise UserError(found or f"The command line cannot be parsed ({text[:200]}); --help lists all flags.") from None
 
 
 def similar_flag(wrong: str, help_text: str) -> str:

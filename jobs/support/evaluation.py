@@ -42,7 +42,7 @@ class ScoringOptions:
     truth: str = ""
     """Folder of a CAMUS tree to score on, instead of shards."""
     dataset: Literal["", "camus"] = ""
-    """`camus`: the tree of --truth is the CAMUS release, not downloaded by jobs/download.py."""
+    """`camus`: declare that --truth is CAMUS, for copies that jobs/download.py did not fetch."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
     """Group of patients; `auto`: test if there is one, otherwise val. `holdout`: those that --train.holdout held out."""
     which: Literal["auto", "last", "best"] = "auto"
@@ -76,7 +76,7 @@ class Options(ScoringOptions):
     overwrite: bool = False
     """Score again even if the same evaluation is complete."""
     out: str = ""
-    """Folder of the results; by default in the run's folder, or `evaluation-NAME` here for --predictions NAME."""
+    """Folder of the results; default: in the run's folder or, for --predictions NAME, `evaluation-NAME` in the current one."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def choose_group(asked: str, images: ScoredImages) -> str:
 
 
 def refuse_trained(run: run_directory.Run, group: str, images: ScoredImages) -> None:
-    """Raise UserError for a group other than train with patients that the run was trained on."""
+    """Raise UserError if the run was trained on patients of the group, unless the group is `train`."""
     seen = set(run.description["train_patients"]) & set(images.groups[group])
     # The phantom's patients and CAMUS's have the same names; an unmarked dataset may be either.
     known = {run.description["dataset"], images.dataset} - {"other"}

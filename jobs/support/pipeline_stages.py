@@ -37,20 +37,21 @@ class PipelineOptions:
     frames: Literal["stills", "sequence"] = "stills"
     """Train on the ED and ES images, or on every frame of the half sequences."""
     folds: int = 0
-    """Train on each of this many folds and pool the scores of the patients that each model has not seen; 0: no folds."""
+    """Cross-validation: train one model per fold, and pool their scores on the patients they have not seen; 0: no folds."""
     tune: int = 0
     """Trials of a sweep whose winner is then trained; 0: train the recipe itself."""
     plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     retry_failed: bool = False
     """Resume the sweep's failed trials."""
     max_quarantined: float = MAX_QUARANTINED
-    """Largest share of the recordings that may be damaged."""
+    """Largest fraction of damaged recordings to tolerate, 0 to 1; damaged recordings are quarantined (left out)."""
     patient_pattern: str = ""
-    """Patient in a plain folder's file names: a regular expression for the start of a name, or its first group."""
+    """For images/ and masks/ folders: a regular expression that matches the patient at the start of a file name; if it has a
+    group, the first group is the patient."""
     dataset: Literal["", "camus"] = ""
-    """`camus`: the source is the CAMUS release, not downloaded by jobs/download.py; other sources are private."""
+    """`camus`: declare that --source is CAMUS, for copies that jobs/download.py did not fetch; other sources are private."""
     predict: str = ""
-    """New studies to outline with the trained model (with those of all folds together): a file or a folder."""
+    """New studies, a file or a folder, to outline with the trained model, or with the ensemble of all folds' models."""
     submit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Submit each stage as a Ray job to the cluster at RAY_API_SERVER_ADDRESS."""
     local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -64,7 +65,7 @@ class PipelineOptions:
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Show what would run, and why; write nothing."""
     retries: int = 1
-    """Retries of a stage that fails other than by a user's mistake; each resumes from completed work."""
+    """Retries of a stage that fails for a reason other than a user error; each resumes from completed work."""
 
     def __post_init__(self):
         require(self.folds == 0 or self.folds >= 2, f"--folds must be at least 2, or 0 for none, not {self.folds}.")
@@ -195,7 +196,7 @@ def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions
 
 
 def tune_stage(name: str, data: str, experiment: Experiment, options: PipelineOptions) -> Stage:
-    """A sweep; its result is `best.json`."""
+    """The stage that runs a sweep; its result is `best.json`."""
     plan = to_json(options.plan)
 
     def inputs(results: Results, **others: int) -> dict:

@@ -19,7 +19,7 @@ def timestamp() -> str:
 
 @dataclass
 class PipelineState:
-    """The contents of `pipeline.json`; every change is saved at once, so that a rerun of the same command resumes."""
+    """The contents of `pipeline.json`; every change is saved immediately, so that rerunning the same command resumes."""
 
     out: str
     metadata: dict = field(default_factory=dict)
@@ -74,7 +74,7 @@ class PipelineState:
         self.save()
 
     def format_table(self, is_locked: bool) -> str:
-        """All stages as a table for a terminal; `is_locked`: a process is working on the pipeline."""
+        """All stages as a table for a terminal; `is_locked` means that a process is working on the pipeline."""
         lines = [f"{'stage':<18}{'state':<13}{'time':>9}  {'tries':>5}  result"]
         for name in self.metadata.get("stages of", list(self.stages)):
             record = self.stages.get(name)

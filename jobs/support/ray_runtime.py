@@ -96,8 +96,8 @@ def _start_own_ray(tries: int = 2) -> None:
         if "timed out during startup" not in str(error):
             raise
         ray.shutdown()
-        problem = "Ray did not start within 30 s: other programs keep this machine busy"
-        require(tries > 1, f"{problem}. Wait for them, then rerun the same command to resume.")
+        problem = "Ray did not start within 30 s, twice: other programs may be keeping this machine busy"
+        require(tries > 1, f"{problem}. Wait until they end, then rerun the same command to resume.")
         _start_own_ray(tries - 1)
     # A child of this process may join another cluster and must not inherit this one.
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)

@@ -161,7 +161,7 @@ def test_the_official_split_keeps_its_groups_and_only_patients_that_are_there_an
     assert groups == {"train": ["a", "c"], "test": ["b"]}
     with pytest.raises(UserError, match="database_split"):
         splits.make_groups(SplitConfig("official"), ["a"], {})
-    with pytest.raises(UserError, match="1 patients do not fill a training"):
+    with pytest.raises(UserError, match="1 patients are too few for a training"):
         splits.make_groups(SplitConfig("ratio"), ["a"], {})
     with pytest.raises(UserError, match="a is in both train and test"):
         splits.make_groups(SplitConfig("official"), ["a", "b"], {"train": ["a"], "test": ["a", "b"]})

@@ -87,7 +87,7 @@ def test_a_wrong_groups_file_or_file_name_is_refused_by_what_is_wrong(folder, tm
         (b"anna,train\n", "must begin with the line `patient,group`"),
         (b"patient,group\nanna,training\n", "group 'training': use one of train, val, test"),
         (b"patient,group\nanna,train\nclea,test\n", r"names 'clea', who has no file \(nearest: cleo"),
-        (b"patient,group\nd\xf6ra,train\n", "groups.csv is not UTF-8 text"),
+        (b"patient,group\nd\xf6ra,train\n", "groups.csv cannot be read"),
         (b"patient,group\nanna,train\nanna,test\n", "anna is in both"),
     ):
         filesystem.publish(os.path.join(folder, "groups.csv"), text)

@@ -319,8 +319,8 @@ def test_a_second_plane_beside_the_first_is_noted():
 @pytest.mark.parametrize(
     ("tags", "reason"),
     [
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.2"}, "planes of a volume"),
-        ({"DimensionOrganizationType": "3D"}, "planes of a volume"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.2"}, "slices of a 3-D volume"),
+        ({"DimensionOrganizationType": "3D"}, "slices of a 3-D volume"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"}, "not an ultrasound picture"),
         ({"region": {"RegionSpatialFormat": 2}}, "M-mode or Doppler"),
         ({"region": {"RegionSpatialFormat": 3}}, "M-mode or Doppler"),

@@ -65,7 +65,7 @@ def test_a_prediction_precedes_a_truth_and_that_a_bare_name_and_a_pattern_decide
         os.remove(path)
     put(tmp_path, f"a/{cases[0].name}.nii.gz", cases[0].truth)
     wanted = put(tmp_path, f"b/{cases[0].name}.nii", cases[0].truth)
-    with pytest.raises(UserError, match=f"could both be the mask of {cases[0].name}: give --pattern"):
+    with pytest.raises(UserError, match=f"could both be the mask of {cases[0].name}: use --pattern"):
         FilePredictions.open(str(tmp_path)).masks(cases[:1])
     predictions = FilePredictions.open(str(tmp_path), "b/{patient}_{view}_{phase}.nii")
     assert predictions.path(PATIENT, View.TWO_CHAMBER, Phase.ED) == wanted

@@ -15,7 +15,7 @@ from helpers.wandb_server import KEY, Server, serving
 
 def assert_kept_offline(run: Path, said: str) -> None:
     """Everything is in one offline fragment, and one message said so."""
-    assert said.count("kept offline") == 1
+    assert said.count("logged offline") == 1
     fragments = list(run.glob("wandb/offline-run-*/*.wandb"))
     assert len(fragments) == 1, said
     assert_same(kept_rows(fragments[0]), run_directory.read_record(str(run)))
@@ -83,7 +83,7 @@ def test_a_tracker_that_wandb_refuses_at_the_start_is_kept_offline_with_all_rows
     track(run, 1, **settings)
     (fragment,) = Path(run.path).glob("wandb/offline-run-*/*.wandb")
     assert [row["epoch"] for row in kept_rows(fragment)] == [1]
-    assert caplog.text.count("kept offline") == 1 and "not tracked" not in caplog.text
+    assert caplog.text.count("logged offline") == 1 and "not tracked" not in caplog.text
 
 
 @pytest.mark.parametrize("failure", ["silent", pytest.param("error", marks=pytest.mark.slow)])

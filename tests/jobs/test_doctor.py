@@ -107,7 +107,7 @@ def test_a_full_disk_and_a_small_or_missing_shared_memory_are_reported(tmp_path,
     monkeypatch.setattr(filesystem, "publish", publish)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB // 10))
     problem = wrong(doctor.check_round_trip, str(tmp_path), 1)[0]
-    assert "No space left on device" in problem and "make room" in problem
+    assert "No space left on device" in problem and "free up space" in problem
     assert f"0.1 GiB of the disk of {tmp_path}/runs" in wrong(doctor.check_disk, "disk", f"{tmp_path}/runs")[0]
     (found,) = doctor.check_shared_memory(str(tmp_path))
     assert str(tmp_path) in found.wrong and "--shm-size" in found.fix

@@ -181,7 +181,7 @@ def test_a_folder_that_lacks_a_file_or_that_another_job_writes_is_named_and_neve
         ({"out": ""}, "--out is missing"),
         ({"out": "s3://bucket/x"}, "not a local folder"),
         ({"patients": "3-1"}, "--patients 3-1 is not a list"),
-        ({"patients": "3-5"}, "no patient 4: choose from its 3, patient0001 to patient0003"),
+        ({"patients": "3-5"}, "no patient 4: choose from its 3 patients, patient0001 to patient0003"),
         ({"server": "ftp://x"}, "ftp://x cannot be reached .*check the network, or --server"),
         ({"tries": 0}, "--tries"),
         ({"server": "http://127.0.0.1:9/api"}, "127.0.0.1:9/api cannot be reached .*refused"),
@@ -220,7 +220,7 @@ def test_a_full_disk_is_reported_and_what_is_complete_stays(server, tree, out):
     fetch(server, out, patients="1")
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5000, 5000))
     done = subprocess.run(command(out, server), capture_output=True, text=True, timeout=60, preexec_fn=limit)
-    assert done.returncode == 2 and "cannot be written (File too large): make room" in done.stderr
+    assert done.returncode == 2 and "cannot be written (File too large): free up space" in done.stderr
     assert "Traceback" not in done.stderr and server.count("patient0002") == 1
     assert_same(tree, out, PATIENTS[:1])
     fetch(server, out)

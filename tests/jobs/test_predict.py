@@ -168,7 +168,7 @@ def test_videos_and_pictures_are_outlined_reports_are_listed_apart_and_damage_is
     Image.fromarray(LOOP[0]).save(source / "bob.png")
     run(trained, source, out, spacing_mm=(0.9, 0.8))
     shown = capsys.readouterr().out
-    assert "1 DICOM file without a picture" in shown and shown.count("left out:") == 1 and "planes of a volume" in shown
+    assert "1 DICOM file without a picture" in shown and shown.count("left out:") == 1 and "slices of a 3-D volume" in shown
     mask = nibabel.load(out / "ann" / "ann_4CH_pred.nii.gz")
     assert mask.shape == (80, 96, 3) and mask.header.get_zooms()[:2] == pytest.approx((0.8, 0.9))
     assert all((out / name).exists() for name in ("ann/ann_4CH_overlay.gif", "bob/bob_overlay.png"))

@@ -170,7 +170,7 @@ def test_a_name_that_was_asked_for_is_that_folder_whatever_others_are_called(exp
     assert run_directory.open_run(experiment, data, name="exp") == first
     assert run_directory.open_run(experiment, data, name="exp", fresh=True).name == "exp-3"
     for name in ("../up", "a/b", " "):
-        with pytest.raises(UserError, match="--run-name .* cannot be the name of a folder"):
+        with pytest.raises(UserError, match="--run-name .* is not a valid folder name"):
             run_directory.open_run(experiment, data, name=name)
 
 
