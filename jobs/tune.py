@@ -61,7 +61,8 @@ class Options:
     def unused(self) -> dict[str, str]:
         """The experiment's fields that have no effect here, and why."""
         reads = dict.fromkeys(("source", "out", "split"), "a sweep reads the shards of --data as they are")
-        return reads | {"tracking.job_type": "a trial's is `trial`"}
+        every = "a trial, which may be stopped after any epoch, writes one after each"
+        return reads | {"tracking.job_type": "a trial's is `trial`", "checkpoint_seconds": every}
 
     def trained(self, experiment: Experiment) -> list[Experiment]:
         """The experiments that trials consist of."""

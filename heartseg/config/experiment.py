@@ -142,11 +142,16 @@ class Experiment:
     """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` sets --min-workers as well."""
     min_workers: int = 0
     """Fewest workers to continue with when nodes are lost, until new ones join; 0 requires all of them."""
+    checkpoint_seconds: float = 60.0
+    """Least time between two checkpoints, in seconds: a killed run loses no more. The last epoch and a run that is stopped
+    always leave one; 0 writes one after every epoch."""
     ingest: Literal["auto", "memory", "stream"] = "auto"
     """How training reads shards: all into `memory`, or as a `stream`, shuffled by parts; `auto` streams what is too large."""
 
     def __post_init__(self):
         require(self.workers >= 1, f"--workers must be at least 1, not {self.workers}.")
+        seconds = self.checkpoint_seconds
+        require(0 <= seconds < math.inf, f"--checkpoint-seconds must be finite and at least 0, not {seconds}.")
         fits = 0 <= self.min_workers <= self.workers
         require(fits, f"--min-workers must be at least 0 and no more than --workers ({self.workers}), not {self.min_workers}.")
 

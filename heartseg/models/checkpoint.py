@@ -56,11 +56,18 @@ class Checkpoint:
 
 def snapshot(value: object) -> object:
     """A copy of nested states on the CPU, which later training does not change."""
+    copied = _copy(value)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # once, not after each of thousands of tensors, which are copied to pinned memory
+    return copied
+
+
+def _copy(value: object) -> object:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, non_blocking=True)
     if isinstance(value, dict):
-        return {key: snapshot(inner) for key, inner in value.items()}
-    return type(value)(map(snapshot, value)) if isinstance(value, (list, tuple)) else value
+        return {key: _copy(inner) for key, inner in value.items()}
+    return type(value)(map(_copy, value)) if isinstance(value, (list, tuple)) else value
 
 
 def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:

@@ -1,10 +1,12 @@
 """The first rank's work after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
 
-A thread writes checkpoints while the next epoch trains; an epoch enters the record once its checkpoint is complete.
+A thread writes while the next epoch trains: the record after each epoch, checkpoints only every so many seconds, since those of
+a large network would take longer than a short epoch. Until then, memory holds the newest epoch and the best one.
 """
 
 import io
 import logging
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,9 +30,26 @@ EPOCHS_PER_OVERLAY = 10
 SECONDS_PER_LINE = 10.0
 
 
+@dataclass(frozen=True, eq=False)
+class Copied:
+    """The states after an epoch, and the card of their checkpoint."""
+
+    states: dict
+    card: dict
+
+    @property
+    def val_dice(self) -> float:
+        """The score that chooses the best checkpoint; -inf without one."""
+        score = self.card["metrics"].get("val/dice")
+        return -math.inf if score is None else score
+
+
 @dataclass
 class EpochCallbacks:
-    """Writes and reports an epoch's results on rank 0; `samples` are the images whose predictions are kept."""
+    """Writes and reports an epoch's results on rank 0; `samples` are the images whose predictions are kept.
+
+    Checkpoints are at least `seconds` apart, except for that of the last epoch and one that `finish` or `stop` writes.
+    """
 
     experiment: Experiment
     run: run_directory.Run
@@ -38,15 +57,24 @@ class EpochCallbacks:
     samples: FrameRows
     tracker: Tracker
     record: list[dict]
+    seconds: float
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoints"))
     pending: Future | None = None
     last_line: float = -SECONDS_PER_LINE
+    newest: Copied | None = None  # these two are not written yet
+    best: Copied | None = None
+    best_dice: float = -math.inf
+    untracked: list[dict] = field(default_factory=list)
+    last_checkpoint: float = -math.inf
+
+    def __post_init__(self):
+        if kept := checkpoint.best(self.run.path):
+            self.best_dice = kept.card["metrics"]["val/dice"]
 
     def end_epoch(self, state: engine.TrainState, metrics: dict[str, float]) -> None:
-        """Copy the epoch's states and start writing them; raises an error from writing the epoch before."""
-        self.wait()  # so that memory holds only one copy of the states
+        """Copy the epoch's states and start writing; raises an error from writing the epoch before."""
+        self.wait()
         self.write_samples(state)
-        copied = checkpoint.snapshot(state.state_dict())
         card = {
             "epoch": state.epoch,
             "experiment": to_json(self.experiment),
@@ -56,25 +84,51 @@ class EpochCallbacks:
             "data_fingerprint": self.run.description["data_fingerprint"],
             "code": run_directory.code_revision(),
         }
-        self.pending, self.last_line = self.thread.submit(self.write_epoch, copied, card, metrics), time.monotonic()
+        self.newest = Copied(checkpoint.snapshot(state.state_dict()), card)
+        if self.newest.val_dice > self.best_dice:
+            self.best, self.best_dice = self.newest, self.newest.val_dice
+        is_last = state.epoch == self.experiment.train.epochs
+        is_due = is_last or time.monotonic() - self.last_checkpoint >= self.seconds
+        self.pending, self.last_line = self.thread.submit(self.write_epoch, metrics, is_due), time.monotonic()
 
     def wait(self) -> None:
         """Wait until the last epoch is written; raises an error from writing it."""
         pending, self.pending = self.pending, None
-        if pending:
-            pending.result()
-
-    def write_epoch(self, states: dict, card: dict, metrics: dict[str, float]) -> None:
-        """Write the checkpoint, then everything that shows the epoch. Raises UserError if the storage refuses."""
         try:
-            checkpoint.save(self.run.path, states["average"] or states["model"], states, card)
+            if pending:
+                pending.result()
+        except Exception:
+            self.newest = None  # `stop` must not try again what has just failed
+            raise
+
+    def write_epoch(self, metrics: dict[str, float], with_checkpoint: bool) -> None:
+        """Write the record and, first, a checkpoint if it is due; raises UserError if the storage refuses."""
+        self.untracked.append(metrics)
+        try:
+            if with_checkpoint:
+                self.write_checkpoints()
             self.record.append(metrics)
             run_directory.write_record(self.run.path, self.record)
-            checkpoint.keep_last_and_best(self.run.path)
         except OSError as error:
             raise UserError(format_write_error(error, self.run.path)) from error
-        self.tracker.log(metrics)
         self.print_epoch(metrics)
+
+    def write_checkpoints(self) -> None:
+        """Write the newest epoch and the best one, and track the epochs up to here, which will not be trained again."""
+        for copied in dict.fromkeys(filter(None, (self.best, self.newest))):
+            weights = copied.states["average"] or copied.states["model"]
+            checkpoint.save(self.run.path, weights, copied.states, copied.card)
+        checkpoint.keep_last_and_best(self.run.path)
+        self.newest, self.best, self.last_checkpoint = None, None, time.monotonic()
+        for metrics in self.untracked:
+            self.tracker.log(metrics)
+        self.untracked.clear()
+
+    def stop(self) -> None:
+        """Write the last whole epoch when a run ends early."""
+        self.wait()
+        if self.newest:
+            self.write_checkpoints()
 
     def write_samples(self, state: engine.TrainState) -> None:
         """Write the predictions of the samples after the first and the last epoch, and track them every few epochs."""

@@ -51,8 +51,8 @@ def train_rank(
 ) -> None:  # fmt: skip
     """Train this rank's share of a run, from the last checkpoint if there is one; with `profile`, rank 0 traces a few steps.
 
-    `wrap` adds gradient averaging to the model; `report` is called on every rank after each epoch, while its checkpoint
-    is being written or, with `saves_first`, once it is. Raises UserError on all ranks at once, but OneRankError on one.
+    `wrap` adds gradient averaging to the model; `report` is called on every rank after each epoch, while it is being
+    written or, with `saves_first`, once its checkpoint is. Raises UserError on all ranks at once, but OneRankError on one.
     """
     try:
         _train(experiment, run, ranks, wrap, report, profile, saves_first)
@@ -93,7 +93,8 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
     if from_main(state.epoch >= experiment.train.epochs and has_card, ranks):
         return
     tracker = build_tracker(experiment, run, ranks.is_main, record)
-    on_main = callbacks.EpochCallbacks(experiment, run, intensity, samples, tracker, record)
+    seconds = 0.0 if saves_first else experiment.checkpoint_seconds
+    on_main = callbacks.EpochCallbacks(experiment, run, intensity, samples, tracker, record, seconds)
 
     def after_epoch(state: engine.TrainState, metrics: dict[str, float]) -> None:
         with _problems_on_every_rank(ranks):
@@ -124,7 +125,7 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
         raise UserError(f"{wrong}: lower --optim.lr or set --optim.clip-norm 1; {kept}.") from error
     finally:
         with suppress(Exception):
-            on_main.wait()
+            on_main.stop()
         tracker.finish(exit_code)
 
 

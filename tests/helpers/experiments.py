@@ -35,6 +35,7 @@ def tiny_experiment(**changes) -> Experiment:
         optim=OptimConfig(kind="sgd", lr=0.02, clip_norm=1.0, ema_decay=0.9),
         train=replace(recipe.train, epochs=2, batch_size=7, precision="fp32", deterministic=True),
         tracking=TrackingConfig(wandb="off"),
+        checkpoint_seconds=0,
     )
     return replace(base, **changes)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,6 +81,40 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(shards, tmp_path):
     assert scores(resumed) == scores(undisturbed)
     weights = [checkpoint.last(run.path).weights() for run in (undisturbed, resumed)]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_short_epochs_share_a_checkpoint_and_the_best_of_them_is_kept(shards, tmp_path, monkeypatch):
+    written, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: written.append(args[-1]["epoch"]) or save(*args))
+    base = tiny_experiment(data=shards, runs=str(tmp_path), checkpoint_seconds=600)
+    # A rate that rises until it ruins the scores, so that the best epoch is usually neither the first nor the last.
+    one_cycle = ScheduleConfig(kind="one_cycle", rise=0.99)
+    ruined = replace(base, schedule=one_cycle, optim=replace(base.optim, lr=2.0, ema_decay=0.0))
+    run = train(replace(ruined, train=replace(base.train, epochs=8, holdout=0.3)))
+    record = run_directory.read_record(run.path)
+    assert [row["epoch"] for row in record] == list(range(1, 9))
+    best = max(record, key=lambda row: row["val/dice"])["epoch"]
+    assert written == [1, *({best} - {1, 8}), 8]
+    assert checkpoint.best(run.path).epoch == best and checkpoint.last(run.path).epoch == 8
+
+
+def test_a_run_that_an_error_ends_leaves_its_last_whole_epoch_and_one_that_is_killed_its_last_checkpoint(shards, tmp_path):
+    experiment = tiny_experiment(data=shards, checkpoint_seconds=600)
+    experiment = replace(experiment, train=replace(experiment.train, epochs=4))
+
+    def stop_after_3(metrics):
+        if metrics["epoch"] == 3:
+            shutil.copytree(tmp_path / "b", tmp_path / "c", ignore=shutil.ignore_patterns(".*.part"))  # as after a kill
+            stop(metrics)
+
+    undisturbed = train(replace(experiment, runs=str(tmp_path / "a")))
+    with pytest.raises(InterruptedError):
+        train(replace(experiment, runs=str(tmp_path / "b")), stop_after_3)
+    for folder, last, recorded in (("b", 3, {3}), ("c", 1, {2, 3})):
+        again = replace(experiment, runs=str(tmp_path / folder))
+        left = run_directory.open_run(again, reader.open_shards(shards))
+        assert checkpoint.last(left.path).epoch == last and len(run_directory.read_record(left.path)) in recorded
+        assert scores(train(again)) == scores(undisturbed)
 
 
 @pytest.mark.slow
