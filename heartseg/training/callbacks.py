@@ -1,4 +1,4 @@
-"""The first rank's work after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
+"""What rank 0 does after each epoch: it writes the checkpoint, record and samples, tracks the metrics and prints a line.
 
 A thread writes checkpoints while the next epoch trains; an epoch enters the record once its checkpoint is complete.
 """
@@ -43,7 +43,7 @@ class EpochCallbacks:
     last_line: float = -SECONDS_PER_LINE
 
     def end_epoch(self, state: engine.TrainState, metrics: dict[str, float]) -> None:
-        """Copy the epoch's states and start writing them; raises an error from writing the epoch before."""
+        """Copy the epoch's states and start writing them; raises any error from writing the previous epoch."""
         self.wait()  # so that memory holds only one copy of the states
         self.write_samples(state)
         copied = checkpoint.snapshot(state.state_dict())
@@ -59,13 +59,13 @@ class EpochCallbacks:
         self.pending, self.last_line = self.thread.submit(self.write_epoch, copied, card, metrics), time.monotonic()
 
     def wait(self) -> None:
-        """Wait until the last epoch is written; raises an error from writing it."""
+        """Wait until the last epoch is written; raises any error from writing it."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
 
     def write_epoch(self, states: dict, card: dict, metrics: dict[str, float]) -> None:
-        """Write the checkpoint, then everything that shows the epoch. Raises UserError if the storage refuses."""
+        """Write the checkpoint and the record, then track and print the epoch; raises UserError if a file cannot be written."""
         try:
             checkpoint.save(self.run.path, states["average"] or states["model"], states, card)
             self.record.append(metrics)
@@ -104,7 +104,7 @@ class EpochCallbacks:
         log.info("epoch %d/%d  %s  %s images/s  %s left", metrics["epoch"], epochs, scores, rate, left)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
-        """Print a line at the first step, then at most every ten seconds, counting from the line of an epoch."""
+        """Print a line at the first step, then at most one every ten seconds since the last line or the end of an epoch."""
         if step < steps and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)
