@@ -9,8 +9,8 @@
 # A mounted folder that jobs write to must belong to user 1000. Secrets are passed at run time (-e WANDB_API_KEY, without a
 # value, passes the caller's) and never become part of a layer.
 #
-# No Docker engine has built this file yet: tests/cluster/test_dockerfile.py reads it, and runs its installation in a clean
-# environment.
+# No Docker engine has built this file yet: tests/cluster/test_dockerfile.py reads it, and runs its installation steps in a
+# clean environment.
 
 FROM python:3.11-slim AS builder
 RUN python -m venv /opt/venv
@@ -47,7 +47,7 @@ RUN apt-get update \
     && chown heartseg:heartseg /home/heartseg/.ray /home/heartseg/app \
     && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/heartseg.sh
 COPY --from=builder /opt/venv /opt/venv
-# HOME is stated because `ray up` reads it from here to place what it mounts.
+# HOME is set because `ray up` reads it from here to place what it mounts.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/heartseg \
     PYTHONUNBUFFERED=1 \
@@ -59,7 +59,7 @@ WORKDIR /home/heartseg/app
 COPY jobs/ jobs/
 COPY cluster/ cluster/
 COPY ray_cluster.yaml constraints.txt LICENSE ./
-# The node's Ray if the container runs one (it answers without a token), otherwise whether a job's imports work.
+# Checks the node's Ray if the container runs one (it answers without a token), otherwise that a job's imports work.
 HEALTHCHECK --interval=5m --timeout=90s --start-period=60s --retries=3 \
     CMD ["python", "cluster/health.py"]
 CMD ["python", "jobs/train.py", "--help"]

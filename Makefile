@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up in a fresh clone: their own .venv, reused while it is current.
+# `make demo` and `make test` set everything up in a fresh clone, in its own .venv, which is reused while it is current.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,11 +9,11 @@ PYTEST = $(BIN)/python -m pytest -q --durations 10 $(if $(FILE),$(FILE),-n 2 --d
 .PHONY: help demo cluster cluster-demo test test-slow test-all lint format wheel constraints architecture reference docs clean
 
 help:
-	@echo "make demo      synthetic hearts to shards, training, scores and a report (a few minutes on 2 cores)"
+	@echo "make demo      synthetic hearts, shards, training, scores and a report (a few minutes on 2 cores)"
 	@echo "make cluster   a Ray cluster on this machine; make cluster-demo submits the demo to it, stage by stage"
-	@echo "make test      the fast tests, the ten slowest and their time; FILE=tests/... runs those of one file"
-	@echo "make test-all  the same, and tests that are slow or need the real data"
-	@echo "make constraints  the image's packages by version and hash (UPGRADE=--upgrade for newer ones)"
+	@echo "make test      the fast tests, and the times of the ten slowest; FILE=tests/... runs those of one file"
+	@echo "make test-all  the same, and the tests that are slow or need the real data"
+	@echo "make constraints  rewrites constraints.txt, the image's packages by version and hash (UPGRADE=--upgrade for newer ones)"
 	@echo "make docs      the documentation as a site in build/site; make reference rewrites the list of flags"
 	@echo "make lint | format | wheel | clean"
 

@@ -10,14 +10,14 @@ SECONDS = 20
 
 
 def main() -> int:
-    """0 if the container is healthy."""
+    """Return 0 if the container is healthy, otherwise 1."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/api/healthz", timeout=SECONDS) as answer:
             return 0 if answer.status == 200 else 1
     except OSError as error:
         if not isinstance(getattr(error, "reason", None), ConnectionRefusedError):
             return 1  # the node is unhealthy or hangs
-    # Nothing listens: the container runs a job and not a node.
+    # Nothing listens: the container runs a job, not a node.
     import ray  # noqa: F401
     import torch  # noqa: F401
     import torchvision  # noqa: F401

@@ -9,14 +9,14 @@
 #   eval "$(cluster/local.sh env)"                                 for `ray job …` and `jobs/pipeline.py --submit`
 #   cluster/local.sh stop
 #
-# Set before `start`, and the same for the other verbs:
-#   HEARTSEG_CLUSTER_DIR              token, process number, log (default ~/.local/state/heartseg/cluster)
+# Environment variables, set before `start` and the same for the other verbs:
+#   HEARTSEG_CLUSTER_DIR              token, process id, log (default: ~/.local/state/heartseg/cluster)
 #   HEARTSEG_CLUSTER_PORT             6390    the cluster
 #   HEARTSEG_CLUSTER_DASHBOARD_PORT   8290    the dashboard, which accepts jobs
-#   HEARTSEG_CLUSTER_AGENT_PORT       52466   its agent
+#   HEARTSEG_CLUSTER_AGENT_PORT       52466   the dashboard's agent
 #   HEARTSEG_CLUSTER_CLIENT_PORT      9001    the Ray client's server
 #   HEARTSEG_CLUSTER_TIMEOUT_S        120     seconds that `start` waits for the dashboard, and `stop` for the processes to end
-#   RAY                               the ray program (default .venv/bin/ray, otherwise the one on PATH)
+#   RAY                               the ray program (default: .venv/bin/ray, otherwise the one on PATH)
 # Exit code: 2 for incorrect usage, 1 for any other failure; `submit` returns the job's: 0, or 1 if it failed.
 
 set -euo pipefail
@@ -33,7 +33,7 @@ dashboard=http://127.0.0.1:$dashboard_port
 # A Unix socket's path holds 107 bytes, and Ray uses up to 71 of them below its temporary directory.
 longest_temp_dir=36
 
-refuse() { # a wrong call
+refuse() { # incorrect usage
     echo "cluster/local.sh: $1" >&2
     exit 2
 }
@@ -66,7 +66,7 @@ our_pid() {
     echo "$pid"
 }
 
-# True once a port answers a path to our token. The token goes through a pipe, never into a command line.
+# True once a port answers a request for a path with our token. The token goes through a pipe, never into a command line.
 answers() (
     exec 3<>"/dev/tcp/127.0.0.1/$1"
     printf 'GET %s HTTP/1.0\r\nAuthorization: Bearer %s\r\n\r\n' "$2" "$(<"$dir/token")" >&3
@@ -180,7 +180,7 @@ warn_of_secrets() {
     local names
     names=$(grep -oiE '"?[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?"?[[:space:]]*[:=]' <<<"$*" |
         grep -oE '[A-Za-z0-9_]+' | sort -u | paste -sd ' ') || return 0
-    echo "cluster/local.sh: $names: the dashboard shows a runtime_env; set it before \`start\` instead." >&2
+    echo "cluster/local.sh: $names: all who open the dashboard see a runtime_env; set it before \`start\` instead." >&2
 }
 
 submit() {
@@ -211,13 +211,13 @@ submit() {
 status() {
     local pid words address
     pid=$(our_pid) || fail "not running."
-    answers "$dashboard_port" /api/version || fail "process $pid runs, but its dashboard, $dashboard, does not answer."
+    answers "$dashboard_port" /api/version || fail "process $pid runs, but $dashboard does not answer: see $dir/log."
     echo "running: process $pid, dashboard $dashboard, token in $dir/token, log in $dir/log"
     find_ray
     set_environment
     words=$(ps -ww -p "$pid" -o args=)
     address=${words##*--node-ip-address[= ]} # the last one counts
-    # Without this variable Ray asks the machine's address where it is given 127.0.0.1.
+    # Without this variable, Ray asks at the machine's address instead of 127.0.0.1.
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "$RAY" status --address "${address%% *}:$port"
 }
 
@@ -231,7 +231,7 @@ env() {
 stop() {
     local pid
     if pid=$(our_pid); then
-        end "$pid" || fail "process $pid has not ended within $timeout_s s of SIGTERM."
+        end "$pid" || fail "process $pid has not ended within $timeout_s s of SIGTERM: see $dir/log, then run stop again."
         echo "stopped: process $pid"
     else
         echo "not running"

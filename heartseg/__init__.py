@@ -1,4 +1,4 @@
-"""heartseg: segmentation of the left ventricle, its wall and the left atrium in apical echocardiograms.
+"""heartseg: segmentation of LV cavity, myocardium and left atrium in apical echocardiograms.
 
 Two names serve most users: `heartseg.load(run)` rebuilds a trained model, and the model's `predict(image)`
 returns the mask on the image's own grid.
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("heartseg")
-except PackageNotFoundError:  # a working directory that was submitted, not installed
+except PackageNotFoundError:  # run from a submitted working directory, not installed
     __version__ = "0.1.0"
 
 

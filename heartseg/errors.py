@@ -5,9 +5,9 @@ import errno
 import os
 from collections.abc import Iterator
 
-# A full disk, a used-up quota, a read-only or forbidden folder: the user can fix these; they are not bugs.
+# A full disk, an exceeded quota, a read-only or forbidden folder: the user can fix these; they are not bugs.
 USER_FIXABLE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
-# A disk or a network file system that does not answer.
+# A disk or network file system that does not respond.
 OUTAGE_ERRNOS = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH,
     errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENXIO, errno.ENODEV,
@@ -19,26 +19,26 @@ class UserError(Exception):
 
 
 class OneRankError(UserError):
-    """A UserError on one rank only, such as running out of memory, which the other ranks do not notice."""
+    """A UserError on one rank only, such as running out of memory; the other ranks do not notice it."""
 
 
 class StorageError(Exception):
-    """Storage did not answer; its files are neither missing nor damaged, and another attempt may succeed. One line."""
+    """Storage did not respond: files do not count as missing or damaged, and another attempt may succeed. One line."""
 
 
 class StorageRefused(StorageError):
-    """Storage answered with a refusal: the user must fix the credentials or the bucket."""
+    """Storage rejected the request: the user must fix the credentials or the bucket."""
 
 
 def format_write_error(error: OSError, path: str) -> str:
-    """The one-line message for a full disk or storage that refuses a write."""
+    """The one-line message for a failed write, such as on a full disk or in a read-only folder."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     fix = "free up space or fix the permissions, then rerun the same command to resume; or start over in another folder"
     return f"{path} cannot be written ({reason}): {fix}."
 
 
 def outage(error: OSError, path: str) -> StorageError:
-    """The StorageError for an OSError of OUTAGE_ERRNOS."""
+    """The StorageError for an OSError with one of OUTAGE_ERRNOS."""
     fix = "check its disk or network, then rerun the same command to resume"
     return StorageError(f"{path} cannot be reached ({os.strerror(error.errno)}): {fix}.")
 

@@ -1,4 +1,4 @@
-"""Benchmarks that measure two sides in one run and print a table: `python jobs/benchmark.py scores`."""
+"""Runs one of the benchmarks in jobs/benchmarks/ and prints its table: `python jobs/benchmark.py scores`."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from heartseg.errors import require
 from jobs.support import command_line
 
-# Table -> its help; each is the module of that name in jobs/benchmarks/, with `Options` and `run`.
+# Name -> help; the module of that name in jobs/benchmarks/ has `Options` and `run`.
 TABLES = {
     "data": "speed of converting NIfTI to shards, compared with nibabel, scikit-image and np.save",
     "predict": "speed of prediction from files to masks, compared with the forward passes alone",
@@ -22,10 +22,10 @@ TABLES = {
 
 def job(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: python jobs/benchmark.py TABLE [-h] [SETTINGS]\n")
+        print("usage: python jobs/benchmark.py BENCHMARK [-h] [SETTINGS]\n")
         print("\n".join(f"  {name:<13}{text}" for name, text in TABLES.items()))
         return
-    asked = f"{argv[0]!r} is not a table" if argv else "No table is named"
+    asked = f"{argv[0]!r} is not a benchmark" if argv else "No benchmark is named"
     require(bool(argv) and argv[0] in TABLES, f"{asked}: use one of {', '.join(TABLES)}.")
     name, table = argv[0], importlib.import_module(f"jobs.benchmarks.{argv[0]}")
     options = command_line.parse_line(table.Options, argv[1:], f"python jobs/benchmark.py {name}", f"{TABLES[name]}.")

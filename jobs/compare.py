@@ -29,7 +29,7 @@ from jobs.support.command_line import counted
 from jobs.support.evaluation import HOLDOUT, EvaluationPlan, ScoringOptions
 
 TRIALS = "trials"  # the folder of a sweep that holds its runs
-MOST_DRAWN = 6  # entries whose outlines are drawn on the images that entries disagree on
+MOST_DRAWN = 6  # at most this many entries have their outlines drawn on the images that entries disagree on
 ABOUT = (
     "Show training runs side by side: which settings differ, scores with intervals and paired tests on the same patients, "
     "learning curves, and the images that the runs disagree on most. Runs that differ only in their seed are pooled."
@@ -43,12 +43,12 @@ class Options(ScoringOptions):
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = ()
     """Folders of runs; a folder of runs, or of a sweep, stands for all its runs."""
     reference: str = ""
-    """Folder or name of the run to test the others against; by default the first one."""
+    """Folder or name of the run to test the others against (default: the first one)."""
     group: Literal["auto", "train", "val", "test", "all", "holdout"] = "auto"
     """Group of patients; `auto`: the patients held out by --train.holdout (in a sweep) if all runs have them, otherwise test,
     otherwise val."""
     out: str = ""
-    """Folder of the results; by default `comparison` in the folder of runs, or `comparison-HASH` beside the first run."""
+    """Folder of the results (default: `comparison` in the folder of runs, or `comparison-HASH` beside the first run)."""
 
 
 def run(options: Options) -> str:
@@ -73,16 +73,19 @@ def run(options: Options) -> str:
 
 
 def find_runs(paths: Sequence[str]) -> dict[str, run_directory.Run]:
-    """The runs that some folders are or hold, at least two, by name or, if names repeat, by their paths' distinct parts."""
+    """Find the runs that `paths` are or contain; returns them by name or, if names repeat, by path below their common folder.
+
+    Raises UserError for a path without runs, and for fewer than two runs.
+    """
     found: dict[str, run_directory.Run] = {}
     for path in paths:
         path = command_line.absolute(path, "runs").rstrip("/")
         below = [filesystem.join(f, n) for f in (path, filesystem.join(path, TRIALS)) for n in filesystem.list_names(f)]
         folders = [path] if is_run(path) else [folder for folder in below if is_run(folder)]
-        fix = f"is not a run and holds none (no {run_directory.DESCRIPTION}): give folders that jobs/train.py wrote."
+        fix = f"is not a run and contains none ({run_directory.DESCRIPTION} not found): give folders that jobs/train.py wrote."
         require(bool(folders), f"{path} {fix}")
         found |= {folder: run_directory.find_run(folder) for folder in folders}
-    fix = "give another one, or a folder of runs."
+    fix = "name more runs, or a folder of runs."
     require(len(found) >= 2, f"A comparison needs at least two runs, not {len(found)}: {fix}")
     shared, names = len(os.path.commonprefix([path.split("/") for path in found])), [one.name for one in found.values()]
     return {one.name if names.count(one.name) == 1 else "/".join(path.split("/")[shared:]): one for path, one in found.items()}
@@ -94,7 +97,7 @@ def is_run(folder: str) -> bool:
 
 
 def default_out(paths: Sequence[str], found: Iterable[run_directory.Run]) -> str:
-    """`comparison` in a folder of runs; for named runs, a folder beside the first whose name only these runs share."""
+    """The default folder of the results: `comparison` in a folder of runs, otherwise `comparison-HASH` beside the first run."""
     if len(paths) == 1:
         return filesystem.join(command_line.absolute(paths[0], "runs"), "comparison")
     folders = [one.path for one in found]
@@ -102,7 +105,7 @@ def default_out(paths: Sequence[str], found: Iterable[run_directory.Run]) -> str
 
 
 def assess(one: run_directory.Run, label: str, options: Options, out: str) -> tuple[Scored, EvaluationPlan | None]:
-    """A run's record and scores, and the plan of its evaluation, or None if its images or weights cannot be read."""
+    """Score a run if needed; returns its record and scores, and the plan, or None if images or weights cannot be read."""
     record, plan, problem = run_directory.read_record(one.path), None, ""
     shared = {each.name: getattr(options, each.name) for each in fields(ScoringOptions)}
     out = filesystem.join(out, "evaluations", label.replace("/", "-"))
@@ -162,7 +165,7 @@ def find_reference(asked: str, found: dict[str, run_directory.Run]) -> run_direc
 def draw_disagreements(
     entries: Sequence[Entry], found: Sequence[dict], plans: dict[str, EvaluationPlan | None]
 ) -> dict[str, list[dict]]:
-    """Pictures of the images that entries disagree on, by image name, one per entry (of several seeds, the first)."""
+    """Draw the images that entries disagree on; returns, by image name, a picture per entry (of several seeds, the first)."""
     patients = list(dict.fromkeys(item["patient"] for item in found))
     pictures: dict[str, list[dict]] = {item["image"]: [] for item in found}
     known = [entry for entry in entries if found and entry.letter in found[0]["dice"] and plans[entry.scored[0].label]]

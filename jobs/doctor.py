@@ -1,7 +1,7 @@
 """Checks a machine or cluster, and reports what is wrong and how to fix it: `python jobs/doctor.py --workers 4`.
 
-Exit code 0 if nothing is wrong, 1 if something is, 2 for a mistake on the command line. Checks keep no file or secret.
-Imports that need torch are local, so that a missing torch is a finding.
+Exit code 0 if nothing is wrong, 1 if something is, 2 for a mistake on the command line. The checks leave no files
+behind and show no secrets. Imports that need torch are local, so that a missing torch is reported as a finding.
 """
 
 import base64
@@ -33,7 +33,7 @@ from jobs.support.command_line import counted, first_line
 GIB = 1 << 30
 # With less than this, training is likely to fail: a worker's memory, a run's checkpoints, Ray's object store.
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 2 * GIB, 5 * GIB, 1 * GIB
-# Bytes that workers exchange at a time: a fifth of the seed network's gradients on GPUs, less on CPUs, to be quick.
+# Bytes that workers exchange at a time: over a quarter of the seed network's gradients on GPUs, less on CPUs, to be quick.
 GPU_BYTES, CPU_BYTES = 64 << 20, 8 << 20
 WANDB_TIMEOUT_S, KEY_REFUSED = 5.0, "refuses the key"
 # Seconds for another node to answer; its first process imports torch.
@@ -43,7 +43,7 @@ REINSTALL = "Install the project: pip install -e ."
 
 @dataclass(frozen=True)
 class Options:
-    """The parts to check."""
+    """What to check."""
 
     data: str = ""
     """Shards to test reading from (default: HEARTSEG_DATA)."""
@@ -82,7 +82,7 @@ class Finding:
 
 
 def run(options: Options) -> list[Finding]:
-    """Every finding, in the order of the table."""
+    """Run all checks; returns their findings, in the order of the table."""
     data = options.data or os.environ.get("HEARTSEG_DATA", "")
     runs = options.runs or os.environ.get("HEARTSEG_RUNS", "")
     data, runs = data and command_line.absolute(data, "data"), runs and command_line.absolute(runs, "runs")
@@ -108,7 +108,7 @@ def run(options: Options) -> list[Finding]:
 
 
 def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """A check's findings; if the check fails, that is one more."""
+    """Run a check; returns its findings and, if it raises an error, one more about that."""
     found: list[Finding] = []
     try:
         with io_errors_as_user_errors():
@@ -121,7 +121,7 @@ def run_check(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding
 
 
 def check_versions() -> Iterator[Finding]:
-    """The versions of Python and the main packages; missing ones, and incompatible torch and torchvision."""
+    """The versions of Python and the main packages, with any that are missing; also incompatible torch and torchvision."""
     yield Finding("python", platform.python_version())
     missing = []
     for package in ("torch", "torchvision", "ray", "wandb", "pyarrow"):
@@ -138,7 +138,7 @@ def check_versions() -> Iterator[Finding]:
         check_installation()
     except ModuleNotFoundError as error:
         if not missing:  # otherwise it is reported above
-            yield Finding("heartseg", "–", f"heartseg does not load: {error}.", REINSTALL)
+            yield Finding("heartseg", "–", f"heartseg cannot be imported: {error}.", REINSTALL)
 
 
 def check_processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
@@ -159,7 +159,7 @@ def check_processors(group: str = "/sys/fs/cgroup") -> Iterator[Finding]:
 
 def free_space(name: str, where: str, free: float, least: int, fix: str) -> Finding:
     """A finding on free bytes, which is wrong if there are fewer than `least`."""
-    found = f"{free / GIB:.1f} GiB of {where} are free"
+    found = f"{free / GIB:.1f} GiB of {where} is free"
     wrong = f"{found}, but at least {least / GIB:g} GiB should be."
     return Finding(name, found, wrong, fix, {"free_bytes": free}).unless(free >= least)
 
@@ -175,14 +175,14 @@ def check_memory(root: str = "/") -> Iterator[Finding]:
 def check_shared_memory(path: str = "/dev/shm") -> Iterator[Finding]:
     """Space for Ray's object store, through which workers exchange data; without it, the store is on disk and slow."""
     free = shutil.disk_usage(path).free if os.path.exists(path) else 0
-    fix = "Ray's object store uses the slow disk instead. Docker: --shm-size 8g; Kubernetes: an emptyDir of medium Memory."
+    fix = "Without it, Ray uses the slow disk. Docker: give --shm-size 8g; Kubernetes: an emptyDir with medium Memory."
     yield free_space("shared memory", path, free, LEAST_SHARED, fix)
 
 
 def check_disk(name: str, folder: str) -> Iterator[Finding]:
     """Free space on the disk of a local folder, which need not exist yet."""
     there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
-    fix = "Make room, or give another folder (TMPDIR for temporary files, --runs for runs)."
+    fix = "Free up space, or give another folder (TMPDIR for temporary files, --runs for runs)."
     yield free_space(name, f"the disk of {folder}", shutil.disk_usage(there).free, LEAST_DISK, fix)
 
 
@@ -201,14 +201,14 @@ def check_gpus() -> Iterator[Finding]:
         yield Finding("CUDA", found, wrong, fix).unless(has_nccl)
     elif shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"):
         built = f"built for CUDA {cuda}" if cuda else "built without CUDA"
-        fix = "Install torch's build for nvidia-smi's CUDA version; check CUDA_VISIBLE_DEVICES; give a container --gpus all."
+        fix = "Install torch for the CUDA version in nvidia-smi; check CUDA_VISIBLE_DEVICES; run containers with --gpus all."
         yield Finding("GPUs", "none", f"There is an NVIDIA driver, but torch, {built}, cannot use a GPU.", fix)
     else:
         yield Finding("GPUs", "none")
 
 
 def check_precision() -> Iterator[Finding]:
-    """What `--train.precision auto` uses on this machine's CPUs, and the rates of a core that it was chosen by."""
+    """What `--train.precision auto` uses on this machine's CPUs, and the measured rates per core that decide it."""
     import torch
 
     from heartseg.models import precision
@@ -239,7 +239,7 @@ def check_round_trip(path: str, megabytes: int) -> Iterator[Finding]:
             filesystem.remove(probe)
     speeds = {"write_mb_per_s": megabytes / (written - started), "read_mb_per_s": megabytes / (read - written)}
     found = f"{path}, writes {speeds['write_mb_per_s']:.0f} MB/s, reads {speeds['read_mb_per_s']:.0f} MB/s"
-    wrong, fix = f"{path} did not return the bytes that were written.", "Use other storage: this one loses data."
+    wrong, fix = f"{path} did not return the bytes that were written.", "Use different storage: this one corrupts data."
     yield Finding("runs storage", found, wrong, fix, speeds).unless(is_same)
 
 
@@ -273,7 +273,7 @@ def check_wandb() -> Iterator[Finding]:
 
 
 def ask_wandb(server: str, key: str) -> str:
-    """The problem with a server or its key; empty if it accepts the key."""
+    """The problem with a server or the key; empty if the server accepts the key."""
     login = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
     question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
@@ -311,9 +311,10 @@ def check_cluster(options: Options, runs: str) -> Iterator[Finding]:
         trainer = ray_runtime.build_trainer(all_reduce, {"seconds": options.seconds}, number, resources, folder, tries=0)
         yield bandwidth(number, trainer.fit().return_value)
     except Exception as error:
-        network = "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the nodes' network where Ray starts, and open its ports"
-        fix = f"{network}; see NCCL_DEBUG=INFO; if the cluster is full, use fewer --workers; every node must see --runs."
-        yield Finding("workers", f"{number} asked for", f"They could not exchange data: {first_line(error)}", fix)
+        network = "Where Ray starts, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that connects the nodes"
+        fix = f"{network}, and open its ports; NCCL_DEBUG=INFO shows more. Every node must be able to reach --runs."
+        fix += " If the cluster is full, use fewer --workers."
+        yield Finding("workers", f"{number} requested", f"The workers could not exchange data: {first_line(error)}", fix)
     finally:
         with contextlib.suppress(UserError, StorageError, OSError):
             filesystem.remove(folder)
@@ -351,13 +352,13 @@ def describe_node(name: str, found: list[Finding]) -> Iterator[Finding]:
     for one in found:
         if not one.wrong and one.found != (ours := here.get(one.name, one.found)):
             wrong = f"{one.name} is {one.found} there but {ours} here."
-            one = replace(one, wrong=wrong, fix="Give every node the same image.")
+            one = replace(one, wrong=wrong, fix="Install the same versions on every node.")
         if one.wrong:
             yield replace(one, name=f"{one.name} of {name}", wrong=f"{name}: {one.wrong}")
 
 
 def all_reduce(config: dict) -> dict:
-    """Run by each worker: sum a tensor over all of them for a while; returns bytes, seconds, rounds and participants."""
+    """Run by each worker: sum a tensor over all workers for some seconds; returns bytes, seconds, rounds and participants."""
     import torch
     import torch.distributed as dist
     from ray.train.torch import get_device
@@ -389,7 +390,7 @@ def bandwidth(number: int, report: dict) -> Finding:
     hosts, devices = (sorted(set(names)) for names in zip(*report["machines"], strict=True))
     found = f"{number} on {counted(len(hosts), 'host')} ({', '.join(devices)}), {report['backend']}, "
     found += f"{bus:.2f} GB/s for {report['seconds']:.0f} s" if number > 1 else "nothing to exchange"
-    wrong, fix = "The sum over the workers was wrong.", "Find the broken GPU or link; run this again."
+    wrong, fix = "The sum over the workers was wrong.", "Find the faulty GPU or network link, then run the doctor again."
     numbers = {"workers": number, "gb_per_s": bus, "hosts": len(hosts)} | {name: report[name] for name in ("rounds", "backend")}
     return Finding("workers", found, wrong, fix, numbers).unless(report["is_right"])
 
@@ -409,7 +410,7 @@ def job(argv: list[str]) -> None:
         no_workers = dict.fromkeys(("workers", "seconds"), "--launcher plain starts no workers")
         command_line.refuse_unused(Options(), options, no_workers)
     stdout = os.dup(1)
-    os.dup2(2, 1)  # stdout is for the result only: anything else that is printed, also by Ray and C code, goes to stderr
+    os.dup2(2, 1)  # stdout is for the result only: anything else that is printed, even by Ray and C code, goes to stderr
     try:
         found = run(options)
     finally:

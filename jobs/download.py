@@ -20,17 +20,17 @@ from jobs.support import command_line
 
 SERVER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1"
 IMAGES_ID, SPLIT_ID = "63fde55f73e9f004868fb7ac", "66e27d12961576b1bad4e4e1"
-# Folders are unpacked and checked here, on the same disk as the finished patients, but never mistaken for one.
+# Folders are unpacked and checked in this one, on the same disk as the finished patients, but never mistaken for one of them.
 UNFINISHED = ".download"
 # If this many folders fail in a row, the server or the network is down.
 MAX_FAILED_IN_A_ROW = 5
 TERMS = """CAMUS (Cardiac Acquisitions for Multi-structure Ultrasound Segmentation), Creatis, Lyon. Its terms:
   - CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): non-commercial scientific research only;
-    what is made from it keeps this licence, and so do models trained on it.
+    anything made from it, including models trained on it, keeps this licence.
   - Publications cite S. Leclerc, E. Smistad, J. Pedrosa, A. Ostvik et al., "Deep Learning for Segmentation using an Open
     Large-Scale Dataset in 2D Echocardiography", IEEE Transactions on Medical Imaging 38(9), 2198-2210, 2019,
     doi:10.1109/TMI.2019.2900516.
-  - The authors' own words count: https://www.creatis.insa-lyon.fr/Challenge/camus/databases.html
+  - The authors' own wording is what counts: https://www.creatis.insa-lyon.fr/Challenge/camus/databases.html
 """
 
 
@@ -45,7 +45,7 @@ class Options:
     patients: str = ""
     """Numbers of the patients to fetch, such as 1-10,42; all if not given."""
     server: str = SERVER
-    """Address of the Girder interface: the authors', or a mirror with the same folders."""
+    """URL of the Girder API: the authors', or of a mirror with the same folders."""
     tries: int = 5
     """Number of tries for each download before its patient is skipped."""
     wait_s: float = 2.0
@@ -57,7 +57,7 @@ class Options:
 def run(options: Options) -> str:
     """Fetch what is missing; returns the folder. Raises UserError naming the patients that could not be fetched."""
     out = command_line.required_path(options.out, "out", "a local folder")
-    require(not filesystem.is_uri(out), f"--out {out} is not a local folder: give one (shards may go elsewhere).")
+    require(not filesystem.is_uri(out), f"--out {out} is not a local folder: download to one, then copy the tree there.")
     tries, wait_s, timeout_s = options.tries, options.wait_s, options.timeout_s
     message = f"--tries ({tries}) must be at least 1, --wait-s ({wait_s:g}) at least 0 and --timeout-s ({timeout_s:g}) above 0."
     require(tries >= 1 and wait_s >= 0 and timeout_s > 0, message)
@@ -69,7 +69,7 @@ def run(options: Options) -> str:
         with locks.lock(out), contextlib.ExitStack() as at_end:
             at_end.callback(filesystem.remove, filesystem.join(out, UNFINISHED))
             ids = list_patients(server, numbers)
-            if not filesystem.exists(filesystem.join(out, camus.IMAGES_FOLDER)):  # what is there may be a hospital's
+            if not filesystem.exists(filesystem.join(out, camus.IMAGES_FOLDER)):  # an existing tree may be a hospital's
                 filesystem.publish_json(filesystem.join(out, camus.DOWNLOAD_NOTE), {"server": server.base})
             failed = fetch_all(server, out, ids)
     except OSError as error:

@@ -1,6 +1,6 @@
 """Scores on the native grid, clinical indices and the report: `python jobs/evaluate.py --checkpoint RUN --data /data/shards`.
 
-Also `--checkpoint RUN --truth /data/CAMUS`, or `--predictions /data/masks --truth /data/CAMUS` for anyone's masks.
+Also `--checkpoint RUN --truth /data/CAMUS`, or `--predictions /data/masks --truth /data/CAMUS` for masks from elsewhere.
 """
 
 import sys
@@ -25,7 +25,7 @@ def run(options: Options) -> str:
     """Score, and return the folder of `images.parquet`, `patients.parquet`, `summary.json` and `report.html`."""
     if options.pool:
         return pool(options)
-    without = {"pattern": "it is for --predictions"}
+    without = {"pattern": "it applies only to --predictions"}
     if options.predictions:
         without = {"which": "--predictions are finished masks", "overwrite": "--predictions are always scored again"}
     command_line.refuse_unused(Options(), options, without)

@@ -32,13 +32,13 @@ from jobs.support import command_line
 FILES = {"torch.export": "model.pt2", "onnx": "model.onnx"}
 NOTE = "export.json"
 INPUT, OUTPUT = "images", "logits"
-# Images for checking the files, and the share of their pixels that may have another label: rounding only decides
-# between labels with practically equal scores.
+# Number of images that the files are checked on, and the share of their pixels whose labels may differ: rounding changes a
+# label only where two classes have practically equal scores.
 CHECKED_IMAGES, MAX_DIFFERENT = 16, 1e-3
 PREPROCESSING = (
-    "Resize an upright greyscale image (row = depth, column = lateral) to the input's height and width, bilinear and "
-    "antialiased, rounded to whole numbers from 0 to 255, and pass it as float32; the normalisation is inside the model. "
-    "For a mask on the image's own grid resize the logits back, bilinear, then take the largest over the channels."
+    "Resize an upright greyscale image (rows are depth, columns are lateral) to the input's height and width (bilinear, "
+    "antialiased), round it to whole numbers from 0 to 255, and pass it as float32; the normalisation is inside the model. "
+    "For a mask on the image's own grid, resize the logits to that grid (bilinear), then take the argmax over the channels."
 )
 
 
@@ -53,7 +53,7 @@ class Options:
     which: Literal["last", "best"] = "last"
     """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     data: str = ""
-    """Shards whose images the files are checked on; by default the run's own, or synthetic images if those are gone."""
+    """Shards with the images to check the files on (default: the run's own shards, or synthetic images if those are gone)."""
 
 
 class Portable(nn.Module):
@@ -68,7 +68,7 @@ class Portable(nn.Module):
 
 
 def run(options: Options) -> str:
-    """Write a checkpoint's two files and their note if both label images like the checkpoint; returns the folder."""
+    """Write both files and `export.json`, provided that the files label images like the checkpoint; returns the folder."""
     path = command_line.required_path(options.checkpoint, "checkpoint", "the folder of a run")
     out = command_line.required_path(options.out, "out", "the folder to write")
     for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -97,12 +97,12 @@ def run(options: Options) -> str:
     for kind, data in written.items():
         logits, labels = checked[kind].values()
         size = f"{filesystem.join(out, FILES[kind])}: {len(data) / 1e6:.1f} MB; on {len(images)} {origin}"
-        print(f"{size}, logits differ from the checkpoint's by at most {logits:.1e}, and {labels:.4%} of the labels do.")
+        print(f"{size}, logits differ from the checkpoint's by at most {logits:.1e}, and {labels:.4%} of the labels differ.")
     return out
 
 
 def check_images(segmenter: Segmenter, data: str) -> tuple[torch.Tensor, str]:
-    """Images uint8 [N,1,H,W] on the stored grid for the comparison, and their kind: `real images` or `synthetic images`.
+    """Images uint8 [N,1,H,W] on the model's grid for the comparison, and their kind: `real images` or `synthetic images`.
 
     They come from the shards in `data`, or those that the run was trained on, or the phantom if those are gone.
     """
@@ -147,7 +147,7 @@ def convert(segmenter: Segmenter) -> tuple[dict[str, bytes], dict[str, Callable]
 
 @torch.inference_mode()
 def difference(segmenter: Segmenter, call: Callable, images: torch.Tensor) -> dict[str, float]:
-    """A file's differences from the checkpoint on uint8 images, the first one in its own batch, then the others."""
+    """A file's differences from the checkpoint on uint8 images: the first one as a batch of its own, then the others."""
     expected = segmenter.logits(images)
     answers = torch.cat([call(images[:1].float()), call(images[1:].float())])
     labels_that_differ = (answers.argmax(dim=1) != expected.argmax(dim=1)).double().mean().item()
@@ -160,7 +160,7 @@ def note(segmenter: Segmenter, path: str, written: dict, checked: dict) -> dict:
     try:
         terms = run_directory.TERMS.get(run_directory.find_run(path).description["dataset"], run_directory.TERMS["other"])
     except UserError:
-        terms = "unknown: the checkpoint is in no run's folder; its model card has them."
+        terms = "unknown: the checkpoint is not in a run's folder; the MODEL_CARD.md of its run has them."
     return {
         "use": "Research use only, not a medical device.",
         "terms": terms,

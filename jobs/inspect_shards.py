@@ -1,4 +1,4 @@
-"""Shows shards in numbers and pictures, and checks that they are intact: `python jobs/inspect_shards.py --data SHARDS`."""
+"""Shows statistics and images of shards, and checks that they are intact: `python jobs/inspect_shards.py --data SHARDS`."""
 
 import base64
 import os
@@ -57,7 +57,7 @@ def run(options: Options) -> str | None:
     facts = (
         f"{path}: {manifest['dataset']}, {counted(manifest['rows'], 'image')} of {counted(patients, 'patient')}, "
         f"{image.height} x {image.width}, {counted(len(manifest['parts']), 'part')}, "
-        f"{counted(len(manifest['quarantined']), 'recording')} in quarantine"
+        f"{counted(len(manifest['quarantined']), 'recording')} quarantined"
     )
     tables = survey_tables(opened, found)
     print("\n\n".join([facts, *map(table_text, tables)]))

@@ -1,6 +1,6 @@
-"""Measures anyone's masks, without a network: `python jobs/measure.py --masks FOLDER --out OUT`.
+"""Measures masks from any source, without a network: `python jobs/measure.py --masks FOLDER --out OUT`.
 
-The masks may be ours, corrected by hand, nnU-Net's or experts'; the tables are those of predict.
+The masks may be heartseg's, hand-corrected, nnU-Net's or experts'; the tables are the same as those of predict.
 """
 
 import contextlib
@@ -51,17 +51,18 @@ class Options:
     out: str = ""
     """Folder for ef.csv, studies.json, studies.html and, with --compare, comparison.csv."""
     labels: str = ""
-    """The values in all files if they are not `1=cavity,2=myocardium,3=atrium`; values that are not named are background."""
+    """What the files' values mean, if not `1=cavity,2=myocardium,3=atrium`; values that you do not name become background."""
     images: str = ""
-    """The images, if not beside the masks under the same name; a mask that has no affine is oriented like its image."""
+    """Folder of the images, if they are not beside the masks; a mask and its image share a name. A mask without an affine is
+    oriented like its image."""
     compare: str = ""
-    """A second reading of the same images to compare with: Dice, and the change of each ejection fraction."""
+    """Masks of a second reading of the same images, to compare with: Dice, and the change in each ejection fraction."""
     view: Literal["2CH", "4CH"] | None = None
     """Apical view of the masks whose names do not show it (2CH, A2C, AP2 …)."""
     phase: Literal["ED", "ES"] | None = None
     """Phase of the stills whose names do not show it."""
     page: Literal["on", "off"] = "on"
-    """studies.html, and an overlay of each mask whose image is found."""
+    """Write studies.html, and an overlay of each mask whose image is found."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +81,15 @@ class Reading:
 
 
 def parse_labels(text: str) -> dict[int, int]:
-    """Our label by value in the files, from `1=cavity,2=wall,3=atrium`; raises UserError."""
+    """Parse `1=cavity,2=wall,3=atrium`; returns heartseg's label by value in the files, and raises UserError for a mistake."""
     found = {}
     for part in filter(None, text.split(",")):
         value, _, name = part.partition("=")
         is_valid = re.fullmatch(r"\d{1,9}", value.strip()) and name.strip() in NAMES
-        require(bool(is_valid), f"--labels {part!r} must be VALUE=NAME, with a name of {', '.join(NAMES)}.")
+        require(bool(is_valid), f"--labels {part!r} must be VALUE=NAME, where NAME is one of {', '.join(NAMES)}.")
         found[int(value)] = NAMES[name.strip()]
-    require(not found or ENDO in found.values(), "--labels must name the value of the cavity, such as 1=cavity.")
+    message = f"--labels {text} must include the cavity, such as 1=cavity: volumes and EF need it."
+    require(not found or ENDO in found.values(), message)
     return found
 
 
@@ -97,7 +99,7 @@ def read_masks(clip: Clip, image: str | None, labels: dict[int, int]) -> tuple[n
     values, spacing_mm, _ = nifti.read_nifti(clip.path, onto=onto)
     if onto and values.shape[1:] != (whole := tuple(onto.header.get_data_shape()[axis] for axis in onto.axes)):
         sizes = " x ".join(map(str, values.shape[1:])), " x ".join(map(str, whole))
-        raise DamagedRecording("the mask is {}, but its image {}".format(*sizes), clip.path)
+        raise DamagedRecording("the mask is {}, but its image is {}".format(*sizes), clip.path)
     if labels:
         mapped = np.zeros(values.shape, np.uint8)
         for value, label in labels.items():
@@ -122,7 +124,7 @@ def draw(out: str, image: str, masks: np.ndarray, result: ClipResult) -> None:
 
 
 def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], title: str, out: str, keep: bool) -> Reading:
-    """Read and measure all clips; draws them into `out` unless empty, and keeps their masks for a comparison if `keep`."""
+    """Read and measure all clips; draws overlays into `out` unless it is empty, and keeps the masks to compare if `keep`."""
     reading = Reading({}, {}, [])
 
     def measure(clip: Clip) -> tuple[Clip, np.ndarray | None, ClipResult | DamagedRecording]:
@@ -164,7 +166,7 @@ def compare(out: str, first: Reading, second: Reading) -> str:
     """Write `comparison.csv`, a row per patient, and return a summary of two readings of the same images."""
     shared = [key for key in first.masks if key in second.masks and first.masks[key].shape == second.masks[key].shape]
     fix = "give two readings of the same images"
-    require(bool(shared), f"--masks and --compare have no mask of the same name and size: {fix}.")
+    require(bool(shared), f"--masks and --compare have no masks with the same name and size: {fix}.")
     scores: dict[str, list[list[float]]] = {}
     for key in shared:
         one, other = first.masks[key], second.masks[key]
@@ -194,14 +196,14 @@ def compare(out: str, first: Reading, second: Reading) -> str:
     lines.append(listed(counted(int(differs.sum()), "patient") + " changed", frame.loc[differs, "patient"]))
     for title, masks, others in (("--masks", first.masks, second.masks), ("--compare", second.masks, first.masks)):
         if alone := [stem for patient, stem in masks if (patient, stem) not in others]:
-            lines.append(listed(f"{counted(len(alone), 'mask')} in {title} alone, not compared", alone))
+            lines.append(listed(f"{counted(len(alone), 'mask')} only in {title}, not compared", alone))
     if sizes := [stem for patient, stem in first.masks if (patient, stem) in second.masks and (patient, stem) not in shared]:
-        lines.append(listed(f"{counted(len(sizes), 'mask')} of another size, not compared", sizes))
+        lines.append(listed(f"{counted(len(sizes), 'mask')} of a different size in --compare, not compared", sizes))
     return "\n".join([*lines, *(f"left out of --compare: {one['input']} {one['reason']}" for one in second.damaged)])
 
 
 def listed(title: str, names: Iterable[str], most: int = 10) -> str:
-    """A title and the first of some names."""
+    """A title and the first `most` names, as one line."""
     names = [*names]
     return title + ": " * bool(names) + ", ".join(names[:most]) + ", …" * (len(names) > most)
 

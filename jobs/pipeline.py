@@ -33,7 +33,7 @@ from jobs.support.pipeline_state import DONE, FAILED, RUNNING, STOPPED, Pipeline
 def run(experiment: Experiment, options: PipelineOptions) -> str:
     """Run the requested stages; returns the path of the report, or of the last stage's result."""
     check_installation()
-    meaning = "the folder of the CAMUS release, or of your own images (HEARTSEG_SOURCE)"
+    meaning = "the folder of the CAMUS release, or of your own images, or set HEARTSEG_SOURCE"
     command_line.required_path(experiment.source, "source", meaning)
     out = experiment.out or command_line.absolute("results", "out")
     if options.predict:  # a mistake is reported now, and not after the training
@@ -79,7 +79,7 @@ def choose_stages(stages: list[Stage], options: PipelineOptions) -> tuple[list[S
     chosen = [stage for stage in stages if first <= KINDS.index(stage.kind) <= last]
     forced = [stage for stage in stages if {stage.name, stage.kind} & set(options.force)]
     outside = [stage.name for stage in forced if stage not in chosen]
-    require(not outside, f"--force {' '.join(outside)} is outside --from and --until: leave one of them out.")
+    require(not outside, f"--force {' '.join(outside)} is outside the range of --from and --until: leave one of them out.")
     return chosen, forced
 
 
@@ -122,7 +122,7 @@ class Runner:
         return results
 
     def run(self, stage: Stage, inputs: dict, results: Results, is_forced: bool) -> Result:
-        """Run a stage; retry failures other than user mistakes --retries times, each resuming from completed work."""
+        """Run a stage; after a failure that is not a user error, retry up to --retries times, each from completed work."""
         before = self.state.stages.get(stage.name)
         for retries_left in range(self.options.retries, -1, -1):
             # Once an attempt is recorded, the state knows whether the stage still has to start from scratch.
@@ -180,12 +180,12 @@ class Runner:
         return result
 
     def choose_job(self, stage: Stage, is_resumed: bool, is_forced: bool) -> str:
-        """The id of the job to follow, or of a new one; empty without a cluster. Stops jobs of other commands."""
+        """The id of the job to follow, or of a new one; empty without a cluster. Stops the stage's other live jobs."""
         attempts = [attempt for attempt in self.state.attempts(stage) if attempt["job"]]
         if not self.cluster:
             if attempts and attempts[-1]["state"] == RUNNING and not is_forced:
                 fix = f"use --submit to follow it, or --force {stage.name} if its cluster is gone."
-                raise UserError(f"Stage {stage.name} may still run as job {attempts[-1]['job']}: {fix}")
+                raise UserError(f"Stage {stage.name} may still be running as job {attempts[-1]['job']}: {fix}")
             return ""
         for attempt in attempts:
             # The process that wrote the state may have been killed, or have failed to stop the job: ask the cluster.
@@ -219,7 +219,7 @@ def job(argv: list[str]) -> None:
         about = "Show the state of each stage of a pipeline."
         show_status(command_line.parse_line(StatusOptions, argv[1:], "python jobs/pipeline.py status", about).out)
         return
-    about = "Preprocess, train, evaluate and, on request, tune and predict; skips completed stages. Default --out: results."
+    about = "Preprocess, train, evaluate and, on request, tune and predict; skips completed stages (default --out: results)."
     experiment, options = command_line.parse(PipelineOptions(), argv, "pipeline.py", about)
     command_line.refuse_unused(SweepPlan(), options.plan, options.plan.unused)
     run(experiment, options)

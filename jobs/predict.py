@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Set before torch is imported: its idle threads would spin on the cores that read and write files.
+# Set before torch is imported: otherwise its idle threads spin on the cores that read and write files.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -52,9 +52,9 @@ class Options:
     phase: Literal["ED", "ES"] | None = None
     """Phase of the stills whose names do not show it."""
     spacing_mm: tuple[float, float] | None = None
-    """Pixel size in mm, DEPTH LATERAL, for files that do not record it; without one there is an EF, but no volume."""
+    """Pixel size in mm, DEPTH LATERAL, for files that do not record it; without it, EF is computed but volumes are not."""
     flip: Literal["none", "depth", "lateral", "both"] = "none"
-    """For pictures that are stored upside down (the probe belongs at the top) or mirrored."""
+    """Flip pictures that are stored upside down (the probe belongs at the top) or mirrored."""
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
@@ -65,7 +65,8 @@ class Options:
     which: Literal["last", "best"] = "last"
     """`last` needs no val group; `best` has the highest Dice on val, and is what evaluate scores on test."""
     calibration: str = ""
-    """Evaluation of this model on patients it has not seen (RUN/evaluation-val), or a pooled one: gives EF 80 % intervals."""
+    """Folder of an evaluation of this model on patients it has not seen (RUN/evaluation-val), or of a pooled evaluation; adds
+    80 % prediction intervals to EF."""
     key: str = ""
     """CSV file to write that maps output names to input paths; not written by default, since DICOM paths may name patients."""
     batch_size: int = 8
@@ -106,11 +107,10 @@ def read_calibrations(path: str, segmenter: Segmenter | Ensemble, post: PredictC
     hashes = {one.card["weights_sha256"] for one in segmenter.members}
     require(is_pooled or {*summary.get("weights_sha256", ())} == hashes, f"--calibration {path} scores another model: {fix}")
     is_alike = summary.get("post") == to_json(post)
-    require(
-        is_alike, f"--calibration {path} was postprocessed differently: evaluate with --tta and the other flags given here."
-    )
+    same = "evaluate with --tta and the other postprocessing flags given here."
+    require(is_alike, f"--calibration {path} was postprocessed differently: {same}")
     fix = f"evaluate again, with at least {ef_intervals.MIN_PATIENTS} patients that have an EF."
-    require(bool(found and found.get("ef_ase")), f"--calibration {path} has no intervals of EF: {fix}")
+    require(bool(found and found.get("ef_ase")), f"--calibration {path} has no EF intervals: {fix}")
     return found
 
 
@@ -120,7 +120,7 @@ def outline_all(
     """Write each clip's masks and pictures, then the tables of all clips."""
     done, damaged, without_picture, without_overlay = [], [], [], []
     if others := study_files.clear(out, clips):
-        print(f"Removed earlier results of {counted(others, 'file')} that are not in --input under that name.")
+        print(f"Removed earlier results of {counted(others, 'file')} that are not in --input (under the same name).")
 
     def read(clip: study_files.Clip, admit: Callable[[int], None]) -> readers.Frames:
         return readers.read(clip.path, clip.kind, options.spacing_mm, FLIPS[options.flip], admit)

@@ -32,7 +32,7 @@ class Options:
     fresh: bool = False
     """Start a new run even if the same command would resume one."""
     run_name: str = ""
-    """Name of the run's folder; by default the recipe and a hash of the configuration."""
+    """Name of the run's folder (default: the recipe and a hash of the configuration and data)."""
     init_from: str = ""
     """Folder of a run whose best weights this one starts from, to fine-tune them."""
     profile: bool = False
@@ -48,8 +48,8 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> str:
     """Train or resume; returns the run's directory, or an empty string on all torchrun ranks but the first."""
-    command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.required_path(experiment.data, "data", "a folder of shards, or set HEARTSEG_DATA")
+    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node can reach, or set HEARTSEG_RUNS")
     if options.launcher == "plain":
         experiment = replace(experiment, workers=int(os.environ.get("WORLD_SIZE", 1)))
     check_installation()

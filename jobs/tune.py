@@ -1,7 +1,7 @@
 """A sweep of the learning-rate schedule: `python jobs/tune.py camus --data /data/shards --trials 12`.
 
 Many runs of one recipe, in parallel on a cluster; poor ones are stopped early. The winner is chosen on patients held out of the
-training group and written to `best.json` for `jobs/train.py --config`. The same command resumes a sweep.
+training group and written to `best.json` for `jobs/train.py --config`. Rerun the same command to resume.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from heartseg.tuning.sweep import METRIC, Sweep, SweepPlan
 from jobs.support import command_line
 from jobs.support.command_line import log
 
-# Share of the training group that the winner is chosen on by default; as many patients as a CAMUS validation group.
+# Default share of the training group held out to choose the winner on: as many patients as in CAMUS's validation group.
 HOLDOUT = 0.125
 
 
@@ -40,13 +40,14 @@ class Options:
 
     plan: Annotated[SweepPlan, command_line.FLAT] = field(default_factory=SweepPlan)
     trials: int = 0
-    """Total number of trials; a larger number extends the same sweep. 0: twelve, or all changes of --space.changes."""
+    """Total number of trials; a larger number extends the same sweep. 0: 12 or, with --search changes, the recipe
+    and all changes."""
     max_concurrent: int = 0
     """Trials in parallel; 0: as many as fit on the cluster."""
     time_budget: float = 0.0
     """Minutes after which training stops; 0: no limit."""
     sweep_name: str = ""
-    """Name of the sweep's folder; by default the recipe and a hash of the configuration."""
+    """Name of the sweep's folder (default: the recipe and a hash of the configuration)."""
     fresh: bool = False
     """Start a new sweep even if the same command would resume one."""
     retry_failed: bool = False
@@ -65,7 +66,7 @@ class Options:
         return reads | {"tracking.job_type": "a trial's is `trial`", "checkpoint_seconds": every}
 
     def trained(self, experiment: Experiment) -> list[Experiment]:
-        """The experiments that trials consist of."""
+        """The recipe with each change or value that trials are made of, to be checked before any is trained."""
         return sweeps.experiments_to_check(self.plan, experiment)
 
     @property
@@ -76,8 +77,8 @@ class Options:
 
 def run(experiment: Experiment, options: Options) -> Sweep:
     """Start or resume a sweep and run it until its trials end; returns it. Raises UserError if no trial can be chosen."""
-    command_line.required_path(experiment.data, "data", "a folder of shards (HEARTSEG_DATA does as well)")
-    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node reaches (HEARTSEG_RUNS does as well)")
+    command_line.required_path(experiment.data, "data", "a folder of shards, or set HEARTSEG_DATA")
+    command_line.required_path(experiment.runs, "runs", "a folder or URI that every node can reach, or set HEARTSEG_RUNS")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
@@ -112,7 +113,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
     if options.plan.stop_early and not sweeps.rungs(sweep):
         log.info("No trial is stopped early: %d epochs leave no time for a comparison.", sweep.base.train.epochs)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial may fail before its first epoch ends
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # otherwise Tune prints its own tables beside our lines
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # otherwise Tune prints its own tables among our lines
     from ray import tune
 
     from jobs.support import ray_runtime, ray_trials
@@ -170,15 +171,15 @@ def conclude(sweep: Sweep, options: Options) -> None:
         print(show_table(table))
     trained, asked = sweeps.epochs_saved(sweep, table)
     if asked and options.plan.stop_early:
-        print(f"{trained} epochs trained; without early stopping {asked}: {1 - trained / asked:.0%} saved")
+        print(f"{trained} of {asked} epochs trained: early stopping saved {1 - trained / asked:.0%}")
     if failed := [trial for trial in trials if trial.state == sweeps.FAILED]:
-        print(f"{len(failed)} failed (the first: {failed[0].reason}); --retry-failed resumes them")
+        print(f"{command_line.counted(len(failed), 'trial')} failed (first: {failed[0].reason}); --retry-failed resumes them")
     print(f"page {page}")
     if best:
         winner = table.iloc[0]
         print(f"best {winner['trial']}  {METRIC} {winner[f'best {METRIC}']:.4f}  {filesystem.join(sweep.path, 'best.json')}")
     elif failed and len(failed) == len(trials):
-        problem = f"All {len(trials)} trials of {sweep.path} failed (the first: {failed[0].reason})"
+        problem = f"All {len(trials)} trials of {sweep.path} failed (first: {failed[0].reason})"
         raise UserError(f"{problem}: fix the cause, then rerun the same command with --retry-failed.")
     elif (table["state"] == sweeps.FINISHED).any():
         raise UserError(f"{sweep.path}: {sweeps.why_no_winner(table)}")

@@ -1,1 +1,1 @@
-"""The experiment as frozen dataclasses, every default stated once. Start with experiment.py; recipes.py has the recipes."""
+"""The experiment as frozen dataclasses; every default is stated once. Start with experiment.py; recipes.py has the recipes."""

@@ -1,4 +1,4 @@
-"""The experiment as typed, frozen values, strict to and from JSON; every default is stated once. Field texts are `--help`."""
+"""The experiment as frozen dataclasses, strictly converted to and from JSON. A field's docstring is its `--help` text."""
 
 import dataclasses
 import json
@@ -33,11 +33,11 @@ class SplitConfig:
     """How patients are divided into groups; all images of a patient are in the same group."""
 
     kind: Literal["official", "ratio", "kfold"]
-    """`official`: the source's own groups. `ratio`: a seeded draw by patient. `kfold`: cross-validation, one fold a run."""
+    """`official`: the source's own groups. `ratio`: a seeded draw by patient. `kfold`: cross-validation, one fold per run."""
     test_share: float = 0.2
-    """Share of the patients in the test group (ratio only)."""
+    """Size of the test group, as a share of all patients (ratio only)."""
     val_share: float = 0.0
-    """Share of the validation group: of all patients (ratio), or of those outside the test group (kfold)."""
+    """Size of the validation group, as a share of all patients (ratio) or of those outside the test group (kfold)."""
     seed: int = 0
     """Seed of the draw (ratio and kfold)."""
     folds: int = 5
@@ -45,11 +45,11 @@ class SplitConfig:
     fold: int = 0
     """Index of the fold that is this run's test group, from 0 to folds - 1 (kfold only)."""
     stratify: bool = True
-    """Give every group its share of each class of ejection fraction and image quality, where they are known."""
+    """Give every group its share of each ejection-fraction class and image quality, where known (ratio and kfold)."""
 
     def __post_init__(self):
         test, val = self.test_share, self.val_share
-        message = f"split.test_share ({test}) and split.val_share ({val}) must be at least 0, their sum above 0 and below 1."
+        message = f"split.test_share ({test}) and split.val_share ({val}) must be at least 0, and their sum between 0 and 1."
         require(min(test, val) >= 0 and 0 < test + val < 1, message)
         require(self.folds >= 2, f"split.folds must be at least 2, not {self.folds}.")
         fits = 0 <= self.fold < self.folds
@@ -61,7 +61,7 @@ class ModelConfig:
     """DeepLabv3 with one input channel and four outputs."""
 
     backbone: Literal["resnet101", "resnet50", "mobilenet_v3_large"]
-    """torchvision's backbone."""
+    """Backbone, as in torchvision."""
     pretrained: bool = False
     """Start from ImageNet weights, which torchvision downloads."""
     decoder: bool = False
@@ -69,9 +69,9 @@ class ModelConfig:
     aux_head: bool = False
     """Train a second head on an earlier layer."""
     norm: Literal["batch", "group"] = "batch"
-    """`group` uses no batch statistics: for workers with very few images each."""
+    """Normalisation layers; `group` uses no batch statistics, for workers with very few images each."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """Compute batch statistics over all workers' images (GPUs only); `auto`: if each worker has fewer than 8."""
+    """Compute batch statistics over all workers' images (GPUs only); `auto`: if each has fewer than 8 at a time."""
     bn_momentum: float = 0.1
     """Momentum of the running statistics of batch normalisation."""
     dropout: float = 0.5
@@ -105,19 +105,19 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Postprocessing of the network's labels; off by default, so that scores are the network's own."""
+    """Test-time augmentation and postprocessing; off by default, so that scores are the network's own."""
 
     tta: bool = False
-    """Average over five slightly shifted copies of the image, at five times the cost."""
+    """Test-time augmentation: average over five slightly shifted copies of the image, at five times the cost."""
     largest_component: bool = False
-    """Keep only the largest connected component of each of LV cavity, myocardium and left atrium."""
+    """Keep only the largest connected component of each structure: LV cavity, myocardium and left atrium."""
     fill_holes: bool = False
-    """Fill holes in LV cavity and left atrium, and gaps that the structures enclose."""
+    """Fill small holes in LV cavity and left atrium, and small gaps enclosed by the structures."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that defines a run: a recipe and the changes to it."""
+    """Everything that defines a run: a recipe and any changes to it."""
 
     name: str
     """Name of the recipe; runs are named after it."""
@@ -131,7 +131,7 @@ class Experiment:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     source: str = ""
-    """Folder or URI of the CAMUS tree, or of a plain images/ and masks/ (default: HEARTSEG_SOURCE)."""
+    """Folder or URI of the CAMUS tree, or of a folder with images/ and masks/ (default: HEARTSEG_SOURCE)."""
     data: str = ""
     """Folder or URI of the shards (default: HEARTSEG_DATA)."""
     out: str = ""
@@ -139,14 +139,14 @@ class Experiment:
     runs: str = ""
     """Folder or URI of the training runs (default: HEARTSEG_RUNS, otherwise `runs`)."""
     workers: int = 1
-    """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` sets --min-workers as well."""
+    """Processes: parallel tasks in preprocess, DistributedDataParallel ranks in training. `1:4` is 4 with --min-workers 1."""
     min_workers: int = 0
-    """Fewest workers to continue with when nodes are lost, until new ones join; 0 requires all of them."""
+    """Fewest workers to continue with if nodes are lost, until new nodes join; 0 requires all workers."""
     checkpoint_seconds: float = 60.0
-    """Least time between two checkpoints, in seconds: a killed run loses no more. The last epoch and a run that is stopped
-    always leave one; 0 writes one after every epoch."""
+    """Least time between two checkpoints, in seconds: a killed run loses no more than that, and the epoch in progress. The last
+    epoch and a run that is stopped always leave one; 0 writes one after every epoch."""
     ingest: Literal["auto", "memory", "stream"] = "auto"
-    """How training reads shards: all into `memory`, or as a `stream`, shuffled by parts; `auto` streams what is too large."""
+    """How training reads shards: all into `memory`, or as a `stream`, shuffled part by part; `auto` chooses by free memory."""
 
     def __post_init__(self):
         require(self.workers >= 1, f"--workers must be at least 1, not {self.workers}.")
@@ -156,7 +156,7 @@ class Experiment:
         require(fits, f"--min-workers must be at least 0 and no more than --workers ({self.workers}), not {self.min_workers}.")
 
 
-# The parts that decide a run's result; the rest is where it runs and what it reports.
+# The fields that determine a run's result; the others are where it runs and what it reports.
 IDENTITY = ("image", "model", "loss", "optim", "schedule", "augment", "train")
 
 # Fields that have an effect only for some values of another field.
@@ -177,10 +177,10 @@ ACTS_WITH = {
 
 
 def without_effect(experiments: Sequence[Experiment]) -> dict[str, str]:
-    """The fields of ACTS_WITH that have no effect in any of some experiments, and why."""
+    """The fields of ACTS_WITH that have no effect in any of the experiments, with the reason."""
     values = [flatten(to_json(one)) for one in experiments]
     return {
-        name: f"it is for --{other.replace('_', '-')} {needed.replace(' ', ' or ')}"
+        name: f"it applies only with --{other.replace('_', '-')} {needed.replace(' ', ' or ')}"
         for other, fields in ACTS_WITH.items()
         for name, needed in fields.items()
         if not {str(one[other]) for one in values} & {*needed.split()}
@@ -193,8 +193,8 @@ def to_json(value: object) -> dict:
 
 
 def identity(experiment: Experiment) -> dict:
-    """The part of an experiment that decides its result, as plain JSON values."""
-    # Memory and stream differ in image order; what `auto` chooses depends on the machine, and the run's directory records it.
+    """The fields of an experiment that determine its result, as plain JSON values."""
+    # Memory and stream differ in image order. What `auto` chooses depends on the machine; the run's directory records it.
     asked = {"ingest": experiment.ingest} if experiment.ingest != "auto" else {}
     return {part: to_json(getattr(experiment, part)) for part in IDENTITY} | asked
 
@@ -222,7 +222,7 @@ def from_json(value: dict, kind: type = Experiment, origin: str = "the configura
 
 
 def _problem(error: BaseException, kind: type | None) -> str:
-    """A problem in our own words if heartseg raised it, otherwise in the converter's."""
+    """The message of an error that heartseg raised, otherwise the converter's description of it."""
     if isinstance(error, UserError):
         return str(error).rstrip(".")
     return str(error) if isinstance(error, ValueError) else cattrs.v.format_exception(error, kind)
@@ -243,10 +243,10 @@ for _kind in (int, float, str, bool):
 
 
 def first_difference(old: dict, new: dict, prefix: str = "") -> str | None:
-    """The first field in which two configurations differ, as `train.epochs: 10 there, 20 asked`; None if they are equal."""
+    """The first field in which two configurations differ, as `train.epochs: 10 there, 20 requested`; None if equal."""
     there, asked = flatten(old, prefix), flatten(new, prefix)
     differing = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
-    return f"{differing[0]}: {there.get(differing[0])} there, {asked.get(differing[0])} asked" if differing else None
+    return f"{differing[0]}: {there.get(differing[0])} there, {asked.get(differing[0])} requested" if differing else None
 
 
 def flatten(value: dict, prefix: str = "") -> dict[str, object]:

@@ -25,8 +25,8 @@ SEED_CHOICES = (
     "SGD momentum 0.9, no weight decay",
     "polynomial decay of the learning rate, power 0.9",
     "images divided by 255",
-    "random initial weights (no ImageNet), no auxiliary head",
-    "the 80:20 draw by patient has seed 0",
+    "random initial weights (not from ImageNet), no auxiliary head",
+    "80:20 split by patient, drawn with seed 0",
 )
 
 
@@ -46,7 +46,7 @@ def camus() -> Experiment:
 
 
 def quick() -> Experiment:
-    """The same for CPUs, demos and tests: MobileNetV3-Large at 128 x 128, a few epochs."""
+    """`camus` for CPUs, demos and tests: MobileNetV3-Large at 128 x 128, 16 epochs."""
     full, image = camus(), ImageConfig(height=128, width=128)
     model, train = replace(full.model, backbone="mobilenet_v3_large"), replace(full.train, epochs=16)
     return replace(full, name="quick", image=image, model=model, train=train)

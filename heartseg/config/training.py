@@ -1,4 +1,4 @@
-"""How a model is trained, as typed, frozen values; the text under a field is its `--help`."""
+"""How a model is trained, as frozen dataclasses; a field's docstring is its `--help` text."""
 
 import math
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class LossConfig:
     """The loss that training minimises."""
 
     kind: LossKind
-    """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures."""
+    """`dice_cross_entropy` adds one minus the mean soft Dice of the three structures to the cross-entropy."""
     aux_weight: float = 0.4
-    """Weight of the auxiliary head's loss, if there is such a head."""
+    """Weight of the auxiliary head's loss, if the model has one."""
 
     def __post_init__(self):
         require(0 <= self.aux_weight < math.inf, f"loss.aux_weight must be finite and at least 0, not {self.aux_weight}.")
@@ -34,13 +34,13 @@ class OptimConfig:
     lr: float
     """Base learning rate; the schedule multiplies it."""
     momentum: float = 0.9
-    """Momentum of SGD, first beta of AdamW."""
+    """Momentum of SGD, or first beta of AdamW."""
     weight_decay: float = 0.0
-    """Decoupled for AdamW, L2 for SGD."""
+    """Weight decay: decoupled for AdamW, L2 for SGD."""
     clip_norm: float = 0.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Clip gradients to this norm; 0 turns clipping off."""
     ema_decay: float = 0.0
-    """Decay of the exponential average of the weights, which is then evaluated in their place; 0 turns averaging off."""
+    """Decay of the exponential moving average of the weights, which is evaluated instead of them; 0 turns averaging off."""
 
     def __post_init__(self):
         require(0 < self.lr < 1e6, f"optim.lr must be above 0 and below 1,000,000, not {self.lr}.")
@@ -56,9 +56,9 @@ class ScheduleConfig:
     """The learning rate over the run, as a multiplier of the base rate."""
 
     kind: ScheduleKind
-    """Shape after the warm-up; docs/explanation/sweeps.md draws them."""
+    """Shape after the warm-up; docs/explanation/sweeps.md plots all nine."""
     warmup_epochs: float = 0.0
-    """Epochs of linear rise at the start."""
+    """Epochs of linear warm-up at the start."""
     power: float = 0.9
     """Exponent of `polynomial`."""
     factor: float = 0.1
@@ -70,9 +70,9 @@ class ScheduleConfig:
     final: float = 0.01
     """Multiplier at the end of `exponential`."""
     cycles: int = 3
-    """Cycles of `restarts`, a cosine that starts over."""
+    """Number of cycles of `restarts`: cosine decay that restarts."""
     cycle_growth: float = 1.0
-    """How many times longer each cycle of `restarts` is than the one before."""
+    """Length of each cycle of `restarts` relative to the one before."""
     rise: float = 0.3
     """Share of the run during which `one_cycle` rises."""
     patience: int = 5
@@ -91,10 +91,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images, drawn for each sample; 0 turns one off. No flips: left and right differ."""
+    """Random changes to training images, drawn for each sample; 0 turns a change off. No flips: left and right differ."""
 
     rotate_deg: float = 0.0
-    """Largest rotation to either side, in degrees."""
+    """Largest rotation in either direction, in degrees."""
     scale: float = 0.0
     """Largest relative change of size: 0.1 draws from 0.9 to 1.1."""
     translate: float = 0.0
@@ -102,15 +102,15 @@ class AugmentConfig:
     gain: float = 0.0
     """Largest relative change of brightness."""
     gamma: float = 0.0
-    """Largest change of the exponent: 0.3 draws from 1/1.3 to 1.3."""
+    """Largest change of the gamma exponent: 0.3 draws from 1/1.3 to 1.3."""
     noise: float = 0.0
     """Largest standard deviation of multiplicative speckle."""
     blur: float = 0.0
     """Largest standard deviation of a Gaussian blur, in pixels of the stored image."""
     sector_dropout: float = 0.0
-    """Largest width of a wedge darkened as by a rib's shadow, as a share of the sector's opening."""
+    """Largest width of a darkened wedge, like a rib's shadow, as a share of the sector's width."""
     contrast: float = 0.0
-    """Largest change of the greys' distance from their mean: 0.3 draws from 1/1.3 to 1.3."""
+    """Largest change of contrast, the grey levels' distance from their mean: 0.3 draws factors from 1/1.3 to 1.3."""
 
     def __post_init__(self):
         bad = [f"augment.{name} {value}" for name, value in vars(self).items() if not 0 <= value < 360]
@@ -129,24 +129,24 @@ class TrainConfig:
     batch_size: int
     """Images in a training batch, over all workers together."""
     accumulate: int = 1
-    """Gradient accumulation: parts in which a worker processes its images of a batch, one after another, to save memory."""
+    """Gradient accumulation: number of micro-batches that a worker splits its images of a batch into, to save memory."""
     eval_batch_size: int = 4
     """Images in an evaluation batch; scores do not depend on it."""
     intensity: Literal["unit", "standard"] = "unit"
-    """`unit`: images / 255. `standard`: then standardised by the training group's mean and standard deviation."""
+    """`unit`: pixels / 255. `standard`: also standardised by the training group's mean and standard deviation."""
     holdout: float = 0.0
-    """Share of the training patients held out to validate on; the split's other groups are then not used."""
+    """Share of the training patients held out for validation; the split's other groups are then not used."""
     seed: int = 0
-    """Seed of weights, order, dropout and augmentation."""
+    """Seed of initial weights, image order, dropout and augmentation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 autocast if the GPU has it, and on CPUs if it was measured to be faster; GPUs compute fp32 in TF32."""
+    """`auto`: bf16 autocast if the GPU supports it, and on CPUs if measured to be faster; GPUs compute fp32 in TF32."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
     """torch.compile for training steps; `reduce-overhead` replays CUDA graphs, for batches too small to fill a GPU."""
     compress_gradients: bool = False
     """Workers exchange gradients in bf16: half the bytes, for slow networks."""
     deterministic: bool = False
-    """Make two runs on one machine agree bit for bit; tested on CPUs. On GPUs it is slower, and PyTorch refuses operations with
-    no deterministic kernel; it is untested there."""
+    """Make two runs on one machine agree bit for bit. Tested on CPUs only; on GPUs it is slower, and PyTorch refuses operations
+    without a deterministic kernel."""
 
     def __post_init__(self):
         require(self.epochs >= 1, f"train.epochs must be at least 1, not {self.epochs}.")
@@ -155,8 +155,8 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, f"train.seed must be from 0 to 2^63 - 1, not {self.seed}.")
         require(self.eval_batch_size >= 1, f"train.eval_batch_size must be at least 1, not {self.eval_batch_size}.")
         require(0 <= self.holdout < 1, f"train.holdout must be at least 0 and below 1, not {self.holdout}.")
-        fix = f"use 1 to {size // 2}, so that each part of train.batch_size {size} has at least 2 images"
+        fix = f"use 1 to {size // 2}, so that each micro-batch of train.batch_size {size} has at least 2 images"
         require(1 <= parts <= size // 2, f"train.accumulate {parts} is out of range: {fix}.")
-        # A replayed graph overwrites the previous part's gradients, which accumulation still needs.
+        # A replayed graph overwrites the previous micro-batch's gradients, which accumulation still needs.
         keeps_gradients = parts == 1 or self.compile != "reduce-overhead"
-        require(keeps_gradients, f"train.accumulate {parts} excludes train.compile reduce-overhead: use default or off.")
+        require(keeps_gradients, f"train.accumulate {parts} rules out train.compile reduce-overhead: use default or off.")

@@ -17,12 +17,12 @@ from heartseg.storage import filesystem
 
 IMAGES_FOLDER = "database_nifti"
 SPLIT_FOLDER = "database_split"
-# A tree with one of these files beside database_nifti/ was made by phantom.py, or by jobs/download.py.
+# Either file beside database_nifti/ marks a tree written by phantom.py or by jobs/download.py.
 PHANTOM_NOTE, DOWNLOAD_NOTE = "phantom.json", "camus.json"
 HALF_SEQUENCE = "half_sequence"  # takes the place of the phase in a file's name
 SPLIT_FILES = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt", "test": "subgroup_testing.txt"}
 PATIENT_PATTERN = re.compile(r"patient\d+")
-UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python holds the bytes of a name that are not UTF-8
+UNREADABLE = re.compile("[\ud800-\udfff]")  # how Python represents the bytes of a name that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class CamusTree:
     dataset: str = ""  # `camus` if the user declares that the tree is the release
 
     def is_there(self) -> bool:
-        """True if this machine can see the tree; the folder of an unmounted disk is empty."""
+        """True if this machine can see the tree; the mount point of an unmounted disk is an empty folder."""
         return filesystem.exists(filesystem.join(self.path, IMAGES_FOLDER))
 
     def patients(self) -> list[str]:
-        """Sorted names; raises UserError if there are none."""
+        """Sorted names of the patients; raises UserError if there are none."""
         return find_patients(self.path)
 
     def groups(self) -> dict[str, list[str]]:
@@ -96,18 +96,18 @@ class CamusTree:
         return groups
 
     def dataset_name(self) -> str:
-        """`phantom` or `CAMUS` by the note in the tree, or by the user's declaration; otherwise `other`, which is private."""
+        """`phantom` or `CAMUS`, by the note in the tree or the user's declaration; otherwise `other`, treated as private."""
         for note, name in ((PHANTOM_NOTE, "phantom"), (DOWNLOAD_NOTE, "CAMUS")):
             if filesystem.exists(filesystem.join(self.path, note)):
                 return name
         return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
-        """Name, size and modification time (ns) of some patients' files, to detect changes without reading them."""
+        """By patient, each file's name, size and modification time (ns), to detect changes without reading the files."""
         return {patient: list_folder(filesystem.join(self.path, IMAGES_FOLDER, patient)) for patient in patients}
 
     def unnamed(self) -> list[str]:
-        """Visible entries other than the patients' folders."""
+        """Names in database_nifti/ that are neither patients' folders nor hidden."""
         names = filesystem.list_names(filesystem.join(self.path, IMAGES_FOLDER))
         return [name for name in names if not (name.startswith(".") or PATIENT_PATTERN.fullmatch(name))]
 
@@ -147,7 +147,7 @@ def read_still(
 ) -> Recording:  # fmt: skip
     """One ED or ES image with its mask and cfg; raises DamagedRecording. Adds each file's SHA-256 to `hashes`, by path.
 
-    `names` are those of the patient's files, if they are known.
+    `names` are the names of the patient's files, if known.
     """
     paths = [recording_path(source, patient, view, phase, suffix) for suffix in ("", "_gt")]
     (pixels,) = read_pair(*paths, "stills", hashes, names)
@@ -160,13 +160,13 @@ def read_pair(
     image_path: str, mask_path: str, frames: str,
     hashes: dict[str, str] | None = None, names: Collection[str] | None = None,
 ) -> list[dict]:  # fmt: skip
-    """The fields of `Recording` that an image file and its mask file hold, frame by frame; raises DamagedRecording."""
+    """Read an image file and its mask file: a dict of `Recording` fields for each frame; raises DamagedRecording."""
     values, spacing_mm, place = read_nifti(image_path, hashes, None, names)
     masks, *_ = read_nifti(mask_path, hashes, place, names)
     if frames == "stills" and len(values) > 1:
-        raise DamagedRecording(f"a still must be one frame, but this has {len(values)}", image_path)
+        raise DamagedRecording(f"has {len(values)} frames, but a still must be one frame", image_path)
     if masks.shape != values.shape:
-        raise DamagedRecording(f"the mask has shape {masks.shape}, but the image has {values.shape}", mask_path)
+        raise DamagedRecording(f"has shape {masks.shape}, but the image has {values.shape}", mask_path)
     try:
         images, grey = as_grey(values)
     except Unreadable as error:
@@ -192,7 +192,7 @@ def read_half_sequence(
 
 
 def phase_frames(masks: list[np.ndarray], info: Info | None) -> tuple[int | None, int | None]:
-    """Numbers (from 1) of the ED and ES frames: the cfg's, otherwise the two ends, ED having the larger cavity; or None."""
+    """Numbers (from 1) of ED and ES: the cfg's, otherwise the two ends, ED with the larger cavity; or (None, None)."""
     last = len(masks)
     named = (info.ed, info.es) if info else (None, None)
     if None not in named and named[0] != named[1] and all(1 <= frame <= last for frame in named):
@@ -222,7 +222,7 @@ def read_info(
 
 
 def parse_value(text: str, kind: type) -> str | int | float | None:
-    """A value of a cfg; None for a number that is malformed or too large for its column, which is a typing error."""
+    """A value of a cfg; None for a number that is malformed or too large for its column, presumably a typo."""
     if kind is str:
         return text
     with contextlib.suppress(ValueError):
@@ -235,7 +235,7 @@ def decode_text(raw: bytes, errors: str = "strict") -> str:
     encoding = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     text = raw.decode(encoding, errors)
     if "\0" in text:  # UTF-16 without a byte order mark, or not text
-        raise ValueError("it has zero bytes")
+        raise ValueError("it contains null bytes")
     return text
 
 
@@ -267,7 +267,7 @@ def write_groups(source: str, groups: dict[str, list[str]]) -> None:
 
 
 def list_folder(path: str) -> list[list]:
-    """Name, size and modification time of a folder's entries; raises UserError for a name that is not UTF-8."""
+    """Name, size and modification time (ns) of a folder's entries; raises UserError for a name that is not UTF-8."""
     found = [list(entry) for entry in filesystem.list_files(path)]
     for name, *_ in found:
         require(not UNREADABLE.search(name), f"{path} holds {ascii(name)}, a name that is not UTF-8: rename it.")

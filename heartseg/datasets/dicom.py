@@ -1,6 +1,6 @@
 """Reads DICOM files as upright grey frames with a pixel spacing, and identifies studies by keyed digests.
 
-The only file that imports pydicom (`pip install heartseg[formats]`). No message quotes a value from a file.
+The only file that imports pydicom (`pip install heartseg[formats]`). No message quotes text from a file.
 """
 
 import hmac
@@ -21,24 +21,24 @@ pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", module=r"pydicom|heartseg\.datasets\.dicom")
 
-# SOP classes (DICOM PS3.6): ultrasound pictures and loops, with their retired forms and screenshots; volumes.
+# SOP classes (DICOM PS3.6): ultrasound images and loops, including retired classes; screenshots; volumes.
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 ULTRASOUND = tuple(STORAGE + kind for kind in ("3", "3.1", "6", "6.1"))
 SCREENSHOT, VOLUME = STORAGE + "7", STORAGE + "6.2"
 # DICOM PS3.3 C.8.5.5.1: spatial formats of a region (M-mode and Doppler are curves over time), its type, its unit.
 TWO_DIMENSIONAL, CURVES, TISSUE, CENTIMETRES = 1, {2, 3}, 1, 3
 CORNERS = ("MinY0", "MinX0"), ("MaxY1", "MaxX1")
-BEYOND_EDGE = 0.02  # share of a picture's side that a region may exceed it by: writers count from 0 or from 1, and round
+BEYOND_EDGE = 0.02  # how far a region may exceed the image, as a share of its side: writers count from 0 or 1, and round
 # The tags that must agree in all files of a study that have them.
 IDENTIFIERS = ("PatientID", "StudyInstanceUID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate")
-SHORTEST_UID = 20  # a generator's are longer; an anonymiser's placeholder, such as 1.2.3, is not
+SHORTEST_UID = 20  # generated UIDs are longer; an anonymiser's placeholder, such as 1.2.3, is shorter
 
 
 def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -> Frames:
-    """A DICOM image or loop in grey, cropped to its 2-D tissue region if the file names one that fits the picture.
+    """A DICOM image or loop in grey, cropped to its 2-D tissue region if the file names one that fits the image.
 
     The spacing is the region's (0018,6011), otherwise PixelSpacing. `admit` is called with the number of pixels before they are
-    decoded. Raises Unreadable for anything but a 2-D picture or loop, and whatever pydicom raises.
+    decoded. Raises Unreadable for anything but a 2-D image or loop, and whatever pydicom raises.
     """
     dataset = pydicom.dcmread(io.BytesIO(raw), force=True)
     check_is_loop(dataset)
@@ -48,12 +48,12 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     bottom, right = min(bottom, rows), min(right, columns)
     frames = int(dataset.get("NumberOfFrames") or 1)
     is_whole = (bottom - top, right - left) == (rows, columns)
-    admit(frames * rows * columns * (2 if is_whole else 3) // 2)  # masks of a part are written in whole pictures
+    admit(frames * rows * columns * (2 if is_whole else 3) // 2)  # a cropped image's masks are written at full size
     pixels, grey = as_grey(decode(dataset, frames, (slice(top, bottom), slice(left, right))))
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         pixels = np.invert(pixels)
-    # Scanners write names beside the tissue: what was cut to it shows none, unless the file itself reports it, or its picture
-    # was cropped later: the region may be elsewhere then.
+    # Scanners write names beside the tissue, so an image cropped to it shows none, unless the file reports burned-in text, or
+    # someone cropped the image later, which may have moved the tissue out of the region.
     may_show_text = is_whole or is_cropped or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
     box = None if is_whole else (top, left, rows, columns)
     frame_ms = float(dataset.get("FrameTime") or 0)
@@ -61,7 +61,7 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
 
 
 def check_is_loop(dataset) -> None:
-    """Raise Unreadable unless a file holds an ultrasound picture or loop of one plane."""
+    """Raise Unreadable unless a file holds an ultrasound image or loop of one plane."""
     kind = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
     if "PixelData" not in dataset:
         if "Rows" in dataset or kind in ULTRASOUND:
@@ -70,15 +70,15 @@ def check_is_loop(dataset) -> None:
     if kind == VOLUME or str(dataset.get("DimensionOrganizationType", "")).startswith("3D"):
         raise Unreadable("its frames are slices of a 3-D volume: export a 2-D image or loop instead")
     if kind.startswith(STORAGE) and not (kind in ULTRASOUND or kind.startswith(SCREENSHOT)):
-        raise Unreadable("it is not an ultrasound picture")
+        raise Unreadable("it is not an ultrasound image")
 
 
 def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, float] | None, tuple[str, ...]]:
-    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole picture; its spacing; notes."""
+    """The largest 2-D tissue region (top, left, bottom, right; ends excluded), or the whole image; its spacing; notes."""
     whole, regions = (0, 0, rows, columns), list(dataset.get("SequenceOfUltrasoundRegions") or [])
     formats = {region.get("RegionSpatialFormat") for region in regions}
     if formats & CURVES and TWO_DIMENSIONAL not in formats:
-        raise Unreadable("it shows a curve over time (M-mode or Doppler), not a 2-D picture")
+        raise Unreadable("it shows a curve over time (M-mode or Doppler), not a 2-D image")
     tissue = []
     for region in regions:
         if region.get("RegionSpatialFormat") == TWO_DIMENSIONAL and region.get("RegionDataType", TISSUE) == TISSUE:
@@ -92,7 +92,7 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
     corners, region = max(tissue, key=lambda found: _area(found[0]))
     top, left, bottom, right = corners
     if not fits(corners, rows, columns):
-        note = f"its ultrasound region does not fit its {rows} x {columns} picture"
+        note = f"its ultrasound region does not fit its {rows} x {columns} image"
         return whole, None, (f"{note}: it is not cropped, and its spacing is unknown",)
     apart = [other for other, _ in tissue if (other[1] >= right or other[3] <= left or other[0] >= bottom or other[2] <= top)]
     beside = sum(_area(other) > _area(corners) / 4 for other in apart)
@@ -103,7 +103,7 @@ def find_region(dataset, rows: int, columns: int) -> tuple[tuple, tuple[float, f
 
 
 def fits(corners: tuple[int, int, int, int], rows: int, columns: int) -> bool:
-    """True if a region (top, left, bottom, right) lies within a picture, which may have been cropped along one side."""
+    """True if a region (top, left, bottom, right) lies within an image, which may have been cropped along one side."""
     top, left, bottom, right = corners
     if not (0 <= top < bottom and 0 <= left < right and top + 1 < rows and left + 1 < columns):
         return False
@@ -134,7 +134,7 @@ def decode(dataset, frames: int, window: tuple[slice, slice]) -> np.ndarray:
         if meta["photometric_interpretation"] == "PALETTE COLOR":
             frame = pydicom.pixels.apply_color_lut(frame, dataset)
             frame = (frame >> 8).astype(np.uint8) if frame.dtype == np.uint16 else frame
-        if frame.ndim == 3:  # luminance by the weights of ITU-R BT.601; grey stays the grey it was
+        if frame.ndim == 3:  # luminance by the weights of ITU-R BT.601; greys stay unchanged
             red, green, blue = (frame[..., channel].astype(np.uint32) for channel in range(3))
             frame = ((299 * red + 587 * green + 114 * blue + 500) // 1000).astype(frame.dtype)
         if values is None:
@@ -144,7 +144,7 @@ def decode(dataset, frames: int, window: tuple[slice, slice]) -> np.ndarray:
 
 
 def _decoder(dataset):
-    """pydicom's decoder for a file's pixels; raises Unreadable, naming the package to install, if there is none."""
+    """pydicom's decoder for a file's pixels; raises Unreadable, naming the package to install, if none is available."""
     if "TransferSyntaxUID" not in dataset.file_meta:  # a bare data set
         names = {(True, True): "ImplicitVRLittleEndian", (False, False): "ExplicitVRBigEndian"}
         syntax = getattr(pydicom.uid, names.get(dataset.original_encoding, "ExplicitVRLittleEndian"))
@@ -155,7 +155,7 @@ def _decoder(dataset):
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
     except NotImplementedError as error:
-        raise Unreadable("its compression is unknown: export it uncompressed") from error
+        raise Unreadable("its compression is not supported: export it uncompressed") from error
     is_deep = syntax == pydicom.uid.JPEGExtended12Bit and int(dataset.BitsStored) > 8
     if not decoder.is_available or (is_deep and decoder.available_plugins == ("pillow",)):
         packages = " ".join(re.findall(r"py\w+(?:-\w+)?(?=>=)", decoder.missing_dependencies[-1]))
@@ -177,5 +177,5 @@ def identify(raw: bytes, secret: bytes) -> dict[str, str]:
 
 
 def digest(secret: bytes, value: bytes) -> str:
-    """A keyed digest, hexadecimal."""
+    """Hexadecimal HMAC-SHA-256 of a value."""
     return hmac.new(secret, value, "sha256").hexdigest()

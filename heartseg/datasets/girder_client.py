@@ -1,7 +1,7 @@
-"""Lists, downloads (as zips) and unpacks folders of a Girder server, by the REST interface of girder.readthedocs.io.
+"""Lists, downloads (as zips) and unpacks folders of a Girder server, through its REST API (girder.readthedocs.io).
 
-The only file that imports requests. The server makes a zip while sending it, with no checksum to compare and no part to resume
-from, so a damaged one is downloaded again in full.
+The only file that imports requests. The server creates a zip while sending it, so there is no checksum to compare and no way to
+resume: a damaged zip is downloaded again in full.
 """
 
 import io
@@ -23,11 +23,11 @@ T = TypeVar("T")
 PAGE = 100
 CONNECT_TIMEOUT_S = 15
 BUSY_STATUSES = (408, 425, 429, *range(500, 600))
-MAX_BYTES = 2**30  # of an answer or a zip; a patient's folder has 14 files and some 10 to 100 MB
+MAX_BYTES = 2**30  # of a response or an unpacked zip; a patient's folder has 14 files, some 10 to 100 MB
 
 
 class FailedDownload(Exception):
-    """The server refused; the message is appended to a name."""
+    """A download failed; the message follows the name of the server or folder."""
 
 
 class DamagedDownload(FailedDownload):
@@ -36,7 +36,7 @@ class DamagedDownload(FailedDownload):
 
 @dataclass(frozen=True)
 class Server:
-    """A Girder server: the address of its interface (`https://…/api/v1`), and the client's timeouts and tries."""
+    """A Girder server: the address of its API (`https://…/api/v1`), and the client's timeouts and number of tries."""
 
     base: str
     tries: int
@@ -53,7 +53,7 @@ class Server:
         return found
 
     def fetch(self, path: str, use: Callable[[bytes], T], params: dict | None = None) -> T:
-        """Pass a response's body to `use`, and retry if that raises DamagedDownload; raises FailedDownload."""
+        """The result of `use` on a response's body; retries after a DamagedDownload, and raises FailedDownload."""
         for wait_s in [self.wait_s * 2**earlier for earlier in range(self.tries - 1)]:
             try:
                 return use(self._body(path, params))
@@ -69,19 +69,19 @@ class Server:
             with requests.get(url, params, headers=headers, stream=True, timeout=timeout) as answer:
                 if answer.status_code != 200:
                     kind = DamagedDownload if answer.status_code in BUSY_STATUSES else FailedDownload
-                    raise kind(f"answers {answer.status_code} {answer.reason}")
+                    raise kind(f"returns {answer.status_code} {answer.reason}")
                 for chunk in answer.iter_content(2**18):
                     body.write(chunk)
                     if body.tell() > MAX_BYTES:
                         raise FailedDownload(f"sends more than {MAX_BYTES} bytes")
         except requests.exceptions.SSLError as error:
             if "CERTIFICATE_VERIFY_FAILED" not in str(error):
-                raise DamagedDownload(f"breaks off the encrypted connection ({cause(error)})") from error
-            fix = "check the clock and the address, or name your network's own certificates in REQUESTS_CA_BUNDLE"
+                raise DamagedDownload(f"drops the encrypted connection ({cause(error)})") from error
+            fix = "check the clock and the address, or set REQUESTS_CA_BUNDLE to the file of your network's own certificates"
             raise UserError(f"The certificate of {self.base} was rejected ({cause(error)}): {fix}.") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:  # the second for an odd host name
-            kind = FailedDownload if isinstance(error, ValueError) else DamagedDownload  # a bad address stays one
-            what = f"breaks off after {body.tell()} bytes" if body.tell() else f"cannot be reached ({cause(error)})"
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:  # the second: a malformed host name
+            kind = FailedDownload if isinstance(error, ValueError) else DamagedDownload  # retrying does not help a bad address
+            what = f"drops the connection after {body.tell()} bytes" if body.tell() else f"cannot be reached ({cause(error)})"
             raise kind(what) from error
         return body.getvalue()
 
@@ -96,7 +96,7 @@ def parse_listing(body: bytes) -> dict[str, str]:
     try:
         return {str(entry["name"]): str(entry["_id"]) for entry in json.loads(body)}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedDownload("answers with something other than a list of folders") from error
+        raise DamagedDownload("returns something other than a list of folders") from error
 
 
 def unpack(packed: bytes, target: str) -> None:
@@ -104,7 +104,7 @@ def unpack(packed: bytes, target: str) -> None:
     try:
         archive = zipfile.ZipFile(io.BytesIO(packed))
         size, damaged = sum(entry.file_size for entry in archive.infolist()), archive.testzip()
-    except Exception as error:  # zipfile raises a dozen kinds for damaged bytes
+    except Exception as error:  # zipfile raises a dozen exception types for damaged bytes
         raise DamagedDownload(f"sends a damaged zip ({str(error) or type(error).__name__})") from error
     if size > MAX_BYTES:
         raise DamagedDownload(f"sends a zip of more than {MAX_BYTES} bytes")

@@ -8,7 +8,7 @@ SIGNED = ((-128, 127), (-2048, 2047), (-32768, 32767))
 
 
 class Unreadable(ValueError):
-    """Bytes that are not a picture; the message is our own and quotes nothing from the file."""
+    """The bytes are not a usable image; the message is our own and quotes no text from the file."""
 
 
 def as_grey(values: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
@@ -43,8 +43,8 @@ def find_range(values: np.ndarray, low: float, high: float) -> tuple[int, int] |
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
         if low > -1e-3 and (high < 1.001 or abs(high - 100) < 0.1):
             return (0, 1) if high < 1.001 else (0, 100)
-        # Black is most of an echocardiogram: a signed picture reaches its lower end.
+        # Most of an echocardiogram is black, so a signed image reaches the lower end of its range.
         return (-1, 1) if -1.001 < low < -0.9 and high < 1.001 else None
     if low < 0:
         return next((each for each in SIGNED if each[0] <= low < 0.9 * each[0] and high <= each[1]), None)
-    return BYTE if 1 < high < 100 else None  # 0 and 1 alone do not make a picture, and up to 100 may be percent
+    return BYTE if 1 < high < 100 else None  # 0 and 1 alone are not an image, and values up to 100 may be percent

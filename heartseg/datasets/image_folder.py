@@ -38,11 +38,11 @@ class ImageFolder:
     dataset: str = ""
 
     def is_there(self) -> bool:
-        """True if this machine sees the folder of images/ and masks/."""
+        """True if this machine can see both images/ and masks/."""
         return all(filesystem.exists(filesystem.join(self.path, name)) for name in (IMAGES, MASKS))
 
     def patients(self) -> list[str]:
-        """Sorted names; raises UserError if there are none, or if one person's images may be counted as several people's."""
+        """Sorted names; raises UserError if there are none, or if one person may be counted as several patients."""
         files = self._files()
         if not self.patient_pattern:
             parts = {name: SEPARATOR.split(name) for name in files}
@@ -50,9 +50,9 @@ class ImageFolder:
             people = {found[0] for found in parts.values()}
             has_one_each = all(len(found) <= 2 for found in files.values())  # an image and its mask
             if odd or has_one_each and 1 < len(people) < len(files):
-                names = f"{len(files)} patients, such as {(odd or list(files))[0]!r}"
+                names = f"{len(files)} patients (such as {(odd or list(files))[0]!r}) if names end at the first _"
                 fix = "give --patient-pattern '[^-.]+', or '[^_]+' if they are all different people"
-                raise UserError(f"{self.path} would have {names}, but {len(people)} if names end at the first - or dot: {fix}.")
+                raise UserError(f"{self.path} has {names}, but {len(people)} if names end at the first - or dot: {fix}.")
         return list(files)
 
     def groups(self) -> dict[str, list[str]]:
@@ -78,7 +78,7 @@ class ImageFolder:
         return self.dataset.upper() or "other"
 
     def list_files(self, patients: list[str]) -> dict[str, list[list]]:
-        """Path below the folder, size and modification time (ns) of some patients' files."""
+        """By patient, each file's path below the folder, size and modification time (ns)."""
         found = self._files()
         return {patient: found.get(patient, []) for patient in patients}
 
@@ -88,10 +88,10 @@ class ImageFolder:
         return [name for name in names if not (name.startswith(".") or NAME.fullmatch(name))]
 
     def check_frames(self, patients: list[str], frames: str) -> None:
-        """Any file may be a sequence."""
+        """Does nothing: any file may be a sequence."""
 
     def recordings(self, patient: str, files: list[str], frames: str, hashes: dict[str, str]) -> Iterator[Readable]:
-        """Each picture of a patient, from its `files`; in a `sequence`, the third axis is time, and the phase is unknown."""
+        """Each recording of a patient, from its `files`; in a `sequence`, the third axis is time, and the phase is unknown."""
         for name in sorted({re.sub(r"(?i)\.nii(\.gz)?$", "", file.partition("/")[2]) for file in files}):
             parts = SEPARATOR.split(name.upper())[1:]
             view = next((View(part) for part in parts if part in VIEWS), None)
@@ -119,7 +119,7 @@ class ImageFolder:
         match = re.match(self.patient_pattern or BEFORE_UNDERSCORE, stem)
         patient = match and match[1 if match.re.groups else 0]
         if not patient:
-            raise UserError(f"--patient-pattern {self.patient_pattern!r} does not match {stem!r}: correct it.")
+            raise UserError(f"--patient-pattern {self.patient_pattern!r} does not match {stem!r}: correct the pattern.")
         return patient
 
 
@@ -128,9 +128,9 @@ def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> Camu
     try:
         re.compile(patient_pattern)
     except re.error as error:
-        raise UserError(f"--patient-pattern {patient_pattern!r} is not a regular expression: {error}.") from error
+        raise UserError(f"--patient-pattern {patient_pattern!r} is not a valid regular expression: {error}.") from error
     if (tree := CamusTree(path, dataset)).is_there():
-        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} is a CAMUS tree: leave it out.")
+        require(not patient_pattern, f"--patient-pattern is for a folder of {LAYOUT}; {path} is a CAMUS tree: omit the flag.")
         return tree
     if (folder := ImageFolder(path, patient_pattern, dataset)).is_there():
         return folder

@@ -1,4 +1,4 @@
-"""Reads NIfTI files as upright arrays (rows are depth) and writes them; any fault of a file becomes a one-line reason.
+"""Reads NIfTI files as upright arrays (rows are depth) and writes them; any fault in a file becomes a one-line reason.
 
 The only file that imports nibabel. On disk, axis 0 of an array is lateral and axis 1 is depth.
 """
@@ -24,10 +24,10 @@ MAX_EXTRA_BYTES = 2**20  # allowed before the pixels, and after them
 MAX_DEFLATE_RATIO = 1032  # no deflate stream inflates to more than this times its own size
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 540  # of a NIfTI-2; a NIfTI-1 has 348
-START_BYTES = 2048  # of a gzip file, which hold the header
-MAX_FORM_CODE = 5  # of the kinds of affine that NIfTI names
+START_BYTES = 2048  # of a gzip file; they contain the header
+MAX_FORM_CODE = 5  # the largest code of an affine that NIfTI defines
 UNITS_MS = {8: 1000.0, 16: 1.0, 24: 0.001}
-UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code is millimetres, or no unit named
+UNITS_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; every other code means millimetres or no unit
 
 
 class DamagedRecording(Exception):
@@ -40,7 +40,7 @@ class DamagedRecording(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """How a file's array holds frames: `order` lists its axes as (time, depth, lateral, others), `axes` depth and lateral."""
+    """A file's header and layout: `order` lists its axes as (time, depth, lateral, others), `axes` as (depth, lateral)."""
 
     header: nibabel.Nifti1Header
     affine: np.ndarray
@@ -55,12 +55,12 @@ class Place:
         return affine, np.array([corners.min(axis=0), corners.max(axis=0)])[:, :3]
 
     def has_affine(self) -> bool:
-        """True if the header names an affine of its plane."""
+        """True if the header defines an affine for the image plane."""
         is_named = max(self.header["sform_code"], self.header["qform_code"]) > 0
         return is_named and max(self.axes) < 3 and self.affine[:3, self.axes].any(axis=0).all()
 
     def is_plain(self) -> bool:
-        """True for the affine that tools write without a real one: spacings from the origin, in NIfTI's or ITK's directions."""
+        """True for the placeholder that tools write without a real affine: spacings alone, in NIfTI's or ITK's directions."""
         spacings = np.diag(self.affine)
         return np.array_equal(self.affine, np.diag(spacings)) and spacings[0] * spacings[1] > 0
 
@@ -78,9 +78,9 @@ def read_nifti(
 
 
 def find_file(path: str, names: Collection[str] | None = None) -> str:
-    """The file of this name; otherwise one whose name differs in case (`.NII.GZ`) or lacks `.gz`.
+    """The path itself if the file exists, otherwise that of a file whose name differs in case (`.NII.GZ`) or lacks `.gz`.
 
-    `names` are those of its folder, if they are known: asking storage for each file would take a tenth of a still's time.
+    `names` are the folder's entries, if known: asking storage for each file would take a tenth of the time to read a still.
     """
     folder, _, name = path.rpartition("/")
     if not (filesystem.exists(path) if names is None else name in names):
@@ -92,7 +92,7 @@ def find_file(path: str, names: Collection[str] | None = None) -> str:
 
 
 def read_source(path: str, hashes: dict[str, str] | None = None, most: int = MAX_FILE_BYTES) -> bytes:
-    """At most `most` bytes of a file; adds their SHA-256 to `hashes`. Raises DamagedRecording."""
+    """A file's bytes; adds their SHA-256 to `hashes`. Raises DamagedRecording, also if there are more than `most`."""
     size = filesystem.size_or_none(path)
     # Reading a pipe instead of a file would block forever.
     if size is None and not filesystem.is_uri(path) and os.path.exists(path) and not os.path.isdir(path):
@@ -111,11 +111,11 @@ def read_source(path: str, hashes: dict[str, str] | None = None, most: int = MAX
 
 
 def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tuple[float, float], Place]:
-    """Upright scaled values [T,H,W], (depth, lateral) spacing in mm, and place of a `.nii` or `.nii.gz`.
+    """Upright scaled values [T,H,W], (depth, lateral) spacing in mm, and Place of a `.nii` or `.nii.gz`.
 
     Axes of length one are skipped; of the others, the first is lateral, the second depth, the third time, as in CAMUS. The
     first two are swapped if, by the affine, only the second runs along the world's x. Writers disagree on the signs, so
-    signs are ignored. With `onto`, the place of its image, a mask is turned onto the image. Raises ValueError and others.
+    signs are ignored. With `onto`, its image's Place, a mask is reoriented to the image. Raises ValueError and others.
     """
     header, values = open_nifti(raw)
     place = find_place(header, onto)
@@ -124,7 +124,7 @@ def decode_nifti(raw: bytes, onto: Place | None = None) -> tuple[np.ndarray, tup
 
 
 def find_place(header: nibabel.Nifti1Header, onto: Place | None = None) -> Place:
-    """How a file holds frames, from its header and, for a mask, the place of its image; raises ValueError for other shapes."""
+    """A file's Place, from its header and, for a mask, its image's Place; raises ValueError unless the shape is 2-D or 3-D."""
     shape = header.get_data_shape()
     wide = [axis for axis, size in enumerate(shape) if size > 1]
     if len(wide) not in (2, 3):
@@ -146,7 +146,7 @@ def _runs_along_x(affine: np.ndarray, axis: int) -> bool:
 
 
 def read_place(path: str) -> Place | None:
-    """How the file that `find_file` finds holds frames, from its first bytes; None if they are missing or damaged."""
+    """The Place of the file that `find_file` finds, from its first bytes; None if they are missing or damaged."""
     try:
         return find_place(read_header(filesystem.read_bytes(find_file(path), START_BYTES)))
     except StorageError:
@@ -183,14 +183,14 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
         raise ValueError(f"the pixels are {dtype}, not plain numbers")
     num_values = math.prod(int(size) for size in shape)
     if min(shape, default=0) < 1 or num_values > MAX_VALUES:
-        raise ValueError(f"the header claims shape {shape}")
+        raise ValueError(f"the header claims shape {shape}, which is empty or too large")
     if not header.single_vox_offset <= offset <= MAX_EXTRA_BYTES:
-        raise ValueError(f"the header claims that pixels begin at byte {offset}")
+        raise ValueError(f"the header claims that pixels begin at byte {offset}, which is out of range")
     end = offset + num_values * dtype.itemsize
     content = unpack(raw, min(end + MAX_EXTRA_BYTES, MAX_DEFLATE_RATIO * len(raw))) if is_packed else raw
     if not end <= len(content) < end + MAX_EXTRA_BYTES:
-        raise ValueError(f"the header claims {end} bytes, and {'many more' if len(content) > end else len(content)} were found")
-    # An image of nibabel's would do the same, copy the pixels, and keep extensions, which may be a patient's DICOM text.
+        raise ValueError(f"the header claims {end} bytes, but {'many more' if len(content) > end else len(content)} were found")
+    # A nibabel image would also copy the pixels and keep header extensions, which may hold a patient's DICOM text.
     values = np.frombuffer(content, dtype, num_values, offset)
     return header, apply_read_scaling(values.reshape(shape, order="F"), *header.get_slope_inter())
 
@@ -198,7 +198,7 @@ def open_nifti(raw: bytes) -> tuple[nibabel.Nifti1Header, np.ndarray]:
 def unpack(packed: bytes, most: int) -> bytes:
     """The first `most` bytes in a gzip file; like nibabel, ignores anything after the last member.
 
-    ISA-L inflates float pixels three times as fast as zlib, which took half the time to read a picture of the release.
+    ISA-L inflates float pixels three times as fast as zlib, which took up half the time to read an image of the release.
     """
     parts, missing = [], most
     while missing and packed and GZIP.startswith(packed[:2]):
@@ -213,7 +213,7 @@ def unpack(packed: bytes, most: int) -> bytes:
 
 def read_header(block: bytes) -> nibabel.Nifti1Header:
     """The header at the start of a file, NIfTI-1 or -2 in either byte order; raises ValueError and nibabel's errors."""
-    if block[:2] == GZIP:  # opening the whole stream for its header alone took a tenth of a picture's time
+    if block[:2] == GZIP:  # opening the whole stream for its header alone took a tenth of an image's time
         start = isal_zlib.decompressobj(wbits=31).decompress(block[:START_BYTES], HEADER_BYTES)
         block = start if len(start) == HEADER_BYTES else unpack(block, HEADER_BYTES)
     is_second = HEADER_BYTES in (int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big"))
@@ -221,7 +221,7 @@ def read_header(block: bytes) -> nibabel.Nifti1Header:
     size = kind.template_dtype.itemsize
     if len(block) < size:
         raise ValueError(f"{len(block)} bytes are too few for a header")
-    header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing by 1 mm
+    header = kind(block[:size], check=False)  # nibabel's checks would replace a missing spacing with 1 mm
     if header["sizeof_hdr"] != size or not bytes(header["magic"]).startswith(b"n+"):
         raise ValueError("it does not start with a NIfTI header")
     return header
@@ -237,7 +237,7 @@ def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[f
 
 
 def read_frame_ms(place: Place) -> float | None:
-    """The time from frame to frame of a sequence, if the header names its unit."""
+    """The time between a sequence's frames in ms; None if the header names no unit of time."""
     unit_ms = UNITS_MS.get(int(place.header["xyzt_units"]) & 56)
     return unit_ms and abs(float(place.header.get_zooms()[place.order[0]])) * unit_ms
 
@@ -249,7 +249,7 @@ def write_frames(path: str, masks: np.ndarray, place: Place) -> None:
     shape = header.get_data_shape()
     disk = masks.reshape([shape[axis] for axis in place.order]).transpose(np.argsort(place.order))
     header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0  # the picture's display range would show labels 0-3 as black
+    header["cal_min"] = header["cal_max"] = 0  # the image's display range would show labels 0-3 as black
     filesystem.publish(path, pack(header, disk, level=1))  # small at any level
 
 

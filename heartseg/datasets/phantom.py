@@ -1,6 +1,6 @@
-"""A synthetic CAMUS tree with known geometry, to run and test everything without the data.
+"""Writes a synthetic CAMUS tree with known geometry, to run and test everything without the real data.
 
-The ventricle is a truncated ellipsoid, and pictures are speckle made in beam space: `python -m heartseg.datasets.phantom OUT`.
+The ventricle is a truncated ellipsoid, and images are speckle made in beam space: `python -m heartseg.datasets.phantom OUT`.
 """
 
 import multiprocessing
@@ -21,22 +21,24 @@ from heartseg.labels import BACKGROUND, ENDO, LA, MYO, VIEWS, Phase, View
 from heartseg.storage import filesystem
 
 CONTRACTION = {Phase.ED: 0.0, Phase.ES: 1.0}
-# (depth, lateral) mm: the current release's isotropic 0.308, the older one's 1:2, others; mostly small ones, for speed.
+# (depth, lateral) mm: the current release's isotropic 0.308, the older one's 1:2, others; mostly coarse, for speed.
 SPACINGS_MM = ((0.308, 0.308), (0.154, 0.308), (0.308, 0.308), (0.22, 0.22), (0.308, 0.308), (0.24, 0.26))
 
 # Effect of full contraction, per ejection fraction: in real stills the wall's area is the same in both phases and the
-# length shrinks by an eighth. The atrium grows by a fixed share; last, how far below the plane its centre is.
+# length shrinks by an eighth. The atrium grows by a fixed share; its centre is 0.75 half lengths below the plane.
 SHORTENING, THICKENING, ATRIAL_FILLING, ATRIUM_TRUNCATION = 0.30, 0.40, 0.20, 0.75
 
 # Beam space: samples along a beam, beams across the sector, and the widths (sigma) of pulse and beam.
 SAMPLES, BEAMS, PULSE_MM, BEAM_RAD = 416, 192, 0.42, 0.0105
-# Grey of tissue, and the power of noise; grey is the fourth root of power, whose skew fits the real speckle's.
+# Grey of tissue, and the power of noise; grey is the fourth root of power, whose skew matches real speckle's.
 TISSUE_GREY, HISS = 109, 0.01
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A heart and its probe; pairs follow `VIEWS`; the mitral plane is `truncation` half lengths below the centre."""
+    """A heart and its probe. `radii_mm`, `tilt_deg` and `apex_lateral_mm` have a value per view, in the order of `VIEWS`;
+    `atrium_mm` is (lateral, long) half axes. The mitral plane is `truncation` half lengths below the centre.
+    """
 
     patient: str
     ef: float
@@ -60,7 +62,7 @@ class Geometry:
 
 
 def patient_geometry(patient_index: int, seed: int = 0) -> Geometry:
-    """Heart at end-diastole and probe of patient `patient_index` (from 1), determined by the two arguments."""
+    """The end-diastolic heart and probe of patient `patient_index` (from 1), determined by the two arguments."""
     rng = np.random.default_rng([seed, patient_index])
 
     def bell(mean, spread, low, high):
@@ -83,9 +85,9 @@ def patient_geometry(patient_index: int, seed: int = 0) -> Geometry:
 
 
 def geometry_at(geometry: Geometry, contraction: float) -> Geometry:
-    """The end-diastolic heart at `contraction` 0 to 1 (end-systole), where its volume is EDV (1 - EF contraction)."""
+    """An end-diastolic heart contracted by `contraction`, 0 to 1 (end-systole), to a volume of EDV (1 - EF contraction)."""
     emptied = geometry.ef / 100 * contraction
-    along = 1 - SHORTENING * emptied  # the long axis gives this much of the volume, both short axes the rest
+    along = 1 - SHORTENING * emptied  # the long axis shortens by this factor; the short axes account for the rest
     radii = tuple(radius * ((1 - emptied) / along) ** 0.5 for radius in geometry.radii_mm)
     atrium = tuple(size * (1 + ATRIAL_FILLING * contraction) for size in geometry.atrium_mm)
     wall, long = geometry.wall_mm * (1 + THICKENING * emptied), geometry.half_length_mm * along
@@ -110,7 +112,7 @@ def patient_info(patient_index: int, seed: int = 0) -> camus.Info:
 
 
 def heart_coordinates(heart: Geometry, view: View, depth_mm, lateral_mm):
-    """Image coordinates (lateral from the middle) to heart coordinates: mm from the fixed apex along the axis and across."""
+    """Convert image coordinates (lateral from the middle) to mm along and across the heart's axis from its fixed apex."""
     index = VIEWS.index(view)
     sine, cosine = np.sin(np.radians(heart.tilt_deg[index])), np.cos(np.radians(heart.tilt_deg[index]))
     down, right = depth_mm - heart.apex_depth_mm, lateral_mm - heart.apex_lateral_mm[index]
@@ -129,7 +131,7 @@ def labels_at(heart: Geometry, view: View, along, across) -> np.ndarray:
 
 
 class Scanner:
-    """Draws the pictures of one patient's view; speckle, texture, gain and dropouts are drawn once, from the seed."""
+    """Renders one view of a patient; speckle, texture, gain and dropouts are drawn once, from the seed."""
 
     def __init__(self, patient_index: int, seed: int, view: View, scale: float = 1.0):
         self.geometry, self.view = patient_geometry(patient_index, seed), view
@@ -149,21 +151,21 @@ class Scanner:
         self.angle = np.linspace(-half_angle, half_angle, BEAMS, dtype=np.float32)[None]
         self.sigmas = (PULSE_MM / reach * (SAMPLES - 1), BEAM_RAD / (2 * half_angle) * (BEAMS - 1))
         self.noise = rng.standard_normal((2, 2, SAMPLES, BEAMS), dtype=np.float32)
-        # Variation between pictures, in dB: gain, blood, texture, attenuation, dropouts, clutter.
+        # Variation between images, in dB: gain, blood, texture, attenuation, dropouts, clutter.
         worse = QUALITIES.index(patient_info(patient_index, seed).quality)
         white = rng.standard_normal((2, SAMPLES, BEAMS), dtype=np.float32)
-        # Interfaces across the beam shine: fine along it, long across it.
+        # Interfaces across the beam are bright: thin along it, long across it.
         coarse, streaks = gaussian_filter(white[0], (30, 18)), gaussian_filter(white[1], (4, 11))
         self.coarse_db, self.streaks_db = 4.5 * coarse / coarse.std(), 2.7 * streaks / streaks.std()
         self.blood_db = rng.uniform(-12.5, -6) + 1.0 * worse
-        # Walls along the beam fade, the lateral one (right) the most; the time-gain compensation is not quite right.
+        # Walls along the beam fade, the lateral wall (right) most; the time-gain compensation is not quite right.
         tilt_db, slope_db = rng.uniform(0, 6), rng.uniform(-0.03, 0.03)
         self.gain_db = rng.normal(0, 2) - tilt_db * self.angle / self.angle.max() - slope_db * self.radius
         for _ in range(rng.integers(1, 3 + worse)):
             centre, width = rng.uniform(-1, 1) * self.angle.max(), rng.uniform(0.04, 0.11)
             shadow = np.exp(-(((self.angle - centre) / width) ** 2)) * np.clip(self.radius / 40, 0, 1)
             self.gain_db = self.gain_db - rng.uniform(2, 7 + 2 * worse) * shadow
-        # Near the probe: clutter of the chest wall, and the rings of its reverberation.
+        # Near the probe: clutter from the chest wall, and its reverberation rings.
         rings = np.cos(2 * np.pi * self.radius / rng.uniform(3, 5)) * np.exp(-self.radius / 8)
         self.gain_db = self.gain_db + rng.uniform(2, 6) * np.exp(-self.radius / rng.uniform(10, 18)) + 4 * rings
 
@@ -177,7 +179,7 @@ class Scanner:
         outer, outer_half_length = radius + heart.wall_mm, heart.half_length_mm + heart.wall_mm
         from_edge = np.hypot(across / outer, (along - heart.half_length_mm) / outer_half_length) - 1
         tissue = self.coarse_db + self.streaks_db
-        # The pericardium shines, most where it is deep.
+        # The pericardium is bright, most of all at depth.
         outside = tissue + 6 * np.exp(-((from_edge / 0.08) ** 2)) * depth / heart.depth_mm
         # Trabeculae: the brightest streaks continue into the cavity's rim.
         haze = self.blood_db + 0.8 * self.coarse_db + 0.5 * self.streaks_db
@@ -197,12 +199,12 @@ class Scanner:
         """The image, uint8 [H,W]: the envelope of filtered complex noise, smoothed, compressed and scan-converted.
 
         A constant width in beam space makes the lateral correlation grow with depth (Wagner et al. 1983, IEEE Trans.
-        Sonics Ultrason. 30(3)). The noise changes from one draw to another over the beat, so neighbours are alike.
+        Sonics Ultrason. 30(3)). Over the beat, the noise blends from one draw into another, so neighbours are alike.
         """
         noise = np.cos(np.pi / 2 * contraction) * self.noise[0] + np.sin(np.pi / 2 * contraction) * self.noise[1]
         amplitude = 10 ** ((self.echo_db(contraction) + self.gain_db) / 20)
         real, imaginary = (gaussian_filter(part * amplitude, self.sigmas) for part in noise)
-        # Filtered white noise of unit power keeps 1 / (4 pi s t) of it, in each of the two parts.
+        # Filtering white noise of unit power with sigmas s and t leaves 1 / (4 pi s t) of it, in each of the two parts.
         power = 2 * np.pi * np.prod(self.sigmas) * gaussian_filter(real**2 + imaginary**2, self.sigmas)
         grey = TISSUE_GREY * (power + HISS * noise[0] ** 2).astype(np.float32) ** 0.25
         image = np.zeros(self.in_sector.shape, np.uint8)
@@ -218,7 +220,7 @@ class Scanner:
 def write_patient(source: str, seed: int, sequences: bool, scale: float, patient_index: int) -> None:
     """Write one patient's folder: four stills with masks, two cfg files and, on request, two half sequences."""
     info = patient_info(patient_index, seed)
-    dtype = (np.float32, np.uint8)[patient_index // 2 % 2]  # the release has both; at every kind of spacing
+    dtype = (np.float32, np.uint8)[patient_index // 2 % 2]  # the release has both; here, each occurs at every spacing
     for view in VIEWS:
         scanner = Scanner(patient_index, seed, view, scale)
         patient = scanner.geometry.patient
@@ -229,12 +231,12 @@ def write_patient(source: str, seed: int, sequences: bool, scale: float, patient
                 nifti.write_nifti(path, draw(contraction).astype(dtype), scanner.spacing_mm)
             if sequences:
                 beat = np.abs(np.linspace(0, 1, info.num_frames) - (info.es == 1))
-                path = camus.recording_path(source, patient, view, "half_sequence", suffix)  # in a phase's place
+                path = camus.recording_path(source, patient, view, "half_sequence", suffix)  # in place of a phase
                 nifti.write_nifti(path, np.stack([draw(moment) for moment in beat]), scanner.spacing_mm)
 
 
 def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:
-    """About 80:10:10; with three or more patients, no group is empty."""
+    """Patients by group, about 80:10:10; with three or more patients, no group is empty."""
     held_out = max(1, round(len(patients) / 10)) if len(patients) >= 3 else 0
     shuffled = np.random.default_rng(seed).permutation(patients).tolist()
     val, test, train = shuffled[:held_out], shuffled[held_out : 2 * held_out], shuffled[2 * held_out :]
@@ -244,22 +246,24 @@ def split_patients(patients: list[str], seed: int) -> dict[str, list[str]]:
 def write_phantom(
     source: str, patients: int = 50, seed: int = 0, sequences: bool = False, scale: float = 1.0, workers: int = 1
 ) -> None:
-    """Write a synthetic CAMUS tree; the same seed makes the same bytes, whatever the number of workers.
+    """Write a synthetic CAMUS tree; the same seed produces the same bytes, whatever the number of workers.
 
     Args:
-        source: The folder to write: empty, or with this same phantom.
+        source: The folder to write: empty, or with this same phantom in it.
         patients: Number of patients.
-        seed: Seed of every heart and every picture.
+        seed: Seed of every heart and every image.
         sequences: Also write the half sequences between the two stills.
         scale: Rows and columns as a share of full size; the spacing grows as they shrink.
-        workers: Processes that draw patients in parallel.
+        workers: Processes that render patients in parallel.
     """
     if patients < 1 or workers < 1 or seed < 0 or not 0.05 <= scale <= 1:
-        raise UserError("A phantom needs at least one patient, one worker, a seed of at least 0 and a scale of 0.05 to 1.")
+        given = f"not --patients {patients} --workers {workers} --seed {seed} --scale {scale:g}"
+        limits = "at least 1 patient and 1 worker, a seed of at least 0 and a scale of 0.05 to 1"
+        raise UserError(f"A phantom needs {limits}, {given}.")
     marker = filesystem.join(source, camus.PHANTOM_NOTE)
     made_with = {"patients": patients, "seed": seed, "sequences": sequences, "scale": scale}
     if filesystem.exists(marker):
-        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom of other settings: remove it first.")
+        require(filesystem.read_json(marker) == made_with, f"{source} holds a phantom with other settings: remove it first.")
     elif filesystem.list_names(filesystem.join(source, camus.IMAGES_FOLDER)):
         raise UserError(f"{source} holds patients that are not synthetic: give an empty folder.")
     filesystem.publish_json(marker, made_with)
@@ -268,7 +272,7 @@ def write_phantom(
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         written = (pool.map if workers > 1 else map)(job, numbers)
         list(tqdm(written, total=patients, desc="phantom", unit=" patients", disable=None))
-    # Last, so that a tree with its split files is complete.
+    # Written last, so that a tree with split files is complete.
     camus.write_groups(source, split_patients([patient_geometry(number, seed).patient for number in numbers], seed))
 
 

@@ -1,6 +1,6 @@
 """Reads files as upright grey frames: NIfTI, PNG and, with `pip install heartseg[formats]`, DICOM (dicom.py) and video.
 
-The only file that imports PyAV. No message quotes the value of a tag.
+The only file that imports PyAV. No message quotes the text of a tag.
 """
 
 import errno
@@ -27,10 +27,10 @@ KINDS |= dict.fromkeys((".avi", ".mp4", ".mov", ".m4v"), "video")
 PACKAGES = {"dicom": "pydicom", "video": "av"}
 MAX_PIXELS = 2**31  # per file: two minutes of a large video; more is a whole examination, or a damaged header
 MAX_FILE_BYTES = 2**33
-PLAUSIBLE_DEPTH_MM = (30, 400)  # a spacing that gives another was not measured (1 mm is what headers hold by default)
+PLAUSIBLE_DEPTH_MM = (30, 400)  # a spacing that implies another was not measured (headers default to 1 mm)
 FRAME_MS = (1, 200)  # of an echocardiogram; many headers claim a second per frame
-NO_PICTURE = "it holds no picture: reports and measurements have none"
-# The first element of a DICOM without preamble is of group 2 or 8, with its type or the length of its value behind it.
+NO_PICTURE = "it holds no image: reports and measurements have none"
+# A DICOM file without a preamble starts with an element of group 2 or 8, then its type or the length of its value.
 BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)", re.DOTALL)
 
 
@@ -38,9 +38,9 @@ BARE_DICOM = re.compile(rb"[\x02\x08]\0[\0-\x7f]\0(?:[A-Z]{2}|[\0-\x80]\0\0\0)",
 class Frames:
     """The frames of a file: uint8 [T,H,W], upright (row = depth), and (depth, lateral) `spacing_mm` or None.
 
-    `box` is (top, left, height, width): the frames were cropped at (top, left) from whole pictures of that height and width.
+    `box` is (top, left, height, width): the frames were cropped at (top, left) from whole images of that height and width.
     `flips` are the axes that were reversed, `grey` is the range scaled to 0 to 255, `may_show_text` warns of burned-in names,
-    `frame_ms` is the time from frame to frame, if the file records it; a video records only how fast it plays.
+    `frame_ms` is the time between frames, if the file records it; a video records only how fast it plays.
     """
 
     pixels: np.ndarray
@@ -55,7 +55,7 @@ class Frames:
 
 
 def kind_of(path: str) -> str | None:
-    """`nifti`, `dicom`, `video` or `picture`; None if the file is not an input. DICOM files may have any name."""
+    """`nifti`, `dicom`, `video` or `picture`; None if the file is none of these. DICOM files may have any name."""
     name = filesystem.last_part(path).lower()
     if known := [kind for suffix, kind in KINDS.items() if name.endswith(suffix)]:
         return known[0]
@@ -107,11 +107,11 @@ def read(
 
 
 def plausible_spacing(spacing_mm: Spacing | None, rows: int) -> tuple[Spacing | None, tuple[str, ...]]:
-    """The spacing, or None with a note if it would make a picture of so many rows impossibly shallow or deep."""
+    """The spacing, or None with a note if it would make an image of so many rows impossibly shallow or deep."""
     depth_mm = spacing_mm[0] * rows if spacing_mm else 0.0
     if not spacing_mm or PLAUSIBLE_DEPTH_MM[0] <= depth_mm <= PLAUSIBLE_DEPTH_MM[1]:
         return spacing_mm, ()
-    return None, (f"the file's spacing would make it {depth_mm:.0f} mm deep, so it is ignored",)
+    return None, (f"the file's spacing is ignored: it would make the image {depth_mm:.0f} mm deep",)
 
 
 def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:
@@ -137,19 +137,19 @@ def decode(raw: bytes, kind: str, admit: Admit = lambda _: None) -> Frames:
 
 
 def decode_png(raw: bytes) -> np.ndarray:
-    """Values [1,H,W] of a PNG of any depth; colours become grey."""
+    """Values [1,H,W] of a PNG of any bit depth; colours become grey."""
     from PIL import Image
 
     with Image.open(io.BytesIO(raw), formats=["PNG"]) as picture:
         is_deep = picture.mode.startswith("I") or picture.mode == "F"
         values = np.asarray(picture if is_deep else picture.convert("L"))[None]
-    if raw[24] == 16 and not is_deep and values.max() < 16:  # Pillow keeps the upper 8 bits of colours alone
-        raise Unreadable("its 16-bit colours hold 12 bits or fewer, of which 4 would be left: save it as 16-bit grey")
+    if raw[24] == 16 and not is_deep and values.max() < 16:  # Pillow keeps only the upper 8 bits of colours
+        raise Unreadable("its 16-bit colours use 12 bits or fewer, of which only 4 would be kept: save it as 16-bit greyscale")
     return values
 
 
 def read_video(raw: bytes, admit: Admit = lambda _: None) -> Frames:
-    """All frames of the first video stream, in grey, turned by its display matrix; `admit` is called with numbers of pixels."""
+    """All frames of the first video stream, in grey, rotated by its display matrix; `admit` is called with pixel counts."""
     av = import_package("video")
     reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: otherwise each frame makes its own
     pixels, count = np.empty((0, 0, 0), np.uint8), 0
@@ -174,7 +174,7 @@ def read_video(raw: bytes, admit: Admit = lambda _: None) -> Frames:
 
 
 def upright(picture: np.ndarray, matrix) -> np.ndarray:
-    """A picture [H,W] turned and mirrored by the file's display matrix (36 bytes, or None), as players do."""
+    """An image [H,W] rotated and mirrored by the file's display matrix (36 bytes, or None), as players do."""
     if matrix is None:
         return picture
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # ISO 14496-12: x' = a x + c y, y' = b x + d y
@@ -182,4 +182,4 @@ def upright(picture: np.ndarray, matrix) -> np.ndarray:
         return picture[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
     if a == d == 0:
         return picture.T[:: 1 if b > 0 else -1, :: 1 if c > 0 else -1]
-    raise Unreadable("its display matrix asks for a rotation that is not a multiple of 90 degrees")
+    raise Unreadable("its display matrix asks for a rotation that is not a multiple of 90 degrees: export it upright")

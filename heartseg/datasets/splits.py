@@ -54,7 +54,7 @@ def check_official(patients: list[str], official: dict[str, list[str]]) -> None:
     if strangers:
         nearest = difflib.get_close_matches(strangers[0], left_out or patients, 3, 0.0)
         counts = f"{len(strangers)} such names, {len(left_out)} patients in no group"
-        problem = f"The split of the source names {strangers[0]!r}, who has no file (nearest: {', '.join(nearest)}; {counts})"
+        problem = f"The source's split names {strangers[0]!r}, who has no file (nearest: {', '.join(nearest)}; {counts})"
         raise UserError(f"{problem}: correct its groups, or use --split.kind ratio.")
 
 
@@ -66,7 +66,7 @@ def stratum(known: dict) -> str:
 
 
 def draw_groups(config: SplitConfig, patients: list[str], known: dict[str, dict]) -> dict[str, list[str]]:
-    """The groups, sorted: shares are rounded to whole patients, folds are dealt like cards, and the rest train."""
+    """The groups, sorted: shares are rounded to whole patients, folds are dealt like cards, and the others train."""
     drawn, by_stratum = sorted(patients), defaultdict(list)
     random.Random(config.seed).shuffle(drawn)
     for patient in drawn:

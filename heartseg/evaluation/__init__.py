@@ -1,1 +1,1 @@
-"""Masks and their truth in, tables of scores out. Start with scoring.py."""
+"""Predicted and reference masks in, tables of scores out. Start with scoring.py."""

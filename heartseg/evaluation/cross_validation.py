@@ -1,4 +1,4 @@
-"""Pools the evaluations of folds into one without scoring again: each patient is scored by a model that has not seen it."""
+"""Pools the evaluations of folds into one without rescoring: each patient was scored by a model that had not seen them."""
 
 import numpy as np
 import pandas
@@ -12,7 +12,8 @@ from heartseg.storage import filesystem
 def pool(evaluations: list[str], out: str) -> dict:
     """Write the pooled evaluation to `out` and return its summary; raises UserError if the evaluations cannot be pooled."""
     is_new = len({*evaluations, out}) > len(evaluations)
-    require(is_new, "--pool and --out must name different folders, each of them once.")
+    fix = "list each evaluation once, and give --out another folder"
+    require(is_new, f"--pool lists a folder twice, or --out {out} is one of its folders: {fix}.")
     summaries = [_summary(path) for path in evaluations]
     images, patients = ([_table(path, name) for path in evaluations] for name in (IMAGES, PATIENTS))
     _check(evaluations, summaries, patients)
@@ -42,7 +43,8 @@ def _summary(path: str) -> dict:
 def _table(path: str, name: str) -> pandas.DataFrame:
     table = scoring.read_rows(path, name)
     is_whole = table is not None and (name != IMAGES or "confusion" in table)
-    require(is_whole, f"{path} was written by an earlier version and cannot be pooled: evaluate again.")
+    fix = "evaluate it again (checkpoints: with --overwrite)"
+    require(is_whole, f"{path} was written by an earlier version and cannot be pooled: {fix}.")
     return table
 
 
@@ -62,8 +64,8 @@ def _check(evaluations: list[str], summaries: list[dict], patients: list[pandas.
         is_alike = one.get("post") == same.get("post")
         require(is_alike, f"{path} and {first} were postprocessed differently: evaluate them with the same options.")
         is_one_dataset = one["dataset"] == same["dataset"]
-        require(is_one_dataset, f"{path} scores {one['dataset']}, {first} {same['dataset']}: pool one dataset.")
+        require(is_one_dataset, f"{path} is on {one['dataset']}, but {first} on {same['dataset']}: pool one dataset.")
         for patient in rows["patient"]:
             if seen.setdefault(patient, path) != path:
                 both = f"{seen[patient]} and in {path}"
-                raise UserError(f"{patient} is scored in {both}: pool evaluations of different patients.")
+                raise UserError(f"{patient} is scored in {both}: pool evaluations that share no patient.")

@@ -1,4 +1,4 @@
-"""Annotated images to score, from shards or a CAMUS tree, and other programs' masks of them; both report missing ones."""
+"""Annotated images to score, from shards or a CAMUS tree, and other programs' masks of them; both list what is missing."""
 
 import contextlib
 import functools
@@ -24,10 +24,10 @@ NIFTI_NAME = re.compile(r"(?P<stem>.+?)(?P<suffix>_pred|_gt)?\.nii(?:\.gz)?", re
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """An expert's label map `truth`, uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`, and its origin.
+    """An image to score: the expert's label map `truth`, uint8 [H,W] on the native grid with (depth, lateral) `spacing_mm`.
 
-    `image` is uint8, upright, on the native or a stored grid; None if not requested. View and phase are None if
-    unknown; a frame of a sequence has a number. `place` is its layout in the file, None for a case from shards.
+    `image` is uint8 and upright, on the native or the stored grid; None if not requested. View and phase are None if
+    unknown; `frame` is its number in a sequence. `place` is the layout of its file, None for a case from shards.
     """
 
     patient: str
@@ -65,7 +65,7 @@ class ShardTruth:
 
     @functools.cached_property
     def rows(self) -> dict[str, list[int]]:
-        """The rows of each patient."""
+        """Row numbers by patient."""
         found = defaultdict(list)
         for row, patient in enumerate(self.frames.table["patient"].to_pylist()):
             found[patient].append(row)
@@ -76,7 +76,7 @@ class ShardTruth:
         return case.image
 
     def cases(self, patients: Sequence[str]) -> tuple[list[Case], list[dict]]:
-        """The cases of some patients; none is missing, since damaged files do not become rows."""
+        """The cases of some patients, and no missing ones: damaged files never become rows."""
         return [self._case(row) for patient in patients for row in self.rows.get(patient, [])], []
 
     def _case(self, row: int) -> Case:
@@ -132,15 +132,15 @@ class TreeTruth:
 
 
 def read_mask(path: str, onto: nifti.Place | None = None) -> tuple[np.ndarray, tuple[float, float], nifti.Place]:
-    """A label map uint8 [H,W] oriented like `onto`, its (depth, lateral) spacing in mm and place; raises DamagedRecording."""
+    """A still's mask uint8 [H,W] oriented like `onto`, (depth, lateral) spacing in mm and place; raises DamagedRecording."""
     masks, spacing_mm, place = nifti.read_nifti(path, onto=onto)
     if len(masks) > 1:
-        raise DamagedRecording(f"the mask of a still must be one frame, but this has {len(masks)}", path)
+        raise DamagedRecording(f"the mask of a still must have one frame, not {len(masks)}", path)
     return nifti.as_labels(masks[0], path), spacing_mm, place
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise UserError for a pattern that cannot name a file below a folder, or that gives several stills the same file."""
+    """Raise UserError if a pattern has an invalid field, leads outside its folder, or gives several stills the same file."""
     fields = "{patient}, {view} and {phase}"
     try:
         names = [pattern.format(patient=p, view=v, phase=f) for p, v, f in itertools.product("ab", "cd", "ef")]
@@ -148,12 +148,12 @@ def check_pattern(pattern: str) -> None:
         raise UserError(f"--pattern {pattern!r} has an invalid field: use only {fields}.") from error
     is_inside = ".." not in names[0].split("/") and not names[0].startswith("/")
     require(is_inside, f"--pattern {pattern!r} leads outside --predictions: use a path below it.")
-    require(len(set(names)) == len(names), f"--pattern {pattern!r} gives several stills one file: use {fields}.")
+    require(len(set(names)) == len(names), f"--pattern {pattern!r} gives several stills the same file: use all of {fields}.")
 
 
 @dataclass(frozen=True, eq=False)
 class FilePredictions:
-    """NIfTI masks below a folder: `patient0001_2CH_ED_pred`, `…_gt`, no suffix if it holds labels, or by the `pattern`."""
+    """NIfTI masks below a folder, found as `patient0001_2CH_ED_pred`, `…_gt` or without a suffix, or by the `pattern`."""
 
     folder: str
     pattern: str = ""
@@ -162,7 +162,7 @@ class FilePredictions:
     @classmethod
     def open(cls, folder: str, pattern: str = "") -> "FilePredictions":
         """List the masks of a folder; raises UserError if it has none or the pattern cannot name a file."""
-        require(filesystem.exists(folder), f"The predictions {folder} do not exist: give the folder that holds the masks.")
+        require(filesystem.exists(folder), f"--predictions {folder} does not exist: give the folder that holds the masks.")
         if pattern:
             check_pattern(pattern)
         files = defaultdict(list)
@@ -191,7 +191,7 @@ class FilePredictions:
         return None
 
     def masks(self, cases: Sequence[Case]) -> tuple[list[Segmented | None], list[dict]]:
-        """A mask for each case, or None with a reason."""
+        """A mask or None for each case, and a row of the summary's `missing` for each None."""
         found, missing = [], []
         for case in cases:
             path = self.path(case.patient, case.view, case.phase)
@@ -200,7 +200,7 @@ class FilePredictions:
                     raise DamagedRecording("the prediction is missing", case.name)
                 mask, *_ = read_mask(path, case.place)
                 if mask.shape != case.truth.shape:
-                    raise DamagedRecording(f"the prediction has shape {mask.shape}, but the truth has {case.truth.shape}", path)
+                    raise DamagedRecording(f"the prediction has shape {mask.shape}, the expert's mask {case.truth.shape}", path)
             except DamagedRecording as error:
                 missing.append(_missing(case.patient, case.view, case.phase, error))
                 found.append(None)

@@ -1,4 +1,4 @@
-"""Compares runs in plain tables: which settings differ, how scores differ on the same patients, and where masks disagree."""
+"""Compares runs in tables: which settings differ, how scores differ on the same patients, and where masks disagree."""
 
 import functools
 import itertools
@@ -17,17 +17,17 @@ from heartseg.metrics.segmentation import DISTANCES, SCORES
 from heartseg.training.run_directory import Run
 
 SEED, CODE = "train.seed", "code"
-# Absolute errors of the ejection fraction, one per patient, by the name of the convention.
+# Absolute errors of the ejection fraction, one per patient: the column's name, and the index it is the error of.
 EF_ERRORS = {f"ef_{convention}_error": f"ef_{convention}" for convention in ("camus", "ase")}
 NAMES = (*SCORES, *DISTANCES, *EF_ERRORS)
-# Truths that differ by more than this share are of different hearts.
+# Reference measurements that differ by more than this share are of different hearts.
 SAME_TRUTH = 1e-3
 NO_DIFFERENCE, NOTHING = "no difference seen", "nothing to compare"
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A run, its epochs so far, and its evaluation's tables and summary, which are None, with the `problem`, without scores."""
+    """A run, its epochs so far, and its evaluation's tables and summary; without scores these are None and `problem` is set."""
 
     run: Run
     label: str
@@ -40,20 +40,20 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One side of a comparison: a run, or several that differ only in their seed."""
+    """One entry of a comparison: a run, or several that differ only in their seed."""
 
     letter: str
     runs: tuple[Scored, ...]
 
     @property
     def label(self) -> str:
-        """The run's name, or the first run's and the number of seeds."""
+        """The run's name; of several runs, the first one's name and the number of seeds."""
         first = self.runs[0].label
         return first if len(self.runs) == 1 else f"{first} ({len(self.runs)} seeds)"
 
     @functools.cached_property
     def scored(self) -> list[Scored]:
-        """The runs whose scores are pooled: those scored on the same hearts as the first one."""
+        """The runs whose scores are pooled: those scored on the same hearts as the first scored run."""
         known = [run for run in self.runs if run.images is not None]
         return [run for run in known if same_hearts(run, known[0])]
 
@@ -68,7 +68,7 @@ class Entry:
 
 
 def compare_entries(entries: Sequence[Entry], reference: Entry) -> dict:
-    """Compare entries with a reference among them, in the form of `comparison.json`; each key has a function below."""
+    """Compare entries with one of them, the reference; returns the content of `comparison.json`."""
     return {
         "reference": reference.letter,
         "entries": {entry.letter: [one.run.path for one in entry.runs] for entry in entries},
@@ -81,9 +81,9 @@ def compare_entries(entries: Sequence[Entry], reference: Entry) -> dict:
 
 
 def settings(run: Run) -> dict[str, str]:
-    """Dotted names and texts of the settings that decide a run's result: configuration, data, initial weights and code."""
+    """The settings that decide a run's result (configuration, data, initial weights and code) as text, by dotted name."""
     try:
-        # A run of an older version has the defaults of settings that did not exist yet.
+        # A run of an older version gets the defaults of settings that did not exist then.
         decided = identity(from_json(run.description["experiment"]))
     except UserError:
         decided = run.description["identity"]
@@ -111,7 +111,7 @@ def group_by_settings(found: Sequence[Scored]) -> list[Entry]:
 
 
 def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """A row per setting that differs: its dotted name and its text in each entry; an entry's seeds are listed."""
+    """One row per setting that differs: its dotted name and its value in each entry, or all values if its runs differ."""
     texts = [[settings(one.run) for one in entry.runs] for entry in entries]
     names = dict.fromkeys(name for mine in texts for one in mine for name in one)
     rows = [(n, *(", ".join(dict.fromkeys(one.get(n, "–") for one in mine)) for mine in texts)) for n in names]
@@ -119,7 +119,7 @@ def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 
 
 def image_names(rows: Iterable[dict]) -> list[str]:
-    """Each image's `frame_name`, numbered if repeated: unique within an evaluation, and the same in another."""
+    """Each image's `frame_name`, numbered if repeated: unique within an evaluation, and the same in every evaluation."""
     keys = ("patient", "view", "phase", "frame")
     names = [frame_name({key: None if pandas.isna(row[key]) else row[key] for key in keys}) for row in rows]
     places = pandas.Series(names).groupby(names).cumcount()
@@ -127,7 +127,7 @@ def image_names(rows: Iterable[dict]) -> list[str]:
 
 
 def score_table(one: Scored) -> pandas.DataFrame:
-    """One row per image and one per patient, by name: `patient` and NAMES, NaN for scores of the other kind."""
+    """One row per image and per patient, indexed by name: `patient` and NAMES, NaN for scores of the other kind."""
     images = one.images[["patient", *SCORES, *DISTANCES]].set_axis(image_names(one.images.to_dict("records")))
     known = one.patients
     errors = {name: (known[f"{index}_prediction"] - known[f"{index}_truth"]).abs() for name, index in EF_ERRORS.items()}
@@ -136,7 +136,7 @@ def score_table(one: Scored) -> pandas.DataFrame:
 
 
 def same_hearts(one: Scored, other: Scored) -> bool:
-    """True if two evaluations scored the same patients against the same truth; equal names alone prove little."""
+    """True if two evaluations scored the same patients against the same reference; equal names alone prove little."""
     tables = [each.patients.set_index("patient").sort_index() for each in (one, other)]
     known = [table.filter(regex="_truth$").select_dtypes("number") for table in tables]
     if one.summary["dataset"] != other.summary["dataset"] or not known[0].index.equals(known[1].index):
@@ -155,7 +155,7 @@ def means(entry: Entry) -> dict[str, dict]:
 
 
 def differences(entry: Entry, reference: Entry) -> dict[str, dict]:
-    """By score, `agreement.paired_test` of entry minus reference, and its `reading`; empty if the hearts differ."""
+    """`agreement.paired_test` of entry minus reference and its `reading`, by score; empty without scores of the same hearts."""
     if not (entry.scored and reference.scored and same_hearts(entry.scored[0], reference.scored[0])):
         return {}
     shared = reference.table.index.intersection(entry.table.index, sort=False)
@@ -181,7 +181,7 @@ def reading(found: dict) -> str:
 
 
 def disagreements(entries: Sequence[Entry], count: int) -> list[dict]:
-    """The images, scored by all entries of the same hearts, whose mean Dice differs most between them, widest first."""
+    """Of the images that all entries on the same hearts scored, those whose mean Dice differs most, widest spread first."""
     scored = [entry for entry in entries if entry.scored]
     alike = [entry for entry in scored if same_hearts(entry.scored[0], scored[0].scored[0])]
     if len(alike) < 2:
@@ -206,13 +206,13 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
             if one.problem:
                 lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
         if left_out := [one.label for one in entry.runs if one.images is not None and one not in entry.scored]:
-            lines.append(f"{', '.join(left_out)} was not scored on the patients of {entry.runs[0].label}, and is not pooled.")
+            lines.append(f"Not scored on the patients of {entry.runs[0].label}, so not pooled with it: {', '.join(left_out)}.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
             where = "{letter} on the {group} group of {dataset} ({patients} patients)"
             these, those = (where.format(letter=e.letter, **e.scored[0].summary) for e in (entry, reference))
             shared = len(set(entry.table["patient"]) & set(reference.table["patient"]))
-            unpaired = "their scores are shown side by side, not paired."
-            lines.append(f"These are not the same hearts ({shared} names in common): {these}, {those}; {unpaired}")
+            unpaired = "Their scores are shown side by side, not paired."
+            lines.append(f"Scored on different hearts ({shared} patient names in common): {these}, {those}. {unpaired}")
     if untrained := [entry.letter for entry in entries if is_untrained(entry)]:
         empty = f"with a mean Dice below {UNTRAINED_DICE}, the masks are empty or miss the hearts, and distances mean nothing"
         lines.append(f"{', '.join(untrained)} cannot be compared: {empty}. Train longer.")

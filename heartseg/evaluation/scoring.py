@@ -38,7 +38,7 @@ def segment_cases(segmenter: Segmenter | Ensemble, cases: Sequence[Case], option
 
 
 def score_image(case: Case, predicted: Segmented) -> dict:
-    """One image's row: KEYS except `number`, SCORES, DISTANCES, confidence, implausibilities, confusion, packed mask."""
+    """One image's row: KEYS except `number`, SCORES, DISTANCES, confidence, implausibilities, confusion, compressed mask."""
     prediction = predicted.mask
     counts = confusion(torch.tensor(prediction)[None], torch.tensor(case.truth)[None])  # arrays from Ray are read-only
     row = {"patient": case.patient, "view": case.view and str(case.view), "phase": case.phase and str(case.phase)}
@@ -50,8 +50,8 @@ def score_image(case: Case, predicted: Segmented) -> dict:
 
 
 def patient_row(patient: str, cases: Sequence[Case], predictions: Sequence[Segmented | None]) -> dict:
-    """One patient's row: clinical indices from predicted and true masks, each with its `reason_…`, and the cfg's EF."""
-    # A volume needs a known view and phase; if two pictures share both, no rule decides which one counts.
+    """One patient's row: indices of predicted and experts' masks, each kind with its `reason_…`, and the cfg file's EF."""
+    # A volume needs a known view and phase; if two images share both, neither is used.
     seen = Counter((c.view, c.phase) for c in cases)
     pairs = [(c, p) for c, p in zip(cases, predictions, strict=True) if c.view and c.phase and seen[c.view, c.phase] == 1]
     predicted = {(c.view, c.phase): (found.mask, c.spacing_mm) for c, found in pairs if found is not None}
@@ -77,7 +77,7 @@ def score_patients(cases: Sequence[Case], predictions: Sequence[Segmented | None
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An image with both outlines, uint8 [H,W] on the native grid of (depth, lateral) `spacing_mm`."""
+    """An image with its two masks, all uint8 [H,W] on the native grid with (depth, lateral) `spacing_mm`."""
 
     image: np.ndarray
     truth: np.ndarray
@@ -86,7 +86,7 @@ class Example:
 
 
 def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeTruth) -> None:
-    """Publish the examples of `extreme_rows`, for the report."""
+    """Write the examples of `extreme_rows`, which the report shows."""
     examples = {}
     for row in extreme_rows(images):
         case = truth.cases([images.loc[row, "patient"]])[0][images.loc[row, "number"]]
@@ -98,13 +98,13 @@ def write_examples(out: str, images: pandas.DataFrame, truth: ShardTruth | TreeT
 
 
 def extreme_rows(images: pandas.DataFrame) -> list[int]:
-    """Indices of the images of lowest and highest Dice, at most NUM_EXAMPLES of each, in ascending order of Dice."""
+    """Indices of the images with the lowest and highest Dice, at most NUM_EXAMPLES of each, in ascending order of Dice."""
     ordered = images[images["dice"].notna()].sort_values(["dice", "patient", "number"]).index
     return list(dict.fromkeys([*ordered[:NUM_EXAMPLES], *ordered[-NUM_EXAMPLES:]]))
 
 
 def publish_examples(out: str, examples: Mapping[int, Example]) -> None:
-    """Write `examples.npz`: `image_I`, `truth_I`, `prediction_I`, `spacing_mm` [N,2], and `rows`, in the images' table."""
+    """Write `examples.npz`: `image_I`, `truth_I`, `prediction_I`, `spacing_mm` [N,2], and `rows` [N] of the images' table."""
     arrays = {f"{kind}_{place}": getattr(example, kind) for place, example in enumerate(examples.values()) for kind in KINDS}
     spacings_mm = np.array([example.spacing_mm for example in examples.values()]).reshape(-1, 2)
     rows = np.array(list(examples), dtype=np.int64)
@@ -125,7 +125,7 @@ def read_examples(evaluation: str) -> dict[int, Example]:
 
 
 def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Sequence[dict] = ()) -> dict:
-    """Means over images with 95 % bootstrap intervals over patients, pooled scores, breakdowns, clinical agreement."""
+    """The summary: means over images with 95 % bootstrap intervals over patients, pooled scores, breakdowns, agreement."""
     images, scores = images.assign(size=size_thirds(images)), {}
     for name in (*SCORES, *DISTANCES):
         median = none_if_nan(images[name].astype(float).median())
@@ -146,7 +146,7 @@ def summarise(images: pandas.DataFrame, patients: pandas.DataFrame, missing: Seq
 
 
 def size_thirds(images: pandas.DataFrame) -> list[str | None]:
-    """Each image's tercile by the share that the experts' heart fills; None with under nine images or three sizes."""
+    """Each image's tercile by the share of it that the expert's heart fills; None if images or distinct sizes are too few."""
     counts = np.stack(images["confusion"].to_list()).reshape(-1, 4, 4).sum(axis=2)  # rows are the truth's classes
     shares = counts[:, 1:].sum(axis=1) / counts.sum(axis=1)
     low, high = np.quantile(shares, [1 / 3, 2 / 3])
@@ -193,7 +193,7 @@ def flags(images: pandas.DataFrame) -> dict:
 
 
 def outliers(images: pandas.DataFrame, patients: pandas.DataFrame) -> dict[str, dict]:
-    """Shares, with intervals over patients, of cavities with a Dice under LOW_CAVITY_DICE, of EFs off by over MAX_EF_ERROR."""
+    """Shares, with intervals over patients, of cavities with a Dice under LOW_CAVITY_DICE and EFs off by over MAX_EF_ERROR."""
     shares = {"cavity": (images["dice_endo"] < LOW_CAVITY_DICE, images["dice_endo"], images["patient"])}
     for name in ("ef_camus", "ef_ase"):
         error = (patients[f"{name}_prediction"] - patients[f"{name}_truth"]).abs()
@@ -202,7 +202,7 @@ def outliers(images: pandas.DataFrame, patients: pandas.DataFrame) -> dict[str, 
 
 
 def clinical_agreement(patients: pandas.DataFrame) -> dict:
-    """Agreement of predicted indices with those of the experts' masks, and of both with the cfg's EF in its own convention."""
+    """Agreement of predicted indices with those of the experts' masks, and of both with the cfg's EF in its convention."""
     owner = patients["patient"].to_numpy()
     known = [name for name in AGREEMENTS if f"{name}_truth" in patients]  # an older evaluation lacks newer indices
     found = {name: agree(patients[f"{name}_prediction"], patients[f"{name}_truth"], owner) for name in known}

@@ -1,6 +1,6 @@
-"""Segments many clips at the speed of the model: threads read and write files while it runs in batches across clips.
+"""Segments many clips as fast as the model runs: threads read and write files meanwhile, and batches span clips.
 
-The memory of clips in flight is bounded, so that long films take turns.
+The memory of clips in flight is bounded: long clips wait until others are finished.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from heartseg.training.data_loading import free_on_machine
 
 Clip, Result = TypeVar("Clip"), TypeVar("Result")
 READERS, WRITERS = 2, 2
-AHEAD, BATCHES = 12, 8  # clips in memory on either side of the model; batches whose scores wait to be resampled
-# Clips in flight share this part of the memory that is free at the start, and at most so many bytes unless there is one clip.
+AHEAD, BATCHES = 12, 8  # clips waiting before the model, and after it; batches whose scores wait to be resampled
+# Clips in flight share this fraction of the memory free at the start, but at most MOST_BYTES; one clip alone may use all of it.
 SHARE, MOST_BYTES = 0.75, 4 << 30
 TOO_LARGE = "trim it to the beats of interest, or use a machine with more memory"
 
@@ -41,7 +41,7 @@ class Room:
         self.outside, self.waiting, self.held = set(), {}, {}  # numbers not admitted yet; bytes by number
 
     def admit(self, number: int, num_bytes: int) -> None:
-        """Wait until a clip's bytes, or additional ones, fit beside the others'; raises DamagedRecording if they never will."""
+        """Wait until `num_bytes` (more) for a clip fit beside what others hold; raises DamagedRecording if they never will."""
         total = self.held.get(number, 0) + num_bytes
         if total > self.alone:
             size = f"needs {total / 1e9:.1f} GB of memory, but may use only {self.alone / 1e9:.1f} GB"
@@ -104,7 +104,7 @@ class ClipInFlight:
 
     @contextlib.contextmanager
     def keeps_damage(self) -> Iterator[None]:
-        """Record any fault of the clip, including running out of memory."""
+        """Record damage of the clip, or running out of memory, instead of raising it."""
         try:
             yield
         except DamagedRecording as damage:
@@ -125,8 +125,8 @@ def outline(
 ) -> Iterator[tuple[Clip, Result | DamagedRecording]]:
     """Segment every frame of every clip; yields each clip, in order, with the result of `finish` or its DamagedRecording.
 
-    `read` and `finish` run in threads. `read` gets a clip, and a function to call with the bytes of its frames and masks
-    before decoding; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each.
+    `read` and `finish` run in threads. `read` gets a clip, and a function to call before decoding, with the bytes that its
+    frames and masks need; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each.
     """
     room, waiting, parts = Room(free_bytes()), deque(), deque()
 

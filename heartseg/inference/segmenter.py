@@ -1,4 +1,4 @@
-"""Turns images into masks on their own grid with one or more checkpoints, optionally cleaned, each with a confidence.
+"""Turns images into masks on the images' own grids, with one or more checkpoints; each mask has a confidence.
 
 Scoring and prediction share `scores_of`, `confidence` and `to_mask`, so that both get the same masks.
 """
@@ -23,11 +23,11 @@ from heartseg.models.deeplabv3 import build_model, forward
 from heartseg.shards.loader import Intensity, to_device
 from heartseg.shards.writer import resize_image
 
-# Test-time augmentation: the image itself and copies shifted up, down, left and right by this share of its side. The network's
-# last map is 8 or 16 times coarser than its input, and shifted copies fall on it differently; changes of size or
-# brightness gained less (jobs/benchmarks/postprocess.py), and flips would exchange the heart's sides.
+# Test-time augmentation: the image itself and copies shifted up, down, left and right by this share of its size. The network's
+# last feature map is 8 or 16 times coarser than its input, and shifted copies fall on it differently; changes of size or
+# brightness gained less (jobs/benchmarks/postprocess.py), and flips would swap the left and right of the heart.
 TTA_SHIFT = 0.05
-LEAST = 1e-12  # probability whose log is taken: finite for a class that is certain, also after resampling
+LEAST = 1e-12  # lowest probability whose log is taken: logs stay finite, also after resampling
 TTA_STEPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 NO_POSTPROCESSING = PredictConfig()
 LARGEST_HOLE = 0.10  # of the heart; a larger one is a missed structure, not a flaw to repair
@@ -47,7 +47,7 @@ class Segmenter:
 
     @property
     def members(self) -> tuple["Segmenter", ...]:
-        """A list of this model alone, for the same interface as an ensemble's."""
+        """This model alone, so that it can be used like an Ensemble."""
         return (self,)
 
     @torch.inference_mode()
@@ -116,7 +116,7 @@ def scores_of(segmenter: Model, images: torch.Tensor, options: PredictConfig) ->
 
 
 def to_grid(segmenter: Model, images: Sequence[np.ndarray]) -> torch.Tensor:
-    """Images uint8 [H,W] of any sizes on the model's grid: [B,1,h,w]."""
+    """Images uint8 [H,W] of any size, resampled to the model's grid: uint8 [B,1,h,w]."""
     grid = segmenter.experiment.image
     stored = [resize_image(np.ascontiguousarray(image), grid.height, grid.width) for image in images]
     return torch.from_numpy(np.stack(stored))[:, None]
@@ -148,7 +148,7 @@ def confidence(scores: torch.Tensor) -> list[float]:
     With class probabilities p (averaged over copies and members) and labels m, a structure's is 2 sum(p m) / (sum p + sum m),
     and 0 if it was not found; the confidence is the mean of the three. Use it to rank images; it is not calibrated.
     """
-    probabilities = scores[..., ::2, ::2].softmax(dim=1)  # every second pixel both ways: a sum needs no more
+    probabilities = scores[..., ::2, ::2].softmax(dim=1)  # every second pixel in both directions is enough for a sum
     labels = torch.arange(1, NUM_CLASSES, device=scores.device).view(1, -1, 1, 1)
     chosen, found = predicted_labels(probabilities)[:, None] == labels, probabilities[:, 1:]
     expected = 2 * (found * chosen).sum(dim=(2, 3)) / (found.sum(dim=(2, 3)) + chosen.sum(dim=(2, 3))).clamp_min(1e-9)
@@ -156,7 +156,7 @@ def confidence(scores: torch.Tensor) -> list[float]:
 
 
 def to_mask(logits: torch.Tensor, shape: tuple[int, int], options: PredictConfig) -> np.ndarray:
-    """Labels uint8 [H,W] on the native grid: the class scores [4,h,w] are resampled, not labels, and the mask is cleaned."""
+    """Labels uint8 [H,W] on the native grid: the class scores [4,h,w] are resampled, not labels, then `clean` is applied."""
     return clean(predicted_labels(interpolate(logits[None], tuple(shape), mode="bilinear"))[0].cpu().numpy(), options)
 
 
@@ -168,7 +168,7 @@ def clean(mask: np.ndarray, options: PredictConfig) -> np.ndarray:
 
 
 def largest_components(mask: np.ndarray) -> np.ndarray:
-    """The mask [H,W] with only the largest connected piece of cavity, wall and atrium; the others become background."""
+    """The mask [H,W] with only the largest connected piece of each structure; other pieces become background."""
     kept = np.full_like(mask, BACKGROUND)
     for label in STRUCTURE_NAMES:
         kept[largest_component(mask == label)] = label
@@ -189,7 +189,7 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 
 
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
-    """The trained model of a run's folder (checkpoint `last` or `best`) or of a checkpoint's; raises UserError if damaged."""
+    """Load a run's `last` or `best` checkpoint, or the checkpoint in a folder; raises UserError if it is missing or damaged."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = checkpoint.find(path, which)
     experiment = from_json(found.card["experiment"], origin=found.path)
@@ -201,10 +201,10 @@ def load(path: str, which: str = "last", device: str | torch.device | None = Non
 
 def load_all(paths: Sequence[str], which: str = "last", device: str | torch.device | None = None) -> Model:
     """One checkpoint as a Segmenter, several as an Ensemble; raises UserError like `load`, and if their grids differ."""
-    require(len(paths) > 0, "An ensemble needs at least one checkpoint: give the folders of runs.")
+    require(len(paths) > 0, "No checkpoint was given: give the folder of at least one run.")
     members = tuple(load(path, which, device) for path in paths)
     sizes = [f"{member.experiment.image.height} x {member.experiment.image.width}" for member in members]
     for path, size in zip(paths, sizes, strict=True):
         if size != sizes[0]:
-            raise UserError(f"{path} takes {size} images, but {paths[0]} takes {sizes[0]}: an ensemble needs runs on one grid.")
+            raise UserError(f"{path} takes {size} images, but {paths[0]} takes {sizes[0]}: an ensemble needs equal sizes.")
     return Ensemble(members) if len(members) > 1 else members[0]

@@ -20,11 +20,11 @@ from heartseg.errors import UserError, require
 from heartseg.labels import Phase, View
 from heartseg.storage import filesystem
 
-# `jane_A4C_ED` names the 4-chamber view; 2CH, AP2, A2C and the like the other.
+# `jane_A4C_ED` names the 4-chamber view; 2CH, AP2 and A2C name the 2-chamber view.
 VIEW_IN_NAME = re.compile(r"(?:^|[_\-. ])(?:(?:A(?:P|PICAL)?)?([24])CH?|AP([24]))(?=[_\-. ]|$)", re.IGNORECASE)
 PHASE_IN_NAME = re.compile(r"(?:^|[_\-. ])(ED|ES)(?=[_\-. ]|$)", re.IGNORECASE)
 MARK = re.compile(r"_(gt|pred)(?=\.nii(\.gz)?$)", re.IGNORECASE)  # of a mask
-# Masks and pictures made from an input, by CAMUS and by this program.
+# Masks and pictures made from an input, by CAMUS or by heartseg: not inputs themselves.
 NO_INPUT = re.compile(r"_(gt|pred)(\.nii(\.gz)?|\.png)$|_(overlay|curve|phases)\.(png|gif)$", re.IGNORECASE)
 ENDINGS = ("_pred.nii.gz", "_overlay.png", "_overlay.gif", "_curve.png", "_phases.png", "_film.jpg")
 
@@ -44,7 +44,7 @@ class Clip:
 
 
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
-    """The inputs in a file or a tree, by patient; `view` and `phase` apply to names that show none; raises UserError."""
+    """The inputs in a file or a tree, by patient; `view` and `phase` apply if a name shows none. Raises UserError if empty."""
     require(filesystem.exists(source), f"--input {source} does not exist: give a file, or a folder of patients or of files.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
     visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(path)))
@@ -53,15 +53,15 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
         readers.import_package(kind)
     found = [name_clip(path, source, kind) for path, kind in kinds.items() if kind not in (None, "dicom")]
     found = separate_folders(found) + name_dicoms([path for path, kind in kinds.items() if kind == "dicom"], view)
-    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG that is not a mask: give another path.")
+    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG other than masks: give another path.")
     return complete_names(found, view, phase)
 
 
 def find_masks(source: str, view: View | None = None, phase: Phase | None = None) -> tuple[list[Clip], list[str]]:
     """The label maps (NIfTI) in a file or a tree: those named `_gt` or `_pred` if there are any, otherwise all.
 
-    A mask's names are those that `find_clips` gives to its image; the second list has the images without a mask. Raises
-    UserError if there are no masks, or two of one image.
+    A mask gets the names that `find_clips` gives its image; the second list has the paths of images without a mask. Raises
+    UserError if there are no masks, or two masks of one image.
     """
     require(filesystem.exists(source), f"{source} does not exist: give the folder that holds the masks.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
@@ -72,14 +72,14 @@ def find_masks(source: str, view: View | None = None, phase: Phase | None = None
     for path in marked or paths:
         image = MARK.sub("", path)
         if image in found:
-            raise UserError(f"{path} and {found[image].path} are masks of one image: give a folder with one of them.")
+            raise UserError(f"{path} and {found[image].path} are masks of the same image: give a folder with only one.")
         found[image] = replace(name_clip(image, source, "nifti"), path=path)
     without = [path for path in paths if marked and path not in found and not MARK.search(path)]
     return complete_names(separate_folders([*found.values()]), view, phase), without
 
 
 def complete_names(found: list[Clip], view: View | None, phase: Phase | None) -> list[Clip]:
-    """The clips by patient, with printable and distinct names; `view` and `phase` apply to names that show none."""
+    """The clips sorted by patient, with printable and distinct names; `view` and `phase` apply if a name shows none."""
     clips = separate_stems(found)
     names = [{name: filesystem.printable(getattr(clip, name)) for name in ("patient", "stem", "shown")} for clip in clips]
     found = [replace(c, view=c.view or view, phase=c.phase or phase, **named) for c, named in zip(clips, names, strict=True)]
@@ -109,7 +109,7 @@ def name_clip(path: str, source: str, kind: str) -> Clip:
 
 
 def separate_folders(clips: list[Clip]) -> list[Clip]:
-    """Name patients after their folders if one name occurs in several: ann/rest_2CH, bob/rest_2CH, ann_visit1, bob_visit1."""
+    """If folders share a patient's name, rename it after each: `ann` and `bob`, or `ann_visit1` if one level is not enough."""
     folders = defaultdict(set)
     for clip in clips:
         folders[clip.patient].add(os.path.dirname(clip.path))
@@ -128,10 +128,10 @@ def separate_folders(clips: list[Clip]) -> list[Clip]:
 
 
 def name_dicoms(paths: list[str], view: View | None) -> list[Clip]:
-    """Name DICOM clips by study, as study3f9a2c71d04e_4CH_clip0b61e7: of a path, only view and phase are kept.
+    """Name DICOM clips by study, as study3f9a2c71d04e_4CH_clip0b61e7: only view and phase come from the path.
 
-    The names are keyed digests of a study's identifiers and of a file's bytes. Files are of one study if their identifiers
-    agree, and they are in one folder or their StudyInstanceUID can be trusted: it is long, and no series spans several folders.
+    The names are keyed digests of a study's identifiers and of a file's bytes. Files belong to one study if their identifiers
+    agree and they share a folder or a trustworthy StudyInstanceUID: a long one, whose series do not span several folders.
     """
     if not paths:
         return []
@@ -173,7 +173,7 @@ def remark(tags: dict[str, str], group: list[tuple[str, dict[str, str]]], num_fo
     for other, others in group:
         differ = [tag for tag in tags | others if tags.get(tag) != others.get(tag)]
         if differ:
-            return f"{other} has the same {shared} but another {' and '.join(differ)}: they were kept apart"
+            return f"{other} has the same {shared} but a different {' and '.join(differ)}: they were kept apart"
     if shared == "PatientID":
         return "its files have no StudyInstanceUID: only their folder shows that they are one study"
     if num_folders > 1 and "PatientBirthDate" not in tags:
@@ -190,7 +190,7 @@ def name_secret() -> bytes:
     try:
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder)  # which only its owner may read
+            handle, temporary = tempfile.mkstemp(dir=folder)  # which only its owner can read
             with open(handle, "w") as stream:
                 stream.write(secrets.token_hex(32))
             with contextlib.suppress(FileExistsError):  # another process was first
@@ -198,12 +198,12 @@ def name_secret() -> bytes:
             os.unlink(temporary)
         return filesystem.read_bytes(path)
     except OSError as error:
-        problem = f"DICOM studies are named by a secret in {path}, which cannot be used ({error.strerror})"
+        problem = f"The secret that keys the names of DICOM studies, {path}, cannot be read or created ({error.strerror})"
         raise UserError(f"{problem}: set HEARTSEG_NAME_KEY to a secret text of your own.") from error
 
 
 def separate_stems(clips: list[Clip]) -> list[Clip]:
-    """Rename a patient's clips whose outputs would have the same name: by their suffix, x_avi and x_mp4, or by a number."""
+    """Rename a patient's clips whose outputs would have the same name: by their suffix (x_avi, x_mp4) or by a number."""
     counts, taken, named = Counter((clip.patient, clip.stem) for clip in clips), set(), []
     for clip in clips:
         stem, number = clip.stem, 1
@@ -225,11 +225,12 @@ def check_out(out: str, source: str, clips: Iterable[Clip]) -> None:
     inside = os.path.realpath(source) + os.sep
     folders = {out} | {filesystem.join(out, clip.patient) for clip in clips}
     is_inside = any((os.path.realpath(folder) + os.sep).startswith(inside) for folder in folders)
-    require(not is_inside, f"--out {out} would put files inside --input {source}: give a folder outside it.")
+    why = "where the next run would take them for inputs: give a folder outside it"
+    require(not is_inside, f"--out {out} would put files inside --input {source}, {why}.")
 
 
 def clear(out: str, clips: Iterable[Clip]) -> int:
-    """Remove an earlier call's results, which the new tables would not list; returns the number of files not in `clips`."""
+    """Remove an earlier call's results; returns the number of its masks that `clips` will not replace."""
     tables, asked = filesystem.join(out, "studies.json"), {f"{clip.patient}/{clip.stem}_pred.nii.gz" for clip in clips}
     earlier = {clip["mask"] for clip in filesystem.read_json(tables).get("clips", [])} if filesystem.exists(tables) else set()
     filesystem.publish_json(tables, {"unfinished": True, "clips": [{"mask": mask} for mask in sorted(asked | earlier)]})
@@ -256,7 +257,7 @@ def output(out: str, clip: Clip, ending: str) -> str:
 
 
 def write_masks(path: str, masks: np.ndarray, frames: Frames) -> None:
-    """Write masks uint8 [T,H,W] on the whole file's grid: a NIfTI's own, otherwise CAMUS's order at the pictures' full size."""
+    """Write masks uint8 [T,H,W] on the file's whole grid: in a NIfTI's own layout, otherwise in CAMUS's, at full size."""
     whole = np.flip(masks, frames.flips)
     if frames.box:
         top, left, height, width = frames.box

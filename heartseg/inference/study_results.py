@@ -35,10 +35,10 @@ MOST_APART = 20.0  # points of EF between two views of one heart
 
 @dataclass(frozen=True, eq=False)
 class ClipResult:
-    """A clip's results after its files are written; `doubts` and the lowest `confidence` refer to the measured masks.
+    """A clip's results after its files are written; `doubts` and `confidence` (the lowest) refer to the measured masks.
 
-    `phases` holds (frame from 0, mask uint8 [H,W]) of ED and ES, if known. A sequence has curves [T]: `volumes_ml`
-    (single-plane) and `areas_cm2` of the cavity, without units unless `spacing_mm`, and with a beat `strain` in percent.
+    `phases` maps ED and ES, if known, to (frame from 0, mask uint8 [H,W]). A sequence has curves [T]: `volumes_ml`
+    (single-plane) and `areas_cm2` of the cavity, without units if `spacing_mm` is None; with a beat, `strain` in percent.
     """
 
     clip: Clip
@@ -55,7 +55,7 @@ class ClipResult:
 
     @property
     def marked(self) -> dict[int, str]:
-        """The frames (from 0) of ED and ES, and what they are."""
+        """`ED` and `ES` by frame (from 0)."""
         return {at: str(phase) for phase, (at, _) in self.phases.items()}
 
     @property
@@ -87,7 +87,7 @@ def measure_clip(
     clip: Clip, masks: np.ndarray, known_mm: tuple[float, float] | None, notes: tuple[str, ...],
     confidences: Sequence[float], frame_ms: float | None = None,
 ) -> ClipResult:  # fmt: skip
-    """Find the ED and ES of a sequence, and what to doubt in the measured masks uint8 [T,H,W]; `known_mm` is their spacing."""
+    """Measure masks uint8 [T,H,W] with spacing `known_mm`: ED, ES and curves of a sequence, and doubts about the masks used."""
     phases, volumes_ml, areas_cm2, strain = {}, None, None, None
     if len(masks) > 1:
         measures = np.array([frame_measures(mask, known_mm or (1.0, 1.0)) for mask in masks])
@@ -98,12 +98,12 @@ def measure_clip(
     elif clip.phase:
         phases = {clip.phase: (0, masks[0])}
     spacing_mm = known_mm or (USUAL_DEPTH_MM / masks.shape[1],) * 2
-    # For a sequence, the frames used for its EF count.
+    # Only the frames used for a sequence's EF are checked; without them, all frames.
     measured = sorted(at for at, _ in phases.values()) or range(len(masks))
     found, doubts = defaultdict(list), []
     for at in measured:
         for doubt in implausibilities(masks[at], spacing_mm):
-            found[re.sub(r"\d[\d.]*", "0", doubt)].append((at + 1, doubt))  # of one kind: they differ in what was measured
+            found[re.sub(r"\d[\d.]*", "0", doubt)].append((at + 1, doubt))  # grouped if only their numbers differ
     for same in found.values():
         numbers, texts = zip(*same, strict=True)
         doubts.append(f"{ranges(numbers)}: {texts[0]}{' (or similar)' if len(set(texts)) > 1 else ''}")
@@ -129,7 +129,7 @@ def shorten(text: str) -> str:
 def study_row(patient: str, results: Sequence[ClipResult], calibrations: Mapping[str, dict | None] | None = None) -> dict:
     """A patient's indices: for each view from its two stills, otherwise from the first sequence that shows ED and ES.
 
-    With `calibrations` of `ef_intervals`, by EF, the biplane EFs have an interval.
+    With `calibrations` (by EF, from `ef_intervals.calibrate`), the biplane EFs have an interval.
     """
     stills, masks, sources, reasons = defaultdict(list), {}, {}, []
     for r in results:
@@ -150,7 +150,8 @@ def study_row(patient: str, results: Sequence[ClipResult], calibrations: Mapping
             reasons.append(f"{stems} show the same view and phase ({view} {phase}): keep one of them")
     for r in results:
         if r.frames > 1 and not r.phases and not {(r.clip.view, phase) for phase in PHASES} <= masks.keys():
-            reasons.append(f"{r.clip.stem} shows no beat (the volume of its plausible frames never changes): give a whole beat")
+            why = "its volume never changes, or too few of its frames are plausible"
+            reasons.append(f"{r.clip.stem} shows no beat ({why}): give a whole beat")
     if nameless := [r.clip.stem for r in results if r.clip.view is None]:
         reasons.append(f"the view of {', '.join(nameless)} is unknown: add 2CH or 4CH to the file's name, or give --view")
     if phaseless := [r.clip.stem for r in results if r.frames == 1 and r.clip.phase is None]:
@@ -218,7 +219,7 @@ def write_tables(out: str, rows: list[dict], everything: dict) -> None:
 
 
 def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
-    """ClipResults by patient, in their order."""
+    """ClipResults by patient, in their given order."""
     found = defaultdict(list)
     for result in results:
         found[result.clip.patient].append(result)

@@ -1,4 +1,4 @@
-"""Agreement of two measurements, and intervals of means (bootstrap over patients), as plain JSON; NaN are left out."""
+"""Agreement of two measurements, and intervals of means (bootstrap over patients), as plain JSON types; NaN are left out."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def _resampled(columns: list[np.ndarray], patients: np.ndarray, draws: int = DRA
 
 
 def bootstrap_interval(values: np.ndarray, patients: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` [N] without NaN by the cluster bootstrap over `patients` [N], or NaN."""
+    """95 % percentile interval of the mean of `values` [N] (NaN left out) by cluster bootstrap over `patients` [N], or NaN."""
     known = ~np.isnan(values)
     if len(np.unique(patients[known])) < 2:
         return float("nan"), float("nan")
@@ -38,11 +38,11 @@ def mean_interval(values: np.ndarray, patients: np.ndarray) -> dict[str, float |
 
 
 def _pairs(estimate, reference, patients) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both as float [N] and their patients, without pairs that contain NaN; without `patients`, each pair is one patient."""
+    """Both as float [N] and their patients, without pairs that contain NaN; without `patients`, every pair is a patient."""
     estimate, reference = np.asarray(estimate, float), np.asarray(reference, float)
     patients = np.arange(len(estimate)) if patients is None else np.asarray(patients)
     if not len(estimate) == len(reference) == len(patients):
-        raise ValueError(f"{len(estimate)} estimates, {len(reference)} references, {len(patients)} patients: not pairs")
+        raise ValueError(f"{len(estimate)} estimates, {len(reference)} references, {len(patients)} patients: not equally many")
     known = np.isfinite(estimate) & np.isfinite(reference)
     return estimate[known], reference[known], patients[known]
 
@@ -71,7 +71,7 @@ def agree(estimate, reference, patients=None) -> dict[str, float | int | None]:
 
     `n`, Pearson's `r`, `bias` (estimate minus reference), `sd` of the differences, limits of agreement `loa_low` and
     `loa_high` (bias -+ 1.96 sd, Bland and Altman 1986, Lancet 327:307-310) and the mean absolute error `mae`; `*_low` and
-    `*_high` of r, bias and mae are 95 % bootstrap intervals over `patients` [N]. Under 3 pairs all but `n` are None.
+    `*_high` of r, bias and mae are 95 % bootstrap intervals over `patients` [N]. With fewer than 3 pairs, all but `n` are None.
     """
     x, y, owners = _pairs(estimate, reference, patients)
     values = [np.nan] * len(AGREEMENT)
@@ -95,7 +95,7 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
     Returns `n` pairs of `patients`, the mean `difference` a - b over images, its interval (`low`, `high`) and the two-sided
     `p` of Wilcoxon's signed-rank test (1945, Biometrics Bull 1:80-83) on patients' means. Under 3 patients these are None.
     """
-    from scipy.stats import wilcoxon  # imported here, since every command imports this file: a quarter of the start-up time
+    from scipy.stats import wilcoxon  # here, since every command imports this file: it is a quarter of the start-up time
 
     x, y, owners = _pairs(a, b, patients)
     names, owner = np.unique(owners, return_inverse=True)
@@ -109,7 +109,7 @@ def paired_test(a, b, patients) -> dict[str, float | int | None]:
 
 
 def auc(score: np.ndarray, is_good: np.ndarray) -> float:
-    """Area under the ROC curve (Hanley and McNeil 1982): the chance that a good one scores higher; NaN if one side is empty."""
+    """Area under the ROC curve (Hanley and McNeil 1982): the chance that a good one outscores a poor one, or NaN."""
     from scipy.stats import mannwhitneyu
 
     good, poor = score[is_good], score[~is_good]

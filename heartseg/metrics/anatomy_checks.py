@@ -1,7 +1,7 @@
 """Anatomical checks: the reasons, in words, why a mask cannot be a whole left heart.
 
 They follow the idea of Painchaud et al. 2020, "Cardiac Segmentation With Strong Anatomical Guarantees", IEEE Trans.
-Med. Imaging 39(11). Their limits were set on 1,800 expert masks of CAMUS, with a margin on every side.
+Med. Imaging 39(11). Their limits were set on 1,800 expert masks of CAMUS, with some margin.
 """
 
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ from heartseg.errors import require
 from heartseg.labels import BACKGROUND, ENDO, LA, MYO, bounding_box
 from heartseg.metrics.regions import connected_components, enclosed_holes
 
-STRUCTURE_NAMES = {ENDO: "cavity", MYO: "wall", LA: "atrium"}
-# Smaller pieces and holes change no measurement.
+STRUCTURE_NAMES = {ENDO: "cavity", MYO: "myocardium", LA: "atrium"}
+# Pieces and holes smaller than this change no measurement.
 SPECK_MM2 = 5.0
-# Shares of the cavity's contour; among experts up to 1 % is open, and 7 to 24 % faces the atrium. So near to the atrium
-# the contour may be open: wall, valve and atrium do not always close up there.
+# Shares of the cavity's contour: in experts' masks, up to 1 % is open and 7 to 24 % faces the atrium. Within BASE_MM of the
+# atrium it may be open, since wall, valve and atrium do not always meet there.
 BASE_MM = 12.0
 MOST_OPEN, LEAST_BASE, MOST_BASE = 0.025, 0.03, 0.35
-# Areas in cm2: experts' are 3.4 to 75 and 9.7 to 132. The spacing of the copy they were measured on is nominal.
+# Areas in cm2; experts' masks have 3.4 to 75 and 9.7 to 132, measured on a copy whose spacing is nominal.
 CAVITY_CM2, VENTRICLE_CM2 = (2.0, 110.0), (8.0, 190.0)
 # The cavity's share of the ventricle (experts: 0.13 to 0.68) and the atrium's size in cavities (experts: up to 3.8).
 CAVITY_SHARE, MOST_ATRIUM = (0.11, 0.75), 5.0
 
 
 def implausibilities(mask: np.ndarray, spacing_mm: tuple[float, float]) -> list[str]:
-    """Why an upright mask uint8 [H,W] with (depth, lateral) spacing is not a whole heart; raises UserError for bad spacing."""
+    """Why an upright mask uint8 [H,W] with (depth, lateral) spacing cannot be a left heart; raises UserError if that is bad."""
     is_valid = all(0 < mm < np.inf for mm in spacing_mm)
     require(is_valid, f"The pixel spacing {spacing_mm} mm is not valid: give (depth, lateral), both above 0.")
     missing = [f"the {name} is missing" for label, name in STRUCTURE_NAMES.items() if not (mask == label).any()]
     if not mask.any():
         return missing
     cut = [*_cut(mask)]
-    mask = mask[bounding_box(mask, (1, 1))]  # every structure, and a line of background on each side that the image has
+    mask = mask[bounding_box(mask, (1, 1))]  # every structure and, where the image has one, a line of background around them
     found = missing + [*_torn(mask, SPECK_MM2 / (spacing_mm[0] * spacing_mm[1])), *cut]
     # The other checks compare the positions and sizes of the three structures.
     return found if missing else found + [*_misplaced(mask, spacing_mm), *_out_of_proportion(mask, spacing_mm)]
@@ -56,7 +56,7 @@ def _torn(mask: np.ndarray, speck: float) -> Iterator[str]:
             if np.count_nonzero(holes) >= speck:
                 yield f"the {STRUCTURE_NAMES[label]} has a hole"
     if np.count_nonzero(gaps) >= speck:
-        yield "there is a hole in the wall, or between the structures"
+        yield "there is a hole in the myocardium, or between the structures"
 
 
 def _cut(mask: np.ndarray) -> Iterator[str]:
@@ -64,7 +64,7 @@ def _cut(mask: np.ndarray) -> Iterator[str]:
     edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     for label in (ENDO, MYO):
         if (edge == label).any():
-            yield f"the {STRUCTURE_NAMES[label]} is cut by the image's edge"
+            yield f"the {STRUCTURE_NAMES[label]} is cut off at the image's edge"
     if (mask[0] == LA).any():
         yield "the atrium reaches the probe"
 
@@ -86,20 +86,20 @@ def _contour_share(mask: np.ndarray, label: int, spacing_mm: tuple[float, float]
 
 
 def _misplaced(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
-    """Misplaced parts: the wall should surround the cavity except at its base, the atrium lie below, and the apex point up."""
-    cavity = bounding_box(mask == ENDO, (1, 1))  # with its neighbours: a contour has two sides
+    """Misplacements: the wall should surround the cavity except at its base, the atrium lie below, and the apex point up."""
+    cavity = bounding_box(mask == ENDO, (1, 1))  # with its neighbours: a contour lies between two pixels
     closed, atrium = mask.copy(), bounding_box(mask == LA, tuple(int(BASE_MM / mm) + 1 for mm in spacing_mm))
     at_base = ndimage.distance_transform_edt(mask[atrium] != LA, sampling=spacing_mm) <= BASE_MM
     closed[atrium][at_base & (mask[atrium] == BACKGROUND)] = LA
     mask, closed, whole = mask[cavity], closed[cavity], mask
     opened, base = _contour_share(closed, BACKGROUND, spacing_mm), _contour_share(mask, LA, spacing_mm)
     if opened > MOST_OPEN:
-        yield f"{opened:.0%} of the cavity's contour has neither wall nor atrium beside it"
+        yield f"{opened:.0%} of the cavity's contour has neither myocardium nor atrium beside it"
     if base < LEAST_BASE:
         yield "the atrium does not lie at the cavity's base"
     elif base > MOST_BASE:
-        yield f"the atrium takes {base:.0%} of the cavity's contour"
-    # In experts' masks this line is at most 44 degrees off the vertical.
+        yield f"the atrium takes up {base:.0%} of the cavity's contour"
+    # In experts' masks, the line between the two centres is at most 44 degrees off the vertical.
     down_mm, aside_mm = (_centre(whole == LA) - _centre(whole == ENDO)) * spacing_mm
     if abs(aside_mm) > abs(down_mm):
         yield "the atrium lies beside the cavity, not below it: the mask may be transposed"
@@ -114,13 +114,13 @@ def _centre(region: np.ndarray) -> np.ndarray:
 
 
 def _out_of_proportion(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Iterator[str]:
-    """Areas that no heart has."""
+    """Areas and proportions that no heart has."""
     _, cavity, wall, atrium = np.bincount(mask.ravel(), minlength=4) * spacing_mm[0] * spacing_mm[1] / 100
     for name, area, (low, high) in (("cavity", cavity, CAVITY_CM2), ("ventricle", cavity + wall, VENTRICLE_CM2)):
         if not low <= area <= high:
-            yield f"the {name} has {area:.1f} cm2"
+            yield f"the area of the {name} is {area:.1f} cm2"
     share = cavity / (cavity + wall)
     if not CAVITY_SHARE[0] <= share <= CAVITY_SHARE[1]:
-        yield f"the cavity takes {share:.0%} of the ventricle"
+        yield f"the cavity takes up {share:.0%} of the ventricle"
     if atrium > MOST_ATRIUM * cavity:
         yield f"the atrium is {atrium / cavity:.1f} times as large as the cavity"

@@ -3,13 +3,13 @@
 Lang et al. 2015 below is the recommendation of the American Society of Echocardiography and the European Association of
 Cardiovascular Imaging, J Am Soc Echocardiogr 28:1-39. For research only: none of this is a medical device.
 
-Two conventions of the biplane ejection fraction, never mixed; they share the disks and differ in a disk's height only:
+The biplane ejection fraction has two conventions, never mixed; they use the same disks and differ only in a disk's height:
 
 - `ase`: each phase's disks are L / 20 high, L the longer of that phase's two lengths, in 2CH and in 4CH (Lang et al.).
 - `camus`: all disks of both phases are L / 20 high, L the longest of the four lengths, as in the dataset authors' script
-  that made the EF of the cfg files. The ventricle's shortening is then not part of the EF, which is about 8 points lower.
+  that computed the EF of the cfg files. The ventricle's shortening is then not part of the EF, which is about 8 points lower.
   The script also takes the first contour instead of the largest, looks for the base within 8 pixels and measures no disk
-  narrower than 16 pixels whatever a pixel is in mm, and rounds to whole ml; none of this is done here.
+  narrower than 16 pixels, whatever a pixel's size in mm, and rounds to whole ml; none of this is done here.
 """
 
 from collections.abc import Mapping
@@ -55,9 +55,9 @@ def ejection_fraction(edv: float, esv: float) -> float:
 
 
 def frame_measures(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float, float]:
-    """Single-plane volume in ml, area in cm2 and length of the endocardial contour in mm of the ventricle in a label map [H,W].
+    """The ventricle's single-plane volume in ml, area in cm2 and endocardial contour length in mm, from a label map [H,W].
 
-    NaN without a ventricle; without units for a spacing of (1, aspect).
+    NaN without a ventricle; for a spacing of (1, aspect), the values have no unit.
     """
     ventricle = measure(mask, spacing_mm).ventricle
     if isinstance(ventricle, str):
@@ -69,14 +69,14 @@ def frame_measures(mask: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[f
 def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float | str]:
     """All indices of one patient in a flat row: INDICES, NaN if unknown, and `reason`, '' if all are known.
 
-    `masks` are label maps [H,W] with their (depth, lateral) spacing in mm. Unless `spacing_known`, the spacing is a pixel's
-    shape only (None: square), and volumes and areas are missing. EF needs no scale: each view is measured in its own
-    end-diastolic long axis, which is the same axis in both views. A view's two phases must share their scale: different shapes
-    without spacing, or a spacing in only one phase, do not, and that view is left out.
+    `masks` are label maps [H,W] with their (depth, lateral) spacing in mm. Unless `spacing_known`, the spacing gives only a
+    pixel's shape (None: square), and volumes and areas are missing. EF needs no scale: each view is measured in units of its
+    end-diastolic long axis, which is the same axis in both views. A view's two phases must have the same scale: if their shapes
+    differ and they have no spacing, or only one has a spacing, the view is left out.
 
     The atrium's volume is by disks too, which Lang et al. 2015 prefer to area-length, along the line from the mitral
-    plane's midpoint to the most distant point, with the longer of the two lengths. A patient whose volumes do not fit (ESV
-    above EDV) has them in the row, but no EF. No error is raised: a missing index has a reason.
+    plane's midpoint to the most distant point, with the longer of the two lengths. If ESV is above EDV,
+    the row has both volumes, but no EF. No error is raised: a missing index has a reason.
     """
     frames, walls, reasons = _measured(masks, spacing_known)
     if not spacing_known:
@@ -85,11 +85,11 @@ def patient_indices(masks: Masks, spacing_known: bool = True) -> dict[str, float
         for view in VIEWS:
             if sum(found == view for found, _ in scales) > 1:
                 frames, walls = ({still: one for still, one in found.items() if still[0] != view} for found in (frames, walls))
-                reasons.append(f"{view} ED and ES have different scales, so it is not measured")
+                reasons.append(f"{view} ED and ES have different scales, so the view is not measured")
     row = dict.fromkeys(INDICES, float("nan")) | _function(frames, walls)
     ventricles = {still: frame.ventricle for still, frame in frames.items() if not isinstance(frame.ventricle, str)}
     if not spacing_known:
-        reasons.append("no pixel spacing, so no volumes and no areas")
+        reasons.append("no pixel spacing, so no volumes or areas")
         # In units of each view's long axis at end-diastole; a view without ED is left out.
         lengths = {view: chamber.length_mm for (view, phase), chamber in ventricles.items() if phase == Phase.ED}
         ventricles = {still: c.scaled(1 / lengths[still[0]]) for still, c in ventricles.items() if still[0] in lengths}
@@ -135,10 +135,10 @@ def _measured(masks: Masks, spacing_known: bool) -> tuple[dict[Still, Frame], di
 
 
 def _missing(frame: Frame, spacing_known: bool) -> list[str]:
-    """Text naming what a frame lacks: only the ventricle if that is missing, and nothing else without a scale."""
+    """Texts that name what a frame lacks: only the ventricle if that is missing; without a scale, nothing else."""
     if isinstance(frame.ventricle, str):
         return [frame.ventricle]
-    lacks = {frame.atrium: isinstance(frame.atrium, str), "no wall": not frame.wall_area_mm2}
+    lacks = {frame.atrium: isinstance(frame.atrium, str), "no myocardium": not frame.wall_area_mm2}
     return [what for what, is_missing in lacks.items() if is_missing and spacing_known]
 
 
@@ -179,7 +179,7 @@ def _function(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) -> dic
     """Fractional area change and endocardial longitudinal strain in percent; both need no scale.
 
     Strain is the relative change of the endocardial contour's length from ED to ES, negative where it shortens (Voigt et al.
-    2015, J Am Soc Echocardiogr 28:183-193, "endocardial"), from two outlines: no speckle is tracked.
+    2015, J Am Soc Echocardiogr 28:183-193, "endocardial"), from two outlines, not by speckle tracking.
     """
     row = {}
     for view in VIEWS:
@@ -192,11 +192,11 @@ def _function(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) -> dic
 
 
 def _wall_and_shape(ventricles: dict[Still, Chamber], walls: dict[Still, Myocardium], volumes: dict) -> dict[str, float]:
-    """Thickness in mm, mass in g at ED and sphericity of both phases, from the `ase` volumes by column.
+    """Wall thickness in mm, mass in g at ED, and sphericity of both phases; `volumes` has the `ase` volumes by column.
 
-    Mass is the volume between epicardium and endocardium times 1.05 g/ml, as Lang et al. 2015 have it for volumes; their
-    area-length formula needs a short-axis view. Sphericity is the volume's share of a sphere as wide as the ventricle is long
-    (Mannaerts et al. 2004, Eur Heart J 25:680-687).
+    Mass is the volume between epicardium and endocardium times 1.05 g/ml, as in Lang et al. 2015 for volumes; their
+    area-length formula needs a short-axis view. Sphericity is the cavity's volume divided by that of a sphere as wide as the
+    cavity is long (Mannaerts et al. 2004, Eur Heart J 25:680-687).
     """
     row = {f"wall_thickness_mm_{view}_{phase}": wall.thickness_mm for (view, phase), wall in walls.items()}
     for phase in PHASES:
@@ -212,7 +212,7 @@ def _wall_and_shape(ventricles: dict[Still, Chamber], walls: dict[Still, Myocard
 
 
 def _excursions(ventricles: dict[Still, Chamber], masks: Masks) -> dict[View, float]:
-    """MAPSE in mm by view: how far the mitral hinges (their mean) move towards the ED apex; NaN on two different grids."""
+    """MAPSE in mm by view: how far the mitral hinges (their mean) move towards the ED apex; NaN if the phases' grids differ."""
     found = {}
     for view in VIEWS:
         ed, es = ((view, phase) for phase in PHASES)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# A volume changes by a few percent from frame to frame; one farther from its neighbours' median is a failed outline.
+# A volume changes by a few percent from frame to frame; one farther from its neighbours' median has a failed outline.
 MAX_JUMP, NEIGHBOURS, SMOOTHED_OVER = 0.25, 5, 3
 
 
@@ -16,7 +16,7 @@ def plausible(volumes: np.ndarray) -> np.ndarray:
 
 
 def find_ed_es(volumes: np.ndarray) -> tuple[int, int] | None:
-    """Frames (from 0) of largest and smallest volume of the smoothed curve [T]; None without two plausible, different ones."""
+    """ED and ES: the frames (from 0) of largest and smallest smoothed volume; None without two plausible, different volumes."""
     curve = plausible(volumes)
     num_plausible = np.isfinite(curve).sum()
     if num_plausible < 2:
@@ -35,14 +35,14 @@ def smooth(curve: np.ndarray) -> np.ndarray:
 def strain_curve(lengths: np.ndarray, volumes: np.ndarray, ed: int) -> np.ndarray:
     """Longitudinal strain in percent [T]: the change of the endocardial contour's smoothed length since frame `ed` (from 0).
 
-    As `endo_strain` (Voigt et al. 2015); NaN where the volume is not plausible.
+    The strain of `endo_strain` (Voigt et al. 2015); NaN where the volume is not plausible.
     """
     smoothed = smooth(np.where(np.isnan(plausible(volumes)), np.nan, lengths))
     return 100 * (smoothed / smoothed[ed] - 1)
 
 
 def _over_windows(take: Callable, values: np.ndarray, width: int) -> np.ndarray:
-    """Apply `take` to a window around each of [T], without NaN; windows shrink at the ends, so that extremes stay there."""
+    """Apply `take` to a window around each value [T], without NaN; windows shrink at the ends, which keeps extremes there."""
     around = (values[max(0, at - width // 2) : at + width // 2 + 1] for at in range(len(values)))
     windows = (window[np.isfinite(window)] for window in around)
     return np.array([take(window) if len(window) else np.nan for window in windows])

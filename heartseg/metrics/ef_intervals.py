@@ -1,8 +1,8 @@
 """Prediction intervals of a patient's ejection fraction (EF), calibrated on patients that the network has not seen.
 
-Normalised split conformal prediction (Lei et al. 2018, J Am Stat Assoc 113:1094-1111, section 5.2): an error is divided by
-what it is expected to be, a line in the disagreement of the two views' own EFs, and a quantile of these ratios gives
-intervals that hold the chosen share of new patients, whatever the errors' distribution.
+Normalised split conformal prediction (Lei et al. 2018, J Am Stat Assoc 113:1094-1111, section 5.2): each error is divided
+by its expected size, a straight line in the difference between the two views' own EFs, and a quantile of these ratios gives
+intervals that contain the true EF of the chosen share of new patients, whatever the errors' distribution.
 """
 
 import math
@@ -11,14 +11,14 @@ import numpy as np
 
 COVERAGE = 0.8
 MIN_PATIENTS = 20
-EFS = ("ef_ase", "ef_camus")  # with an interval: the biplane ones
+EFS = ("ef_ase", "ef_camus")  # those with an interval: the biplane ones
 
 
 def calibrate(predicted: np.ndarray, truth: np.ndarray, disagreement: np.ndarray) -> dict[str, float] | None:
     """The calibration from patients' predicted and true EF and the views' disagreement [N], in points; NaN are left out.
 
-    A patient's interval is its EF -+ `factor` (`base` + `slope` disagreement). `held` is the share of `patients` whose own
-    interval, by the quantile of the others, holds the truth. None with fewer than MIN_PATIENTS.
+    A patient's interval is its EF -+ `factor` (`base` + `slope` disagreement). `held` is the share of `patients` whose true EF
+    lies within the interval that the others' quantile gives. None with fewer than MIN_PATIENTS, or if all errors are 0.
     """
     error, apart = np.abs(np.asarray(predicted, float) - truth), np.asarray(disagreement, float)
     known = np.isfinite(error) & np.isfinite(apart)
@@ -27,7 +27,7 @@ def calibrate(predicted: np.ndarray, truth: np.ndarray, disagreement: np.ndarray
         return None
     varies = apart.var()
     slope = max(0.0, float(np.cov(apart, error, ddof=0)[0, 1] / varies)) if varies else 0.0
-    # An expected error near 0, where the views agree, would make intervals of no width.
+    # An expected error near 0, when the views agree, would make intervals of no width.
     base = max(float(error.mean() - slope * apart.mean()), float(error.mean()) / 4)
     ratios = error / (base + slope * apart)
     factors = [_quantile(np.delete(ratios, i)) for i in range(len(ratios))]

@@ -1,7 +1,7 @@
 """Measures the myocardium of a label map: the endocardium's length, the wall's thickness and the epicardium's disks.
 
-Contours run between pixels, at half the height of a slightly smoothed mask: the staircase of a mask's own pixel edges is up to
-1.4 times too long, by a factor that depends on its direction.
+Contours run between pixels, at half the maximum of a slightly smoothed mask: the staircase of a mask's own pixel edges is up
+to 1.4 times too long, depending on its direction.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Grid:
         return cls(np.asarray(spacing_mm), sigma, np.maximum(np.round(sigma / COARSE_SIGMA, 6), 1).astype(int))
 
     def smooth(self, region: np.ndarray) -> np.ndarray:
-        """Shares of 0 to 1 of a region, bool [h,w], with a margin; block means are part of the smoothing, and faster."""
+        """A region, bool [h,w], smoothed to shares from 0 to 1, with a margin; block means, which are faster, do part of it."""
         height, width = cells = -(-np.array(region.shape) // self.step)
         fine = np.zeros(cells * self.step, np.float32)
         fine[: region.shape[0], : region.shape[1]] = region
@@ -54,7 +54,7 @@ class Grid:
         return ndimage.gaussian_filter(np.pad(coarse, MARGIN), self.sigma / self.step, truncate=3.0)
 
     def to_mm(self, points: np.ndarray) -> np.ndarray:
-        """Places in a smoothed array as places in mm from the region's first pixel."""
+        """Positions in a smoothed array as positions in mm from the region's first pixel."""
         return ((points - MARGIN + 0.5) * self.step - 0.5) * self.spacing_mm
 
 
@@ -64,10 +64,10 @@ def contour(shares: np.ndarray) -> np.ndarray:
 
 
 def without_mitral_plane(ring: np.ndarray, at_wall: np.ndarray, hinges: np.ndarray) -> np.ndarray:
-    """The part [M,2] of a closed contour [N,2] that the wall lines, from hinge to hinge by way of the apex.
+    """The part [M,2] of a closed contour [N,2] that runs along the wall, from hinge to hinge by way of the apex.
 
-    It begins and ends where, seen from the mitral plane, the wall begins and continues for a while (`at_wall` [N]). A cavity
-    without such a wall is cut at its `hinges` [2,2].
+    It begins and ends at the first long run of wall (`at_wall` [N]) on either side of the mitral plane. A cavity without such
+    a wall is cut at its `hinges` [2,2].
     """
     ring, at_wall, middle = ring[:-1], at_wall[:-1], hinges.mean(axis=0)
     start = int(np.hypot(*(ring - middle).T).argmin())
@@ -82,7 +82,7 @@ def without_mitral_plane(ring: np.ndarray, at_wall: np.ndarray, hinges: np.ndarr
 
 
 def _first_run(values: np.ndarray, run: int) -> int | None:
-    """The first place of so many true values in a row."""
+    """The index of the first `run` true values in a row, or None."""
     counts = np.convolve(values, np.ones(run, int), mode="valid")
     return int(counts.argmax()) if len(counts) and counts.max() == run else None
 
@@ -95,11 +95,11 @@ def length(line: np.ndarray) -> float:
 def endocardium(mask: np.ndarray, spacing_mm: tuple[float, float], ventricle: Chamber) -> np.ndarray:
     """The endocardial contour [N,2] in mm from hinge to hinge, of the ventricle that `simpson.measure` found in a label map."""
     grid = Grid.of(spacing_mm, SMOOTHING * ventricle.area_mm2**0.5)
-    box = bounding_box(mask == ENDO, tuple(int(3 * sigma) + 2 for sigma in grid.sigma))  # with the wall that smoothing reaches
+    box = bounding_box(mask == ENDO, tuple(int(3 * sigma) + 2 for sigma in grid.sigma))  # and the wall that smoothing reaches
     ring = contour(grid.smooth(largest_component(mask[box] == ENDO)))
     at, known = np.arange(0, len(ring) - 1 + 1e-9, 1 / grid.step.max()), np.arange(len(ring))
     ring = np.stack([np.interp(at, known, ring[:, axis]) for axis in (0, 1)], axis=1)  # a point per pixel again
-    # On the contour half of what is near is cavity: a quarter of wall is as much wall as anything else.
+    # On the contour, half of the neighbourhood is cavity: above a quarter, wall is most of the other half.
     at_wall = ndimage.map_coordinates(grid.smooth(mask[box] == MYO), ring.T, order=1) > 0.25
     return without_mitral_plane(grid.to_mm(ring) + origin_mm(box, spacing_mm), at_wall, ventricle.hinges_mm)
 

@@ -1,7 +1,7 @@
 """Connected pieces and enclosed holes of a region, under one definition for cleaning, checking and measuring.
 
-Pixels of a region are neighbours over edges and corners, pixels outside it over edges alone: then a diagonal line either
-connects or separates, and never both.
+Pixels of a region are neighbours across edges and corners, pixels outside it across edges only, so that a diagonal line
+either connects or separates, never both.
 """
 
 import numpy as np

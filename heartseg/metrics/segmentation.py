@@ -1,4 +1,4 @@
-"""Accuracy, Dice and IoU from pixel counts, and surface distances in mm from masks, by the definitions used everywhere.
+"""Accuracy, Dice and IoU from pixel counts, and surface distances in mm from masks, as defined everywhere in heartseg.
 
 Scores are per image, then averaged over images. A structure absent from truth and prediction has no score (NaN) and
 is left out of means; absent from only one, it scores 0. `dice` and `iou` are means over endo, myo and la; `dice4`
@@ -28,27 +28,27 @@ def predicted_labels(logits: torch.Tensor) -> torch.Tensor:
 
 
 def confusion(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Pixel counts int64 [B,4,4] (truth by prediction) of two label tensors [B,H,W] with fewer than 2^24 pixels an image."""
+    """Pixel counts int64 [B,4,4] (truth by prediction) of two label tensors [B,H,W] with fewer than 2^24 pixels per image."""
     # bincount is the fastest on CPUs, but on GPUs it waits for the device at every call.
     return _count_by_product(prediction, target) if target.is_cuda else _count_by_cell(prediction, target)
 
 
 def _count_by_product(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Counts as a product of 0/1 matrices; float32 sums are exact below 2^24, and TF32 holds 0 and 1 exactly."""
+    """Counts as a product of 0/1 matrices; float32 sums are exact below 2^24, and TF32 represents 0 and 1 exactly."""
     classes = torch.arange(NUM_CLASSES, dtype=torch.uint8, device=target.device)[:, None]
     in_truth, in_prediction = ((labels.flatten(1)[:, None] == classes).float() for labels in (target, prediction))
     return torch.bmm(in_truth, in_prediction.transpose(1, 2)).long()
 
 
 def _count_by_cell(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    # An image at a time in bytes: four times as fast as one call over the batch, whose cells need eight bytes each.
+    # One image at a time, in bytes: four times as fast as one call over the batch, whose cells need eight bytes each.
     cells = (target.to(torch.uint8) * NUM_CLASSES + prediction.to(torch.uint8)).flatten(1)
     counts = torch.stack([torch.bincount(cell, minlength=NUM_CLASSES**2) for cell in cells])
     return counts.view(-1, NUM_CLASSES, NUM_CLASSES)
 
 
 def _overlap(counts: torch.Tensor, labels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """For the union of some labels, the pixels in both maps, and the sum of each map's pixels; float64 [B]."""
+    """For the union of some labels, the pixels in both maps, and the two maps' pixels added up; float64 [B]."""
     chosen = list(labels)
     in_truth, in_prediction = counts[:, chosen], counts[:, :, chosen]
     both = in_truth[:, :, chosen].sum(dim=(1, 2))
@@ -117,12 +117,12 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tup
     can exceed: the counterpart of a Dice of 0. Raises ValueError for maps of different shapes, and for spacings not above 0.
     """
     if prediction.shape != truth.shape or prediction.ndim != 2:
-        raise ValueError(f"two label maps [H,W] are needed, these have shapes {prediction.shape} and {truth.shape}")
+        raise ValueError(f"need two label maps [H,W] of one shape, not of the shapes {prediction.shape} and {truth.shape}")
     if not all(0 < side < math.inf for side in spacing_mm):
         raise ValueError(f"the pixel spacing {spacing_mm} is not positive")
     diagonal_mm = math.hypot(*(side * size for side, size in zip(spacing_mm, truth.shape, strict=True)))
     maps = np.stack([prediction, truth])
-    # Everything outside the image is background, so a frame of it surrounds the measured part.
+    # Everything outside the image is background, so a border of it surrounds the measured area.
     maps = np.pad(maps[:, *bounding_box(maps.any(axis=0))], ((0, 0), (1, 1), (1, 1)))
     found = []
     for labels in STRUCTURE_LABELS.values():
@@ -136,7 +136,7 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing_mm: tup
 
 
 def _surfaces(masks: np.ndarray) -> np.ndarray:
-    """The pixels of masks [2,h+2,w+2], framed by background, that erosion by a cross removes; [2,h,w]."""
+    """The pixels of masks [2,h+2,w+2], bordered by background, that erosion by a cross removes; [2,h,w]."""
     middle = masks[:, 1:-1, 1:-1]
     inner = masks[:, :-2, 1:-1] & masks[:, 2:, 1:-1] & masks[:, 1:-1, :-2] & masks[:, 1:-1, 2:]
     return middle & ~inner
@@ -144,9 +144,9 @@ def _surfaces(masks: np.ndarray) -> np.ndarray:
 
 def _distances(surfaces: np.ndarray, spacing_mm: tuple[float, float]) -> list[float]:
     """Hausdorff distance, its 95th percentile and the mean distance of two non-empty surfaces [2,h,w]."""
-    from scipy.spatial import cKDTree  # half a second, which training, without distances, need not spend at its start
+    from scipy.spatial import cKDTree  # half a second, which training saves: it measures no distances
 
-    # A tree of the surface's points grows with the outline; a distance transform grows with the picture.
+    # The cost of a tree of surface points grows with the outline, that of a distance transform with the image.
     points = [np.argwhere(surface) * spacing_mm for surface in surfaces]
     trees = [cKDTree(each, balanced_tree=False, compact_nodes=False) for each in points]
     ways = [trees[1].query(points[0])[0], trees[0].query(points[1])[0]]

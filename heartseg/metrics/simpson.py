@@ -15,7 +15,7 @@ DISKS = 20  # Lang et al. 2015, figure of the biplane method of disks
 MIN_PIXELS = 30  # a smaller chamber has no shape
 # Share of the square root of the cavity's area: the mitral plane is 0.37 to 0.96 of it in 40 CAMUS patients.
 MIN_MITRAL_SHARE = 0.3
-MIN_WALL_SHARE = 0.5  # of the cavity's rim: under it the wall's gap is not a mitral plane
+MIN_WALL_SHARE = 0.5  # of the cavity's rim: below it, the gap in the wall is not a mitral plane
 BASAL_SHARE = 0.1  # of the cavity's extent: its lowest part
 
 
@@ -46,17 +46,17 @@ class Chamber:
 
 
 def _where(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`np.nonzero` of a boolean [h,w], faster."""
+    """The same as `np.nonzero` for a boolean [h,w], but faster."""
     return np.divmod(np.flatnonzero(region), region.shape[1])
 
 
 def origin_mm(box: tuple[slice, slice], spacing_mm: tuple[float, float]) -> np.ndarray:
-    """The place in mm of a box's first pixel."""
+    """The position in mm of a box's first pixel."""
     return np.array([line.start or 0 for line in box]) * spacing_mm
 
 
 def rim(part: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Midpoints [N,2] in mm of the pixel edges around a part inside the array, and the label [N] on the other side of each."""
+    """Midpoints [N,2] in mm of the pixel edges around a region inside the array, and the label [N] across each edge."""
     points, across, most, later = [], [], slice(None, -1), slice(1, None)
     for axis, near, far in ((0, np.s_[most, :], np.s_[later, :]), (1, np.s_[:, most], np.s_[:, later])):
         at = _where(part[near] != part[far])
@@ -78,13 +78,13 @@ def mitral_hinges(points: np.ndarray, across: np.ndarray, area_mm2: float) -> np
     """The two sections [2,2] of the mitral ring, in mm, from a cavity's rim.
 
     Lang et al. 2015 close the contour at the mitral valve with a straight line between the opposite sections of the
-    mitral ring. These are the outermost points of, in this order, (1) the rim that faces the atrium; (2) without one, the
-    rim of the lower half that does not face the wall: the wall's basal gap; (3) for a cavity without a wall, its lowest
-    part along its main direction (in an apical view the apex is next to the probe). The CAMUS authors' script instead
+    mitral ring. They are the outermost points of the first of these that is wide enough: (1) the rim that faces the atrium;
+    (2) for a cavity with a wall, the rim of the lower half that does not face it, the wall's basal gap; (3) the cavity's
+    lowest part along its main direction (in an apical view the apex is next to the probe). The CAMUS authors' script instead
     takes the longest stretch of the contour that is flat within 8 pixels: the same place, but it depends on the grid.
     """
     direction = np.linalg.eigh(np.cov(points.T))[1][:, 1]
-    if abs(direction[0]) < 0.7:  # rounder than long: the main direction means nothing
+    if abs(direction[0]) < 0.7:  # wider than long: the main direction is not the long axis
         direction = np.array([1.0, 0.0])
     down = direction * np.sign(direction[0])
     along = (points - points.mean(axis=0)) @ down
@@ -105,10 +105,10 @@ def mitral_hinges(points: np.ndarray, across: np.ndarray, area_mm2: float) -> np
 
 
 def slice_chamber(part: np.ndarray, points: np.ndarray, hinges: np.ndarray, spacing_mm: tuple[float, float]) -> Chamber:
-    """Slice a part with its rim from the mitral plane's midpoint to the rim's most distant point (Lang et al. 2015).
+    """Slice a region into disks from the mitral plane's midpoint to its rim's most distant point (Lang et al. 2015).
 
     A disk's width is its slice's area divided by its height, so the slices add up to the chamber's area. Pixels beyond the
-    midpoint count at their mirror image: one half of an oblique plane dips below it by as much as the other half is short.
+    midpoint count at their mirror image: one half of an oblique plane dips below it by as much as the other falls short.
     """
     mitral = hinges.mean(axis=0)
     distances = np.hypot(*(points - mitral).T)
@@ -135,12 +135,12 @@ class Frame:
 
 
 def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
-    """Measure a label map [H,W] with (depth, lateral) spacing: the largest part of cavity and atrium, the whole wall."""
+    """Measure a label map [H,W] with (depth, lateral) spacing: the largest pieces of cavity and atrium, and all of the wall."""
     box = bounding_box(mask)
     labels, pixel_mm2 = np.pad(mask[box], 1), float(np.prod(spacing_mm))
     origin = origin_mm(box, spacing_mm) - spacing_mm  # of the padded box
     ventricle, atrium = (largest_component(labels == label) for label in (ENDO, LA))
-    labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium is not a mitral plane
+    labels = np.where((labels == LA) & ~atrium, 0, labels)  # a stray speck of atrium makes no mitral plane
     atrium_pixels, pixels = np.count_nonzero(atrium), np.count_nonzero(ventricle)
     areas_mm2 = (np.count_nonzero(labels == MYO) * pixel_mm2, atrium_pixels * pixel_mm2)
     if pixels < MIN_PIXELS:
@@ -155,4 +155,4 @@ def measure(mask: np.ndarray, spacing_mm: tuple[float, float]) -> Frame:
 
 
 def _too_small(name: str, pixels: int) -> str:
-    return f"a left {name} of {pixels} pixels" if pixels else f"no left {name}"
+    return f"a left {name} of only {pixels} px" if pixels else f"no left {name}"

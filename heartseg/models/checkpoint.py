@@ -115,16 +115,16 @@ def keep_last_and_best(run: str) -> None:
     top = best(run)
     for old in complete(run)[:-1]:
         if top is None or old.path != top.path:
-            filesystem.remove(filesystem.join(old.path, CARD))  # first: an interrupted removal is then not complete
+            filesystem.remove(filesystem.join(old.path, CARD))  # first, so that a half-removed one does not count as complete
             filesystem.remove(old.path)
 
 
 def find(path: str, which: str = "last") -> Checkpoint:
-    """The checkpoint of a run (`which`: `last` or `best`; without val scores, always last) or in `path`; raises UserError."""
+    """The checkpoint in the folder `path`, or a run's `last` or `best` (without val scores, the last); raises UserError."""
     found = (best(path) if which == "best" else None) or last(path)
     if not found and not filesystem.exists(filesystem.join(path, CARD)):
         problem = "has no complete checkpoint" if filesystem.exists(path) else "does not exist"
-        raise UserError(f"{path} {problem}: {_similar_run(path.rstrip('/'))}.")
+        raise UserError(f"{path} {problem}: {_similar_run(path.rstrip('/'))}")
     return found or open_checkpoint(path)
 
 
@@ -135,6 +135,6 @@ def _similar_run(path: str) -> str:
         return [name for name in filesystem.list_names(folder) if filesystem.exists(filesystem.join(folder, name, FOLDER))]
 
     if inside := runs_in(path):
-        return f"give one of the runs in it, such as {inside[0]}"
+        return f"give one of the runs in it, such as {inside[0]}."
     near = difflib.get_close_matches(filesystem.last_part(path), runs_in(path.rpartition("/")[0]), 1)
-    return f"did you mean {near[0]}" if near else f"give the folder of a run, or one of its {FOLDER}/epoch_*"
+    return f"did you mean {near[0]}?" if near else f"give the folder of a run, or one of its {FOLDER}/epoch_*."

@@ -1,8 +1,8 @@
-"""Convolutions that compute the same as nn.Conv2d with less work, for the layers where DeepLabv3 wastes most of it.
+"""Convolutions that compute the same as nn.Conv2d with less work, for the layers in which DeepLabv3 wastes the most.
 
-The atrous rates of DeepLabv3's head (12, 24, 36) are meant for large pictures. At 256 x 256 and an output stride of 8, its
-map is 32 x 32: of the nine taps at rate 36, eight see only padding, and at rate 24, so do three quarters of their
-positions. Libraries multiply these zeros anyway: an eighth of ResNet-101's arithmetic.
+The atrous rates of DeepLabv3's head (12, 24, 36) are meant for large images. At 256 x 256 and an output stride of 8, its
+feature map is 32 x 32: at rate 36, eight of the nine taps see only padding; at rate 24, these eight see padding at three
+quarters of their positions or more. Libraries multiply these zeros anyway: an eighth of ResNet-101's arithmetic.
 """
 
 import torch
@@ -21,7 +21,7 @@ class Conv2d(nn.Conv2d):
             rate, grid = self.dilation[0], images.shape[-2:]
             if rate >= max(grid):
                 return conv2d(images, weight[:, :, 1:2, 1:2], bias)
-            # Many small products instead of a large one pay off in the backward pass on CPUs; GPUs were not measured.
+            # Many small products are faster than one large one in the backward pass on CPUs; GPUs were not measured.
             halved = max(grid) < 2 * rate < 2 * min(grid)
             if halved and images.ndim == 4 and torch.is_grad_enabled() and images.device.type != "cuda":
                 return _by_blocks(images, weight, bias, rate)
@@ -29,7 +29,7 @@ class Conv2d(nn.Conv2d):
 
 
 def faster(module: nn.Module) -> None:
-    """Replace the convolutions in a module that become faster; parameters and their names are unchanged."""
+    """Replace the convolutions in a module that this file makes faster; parameters and their names are unchanged."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and (_is_atrous(child) or _is_depthwise(child)):
             # On the meta device, so that no random numbers are drawn for unused weights.
@@ -44,7 +44,7 @@ def faster(module: nn.Module) -> None:
 
 
 def _slow_in_bf16(images: torch.Tensor) -> bool:
-    """True if a depthwise convolution's gradients use oneDNN's slow kernels: three to ten times as long as in float32."""
+    """True if a depthwise convolution's gradients would use oneDNN's slow kernels, with three to ten times float32's time."""
     is_training = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
     return is_training and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
@@ -65,8 +65,8 @@ def _is_atrous(convolution: nn.Conv2d) -> bool:
 def _by_blocks(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rate: int) -> torch.Tensor:
     """A convolution whose rate exceeds half the grid, as products of nine blocks."""
     taps = weight.flatten(2).unbind(2)
-    # Lines are cut at `n - rate` and at `rate`. For each block, which block is seen and by which of the three taps: the first
-    # by the centre and by the tap behind it, which sees the last block; the middle one by the centre alone.
+    # Each axis is cut at `n - rate` and at `rate`. For each output block: the input blocks it sees, and through which of the
+    # three taps. The outer blocks see themselves and each other; the middle one sees only itself, through the centre.
     seen = (((0, 1), (2, 2)), ((1, 1),), ((2, 1), (0, 0)))
     height, width = (n - rate for n in images.shape[-2:])
     rows = images.split([height, rate - height, height], dim=2)

@@ -8,7 +8,7 @@ from heartseg.labels import NUM_CLASSES
 
 
 class Decoder(nn.Module):
-    """Logits [B,4,h,w] of coarse features, which `context` condenses to 256 channels, and fine ones [B,`channels`,h,w]."""
+    """Logits [B,4,h,w] from coarse features, which `context` condenses to 256 channels, and fine ones [B,`channels`,h,w]."""
 
     def __init__(self, context: nn.Module, channels: int):
         super().__init__()

@@ -15,7 +15,7 @@ from heartseg.labels import NUM_CLASSES
 from heartseg.models import convolutions, precision
 from heartseg.models.decoder import Decoder
 
-# Of each backbone: its first convolution, and the layer with features of stride 4 and their channels.
+# For each backbone: its first convolution, the layer whose features have stride 4, and the number of their channels.
 LAYERS = {
     "mobilenet_v3_large": ("0.0", "3", 24),
     "resnet50": ("conv1", "layer1", 256),
@@ -24,7 +24,7 @@ LAYERS = {
 
 
 def _backbone(name: str) -> tuple:
-    """torchvision's DeepLabv3 of a backbone and its ImageNet weights."""
+    """torchvision's constructor of DeepLabv3 for a backbone, and that backbone's ImageNet weights; raises UserError."""
     try:
         from torchvision import models
     except RuntimeError as error:
@@ -90,7 +90,7 @@ def build_model(config: ModelConfig, own_convolutions: bool = True) -> DeepLab:
 
 
 def _take_one_channel(backbone: nn.Module, name: str) -> None:
-    """Reduce the first convolution to one channel: its kernel is the sum over colours, as for a grey RGB image."""
+    """Reduce the first convolution to one channel: its kernel is the sum over colours, so a grey RGB image gives the same."""
     old = backbone.get_submodule(name)
     new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)
     new.weight.data = old.weight.data.sum(dim=1, keepdim=True)
@@ -115,5 +115,5 @@ def forward(train: TrainConfig, model: nn.Module, images: torch.Tensor) -> torch
     """Logits [B,4,H,W] in float32 of normalised images, computed in the configured precision."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=wants_bf16(train, images.device)):
         logits = model(images.contiguous(memory_format=torch.channels_last))
-    # One class after another: on CPUs, losses then take a third of the time and labels half.
+    # Laid out one class after another: on CPUs, losses then take a third of the time and labels half.
     return logits.to(torch.float32, memory_format=torch.contiguous_format)

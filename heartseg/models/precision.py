@@ -10,7 +10,7 @@ ROUNDS = 5
 
 
 def fastest(device: torch.device) -> str:
-    """`bf16` or `fp32`, whichever this process computes faster in; a GPU has bf16 only if its hardware does."""
+    """`bf16` or `fp32`, whichever this process computes faster in; on a GPU, bf16 if its hardware supports it."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device.type == "cpu" and cpu_rates()["bf16"] > cpu_rates()["fp32"] else "fp32"
@@ -25,7 +25,7 @@ def describe_rates() -> str:
 def cpu_rates() -> dict[str, float]:
     """GFLOP/s of one core in float32 and bf16: a 3 x 3 convolution and a product over channels, forward and backward.
 
-    Each is the best of a few rounds, in turn, by the thread's own time: a busy machine must not change the choice.
+    Each is the best of a few alternating rounds, in the thread's own CPU time: a busy machine must not change the choice.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

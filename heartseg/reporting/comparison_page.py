@@ -26,8 +26,8 @@ KINDS = (
     ("Distances between outlines", "lower is better", tuple(DISTANCE_TITLES)),
     ("Ejection fraction", "lower is better", tuple(EF_TITLES)),
 )
-SVG_DASHES = {"-": "none", "--": "6 3", ":": "2 3", "-.": "8 3 2 3"}  # as matplotlib's, for the page's own legend
-PICTURE_ROWS = 320  # about as large as a page shows them, so that thin lines stay whole
+SVG_DASHES = {"-": "none", "--": "6 3", ":": "2 3", "-.": "8 3 2 3"}  # like matplotlib's, for the page's own legend
+PICTURE_ROWS = 320  # about the size at which a page shows them, so that thin lines do not break up
 # Scores that a terminal shows; for more than three entries, differences of mean Dice only.
 TEXT_NAMES = ("dice", "dice_endo", "dice_myo", "dice_la", "dice_epi", "masd_endo_mm", "hd95_endo_mm", "ef_camus_error")
 
@@ -91,7 +91,7 @@ def show_signed(value: float, digits: int) -> str:
 
 
 def score_cell(means: dict, name: str) -> dict[str, str]:
-    """An entry's mean as texts, with its interval and the range over its seeds."""
+    """An entry's mean as text, with its interval and the range over its seeds."""
     digits, score = digits_of(name), means.get(name) or {"mean": None, "seeds": []}
     seeds = [value for value in score["seeds"] if value is not None]
     return {"mean": pages.show_number(score["mean"], digits), "interval": pages.show_interval(score, digits),
@@ -99,7 +99,7 @@ def score_cell(means: dict, name: str) -> dict[str, str]:
 
 
 def difference_cell(differences: dict, name: str) -> dict | None:
-    """An entry's paired difference as texts, with one decimal more than its score; `patients` if fewer than for mean Dice."""
+    """An entry's paired difference as text, with one decimal more than its score; `patients` if fewer than for mean Dice."""
     found, digits = differences.get(name), digits_of(name) + 1
     if not found or found["difference"] is None:
         return None
@@ -143,7 +143,7 @@ def text(entries: Sequence[Entry], compared: dict) -> str:
     tables.append(("Settings that differ", ("", *(entry.letter for entry in entries)), settings))
     if any(compared["means"].values()):
         rows = [(letter, *(score_cell(mine, n)["mean"] for n in TEXT_NAMES)) for letter, mine in compared["means"].items()]
-        tables.append(("Means over images; of ef_camus_error, over patients", ("", *TEXT_NAMES), rows))
+        tables.append(("Means over images (ef_camus_error: over patients)", ("", *TEXT_NAMES), rows))
     rows = [
         (letter, name, *(cell[key] for key in ("difference", "interval", "p", "reading")))
         for letter, found in compared["differences"].items()

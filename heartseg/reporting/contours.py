@@ -45,7 +45,7 @@ def overlay(
     grey = np.asarray(Image.fromarray(image).resize((width, rows), Image.Resampling.BILINEAR))
     labels = resize_labels(mask, *grey.shape)
     rims, near = np.zeros_like(labels), bounding_box(labels, (2, 2))
-    rims[near] = thicken(contours(labels[near])) if labels.any() else 0  # near the structures only: this is quick
+    rims[near] = thicken(contours(labels[near])) if labels.any() else 0  # only near the structures, which is faster
     picture = np.where(rims == BACKGROUND, grey_positions(grey // grey_step * grey_step), rims + np.uint8(GREYS))
     if truth is not None:
         picture = np.where(contours(resize_labels(truth, *grey.shape)) != BACKGROUND, GREYS - 1, picture)
@@ -53,13 +53,13 @@ def overlay(
 
 
 def overlay_width(shape: tuple[int, int], spacing_mm: tuple[float, float] | None, rows: int) -> int:
-    """Columns of the overlay of an image of this shape with so many rows of square pixels."""
+    """Columns of an overlay with `rows` rows and square pixels, of an image of this shape."""
     depth_mm, lateral_mm = spacing_mm or (1.0, 1.0)
     return max(64, round(rows * shape[1] * lateral_mm / (shape[0] * depth_mm)))
 
 
 def resize_labels(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Labels on another grid: each class is resampled as a share of 0 to 1 and the largest wins, so rims have no staircases."""
+    """Labels on another grid: each class is resampled as a share and the largest wins, so that rims are not jagged."""
     best, labels = np.full((rows, columns), 126, np.uint8), np.zeros((rows, columns), np.uint8)
     for label in np.unique(mask[mask != BACKGROUND]):
         share = Image.fromarray((mask == label).astype(np.uint8) * 255)

@@ -55,7 +55,7 @@ def encode_gif(pictures: list[np.ndarray]) -> bytes:
 
 
 def shown_frames(count: int, always: Iterable[int] = ()) -> list[int]:
-    """The frames of a sequence that a GIF shows: `always`, and every second, third … one if there are over MAX_GIF_FRAMES."""
+    """A sequence's frames in its GIF: all, or every second, third … one if over MAX_GIF_FRAMES, and those of `always`."""
     return sorted({*range(0, count, -(-count // MAX_GIF_FRAMES)), *always})
 
 
@@ -71,7 +71,7 @@ def write_overlays(out: str, clip: Clip, frames: Frames, masks: np.ndarray, mark
         caption = f"{marked.get(index, '')}  {view}{index + 1:>{len(str(count))}}/{count}".strip()
         pictures[index] = outlined(frames.pixels[index], masks[index], frames.spacing_mm, caption, moving=True)
     filesystem.publish(output(out, clip, "_overlay.gif"), encode_gif([*pictures.values()]))
-    if marked:  # for the page of studies, which shows ED and ES side by side and a film that can be stopped
+    if marked:  # for the page of studies, which shows ED and ES side by side, and a film that can be paused
         filesystem.publish(output(out, clip, "_phases.png"), encode_png(np.hstack([pictures[index] for index in marked])))
         film = [pictures[index] for index in film_frames(count, always=marked)]
         filesystem.publish(output(out, clip, "_film.jpg"), encode_film(film))

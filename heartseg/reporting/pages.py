@@ -31,7 +31,7 @@ def environment() -> jinja2.Environment:
 
 
 def show_number(value: float | None, digits: int = 1) -> str:
-    """A number with some decimals, or a dash if it is missing."""
+    """A number with `digits` decimals, or a dash if it is missing."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -47,7 +47,7 @@ def figure(drawn: Figure, name: str, alt: str) -> dict:
 
 
 def picture(positions: np.ndarray, caption: str, alt: str) -> dict:
-    """A picture of palette positions [h,w] for a template: its PNG as a data URI, the size to show it at, and texts."""
+    """A picture of palette positions [h,w] for a template: its PNG as a data URI, its size, caption and alt text."""
     height, width = positions.shape
     encoded = base64.b64encode(contours.encode_png(positions)).decode()
     return {"source": f"data:image/png;base64,{encoded}", "width": width, "height": height, "caption": caption, "alt": alt}

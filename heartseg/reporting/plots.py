@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from heartseg.labels import CLASS_COLOURS, CLASS_TITLES, CLASSES
 
-# Lines and text that must follow the page's text colour, light or dark: `save_svg` replaces it by `currentColor`.
+# For lines and text that must follow the page's text colour, light or dark: `save_svg` replaces it with `currentColor`.
 INK = "#123457"
 # Distinct in shade, hue and dash, with a contrast of at least 3:1 on white and on near-black pages.
 GROUP_STYLES = {"train": ("#868C96", "--"), "val": ("#2F86D6", "-"), "test": ("#D2691E", "-")}
@@ -45,7 +45,7 @@ def save_svg(figure: Figure, name: str) -> str:
 
 
 def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of some inches with one set of axes, reduced to what is needed to read it."""
+    """A figure of this size in inches with one set of axes, reduced to what a reader needs."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     plain(axes)
@@ -55,21 +55,21 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def plain(axes: Axes, spines: Sequence[str] = ("left", "bottom"), labelsize: int = 9) -> None:
-    """Leave only some spines of a set of axes, in the page's text colour."""
+    """Hide all spines of a set of axes except `spines`, and draw those and the ticks in the page's text colour."""
     axes.spines[[side for side in axes.spines if side not in spines]].set_visible(False)
     axes.spines[list(spines)].set_color(INK)
     axes.tick_params(colors=INK, labelsize=labelsize)
 
 
 def write_labels(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
-    """The title at the left and the axes' labels."""
+    """Write the title, left-aligned, and the axis labels."""
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     axes.set_xlabel(xlabel, color=INK, fontsize=9)
     axes.set_ylabel(ylabel, color=INK, fontsize=9)
 
 
 def contact_sheet(cells: Sequence[tuple[np.ndarray, str]], columns: int = 4) -> Figure:
-    """Pictures uint8 [h,w,3] with square pixels, captioned and in rows, below the key of the class colours."""
+    """Pictures uint8 [h,w,3] with square pixels, captioned and in rows, below a legend of the class colours."""
     rows = -(-len(cells) // columns)
     tallest = max((pixels.shape[0] / pixels.shape[1] for pixels, _ in cells), default=1.0)
     figure = Figure(figsize=(2.6 * columns, (2.6 * tallest + 0.3) * rows + 0.5), layout="constrained")
@@ -84,13 +84,13 @@ def contact_sheet(cells: Sequence[tuple[np.ndarray, str]], columns: int = 4) -> 
 
 
 def colour_key(figure: Figure, colours: Mapping[str, str], columns: int = 3) -> None:
-    """Name the colours of a figure above it."""
+    """Draw a legend of the colours above a figure."""
     lines = [Line2D([], [], color=colour, linewidth=3) for colour in colours.values()]
     figure.legend(lines, list(colours), loc="outside upper center", ncols=columns, frameon=False, labelcolor=INK)
 
 
 def run_style(place: int) -> tuple[str, str]:
-    """Colour and dash of the run at an index from 0; after all colours, the next dash begins."""
+    """Colour and dash of the run at an index from 0; the dash changes once all colours are used."""
     return RUN_COLOURS[place % len(RUN_COLOURS)], RUN_DASHES[place // len(RUN_COLOURS) % len(RUN_DASHES)]
 
 
@@ -114,7 +114,7 @@ def curve(
 
 
 def spread(values: Mapping[str, np.ndarray], titles: Mapping[str, str], xlabel: str) -> Figure:
-    """Box (median, quartiles, the last image within 1.5 boxes) and points of images' scores, one row per structure, no NaN."""
+    """Box plots (whiskers within 1.5 boxes) and points of the images' scores, one row per structure; NaN are left out."""
     known = {name: scores[~np.isnan(scores)] for name, scores in values.items() if not np.isnan(scores).all()}
     figure, axes = new_axes(5.4, 0.7 + 0.55 * max(1, len(known)))
     rng = np.random.default_rng(0)
@@ -194,7 +194,7 @@ def agreement_scatter(estimate: Sequence[float], reference: Sequence[float], fou
 
 
 def volume_curve(frames: Sequence[int], volumes: Sequence[float], ed: int, es: int, unit: str = "ml") -> Figure:
-    """A ventricle's `volumes` in `unit` (NaN if unknown) by the `frames`' numbers; `ed` and `es` are positions in both."""
+    """A ventricle's `volumes` in `unit` (NaN if unknown) by frame number; `ed` and `es` are positions in both."""
     (figure, axes), frames, volumes = new_axes(4.4, 2.9), np.asarray(frames, float), np.asarray(volumes, float)
     axes.plot(frames, volumes, color=POINT, linewidth=1.7, marker="o" if len(volumes) <= 60 else None, markersize=3)
     for index, name, above in ((ed, "ED", True), (es, "ES", False)):

@@ -1,4 +1,4 @@
-"""Published results on CAMUS; second-hand rows are quoted from a repository and not checked in the paper itself."""
+"""Published results on CAMUS; second-hand rows are quoted from a repository, not checked against the paper itself."""
 
 
 def _challenge(name: str, dice: tuple, hd_mm: tuple = ()) -> dict:

@@ -12,7 +12,7 @@ from heartseg.storage import filesystem
 from heartseg.training import run_directory
 
 STRUCTURE_TITLES = {
-    "endo": "Cavity (endo)", "myo": "Wall (myo)", "la": "Left atrium (la)", "epi": "Epicardium (epi = endo + myo)",
+    "endo": "LV cavity (endo)", "myo": "Myocardium (myo)", "la": "Left atrium (la)", "epi": "Epicardium (epi = endo + myo)",
 }  # fmt: skip
 SCORE_TITLES = {
     "dice": "Mean Dice of the three structures",
@@ -22,7 +22,7 @@ SCORE_TITLES = {
     **{f"iou_{name}": f"{STRUCTURE_TITLES[name]}: IoU" for name in STRUCTURES},
     "accuracy": "Pixel accuracy: correct pixels / all pixels",
 }
-# Cards beside the headline: the shortest wording, and the colour of the structure.
+# Cards beside the headline: the score's shortest title, and the colour of the structure.
 CARDS = {
     **{f"dice_{name}": (title, plots.STRUCTURE_COLOURS[name]) for name, title in STRUCTURE_TITLES.items()},
     **{"iou": ("IoU, three structures", ""), "dice4": ("Dice, four areas", ""), "accuracy": ("Pixel accuracy", "")},
@@ -34,8 +34,8 @@ BREAKDOWN_DISTANCES = {"masd_endo_mm": "endo, mean mm", "hd95_endo_mm": "endo, H
 BREAKDOWNS = {"phase": "phase", "view": "view", "quality": "image quality", "size": "size of the heart in the image"}
 DISTANCE_COLUMNS = {"masd": "Mean surface distance", "hd95": "95 % Hausdorff", "hd": "Hausdorff"}
 AGREEMENT_TITLES = {
-    "ef_camus": "EF, one disk height (camus), %",
-    "ef_ase": "EF, each phase its own (ase), %",
+    "ef_camus": "EF, one disk height for both phases (camus), %",
+    "ef_ase": "EF, one disk height per phase (ase), %",
     "ef_4ch_ase": "EF, 4-chamber alone, %",
     "ef_2ch_ase": "EF, 2-chamber alone, %",
     "ef_area_length": "EF, area-length, %",
@@ -55,7 +55,7 @@ WORST_ROWS, EXAMPLE_PIXEL_ROWS = 10, 400
 def write_report(evaluation: str, run: str | None = None) -> str:
     """Write `report.html` into an evaluation's folder and return its path; `run` is the evaluated run, None for masks of files.
 
-    Raises UserError if the run's `experiment.json` or `summary.json` is missing; without other files, sections are left out.
+    Raises UserError if the run's `experiment.json` or `summary.json` is missing; if other files are, sections are left out.
     """
     summary = filesystem.read_json(filesystem.join(evaluation, SUMMARY))
     description = filesystem.read_json(filesystem.join(run, run_directory.DESCRIPTION)) if run else {}
@@ -101,7 +101,7 @@ def score_tables(summary: dict) -> dict:
 
 
 def image_tables(images: pandas.DataFrame | None) -> dict:
-    """The figure of the images' Dice by structure, and the rows of the lowest ones."""
+    """The figure of the images' Dice by structure, and the rows of the images with the lowest Dice."""
     if images is None:
         return {"spread": None, "worst": [], "worst_columns": COLUMNS}
     values = {name: images[f"dice_{name}"].to_numpy(float) for name in STRUCTURE_TITLES if f"dice_{name}" in images}
@@ -116,15 +116,15 @@ def image_tables(images: pandas.DataFrame | None) -> dict:
 
 
 def clinical_section(summary: dict, patients: pandas.DataFrame | None) -> dict | None:
-    """Tables and figures of volumes and EF, and why patients have none; under three EFs, only the reasons."""
+    """Tables and figures of volumes and EF, and why patients have none; with fewer than three EFs, only the reasons."""
     clinical = summary.get("clinical")
     if not clinical or patients is None:
         return None
     agreement = clinical["agreement"]
     known = {title: agreement.get(name) for name, title in AGREEMENT_TITLES.items()}
     for convention, kinds in clinical["reference"].items():
-        for kind, title in (("prediction", "predicted EF"), ("truth", "EF from the expert's masks")):
-            known[f"{title} against the EF of the recording's file ({convention}), %"] = kinds[kind]
+        for kind, title in (("prediction", "Predicted EF"), ("truth", "EF from the experts' masks")):
+            known[f"{title} against the EF in the cfg file ({convention}), %"] = kinds[kind]
     rows = [(title, row) for title, row in known.items() if row and row["r"] is not None]
     ef = agreement["ef_camus"]
     if not rows or ef["n"] < MIN_PAIRS:
@@ -179,7 +179,7 @@ def _example(example: Example, row: pandas.Series) -> dict:
 def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]:
     """The origins of the scores, as rows of name and text."""
     if not run:  # masks from files
-        parts = [(f"Part {number}", path) for number, path in enumerate(summary.get("evaluations", ()), 1)]
+        parts = [(f"Evaluation {number}", path) for number, path in enumerate(summary.get("evaluations", ()), 1)]
         return [(name.title(), summary[name]) for name in ("predictions", "truth", "dataset")] + parts
     groups, split = description.get("groups", {}), flatten(description.get("split") or {})
     if split.get("kind") == "official":

@@ -1,6 +1,6 @@
-"""`studies.html` beside ef.csv: a table of studies, and of each the pictures, the disks that were measured, and the numbers.
+"""`studies.html` beside ef.csv: a table of all studies and, for each, its pictures with the measured disks, and its numbers.
 
-Pictures are the overlays beside the page; they are part of it if all are small enough together.
+Pictures are the overlays in the same folder; they are embedded in the page if their total size is small enough.
 """
 
 import base64
@@ -20,29 +20,29 @@ from heartseg.reporting import contours, overlays, pages
 from heartseg.storage import filesystem
 
 PAGE = "studies.html"
-MOST_INLINE_BYTES = 14 << 20  # of pictures: as base64 a third more
+MOST_INLINE_BYTES = 14 << 20  # of pictures; base64 makes them a third larger
 LANG = "Lang et al. 2015"
 # Title, unit, decimals, columns (the first known one is shown), and what is normal in adults; sources are in docs/reference.
 MEASURES = (
     ("Ejection fraction", "%", 0, ("ef_ase", "ef_4ch_ase", "ef_2ch_ase"), f"men 52–72, women 54–74 ({LANG})"),
     ("EDV", "ml", 0, ("edv_ml_ase", "edv_ml_4ch_ase", "edv_ml_2ch_ase"), f"men 62–150, women 46–106 ({LANG})"),
     ("ESV", "ml", 0, ("esv_ml_ase", "esv_ml_4ch_ase", "esv_ml_2ch_ase"), f"men 21–61, women 14–42 ({LANG})"),
-    ("EF, camus convention", "%", 0, ("ef_camus",), "no range: for comparison with CAMUS"),
+    ("EF, camus convention", "%", 0, ("ef_camus",), "no normal range: only for comparison with CAMUS"),
     ("EF, 4-chamber view alone", "%", 0, ("ef_4ch_ase",), ""),
     ("EF, 2-chamber view alone", "%", 0, ("ef_2ch_ase",), ""),
-    ("Left atrium at ES", "ml", 0, ("la_volume_ml_ES",), f"up to 34 per m² of body surface ({LANG})"),
-    ("Left atrium, emptying", "%", 0, ("la_emptying_fraction",), "above 48.7 (Sugimoto et al. 2018)"),
+    ("Left-atrial volume at ES", "ml", 0, ("la_volume_ml_ES",), f"up to 34 per m² of body surface ({LANG})"),
+    ("Left-atrial emptying fraction", "%", 0, ("la_emptying_fraction",), "above 48.7 (Sugimoto et al. 2018)"),
     ("Endocardial strain, both views", "%", 1, ("endo_strain",), f"about −20 by speckle tracking ({LANG})"),
     ("Endocardial strain, 4CH", "%", 1, ("endo_strain_4CH",), ""),
     ("Endocardial strain, 2CH", "%", 1, ("endo_strain_2CH",), ""),
-    ("Mitral excursion, 4CH", "mm", 1, ("mapse_mm_4CH",), "12–15 by M-mode (Hu et al. 2013)"),
-    ("Mitral excursion, 2CH", "mm", 1, ("mapse_mm_2CH",), "12–15 by M-mode (Hu et al. 2013)"),
-    ("Fractional area change, 4CH", "%", 0, ("fac_4CH",), "none accepted"),
-    ("Fractional area change, 2CH", "%", 0, ("fac_2CH",), "none accepted"),
+    ("Mitral annular excursion (MAPSE), 4CH", "mm", 1, ("mapse_mm_4CH",), "12–15 by M-mode (Hu et al. 2013)"),
+    ("Mitral annular excursion (MAPSE), 2CH", "mm", 1, ("mapse_mm_2CH",), "12–15 by M-mode (Hu et al. 2013)"),
+    ("Fractional area change, 4CH", "%", 0, ("fac_4CH",), "no accepted range"),
+    ("Fractional area change, 2CH", "%", 0, ("fac_2CH",), "no accepted range"),
     ("Wall thickness at ED, 4CH", "mm", 1, ("wall_thickness_mm_4CH_ED",), f"men 6–10, women 6–9, parasternal ({LANG})"),
     ("Wall thickness at ED, 2CH", "mm", 1, ("wall_thickness_mm_2CH_ED",), f"men 6–10, women 6–9, parasternal ({LANG})"),
-    ("Mass of the left ventricle", "g", 0, ("lv_mass_g",), f"men 96–200, women 66–150 ({LANG})"),
-    ("Sphericity at ED", "", 2, ("sphericity_ED",), "none accepted"),
+    ("LV mass", "g", 0, ("lv_mass_g",), f"men 96–200, women 66–150 ({LANG})"),
+    ("Sphericity at ED", "", 2, ("sphericity_ED",), "no accepted range"),
 )
 # The columns of the table of studies: positions in MEASURES.
 IN_TABLE = (0, 1, 2, 6, 8)

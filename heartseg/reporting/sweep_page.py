@@ -19,7 +19,7 @@ PAGE = "sweep.html"
 SCORE = f"best {METRIC}"
 # The columns of a trial's row besides the settings that it varies.
 SHOWN = ["state", "epochs", SCORE, f"last {METRIC}", "seconds"]
-# Okabe and Ito's colours, which colour-blind readers distinguish; yellow darkened to be seen on white. Sorted by kinship:
+# Okabe and Ito's colours, which colour-blind readers can distinguish, with yellow darkened for white pages. By family:
 # schedules that drop in steps, fall smoothly, or rise again.
 SCHEDULE_COLOURS = {
     "constant": "#868C96", "step": "#D55E00", "multistep": "#E69F00", "plateau": "#A8780C", "exponential": "#009E73",
@@ -73,7 +73,7 @@ def write_page(sweep: Sweep, table: pandas.DataFrame) -> str:
 
 
 def against_recipe(table: pandas.DataFrame) -> str:
-    """The winner's gain over the recipe itself, which is trial 0; empty if either has not finished."""
+    """One sentence on the winner's gain over the recipe itself, which is trial 0; empty if the recipe has not finished."""
     finished = table[table["state"] == FINISHED].set_index("trial")[SCORE]
     recipe = finished[finished.index.str.startswith("000-")]
     if recipe.empty or finished.index[0] == recipe.index[0]:
@@ -92,7 +92,7 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
         *([("schedules", ", ".join(plan.space.schedules)), ("base rates", rates)] if plan.search != "changes" else []),
         ("epochs of a trial", str(sweep.base.train.epochs)),
         ("early stopping", f"at epochs {compared}, about 1 in {plan.reduction:g} continues" if compared else "none"),
-        ("patients", f"{groups['train']} to train, {groups['val']} held out to compare"),
+        ("patients", f"{groups['train']} for training, {groups['val']} held out to compare trials"),
     ]
 
 
@@ -104,12 +104,12 @@ def figures(sweep: Sweep, table: pandas.DataFrame, trials: list[Trial]) -> list[
     scored = table[table[SCORE].notna()]
     curves = ("Learning curves by schedule", sweep_curves(records, METRIC))
     if "change" in table:
-        drawn = [("Each change against the recipe", differences(scored, SCORE)), curves]
+        drawn = [("Each change compared with the recipe", differences(scored, SCORE)), curves]
     else:
         drawn = [
-            ("What was tried, and what it reached", parallel_coordinates(scored, varied(table), SCORE)),
+            ("Settings and scores of the trials", parallel_coordinates(scored, varied(table), SCORE)),
             curves,
-            ("Rank, and what early stopping saved", ranks(scored, SCORE, sweep.base.train.epochs)),
+            ("Ranking, and the epochs that early stopping saved", ranks(scored, SCORE, sweep.base.train.epochs)),
         ]
     return [{"title": title} | pages.figure(one, f"sweep{place}", title) for place, (title, one) in enumerate(drawn)]
 
@@ -180,7 +180,7 @@ def ranks(table: pandas.DataFrame, score: str, epochs: int) -> Figure:
     plain(right, ["bottom"], labelsize=8)
     right.tick_params(left=False)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes, title in ((left, score), (right, "epochs trained of those planned")):
+    for axes, title in ((left, score), (right, "epochs trained, out of those planned")):
         axes.set_title(title, color=INK, fontsize=10, loc="left")
     return figure
 

@@ -8,8 +8,8 @@ from heartseg.metrics.segmentation import DISTANCES, SCORES
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 OUTLIER_TITLES = {
     "cavity": f"Images with a cavity Dice under {LOW_CAVITY_DICE}",
-    "ef_camus": f"Patients with an EF off by over {MAX_EF_ERROR} points (camus)",
-    "ef_ase": f"Patients with an EF off by over {MAX_EF_ERROR} points (ase)",
+    "ef_camus": f"Patients with an EF error over {MAX_EF_ERROR} points (camus)",
+    "ef_ase": f"Patients with an EF error over {MAX_EF_ERROR} points (ase)",
 }
 # Indices whose agreement the terminal shows; the report has all of them.
 SHOWN_AGREEMENTS = ("ef_camus", "ef_ase", "edv_ml_camus", "esv_ml_camus")
@@ -22,7 +22,7 @@ def bars(counts: dict[str, int]) -> list[tuple[str, str, str]]:
 
 
 def table_text(table: Table) -> str:
-    """A table for a terminal: the first column and those without heading are left-aligned, others right-aligned."""
+    """A table for a terminal: the first column and columns without a heading are left-aligned, others right-aligned."""
     title, heading, rows = table
     widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
     lines = [
@@ -60,7 +60,7 @@ def summary_text(summary: dict) -> str:
 
 
 def outlier_rows(summary: dict) -> list[tuple[str, str, str]]:
-    """Title, share and interval of each kind of outlier; empty for an evaluation from before they were counted."""
+    """Title, share and interval of each kind of outlier; empty for an older evaluation without them."""
     shares = {name: row for name, row in summary.get("outliers", {}).items() if row["low"] is not None}
     known = ((title, shares[name]) for name, title in OUTLIER_TITLES.items() if name in shares)  # a summary's keys are sorted
     return [(title, f"{100 * s['mean']:.1f} %", f"{100 * s['low']:.1f} - {100 * s['high']:.1f}") for title, s in known]

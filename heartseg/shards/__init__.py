@@ -1,1 +1,1 @@
-"""Recordings to Parquet shards and back to batches. writer.py has the format, loader.py the batches."""
+"""Turns recordings into Parquet shards, and shards into batches. writer.py has the format, loader.py the batches."""

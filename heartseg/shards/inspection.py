@@ -19,7 +19,7 @@ EF_EDGES = (30, 40, 50, 60, 70)  # percent; bins of a histogram, finer than labe
 
 
 def find_damage(path: str) -> Iterator[tuple[str, str]]:
-    """Each file that is damaged, missing or not in the manifest, with the reason; raises UserError without a manifest."""
+    """Each file that is damaged, missing or not in the manifest, with the reason; raises UserError if there is no manifest."""
     try:
         opened = Shards(path, reader.read_manifest(path), {})
         parts = {part["file"]: part for part in opened.manifest["parts"]}
@@ -33,7 +33,7 @@ def find_damage(path: str) -> Iterator[tuple[str, str]]:
     except (UserError, AttributeError, LookupError, TypeError, ValueError) as error:
         if not filesystem.exists(filesystem.join(path, writer.MANIFEST)):
             raise
-        yield writer.MANIFEST, f"is not a manifest of ours ({error})"
+        yield writer.MANIFEST, f"is not a heartseg manifest ({error})"
         return
     for name in filesystem.list_names(path):
         if writer.PART_NAME.fullmatch(name) and name not in parts:
@@ -45,7 +45,7 @@ def find_damage(path: str) -> Iterator[tuple[str, str]]:
 
 
 def check_rows(table: pa.Table, opened: Shards, part: dict) -> None:
-    """Raise ValueError for columns, labels, shapes or patients that shards cannot have."""
+    """Raise ValueError for columns, rows, patients, labels or spacings that shards cannot have."""
     if not table.schema.equals(writer.schema(opened.image)):
         raise ValueError("the columns differ")
     if table.num_rows != part["rows"]:
@@ -81,7 +81,7 @@ class Survey:
 
 
 def ef_counts(ef: pandas.Series) -> dict[str, int]:
-    """Patients by ejection fraction in percent; the last entry counts those without one."""
+    """Number of patients by ejection fraction in percent; the last entry counts those without one."""
     inner = (f"{low} to {high}" for low, high in itertools.pairwise(EF_EDGES))
     names = [f"below {EF_EDGES[0]}", *inner, f"{EF_EDGES[-1]} and above"]
     bins = pandas.cut(ef, [-math.inf, *EF_EDGES, math.inf], right=False, labels=names)
@@ -89,7 +89,7 @@ def ef_counts(ef: pandas.Series) -> dict[str, int]:
 
 
 def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[dict]]:
-    """Survey every row, and keep those at some positions with `image` and `mask` [H,W]; raises UserError for damage."""
+    """Survey every row; also returns the rows at `positions`, with `image` and `mask` [H,W]. Raises UserError for damage."""
     grey, labels, tables, kept, first, positions = 0, 0, [], [], 0, set(positions)
     for part in opened.manifest["parts"]:
         frames = reader.as_frames(reader.read_part(opened, part), opened.image)
@@ -105,5 +105,5 @@ def survey(opened: Shards, positions: Iterable[int] = ()) -> tuple[Survey, list[
 
 
 def draw_rows(num_rows: int, num_images: int, seed: int) -> list[int]:
-    """Positions of some rows, drawn without replacement."""
+    """Sorted positions of up to `num_images` rows, drawn without replacement."""
     return sorted(np.random.default_rng(seed).choice(num_rows, min(num_images, num_rows), replace=False).tolist())

@@ -1,4 +1,4 @@
-"""Turns rows into global batches, and those into this rank's share on its device, from memory or streamed.
+"""Turns rows, in memory or streamed, into global batches, and puts this rank's share of each on its device.
 
 One permutation per epoch, from (seed, epoch) alone, is cut into global batches, and each rank takes its slice of each.
 """
@@ -22,7 +22,7 @@ from heartseg.storage import filesystem
 log = logging.getLogger(__name__)
 Batch = tuple[torch.Tensor, torch.Tensor]  # images [b,1,H,W] and labels [b,H,W]
 SEEDS = 2**64  # number of seeds of a torch generator; mixed seeds wrap around
-LANES = 16  # parts that feed a batch of a stream side by side, and so parts in memory
+LANES = 16  # parts that feed a streamed batch side by side, and so parts in memory
 PARTS_AHEAD = 4  # parts that are read before they are needed
 SAY_AFTER_S, GIVE_UP_AFTER_S = 30, 300  # until the log names a late part, and until reading gives up
 COLUMNS = ["patient", "image", "mask"]
@@ -31,7 +31,7 @@ Piece = tuple[int, np.ndarray]  # a part's number in the group's index, and the 
 
 @dataclass(frozen=True)
 class Intensity:
-    """The normalisation of images with values from 0 to 1 for the network: (value - mean) / std."""
+    """How images with values from 0 to 1 are normalised for the network: (value - mean) / std."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -49,12 +49,13 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 
 
 def check_shares(batch_size: int, world_size: int, accumulate: int = 1) -> None:
-    """Raise UserError if a worker's share, or one of its parts, has under two images, which batch normalisation needs."""
+    """Raise UserError if a worker's share, or one of its micro-batches, has under 2 images, too few for batch normalisation."""
     each, batch = batch_size // world_size, f"A batch of {batch_size} over {world_size} workers"
     fix = f"use --workers {batch_size // 2} or fewer, or a larger --train.batch-size"
-    require(each >= 2, f"{batch} leaves one of them fewer than 2 images, which batch normalisation needs: {fix}.")
-    problem = f"{batch}, each in {accumulate} parts, leaves a part fewer than 2 images, which batch normalisation needs"
-    require(each // accumulate >= 2, f"{problem}: use a smaller --train.accumulate, or a larger --train.batch-size.")
+    require(each >= 2, f"{batch} gives a worker fewer than the 2 images that batch normalisation needs: {fix}.")
+    problem = f"{batch}, each in {accumulate} micro-batches, gives some fewer than the 2 images that batch normalisation needs"
+    fix = f"use --train.accumulate {each // 2} or less, or a larger --train.batch-size"
+    require(each // accumulate >= 2, f"{problem}: {fix}.")
 
 
 def share(batch_size: int, rank: int, world_size: int) -> slice:
@@ -63,7 +64,7 @@ def share(batch_size: int, rank: int, world_size: int) -> slice:
 
 
 def lanes_of(batch_size: int) -> torch.Tensor:
-    """The lane of each position in a batch, int64 [batch_size], dividing the batch among the lanes as `share` does."""
+    """The lane of each position in a batch, int64 [batch_size]; the lanes divide the batch as `share` does."""
     return (torch.arange(1, batch_size + 1) * min(batch_size, LANES) - 1) // batch_size
 
 
@@ -98,7 +99,7 @@ class Batches:
         return self.batches(self.order(batch_size, seed, epoch)[:, mine].flatten(), lanes_of(batch_size)[mine])
 
     def batch_rows(self, batch_size: int, seed: int, epoch: int, step: int) -> list[int]:
-        """The rows of one global batch, to name its images."""
+        """The rows of one global batch, for messages that name its images."""
         return self.order(batch_size, seed, epoch)[step].tolist()
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
@@ -109,7 +110,7 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class Loader(Batches):
-    """A group held on the device, and the numbers of this rank's rows."""
+    """A group kept on the device, as a rank's source of batches."""
 
     images: torch.Tensor
     masks: torch.Tensor
@@ -172,7 +173,7 @@ def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of:
             log.warning("%s has not arrived after %d s: waiting for its disk or network.", name, waited_s)
             if waited_s > GIVE_UP_AFTER_S - SAY_AFTER_S / 2:
                 fix = "check its disk or network, then rerun the same command to resume"
-                raise StorageError(f"The shard {name} did not come within {GIVE_UP_AFTER_S} s: {fix}.")
+                raise StorageError(f"The shard {name} did not arrive within {GIVE_UP_AFTER_S} s: {fix}.")
         yield future.result()
 
 
@@ -205,7 +206,7 @@ class Stream(Batches):
         rows, size, lanes = rows.numpy(), len(lanes), np.resize(lanes, len(rows))
         starts = np.cumsum([0, *(held.rows for held in self.index)])
         parts = np.searchsorted(starts, rows, side="right") - 1
-        # A piece is a lane's rows from one part, read at once. Pieces are read in the order in which batches need them.
+        # A piece is a lane's rows from one part, read together. Pieces are read in the order in which batches need them.
         _, first, piece_of = np.unique(lanes * len(starts) + parts, return_index=True, return_inverse=True)
         places = np.split(np.argsort(piece_of, kind="stable"), np.cumsum(np.bincount(piece_of))[:-1])
         schedule = [(int(parts[first[p]]), rows[places[p]] - starts[parts[first[p]]]) for p in np.argsort(first)]

@@ -15,7 +15,7 @@ MapParts = Callable[[list[tuple]], Iterable[dict]]
 
 
 def write_parts_here(tasks: list[tuple]) -> Iterable[dict]:
-    """The records of all parts, written one after another by this process."""
+    """Write all parts one after another in this process; yields their records."""
     return itertools.starmap(writer.write_part, tasks)
 
 
@@ -30,7 +30,7 @@ def write_shards(
     resplit: bool = False,
     map_parts: MapParts = write_parts_here,
 ) -> Shards:
-    """Write the missing parts of a source's shards, and the split.
+    """Write the missing parts of a source's shards, and the split; returns the shards.
 
     `map_parts` calls `writer.write_part` with each tuple of arguments and returns the records in any order. Raises UserError if
     a complete folder holds other data or another split (unless `resplit`), or if too many recordings are damaged.
@@ -58,7 +58,7 @@ def write_shards(
             if len(damaged) > max_quarantined * total:
                 first = "{file} {reason}".format(**damaged[0])
                 problem = f"{len(damaged)} of {total} recordings cannot be used (first: {first})"
-                fix = f"correct them and rerun the same command, or raise --max-quarantined {max_quarantined:g}"
+                fix = f"correct them and rerun the same command, or raise --max-quarantined (now {max_quarantined:g})"
                 raise UserError(f"{problem}: {fix}.")
             manifest = writer.write_manifest(out, source.dataset_name(), image, parts, listing, frames, official)
         return Shards(out, manifest, writer.write_splits(out, split, manifest["patients"], official))
@@ -93,7 +93,7 @@ def check_same(source: writer.Source, out: str, image: ImageConfig, frames: str)
 
 
 def changed_file(out: str, manifest: dict, listing: dict[str, list]) -> str | None:
-    """The first file of the source that is new, gone or changed since the shards were made, if any."""
+    """The first file of the source that is new, gone or changed since the shards were written, otherwise None."""
     sidecars = [writer.read_sidecar(filesystem.join(out, part["file"])) for part in manifest["parts"]]
     if not all(sidecars):  # written by a version that kept one hash of all names and sizes
         now = writer.listing_hash([part["patients"] for part in manifest["parts"]], listing)
@@ -120,7 +120,7 @@ def check_split(out: str, split: SplitConfig, manifest: dict, official: dict[str
         by_source = splits.group_of(splits.make_groups(split, list(patients), official, patients))
         if moved := sorted(there.items() ^ by_source.items()):
             name = moved[0][0]
-            difference = f"{name}: {there.get(name)} there, {by_source.get(name)} by the source"
+            difference = f"{name}: {there.get(name)} there, {by_source.get(name)} in the source"
     if difference:
         raise UserError(f"{out} is split differently ({difference}): give --resplit, or another --out.")
 

@@ -1,7 +1,7 @@
 """Reads folders of shards: the manifest, the groups of patients, and the rows (one per frame) as tensors.
 
 A folder holds `part-00000.parquet …`, a record of each part's source, `splits.json` (patients by group) and, written
-last, `manifest.json`, which marks it as complete. Sizes and hashes are checked on reading, and a damaged part is named.
+last, `manifest.json`, which marks it as complete. Reading checks sizes and hashes, and names a damaged part.
 """
 
 import math
@@ -61,11 +61,11 @@ def read_manifest(path: str) -> dict:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     require(found == FORMAT, f"{path} has shard format {found}, but this version reads {FORMAT}: {again}")
     missing = MANIFEST_KEYS - manifest.keys()
-    require(not missing, f"{manifest_path} has no {min(missing, default='')}: {again}")
+    require(not missing, f"{manifest_path} lacks the key {min(missing, default='')!r}: {again}")
     is_ours = isinstance(manifest["patients"], dict) and isinstance(manifest["parts"], list)
     require(is_ours, f"{manifest_path} is not a manifest: {again}")
     if manifest["dataset"] == "CAMUS" and not manifest.get("dataset_is_marked"):
-        manifest["dataset"] = "other"  # a guess from patients' names: other people's hearts are private
+        manifest["dataset"] = "other"  # a guess from patients' names; other people's data is private
     for part in manifest["parts"]:  # a manifest's paths must stay in its folder
         require(PART_NAME.fullmatch(part["file"]), f"{manifest_path} names {part['file']!r}, which is not a part: {again}")
     return manifest
@@ -92,7 +92,7 @@ def open_shards(path: str) -> Shards:
 
 
 def hold_out(shards: Shards, share: float) -> Shards:
-    """Only the training group, with a seeded, stratified `share` of its patients as the validation group; unchanged for 0."""
+    """Only the training group, a seeded, stratified `share` of which becomes the validation group; unchanged if it is 0."""
     if not share:
         return shards
     split = SplitConfig("ratio", test_share=0.0, val_share=share)
@@ -148,7 +148,7 @@ def load_groups(shards: Shards, groups: Iterable[str]) -> dict[str, FrameRows]:
 
 @dataclass(frozen=True)
 class PartRows:
-    """A group's rows in one part: the part's record in the manifest, the group's patients, and their rows."""
+    """A group's rows in one part: the part's record in the manifest, the group's patients, and the number of their rows."""
 
     part: dict
     patients: list[str]
@@ -184,7 +184,7 @@ def read_part_rows(shards: Shards, held: PartRows, rows: Sequence[int], columns:
 
 
 def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> FrameRows:
-    """Some rows of a group, numbered as in `load_groups`; reads only the parts that hold them."""
+    """Some rows of a group, in the requested order and numbered as in `load_groups`; reads only the parts that hold them."""
     starts = np.cumsum([0, *(held.rows for held in index)])
     wanted = np.asarray(rows, dtype=np.int64)
     owners = np.searchsorted(starts, wanted, side="right") - 1
@@ -196,7 +196,7 @@ def read_rows(shards: Shards, index: list[PartRows], rows: Sequence[int]) -> Fra
 
 
 def as_frames(table: pa.Table, image: ImageConfig) -> FrameRows:
-    """A table of rows as tensors; the pixel columns leave the table."""
+    """A table of rows as FrameRows: the pixel columns become tensors."""
     images = column_tensor(table["image"], (1, image.height, image.width))
     masks = column_tensor(table["mask"], (image.height, image.width))
     return FrameRows(images, masks, table.drop_columns(["image", "mask"]))

@@ -29,7 +29,7 @@ PART_NAME = re.compile(r"part-\d{5}\.parquet")
 OURS = re.compile(rf"{PART_NAME.pattern}|part-\d{{5}}\.json|{re.escape(MANIFEST)}|{re.escape(SPLITS)}")
 # Left by a killed job: a file that has not been renamed yet.
 LEFTOVER = re.compile(rf"\.({OURS.pattern})\.[0-9a-f]{{8}}\.part")
-# Measured: fixed-size binary reads back 5 to 9 times faster than Arrow's tensor type; a dictionary, statistics do not pay.
+# Measured: fixed-size binary reads back 5 to 9 times faster than Arrow's tensor type; dictionaries and statistics do not pay.
 PARQUET = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
 PACKING = "zstd"  # of native masks: a seventh of zlib's time for a third of the bytes
 PATIENTS_PER_PART = {"stills": 16, "sequence": 4}  # a worker holds a part: 64 stills, or 8 sequences of 10 to 40 frames
@@ -60,7 +60,7 @@ def schema(image: ImageConfig) -> pa.Schema:
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """An upright uint8 image on another grid, bilinear and antialiased."""
     pixels = torch.from_numpy(image)[None, None].float()
-    # Without shrinking, the antialiasing filter is the ordinary one, which takes two thirds of the time.
+    # Without shrinking, antialiasing changes nothing, and the plain filter takes two thirds of the time.
     shrinks = height < image.shape[0] or width < image.shape[1]
     resized = interpolate(pixels, (height, width), mode="bilinear", antialias=shrinks, align_corners=False)
     return np.rint(resized[0, 0].numpy()).astype(np.uint8)  # averages stay within 0 to 255
@@ -150,11 +150,11 @@ def read_patient(
         "rows": len(rows),
         "recordings": recordings,
         "sha256": filesystem.sha256(canonical(by_file)),
-        # The values that balance the groups, so that a split needs no rows.
+        # The values that balance the groups, so that a split can be drawn without reading rows.
         "ef": next((row["ef"] for row in rows if row["ef"] is not None), None),
         "grey_levels": {grey.describe(found): count for found, count in levels.items()},
         "quality": {row["view"]: row["quality"] for row in rows if row["quality"]},
-        # Neither read nor in quarantine: other frames, or another name.
+        # Neither read nor quarantined: other frames, or an unknown name.
         "ignored": [file for file in unread if stem_of(file) not in damaged_stems],
         "intensity_sums": [sum(sums) for sums in zip((0, 0, 0), *map(intensity_sums, rows), strict=True)],
     }
@@ -167,12 +167,12 @@ def stem_of(file: str) -> str:
 
 
 def path_below(folder: str, path: str) -> str:
-    """A path relative to the source, so that a moved source counts as the same."""
+    """A path relative to the source, so that a moved source counts as unchanged."""
     return path.removeprefix(folder).lstrip("/")
 
 
 def intensity_sums(row: dict) -> tuple[int, int, int]:
-    """Exact sum, sum of squares and number of a row's pixels, from which any split's mean and deviation follow."""
+    """Exact sum, sum of squares and number of a row's pixels, from which the mean and deviation of any split follow."""
     pixels = np.frombuffer(row["image"], dtype=np.uint8).astype(np.float64)  # whole numbers far below 2**53
     # Not `@`: BLAS would wake a thread on each core for every picture.
     return int(pixels.sum()), int(np.einsum("i,i", pixels, pixels)), pixels.size
@@ -228,5 +228,5 @@ def write_splits(out: str, config: SplitConfig, manifest_patients: dict, officia
 def remove_leftovers(out: str, shards: bool = False) -> None:
     """Delete a killed job's half-written files and, with `shards`, the shards too; needs the folder's lock."""
     names = [name for name in filesystem.list_names(out) if LEFTOVER.fullmatch(name) or (shards and OURS.fullmatch(name))]
-    for name in sorted(names, key=lambda name: name != MANIFEST):  # the manifest first: nothing damaged must look complete
+    for name in sorted(names, key=lambda name: name != MANIFEST):  # the manifest first: half a folder must not look complete
         filesystem.remove(filesystem.join(out, name))

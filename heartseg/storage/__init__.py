@@ -1,1 +1,1 @@
-"""Local folders and object stores behind one set of functions, and one writer per folder. Start with filesystem.py."""
+"""Local folders and object stores behind one set of functions, and locks that admit one writer. Start with filesystem.py."""

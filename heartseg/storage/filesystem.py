@@ -1,6 +1,6 @@
 """Reads, lists and publishes files on local paths and object-store URIs; the only file that uses pyarrow's file systems.
 
-Paths are `str` everywhere (`pathlib` turns `s3://b/x` into `s3:/b/x`). Storage that does not answer raises StorageError.
+Paths are `str` everywhere (`pathlib` turns `s3://b/x` into `s3:/b/x`). Storage that does not respond raises StorageError.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ import pyarrow.parquet
 from heartseg.errors import OUTAGE_ERRNOS, StorageError, StorageRefused, UserError, outage
 
 TRIES, CONNECT_S, REQUEST_S = 4, 5, 15  # give up on an unresponsive object store after about a minute
-READS = 5  # attempts at a file on an object store that is replaced while it is read
+READS = 5  # attempts to read a file on an object store that is replaced during the read
 
 
 def is_uri(path: str) -> bool:
-    """False for a local path."""
+    """True for a URI such as s3://bucket/folder, False for a local path."""
     return "://" in path
 
 
@@ -53,7 +53,7 @@ def resolve(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
 def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3FileSystem:
     """A bucket's client, cached while the AWS_* variables are unchanged: a new client opens new connections."""
     aws = {name: value.strip() for name, value in settings}
-    os.environ.update(aws)  # for the client: a secret mounted as a file ends with a newline
+    os.environ.update(aws)  # for the client: a secret mounted as a file may end with a newline
     endpoint = aws.get("AWS_ENDPOINT_URL_S3") or aws.get("AWS_ENDPOINT_URL")
     client = pyarrow.fs.S3FileSystem(
         # Only Amazon's buckets report their region, and only there does it decide which server answers.
@@ -62,22 +62,23 @@ def _s3(bucket: str, settings: tuple[tuple[str, str], ...]) -> pyarrow.fs.S3File
         connect_timeout=CONNECT_S,
         request_timeout=REQUEST_S,
         retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=TRIES),
-        allow_delayed_open=True,  # a small file is one request, not three
+        allow_delayed_open=True,  # a small file takes one request, not three
     )
     try:
         found = client.get_file_info(bucket).type
     except OSError as error:
         if "ACCESS_DENIED" not in str(error):
             raise
-        return client  # a key may have rights to a bucket's folders and not to the bucket
+        return client  # a key may have access to a bucket's folders but not to the bucket
     if found == pyarrow.fs.FileType.NotFound:
-        raise OSError("NO_SUCH_BUCKET")  # otherwise it would read as an empty bucket
+        raise OSError("NO_SUCH_BUCKET")  # otherwise it would look like an empty bucket
     return client
 
 
 @contextlib.contextmanager
 def _storage_errors(path: str) -> Iterator[None]:
-    """Turn unanswered requests to an object store or a mounted disk into StorageErrors; other local errors pass unchanged."""
+    """Turn failed requests to an object store, and outages of a disk, into StorageErrors; missing files and other local
+    errors pass unchanged."""
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
@@ -94,13 +95,13 @@ def _store_error(path: str, answer: str) -> StorageError:
     if "NO_SUCH_BUCKET" in answer or ("Bucket" in answer and "not found" in answer):
         return StorageRefused(f"{path} is in a bucket that does not exist: create it, or check its name and AWS_ENDPOINT_URL.")
     if "NETWORK_CONNECTION" in answer:
-        reason = answer.rpartition("Details: ")[2].strip(" .") if "Details: " in answer else "no answer"
+        reason = answer.rpartition("Details: ")[2].strip(" .") if "Details: " in answer else "no response"
         fix = "check the network and AWS_ENDPOINT_URL, then rerun the same command to resume"
         return StorageError(f"{path} cannot be reached ({reason}): {fix}.")
     refusals = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "HTTP status 403")
     if any(refusal in answer for refusal in refusals):
         fix = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for access to the bucket"
-        return StorageRefused(f"{path} was refused by its store: {fix}.")
+        return StorageRefused(f"The object store refused access to {path}: {fix}.")
     return StorageError(f"{path} cannot be used: {answer.partition(' (Request ID')[0].partition(chr(10))[0].rstrip('. ')}.")
 
 
@@ -115,7 +116,7 @@ def last_part(path: str) -> str:
 
 
 def printable(name: str) -> str:
-    """The name as valid UTF-8: any other byte is escaped, such as %E9."""
+    """The name as valid UTF-8: any other byte is escaped, as in %E9."""
     return re.sub("[\udc80-\udcff]", lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 
@@ -130,7 +131,7 @@ def exists(path: str) -> bool:
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """A local path's stat, None if it does not exist or is a dead link; os.path.exists would also be False in an outage."""
+    """A local path's stat; None if it does not exist or is a dead link; os.path.exists would also be False in an outage."""
     try:
         with _storage_errors(path):
             return os.stat(path)
@@ -150,7 +151,7 @@ def list_names(path: str) -> list[str]:
 
 
 def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
-    """Sorted names of a folder's entries with size and modification time (ns), None unless it is a file; one request."""
+    """Sorted (name, size, modification time in ns) of a folder's entries, the last two None unless a file; one request."""
     if is_uri(path):
         entries = _ask_store(path, recursive=False)
         return sorted((entry.base_name, entry.size, entry.mtime_ns if entry.is_file else None) for entry in entries)
@@ -159,7 +160,7 @@ def list_files(path: str) -> list[tuple[str, int | None, int | None]]:
 
 
 def _ask_store(path: str, **below):
-    """The FileInfo of a path on an object store; of the entries below it if `recursive` is given."""
+    """The FileInfo of a path on an object store, or of the entries below it if `recursive` is given."""
     fs, inner = resolve(path)
     with _storage_errors(path):
         return fs.get_file_info(pyarrow.fs.FileSelector(inner, allow_not_found=True, **below) if below else inner)
@@ -174,7 +175,7 @@ def size_or_none(path: str) -> int | None:
 
 
 def walk(path: str) -> list[str]:
-    """Sorted paths of all files below a folder, each folder once, links to folders followed; empty if it does not exist."""
+    """Sorted paths of all files below a folder; follows links but visits each folder once. Empty if it does not exist."""
     if is_uri(path):
         inner = resolve(path)[1]
         files = (entry.path for entry in _ask_store(path, recursive=True) if entry.is_file)
@@ -203,7 +204,7 @@ def read_bytes(path: str, at_most: int = -1) -> bytes:
     fs, inner = resolve(path)
     with _storage_errors(path):
         for _ in range(READS):
-            # Opening asks for the size, reading for that many bytes: a file replaced in between would be truncated.
+            # Opening requests the size, reading requests that many bytes: a file replaced in between would be truncated.
             with fs.open_input_file(inner) as stream:
                 data = stream.read(None if at_most < 0 else at_most)
             size = fs.get_file_info(inner).size or 0
@@ -219,11 +220,11 @@ def read_json(path: str) -> dict:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise UserError(f"{path} is missing or not valid JSON: check the path, or restore the file.") from error
     except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error.strerror or error}).") from error
+        raise StorageError(f"{path} cannot be read ({error.strerror or error}): check the path and its permissions.") from error
 
 
 def publish(path: str, data: bytes) -> None:
-    """Write a file, with its folder; it appears complete or not at all. Raises OSError (a full disk, say) and StorageError."""
+    """Write a file, creating its folder, completely or not at all. Raises OSError (a full disk, say) and StorageError."""
     with _storage_errors(path):
         (_publish_on_store if is_uri(path) else _publish_locally)(path, data)
 
@@ -242,7 +243,7 @@ def _publish_locally(path: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         if isinstance(error, OSError):
-            error.filename = path  # not the temporary name, or none
+            error.filename = path  # not the temporary file's, or none
         raise
 
 
@@ -255,7 +256,7 @@ def _publish_on_store(path: str, data: bytes) -> None:
     try:
         with fs.open_output_stream(temporary, compression=None) as stream:
             stream.write(data)
-        # A stream dropped by an exception still leaves a visible object: read it back before renaming it.
+        # A stream dropped by an exception still leaves a visible object, so read it back before renaming it.
         with fs.open_input_file(temporary) as stream:
             if stream.read() != data:
                 raise OSError("the bytes that arrived are not those that were sent")
@@ -302,5 +303,5 @@ def write_table(path: str, table: pa.Table, **options) -> tuple[int, str]:
 
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """The table in a Parquet file's bytes; raises ArrowInvalid or OSError for a damaged one."""
-    # On this thread alone: if a thread of pyarrow's drops the last reference to `data`, a process about to exit aborts.
+    # On this thread alone: if a pyarrow thread drops the last reference to `data`, a process about to exit aborts.
     return pyarrow.parquet.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)

@@ -27,24 +27,24 @@ HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 
 
 def lock(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Become the only writer of a folder; raises UserError if another process is, or on a store was within `DEAD_AFTER_S`."""
+    """Become the only writer of a folder; raises UserError if another process is, or on a store was within DEAD_AFTER_S."""
     return _claim(folder) if filesystem.is_uri(folder) else _lock_file(folder)
 
 
 def is_held(folder: str) -> bool:
-    """True if a process is currently writing a folder."""
+    """True if a process is currently writing to a folder."""
     if filesystem.is_uri(folder):
         claims = filesystem.join(folder, LOCK_NAME)
         if not _ages_of_claims(claims):
             return False
-        clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # not a claim: it only reads the store's clock
+        clock = filesystem.join(claims, f"clock-{uuid.uuid4().hex[:8]}")  # not a claim: its time stamp reads the store's clock
         try:
             filesystem.publish(clock, b"")
             return any(age_s < DEAD_AFTER_S for age_s in _ages_of_claims(claims).values())
         finally:
             filesystem.remove(clock)
     try:
-        with open(os.path.join(folder, LOCK_NAME)) as file:  # for reading: asking requires no write permission
+        with open(os.path.join(folder, LOCK_NAME)) as file:  # for reading: the check needs no write permission
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)
@@ -59,9 +59,9 @@ def _lock_file(folder: str) -> Iterator[None]:
         raise UserError(f"{folder} must be a folder, but a file has that name: choose another folder.") from error
     holder = filelock.FileLock(os.path.join(folder, LOCK_NAME))
     try:
-        holder.acquire(timeout=0.2, poll_interval=0.01)  # `is_held` holds it for an instant
+        holder.acquire(timeout=0.2, poll_interval=0.01)  # `is_held` takes the lock for an instant
     except filelock.Timeout as error:
-        raise UserError(f"Another job is writing {folder}: wait for it, or choose another folder.") from error
+        raise UserError(f"Another job is writing to {folder}: wait for it, or choose another folder.") from error
     try:
         yield
     finally:
@@ -70,7 +70,7 @@ def _lock_file(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claim(folder: str) -> Iterator[None]:
-    """Write a claim, then list all claims, so that of two jobs starting at once at most one is admitted."""
+    """Write a claim, then list all claims, so that at most one of two jobs that start at once is admitted."""
     claims, mine = filesystem.join(folder, LOCK_NAME), f"{uuid.uuid4().hex[:12]}.json"
     path, stop, started = filesystem.join(claims, mine), threading.Event(), _now()
 
@@ -112,11 +112,11 @@ def _refuse_if_claimed(folder: str, claims: str, mine: str) -> None:
             holder = json.loads(filesystem.read_bytes(path))
             fix = f"wait for it, or choose another folder; if it was killed, the folder is free after {DEAD_AFTER_S:g} s"
             who = f"process {holder['pid']} on {holder['host']}, since {holder['started']}"
-            raise UserError(f"Another job is writing {folder} ({who}): {fix}.")
+            raise UserError(f"Another job is writing to {folder} ({who}): {fix}.")
 
 
 def _ages_of_claims(claims: str) -> dict[str, float]:
-    """Seconds since each claim was renewed, relative to the newest file there: by the store's clock, not this machine's."""
+    """Seconds from each claim's renewal to the newest file there: by the store's clock, not this machine's."""
     times = {name: time_ns for name, _, time_ns in filesystem.list_files(claims) if time_ns is not None}
     return {name: (max(times.values()) - time_ns) / 1e9 for name, time_ns in times.items() if CLAIM.fullmatch(name)}
 

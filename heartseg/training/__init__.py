@@ -1,1 +1,1 @@
-"""Batches in, checkpoints and a record out, whatever the launcher. Start with engine.py: `fit` is a whole run."""
+"""Training, whatever the launcher: batches in, checkpoints and a record out. Start with engine.py: `fit` trains a whole run."""

@@ -1,4 +1,4 @@
-"""Paired random changes of images and masks, on a batch's device, drawn for each sample."""
+"""Random augmentation of images together with their masks, on the batch's device, drawn for each sample."""
 
 import math
 
@@ -7,17 +7,17 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
 from heartseg.config.training import AugmentConfig
 
-# Half a sector's opening, as lateral over depth with both sides of the image as 1: 0.6 to 0.7 in CAMUS.
+# Tangent of half the sector's opening angle, with the image's height and width both taken as 1: 0.6 to 0.7 in CAMUS.
 SECTOR_TANGENT = 0.65
 
 
 def augment(
     config: AugmentConfig, images: torch.Tensor, masks: torch.Tensor, global_size: int, offset: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Change images [b,1,H,W] (floats from 0 to 1) together with their masks [b,H,W]; returns both.
+    """Augment images [b,1,H,W] (floats from 0 to 1) together with their masks [b,H,W]; returns both.
 
-    `seed` determines the draws of a global batch of `global_size` images, of which these start at `offset`, so that changes
-    do not depend on the number of ranks. Newer kinds draw last, so that the draws of older ones stay the same.
+    `seed` determines the draws for a global batch of `global_size` images, of which these start at `offset`, so that the
+    result does not depend on the number of ranks. Newer kinds of change draw last, so that the older ones' draws stay the same.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows = slice(offset, offset + len(images))
@@ -64,11 +64,11 @@ def _blur(images: torch.Tensor, sigma_px: torch.Tensor, largest_px: float) -> to
 
 
 def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor, darkness: torch.Tensor) -> torch.Tensor:
-    """Darken a wedge below the probe: `width` is its share of the sector, `place` -1 to 1 across it; all are [b,1,1]."""
+    """Darken a wedge below the probe: `width` is its share of the sector, `place` its position, -1 to 1; these are [b,1,1]."""
     depth, lateral = ((torch.arange(size, device=images.device) + 0.5) / size for size in images.shape[-2:])
-    # Each line from the apex (the middle of the top row, as in CAMUS) has one tangent, -1 to 1 over the sector.
+    # Each scan line from the apex (the middle of the top row, as in CAMUS) has its own tangent, from -1 to 1 across the sector.
     tangent = (lateral - 0.5) / depth[:, None] / SECTOR_TANGENT
-    # A beam has no sharp border: the shadow's edge is a tenth of its half-width.
+    # A beam has no sharp border: the shadow fades over a tenth of its half-width.
     inside = ((1 - (tangent - place).abs() / width.clamp(min=1e-6)) * 10).clamp(0, 1)
     return images * (1 - darkness * inside)[:, None]
 
@@ -76,7 +76,7 @@ def _darken_wedge(images: torch.Tensor, width: torch.Tensor, place: torch.Tensor
 def _affine(
     config: AugmentConfig, images: torch.Tensor, masks: torch.Tensor, draws: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate, scale and shift, images bilinear and masks nearest; outside is black and background."""
+    """Rotate, scale and shift images (bilinear) and masks (nearest neighbour); what lies outside is black and background."""
     height, width = images.shape[-2:]
     angle = draws[:, 0] * math.radians(config.rotate_deg)
     zoom = 1 / (1 + config.scale * draws[:, 1])

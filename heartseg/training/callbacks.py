@@ -1,4 +1,4 @@
-"""The first rank's work after each epoch: checkpoint, record, samples, tracked metrics and a line of text.
+"""What rank 0 does after each epoch: it writes the checkpoint, record and samples, tracks the metrics and prints a line.
 
 A thread writes while the next epoch trains: the record after each epoch, checkpoints only every so many seconds, since those of
 a large network would take longer than a short epoch. Until then, memory holds the newest epoch and the best one.
@@ -72,7 +72,7 @@ class EpochCallbacks:
             self.best_dice = kept.card["metrics"]["val/dice"]
 
     def end_epoch(self, state: engine.TrainState, metrics: dict[str, float]) -> None:
-        """Copy the epoch's states and start writing; raises an error from writing the epoch before."""
+        """Copy the epoch's states and start writing; raises any error from writing the previous epoch."""
         self.wait()
         self.write_samples(state)
         card = {
@@ -92,7 +92,7 @@ class EpochCallbacks:
         self.pending, self.last_line = self.thread.submit(self.write_epoch, metrics, is_due), time.monotonic()
 
     def wait(self) -> None:
-        """Wait until the last epoch is written; raises an error from writing it."""
+        """Wait until the last epoch is written; raises any error from writing it."""
         pending, self.pending = self.pending, None
         try:
             if pending:
@@ -158,7 +158,7 @@ class EpochCallbacks:
         log.info("epoch %d/%d  %s  %s images/s  %s left", metrics["epoch"], epochs, scores, rate, left)
 
     def print_progress(self, epoch: int, step: int, steps: int) -> None:
-        """Print a line at the first step, then at most every ten seconds, counting from the line of an epoch."""
+        """Print a line at the first step, then at most one every ten seconds since the last line or the end of an epoch."""
         if step < steps and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
             self.last_line = time.monotonic()
             log.info("epoch %d/%d  step %d/%d", epoch, self.experiment.train.epochs, step, steps)

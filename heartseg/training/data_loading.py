@@ -1,4 +1,4 @@
-"""The batches of a run, from memory or a stream; as these differ in order, and so in weights, a run resumes as it began."""
+"""A run's batches, from memory or a stream. These differ in order, and so in trained weights: a run resumes as it began."""
 
 import contextlib
 import logging
@@ -17,20 +17,20 @@ from heartseg.shards.reader import FrameRows, Shards, check_sizes, index_groups,
 from heartseg.training.distributed import Ranks, from_main, reduce_over_ranks
 
 log = logging.getLogger(__name__)
-# Of a worker's free memory, on its machine and GPU: reading briefly holds pixels twice, and the model needs the rest.
+# Of a worker's free memory, on its machine and GPU, for pixels: reading briefly holds them twice; the model needs the rest.
 MEMORY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Open groups: `loaders` feed the engine; `rows(group, numbers)` returns some images and their columns."""
+    """The opened groups: `loaders` feed the engine; `rows(group, numbers)` returns some rows' images, masks and columns."""
 
     loaders: dict[str, Batches]
     rows: Callable[[str, Sequence[int]], FrameRows]
 
 
 def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
-    """Open all groups of some shards; `ingest` is `memory` or `stream`. Raises UserError for damaged ones."""
+    """Open all groups of the shards; `ingest` is `memory` or `stream`. Raises UserError for damaged shards."""
     at = (ranks.rank, ranks.world_size, ranks.device)
     if ingest == "stream":
         check_sizes(shards)
@@ -47,23 +47,24 @@ def open_groups(shards: Shards, ingest: str, ranks: Ranks) -> TrainingData:
 
 
 def choose(experiment: Experiment, shards: Shards, begun: str | None, ranks: Ranks) -> str:
-    """`memory` or `stream`, the same on every rank: as the run was `begun`, otherwise as configured, otherwise by size."""
+    """`memory` or `stream`, the same on every rank: as the run began (`begun`), otherwise as configured, otherwise by size."""
     # torchrun and Ray Train set LOCAL_WORLD_SIZE; otherwise, all workers may be on this machine.
     on_machine = free_on_machine() / int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
     on_gpu = torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else float("inf")
     # Machines may differ: all hold their data in memory, or none does.
     here = torch.tensor(MEMORY_SHARE * min(on_machine, on_gpu), dtype=torch.float64, device=ranks.device)
     needed, room = pixel_bytes(shards), float(reduce_over_ranks(here, ranks, ReduceOp.MIN))
-    chosen, why = from_main(begun, ranks), "as the run began"
+    chosen, why = from_main(begun, ranks), "as when the run began"
     if not chosen and experiment.ingest != "auto":
         chosen, why = experiment.ingest, f"--ingest {experiment.ingest}"
     elif not chosen:
         chosen = "memory" if needed <= room else "stream"
-        why = f"{needed / 1e9:.1f} GB of pixels; a worker may hold {room / 1e9:.1f} GB, a quarter of what is free"
+        why = f"{needed / 1e9:.1f} GB of pixels; a worker may use {room / 1e9:.1f} GB, a quarter of its free memory"
     if ranks.is_main and chosen == "stream":
         log.info("Batches stream from %s (%s).", shards.path, why)
     elif ranks.is_main and needed > room:
-        log.warning("%.1f GB of pixels go into memory (%s), which leaves little room.", needed / 1e9, why)
+        fix = "if a worker runs out of it, start a new run with --ingest stream."
+        log.warning("%.1f GB of pixels go into memory (%s), which leaves little room: %s", needed / 1e9, why, fix)
     return chosen
 
 
@@ -77,7 +78,7 @@ def free_on_machine(root: str = "/") -> float:
     try:
         lines = Path(root, "proc/meminfo").read_text().splitlines()
         found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    except OSError:  # not Linux: all memory
+    except OSError:  # not Linux: count all memory as free
         found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     return min(_free_in_container(Path(root)), *found)
 

@@ -36,7 +36,7 @@ def current(device: torch.device) -> Ranks:
 
 @contextlib.contextmanager
 def plain_ranks() -> Iterator[Ranks]:
-    """Join the group that torchrun describes in the environment, if any, and leave it at the end."""
+    """Join the process group that torchrun describes in the environment, if any, and leave it at the end; yields the ranks."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -56,11 +56,11 @@ FEW_IMAGES = 8
 
 def ddp_options(train: TrainConfig) -> dict[str, bool]:
     """DistributedDataParallel's arguments, for `wrap_model` and Ray's `prepare_model`."""
-    # Buckets that are views of the gradients save a copy. The graph is the same at every step, but a static graph fails
-    # an internal assertion in the first backward pass without synchronisation, and torch.compile splits it again.
+    # Buckets that are views of the gradients save a copy. The graph is the same at every step, but declaring it static fails
+    # an internal assertion in the first backward pass under `no_sync`, and torch.compile splits the graph again.
     is_static = train.accumulate == 1 and train.compile == "off"
-    # Running statistics are not used in training, and `share_buffers` levels them before an evaluation. PyTorch has renamed
-    # the option since 2.11, and warns of the old name.
+    # Training does not use running statistics, and `share_buffers` synchronises them before an evaluation. PyTorch has
+    # renamed the option since 2.11, and warns about the old name.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return {"gradient_as_bucket_view": True, "static_graph": is_static, no_broadcast: False}
@@ -75,18 +75,19 @@ def wrap_model(model: nn.Module, ranks: Ranks, train: TrainConfig) -> nn.Module:
 
 
 def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks, images: int) -> nn.Module:
-    """The model, with batch statistics over all ranks by `sync_bn` and a rank's `images`; raises UserError for `on` on CPUs."""
+    """The model, with SyncBatchNorm if `sync_bn` and a rank's `images` call for it; raises UserError for `on` on CPUs."""
     if ranks.world_size == 1 or config.sync_bn == "off" or config.norm != "batch":
         return model
     has_gpu = ranks.device.type == "cuda"
-    require(has_gpu or config.sync_bn == "auto", "--model.sync-bn on needs GPUs: on CPUs use auto, or --model.norm group.")
+    fix = "use --model.sync-bn auto or --model.norm group."
+    require(has_gpu or config.sync_bn == "auto", f"--model.sync-bn on works only on GPUs: {fix}")
     is_shared = has_gpu and (config.sync_bn == "on" or images < FEW_IMAGES)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if is_shared else model
 
 
 @torch.no_grad()
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Copy rank 0's running statistics to every rank, in place, so that all evaluate the model that rank 0 keeps."""
+    """Copy rank 0's running statistics to every rank, in place, so that all evaluate the model that rank 0 saves."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if ranks.world_size > 1 and buffers:
         joined = torch.cat([buffer.flatten() for buffer in buffers])
@@ -96,7 +97,7 @@ def share_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 
 def reduce_over_ranks(tensor: torch.Tensor, ranks: Ranks, operation=dist.ReduceOp.SUM) -> torch.Tensor:
-    """Sum a tensor over ranks in place, or reduce it by another `operation`."""
+    """Sum a tensor over ranks in place, or reduce it by another `operation`; returns it."""
     if ranks.world_size > 1:
         dist.all_reduce(tensor, op=operation)
     return tensor
@@ -117,7 +118,7 @@ def barrier(ranks: Ranks) -> None:
 
 
 def raise_first_problem(problem: str | None, ranks: Ranks) -> None:
-    """Raise UserError with the first rank's problem on every rank, so that none of them is left waiting."""
+    """Raise UserError on every rank if any has a problem, with the lowest rank's message, so that none is left waiting."""
     problems = [problem] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(problems, problem)

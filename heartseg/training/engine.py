@@ -1,4 +1,4 @@
-"""Training and evaluation in plain PyTorch, independent of the launcher and without writing files; `fit` is a whole run."""
+"""Training and evaluation in plain PyTorch, independent of the launcher; it writes no files. `fit` trains a whole run."""
 
 import contextlib
 import math
@@ -25,8 +25,8 @@ from heartseg.training.optimizers import AveragedWeights, build_optimizer
 
 OnStep = Callable[[int, int, int], None]
 STEPS_PER_CHECK = 20  # each check waits for the device
-# Up to this step, running batch statistics lag so far behind the weights that entire scores are zero. On CAMUS, later
-# ones are better than an estimate from so few images. At most an eighth of the training group, which costs 1 %.
+# Up to this step, running batch statistics lag so far behind the weights that whole scores are zero; later, on CAMUS, they
+# are better than an estimate from so few images. Small training groups give an eighth (at least 8), which costs 1 %.
 YOUNG_STEPS, STATISTICS_IMAGES = 200, 64
 
 
@@ -55,7 +55,7 @@ class TrainState:
         return self.average.model if self.average else self.model
 
     def state_dict(self) -> dict:
-        """The states for resuming a run; random generators restart each epoch from (seed, epoch, rank)."""
+        """The state to resume a run from, without random generators: every epoch seeds them from (seed, epoch, rank)."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -87,8 +87,8 @@ def start(experiment: Experiment, model: nn.Module, ranks: Ranks, wrap: Callable
     if experiment.train.compress_gradients and ranks.world_size > 1:
         wrapped.register_comm_hook(None, bf16_compress_hook)
     if experiment.train.compile != "off":
-        # Around the wrapped model, so that gradients are still exchanged in buckets; `model` stays as it is, and with it
-        # evaluation and the names in checkpoints.
+        # Around the wrapped model, so that gradients are still exchanged in buckets; `model` itself, evaluation and
+        # the names in checkpoints stay as they are.
         mode = None if experiment.train.compile == "default" else experiment.train.compile
         wrapped = torch.compile(wrapped, mode=mode)
     return TrainState(model, wrapped, optimizer, average)
@@ -110,9 +110,9 @@ def fit(
 ) -> None:  # fmt: skip
     """Train from `state.epoch` to the last epoch; raises NonFiniteLoss.
 
-    `loaders` holds `train` and the groups to evaluate. After each epoch, `on_epoch_end(state, metrics)` is called on every
-    rank with `epoch`, `lr`, `images_per_s`, `seconds`, `workers` and `{group}/{score}`; after each step,
-    `on_step(epoch, step, steps)`, with both counted from 1, perhaps before the device has finished computing it.
+    `loaders` holds `train` and the groups to evaluate. After each epoch, every rank calls `on_epoch_end(state, metrics)`;
+    the metrics are `epoch`, `lr`, `images_per_s`, `seconds`, `workers` and `{group}/{score}`. After each step, it calls
+    `on_step(epoch, step, steps)`, with epoch and step counted from 1, perhaps before the device has finished the step.
     """
     check_shares(experiment.train.batch_size, ranks.world_size, experiment.train.accumulate)
     others = {group: loader for group, loader in loaders.items() if group != "train"}
@@ -133,7 +133,7 @@ def fit(
 def train_one_epoch(
     experiment: Experiment, state: TrainState, loader: Batches, intensity: Intensity, ranks: Ranks, on_step: OnStep
 ) -> dict[str, float]:
-    """One pass over the training group; counts the epoch in `state` and returns its metrics."""
+    """Train for one pass over the training group; counts the epoch in `state` and returns its metrics."""
     train, epoch, started = experiment.train, state.epoch, time.perf_counter()
     steps, sums = steps_per_epoch(len(loader), train.batch_size), ScoreSums(ranks.device)
     mine = share(train.batch_size, ranks.rank, ranks.world_size)
@@ -248,7 +248,7 @@ def _statistics_batches(train: TrainConfig, loader: Batches) -> Iterator[torch.T
 
 @torch.inference_mode()
 def evaluate(experiment: Experiment, model: nn.Module, loader: Batches, intensity: Intensity, ranks: Ranks) -> dict[str, float]:
-    """Loss and scores of a group on the stored grid; every image counts once, for any number of ranks."""
+    """Loss and scores of a group on the stored grid; every image counts once, whatever the number of ranks."""
     model.eval()
     sums = ScoreSums(ranks.device)
     for images, masks in loader.evaluation_batches(experiment.train.eval_batch_size):

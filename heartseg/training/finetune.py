@@ -27,7 +27,8 @@ def find_initial(path: str, experiment: Experiment, shards: Shards) -> dict:
     seen = set(base["train_patients"]) if base["dataset"] == shards.manifest["dataset"] else set()
     for group in shards.groups.keys() - {"train"}:
         if both := seen.intersection(shards.groups[group]):
-            raise UserError(f"--init-from {path} was trained on {len(both)} patients of this {group} group: use its split.")
+            fix = "use shards split as that run's were, or start from another run."
+            raise UserError(f"--init-from {path} was trained on {len(both)} patients of this {group} group: {fix}")
     return {"checkpoint": found.path, "weights_sha256": found.card["weights_sha256"], "train_patients": sorted(seen)}
 
 
@@ -35,16 +36,17 @@ def load_initial(model: nn.Module, initial: dict) -> None:
     """Load the weights into a new model; raises UserError if they are no longer those that the run started from."""
     found = checkpoint.open_checkpoint(initial["checkpoint"])
     if found.card["weights_sha256"] != initial["weights_sha256"]:
-        raise UserError(f"{found.path} has changed since this run started from it: give --fresh.")
+        raise UserError(f"{found.path} has changed since this run started from it: give --fresh to start a new run.")
     weights = found.weights()
     check_tensors(weights, model, found.path)
     model.load_state_dict(weights)
 
 
 def check_tensors(weights: dict[str, torch.Tensor], model: nn.Module, origin: str) -> None:
-    """Raise UserError naming the first tensor that differs between some weights and a model."""
+    """Raise UserError naming the first tensor that the weights or the model lack, or whose shape differs between them."""
     wanted = model.state_dict()
     for name in [*wanted, *(name for name in weights if name not in wanted)]:
         there, asked = (tuple(t[name].shape) if name in t else "missing" for t in (weights, wanted))
         if there != asked:
-            raise UserError(f"Weights {origin} do not fit: {name} is {there} there but {asked} here. Use its --model settings.")
+            fix = "use the --model settings that they were trained with."
+            raise UserError(f"The weights {origin} do not fit: {name} is {there} there but {asked} here; {fix}")

@@ -14,8 +14,8 @@ def one_hot(mask: torch.Tensor) -> torch.Tensor:
 
 
 def soft_dice_loss(logits: torch.Tensor, target: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
-    """One minus V-Net's soft Dice (Milletari 2016, plain sums) of the three structures of [B,4,H,W], averaged over images."""
-    # `smooth` pixels keep a structure absent from both from counting as a failure.
+    """One minus V-Net's soft Dice (Milletari 2016, but without squares) from logits [B,4,H,W]: mean over structures, images."""
+    # Adding `smooth` pixels keeps a structure that both lack from counting as a failure.
     probability = logits.float().softmax(dim=1)[:, 1:]
     truth = one_hot(target)[:, 1:]
     overlap = (probability * truth).sum(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step; `plateau` also depends on past validation values."""
+"""Learning-rate schedules as pure functions of the step; `plateau` also depends on past validation Dice."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ def lr_multiplier(
 ) -> float:
     """The multiplier of the base rate at `step` (from 0) of `total_steps`; `plateau` uses the `history` of validation Dice.
 
-    The warm-up rises linearly to where the shape begins (1, but for `one_cycle`, which has its own rise, the foot of that);
-    the shape runs over the remaining steps.
+    The warm-up rises linearly to the shape's first value (1; for `one_cycle`, the foot of its own rise); the shape runs over
+    the remaining steps.
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     risen = min(1.0, (step + 1) / (warmup_steps + 1))

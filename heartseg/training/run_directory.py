@@ -37,7 +37,7 @@ class Run:
 
 
 def run_name(experiment: Experiment, shards: Shards, initial: dict | None = None) -> str:
-    """The recipe and eight hex digits of its configuration, data and initial weights: the same command finds the same run."""
+    """The recipe and a short hash of configuration, data and initial weights, so that the same command finds the same run."""
     parts = [identity(experiment), shards.fingerprint, *([initial["weights_sha256"]] if initial else [])]
     return f"{experiment.name}-{filesystem.sha256(canonical(parts))[:8]}"
 
@@ -59,7 +59,7 @@ def choose_name(runs: str, asked: str, default: str, fresh: bool, kind: str) -> 
 
 
 def read_matching(path: str, asked: dict, kind: str) -> dict | None:
-    """The description of a run or sweep in a file, or None; raises UserError naming the first difference from `asked`."""
+    """The description of a run or sweep in `path`, or None without one; raises UserError if it differs from `asked`."""
     folder, other = path.rpartition("/")[0], SWEEP if kind == "run" else DESCRIPTION
     if not filesystem.exists(path):
         is_free = not filesystem.exists(filesystem.join(folder, other))
@@ -68,12 +68,12 @@ def read_matching(path: str, asked: dict, kind: str) -> dict | None:
     there = filesystem.read_json(path)
     if difference := first_difference({key: there.get(key) for key in asked}, asked):
         field = difference.removeprefix("identity.")
-        raise UserError(f"{folder} holds another {kind} ({field}): give --{kind}-name, or --fresh for a new one beside it.")
+        raise UserError(f"{folder} holds another {kind} ({field}): give another --{kind}-name, or --fresh for a new one.")
     return there
 
 
 def open_run(experiment: Experiment, shards: Shards, name: str = "", fresh: bool = False, initial: dict | None = None) -> Run:
-    """Create a run, or find the one that the same command created; raises UserError naming the first difference from it."""
+    """Create a run, or find the one that the same command created; raises UserError if its folder holds something else."""
     name = choose_name(experiment.runs, name, run_name(experiment, shards, initial), fresh, "run")
     path = filesystem.join(experiment.runs, name)
     asked = {"identity": identity(experiment), "data_fingerprint": shards.fingerprint}
@@ -147,7 +147,7 @@ TERMS = {
     "CAMUS": "CAMUS (Leclerc et al., IEEE TMI 38(9), 2198-2210, 2019, doi:10.1109/TMI.2019.2900516), CC BY-NC-SA 4.0: "
     "non-commercial scientific research only. A model trained on it carries these terms.",
     "phantom": "synthetic hearts made by heartseg.datasets.phantom: scores on them say nothing about patients.",
-    "other": "a dataset of the user's own: its terms are known to its owner.",
+    "other": "the user's own dataset: ask its owner for its terms.",
 }
 
 
@@ -158,15 +158,15 @@ def model_card(run: Run, metrics: dict[str, float]) -> str:
     shown = [name for name in metrics if "/dice" in name or name.endswith(("/iou", "/accuracy"))]
     scores = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in shown)
     terms = TERMS.get(facts["dataset"], TERMS["other"])
-    weights = f", first weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
+    weights = f", initial weights {initial['checkpoint']} ({initial['weights_sha256']})" if initial else ""
     return (
         f"# {run.name}\n\nResearch use only, not a medical device.\n\n"
-        f"{model.title} that outlines the left ventricle's cavity and wall and the left atrium in apical "
+        f"{model.title} that outlines the LV cavity, the myocardium and the left atrium in apical "
         f"2- and 4-chamber echocardiograms.\n\n"
         f"## Data\n\n{terms}\n\nSplit by patient ({facts['split']['kind']}):\n\n"
         f"| group | patients | images |\n|---|---|---|\n{groups}\n"
-        f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; evaluate scores on "
-        f"the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
+        f"## Scores after epoch {metrics['epoch']}\n\nPer image on the training grid, then averaged; jobs/evaluate.py "
+        f"scores on the native grid.\n\n| score | value |\n|---|---|\n{scores}\n"
         f"## Intended use\n\nResearch on images like the training data. Not for diagnosis; not tested on other scanners.\n\n"
         f"## Lineage\n\ncode {facts['code']}, data {facts['data_fingerprint']} (from {facts.get('ingest') or 'memory'}), "
         f"source {facts['source_sha256']}{weights}\n"

@@ -27,7 +27,7 @@ from heartseg.training.run_directory import Run
 log = logging.getLogger(__name__)
 SHAREABLE = ("CAMUS", "phantom")  # datasets whose images may be sent by default: public, or synthetic
 CLOSED = "wandb_closed"  # marks a wandb run that was ended on behalf of a process that could not
-# wandb's settings, each unless the environment has its own (WANDB_FINISH_TIMEOUT=600 for a slow line, say).
+# wandb's settings, each unless the environment sets it (such as WANDB_FINISH_TIMEOUT=600 for a slow connection).
 SETTINGS = {
     **{"silent": True, "console": "off"},
     # Seconds to wait for a server at the start, and for unsent data at the end.
@@ -38,7 +38,7 @@ SETTINGS = {
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Skip a method without a wandb run, and log the first exception that wandb raises instead of stopping the training."""
+    """Make a method do nothing without a wandb run, and log wandb's first exception instead of stopping the training."""
 
     @functools.wraps(method)
     def call(self: "Tracker", *arguments) -> None:
@@ -48,7 +48,7 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *arguments)
         except Exception as error:
             if not self.has_warned:
-                rest = f"the rest is kept; `wandb sync --include-online {self.run_path}/wandb` sends it later."
+                rest = f"the rest is kept; upload it later with `wandb sync --include-online {self.run_path}/wandb`."
                 log.warning("wandb did not accept all of this run (%s: %s): %s", method.__name__, _first_line(error), rest)
             self.has_warned = True
 
@@ -114,7 +114,8 @@ class Tracker:
     def resume(self, record: list[dict]) -> None:
         """Log the epochs of a resumed run that the server does not have (all of them if offline).
 
-        This process's files then hold every row, and earlier files are marked as synced; on an object store, by `finish`.
+        This process's files then hold every row that the server lacks, so earlier files are marked as synced (on an object
+        store, by `finish`).
         """
         for row in record[self.run.starting_step :]:
             self.run.log(row)
@@ -153,7 +154,7 @@ class Tracker:
 
     @_harmless
     def pages(self, table: pandas.DataFrame, html: str) -> None:
-        """Log a table and a page."""
+        """Log a sweep's table and page."""
         self.run.log({"trials": self.wandb.Table(dataframe=table), "page": self.wandb.Html(html, inject=False)})
 
     @_harmless

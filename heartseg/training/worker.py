@@ -29,10 +29,10 @@ NUM_SAMPLES = 4  # images whose predictions a run keeps
 
 
 def check_plan(experiment: Experiment, shards: Shards) -> None:
-    """Raise UserError for a plan that would fail later: another grid than the recipe's, shares too small, too few images."""
+    """Raise UserError for a plan that would fail later: a grid other than the recipe's, shares too small, too few images."""
     there, asked = shards.image, experiment.image
-    sizes = f"{there.height} x {there.width} but {experiment.name} wants {asked.height} x {asked.width}"
-    fix = f"preprocess for it, or give --image.height {there.height} --image.width {there.width}"
+    sizes = f"{there.height} x {there.width}, but {experiment.name} expects {asked.height} x {asked.width}"
+    fix = f"preprocess again for that size, or give --image.height {there.height} --image.width {there.width}"
     require(there == asked, f"{shards.path} holds images of {sizes}: {fix}.")
     check_shares(experiment.train.batch_size, experiment.workers, experiment.train.accumulate)
     steps_per_epoch(shards.num_rows("train"), experiment.train.batch_size)
@@ -52,7 +52,7 @@ def train_rank(
     """Train this rank's share of a run, from the last checkpoint if there is one; with `profile`, rank 0 traces a few steps.
 
     `wrap` adds gradient averaging to the model; `report` is called on every rank after each epoch, while it is being
-    written or, with `saves_first`, once its checkpoint is. Raises UserError on all ranks at once, but OneRankError on one.
+    written or, with `saves_first`, once its checkpoint is. Raises UserError on all ranks at once, OneRankError on one only.
     """
     try:
         _train(experiment, run, ranks, wrap, report, profile, saves_first)
@@ -63,14 +63,14 @@ def train_rank(
         mine = share(train.batch_size, ranks.rank, ranks.world_size)
         raise OneRankError(
             f"Rank {ranks.rank} ran out of memory ({ranks.device}) with {mine.stop - mine.start} of a batch's "
-            f"{train.batch_size} images of {image.height} x {image.width}: raise --train.accumulate, use more --workers, "
-            "or a smaller --train.batch-size or --model.backbone; complete checkpoints are kept."
+            f"{train.batch_size} images of {image.height} x {image.width}: raise --train.accumulate or --workers, or use a "
+            "smaller --train.batch-size or --model.backbone; complete checkpoints are kept."
         ) from error
 
 
 def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, report, profile, saves_first) -> None:
     shards = open_data(experiment)
-    # Runs from before there was a choice all read from memory.
+    # Runs older than this choice all read from memory.
     begun = run.description.get("ingest") or ("memory" if checkpoint.last(run.path) else None)
     ingest = data_loading.choose(experiment, shards, begun, ranks)
     chosen = choose_precision(experiment, run, ranks)
@@ -120,8 +120,8 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
         exit_code = 0
     except engine.NonFiniteLoss as error:
         names = ", ".join(sorted({*data.rows("train", error.rows).table["patient"].to_pylist()}))
-        kept = "the checkpoint of the epoch before is kept" if error.epoch > 1 else "no checkpoint exists yet"
-        wrong = f"The loss of epoch {error.epoch}, step {error.step} is not finite (batch of {names})"
+        kept = "the checkpoint of the previous epoch is kept" if error.epoch > 1 else "no checkpoint exists yet"
+        wrong = f"The loss of epoch {error.epoch}, step {error.step} is not finite (patients in the batch: {names})"
         raise UserError(f"{wrong}: lower --optim.lr or set --optim.clip-norm 1; {kept}.") from error
     finally:
         with suppress(Exception):
@@ -130,12 +130,12 @@ def _train(experiment: Experiment, run: run_directory.Run, ranks: Ranks, wrap, r
 
 
 def choose_precision(experiment: Experiment, run: run_directory.Run, ranks: Ranks) -> str:
-    """`fp32` or `bf16`, on every rank the same: as the run began, otherwise as asked, otherwise what rank 0 is faster in."""
+    """`fp32` or `bf16`, the same on every rank: as the run began, otherwise as configured, otherwise the faster on rank 0."""
     if not ranks.is_main:  # which would measure for nothing
         return from_main(None, ranks)
-    chosen, why = run.description.get("precision"), "as the run began"
+    chosen, why = run.description.get("precision"), "as when the run began"
     if not chosen and experiment.train.precision != "auto":
-        chosen, why = experiment.train.precision, "as asked"
+        chosen, why = experiment.train.precision, "as configured"
     elif not chosen:
         chosen, why = precision.fastest(ranks.device), "the faster one on this GPU"
         if ranks.device.type == "cpu":
@@ -146,7 +146,7 @@ def choose_precision(experiment: Experiment, run: run_directory.Run, ranks: Rank
 
 @contextmanager
 def trace_steps(run: str) -> Iterator[Callable[[], None]]:
-    """Trace steps 4 to 6 into a run's `profile/steps.json`, for https://ui.perfetto.dev; call the result after each step."""
+    """Trace steps 4 to 6 to `profile/steps.json`, for https://ui.perfetto.dev; yields a function to call after each step."""
 
     def keep(trace: profiler.profile) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The search space of a sweep as a typed value: axes of choices and ranges, and the experiments on them."""
+"""A sweep's search space: the settings to vary with their choices or ranges, and the points drawn from it."""
 
 import contextlib
 import itertools
@@ -43,7 +43,7 @@ class SearchSpace:
 
     def __post_init__(self):
         low, high = self.lr_factors
-        require(0 < low <= high, f"--space.lr-factors {low:g} {high:g} must be above 0, the lower one first.")
+        require(0 < low <= high, f"--space.lr-factors must both be above 0, the lower one first, not {low:g} {high:g}.")
         require(self.lr_points >= 1, f"--space.lr-points must be at least 1, not {self.lr_points}.")
         require(len(self.schedules) > 0, "--space.schedules is empty: name at least one schedule.")
 
@@ -77,7 +77,8 @@ def parse_change(text: str) -> dict[str, object]:
     for part in re.split(r",(?=\s*\w+\.\w+=)", text):
         name, value = (side.strip() for side in part.partition("=")[::2])
         is_change = re.fullmatch(r"\w+\.\w+", name) and value.strip(" ,") == value != ""
-        require(is_change, f"--space.changes {text!r} is not a change: write part.field=value, with commas between several.")
+        fix = "write FIELD=VALUE, as in optim.lr=0.002, with commas between several."
+        require(is_change, f"--space.changes {text!r} is not a change: {fix}")
         values[name] = value
         with contextlib.suppress(json.JSONDecodeError):
             values[name] = json.loads(value)
@@ -107,7 +108,7 @@ def describe(own: dict, values: dict) -> str:
 
 
 def grid(axes: dict[str, tuple], lr_points: int, seed: int) -> list[dict]:
-    """Every combination, with `lr_points` base rates in equal ratios, in a seeded order in which the schedules take turns."""
+    """Every combination, with `lr_points` geometrically spaced base rates, in a seeded order; the schedules take turns."""
     low, high = axes[RATE]
     rates = np.geomspace(low, high, lr_points) if lr_points > 1 and low < high else [math.sqrt(low * high)]
     lists = axes | {RATE: [float(f"{rate:.6g}") for rate in rates]}

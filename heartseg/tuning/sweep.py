@@ -38,9 +38,10 @@ class SweepPlan:
     stop_early: bool = True
     """Stop trials that do worse than others at the same epoch (ASHA, arXiv 1810.05934)."""
     grace_epochs: int = 0
-    """Epochs before any trial is stopped. 0: two or, if longer, the warm-up plus one; earlier ranks reflect the warm-up."""
+    """Epochs before any trial is stopped. 0: two or, if longer, the warm-up plus one; earlier scores reflect the warm-up."""
     reduction: float = 3.0
-    """About one in this many trials continues past a rung; each rung is this many times later than the one before."""
+    """About one in this many trials continues past a rung, an epoch at which trials are compared; each rung is this many times
+    later than the one before."""
 
     def __post_init__(self):
         require(self.search_seed >= 0, f"--search-seed must be at least 0, not {self.search_seed}.")
@@ -56,12 +57,12 @@ class SweepPlan:
             ignored = {"space.changes"} | ({"space.lr_points"} if self.search != "grid" else set())
         found = dict.fromkeys(ignored, f"--search {self.search} does not use it")
         early = () if self.stop_early else ("grace_epochs", "reduction")
-        return found | dict.fromkeys(early, "--no-stop-early lets every trial end")
+        return found | dict.fromkeys(early, "with --no-stop-early, every trial trains to its last epoch")
 
 
 @dataclass(frozen=True)
 class Sweep(run_directory.Run):
-    """A sweep's directory and the experiment that its trials vary; its name is their group on the dashboard."""
+    """A sweep's directory and the experiment that its trials vary; its name is their default group in wandb."""
 
     base: Experiment
 
@@ -73,7 +74,7 @@ class Sweep(run_directory.Run):
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a sweep. `state` is empty until it has ended; `values` are those of the fields that the sweep varies."""
+    """A run of a sweep. `state` is empty until the trial has ended; `values` are those of the fields that the sweep varies."""
 
     run: run_directory.Run
     number: int
@@ -92,8 +93,8 @@ def open_sweep(
 ) -> Sweep:
     """Create a sweep, or find the one that the same command created, also with more trials or other workers.
 
-    All trials read shards as the first command chose, by `ingest`. Raises UserError for a directory of another sweep or a
-    run, and for a name that cannot be a folder's.
+    All trials read the shards by the first command's `ingest`. Raises UserError if the directory belongs to another sweep or
+    to a run, and for a name that is not valid for a folder.
     """
     asked = {"identity": identity(base), "data_fingerprint": shards.fingerprint, "plan": to_json(plan)}
     digest = filesystem.sha256(canonical(asked))[:8]
@@ -105,7 +106,7 @@ def open_sweep(
         groups = {group: len(patients) for group, patients in shards.groups.items()}
         there |= {"groups": groups, "experiment": to_json(base)}
         filesystem.publish_json(described, there)
-    # Its trials are one group on the dashboard, and are in its own folder.
+    # Its trials are one group in wandb, and are in its own folder.
     tracking = replace(base.tracking, group=base.tracking.group or name, job_type="trial")
     inner = replace(base, runs=filesystem.join(path, TRIALS), tracking=tracking, ingest=there["ingest"])
     return Sweep(path, there, inner)
@@ -136,7 +137,7 @@ def candidates(sweep: Sweep) -> Iterator[dict]:
 
 
 def experiments_to_check(plan: SweepPlan, base: Experiment) -> list[Experiment]:
-    """The recipe alone, and with each listed change or axis value, of which all trials are made. Raises UserError."""
+    """The recipe alone, and with each listed change or axis value, which trials combine. Raises UserError for a bad one."""
     axes = make_axes(plan.space, base)
     for name, values in axes.items():
         require(name == RATE or len(set(values)) == len(values), f"--space lists a value of {name} twice: leave one out.")
@@ -176,7 +177,7 @@ def rungs(sweep: Sweep) -> list[int]:
 
 
 def stop_if_behind(sweep: Sweep, path: str, epoch: int) -> bool:
-    """Stop a run's trial if `epoch` is a rung at which too many other trials were better (ASHA, arXiv 1810.05934)."""
+    """End the trial at `path` if `epoch` is a rung at which too many others were better (ASHA); returns True if so."""
     if epoch not in rungs(sweep):
         return False
     scores = {t.run.path: {row["epoch"]: row.get(METRIC, np.nan) for row in t.record} for t in read_trials(sweep)}
@@ -229,7 +230,7 @@ def epochs_saved(sweep: Sweep, table: pandas.DataFrame) -> tuple[int, int]:
 
 
 def why_no_winner(table: pandas.DataFrame) -> str:
-    """Why no trial can be chosen; empty if the first row can."""
+    """Why no trial can win; empty if the first row can."""
     highest = table.loc[table["state"] == FINISHED, f"best {METRIC}"].max()
     if pandas.isna(highest):
         return "No trial has finished."

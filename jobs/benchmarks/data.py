@@ -1,6 +1,6 @@
-"""Benchmark of NIfTI files to shards: `python jobs/benchmark.py data --source CAMUS`.
+"""Benchmark of converting NIfTI files to shards: `python jobs/benchmark.py data --source CAMUS`.
 
-The baseline is nibabel's get_fdata, scikit-image's resize and np.save. Both sides use one thread, mostly compared by CPU time.
+The baseline is nibabel's get_fdata, scikit-image's resize and np.save. Both use one thread; the table compares CPU times.
 """
 
 import os
@@ -44,7 +44,7 @@ def run(options: Options) -> Table:
             sides = {way: lambda w=way, s=source, p=patients: w(s, p, tempfile.mkdtemp(dir=folder)) for way in (baseline, ours)}
             base, our = in_turn(sides, options.repeats)
             images, note = 4 * len(patients), f"{base.wall_s / our.wall_s:.1f} times as fast by the clock"
-            rows.append(Row(f"{name}, {images} images", images / our.cpu_s, "images/s of a core", images / base.cpu_s, note))
+            rows.append(Row(f"{name}, {images} images", images / our.cpu_s, "images per CPU second", images / base.cpu_s, note))
     table = Table(f"data: NIfTI to {GRID.height} x {GRID.width}", ("baseline", "ours"), rows)
     table.show()
     return table

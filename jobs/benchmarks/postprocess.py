@@ -1,4 +1,4 @@
-"""Effect of test-time augmentation, largest pieces and closed holes on a model's scores, and the value of its confidence."""
+"""Effect of test-time augmentation and mask cleaning on a model's scores, and how well its confidence ranks images."""
 
 import time
 from collections.abc import Sequence
@@ -27,16 +27,16 @@ VARIANTS = {
     "TTA": PredictConfig(tta=True),
 }
 COLUMNS = ("dice", "dice_endo", "dice_myo", "dice_la")
-# Below these, a mean Dice is a segmentation to check by eye.
+# An image whose mean Dice is below one of these needs a check by eye.
 POOR_DICE = (0.80, 0.85)
 
 
 @dataclass(frozen=True)
 class Options:
     checkpoint: str = ""
-    """Folder of a run, or of a checkpoint; several, with commas between, are measured alone and as an ensemble."""
+    """Folder of a run, or of a checkpoint; several, separated by commas, are measured alone and as an ensemble."""
     data: str = ""
-    """Folder or URI of the shards; the run's own if not given."""
+    """Folder or URI of the shards (default: the run's own)."""
     group: Literal["train", "val", "test"] = "val"
     """Group of patients; choices are made on val, never on test."""
 

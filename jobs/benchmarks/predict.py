@@ -1,4 +1,4 @@
-"""Files to masks against the forward passes alone: the cost of reading, resampling and writing beside the model."""
+"""Time from files to masks compared with the forward passes alone: the cost of reading, resampling and writing."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class Options:
 
 
 def run(options: Options) -> Table:
-    """Measure both sides and print the table."""
+    """Measure both and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         source = options.source or f"{folder}/phantom"
         if not options.source:
@@ -56,7 +56,7 @@ def run(options: Options) -> Table:
 
         sides = {"forward passes": lambda: [segmenter.logits(batch) for batch in images], "files to masks": files_to_masks}
         forward, whole = ([1000 * seconds / len(clips) for seconds in cost[:2]] for cost in in_turn(sides, options.repeats))
-    units = ("ms an image", "ms of a core")
+    units = ("ms per image", "CPU ms per image")
     rows = [Row("files to masks", *of) for of in zip(whole, units, forward, strict=True)]
     what = f"{len(clips)} images, {experiment.model.backbone}, {options.side} px, batch {options.batch_size}"
     table = Table(f"predict: {what}", ("forward passes", "whole"), rows)

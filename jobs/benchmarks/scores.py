@@ -1,4 +1,4 @@
-"""Surface distances against MONAI's, and volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
+"""Speed of surface distances against MONAI's, and of volumes, on one core: `python jobs/benchmark.py scores --source CAMUS`."""
 
 import warnings
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Options:
     source: str = ""
     """Folder of the CAMUS release, or of a phantom."""
     images: int = 20
-    """Masks to measure, all masks of as many patients as needed."""
+    """Number of masks to measure, from as many patients as needed."""
     repeats: int = 5
     """Repetitions of each of the two implementations over all images; the median is reported."""
     seed: int = 0
@@ -33,7 +33,7 @@ class Options:
 
 
 def run(options: Options) -> tuple[Table, float]:
-    """Measure both sides and print the table; returns it, and the largest difference between two distances in mm."""
+    """Measure both implementations and print the table; returns it, and the largest difference between two distances in mm."""
     require(bool(options.source), "--source is missing: give the folder of the CAMUS release.")
     fit = min(options.images, options.repeats) >= 1
     require(fit, f"--images ({options.images}) and --repeats ({options.repeats}) must be at least 1.")
@@ -60,8 +60,8 @@ def run(options: Options) -> tuple[Table, float]:
     difference = float(differences[np.isfinite(differences)].max(initial=0.0))
     (cost,) = in_turn({"": lambda: [*map(patient_indices, hearts.values())]}, options.repeats)
     note = f"{theirs / ours:.1f} times as fast, largest difference {difference:.1e} mm"
-    rows = [Row(f"distances of four structures, {len(pairs)} images", ours, "ms an image", theirs, note)]
-    rows.append(Row(f"volumes, areas and EF, {len(hearts)} patients", 1000 * cost.cpu_s / len(hearts), "ms a patient"))
+    rows = [Row(f"distances of four structures, {len(pairs)} images", ours, "ms per image", theirs, note)]
+    rows.append(Row(f"volumes, areas and EF, {len(hearts)} patients", 1000 * cost.cpu_s / len(hearts), "ms per patient"))
     table = Table("scores: label maps to numbers", tuple(sides), rows)
     table.show()
     return table, difference
@@ -80,7 +80,7 @@ def monai_side() -> tuple[str, Callable]:
         import monai
         from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
     except ImportError as error:
-        raise UserError("MONAI is not installed, which this table compares with: run `pip install 'heartseg[dev]'`.") from error
+        raise UserError("MONAI, the baseline here, is not installed: run `pip install 'heartseg[dev]'`.") from error
     metrics = [HausdorffDistanceMetric(include_background=False, percentile=percentile) for percentile in (100, 95)]
     metrics.append(SurfaceDistanceMetric(include_background=False, symmetric=True))
 

@@ -1,8 +1,8 @@
 """Benchmarks of training speed: `python jobs/benchmark.py train`, or some sections, `--sections plain,metrics`.
 
-A section is a function of the bench that returns a table. The baseline trains like public repositories for CAMUS: it reads a
-NIfTI pair with nibabel and resizes it whenever an image is needed, computes in float32 in the default memory layout, and
-fetches the loss and a Dice computed in Python at every step.
+A section is a function that takes a `Bench` and returns a table. The baseline trains like public repositories for CAMUS: it
+reads a NIfTI pair with nibabel and resizes it whenever an image is needed, computes in float32 in the default memory layout,
+and fetches the loss and a Dice computed in Python at every step.
 """
 
 import os
@@ -180,11 +180,11 @@ def measure_plain(bench: Bench) -> Table:
 
     base, ours = bench.steps_in_turn(*map(recorded, bench.both_sides(experiment), losses))
     rows = [
-        Row("training", batch / ours.wall_s, "images/s", batch / base.wall_s, "at least 2.8 on CPUs"),
-        Row("peak memory beside the other side's weights", ours.peak_gb, "GB", base.peak_gb),
+        Row("training", batch / ours.wall_s, "images/s", batch / base.wall_s, "target: at least 2.8 times on CPUs"),
+        Row("peak memory, including the other model's weights", ours.peak_gb, "GB", base.peak_gb),
     ]
     if bench.device.type == "cpu":
-        rows.insert(1, Row("training", batch / ours.cpu_s, "images/s of a core", batch / base.cpu_s))
+        rows.insert(1, Row("training", batch / ours.cpu_s, "images per CPU second", batch / base.cpu_s))
     for step, (one, other) in enumerate(zip(*losses, strict=True), 1):
         rows.append(Row(f"loss of step {step}", other.item(), "", one.item()))
     return Table(f"plain: {about(experiment)}", ("baseline", "ours"), rows)
@@ -196,20 +196,20 @@ def measure_convolutions(bench: Bench) -> Table:
     for experiment in (bench.experiment(), bench.experiment(SMALL, 192)):
         batches = repeat(bench.random_batch(experiment, batch))
         theirs, ours = bench.steps_in_turn(*(bench.our_steps(experiment, batches, own) for own in (False, True)))
-        note = f"{ours.wall_s:.2f} against {theirs.wall_s:.2f} s a step"
+        note = f"{ours.wall_s:.2f} compared with {theirs.wall_s:.2f} s per step"
         rows.append(Row(about(experiment), batch / ours.wall_s, "images/s", batch / theirs.wall_s, note))
     return Table("convolutions: training", ("PyTorch's", "ours"), rows)
 
 
 def measure_metrics(bench: Bench) -> Table:
-    """The cost of an evaluation's scores beside its forward passes."""
+    """The cost of an evaluation's scores, compared with that of its forward passes."""
     rows = []
     for experiment in (bench.experiment(batch_size=4), bench.experiment(SMALL, 128, batch_size=32)):
         forward, masks = forward_pass(bench, experiment)
         sides = {"forward": forward, "scores": partial(score_batches, forward(), masks)}
         forward_ms, scores_ms = (1000 * cost.wall_s for cost in in_turn(sides, 5, bench.device))
         scores_ms /= BATCHES_SCORED
-        rows.append(Row(about(experiment), scores_ms, "ms", forward_ms, f"{scores_ms / forward_ms:.2%}, at most 2 %"))
+        rows.append(Row(about(experiment), scores_ms, "ms", forward_ms, f"{scores_ms / forward_ms:.2%}; target: at most 2 %"))
     return Table("metrics: an evaluation", ("forward pass", "scores"), rows)
 
 
@@ -229,7 +229,7 @@ def score_batches(logits: torch.Tensor, masks: torch.Tensor) -> dict[str, float]
 
 
 def measure_peak(bench: Bench) -> Table:
-    """Our training steps (by batch on a GPU) beside matrix products of as many operations; evaluation; hours of the seed."""
+    """Our training steps (by batch on a GPU) against matrix products of as many operations; evaluation; the seed's hours."""
     on_gpu, experiment, peaks, rates = bench.device.type == "cuda", bench.experiment(), matrix_rates(bench), {}
     flop, steps = flop_per_image(bench, experiment), 20 if on_gpu else bench.options.steps
     rows = [Row(f"matrix product, {name}", rate / 1e9, "GFLOP/s") for name, rate in peaks.items()]
@@ -237,7 +237,7 @@ def measure_peak(bench: Bench) -> Table:
     for batch in GPU_BATCHES if on_gpu else (bench.options.batch,):
         side = bench.our_steps(bench.experiment(batch_size=batch), repeat(bench.random_batch(experiment, batch)))
         warm_up = cost_of(lambda side=side: [next(side) for _ in range(2)], bench.device)
-        # All steps under one clock: a GPU is busy throughout only if no one waits for it between them.
+        # All steps are timed together: a GPU stays busy only if nothing waits for it between steps.
         cost = cost_of(lambda side=side: [next(side) for _ in range(steps)], bench.device)
         rates[batch], memory = steps * batch / cost.wall_s, f"{max(warm_up.peak_gb, cost.peak_gb):.1f} GB at the peak"
         rows.append(Row(f"training, batch {batch}", rates[batch], "images/s", max(peaks.values()) / flop, memory))
@@ -246,7 +246,7 @@ def measure_peak(bench: Bench) -> Table:
         (cost,) = in_turn({"forward": forward}, steps, bench.device)
         hours = SEED_EPOCHS * (SEED_TRAINING / next(iter(rates.values())) + SEED_TEST * cost.wall_s / batch) / 3600
         rows.append(Row(f"evaluation, batch {batch}", batch / cost.wall_s, "images/s"))
-        name, note = f"170 epochs of the seed, evaluated by {batch}", "estimated from these rates, not run"
+        name, note = f"170 epochs of the seed, evaluated in batches of {batch}", "estimated from these rates, not run"
         rows.append(Row(name, hours, "h", note=note))
     title = f"peak: {experiment.model.backbone}, {experiment.image.height} px"
     return Table(title, ("matrix product", "ours"), rows)
@@ -291,14 +291,14 @@ def measure_ray(bench: Bench) -> Table:
     longer = statistics.median(under_ray[1] / plain[1] for plain, under_ray in zip(*times.values(), strict=True)) - 1
     plain, under_ray = ([statistics.median(seconds) for seconds in zip(*runs, strict=True)] for runs in times.values())
     rows = [
-        Row("an epoch", under_ray[1], "s", plain[1], f"{100 * longer:+.1f} % in the median of {pairs} pairs, at most 3"),
-        Row("from the command to the first step", under_ray[0], "s", plain[0], "under 30 on 2 cores"),
+        Row("an epoch", under_ray[1], "s", plain[1], f"{100 * longer:+.1f} %, median of {pairs} pairs; target: at most 3 %"),
+        Row("from the command to the first step", under_ray[0], "s", plain[0], "target: under 30 on 2 cores"),
     ]
     return Table(f"ray: {about(experiment)}", ("plain process", "under Ray"), rows)
 
 
 def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float, float]:
-    """Seconds from the start of a two-epoch run to its first step, and of its second epoch, including Ray's report."""
+    """Seconds from the start of a two-epoch run to its first step, and seconds of its second epoch, with Ray's report."""
     runs, config = (os.path.join(folder, name) for name in ("runs", "experiment.json"))
     filesystem.publish_json(config, to_json(experiment))
     job = Path(__file__).resolve().parents[1] / "train.py"
@@ -311,7 +311,7 @@ def time_run(experiment: Experiment, launcher: str, folder: str) -> tuple[float,
                 first_s = time.perf_counter() - started
     if process.returncode or first_s is None:
         raise UserError(f"{' '.join(command)} failed: {''.join(lines[-3:])}")
-    # An epoch is counted from one set of samples to the next: what its end costs is part of it.
+    # The epoch is timed from one set of samples to the next, so that the cost of its end is included.
     ends = [next(Path(runs).glob(f"*/samples/{name}.npz")).stat().st_mtime for name in ("first", "last")]
     shutil.rmtree(runs)
     return first_s, ends[1] - ends[0]

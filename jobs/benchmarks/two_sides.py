@@ -1,4 +1,4 @@
-"""Measures two sides of a task in turn in one run, and prints them side by side in a table."""
+"""Measures two implementations (the sides) in turn in one run, and prints them side by side in a table."""
 
 import contextlib
 import datetime
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A measurement of our side, and of the baseline, if any."""
+    """One measurement of ours, and the baseline's, if any."""
 
     name: str
     value: float
@@ -58,14 +58,14 @@ def print_table(title: str, heading: Sequence[str], rows: Iterable[Sequence], de
 
 
 def shown(value: str | float | None) -> str:
-    """A cell: four digits of a number, as many as a measurement can resolve; empty for None."""
+    """A cell: four significant digits of a number, as many as a measurement can resolve; empty for None."""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "" if value is None else str(value)
 
 
 def in_turn(sides: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.device = CPU) -> list[Cost]:
-    """The median costs of each side over some repetitions, after an uncounted one."""
+    """Run each side `repeats` times, after an uncounted run; returns each side's median costs."""
     # The sides take turns, in alternating order, so that other load on the machine slows them equally.
     costs: dict[Any, list[Cost]] = {name: [] for name in sides}
     for turn in range(1 + repeats):

@@ -41,7 +41,7 @@ RECIPE = Annotated[
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Names of environment variables whose values must stay secret.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-# Variables of ours, Ray, W&B, S3 and torchrun that should count as unset if empty, which some readers ignore.
+# Prefixes of variables of ours, Ray, W&B, S3 and torchrun that must count as unset if empty; not every program does so.
 MEANINGLESS_IF_EMPTY = ("HEARTSEG_", "RAY_", "WANDB_", "AWS_", "TMPDIR", "WORLD_SIZE", "RANK", "LOCAL_")
 # A UNIX socket's path has at most 107 bytes, of which Ray's own folders below TMPDIR take 68.
 LONGEST_TMPDIR = 39
@@ -113,13 +113,13 @@ def install_sigterm_handler() -> None:
 def warn_about_secrets() -> None:
     """Warn of secrets in a submitted job's runtime_env, which Ray shows to everyone who can see the dashboard."""
     given = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
-    fix = "set it where the cluster starts instead (cluster/README.md, Secrets), and change it if others could see it."
+    fix = "set it where the cluster starts instead (cluster/README.md, Secrets), and replace the secret if others could see it."
     for name in sorted(name for name, value in given.items() if value and SECRET.search(name)):
         log.warning("%s is in this job's runtime_env, which Ray's dashboard shows: %s", name, fix)
 
 
 def prepare_environment() -> None:
-    """Remove settings that Ray and W&B cannot use: empty variables, trailing newlines, a long TMPDIR, a proxy to loopback."""
+    """Remove settings that Ray and W&B cannot use: empty variables, trailing newlines, a long TMPDIR, a proxy for loopback."""
     for name in [name for name in os.environ if name.startswith(MEANINGLESS_IF_EMPTY)]:
         if value := os.environ.pop(name).strip():  # a secret mounted as a file ends with a newline
             os.environ[name] = value
@@ -145,8 +145,8 @@ def configure_logging() -> None:
 def parse(options: Any, argv: Sequence[str], prog: str, description: str) -> tuple[Experiment, Any]:
     """Parse a recipe (default `seed`) or `--config FILE`, and changes to it; returns the experiment and the job's options.
 
-    The class of `options` has `unused`: the experiment's fields that have no effect in the job, and why; and `trained`, if
-    the job changes the experiment: all resulting experiments.
+    The class of `options` has a property `unused`, the experiment's fields that have no effect in the job, and why; and, if
+    the job changes the experiment, a method `trained`, which returns all resulting experiments.
     """
     words, config = _split_words(argv)
     fields = [("recipe", RECIPE), ("experiment", Annotated[Experiment, FLAT]), ("options", Annotated[type(options), FLAT])]
@@ -229,7 +229,7 @@ def parse_line(kind: type, argv: Sequence[str], prog: str, description: str | No
 
 
 def similar_flag(wrong: str, help_text: str) -> str:
-    """The end of the message about an unknown flag: those that share the most words with its last part, if any do."""
+    """The end of the message about an unknown flag: those that share the most words with its last part, or one spelt alike."""
 
     def words(flag: str) -> list[str]:
         return re.split(r"[-._=]+", flag.strip("-"))
@@ -243,7 +243,7 @@ def similar_flag(wrong: str, help_text: str) -> str:
     nearest, (shared, ratio) = max(found.items(), key=lambda item: item[1])
     if (shared, ratio) < (0, ALIKE):
         return "; --help lists all flags."
-    # One shared word, such as the size of an image or of a batch, does not decide which flag was meant.
+    # One shared word, such as the size of an image or of a batch, does not decide which flag was meant: suggest all.
     rivals = [flag for flag, each in found.items() if each[0] == shared > 0 and (each[1] == 1 or ratio < 1)]
     names = sorted(rivals or [nearest], key=found.get, reverse=True)[:MOST_SUGGESTIONS]
     return f": did you mean {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}?"

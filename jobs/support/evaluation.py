@@ -28,7 +28,7 @@ from jobs.support import command_line
 
 # Patients per task of a worker: 16 images, one or a few batches.
 PATIENTS_PER_TASK = 4
-# Tasks in progress per actor, predicted or scored: a GPU is faster than many scoring cores.
+# Tasks in progress per actor, being predicted or scored: a GPU is faster than many scoring cores.
 TASKS_AHEAD = 16
 HOLDOUT = "holdout"  # the patients that --train.holdout took from the training group
 
@@ -67,16 +67,16 @@ class Options(ScoringOptions):
     predictions: str = ""
     """Folder of NIfTI masks (nnU-Net's, say) to score against --truth; with --group auto, all patients that have a mask."""
     pattern: str = ""
-    """Path of a mask below --predictions, such as {patient}/{patient}_{view}_{phase}.nii.gz; by default found by name."""
+    """Path of a mask below --predictions, such as {patient}/{patient}_{view}_{phase}.nii.gz (default: found by name)."""
     ensemble: tuple[str, ...] = ()
     """Further runs on the same grid, whose class probabilities are averaged with the checkpoint's."""
     post: Annotated[PredictConfig, command_line.FLAT] = field(default_factory=PredictConfig)
     pool: tuple[str, ...] = ()
-    """Instead of a checkpoint: folders of evaluations without a common patient (folds, say) to combine; needs --out."""
+    """Instead of a checkpoint: folders of evaluations that share no patient, such as folds, to combine; needs --out."""
     overwrite: bool = False
     """Score again even if the same evaluation is complete."""
     out: str = ""
-    """Folder of the results; default: in the run's folder or, for --predictions NAME, `evaluation-NAME` in the current one."""
+    """Folder of the results (default: in the run's folder; for --predictions NAME, `evaluation-NAME` in the current one)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images with a truth, by group of patients, from shards or a CAMUS tree."""
+    """Images with reference masks, by group of patients, from shards or a CAMUS tree."""
 
     path: str
     groups: dict[str, list[str]]
@@ -105,7 +105,7 @@ class ScoredImages:
 
     @property
     def fingerprint(self) -> str:
-        """A fingerprint of these images; for a tree, of the names and sizes of its files."""
+        """The shards' fingerprint; for a tree, a hash of the names and sizes of its files."""
         if self.shards:
             return self.shards.fingerprint
         listing = camus.CamusTree(self.path).list_files(self.groups["all"])
@@ -114,7 +114,8 @@ class ScoredImages:
 
 def open_images(options: ScoringOptions, trained_on: str = "") -> ScoredImages:
     """The tree of --truth, or the shards of --data, or those that the run was trained on."""
-    require(bool(options.truth) or not options.dataset, "--dataset describes --truth; shards record their own: leave it out.")
+    problem = "--dataset describes --truth, but shards record their own dataset"
+    require(bool(options.truth) or not options.dataset, f"{problem}: leave --dataset out.")
     if not options.truth:
         shards = open_shards(command_line.absolute(options.data or trained_on, "data"))
         return ScoredImages(shards.path, shards.groups, shards.manifest["dataset"], shards)
@@ -191,7 +192,7 @@ def plan_files(options: Options) -> EvaluationPlan:
     group = "all" if options.group == "auto" else choose_group(options.group, images)
     names = images.groups[group]
     chosen = sorted(name for name in names if options.group != "auto" or masks.has_any(name))
-    message = f"{masks.folder} holds no mask of the {len(names)} patients of {images.path}: give --pattern."
+    message = f"{masks.folder} holds no mask of the {len(names)} patients of {images.path}: give --pattern to match its files."
     require(bool(chosen), message)
     out = command_line.absolute(options.out or f"evaluation-{filesystem.last_part(masks.folder)}", "out")
     described = {"predictions": masks.folder, "truth": images.path, "group": group, "dataset": images.dataset}
@@ -207,7 +208,7 @@ def read_complete(folder: str, described: dict) -> dict | None:
 
 
 def score(plan: EvaluationPlan, options: Options) -> dict:
-    """Score, write the plan's folder and return its summary; raises UserError if nothing can be scored."""
+    """Score the plan's patients, write the results and return their summary; raises UserError if nothing can be scored."""
     started = time.perf_counter()
     tasks = [plan.patients[i : i + PATIENTS_PER_TASK] for i in range(0, len(plan.patients), PATIENTS_PER_TASK)]
     if options.launcher == "plain":
@@ -224,7 +225,7 @@ def score(plan: EvaluationPlan, options: Options) -> dict:
     if not images:
         first = f"{missing[0]['file']} {missing[0]['reason']}"
         raise UserError(
-            f"No patient can be scored ({command_line.counted(len(plan.patients), 'patient')}); the first: {first}."
+            f"No patient can be scored ({command_line.counted(len(plan.patients), 'patient')}); the first problem: {first}."
         )
     image_rows, patient_rows = pandas.DataFrame(images), pandas.DataFrame(patients)
     summary = scoring.summarise(image_rows, patient_rows, missing)

@@ -1,4 +1,4 @@
-"""Runs stages as Ray jobs: submits and follows them, finds them again by id, and stops them with the follower."""
+"""Runs stages as Ray jobs: submits and follows them, finds them again by id, and stops them when interrupted."""
 
 import logging
 import os
@@ -17,13 +17,13 @@ POLL_INTERVAL_S = 1.0
 MAX_LOG_BYTES_PER_S = 1_000_000
 # A dashboard that has not answered for this long will not come back by itself.
 DASHBOARD_TIMEOUT_S = 120.0
-# A stopped job has Ray's grace period (3 s by default on the head) and the time that its workers need to exit.
+# Stopping a job takes up to Ray's grace period (3 s by default on the head) and the time that its workers need to exit.
 STOP_TIMEOUT_S = 60.0
 ALIVE = ("PENDING", "RUNNING")
 
 
 class JobFailed(RuntimeError):
-    """A job failed, but not by a user's mistake: another attempt may help."""
+    """A job failed, but not through a user's mistake: another attempt may help."""
 
 
 class Cluster:
@@ -41,7 +41,7 @@ class Cluster:
         fix = 'start one (cluster/local.sh start), set its address and token (eval "$(cluster/local.sh env)"), or use --local.'
         # Without an address, Ray would use whichever cluster was started last on this machine.
         has_address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-        require(bool(has_address), f"--submit needs RAY_API_SERVER_ADDRESS, the address of a cluster's dashboard: {fix}")
+        require(bool(has_address), f"--submit needs RAY_API_SERVER_ADDRESS, the dashboard address of a cluster: {fix}")
         try:
             self.client = JobSubmissionClient()
         except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -57,7 +57,7 @@ class Cluster:
             raise
         details = self.ask(self.client.get_job_info, job_id)
         if details is None:
-            raise JobFailed(f"The cluster does not know {job_id} any more: it may have been restarted")
+            raise JobFailed(f"The cluster no longer knows {job_id}: it may have been restarted")
         if details.status == "SUCCEEDED":
             return
         # The one-line message that it ended with, otherwise the last line of its output.
@@ -66,7 +66,7 @@ class Cluster:
         if details.driver_exit_code == command_line.EXIT_USER_ERROR:
             raise UserError(f"{job_id}: {message}")
         ended = f"{details.status.value} (exit code {details.driver_exit_code})"
-        raise JobFailed(f"{job_id} ended {ended}: {message}")
+        raise JobFailed(f"{job_id} ended as {ended}: {message}")
 
     def submit(self, job: str, arguments: list[str], job_id: str) -> None:
         """Submit a job unless the cluster knows its id, from an earlier command or after a lost reply."""
@@ -114,7 +114,8 @@ class Cluster:
                 require(time.monotonic() < end, f"it had not stopped after {STOP_TIMEOUT_S:g} s")
                 time.sleep(POLL_INTERVAL_S)
         except (UserError, KeyboardInterrupt) as error:
-            log.warning("%s may still run (%s): ray job stop %s", job_id, str(error) or "interrupted again", job_id)
+            message = "%s may still be running (%s): stop it with `ray job stop %s`."
+            log.warning(message, job_id, str(error) or "interrupted again", job_id)
 
     def ask(self, question: Callable[..., Any], *arguments: str) -> Any:
         """The cluster's reply, None for a job that it does not know; waits up to DASHBOARD_TIMEOUT_S for an answer."""

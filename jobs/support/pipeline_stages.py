@@ -101,7 +101,7 @@ Results = Mapping[str, Result]
 
 @dataclass(frozen=True)
 class Stage:
-    """One node of the graph."""
+    """One stage: a node of the pipeline's graph."""
 
     name: str
     job: str
@@ -109,7 +109,7 @@ class Stage:
     inputs: Callable[[Results], dict]
     """The inputs that decide the result, as plain JSON values."""
     command: Callable[[Results, bool], tuple[str, dict]]
-    """Returns the path of the result and the job's flags by field, `config` as an Experiment; True: start from scratch."""
+    """Returns the result's path and the job's flags by field (`config` as an Experiment); given True, to start from scratch."""
     read_fingerprint: Callable[[str], str | None]
     """The fingerprint of the result at a path; None if it is not complete."""
 
@@ -157,13 +157,13 @@ def shards_name(experiment: Experiment, frames: str) -> str:
 
 
 def hash_complete(path: str, *names: str) -> str | None:
-    """The hash of the first of the files that a job writes last; None if any is missing."""
+    """The hash of the first of these files, which a job writes last; None if any is missing."""
     paths = [filesystem.join(path, name) for name in names]
     return filesystem.sha256(filesystem.read_bytes(paths[0])) if all(map(filesystem.exists, paths)) else None
 
 
 def preprocess_stage(name: str, experiment: Experiment, options: PipelineOptions) -> Stage:
-    """NIfTI to shards; overwrites shards of another source or grid, and splits again for another split."""
+    """The stage that writes shards; overwrites those of another source or grid, and splits again for another split."""
     path, frames, kind = experiment.data, options.frames, (options.patient_pattern, options.dataset)
 
     def inputs(results: Results) -> dict:
@@ -216,7 +216,7 @@ def tune_stage(name: str, data: str, experiment: Experiment, options: PipelineOp
 
 
 def train_stage(name: str, data: str, sweep: str, experiment: Experiment) -> Stage:
-    """One training: of the recipe, or of a sweep's winner on the whole training group."""
+    """The stage that trains the recipe, or a sweep's winner on the whole training group."""
 
     def planned(results: Results) -> Experiment:
         base = replace(experiment, data=results[data].path)
@@ -243,7 +243,7 @@ def train_stage(name: str, data: str, sweep: str, experiment: Experiment) -> Sta
 
 
 def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
-    """Scores and report of a trained model on its test group, otherwise on val."""
+    """The stage that scores a trained model, on the test group if there is one, otherwise on val, and writes a report."""
 
     def inputs(results: Results) -> dict:
         return {"run": results[run].path, "weights": results[run].fingerprint, "data": results[data].fingerprint}
@@ -257,7 +257,7 @@ def evaluate_stage(name: str, data: str, run: str, workers: int) -> Stage:
 
 
 def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
-    """The pooled evaluation of all folds, each patient scored by the model that has not seen it."""
+    """The stage that pools the evaluations of all folds: each patient is scored by the model that has not seen them."""
     path = filesystem.join(out, f"evaluation-{len(evaluations)}folds")
     return Stage(
         "pool", "evaluate", evaluations,
@@ -268,12 +268,12 @@ def pool_stage(out: str, evaluations: tuple[str, ...]) -> Stage:
 
 
 def predictions_path(out: str, source: str) -> str:
-    """A folder per input, so that its tables list all masks beside them."""
+    """A folder for each input, so that a folder's tables list all masks in it."""
     return filesystem.join(out, f"predictions-{filesystem.last_part(source)}-{filesystem.sha256(source.encode())[:4]}")
 
 
 def predict_stage(out: str, models: tuple[str, ...], source: str) -> Stage:
-    """New studies outlined with the model, or with those of all folds together."""
+    """The stage that outlines new studies, with the model or with the ensemble of all folds' models."""
     path = predictions_path(out, source)
 
     def inputs(results: Results) -> dict:

@@ -91,13 +91,13 @@ class PipelineState:
             shown = record["problem"] or (record["result"] or record)["path"]
             lines.append(f"{name:<18}{state:<13}{duration:>9}  {len(attempts):>5}  {shown}")
             if state != DONE and attempts and attempts[-1]["job"]:
-                note = " (no process follows it: the job may still run)" if is_orphaned else ""
+                note = " (no process follows it: the job may still be running)" if is_orphaned else ""
                 lines.append(f"{'':<18}{'job':<13}{attempts[-1]['job']}{note}")
         return "\n".join(lines)
 
 
 def begin_attempt(attempts: list[dict], job: str) -> list[dict]:
-    """The attempts so far and a new one with the id `job` (may be empty), unless that job is the last attempt's."""
+    """The attempts so far, and a new one whose job id is `job` (may be empty), unless the last attempt has that id."""
     for attempt in attempts:
         if attempt["state"] == RUNNING:
             attempt["state"] = KILLED

@@ -10,7 +10,7 @@ from heartseg.shards import writer
 from jobs.support import ray_runtime
 from jobs.support.command_line import log
 
-# A part takes seconds; after this time without one, the log names the reason.
+# A part takes seconds; after this time without one, a log line gives the likely reason.
 SECONDS_OF_SILENCE = 60
 
 
@@ -25,7 +25,7 @@ def write_parts_with_ray(tasks: list[tuple], workers: int) -> Iterator[dict]:
         done, running = ray.wait(running, timeout=SECONDS_OF_SILENCE)
         if not done:
             free, total = (resources.get("CPU", 0) for resources in (ray.available_resources(), ray.cluster_resources()))
-            message = "No part was finished for a while: %d of the cluster's %d CPUs are free; other jobs may hold them."
+            message = "No part was finished for a while: %d of the cluster's %d CPUs are free; other jobs may use the rest."
             log.info(message, free, total)
         for record in ray.get(done):
             if "error" in record:

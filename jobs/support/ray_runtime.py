@@ -58,10 +58,10 @@ def cluster_address() -> str:
 
 def start_ray(workers: int) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray for this process alone; raises UserError if no cluster answers there."""
-    # How often Ray Train and Tune collect reports: an epoch that ends before the last was collected waits up to 2 s by default.
+    # How often Ray Train and Tune collect reports: each waits until the last is collected, by default up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Ray's watcher for nodes about to be preempted is one more process at each start of the workers, and an error in the
-    # log. Without it, a run trains until the node is lost, and resumes from its last epoch as after any such loss.
+    # Ray's watcher for nodes about to be preempted costs one more process each time workers start, and logs an error.
+    # Without it, a run trains until the node is lost, and resumes from its last epoch as after any such loss.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if ray.is_initialized():
         return
@@ -86,13 +86,13 @@ def start_ray(workers: int) -> None:
 
 def _start_own_ray(tries: int = 2) -> None:
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
-    # Its processes would otherwise contact this machine's last cluster, from a file that a killed one leaves behind.
+    # Its processes would otherwise contact this machine's last cluster, whose address a killed one leaves in a file.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces the token of a Ray for this process only
+    logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces a token that only this process needs
     # Ray asks its dashboard for the state of a training run; without one, the log would fill with failed requests.
     try:
         ray.init(address="local", logging_level=logging.WARNING, include_dashboard=True, dashboard_port=port)
-    except Exception as error:  # Ray waits half a minute for its own node, which no setting changes, and raises no other type
+    except Exception as error:  # Ray waits half a minute for its own node, which no setting changes, and raises just Exception
         if "timed out during startup" not in str(error):
             raise
         ray.shutdown()
@@ -118,7 +118,7 @@ def _join_cluster(address: str) -> None:
                 socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=2).close()
             except OSError:  # it listens on loopback alone
                 ray_private("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
-        # Every node runs this code, as a submitted job's does.
+        # Every node must run this code, as it does for a submitted job.
         code = {} if JOB_CONFIG in os.environ else {"runtime_env": {"working_dir": str(ROOT)}}
         ray.init(address=found, logging_level=logging.WARNING, **code)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:

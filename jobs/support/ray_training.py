@@ -23,7 +23,7 @@ from heartseg.training.worker import train_rank
 from jobs.support import command_line, ray_runtime
 from jobs.support.command_line import log
 
-# In Ray Train's error when its workers found no room in time.
+# Part of Ray Train's error message when there was no room for its workers in time.
 TIMED_OUT = "worker group startup timed out"
 
 
@@ -53,7 +53,7 @@ def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool
             may_continue = dead_workers(error) or (experiment.min_workers and TIMED_OUT in str(error))
             if not has_advanced or trial or not may_continue:
                 raise_user_error(error, experiment.workers, resources)
-            log.info("The run continues after losing workers %d times: it progressed in between.", ray_runtime.MAX_TRIES + 1)
+            log.info("The run continues after losing workers %d times: it made progress in between.", ray_runtime.MAX_TRIES + 1)
     # A worker returns a user's mistake as a value: if it raised it, Ray would restart the worker.
     if result.return_value and "error" in result.return_value:
         raise UserError(result.return_value["error"])
@@ -74,15 +74,15 @@ def raise_user_error(error: Exception, workers: int, resources: dict[str, float]
             raise type(failure)(str(failure)) from error
     if TIMED_OUT in str(error):
         each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-        problem = f"The cluster had no room for {workers} workers of {each} ({ray_runtime.MAX_TRIES + 1} tries)"
+        problem = f"The cluster had no room for {workers} workers with {each} each, in {ray_runtime.MAX_TRIES + 1} tries"
         fix = "use fewer --workers, use `--workers 1:N` to start on what is free, or wait until the cluster is free."
         raise UserError(f"{problem}: {fix}") from error
     if dead := dead_workers(error):
         who = f"Worker {dead[0]}" if len(dead) == 1 else f"Workers {', '.join(map(str, dead))}"
         raise WorkersDied(
-            f"{who} of {workers} died, after {ray_runtime.MAX_TRIES} restarts: memory may be short there (use fewer workers a "
-            "machine, --train.accumulate or a smaller --train.batch-size), or nodes were lost. What was complete is kept: "
-            "rerun the same command to resume."
+            f"{who} of {workers} died, after {ray_runtime.MAX_TRIES} restarts: memory may be short there (use fewer workers "
+            "per machine, --train.accumulate or a smaller --train.batch-size), or nodes were lost. Complete checkpoints are "
+            "kept: rerun the same command to resume."
         ) from error
     raise error
 

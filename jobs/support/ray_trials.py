@@ -23,9 +23,9 @@ from heartseg.tuning import sweep as sweeps
 from jobs.support import command_line, ray_runtime, ray_training
 from jobs.support.command_line import log
 
-# Seconds in which Ray Train's controller ends after its trial's actor; until then it would replace lost workers.
+# Seconds until Ray Train's controller has ended after its trial's actor; until then it would replace lost workers.
 SECONDS_TO_LEAVE = 10.0
-MOST_DRAWS = 1000  # known points in a row after which a space counts as exhausted
+MOST_DRAWS = 1000  # points in a row that are trials already, after which a space counts as exhausted
 
 
 def train_trial(config: dict) -> None:
@@ -79,7 +79,7 @@ class Suggestions(Searcher):
                 return sweeps.add_trial(self.sweep, self.shards, self.last_number, values)
             if name:
                 self.model.on_trial_complete(name, error=True)  # an untrained point has no score
-        log.info("The search space holds no more than %d trials.", len(self.tried))
+        log.info("The search space is exhausted after %d trials.", len(self.tried))
         self.num_trials = len(self.tried)
         return None
 
@@ -94,7 +94,7 @@ class Suggestions(Searcher):
 
 
 def build_model_search(sweep: sweeps.Sweep, known: list[sweeps.Trial]) -> Searcher:
-    """Optuna's tree of Parzen estimators, with the scores of an earlier command's trials."""
+    """Optuna's tree-structured Parzen estimator, given the scores of earlier commands' trials."""
     from ray.tune.search.optuna import OptunaSearch
 
     axes = search_space.make_axes(sweep.plan.space, sweep.base)

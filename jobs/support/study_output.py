@@ -23,7 +23,7 @@ def print_results(rows: list[dict], done: list[study_results.ClipResult], damage
         for name, text in itertools.islice(texts.items(), shown):
             print(f"{begin} {name}: {study_results.shorten(text)}")
     if len(unsure) > MOST_UNSURE:
-        print(f"check {counted(len(unsure), 'file')} of which the network is unsure, such as {unsure[0]}: see doubts in ef.csv")
+        print(f"check {counted(len(unsure), 'file')} the network is unsure of, such as {unsure[0]}: see `doubts` in ef.csv")
     for entry in damaged:
         print(f"left out: {entry['input']} {entry['reason']}")
     counts = {"file": len(done), "frame": sum(found.frames for found in done), "patient": len(rows)}

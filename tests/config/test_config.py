@@ -87,7 +87,7 @@ BAD_VALUES = {
     "train.batch_size": (1,),
     "train.eval_batch_size": (0,),
     "train.seed": (-1, 2**63),
-    "train.accumulate": (7,),  # parts of a batch of 12
+    "train.accumulate": (7,),  # micro-batches of a batch of 12
     "workers": (0,),
 }
 
@@ -99,7 +99,7 @@ def test_a_bad_value_is_refused_by_its_field(path, value):
 
 
 def test_parts_with_replayed_graphs_and_what_is_not_an_object_are_refused_and_an_integer_is_a_float():
-    with pytest.raises(UserError, match="train.accumulate 2 excludes train.compile reduce-overhead"):
+    with pytest.raises(UserError, match="train.accumulate 2 rules out train.compile reduce-overhead"):
         TrainConfig(epochs=1, batch_size=12, accumulate=2, compile="reduce-overhead")
     assert from_json(changed("optim.lr", 1)).optim.lr == 1.0
     for value in (None, [], "text", 3):  # none is a JSON object
@@ -117,8 +117,8 @@ def test_first_difference_is_none_exactly_for_equal_configurations(old, new):
 
 
 def test_first_difference_names_the_field_and_both_values_and_identity_leaves_out_where_a_run_is():
-    assert first_difference(to_json(recipes.seed()), changed("train.epochs", 10)) == "train.epochs: 170 there, 10 asked"
-    assert first_difference({"a": 1}, {}) == "a: 1 there, None asked"
+    assert first_difference(to_json(recipes.seed()), changed("train.epochs", 10)) == "train.epochs: 170 there, 10 requested"
+    assert first_difference({"a": 1}, {}) == "a: 1 there, None requested"
     seed = recipes.seed()
     assert identity(replace(seed, source="/x", data="/y", runs="/z", workers=6, name="other")) == identity(seed)
     assert identity(replace(seed, train=replace(seed.train, seed=1))) != identity(seed)

@@ -140,7 +140,7 @@ def test_a_row_is_a_frame_and_other_frames_in_the_same_folder_are_refused_by_nam
         frame = expected[row["patient"]][list(View).index(row["view"])][row["frame"] - 1]
         assert row["phase"] == frame.phase
         np.testing.assert_array_equal(mask, frame.mask)
-    with pytest.raises(UserError, match="frames: sequence there, stills asked"):
+    with pytest.raises(UserError, match="frames: sequence there, stills requested"):
         preprocess.run(tiny_experiment(source=tree, out=written), preprocess.Options(launcher="plain"))
     with pytest.raises(UserError, match=r"holds no \*_half_sequence\.nii\.gz: use --frames stills"):
         preprocess.run(tiny_experiment(source=phantom, out=str(tmp_path / "none")), SEQUENCE)

@@ -321,7 +321,7 @@ def test_a_second_plane_beside_the_first_is_noted():
     [
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.2"}, "slices of a 3-D volume"),
         ({"DimensionOrganizationType": "3D"}, "slices of a 3-D volume"),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"}, "not an ultrasound picture"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"}, "not an ultrasound image"),
         ({"region": {"RegionSpatialFormat": 2}}, "M-mode or Doppler"),
         ({"region": {"RegionSpatialFormat": 3}}, "M-mode or Doppler"),
     ],
@@ -338,7 +338,7 @@ def test_files_other_than_a_loop_of_one_plane_are_refused(tags, reason):
         ("1.2.840.10008.1.2.4.80", 8, "JPEG-LS.*`pip install pyjpegls`"),
         ("1.2.840.10008.1.2.4.51", 12, "12-bit JPEG.*`pip install pylibjpeg pylibjpeg-libjpeg`"),
         ("1.2.840.10008.1.2.4.102", 8, "a video"),
-        ("1.2.840.10008.1.2.4.94", 8, "its compression is unknown"),
+        ("1.2.840.10008.1.2.4.94", 8, "its compression is not supported"),
         ("1.2.840.10008.1.2.4.50", 8, "it is damaged"),
     ],
 )

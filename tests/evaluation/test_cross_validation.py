@@ -65,10 +65,10 @@ def test_evaluations_that_cannot_be_pooled_are_refused(halves, tmp_path):
     for evaluations, to, said in (
         ([parts[0], whole], out, "patient0001 is scored in"),
         ([parts[0], str(tmp_path)], out, "is not an evaluation"),
-        ([parts[0], parts[0]], out, "each of them once"),
-        (parts, parts[0], "--pool and --out must name different"),
+        ([parts[0], parts[0]], out, "--pool lists a folder twice"),
+        (parts, parts[0], "is one of its folders"),
         ([refused["group"], parts[1]], out, "was trained on"),
-        ([parts[1], refused["dataset"]], out, "scores other, "),
+        ([parts[1], refused["dataset"]], out, "is on other, but "),
         ([parts[1], refused["post"]], out, "were postprocessed differently"),
     ):
         with pytest.raises(UserError, match=said):

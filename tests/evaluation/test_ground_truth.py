@@ -88,10 +88,10 @@ def test_images_wrong_shapes_and_absent_masks_are_missing_with_a_reason(phantom,
     masks, missing = FilePredictions.open(str(tmp_path)).masks(cases[:3])
     assert masks == [None, None, None]
     reasons = [row["reason"] for row in missing]
-    assert "label" in reasons[0] and "but the truth has" in reasons[1] and reasons[2] == "the prediction is missing"
+    assert "label" in reasons[0] and "the expert's mask (" in reasons[1] and reasons[2] == "the prediction is missing"
 
 
-@pytest.mark.parametrize(("folder", "said"), [("", "holds no NIfTI file"), ("gone", "do not exist")])
+@pytest.mark.parametrize(("folder", "said"), [("", "holds no NIfTI file"), ("gone", "does not exist")])
 def test_a_folder_without_masks_is_refused(tmp_path, folder, said):
     with pytest.raises(UserError, match=said):
         FilePredictions.open(str(tmp_path / folder))

@@ -118,5 +118,5 @@ def test_a_run_that_is_not_elastic_ends_with_a_one_line_error_when_the_link_is_c
     measurement(f"the link cut, --workers 2: reported after {time.monotonic() - started:.1f} s")
     output = first.output(training)
     assert training.returncode == 2, output
-    assert "\ntrain.py: The cluster had no room for 2 workers of 1 CPU" in output, output
+    assert "\ntrain.py: The cluster had no room for 2 workers with 1 CPU" in output, output
     two_hosts.ip("-n", first.name, "link", "set", first.link, "up")

@@ -153,13 +153,13 @@ def test_reasons_are_sentences_that_name_the_structure_and_a_wrong_spacing_is_re
     mask, spacing_mm = phantoms[0]
     assert implausibilities(paint(mask, mask == LA, BACKGROUND), spacing_mm) == ["the atrium is missing"]
     assert implausibilities(np.zeros_like(mask), spacing_mm) == [
-        f"the {name} is missing" for name in ("cavity", "wall", "atrium")
+        f"the {name} is missing" for name in ("cavity", "myocardium", "atrium")
     ]
     assert "the atrium lies above the cavity" in implausibilities(mask[::-1], spacing_mm)
     beside = "the atrium lies beside the cavity, not below it: the mask may be transposed"
     assert all(beside in implausibilities(turned, spacing_mm[::-1]) for turned in (mask.T, np.rot90(mask), np.rot90(mask, 3)))
     small = [mm / 10 for mm in spacing_mm]
-    assert any(reason.startswith("the cavity has 0.") for reason in implausibilities(mask, small))
+    assert any(reason.startswith("the area of the cavity is 0.") for reason in implausibilities(mask, small))
     for wrong_mm in ((0, 1), (1, -1), (float("nan"), 1)):
         with pytest.raises(UserError, match="spacing"):
             implausibilities(mask, wrong_mm)

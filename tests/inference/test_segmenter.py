@@ -120,7 +120,7 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities_each_with_its_own_
 
 
 def test_an_ensemble_of_nothing_or_of_two_grids_is_refused(paths, tmp_path):
-    with pytest.raises(UserError, match="at least one checkpoint"):
+    with pytest.raises(UserError, match="No checkpoint was given"):
         load_all([])
     wide = save_run(str(tmp_path / "wide"), 1, tiny_experiment(image=ImageConfig(64, 96)))
     with pytest.raises(UserError, match="takes 64 x 96 images"):

@@ -165,14 +165,14 @@ BORN = PERSON | {"PatientBirthDate": "19500101"}
 @pytest.mark.parametrize(
     ("first", "second", "why"),
     [
-        ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID but another folder"),
-        (*[PERSON | {"StudyInstanceUID": "1.2.3"}] * 2, "same StudyInstanceUID but another folder"),
-        (PERSON, PERSON, "same StudyInstanceUID but another folder"),
-        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "but another folder"),
+        ({"PatientID": "ANON"}, {"PatientID": "ANON"}, "same PatientID but a different folder"),
+        (*[PERSON | {"StudyInstanceUID": "1.2.3"}] * 2, "same StudyInstanceUID but a different folder"),
+        (PERSON, PERSON, "same StudyInstanceUID but a different folder"),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "1"}, "but a different folder"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"SeriesInstanceUID": "2"}, "several folders"),
         (BORN | {"SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, ""),
         (BORN | {"PatientSex": "F", "SeriesInstanceUID": "1"}, BORN | {"SeriesInstanceUID": "2"}, "PatientSex"),
-        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"PatientID": "2", "SeriesInstanceUID": "2"}, "another PatientID"),
+        (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"PatientID": "2", "SeriesInstanceUID": "2"}, "different PatientID"),
         (PERSON | {"SeriesInstanceUID": "1"}, PERSON | {"StudyInstanceUID": LONG + "2", "SeriesInstanceUID": "2"}, None),
     ],
 )
@@ -186,7 +186,7 @@ def test_files_of_two_folders_are_one_study_only_if_their_identifiers_can_be_tru
 
 def test_in_one_folder_contradicting_identifiers_give_two_studies_and_the_folder_alone_is_a_doubt(tmp_path):
     one, two = studies(tmp_path / "a", {"4CH": BORN, "x2CH": BORN | {"PatientBirthDate": "19600101"}}).values()
-    assert one.patient != two.patient and "another PatientBirthDate" in one.remark
+    assert one.patient != two.patient and "different PatientBirthDate" in one.remark
     one, two = studies(tmp_path / "b", {"4CH": {"PatientID": "ANON"}, "x2CH": {"PatientID": "ANON"}}).values()
     assert one.patient == two.patient and "only their folder" in one.remark
 

@@ -108,7 +108,7 @@ def test_the_table_of_predictions_measures_files_to_masks_against_forward_passes
         ("scores --source /no/such/folder", "/no/such/folder does not exist"),
         ("scores --source /no/such/folder --images 0", "--images .0. and --repeats .5. must be at least 1"),
         ("scores --bogus 1", "--bogus"),
-        ("bogus", "'bogus' is not a table"),
+        ("bogus", "'bogus' is not a benchmark"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_measured(line, message):

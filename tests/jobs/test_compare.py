@@ -188,11 +188,11 @@ def test_scores_of_other_hearts_are_neither_paired_nor_pooled_and_a_note_says_so
         assert run_comparison.differences(entries[1], entries[0]) == {} and run_comparison.disagreements(entries, 5) == []
     entries = group_by_settings([one, fewer])
     (note,) = run_comparison.notes(entries, entries[0])
-    assert "not the same hearts (5 names in common)" in note and "not paired" in note
+    assert "different hearts (5 patient names in common)" in note and "not paired" in note
     assert run_comparison.means(entries[1])["dice"]["mean"] == pytest.approx(fewer.images["dice"].mean())
     (entry,) = group_by_settings([one, without(scored["seed1"], one.patients["patient"][0])])
     assert run_comparison.means(entry)["dice"]["seeds"] == [one.images["dice"].mean()]
-    assert any("is not pooled" in note for note in run_comparison.notes([entry], entry))
+    assert any("so not pooled" in note for note in run_comparison.notes([entry], entry))
 
 
 def test_the_page_is_one_file_without_network_with_a_text_for_every_picture(compared):
@@ -289,7 +289,7 @@ def test_trials_are_trained_and_compared_without_the_test_group(trained, shards,
     [
         ((), "at least two runs, not 0"),
         (("{first}", "{first}"), "at least two runs, not 1"),
-        (("{first}", "{empty}"), "is not a run and holds none"),
+        (("{first}", "{empty}"), "is not a run and contains none"),
         (("{first}", "{faster}", "--reference", "bogus"), "--reference bogus matches none of the runs"),
         (("{first}", "{faster}", "--data", "{empty}/none"), "/none holds no finished shards"),
         (("{first}", "{faster}", "--truth", "{empty}/none"), "/none does not exist"),
@@ -306,7 +306,7 @@ def test_a_group_with_patients_that_a_run_was_trained_on_is_never_scored(trained
     resplit = str(shutil.copytree(shards, tmp_path / "shards"))
     base = tiny_experiment(source=phantom, out=resplit)
     other = replace(base, split=replace(base.split, seed=1))
-    with pytest.raises(UserError, match="split.seed: 0 there, 1 asked"):  # shards are not split again unless asked
+    with pytest.raises(UserError, match="split.seed: 0 there, 1 requested"):  # shards are not split again unless asked
         preprocess.run(other, preprocess.Options(launcher="plain"))
     preprocess.run(other, preprocess.Options(launcher="plain", resplit=True))
     with pytest.raises(UserError, match="was trained on . patients of this test group"):

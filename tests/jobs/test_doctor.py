@@ -95,7 +95,7 @@ def test_the_containers_limits_count(tmp_path, monkeypatch):
     (group / "memory.max").write_text(f"{3 * GIB}\n")
     (group / "memory.current").write_text(f"{2.5 * GIB:.0f}\n")
     (group / "memory.stat").write_text(f"inactive_file {GIB}\n")
-    assert "1.5 GiB of memory are free" in wrong(doctor.check_memory, str(tmp_path))[0]  # a file cache gives way
+    assert "1.5 GiB of memory is free" in wrong(doctor.check_memory, str(tmp_path))[0]  # a file cache gives way
     (group / "memory.max").write_text("max\n")
     assert wrong(doctor.check_memory, str(tmp_path)) == []
 

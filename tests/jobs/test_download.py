@@ -140,7 +140,7 @@ def test_a_server_that_is_down_is_not_flooded_with_requests_or_reported_as_damag
     with pytest.raises(UserError, match="2 folders in a row failed, the last being patient0002"):
         fetch(server, out, timeout_s=0.2)
     printed = capsys.readouterr().out
-    assert "patient0001: answers 500 Internal Server Error" in printed
+    assert "patient0001: returns 500 Internal Server Error" in printed
     assert "patient0002: cannot be reached (Read timed" in printed
     assert [server.count(patient) for patient in PATIENTS] == [3, 3, 0]
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_done(masks, tmp_path, 
     assert f"left out: {one.name}"[: -len("_gt.nii.gz")] in capsys.readouterr().out
     copy = masks / one.name.replace("_gt", "_pred")
     shutil.copy(one, copy)
-    with pytest.raises(UserError, match="are masks of one image"):
+    with pytest.raises(UserError, match="are masks of the same image"):
         measured(tmp_path / "out", masks)
     with pytest.raises(UserError, match="holds no NIfTI files"):
         measured(tmp_path / "again", tmp_path / "out")
@@ -122,8 +122,9 @@ def test_a_mask_that_one_reading_lacks_or_has_in_another_size_is_named_and_not_c
     measured(tmp_path / "out", masks, compare=str(other))
     shown = capsys.readouterr().out
     names = [path.name.removesuffix("_gt.nii.gz") for path in (gone, cut, small)]
-    assert f"2 masks in --masks alone, not compared: {names[0]}, {names[1]}" in shown
-    assert f"1 mask of another size, not compared: {names[2]}" in shown and f"left out of --compare: {names[1]}" in shown
+    assert f"2 masks only in --masks, not compared: {names[0]}, {names[1]}" in shown
+    assert f"1 mask of a different size in --compare, not compared: {names[2]}" in shown
+    assert f"left out of --compare: {names[1]}" in shown
     assert "changed: patient0001" in shown  # an EF that is missing in one reading differs
 
 
@@ -136,5 +137,5 @@ def test_a_mask_of_another_size_than_its_image_and_an_image_without_a_mask_are_n
     other.unlink()
     measured(tmp_path / "out", tree)
     shown = capsys.readouterr().out
-    assert re.search(r"left out: .*the mask is \d+ x \d+, but its image \d+ x \d+", shown)
+    assert re.search(r"left out: .*the mask is \d+ x \d+, but its image is \d+ x \d+", shown)
     assert f"1 image without a mask: {other.name.replace('_gt', '')}" in shown

@@ -85,7 +85,7 @@ def test_finished_stages_are_skipped_and_status_and_a_dry_run_show_the_others(fi
     pipeline.run(tiny(phantom, finished, seed=3), PipelineOptions(dry_run=True))
     shown = capsys.readouterr().out
     assert "1/3 preprocess: done" in shown and "3/3 evaluate: would run, after train" in shown
-    assert "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 asked)" in shown
+    assert "2/3 train: would run (changed: configuration.train.seed: 0 there, 3 requested)" in shown
     assert (finished / "pipeline.json").read_bytes() == before
 
 
@@ -315,7 +315,7 @@ def test_force_runs_a_stage_again_whatever_an_earlier_commands_job_has_done_if_i
         run_stage(tmp_path, stage, jobs)
     (begun,), old = job_ids(tmp_path, stage), stage.fingerprint(str(tmp_path / "scores"))
     if end == "RUNNING":  # without its cluster no one knows whether it still runs
-        with pytest.raises(UserError, match=f"may still run as job {begun}: use --submit"):
+        with pytest.raises(UserError, match=f"may still be running as job {begun}: use --submit"):
             run_stage(tmp_path, stage, None)
     assert run_stage(tmp_path, stage, jobs, is_forced=True)[1] != old
     assert begun not in job_ids(tmp_path, stage) and jobs.stopped == ([begun] if end == "RUNNING" else [])
@@ -332,7 +332,7 @@ def test_status_counts_time_only_while_a_process_works_and_warns_of_a_job_that_m
     with locks.lock(str(tmp_path)):
         pipeline.job(["status", "--out", str(tmp_path)])
     shown = capsys.readouterr().out
-    assert "running" in shown and "1440 min" in shown and "may still run" not in shown
+    assert "running" in shown and "1440 min" in shown and "may still be running" not in shown
 
 
 @pytest.mark.parametrize("text", ['{"stages": ', "[]", '{"stages": {"train": {"state": "done"}}}'])

@@ -161,7 +161,7 @@ def test_videos_and_pictures_are_outlined_reports_are_listed_apart_and_damage_is
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     report.save_as(source / "report.dcm")
-    with pytest.raises(UserError, match="No file could be read \\(1 file\\); first: it holds no picture"):
+    with pytest.raises(UserError, match="No file could be read \\(1 file\\); first: it holds no image"):
         run(trained, source, out)
     (source / "volume.dcm").write_bytes(dicom(LOOP, SOPClassUID="1.2.840.10008.5.1.4.1.1.6.2"))
     (source / "ann_4CH.avi").write_bytes(movie(".avi", "mjpeg", LOOP[:, :96, :80]))
@@ -232,7 +232,7 @@ def test_intervals_need_an_evaluation_of_this_model_with_the_same_postprocessing
         ({"group": "train"}, "that the model was trained on: evaluate this model"),
         ({"weights_sha256": ["0" * 64]}, "scores another model"),
         ({"post": summary["post"] | {"tta": True}}, "was postprocessed differently"),
-        ({"clinical": {}}, "has no intervals of EF: evaluate again"),
+        ({"clinical": {}}, "has no EF intervals: evaluate again"),
     ):
         with pytest.raises(UserError, match=message):
             predict_with(**changes)

@@ -210,7 +210,7 @@ def test_without_pixel_spacing_there_is_ef_and_nothing_with_a_unit(heart):
     for (view, phase), (mask, spacing) in heart.items():
         relative[view, phase] = (mask, (spacing[0] * factors[view], spacing[1] * factors[view]))
     row = patient_indices(relative, spacing_known=False)
-    assert row["reason"] == "no pixel spacing, so no volumes and no areas"
+    assert row["reason"] == "no pixel spacing, so no volumes or areas"
     for name in INDICES:
         is_ratio = name.startswith(("ef_", "fac_", "endo_strain"))
         expected = pytest.approx(known[name], abs=0.5) if is_ratio else pytest.approx(math.nan, nan_ok=True)
@@ -253,7 +253,7 @@ ELLIPSOID = ellipsoid_mask()
     ("mask", "spacing_mm", "reason"),
     [
         *((np.zeros(shape, np.uint8), (0.3, 0.3), "no left ventricle in 4CH ES") for shape in ((64, 64), (0, 0))),
-        (np.pad(np.full((1, 1), ENDO, np.uint8), 30), (0.3, 0.3), "a left ventricle of 1 pixels in 4CH ES"),
+        (np.pad(np.full((1, 1), ENDO, np.uint8), 30), (0.3, 0.3), "a left ventricle of only 1 px in 4CH ES"),
         (np.full((64, 64), LA, np.uint8), (0.3, 0.3), "no left ventricle in 4CH ES"),
         (np.zeros((4, 64, 64), np.uint8), (0.3, 0.3), "4CH ES mask is not two-dimensional"),
         (None, (0.3, 0.3), "no 4CH ES mask"),

@@ -177,7 +177,7 @@ def test_a_name_that_was_asked_for_is_that_folder_whatever_others_are_called(exp
 def test_a_run_of_another_configuration_or_other_data_is_refused_by_its_first_field(experiment, data):
     run_directory.open_run(experiment, data, name="mine")
     longer = replace(experiment, train=replace(experiment.train, epochs=99))
-    with pytest.raises(UserError, match=r"mine holds another run \(train\.epochs: 16 there, 99 asked\)"):
+    with pytest.raises(UserError, match=r"mine holds another run \(train\.epochs: 16 there, 99 requested\)"):
         run_directory.open_run(longer, data, name="mine")
     with pytest.raises(UserError, match=r"holds another run \(data_fingerprint: "):
         run_directory.open_run(experiment, replace(data, groups={"train": ["a"], "test": ["b"]}), name="mine")

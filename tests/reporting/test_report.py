@@ -127,7 +127,7 @@ def test_references_lead_somewhere_and_screen_readers_get_text_for_every_picture
 def test_a_phantom_of_one_epoch_is_never_presented_as_accuracy_and_the_seed_recipe_lists_our_choices(page):
     text = page("phantom")
     words = Reader(text).words
-    assert words.index("but nothing about its accuracy on patients") < words.index("Mean Dice of cavity")
+    assert words.index("but say nothing about its accuracy on patients") < words.index("Mean Dice of LV")
     assert "Overlap with the synthetic truth" in words and "10.1109/TMI.2019.2900516" not in words
     assert words.startswith("Synthetic hearts: ")  # the tab's title, which is what a bookmark keeps
     assert all(choice in words for choice in recipes.SEED_CHOICES) and "Our choices" not in page()
@@ -149,7 +149,7 @@ def test_scores_and_agreement_are_shown_as_they_were_summarised(page, tmp_path):
             assert row + f"{summary['pooled'][name]:.3f}" in words
     assert "Left atrium (la): IoU––1.000" in words
     ef = summary["clinical"]["agreement"]["ef_camus"]
-    assert f"EF, one disk height (camus), %4{ef['r']:.3f}{ef['bias']:.1f}" in words
+    assert f"EF, one disk height for both phases (camus), %4{ef['r']:.3f}{ef['bias']:.1f}" in words
     assert all(f"By {title}" in words for title in ("phase", "view", "image quality"))
 
 
@@ -159,7 +159,7 @@ def test_images_of_lowest_dice_come_lowest_first_and_ten_at_most_and_configurati
     assert len(rows) == 10 and values == sorted(values) and rows[0][0] == "patient0002" and values[0] == 0.123
     words = Reader(page()).words
     assert words.count("Image Truth Prediction after epoch 1 Prediction after epoch 3") == 2
-    assert words.count("four one-class channels") == 2
+    assert words.count("four single-class channels") == 2
     for fact in ("train.epochs", "optim.kind", "git 0123abcd", "f" * 64, "a" * 64, "kind official", "wandb0123456"):
         assert fact in words
     assert "8 patients, 32 images" in words

@@ -194,7 +194,7 @@ def test_an_unreachable_store_is_not_mistaken_for_damage(unfinished, source, mon
 def test_a_second_writer_or_another_grid_is_refused_and_changes_nothing(finished, source):
     with locks.lock(finished), pytest.raises(UserError, match="Another job is writing"):
         run(source, finished, overwrite=True)
-    with pytest.raises(UserError, match=r"image\.height: 64 there, 80 asked"):
+    with pytest.raises(UserError, match=r"image\.height: 64 there, 80 requested"):
         run(source, finished, image=ImageConfig(80, 64))
     assert list(find_damage(finished)) == []
     os.remove(os.path.join(finished, PARTS[0]))
@@ -249,7 +249,7 @@ def test_an_edited_split_file_changes_a_finished_split_only_when_asked(source, t
     path = os.path.join(source, camus.SPLIT_FOLDER, camus.SPLIT_FILES["train"])
     before, first = filesystem.read_bytes(os.path.join(experiment.out, SPLITS)), filesystem.read_bytes(path).decode().split()[0]
     filesystem.publish(path, filesystem.read_bytes(path).replace(first.encode(), b""))
-    with pytest.raises(UserError, match=rf"{first}: train there, None by the source\): give --resplit"):
+    with pytest.raises(UserError, match=rf"{first}: train there, None in the source\): give --resplit"):
         preprocess.run(experiment, plain)
     assert filesystem.read_bytes(os.path.join(experiment.out, SPLITS)) == before
     preprocess.run(experiment, resplit)

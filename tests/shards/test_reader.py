@@ -133,7 +133,7 @@ def change_json(path: str, change) -> None:
 
 
 CHANGES = {
-    "no patients": (writer.MANIFEST, lambda manifest: manifest.pop("patients"), "has no patients"),
+    "no patients": (writer.MANIFEST, lambda manifest: manifest.pop("patients"), "lacks the key 'patients'"),
     "patients of another type": (writer.MANIFEST, lambda manifest: manifest.update(patients=[]), "is not a manifest"),
     "format": (writer.MANIFEST, lambda manifest: manifest.update(format=99), "format 99"),
     "a stranger": (writer.SPLITS, lambda split: split["groups"]["test"].append("patient9999"), "patient9999"),

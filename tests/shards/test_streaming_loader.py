@@ -176,7 +176,7 @@ def test_a_part_that_never_arrives_is_logged_and_then_given_up(parted, tmp_path,
     os.mkfifo(part)  # whoever opens it waits for somebody to write
     monkeypatch.setattr(loader, "SAY_AFTER_S", 0.2)
     monkeypatch.setattr(loader, "GIVE_UP_AFTER_S", 0.6)
-    with pytest.raises(StorageError, match="part-00001.parquet did not come within"):
+    with pytest.raises(StorageError, match="part-00001.parquet did not arrive within"):
         list(streamed.loaders["train"].training_batches(7, 0, 0))
     assert caplog.text.count("part-00001.parquet has not arrived after") == 3
     while threads():
@@ -224,7 +224,7 @@ def test_a_run_resumes_as_it_began_whatever_the_machine_and_equals_an_undisturbe
     caplog.clear()
     with pytest.raises(InterruptedError), caplog.at_level("INFO"):
         begin(by_size, stop_after_first)
-    assert "0.0 GB of pixels; a worker may hold 0.0 GB, a quarter of what is free" in caplog.text
+    assert "0.0 GB of pixels; a worker may use 0.0 GB, a quarter of its free memory" in caplog.text
     monkeypatch.setattr(data_loading, "free_on_machine", lambda: 1e12)
     resumed = begin(by_size)
     assert scores(resumed) == scores(asked) and len(scores(asked)) == 2
@@ -234,7 +234,7 @@ def test_a_run_resumes_as_it_began_whatever_the_machine_and_equals_an_undisturbe
     assert "(from stream)" in filesystem.read_bytes(filesystem.join(resumed.path, run_directory.MODEL_CARD)).decode()
     # Asked for in so many words, it is a run of its own.
     assert resumed.name != asked.name
-    with pytest.raises(UserError, match="holds another run .ingest: None there, stream asked"):
+    with pytest.raises(UserError, match="holds another run .ingest: None there, stream requested"):
         run_directory.open_run(replace(by_size, ingest="stream"), reader.open_shards(parted), resumed.name)
     # A run from before there was a choice was read from memory.
     described = filesystem.join(resumed.path, run_directory.DESCRIPTION)

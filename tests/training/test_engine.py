@@ -86,7 +86,7 @@ def fit(experiment, ranks: Ranks = ALONE, groups=("train", "test"), ruin=None, r
 @pytest.mark.parametrize(("size", "parts"), [(12, 3), (7, 3), (7, 2)])
 def test_an_update_in_parts_is_the_update_of_the_whole_batch(size, parts):
     check_shares(12, 2, accumulate=3)
-    with pytest.raises(UserError, match="12 over 2 workers, each in 4 parts.*--train.accumulate 3 or less"):
+    with pytest.raises(UserError, match="12 over 2 workers, each in 4 micro-batches.*--train.accumulate 3 or less"):
         check_shares(12, 2, accumulate=4)  # of which one would have one image
     whole, whole_steps = train(with_train(batch_size=size))
     split, split_steps = train(with_train(batch_size=size, accumulate=parts))
@@ -130,7 +130,7 @@ def test_a_ruined_epochs_checkpoint_does_not_take_the_place_of_the_last_good_one
 
     with (
         register_optimizer_step_post_hook(after_update),
-        pytest.raises(UserError, match=r"epoch 2, step 3 is not finite.*the checkpoint of the epoch before is kept"),
+        pytest.raises(UserError, match=r"epoch 2, step 3 is not finite.*the checkpoint of the previous epoch is kept"),
     ):
         worker.train_rank(base, run, ALONE, lambda model: models.append(model) or model)
     kept = checkpoint.last(run.path)
@@ -232,7 +232,7 @@ def test_batch_statistics_of_few_images_are_shared_on_several_gpus_with_the_same
     )
     model, on = build_model(config), replace(config, sync_bn="on")
     names = list(model.state_dict())
-    with pytest.raises(UserError, match="--model.sync-bn on needs GPUs"):
+    with pytest.raises(UserError, match="--model.sync-bn on works only on GPUs"):
         share_statistics(model, on, cpus)
     assert share_statistics(model, config, cpus) is share_statistics(model, on, ALONE) is model
     assert share_statistics(model, replace(config, sync_bn="off"), gpus) is model

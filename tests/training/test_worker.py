@@ -155,7 +155,7 @@ def test_training_learns_every_reported_key_is_there_and_a_finished_run_is_not_t
 
 def test_another_grid_and_plateau_without_a_validation_group_are_refused_before_training(shards):
     opened = reader.open_shards(shards)
-    with pytest.raises(UserError, match="64 x 64 but tiny wants 96 x 64"):
+    with pytest.raises(UserError, match="64 x 64, but tiny expects 96 x 64"):
         worker.check_plan(tiny_experiment(image=ImageConfig(96, 64)), opened)
     with pytest.raises(UserError, match="plateau needs a validation group.*holdout"):
         worker.check_plan(tiny_experiment(schedule=ScheduleConfig("plateau")), opened)

@@ -101,7 +101,7 @@ def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_t
     table, best = sweeps.write_results(opened)
     assert list(table["change"]) == ["train.seed=1", "optim.lr=0.01", "-"] and best.train.seed == 1
     page = page_of(opened, table)
-    assert "optim.lr=0.01" in page and "base rates" not in page and "Each change against the recipe" in page
+    assert "optim.lr=0.01" in page and "base rates" not in page and "Each change compared with the recipe" in page
     (axes,) = sweep_page.differences(table, sweep_page.SCORE).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["train.seed=1", "optim.lr=0.01", "the recipe"]
     assert [text.get_text() for text in axes.child_axes[0].get_yticklabels()] == ["+0.2000", "+0.1000", "+0.0000"]
@@ -177,7 +177,7 @@ def test_the_same_command_finds_the_sweep_and_another_one_is_refused(sweep, base
     same = sweeps.open_sweep(replace(base, data="/elsewhere", workers=2), held, SweepPlan())
     assert same.path == sweep.path and (same.base.data, same.base.workers) == ("/elsewhere", 2)
     assert sweeps.open_sweep(base, held, SweepPlan(search="grid")).path != sweep.path
-    with pytest.raises(UserError, match="plan.search_seed: 0 there, 1 asked"):
+    with pytest.raises(UserError, match="plan.search_seed: 0 there, 1 requested"):
         sweeps.open_sweep(base, held, SweepPlan(search_seed=1), name=sweep.name)
     assert sweeps.open_sweep(base, held, SweepPlan(), fresh=True).name == f"{sweep.name}-2"
     with pytest.raises(UserError, match="--sweep-name"):
