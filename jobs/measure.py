@@ -185,7 +185,8 @@ def compare(out: str, first: Reading, second: Reading) -> str:
     means = np.nanmean(np.concatenate([*scores.values()]), axis=0)
     lines = [f"{counted(len(shared), 'mask')} of {counted(len(scores), 'patient')} in both readings"]
     lines += [
-        "Dice: " + ", ".join(f"{name} {mean:.3f}" for name, mean in zip(("cavity", "wall", "atrium"), means, strict=False))
+        "Dice: "
+        + ", ".join(f"{name} {mean:.3f}" for name, mean in zip(("LV cavity", "myocardium", "left atrium"), means, strict=False))
     ]
     ef = agreement.agree(frame["ef_ase_masks"], frame["ef_ase_compare"])
     if ef["r"] is not None:

@@ -1,6 +1,6 @@
 """Lists, downloads (as zips) and unpacks folders of a Girder server, through its REST API (girder.readthedocs.io).
 
-The only file that imports requests. The server creates a zip while sending it, so there is no checksum to compare and no way to
+The only file that imports requests. The server creates a zip while sending it, without a checksum to compare and no way to
 resume: a damaged zip is downloaded again in full.
 """
 
