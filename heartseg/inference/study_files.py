@@ -45,7 +45,7 @@ class Clip:
 
 def find_clips(source: str, view: View | None = None, phase: Phase | None = None) -> list[Clip]:
     """The inputs in a file or a tree, by patient; `view` and `phase` apply if a name shows none. Raises UserError if empty."""
-    require(filesystem.exists(source), f"--input {source} does not exist: give a file, or a folder of patients or of files.")
+    require(filesystem.exists(source), f"{source} does not exist: give a file, or a folder of patients or of files.")
     paths = filesystem.walk(source) if filesystem.size_or_none(source) is None else [source]
     visible = (path for path in paths if not (os.path.basename(path).startswith(".") or NO_INPUT.search(path)))
     kinds = {path: readers.kind_of(path) for path in visible}
@@ -53,7 +53,7 @@ def find_clips(source: str, view: View | None = None, phase: Phase | None = None
         readers.import_package(kind)
     found = [name_clip(path, source, kind) for path, kind in kinds.items() if kind not in (None, "dicom")]
     found = separate_folders(found) + name_dicoms([path for path, kind in kinds.items() if kind == "dicom"], view)
-    require(len(found) > 0, f"--input {source} holds no NIfTI, DICOM, video or PNG other than masks: give another path.")
+    require(len(found) > 0, f"{source} holds no NIfTI, DICOM, video or PNG other than masks: give another path.")
     return complete_names(found, view, phase)
 
 

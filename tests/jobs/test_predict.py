@@ -198,7 +198,7 @@ GIVEN = {"checkpoint": "{run}", "input": "{tree}", "out": "{out}"}
         ({"checkpoint": None}, "--checkpoint is missing"),
         ({"out": None}, "--out is missing"),
         ({"checkpoint": "/nowhere"}, "/nowhere does not exist"),
-        ({"input": "/nowhere"}, "--input /nowhere does not exist"),
+        ({"input": "/nowhere"}, "/nowhere does not exist: give a file"),
         ({"input": "{empty}"}, "holds no NIfTI"),
         ({"input": "{damaged}"}, "No file could be read (1 file)"),
         ({"out": "{tree}/out"}, "outside it"),
