@@ -206,7 +206,8 @@ def notes(entries: Sequence[Entry], reference: Entry) -> list[str]:
             if one.problem:
                 lines.append(f"{one.label} has no scores here: {one.problem.rstrip('.')}.")
         if left_out := [one.label for one in entry.runs if one.images is not None and one not in entry.scored]:
-            lines.append(f"Not scored on the patients of {entry.scored[0].label}, so not pooled with it: {', '.join(left_out)}.")
+            names, first = ", ".join(left_out), entry.scored[0].label
+            lines.append(f"Not scored on the patients of {first}, so not pooled with it: {names}.")
         if entry.scored and reference.scored and not same_hearts(entry.scored[0], reference.scored[0]):
             where = "{letter} on the {group} group of {dataset} ({patients} patients)"
             these, those = (where.format(letter=e.letter, **e.scored[0].summary) for e in (entry, reference))
