@@ -57,7 +57,7 @@ def test_an_interval_of_ef_is_in_the_table_in_the_study_and_in_the_line_of_the_t
     for row in rows:
         interval = f"{row['ef_ase'] - 6:.0f} to {row['ef_ase'] + 6:.0f}"
         assert text.count(f"({interval})") == 2 and f"EF {row['ef_ase']:.0f} %, {interval} (biplane, ase)" in text
-        assert f"EF {row['ef_ase']:.0f} % ({interval}) (biplane, ase)" in study_results.headline(row)
+        assert f"EF {row['ef_ase']:.0f} % (80 % interval {interval}; biplane, ase)" in study_results.headline(row)
     assert "In brackets: the interval" in text and "In brackets" not in write(studies)[0]
 
 
