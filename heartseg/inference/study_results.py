@@ -234,7 +234,8 @@ def headline(row: dict) -> str:
             known = f"   EDV {volumes[0]:.0f} ml, ESV {volumes[1]:.0f} ml" if all(map(math.isfinite, volumes)) else ""
             doubt = "".join(f"   {doubt}" for doubt in _views_apart(row))
             interval = show_interval(row, f"ef_{method}")
-            return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({interval and f'80 % interval {interval}; '}{title}){known}{doubt}"
+            about = f"80 % interval {interval}; {title}" if interval else title
+            return f"{row['patient']}   EF {row[f'ef_{method}']:.0f} % ({about}){known}{doubt}"
     return f"{row['patient']}   no EF: {shorten(row['reason'])}"
 
 
