@@ -32,7 +32,7 @@ EPOCHS = 12
     [
         (["python"], {}, "run it with sbatch"),
         ([], {"SLURM_JOB_ID": "7"}, "the command is missing"),
-        (["python"], {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": "/"}, "call sbatch in the repository, not in /"),
+        (["python"], {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": "/"}, "run sbatch in the repository, not in /"),
         (["true"], {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "RAY": "/no/ray"}, "no ray program found"),
     ],
 )
