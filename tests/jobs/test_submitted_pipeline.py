@@ -111,7 +111,7 @@ def test_a_secret_in_a_runtime_env_is_warned_of_at_submission_and_by_the_job(clu
     code = "python jobs/compare.py; echo SEEN $HEARTSEG_DATA $HEARTSEG_RUNS"
     elsewhere = cluster | {"HEARTSEG_DATA": "/elsewhere"}  # than where the cluster started
     done = subprocess.run([*line, code], cwd=ROOT, env=elsewhere, capture_output=True, text=True, timeout=120)
-    assert "MY_API_KEY: the dashboard shows" in done.stderr
+    assert "MY_API_KEY: all who open the dashboard see" in done.stderr
     assert "MY_API_KEY is in this job's runtime_env" in done.stdout
     assert "SEEN /elsewhere /mine" in done.stdout  # both what the script hands on and what is given
 
