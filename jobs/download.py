@@ -96,7 +96,7 @@ def list_patients(server: girder_client.Server, numbers: set[int]) -> dict[str, 
     try:
         folders = server.list_folders(IMAGES_ID)
     except FailedDownload as error:
-        raise UserError(f"The server {server.base} {error}: check the network, or --server, and try again.") from error
+        raise UserError(f"The server {server.base} {error}: check the network and --server, then try again.") from error
     names = {int(name.removeprefix("patient")): name for name in folders if camus.PATIENT_PATTERN.fullmatch(name)}
     require(bool(names), f"The server {server.base} lists no patients: check --server.")
     if unknown := numbers - names.keys():

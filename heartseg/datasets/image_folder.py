@@ -135,5 +135,5 @@ def open_source(path: str, patient_pattern: str = "", dataset: str = "") -> Camu
     if (folder := ImageFolder(path, patient_pattern, dataset)).is_there():
         return folder
     if not filesystem.exists(path):
-        raise UserError(f"The source {path} does not exist: give the folder that holds {IMAGES_FOLDER}/ or {LAYOUT}.")
+        raise UserError(f"The source {path} does not exist: give the folder of the CAMUS release, or one with {LAYOUT}.")
     raise UserError(f"{path} holds neither {IMAGES_FOLDER}/ (the CAMUS release) nor {LAYOUT}: check the path.")

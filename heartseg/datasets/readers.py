@@ -82,8 +82,9 @@ def read(
 ) -> Frames:
     """Read one file; `spacing_mm` is a fallback if the file has none, `flips` are the axes to reverse (1 depth, 2 lateral).
 
-    Before decoding, `admit` is called with the bytes that the frames and as many masks need; it may wait, or raise
-    DamagedRecording. Raises DamagedRecording with the reason, and UserError if a package is missing.
+    `admit` is called with the number of bytes that the file, its frames and their masks need, and again if a video turns out
+    to be longer than it claims; it may wait, or raise DamagedRecording. Raises DamagedRecording if the file cannot be used,
+    and UserError if a package is missing.
     """
     raw = nifti.read_source(path, most=MAX_FILE_BYTES)
     try:

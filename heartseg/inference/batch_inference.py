@@ -104,7 +104,7 @@ class ClipInFlight:
 
     @contextlib.contextmanager
     def keeps_damage(self) -> Iterator[None]:
-        """Record damage of the clip, or running out of memory, instead of raising it."""
+        """Context manager: store a DamagedRecording or an out-of-memory error in `damage` instead of raising it."""
         try:
             yield
         except DamagedRecording as damage:
@@ -125,8 +125,8 @@ def outline(
 ) -> Iterator[tuple[Clip, Result | DamagedRecording]]:
     """Segment every frame of every clip; yields each clip, in order, with the result of `finish` or its DamagedRecording.
 
-    `read` and `finish` run in threads. `read` gets a clip, and a function to call before decoding, with the bytes that its
-    frames and masks need; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the network's confidence in each.
+    `read` and `finish` run in threads. `read` gets a clip, and a function to call with the number of bytes that its frames and
+    masks need, which may wait; `finish` gets the clip, its frames, its masks uint8 [T,H,W] and the confidence in each.
     """
     room, waiting, parts = Room(free_bytes()), deque(), deque()
 

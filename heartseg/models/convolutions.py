@@ -29,7 +29,7 @@ class Conv2d(nn.Conv2d):
 
 
 def faster(module: nn.Module) -> None:
-    """Replace the convolutions in a module that this file makes faster; parameters and their names are unchanged."""
+    """Replace a module's atrous and depthwise convolutions in place with the faster `Conv2d`; parameters stay the same."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and (_is_atrous(child) or _is_depthwise(child)):
             # On the meta device, so that no random numbers are drawn for unused weights.

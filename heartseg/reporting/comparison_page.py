@@ -33,7 +33,7 @@ TEXT_NAMES = ("dice", "dice_endo", "dice_myo", "dice_la", "dice_epi", "masd_endo
 
 
 def write_page(out: str, entries: Sequence[Entry], compared: dict, pictures: Mapping[str, list[dict]]) -> str:
-    """Write `compare.html`, with pictures by image, and `comparison.json` into a folder; returns the page's path."""
+    """Write `compare.html` and `comparison.json` into a folder; `pictures` are by image name. Returns the page's path."""
     filesystem.publish_json(filesystem.join(out, NUMBERS), compared)
     means, differences = compared["means"], compared["differences"]
     scored, paired = any(means.values()), any(differences.values())

@@ -80,7 +80,7 @@ def share_batch_statistics(model: nn.Module, config: ModelConfig, ranks: Ranks, 
         return model
     has_gpu = ranks.device.type == "cuda"
     fix = "use --model.sync-bn auto or --model.norm group."
-    require(has_gpu or config.sync_bn == "auto", f"--model.sync-bn on works only on GPUs: {fix}")
+    require(has_gpu or config.sync_bn == "auto", f"--model.sync-bn on requires GPUs, but this run uses CPUs: {fix}")
     is_shared = has_gpu and (config.sync_bn == "on" or images < FEW_IMAGES)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if is_shared else model
 

@@ -84,7 +84,7 @@ class Trial:
 
     @property
     def record(self) -> list[dict]:
-        """Its epochs so far."""
+        """The metrics of each epoch trained so far, one dict per epoch."""
         return run_directory.read_record(self.run.path)
 
 

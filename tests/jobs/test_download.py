@@ -182,7 +182,7 @@ def test_a_folder_that_lacks_a_file_or_that_another_job_writes_is_named_and_neve
         ({"out": "s3://bucket/x"}, "not a local folder"),
         ({"patients": "3-1"}, "--patients 3-1 is not a list"),
         ({"patients": "3-5"}, "no patient 4: choose from its 3 patients, patient0001 to patient0003"),
-        ({"server": "ftp://x"}, "ftp://x cannot be reached .*check the network, or --server"),
+        ({"server": "ftp://x"}, "ftp://x cannot be reached .*check the network and --server"),
         ({"tries": 0}, "--tries"),
         ({"server": "http://127.0.0.1:9/api"}, "127.0.0.1:9/api cannot be reached .*refused"),
         ({"server": "http://no-such-host.invalid/api"}, "cannot be reached .*no-such-host.*check the network"),

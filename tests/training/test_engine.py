@@ -232,7 +232,7 @@ def test_batch_statistics_of_few_images_are_shared_on_several_gpus_with_the_same
     )
     model, on = build_model(config), replace(config, sync_bn="on")
     names = list(model.state_dict())
-    with pytest.raises(UserError, match="--model.sync-bn on works only on GPUs"):
+    with pytest.raises(UserError, match="--model.sync-bn on requires GPUs"):
         share_statistics(model, on, cpus)
     assert share_statistics(model, config, cpus) is share_statistics(model, on, ALONE) is model
     assert share_statistics(model, replace(config, sync_bn="off"), gpus) is model
