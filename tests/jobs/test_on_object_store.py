@@ -104,7 +104,7 @@ def command(job: str, *arguments: str) -> list[str]:
 
 def tiny_arguments(data: str, folder: str) -> list[str]:
     flags = ["--image.height", "64", "--image.width", "64", "--train.epochs", "3", "--train.batch-size", "6"]
-    flags += ["--train.deterministic", "--tracking.wandb", "off", "--launcher", "plain"]
+    flags += ["--train.deterministic", "--tracking.wandb", "off", "--launcher", "plain", "--checkpoint-seconds", "0"]
     return ["quick", *flags, "--data", data, "--runs", folder]
 
 
@@ -161,7 +161,7 @@ def test_every_job_under_ray_has_the_results_of_a_folder(source, shards, local_r
     preprocess.run(tiny_experiment(source=source, out=out + "/shards", workers=2), preprocess.Options())
     assert same_files(out + "/shards", shards)
     path = train.run(tiny_experiment(data=out + "/shards", runs=out + "/runs", workers=2), train.Options())
-    assert losses(path) == pytest.approx(losses(local_run), rel=2e-3)
+    assert losses(path) == pytest.approx(losses(local_run), rel=5e-3)
     scored = evaluate.run(evaluate.Options(checkpoint=path, workers=2))
     alone = evaluate.run(evaluate.Options(checkpoint=local_run, launcher="plain"))
     ours, theirs = (filesystem.read_json(filesystem.join(f, "summary.json"))["scores"]["dice"]["mean"] for f in (scored, alone))
@@ -173,7 +173,7 @@ def test_every_job_under_ray_has_the_results_of_a_folder(source, shards, local_r
 def test_an_outage_during_a_training_with_two_workers_ends_it_with_a_one_line_error(data, s3):
     folder = new_folder()
     arguments = [a for a in tiny_arguments(data, folder) if a not in ("--launcher", "plain")] + ["--workers", "2"]
-    with Proxy(s3, cut_at=90) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
+    with Proxy(s3, cut_at=120) as proxy, environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
         # Its workers are not restarted: the outage would meet them three times more.
         once = "ray_runtime.build_trainer = functools.partial(ray_runtime.build_trainer, tries=0)"
         line = [*changed_train(once), *arguments]
