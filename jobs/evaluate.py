@@ -56,6 +56,8 @@ def summary_text(summary: dict) -> str:
     """What was scored, the tables, and the first images that could not be scored."""
     images, patients = counted(summary["images"], "image"), counted(summary["patients"], "patient")
     lines = [f"{images} of {patients} ({summary['group']}), native grid"]
+    if summary["group"] == "train":
+        lines.append("The model was trained on these patients: for scores on new ones, use --group test or val.")
     lines.append(text_tables.summary_text(summary))
     missing, shown = summary["missing"], 10
     lines += [f"{counted(len(missing), 'image')} not scored:"] * bool(missing)

@@ -316,6 +316,13 @@ def test_a_group_with_patients_that_a_run_was_trained_on_is_never_scored(trained
     assert plan is None and seen.images is None and "was trained on" in seen.problem
 
 
+def test_scores_of_the_patients_that_a_model_was_trained_on_are_printed_with_that_remark(trained, tmp_path, capsys):
+    for group, count in (("train", 1), ("test", 0)):
+        options = evaluate.Options(checkpoint=trained["first"], group=group, launcher="plain", out=str(tmp_path / group))
+        evaluate.run(options)
+        assert capsys.readouterr().out.count("was trained on these patients") == count
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look with")
 @pytest.mark.parametrize("width", [420, 1280])
