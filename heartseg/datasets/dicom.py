@@ -3,6 +3,7 @@
 The only file that imports pydicom (`pip install heartseg[formats]`). No message quotes text from a file.
 """
 
+import contextlib
 import hmac
 import io
 import logging
@@ -56,7 +57,9 @@ def read_dicom(raw: bytes, admit: Callable[[int], None] = lambda pixels: None) -
     # someone cropped the image later, which may have moved the tissue out of the region.
     may_show_text = is_whole or is_cropped or str(dataset.get("BurnedInAnnotation", "")).upper() == "YES"
     box = None if is_whole else (top, left, rows, columns)
-    frame_ms = float(dataset.get("FrameTime") or 0)
+    frame_ms = None
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # missing, empty or malformed: the image is still good
+        frame_ms = float(dataset.FrameTime)
     return Frames(pixels, spacing_mm, box=box, notes=notes, grey=grey, may_show_text=may_show_text, frame_ms=frame_ms)
 
 

@@ -18,7 +18,7 @@ from heartseg.labels import EF_CLASSES, LOW_CAVITY_DICE, MAX_EF_ERROR
 from heartseg.metrics.agreement import agree, auc, ef_confusion, mean_interval
 from heartseg.metrics.anatomy_checks import implausibilities
 from heartseg.metrics.cardiac_indices import INDICES, patient_indices
-from heartseg.metrics.ef_intervals import COVERAGE, EFS, calibrate
+from heartseg.metrics.ef_intervals import COVERAGE, EFS, calibrate, views_difference
 from heartseg.metrics.segmentation import DISTANCES, SCORES, confusion, image_scores, surface_distances
 from heartseg.shards.writer import resize_image
 from heartseg.storage import filesystem
@@ -218,7 +218,7 @@ def clinical_agreement(patients: pandas.DataFrame) -> dict:
 
 
 def _calibrate(patients: pandas.DataFrame, name: str) -> dict[str, float] | None:
-    apart = (patients["ef_4ch_ase_prediction"] - patients["ef_2ch_ase_prediction"]).abs()
+    apart = views_difference(patients, "_prediction").abs()
     return calibrate(patients[f"{name}_prediction"], patients[f"{name}_truth"], apart)
 
 

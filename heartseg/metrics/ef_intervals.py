@@ -6,6 +6,7 @@ intervals that contain the true EF of the chosen share of new patients, whatever
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -42,10 +43,14 @@ def _quantile(ratios: np.ndarray) -> float:
     return float(np.sort(ratios)[math.ceil((len(ratios) + 1) * COVERAGE) - 1])
 
 
+def views_difference(row: Mapping, suffix: str = ""):
+    """EF in 4CH alone minus EF in 2CH alone, in points, of a row of indices or of a table of rows."""
+    return row[f"ef_4ch_ase{suffix}"] - row[f"ef_2ch_ase{suffix}"]
+
+
 def intervals(row: dict, calibrations: dict[str, dict | None]) -> dict[str, float]:
     """`ef_ase_low`, `ef_ase_high` and so on, in percent, of a row of indices; NaN without an EF or a calibration."""
-    apart = abs(row["ef_4ch_ase"] - row["ef_2ch_ase"])
-    found = {}
+    apart, found = abs(views_difference(row)), {}
     for name in EFS:
         one = calibrations.get(name)
         half = one["factor"] * (one["base"] + one["slope"] * apart) if one else math.nan

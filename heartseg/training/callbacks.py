@@ -48,7 +48,7 @@ class Copied:
 class EpochCallbacks:
     """Writes and reports an epoch's results on rank 0; `samples` are the images whose predictions are kept.
 
-    Checkpoints are at least `seconds` apart, except for that of the last epoch and one that `finish` or `stop` writes.
+    Checkpoints are at least `seconds` apart, except for that of the last epoch and the one that `stop` writes.
     """
 
     experiment: Experiment

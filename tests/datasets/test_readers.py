@@ -147,6 +147,14 @@ def test_the_time_between_frames_is_what_a_nifti_or_a_dicom_records_if_an_echo_c
     assert readers.read(str(tmp_path / "loop.dcm"), "dicom").frame_ms == (20 if unit == "msec" else None)
 
 
+def test_a_malformed_frame_time_is_unknown_and_does_not_spoil_the_loop(tmp_path):
+    raw = dicom(LOOP, FrameTime="23.456")
+    assert raw.count(b"23.456") == 1
+    (tmp_path / "loop.dcm").write_bytes(raw.replace(b"23.456", b"23 4x6"))
+    found = readers.read(str(tmp_path / "loop.dcm"), "dicom")
+    assert found.frame_ms is None and len(found.pixels) == len(LOOP)
+
+
 def test_a_png_of_any_mode_is_grey_and_upright(tmp_path):
     for mode in ("L", "RGB", "RGBA", "P"):
         Image.fromarray(UPRIGHT[0]).convert(mode).save(tmp_path / "a.png")
