@@ -71,7 +71,7 @@ def _facts(one: run_comparison.Scored) -> dict:
     """A run's lineage and the origin of its scores."""
     summary, description, scored = one.summary, one.run.description, "no scores"
     if summary:
-        scored = f"{summary['group']} group, {summary['patients']} patients, {summary['images']} images"
+        scored = f"group {summary['group']} (patients: {summary['patients']}, images: {summary['images']})"
     return {
         "label": one.label, "path": one.run.path, "seed": description["identity"]["train"]["seed"], "epochs": len(one.record),
         "checkpoint": f"{summary['which']}, epoch {summary['epoch']}" if summary else "–", "scored": scored,

@@ -191,6 +191,6 @@ def lineage(run: str, description: dict, summary: dict) -> list[tuple[str, str]]
         ("Checkpoint", "{} ({}, epoch {})".format(*(summary.get(key, "–") for key in ("checkpoint", "which", "epoch")))),
         *((title, description.get(key, "–")) for title, key in ORIGINS.items()),
         ("Split", ", ".join(f"{key} {value}" for key, value in split.items()) or "–"),
-        *((f"Group {g}", f"{n['patients']} patients, {n['images']} images") for g, n in groups.items()),
+        *((f"Group {g}", f"patients: {n['patients']}, images: {n['images']}") for g, n in groups.items()),
         ("Weights & Biases id", description.get("wandb_id", "–")),
     ]

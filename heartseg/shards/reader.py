@@ -56,7 +56,7 @@ def read_manifest(path: str) -> dict:
     """The manifest of a complete folder; raises UserError if it is incomplete or of another format."""
     manifest_path, again = filesystem.join(path, MANIFEST), "preprocess again with --overwrite."
     if not filesystem.exists(manifest_path):
-        raise UserError(f"{path} holds no finished shards (no {MANIFEST}): run jobs/preprocess.py first.")
+        raise UserError(f"{path} holds no finished shards (no {MANIFEST}): check the path, or run jobs/preprocess.py first.")
     manifest = filesystem.read_json(manifest_path)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     require(found == FORMAT, f"{path} has shard format {found}, but this version reads {FORMAT}: {again}")

@@ -232,7 +232,7 @@ def similar_flag(wrong: str, help_text: str) -> str:
     """The end of the message about an unknown flag: those that share the most words with its last part, or one spelt alike."""
 
     def words(flag: str) -> list[str]:
-        return re.split(r"[-._=]+", flag.strip("-"))
+        return [word.removesuffix("s") for word in re.split(r"[-._=]+", flag.strip("-"))]
 
     def likeness(flag: str) -> tuple[int, float]:
         last = wrong.rpartition(".")[2].strip("-")

@@ -132,6 +132,6 @@ class Cluster:
                 if not isinstance(error, OSError) and not (code and code[1] >= "500"):
                     raise UserError(f"The cluster refused the request ({first_line(error)}): check its token.") from error
                 if time.monotonic() > end:
-                    fix = "once it does, rerun the same command to resume."
+                    fix = "start it or check RAY_API_SERVER_ADDRESS, then rerun the same command."
                     raise UserError(f"The cluster did not answer ({first_line(error)}): {fix}") from error
                 time.sleep(POLL_INTERVAL_S)

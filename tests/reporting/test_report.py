@@ -162,7 +162,7 @@ def test_images_of_lowest_dice_come_lowest_first_and_ten_at_most_and_configurati
     assert words.count("four single-class channels") == 2
     for fact in ("train.epochs", "optim.kind", "git 0123abcd", "f" * 64, "a" * 64, "kind official", "wandb0123456"):
         assert fact in words
-    assert "8 patients, 32 images" in words
+    assert "patients: 8, images: 32" in words
 
 
 def test_missing_samples_rows_and_epochs_leave_their_sections_out_and_a_missing_summary_is_named(tmp_path):
