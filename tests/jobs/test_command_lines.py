@@ -40,7 +40,8 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "quick", "--data", "/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)  # away from the repository
     assert done.returncode == 2 and "ray" not in done.stdout.lower()
-    assert done.stderr == "train.py: /nowhere holds no finished shards (no manifest.json): check the path, or run jobs/preprocess.py first.\n"
+    fix = "check the path, or run jobs/preprocess.py first"
+    assert done.stderr == f"train.py: /nowhere holds no finished shards (no manifest.json): {fix}.\n"
 
 
 @pytest.mark.parametrize(

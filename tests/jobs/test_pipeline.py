@@ -5,8 +5,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +18,10 @@ from heartseg.storage import filesystem, locks
 from heartseg.training import run_directory
 from heartseg.tuning.search_space import SearchSpace
 from heartseg.tuning.sweep import SweepPlan
-from helpers.experiments import ROOT, tiny_experiment
+from helpers.experiments import tiny_experiment
 from jobs import pipeline
 from jobs.support import command_line
-from jobs.support.pipeline_stages import PipelineOptions, Stage, build_graph, hash_complete
+from jobs.support.pipeline_stages import PipelineOptions, Result, Stage, build_graph, hash_complete
 from jobs.support.pipeline_state import PipelineState
 from jobs.tune import Options as TuneOptions
 
@@ -43,7 +41,7 @@ def attempts(out: str | Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module", autouse=True)
 def plain():
-    """Stages run without Ray in this process; in their own processes (the slow tests) they use it."""
+    """Stages run in this process, without Ray."""
     real = importlib.import_module
 
     def import_plain(name: str) -> SimpleNamespace:
@@ -217,20 +215,24 @@ def test_the_graph_has_each_stage_after_what_it_needs():
     assert len(graph) == 3 * 4 + 2 and graph[-2].name == "pool" and len(graph[-1].needs) == 3
 
 
-@pytest.mark.slow
-def test_the_winner_of_a_sweep_is_what_is_trained(phantom, tmp_path):
-    experiment = replace(tiny(phantom, tmp_path), split=SplitConfig("ratio", test_share=0.25))
-    experiment = replace(experiment, train=replace(experiment.train, epochs=8))  # a sweep of masks that are empty has no winner
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(to_json(experiment)))
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), "--tune", "2", "--until", "train"]
-    done = subprocess.run([*command, "--search", "grid"], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    stages = records(tmp_path)
-    best = filesystem.read_json(os.path.join(stages["tune"]["result"]["path"], "best.json"))
-    trained = filesystem.read_json(os.path.join(stages["train"]["result"]["path"], "experiment.json"))["experiment"]
-    assert trained["optim"] == best["optim"] and trained["schedule"] == best["schedule"]
-    assert best["train"]["holdout"] > 0 and trained["train"]["holdout"] == 0
+def test_the_winner_of_a_sweep_is_what_is_trained_on_the_whole_training_group(tmp_path):
+    asked, options = tiny("/somewhere", tmp_path), PipelineOptions(tune=2, plan=SweepPlan(search="grid"))
+    stages = {stage.name: stage for stage in build_graph(asked, str(tmp_path), options)}
+    results = {"preprocess": Result("/shards", "of shards"), "tune": Result(str(tmp_path / "sweep"), "of a sweep")}
+
+    _, flags = stages["tune"].command(results, False)
+    swept, config = flags.pop("config"), tmp_path / "swept.json"
+    config.write_text(json.dumps(to_json(swept)))
+    line = [*command_line.as_flags(flags), "--config", str(config)]
+    understood, plan = command_line.parse(TuneOptions(), line, "tune.py", "Sweep.")
+    assert understood == swept and plan.plan == options.plan and plan.trials == 2
+
+    best = replace(swept, optim=replace(swept.optim, lr=0.5), schedule=replace(swept.schedule, kind="step"))
+    best = replace(best, train=replace(best.train, holdout=0.125, batch_size=4))
+    filesystem.publish_json(str(tmp_path / "sweep" / "best.json"), to_json(best))
+    trained = stages["train"].inputs(results)["configuration"]
+    assert trained["optim"]["lr"] == 0.5 and trained["schedule"]["kind"] == "step"
+    assert trained["train"]["batch_size"] == 4 and trained["train"]["holdout"] == asked.train.holdout == 0
 
 
 class Jobs:

@@ -1,26 +1,21 @@
 """The pipeline and its numbers on real echocardiograms, and the wheel."""
 
-import contextlib
 import multiprocessing
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from heartseg.config.experiment import ImageConfig, SplitConfig, canonical
-from heartseg.config.recipes import quick, seed
+from heartseg.config.experiment import SplitConfig, canonical
+from heartseg.config.recipes import seed
 from heartseg.datasets import splits
 from heartseg.shards.reader import open_shards
 from heartseg.storage import filesystem
 from heartseg.training import run_directory
-from helpers import local_cluster
 from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import wait_for
 from jobs import preprocess
@@ -46,12 +41,6 @@ def few(camus, tmp_path_factory) -> str:
     return str(tree)
 
 
-def pipeline_command(few: str, out: Path) -> list[str]:
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", few, "--out", str(out)]
-    command += ["--dataset", "camus", "--workers", "2", "--train.epochs", "3"]
-    return [*command, "--image.height", "64", "--image.width", "64"]
-
-
 @pytest.mark.real_data
 def test_every_real_patient_becomes_a_row_an_image_in_the_official_groups(camus, tmp_path):
     experiment = tiny_experiment(source=camus, out=str(tmp_path))
@@ -63,68 +52,31 @@ def test_every_real_patient_becomes_a_row_an_image_in_the_official_groups(camus,
     assert shards.manifest["dataset"] == "CAMUS"
 
 
-# What a submitted pipeline prints when a stage starts, and the latest moment to kill it once it is at work, in seconds: less
-# than the stage takes on a fast machine.
-STAGES = {
-    "preprocess": ("submitted preprocess", 1.0),
-    "train": ("epoch 1/3  step", 6.0),
-    "evaluate": ("submitted evaluate", 3.0),
-}
-
-
 @pytest.mark.real_data
-@pytest.mark.timeout(1500)
-def test_a_submitted_pipeline_killed_in_every_stage_learns_real_hearts_and_does_nothing_twice(few, tmp_path, measurement):
-    command, draw = [*pipeline_command(few, tmp_path / "out"), "--submit"], random.Random(SEED)
-    with local_cluster.started(tmp_path / "cluster") as environment:
-        for stage, (line, latest) in STAGES.items():
-            moment = draw.uniform(0, latest)
-            submitted = local_cluster.begin_until(command, environment, line)
-            measurement(f"a submitted pipeline is killed {moment:.1f} s into {stage} (seed {SEED})")
-            try:
-                wait_for(lambda stage=stage: f"jobs/{stage}.py" in drivers_of(tmp_path / "out").values())
-                wait_for(lambda stage=stage: stage != "preprocess" or any((tmp_path / "out").glob("shards-*")))
-                time.sleep(moment)
-                drivers = drivers_of(tmp_path / "out")
-            finally:
-                submitted.kill()
-            for pid in drivers:  # and the stage's own process, as if the machine had died
-                os.kill(pid, signal.SIGKILL)
-            submitted.communicate()
-            assert set(drivers.values()) == {f"jobs/{stage}.py"}, f"{stage} was not at work {moment:.1f} s after it began"
-        reports = []
-        for _ in range(2):  # the second time nothing is left to do
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            reports.append(done.stdout.splitlines()[-1])
+@pytest.mark.timeout(900)
+def test_a_pipeline_killed_in_training_learns_real_hearts_and_does_nothing_twice(few, tmp_path):
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", few, "--out", str(tmp_path / "out")]
+    command += ["--dataset", "camus", "--workers", "2", "--train.epochs", "3", "--image.height", "64", "--image.width", "64"]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: any((tmp_path / "out" / "runs").glob("*/checkpoints/epoch_0001/checkpoint.json")), killed, seconds=300)
+    killed.kill()
+    killed.communicate()
+    reports = []
+    for _ in range(2):  # the second time nothing is left to do
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        reports.append(done.stdout.splitlines()[-1])
     report, again = reports
     assert report == again
     assert os.path.getsize(report) > 100_000
     summary = filesystem.read_json(os.path.join(os.path.dirname(report), "summary.json"))
     assert summary["images"] == 80 and summary["patients"] == 20
     assert summary["scores"]["dice"]["mean"] > 0.5
-    undisturbed = replace(quick(), source=few, out=str(tmp_path / "shards"), image=ImageConfig(height=64, width=64))
-    preprocess.run(undisturbed, preprocess.Options(launcher="plain", dataset="camus"))
-    ours, theirs = (open_shards(str(path)) for path in (tmp_path / "out" / "shards-64x64-official", tmp_path / "shards"))
-    assert ours.fingerprint == theirs.fingerprint
     run = os.path.dirname(os.path.dirname(report))
     assert [row["epoch"] for row in run_directory.read_record(run)] == [1, 2, 3]
     stages = filesystem.read_json(str(tmp_path / "out" / "pipeline.json"))["stages"]
-    for stage in stages.values():
-        ends = [attempt["state"] for attempt in stage["attempts"]]
-        assert ends.count("done") == 1 and ends[-1] == "done", stages  # no stage twice
-        assert 2 <= len(ends) <= 3, stages  # and each was killed
-
-
-def drivers_of(out: Path) -> dict[int, str]:
-    """The processes of submitted stages that work on a folder, with process number and job."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_text().split("\0")
-            if len(words) > 1 and words[1].startswith("jobs/") and any(word.startswith(str(out)) for word in words):
-                found[int(path.parent.name)] = words[1]
-    return found
+    ends = {name: [attempt["state"] for attempt in stage["attempts"]] for name, stage in stages.items()}
+    assert ends == {"preprocess": ["done"], "train": ["killed", "done"], "evaluate": ["done"]}
 
 
 @pytest.mark.real_data
