@@ -30,13 +30,6 @@ ThreadedMotoServer("0.0.0.0", int(sys.argv[1])).start()
 threading.Event().wait()
 """
 
-NODE_ID = """
-import ray, sys
-
-ray.init(log_to_driver=False)
-print(*(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == sys.argv[1]))
-"""
-
 
 def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
@@ -108,15 +101,6 @@ class Host:
         role = ["--head", "--port", str(PORT)] if head is self else ["--address", f"{head.address}:{PORT}"]
         command = [RAY, "start", *role, "--node-ip-address", self.address, "--num-cpus", "1", "--disable-usage-stats"]
         code, output = self.run(*command, timeout=100)
-        assert code == 0, output
-
-    def announce_end(self, head: "Host", seconds: int) -> None:
-        """Notify the cluster that this host has some seconds left, like a cloud that reclaims a machine."""
-        code, output = head.run(sys.executable, "-c", NODE_ID, self.address, RAY_ADDRESS=f"{head.address}:{PORT}")
-        assert code == 0, output
-        drain = [RAY, "drain-node", "--address", f"{head.address}:{PORT}", "--node-id", output.split()[-1]]
-        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
-        code, output = head.run(*drain, "--deadline-remaining-seconds", str(seconds))
         assert code == 0, output
 
 

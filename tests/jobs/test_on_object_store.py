@@ -98,10 +98,6 @@ def test_wandbs_files_move_from_the_machine_to_the_run(run):
     assert not os.path.exists(os.path.dirname(os.environ["WANDB_CACHE_DIR"]))
 
 
-def command(job: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "jobs" / job), *arguments]
-
-
 def tiny_arguments(data: str, folder: str) -> list[str]:
     flags = ["--image.height", "64", "--image.width", "64", "--train.epochs", "3", "--train.batch-size", "6"]
     flags += ["--train.deterministic", "--tracking.wandb", "off", "--launcher", "plain", "--checkpoint-seconds", "0"]
@@ -136,10 +132,10 @@ def test_an_outage_during_preprocessing_quarantines_nothing_and_the_same_command
 @pytest.mark.timeout(600)
 def test_a_training_killed_in_an_upload_resumes_to_the_same_weights(data, s3):
     undisturbed, disturbed = new_folder(), new_folder()
-    subprocess.run(command("train.py", *tiny_arguments(data, undisturbed)), check=True, timeout=200)
+    train.job(tiny_arguments(data, undisturbed))
     with Proxy(s3, cut_at=55, hold=True) as proxy:  # in the second epoch's checkpoint
         with environment(**KEYS, AWS_ENDPOINT_URL=proxy.url):
-            job = subprocess.Popen(command("train.py", *tiny_arguments(data, disturbed)))
+            job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "train.py"), *tiny_arguments(data, disturbed)])
         assert proxy.was_cut.wait(120)
         os.kill(job.pid, signal.SIGKILL)
         job.wait()
@@ -147,8 +143,7 @@ def test_a_training_killed_in_an_upload_resumes_to_the_same_weights(data, s3):
     ours, theirs = f"{disturbed}/{name}", f"{undisturbed}/{name}"
     assert checkpoint.last(ours).epoch == 1
     filesystem.remove(f"{ours}/{LOCK_NAME}")  # a minute's wait for the dead claim
-    done = subprocess.run(command("train.py", *tiny_arguments(data, disturbed)), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    train.job(tiny_arguments(data, disturbed))
     assert checkpoint.last(ours).card["weights_sha256"] == checkpoint.last(theirs).card["weights_sha256"]
     assert [epoch["epoch"] for epoch in run_directory.read_record(ours)] == [1, 2, 3]
 
