@@ -28,16 +28,15 @@ def kill_workers(folder: Path, times: int) -> None:
         recorded = max(len(epochs_of(str(run))) for run in folder.glob("tiny-*"))
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_workers_restart_as_often_as_the_run_advances(kills, shards, tmp_path, ray_session, monkeypatch, caplog):
+def test_killed_workers_restart_as_often_as_the_run_advances(shards, tmp_path, ray_session, monkeypatch, caplog):
     monkeypatch.setattr(ray_runtime, "build_trainer", partial(ray_runtime.build_trainer, tries=1))
     base = tiny_experiment(data=shards, runs=str(tmp_path))
-    killer = threading.Thread(target=kill_workers, args=(tmp_path, kills), daemon=True)
+    killer = threading.Thread(target=kill_workers, args=(tmp_path, 2), daemon=True)
     killer.start()
     with caplog.at_level("INFO", logger="heartseg"):
         run = train.run(replace(base, train=replace(base.train, epochs=8)), train.Options())
     killer.join(timeout=1)
-    assert not killer.is_alive() and ("progressed in between" in caplog.text) == (kills > 1)
+    assert not killer.is_alive() and "made progress in between" in caplog.text
     assert epochs_of(run) == list(range(1, 9))
 
 

