@@ -229,8 +229,8 @@ def read_header(block: bytes) -> nibabel.Nifti1Header:
 
 def read_spacing(header: nibabel.Nifti1Header, axes: tuple[int, int]) -> tuple[float, float]:
     """Pixel sizes along two axes in mm, converted from the header's unit of length; raises ValueError if it has none."""
-    unit_mm = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    sizes = [abs(float(header.get_zooms()[axis])) * unit_mm for axis in axes]  # some writers encode directions as signs
+    unit_mm, zooms = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0), header.get_zooms()
+    sizes = [abs(float(zooms[axis])) * unit_mm for axis in axes]  # some writers encode directions as signs
     if not all(0 < size < math.inf for size in sizes):
         raise ValueError(f"the pixel spacing {sizes} is not positive")
     return tuple(sizes)

@@ -133,9 +133,10 @@ def exists(path: str) -> bool:
 def _stat(path: str) -> os.stat_result | None:
     """A local path's stat; None if it does not exist or is a dead link; os.path.exists would also be False in an outage."""
     try:
-        with _storage_errors(path):
-            return os.stat(path)
-    except (OSError, ValueError):
+        return os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in OUTAGE_ERRNOS:
+            raise outage(error, path) from error
         return None
 
 

@@ -57,6 +57,7 @@ def test_every_real_patient_becomes_a_row_an_image_in_the_official_groups(camus,
 def test_a_pipeline_killed_in_training_learns_real_hearts_and_does_nothing_twice(few, tmp_path):
     command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "quick", "--source", few, "--out", str(tmp_path / "out")]
     command += ["--dataset", "camus", "--workers", "2", "--train.epochs", "3", "--image.height", "64", "--image.width", "64"]
+    command += ["--checkpoint-seconds", "0"]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: any((tmp_path / "out" / "runs").glob("*/checkpoints/epoch_0001/checkpoint.json")), killed, seconds=300)
     killed.kill()
