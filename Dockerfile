@@ -2,15 +2,15 @@
 #
 #   docker build --build-arg REVISION="$(git rev-parse HEAD)" -t heartseg:latest .
 #   docker run --rm --gpus all --shm-size 8g -v /data:/data:ro -v "$PWD/runs:/home/heartseg/app/runs" heartseg:latest \
-#       python jobs/train.py seed --data /data/shards --runs /home/heartseg/app/runs
+#       python jobs/train.py camus --data /data/shards --runs /home/heartseg/app/runs
 #
 # A GPU needs only the host's NVIDIA driver and container toolkit: the CUDA libraries come with PyTorch's wheels.
 # (`--build-arg SOURCE=…` puts the address of your repository into the labels.)
 # A mounted folder that jobs write to must belong to user 1000. Secrets are passed at run time (-e WANDB_API_KEY, without a
 # value, passes the caller's) and never become part of a layer.
 #
-# No Docker engine has built this file yet: tests/cluster/test_dockerfile.py reads it, and runs its installation steps in a
-# clean environment.
+# No Docker engine has built this file yet: tests/cluster/test_dockerfile.py reads it, and runs its installation steps, with
+# uv in place of pip, in a clean environment.
 
 FROM python:3.11-slim AS builder
 RUN python -m venv /opt/venv

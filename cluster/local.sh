@@ -4,7 +4,7 @@
 #
 #   cluster/local.sh start [--num-cpus 4 …]                        more options go to `ray start`; --node-ip-address ADDRESS
 #                                                                  opens all but the dashboard to other machines
-#   cluster/local.sh submit -- python jobs/train.py seed --data /data/shards
+#   cluster/local.sh submit -- python jobs/train.py camus --data /data/shards
 #   cluster/local.sh status
 #   eval "$(cluster/local.sh env)"                                 for `ray job …` and `jobs/pipeline.py --submit`
 #   cluster/local.sh stop
@@ -199,7 +199,7 @@ submit() {
         esac
         if (($#)); then shift; fi
     done
-    (($# > 1)) || refuse "submit needs a command after --, such as: submit -- python jobs/train.py seed."
+    (($# > 1)) || refuse "submit needs a command after --, such as: submit -- python jobs/train.py camus."
     find_ray
     environment=$(runtime_env "$given") || refuse "--runtime-env-json is not a JSON object."
     warn_of_secrets "$given"

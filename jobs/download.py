@@ -188,7 +188,7 @@ def check_patient(source: str, patient: str) -> list[str]:
 
 def job(argv: list[str]) -> None:
     out = run(command_line.parse_line(Options, argv, "python jobs/download.py", "Fetch CAMUS from its authors' server."))
-    print(f"next: python jobs/preprocess.py seed --source {out} --out SHARDS")
+    print(f"next: python jobs/preprocess.py camus --source {out} --out SHARDS")
 
 
 if __name__ == "__main__":

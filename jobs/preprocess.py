@@ -1,4 +1,4 @@
-"""Converts NIfTI files to Parquet shards: `python jobs/preprocess.py seed --source /data/CAMUS --out /data/shards`.
+"""Converts NIfTI files to Parquet shards: `python jobs/preprocess.py camus --source /data/CAMUS --out /data/shards`.
 
 `--source` is the CAMUS release, or any folder of images and masks in the layout of heartseg/datasets/image_folder.py.
 """

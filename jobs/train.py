@@ -1,4 +1,4 @@
-"""Distributed training: `python jobs/train.py seed --data /data/shards --workers 4`, or the same after `ray job submit … --`.
+"""Distributed training: `python jobs/train.py camus --data /data/shards --workers 4`, or the same after `ray job submit … --`.
 
 Ray Train places the workers and restarts them if one dies; the run's directory holds its state, with or without Ray.
 """

@@ -61,7 +61,7 @@ def start_ray(workers: int) -> None:
     # How often Ray Train and Tune collect reports: each waits until the last is collected, by default up to 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray's watcher for nodes about to be preempted costs one more process each time workers start, and logs an error.
-    # Without it, a run trains until the node is lost, and resumes from its last epoch as after any such loss.
+    # Without it, a run resumes from its last checkpoint when the node is lost, as after any such loss.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if ray.is_initialized():
         return

@@ -46,19 +46,21 @@ def test_stop_ends_and_removes_only_what_start_made(tmp_path):
 
 
 EVERY_VERB = """
-cluster/local.sh start --num-cpus 1
+cluster/local.sh start --num-cpus 1 "$@"
 cluster/local.sh status
 cluster/local.sh submit -- python -c 'print("SUBMITTED")'
 eval "$(cluster/local.sh env)"
-RAY_ADDRESS=127.0.0.1:$HEARTSEG_CLUSTER_PORT python jobs/doctor.py --workers 1 --seconds 0.1
+RAY_ADDRESS=$ADDRESS:$HEARTSEG_CLUSTER_PORT python jobs/doctor.py --workers 1 --seconds 0.1
 cluster/local.sh stop
 """
 
 
 @pytest.mark.slow
-def test_every_verb_and_the_doctor_reach_the_cluster_on_a_machine_with_a_network(tmp_path):
-    command = [*local_cluster.ON_A_NETWORK, "bash", "-uc", EVERY_VERB]
-    environment = os.environ | local_cluster.settings(tmp_path)
+@pytest.mark.parametrize("address", ["127.0.0.1", local_cluster.OTHER_ADDRESS])
+def test_every_verb_and_the_doctor_reach_the_cluster_on_a_machine_with_a_network(address, tmp_path):
+    options = [] if address == "127.0.0.1" else ["--node-ip-address", address]
+    command = [*local_cluster.ON_A_NETWORK, "bash", "-uc", EVERY_VERB, "bash", *options]
+    environment = os.environ | local_cluster.settings(tmp_path) | {"ADDRESS": address}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     finally:

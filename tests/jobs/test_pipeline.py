@@ -284,10 +284,10 @@ def evaluation(folder: Path) -> Stage:
     return replace(training(folder), name="evaluate", command=lambda _, again: (scores, {"out": scores, "overwrite": again}))
 
 
-def run_stage(folder: Path, stage: Stage, jobs: Jobs, is_forced: bool = False) -> tuple[str, str]:
+def run_stage(folder: Path, stage: Stage, jobs: Jobs, is_forced: bool = False, **inputs) -> tuple[str, str]:
     """Run a stage as a new process does; the path of its result and its fingerprint."""
     runner = pipeline.Runner(PipelineState.open(str(folder)), PipelineOptions(retries=0), jobs)
-    result = runner.run(stage, {}, {}, is_forced)
+    result = runner.run(stage, inputs, {}, is_forced)
     return result.path, result.fingerprint
 
 
@@ -321,6 +321,17 @@ def test_force_runs_a_stage_again_whatever_an_earlier_commands_job_has_done_if_i
             run_stage(tmp_path, stage, None)
     assert run_stage(tmp_path, stage, jobs, is_forced=True)[1] != old
     assert begun not in job_ids(tmp_path, stage) and jobs.stopped == ([begun] if end == "RUNNING" else [])
+
+
+@pytest.mark.parametrize(("end", "inputs"), [("RUNNING", {"epochs": 1}), ("STOPPED", {})])
+def test_a_job_of_other_settings_is_stopped_and_replaced_and_a_stopped_one_resumes_as_another_job(end, inputs, tmp_path):
+    stage, jobs = evaluation(tmp_path), Jobs(end)
+    with pytest.raises(SystemExit):
+        run_stage(tmp_path, stage, jobs)
+    (begun,) = job_ids(tmp_path, stage)
+    run_stage(tmp_path, stage, jobs, **inputs)
+    assert jobs.stopped == ([begun] if inputs else [])
+    assert (begun in job_ids(tmp_path, stage)) == (not inputs) and job_ids(tmp_path, stage)[-1] != begun
 
 
 def test_status_counts_time_only_while_a_process_works_and_warns_of_a_job_that_may_still_run(tmp_path, capsys):

@@ -23,7 +23,6 @@ from jobs.benchmarks import data, scores
 from jobs.benchmarks.two_sides import peak_memory_gb
 
 SEED_GROUPS = "ad5f11a49a894929157d04ab329be1f12d43955057655ca47d9b3b1a864ec4a4"  # SHA-256 of the seed's groups of the 450
-SEED = 20261123
 
 
 @pytest.fixture()

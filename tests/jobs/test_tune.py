@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -36,7 +37,7 @@ def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
     folder = str(tmp_path_factory.mktemp("sweep"))
     experiment = tiny_experiment(data=shards, runs=folder, tracking=TrackingConfig(wandb="offline"))
     unclipped = replace(experiment.optim, clip_norm=0.0)
-    experiment = replace(experiment, train=replace(experiment.train, holdout=0.3), optim=unclipped)
+    experiment = replace(experiment, optim=unclipped)
     space = SearchSpace(schedules=("cosine",), lr_factors=(1.0, 1e7), lr_points=2)
     options = tune.Options(plan=sweeps.SweepPlan(space, search="grid", stop_early=False), trials=2)
     sweep = tune.run(experiment, options)
@@ -45,6 +46,7 @@ def small_sweep(ray_session, shards, tmp_path_factory) -> sweeps.Sweep:
 
 
 def test_a_trial_that_fails_reports_why_and_the_sweep_continues(small_sweep):
+    assert small_sweep.base.train.holdout == tune.HOLDOUT > 0
     finished, failed = sweeps.read_trials(small_sweep)
     assert failed.state == sweeps.FAILED and "is not finite" in failed.reason and "patient" in failed.reason
     assert finished.state == sweeps.FINISHED and [row["epoch"] for row in finished.record] == [1, 2]
@@ -106,6 +108,9 @@ class SweepJob(Job):
     def num_epochs(self) -> int:
         return sum(len(trial.record) for trial in sweeps.read_trials(self.sweep()))
 
+    def num_ended(self) -> int:
+        return sum(bool(trial.state) for trial in sweeps.read_trials(self.sweep()))
+
 
 @pytest.fixture(scope="module")
 def more_shards(tmp_path_factory) -> str:
@@ -126,7 +131,15 @@ def test_a_sweep_killed_half_way_resumes_with_each_epoch_once_and_trials_that_fa
     first.process.wait()
     time.sleep(3)  # its workers end within two seconds
     ended = {trial.run.path: trial.record for trial in sweeps.read_trials(first.sweep()) if trial.state}
+    before = first.num_epochs()
     second = SweepJob(more_shards, tmp_path)
+    wait_for(lambda: second.num_epochs() > before, second.process, seconds=300)
+    workers = wait_for(lambda: second.pids("RayTrainWorker"), second.process, seconds=200)
+    ended_before = second.num_ended()
+    os.kill(min(workers), signal.SIGKILL)
+    wait_for(lambda: second.pids("RayTrainWorker") - workers, second.process, seconds=200)
+    # No other trial's worker has gone for it, unless its trial came to an end.
+    assert workers - {min(workers)} <= second.pids("RayTrainWorker") or second.num_ended() > ended_before
     output = second.finish(seconds=600)
     print(output[output.index("rank") :])
     table = sweeps.tabulate(second.sweep())
