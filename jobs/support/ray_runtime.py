@@ -175,7 +175,8 @@ def build_trainer(
         name=uuid.uuid4().hex[:8],  # new each time: the run directory decides what to resume, not Ray's snapshot
         storage_path=folder,
         failure_config=FailureConfig(max_failures=tries, controller_failure_limit=tries),
-        logging_config=LoggingConfig(log_level="WARNING"),
+        # On a busy machine, Ray warns with a traceback of a request that it repeats; its log files keep every warning.
+        logging_config=LoggingConfig(log_level="ERROR"),
         callbacks=list(callbacks),
     )
     scaling_config = ScalingConfig(**scaling, elastic_resize_monitor_interval_s=SECONDS_TO_GROW)
