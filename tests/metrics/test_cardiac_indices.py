@@ -82,7 +82,8 @@ def test_a_known_ellipsoid_has_its_volume_by_disks_and_by_area_and_length(radius
     shape = {"radius_mm": radius_mm, "half_length_mm": half_length_mm, "tilt_deg": tilt_deg}
     mask, cut = ellipsoid_mask(cut=0.9, **shape), 0.9
     expected_ml = np.pi * radius_mm**2 * half_length_mm * (2 / 3 + cut - cut**3 / 3) / 1000
-    volume_ml, area_mm2 = frame_measures(mask, SPACING_MM)[0], (mask == ENDO).sum() * 0.35
+    (volume_ml, area_cm2, _), area_mm2 = frame_measures(mask, SPACING_MM), (mask == ENDO).sum() * 0.35
+    assert area_cm2 == pytest.approx(area_mm2 / 100)
     assert volume_ml == pytest.approx(expected_ml, rel=0.01)
     assert length_mm(mask, SPACING_MM) == pytest.approx(half_length_mm * (1 + cut), rel=0.01)
     row = of_all_stills(mask)
