@@ -62,7 +62,7 @@ def test_every_verb_and_the_doctor_reach_the_cluster_on_a_machine_with_a_network
     command = [*local_cluster.ON_A_NETWORK, "bash", "-uc", EVERY_VERB, "bash", *options]
     environment = os.environ | local_cluster.settings(tmp_path) | {"ADDRESS": address}
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     finally:
         subprocess.run([str(SCRIPT), "stop"], env=environment, check=True, timeout=100)
     shown = done.stdout + done.stderr

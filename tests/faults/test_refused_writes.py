@@ -59,7 +59,7 @@ def test_a_full_disk_is_a_one_line_error_at_the_start_of_a_run_at_its_pictures_a
     disk.mkdir(), small.mkdir()
     mount = f"mount -t tmpfs -o size=500m tmpfs {disk} && mount -t tmpfs -o size=64k tmpfs {small} || exit 99"
     command = ["unshare", "-rm", "sh", "-c", f'{mount}; exec "$@"', "sh", sys.executable, "-c", textwrap.dedent(SCRIPT)]
-    done = subprocess.run([*command, str(ROOT), shards, str(disk), str(small)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, str(ROOT), shards, str(disk), str(small)], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     said = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert list(said) == ["ingest", "finish", "samples"]

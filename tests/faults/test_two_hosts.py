@@ -48,7 +48,7 @@ def record(name: str) -> list[dict]:
     return run_directory.read_record(filesystem.join(folder, found[0])) if found else []
 
 
-def wait_until(condition, host: two_hosts.Host, training: subprocess.Popen, seconds: float = 150) -> float:
+def wait_until(condition, host: two_hosts.Host, training: subprocess.Popen, seconds: float = 300) -> float:
     """Wait for a condition in a training; returns the time it took, or fails with the training's output."""
     started = time.monotonic()
     while not condition():

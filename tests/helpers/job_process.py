@@ -54,7 +54,7 @@ class Job:
     def pids(self, title: str) -> set[int]:
         return marked_pids(title, self.mark)
 
-    def finish(self, seconds: float = 200) -> str:
+    def finish(self, seconds: float = 400) -> str:
         output, _ = self.process.communicate(timeout=seconds)
         assert self.process.returncode == 0, output[-3000:]
         return output
@@ -77,7 +77,7 @@ def epochs_of(run: str) -> list[int]:
     return [epoch["epoch"] for epoch in run_directory.read_record(run)]
 
 
-def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120):
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 240):
     """The first true value of a condition."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -36,13 +36,13 @@ def started(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
     """The cluster while the block runs; yields the environment of its clients. `variables` are set before it starts."""
     environment = os.environ | variables | settings(folder)
     environment.pop("RAY_ADDRESS", None)
-    subprocess.run([SCRIPT, "start", "--num-cpus", "2"], env=environment, check=True, timeout=200)
+    subprocess.run([SCRIPT, "start", "--num-cpus", "2"], env=environment, check=True, timeout=400)
     address = f"http://127.0.0.1:{environment['HEARTSEG_CLUSTER_DASHBOARD_PORT']}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_API_SERVER_ADDRESS": address}
     try:
         yield environment | token
     finally:
-        subprocess.run([SCRIPT, "stop"], env=environment, check=True, timeout=200)
+        subprocess.run([SCRIPT, "stop"], env=environment, check=True, timeout=400)
 
 
 def begin_until(command: list[str], environment: dict[str, str], text: str) -> subprocess.Popen:

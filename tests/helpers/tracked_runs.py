@@ -74,7 +74,7 @@ def start_tracking(run: Run, epochs: int, pause_s: float, **environment: str) ->
 
 def finish(process: subprocess.Popen, folder: Path) -> str:
     """Wait for a training process to succeed; returns its output and that of earlier ones."""
-    assert process.wait(timeout=200) == 0, folder.with_suffix(".log").read_text()
+    assert process.wait(timeout=400) == 0, folder.with_suffix(".log").read_text()
     return folder.with_suffix(".log").read_text()
 
 

@@ -172,7 +172,7 @@ def test_an_outage_during_a_training_with_two_workers_ends_it_with_a_one_line_er
         # Its workers are not restarted: the outage would meet them three times more.
         once = "ray_runtime.build_trainer = functools.partial(ray_runtime.build_trainer, tries=0)"
         line = [*changed_train(once), *arguments]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=500)
     assert proxy.was_cut.is_set()
     errors = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]  # between Ray's lines
     assert done.returncode == 75 and len(errors) == 1 and "cannot be reached" in errors[0], done.stderr

@@ -258,7 +258,7 @@ def test_no_identifier_of_a_dicom_reaches_a_name_a_file_or_the_terminal(trained,
     out = tmp_path / "out"
     command = [sys.executable, "-W", "always", str(ROOT / "jobs" / "predict.py"), "--checkpoint", trained, "--out", str(out)]
     command += ["--input", str(tmp_path / "DOE_JANE"), "--key", str(tmp_path / "key.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     (study,) = (path for path in out.iterdir() if path.is_dir())
     names = sorted(re.sub(r"clip\w{6}", "clip", path.name.replace(study.name, "study")) for path in study.iterdir())

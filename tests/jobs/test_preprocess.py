@@ -101,7 +101,7 @@ def test_killed_repeatedly_it_ends_with_the_bytes_of_an_undisturbed_one(launcher
         # The manifest is there for a moment only before the job is done: then there was nothing left to kill.
         assert kill_when(start(many, out, launcher), out, MOMENTS[when]) or when == "after the manifest"
     done = start(many, out, launcher)
-    said, _ = done.communicate(timeout=200)
+    said, _ = done.communicate(timeout=400)
     assert done.returncode == 0, said
     assert hashes(out) == undisturbed
 
@@ -130,6 +130,6 @@ def test_a_full_disk_is_a_one_line_error_whoever_writes_the_parts(launcher, many
     disk.mkdir()
     script = f'mount -t tmpfs -o size=100k tmpfs {disk} || exit 99; "$@"'
     job = start(many, str(disk), launcher, ("unshare", "-rm", "sh", "-c", script, "sh"))
-    said, _ = job.communicate(timeout=200)
+    said, _ = job.communicate(timeout=400)
     assert job.returncode == 2, said
     assert "No space left on device" in said and "then rerun the same command to resume" in said and "Traceback" not in said

@@ -47,7 +47,7 @@ def cluster(tmp_path_factory):
 
 def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess:
     line = [RAY, "job", "submit", "--working-dir", ".", "--", *command]
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.slow

@@ -290,7 +290,7 @@ def test_two_processes_that_stream_follow_one(parted, tmp_path):
     command = [torchrun, "--nproc-per-node", "2", str(ROOT / "jobs" / "train.py"), "--config", str(tmp_path / "tiny.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command += ["--launcher", "plain", "--ingest", "stream"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"Batches stream from {parted} (--ingest stream).") == 1 and "2 epochs done" in done.stdout
     one = run_directory.read_record(begin(replace(experiment, runs=str(tmp_path / "one"))).path)

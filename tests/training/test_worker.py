@@ -167,7 +167,7 @@ def test_the_plain_launcher_trains_and_evaluates_where_ray_cannot_be_imported(sh
     training = ["--config", str(config), "--runs", str(tmp_path), "--run-name", "mine", *plain]
     code = "import sys; sys.modules['ray'] = None\nfrom jobs import evaluate, train\n"
     code += f"train.job({training}); evaluate.job({['--checkpoint', str(tmp_path / 'mine'), *plain]})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert "2 epochs done" in done.stdout, done.stderr
     report = done.stdout.splitlines()[-1]
     assert report.endswith("report.html") and os.path.getsize(report) > 10_000
