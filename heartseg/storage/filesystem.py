@@ -133,7 +133,7 @@ def exists(path: str) -> bool:
 def _stat(path: str) -> os.stat_result | None:
     """A local path's stat; None if it does not exist or is a dead link; os.path.exists would also be False in an outage."""
     try:
-        return os.stat(path)
+        return os.stat(path)  # without _storage_errors, which costs more than the call: reading asks once a file
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in OUTAGE_ERRNOS:
             raise outage(error, path) from error
