@@ -7,7 +7,7 @@ quarters of their positions or more. Libraries multiply these zeros anyway: an e
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 
 class Conv2d(nn.Conv2d):
@@ -16,7 +16,9 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if _is_depthwise(self) and weight.dtype == torch.float32 and _slow_in_bf16(images):
             with torch.autocast("cpu", enabled=False):
-                return super()._conv_forward(images.float(), weight, bias).to(torch.bfloat16)
+                return self._conv_forward(images.float(), weight, bias).to(torch.bfloat16)
+        if _is_dilated_depthwise(self) and images.ndim == 4 and images.device.type == "cpu" and torch.is_grad_enabled():
+            return _by_phases(images, weight, bias, self.dilation[0])
         if _is_atrous(self):
             rate, grid = self.dilation[0], images.shape[-2:]
             if rate >= max(grid):
@@ -53,6 +55,16 @@ def _is_depthwise(convolution: nn.Conv2d) -> bool:
     return convolution.groups == convolution.in_channels > 1
 
 
+def _is_dilated_depthwise(convolution: nn.Conv2d) -> bool:
+    """True for a square, dilated one whose output has its input's size."""
+    size, rate = convolution.kernel_size[0], convolution.dilation[0]
+    padding = rate * (size // 2)
+    return _is_depthwise(convolution) and rate > 1 and size % 2 == 1 and convolution.padding_mode == "zeros" and (
+        (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
+        == ((size, size), (1, 1), (padding, padding), (rate, rate))
+    )  # fmt: skip
+
+
 def _is_atrous(convolution: nn.Conv2d) -> bool:
     """True for a 3 x 3 convolution over all channels whose output has its input's size."""
     rate = convolution.dilation[0]
@@ -78,3 +90,17 @@ def _by_blocks(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         return conv2d(stack, kernel[:, :, None, None], bias)
 
     return torch.cat([torch.cat([product(vertical, horizontal) for horizontal in seen], dim=3) for vertical in seen], dim=2)
+
+
+def _by_phases(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rate: int) -> torch.Tensor:
+    """A dilated depthwise convolution as an ordinary one of every `rate`-th row and column, whose gradients take a quarter of
+    the time on CPUs: oneDNN has no fast kernel for the dilated one's."""
+    count, channels, height, width = images.shape
+    images = pad(images, (0, -width % rate, 0, -height % rate))
+    rows, columns = images.shape[2] // rate, images.shape[3] // rate
+    # In channels-last order, as the images are laid out, so that the result is too.
+    phases = images.permute(0, 2, 3, 1).reshape(count, rows, rate, columns, rate, channels).permute(0, 2, 4, 1, 3, 5)
+    phases = phases.reshape(count * rate**2, rows, columns, channels).permute(0, 3, 1, 2)
+    phases = conv2d(phases, weight, bias, padding=weight.shape[-1] // 2, groups=channels)
+    whole = phases.permute(0, 2, 3, 1).reshape(count, rate, rate, rows, columns, channels).permute(0, 3, 1, 4, 2, 5)
+    return whole.reshape(count, rows * rate, columns * rate, channels).permute(0, 3, 1, 2)[:, :, :height, :width]

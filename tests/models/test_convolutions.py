@@ -21,8 +21,8 @@ def faster(plain: nn.Conv2d) -> nn.Conv2d:
     return ours[0]
 
 
-def pair(rate: int, bias: bool = False) -> tuple[nn.Conv2d, nn.Conv2d]:
-    plain = nn.Conv2d(6, 5, 3, padding=rate, dilation=rate, bias=bias)
+def pair(rate: int, bias: bool = False, depthwise: bool = False) -> tuple[nn.Conv2d, nn.Conv2d]:
+    plain = nn.Conv2d(6, 6, 3, padding=rate, dilation=rate, groups=6 if depthwise else 1, bias=bias)
     return plain, faster(plain)
 
 
@@ -34,11 +34,15 @@ def results(convolution: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
     return [output.detach(), images.grad, *(parameter.grad for parameter in convolution.parameters())]
 
 
-@given(rate=st.integers(2, 40), height=st.integers(1, 40), width=st.integers(1, 40), bias=st.booleans(), last=st.booleans())
-def test_every_rate_on_every_grid_gives_the_results_and_gradients_of_pytorch(rate, height, width, bias, last):
+SIDES, YES_OR_NO = st.integers(1, 40), st.booleans()
+
+
+@given(rate=st.integers(2, 40), height=SIDES, width=SIDES, bias=YES_OR_NO, depthwise=YES_OR_NO, last=YES_OR_NO)
+def test_every_rate_on_every_grid_gives_the_results_and_gradients_of_pytorch(rate, height, width, bias, depthwise, last):
     layout = torch.channels_last if last else torch.contiguous_format
     images = torch.randn(2, 6, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(rate))
-    plain, ours = (results(each.double(), images.contiguous(memory_format=layout)) for each in pair(rate, bias=bias))
+    both = pair(rate, bias, depthwise)
+    plain, ours = (results(each.double(), images.contiguous(memory_format=layout)) for each in both)
     torch.testing.assert_close(plain, ours, rtol=1e-9, atol=1e-9)
 
 
