@@ -98,9 +98,9 @@ class ClipInFlight:
     frames: Frames | None = None
     small: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     masks: np.ndarray | None = None
+    confidences: np.ndarray | None = None
     damage: DamagedRecording | None = None
     parts: list[Future] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
 
     @contextlib.contextmanager
     def keeps_damage(self) -> Iterator[None]:
@@ -134,7 +134,7 @@ def outline(
         with one.keeps_damage():
             one.frames = read(one.clip, partial(room.admit, one.number))
             one.small = to_grid(segmenter, one.frames.pixels)
-            one.masks = np.empty(one.frames.pixels.shape, np.uint8)
+            one.masks, one.confidences = np.empty(one.frames.pixels.shape, np.uint8), np.empty(len(one.frames.pixels))
         if one.damage:
             one.frames, one.small = None, torch.empty(0)
             room.leave(one.number)
@@ -161,12 +161,10 @@ def outline(
         """Run the model on a batch and let `writers` resample its scores."""
         held, position = [(one, start, stop) for one, start, stop in batch if stop], 0
         if held:
-            logits = scores_of(segmenter, torch.cat([one.small[start:stop] for one, start, stop in held]), options)
-            sure, logits = confidence(logits), logits.float().cpu()
+            scores = scores_of(segmenter, torch.cat([one.small[start:stop] for one, start, stop in held]), options)
         for one, start, stop in held:
             chosen = slice(position, position := position + stop - start)
-            one.confidences += sure[chosen]
-            parts.append(writers.submit(_fill, one.masks[start:stop], logits[chosen], options))
+            parts.append(writers.submit(_fill, one.masks[start:stop], one.confidences[start:stop], scores[chosen], options))
             one.parts.append(parts[-1])
 
     def complete(one: ClipInFlight) -> tuple:
@@ -175,7 +173,7 @@ def outline(
                 for part in one.parts:
                     part.result()
                 if not one.damage:
-                    return one.clip, finish(one.clip, one.frames, one.masks, one.confidences)
+                    return one.clip, finish(one.clip, one.frames, one.masks, one.confidences.tolist())
         finally:
             room.leave(one.number)
         return one.clip, one.damage
@@ -224,7 +222,11 @@ def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tu
     yield batch
 
 
-def _fill(masks: np.ndarray, logits: torch.Tensor, options: PredictConfig) -> None:
-    """Write the labels of class scores [b,4,h,w] into `masks` uint8 [b,H,W], a slice of the clip's."""
-    for mask, scores in zip(masks, logits, strict=True):
-        mask[:] = to_mask(scores, mask.shape, options)
+def _fill(masks: np.ndarray, confidences: np.ndarray, scores: torch.Tensor, options: PredictConfig) -> None:
+    """Write the labels of class scores [b,4,h,w] into `masks` uint8 [b,H,W] and the confidence in them, parts of a clip's.
+
+    Scores on a GPU stay there until they are labels: it works ahead meanwhile, and its host fetches one byte a pixel.
+    """
+    confidences[:] = confidence(scores)
+    for mask, each in zip(masks, scores, strict=True):
+        mask[:] = to_mask(each, mask.shape, options)

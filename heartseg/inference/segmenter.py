@@ -20,6 +20,7 @@ from heartseg.metrics.regions import enclosed_holes, largest_component
 from heartseg.metrics.segmentation import predicted_labels
 from heartseg.models import checkpoint
 from heartseg.models.deeplabv3 import build_model, forward
+from heartseg.models.devices import choose_device
 from heartseg.shards.loader import Intensity, to_device
 from heartseg.shards.writer import resize_image
 
@@ -190,7 +191,7 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 
 def load(path: str, which: str = "last", device: str | torch.device | None = None) -> Segmenter:
     """Load a run's `last` or `best` checkpoint, or the checkpoint in a folder; raises UserError if it is missing or damaged."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or choose_device()
     found = checkpoint.find(path, which)
     experiment = from_json(found.card["experiment"], origin=found.path)
     model = build_model(experiment.model)

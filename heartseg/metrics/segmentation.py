@@ -49,10 +49,10 @@ def _count_by_cell(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 def _overlap(counts: torch.Tensor, labels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """For the union of some labels, the pixels in both maps, and the two maps' pixels added up; float64 [B]."""
-    chosen = list(labels)
-    in_truth, in_prediction = counts[:, chosen], counts[:, :, chosen]
-    both = in_truth[:, :, chosen].sum(dim=(1, 2))
-    return both.double(), (in_truth.sum(dim=(1, 2)) + in_prediction.sum(dim=(1, 2))).double()
+    # Not indexed by a list, which a GPU would have to wait for.
+    in_truth, in_prediction = (sum(pixels.select(1, label) for label in labels) for pixels in (counts.sum(2), counts.sum(1)))
+    both = sum(counts[:, row, column] for row in labels for column in labels)
+    return both.double(), (in_truth + in_prediction).double()
 
 
 def image_scores(counts: torch.Tensor) -> dict[str, torch.Tensor]:

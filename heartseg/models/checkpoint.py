@@ -8,6 +8,8 @@ import difflib
 import io
 import pickle
 import re
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -55,19 +57,39 @@ class Checkpoint:
 
 
 def snapshot(value: object) -> object:
-    """A copy of nested states on the CPU, which later training does not change."""
-    copied = _copy(value)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # once, not after each of thousands of tensors, which are copied to pinned memory
-    return copied
+    """A copy of nested states on the CPU, which later training does not change; a GPU is waited for once."""
+    copies = iter(_copies([*_tensors(value)]))
+
+    def rebuilt(inner: object) -> object:
+        if isinstance(inner, torch.Tensor):
+            return next(copies)
+        if isinstance(inner, dict):
+            return {key: rebuilt(each) for key, each in inner.items()}
+        return type(inner)(map(rebuilt, inner)) if isinstance(inner, (list, tuple)) else inner
+
+    return rebuilt(value)
 
 
-def _copy(value: object) -> object:
+def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _copy(inner) for key, inner in value.items()}
-    return type(value)(map(_copy, value)) if isinstance(value, (list, tuple)) else value
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+
+
+def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies on the CPU, in one transfer for each device and dtype instead of one for each of thousands of tensors."""
+    copies, alike = {}, defaultdict(list)
+    for number, tensor in enumerate(tensors):
+        alike[tensor.device, tensor.dtype].append(number)
+    for numbers in alike.values():
+        joined = torch.cat([tensors[number].detach().flatten() for number in numbers]).to("cpu", non_blocking=True)
+        parts = joined.split([tensors[number].numel() for number in numbers])
+        copies |= {number: part.view(tensors[number].shape) for number, part in zip(numbers, parts, strict=True)}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return [copies[number] for number in range(len(tensors))]
 
 
 def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
 from heartseg.config.training import AugmentConfig
+from heartseg.shards.loader import epoch_seed
 
 # Tangent of half the sector's opening angle, with the image's height and width both taken as 1: 0.6 to 0.7 in CAMUS.
 SECTOR_TANGENT = 0.65
@@ -30,7 +31,7 @@ def augment(
         exponent = (1 + config.gamma) ** draw(1, 1, 1)
         images = (gain * images.pow(exponent)).clamp_(0, 1)
     if config.noise:
-        noise = torch.randn(global_size, *images.shape[1:], generator=generator, device=images.device)[rows]
+        noise = torch.stack([_noise(image, seed, row) for row, image in enumerate(images, start=offset)])
         # Speckle is multiplicative: black stays black, above all outside the sector.
         images = (images * (1 + config.noise * draw(1, 1, 1).abs() * noise)).clamp_(0, 1)
     is_moved = bool(config.rotate_deg or config.scale or config.translate)
@@ -42,6 +43,12 @@ def augment(
     if config.contrast:
         images = _stretch(images, (1 + config.contrast) ** draw(1, 1, 1))
     return _affine(config, images, masks, moves) if is_moved else (images, masks)
+
+
+def _noise(image: torch.Tensor, seed: int, row: int) -> torch.Tensor:
+    """Normal noise shaped like an image, from a generator of its row's own: each rank draws for its own rows alone."""
+    generator = torch.Generator(image.device).manual_seed(epoch_seed(seed, row))
+    return torch.randn(image.shape, generator=generator, device=image.device)
 
 
 def _stretch(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

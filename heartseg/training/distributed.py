@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import nn
 from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import TrainConfig
 from heartseg.errors import require
+from heartseg.models.devices import choose_device
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,22 @@ def current(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else Ranks(0, 1, device)
 
 
+TIMEOUT_S = 600  # for a rank that no longer takes part; Ray Train's default is half an hour
+
+
 @contextlib.contextmanager
 def plain_ranks() -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment, if any, and leave it at the end; yields the ranks."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    """Join the process group that torchrun describes in the environment, if any, and leave it at the end; yields the ranks.
+
+    Raises UserError if this process has no GPU on a machine with GPUs.
+    """
+    device = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, own = ("nccl", device) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=own)
     try:
         yield current(device)
     finally:

@@ -25,6 +25,7 @@ from heartseg.training.optimizers import AveragedWeights, build_optimizer
 
 OnStep = Callable[[int, int, int], None]
 STEPS_PER_CHECK = 20  # each check waits for the device
+GPU_EVAL_BATCH = 32  # on a GPU at least: starting its kernels takes longer than their work on a few images
 # Up to this step, running batch statistics lag so far behind the weights that whole scores are zero; later, on CAMUS, they
 # are better than an estimate from so few images. Small training groups give an eighth (at least 8), which costs 1 %.
 YOUNG_STEPS, STATISTICS_IMAGES = 200, 64
@@ -212,8 +213,8 @@ def _raise_if_weights_not_finite(
     # Weights that are finite but too large to compute with show up only in the losses of the evaluated groups.
     modules = {state.model, state.evaluated}
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
-    fine = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-    fine &= all(math.isfinite(metrics[f"{group}/loss"]) for group, loader in loaders.items() if len(loader))
+    largest = nn.utils.get_total_norm(tensors, math.inf)  # a few kernels on a GPU for all tensors; keeps NaN and infinity
+    fine = largest.isfinite() & all(math.isfinite(metrics[f"{group}/loss"]) for group, loader in loaders.items() if len(loader))
     steps = steps_per_epoch(len(loaders["train"]), train.batch_size)
     _raise_if_not_finite(steps - 1 + fine.int(), steps, loaders["train"], train, state.epoch - 1, ranks)
 
@@ -251,7 +252,8 @@ def evaluate(experiment: Experiment, model: nn.Module, loader: Batches, intensit
     """Loss and scores of a group on the stored grid; every image counts once, whatever the number of ranks."""
     model.eval()
     sums = ScoreSums(ranks.device)
-    for images, masks in loader.evaluation_batches(experiment.train.eval_batch_size):
+    size = max(experiment.train.eval_batch_size, GPU_EVAL_BATCH if ranks.device.type == "cuda" else 1)
+    for images, masks in loader.evaluation_batches(size):
         logits = forward(experiment.train, model, intensity.apply(images))
         sums.add(segmentation_loss(experiment.loss, logits, masks), predicted_labels(logits), masks)
     reduce_over_ranks(sums.sums, ranks)

@@ -174,7 +174,8 @@ def _problems_on_every_rank(ranks: Ranks) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for an out-of-memory error, on a GPU or a CPU."""
-    message = r"can't allocate memory|(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED"
+    on_gpu = r"(CUBLAS|CUDNN)_STATUS_\w*ALLOC\w*_FAILED|CUDA error: out of memory|Failed to CUDA [cm]alloc"
+    message = rf"can't allocate memory|{on_gpu}"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(message, str(error)) is not None
 
 

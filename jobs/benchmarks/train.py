@@ -35,6 +35,7 @@ from heartseg.labels import STRUCTURES
 from heartseg.metrics.segmentation import ScoreSums, predicted_labels
 from heartseg.models import deeplabv3
 from heartseg.models.deeplabv3 import build_model
+from heartseg.models.devices import choose_device
 from heartseg.shards import preprocessing
 from heartseg.shards.loader import Batch, Loader, epoch_order
 from heartseg.shards.reader import FrameRows, load_groups
@@ -154,7 +155,7 @@ def run(options: Options) -> list[Table]:
         require(name in SECTIONS, f"{name!r} is not a section: choose from {', '.join(SECTIONS)}.")
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        bench = Bench(options, folder, choose_device())
         for name in names:
             try:
                 tables.append(SECTIONS[name](bench))

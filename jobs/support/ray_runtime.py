@@ -12,11 +12,12 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from heartseg.errors import UserError, require
 from heartseg.storage import filesystem
+from heartseg.training.distributed import TIMEOUT_S
 from jobs.support.command_line import JOB_CONFIG, ROOT, first_line, log
 
 # Times that Ray restarts a worker group that cannot start or that dies.
@@ -81,6 +82,7 @@ def start_ray(workers: int) -> None:
     resources = ray.cluster_resources()
     slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
     if workers > slots:
+        require(address != "local", f"This machine has only {slots} GPUs for {workers} workers: use --workers {slots}.")
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
 
 
@@ -180,7 +182,8 @@ def build_trainer(
         callbacks=list(callbacks),
     )
     scaling_config = ScalingConfig(**scaling, elastic_resize_monitor_interval_s=SECONDS_TO_GROW)
-    return trainer(loop, train_loop_config=config, scaling_config=scaling_config, run_config=run)
+    ranks = TorchConfig(timeout_s=TIMEOUT_S)
+    return trainer(loop, train_loop_config=config, torch_config=ranks, scaling_config=scaling_config, run_config=run)
 
 
 def free_placement(path: str) -> None:

@@ -78,6 +78,8 @@ def test_errors_other_than_refusals_are_not_turned_into_messages():
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
         ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("NCCL error: unhandled cuda error\nFailed to CUDA calloc async 608 bytes", True),
         ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
         ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", False),
         ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", False),

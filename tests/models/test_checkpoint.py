@@ -1,5 +1,6 @@
 """A checkpoint is complete or ignored, and a run's folder is found again only by the same experiment."""
 
+import copy
 import os
 import re
 from dataclasses import replace
@@ -46,6 +47,15 @@ def test_weights_and_training_state_come_back_as_they_were_saved_if_they_are_ten
     saved = checkpoint.save(run, {}, {"model": Path("only unpickling could bring this back")}, {"epoch": 1, "metrics": {}})
     with pytest.raises(UserError, match="damaged"):
         saved.training_state()
+
+
+def test_a_snapshot_holds_every_tensor_as_it_was_whatever_training_does_next():
+    wide = torch.randn(3, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    state = {"wide": wide, "steps": [torch.tensor(7.0), torch.tensor(3)], "half": (torch.ones(2).bfloat16(), 0.5), "empty": []}
+    expected, found = copy.deepcopy(state), checkpoint.snapshot(state)
+    for tensor in (wide, *state["steps"], state["half"][0]):
+        tensor.zero_()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_folder_without_its_card_is_ignored_and_saving_an_epoch_again_replaces_it(run):
