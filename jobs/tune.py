@@ -44,6 +44,8 @@ class Options:
     and all changes."""
     max_concurrent: int = 0
     """Trials in parallel; 0: as many as fit on the cluster."""
+    gpus_per_trial: float = 1.0
+    """Share of a GPU for each trial of one worker: with 0.25, four small networks train on a GPU at a time."""
     time_budget: float = 0.0
     """Minutes after which training stops; 0: no limit."""
     sweep_name: str = ""
@@ -57,6 +59,8 @@ class Options:
         limits = {"--trials": self.trials, "--max-concurrent": self.max_concurrent, "--time-budget": self.time_budget}
         for flag, value in limits.items():
             require(value >= 0, f"{flag} must be at least 0, not {value:g}.")
+        share = self.gpus_per_trial
+        require(0 < share <= 1, f"--gpus-per-trial must be above 0 and at most 1, not {share:g}; --workers sets how many.")
 
     @property
     def unused(self) -> dict[str, str]:
@@ -79,6 +83,8 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     """Start or resume a sweep and run it until its trials end; returns it. Raises UserError if no trial can be chosen."""
     command_line.required_path(experiment.data, "data", "a folder of shards, or set HEARTSEG_DATA")
     command_line.required_path(experiment.runs, "runs", "a folder or URI that every node can reach, or set HEARTSEG_RUNS")
+    fits_nccl = options.gpus_per_trial == 1 or experiment.workers == 1
+    require(fits_nccl, f"--gpus-per-trial {options.gpus_per_trial:g} needs --workers 1: NCCL takes one worker per GPU.")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
@@ -118,13 +124,13 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
 
     from jobs.support import ray_runtime, ray_trials
 
-    workers = sweep.base.workers
+    workers, share = sweep.base.workers, options.gpus_per_trial
     ray_runtime.start_ray(workers)
     # More trials than fit would wait, time out and count as failed.
-    concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers))
+    concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers, share))
     trials, each = command_line.counted(options.num_trials, "trial"), command_line.counted(workers, "worker")
     log.info("%s, %d at a time, %s each", trials, concurrent, each)
-    resources, budget_s = ray_runtime.worker_resources(workers * concurrent), options.time_budget * 60
+    resources, budget_s = ray_runtime.worker_resources(workers * concurrent, share), options.time_budget * 60
     progress = ray_trials.Progress(lambda: publish(sweep))
     tuner = tune.Tuner(
         # The actor that starts a trial's workers takes no core from them, and is on the head, which is not a spot node.

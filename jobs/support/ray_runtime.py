@@ -135,11 +135,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def worker_resources(workers: int) -> dict[str, float]:
-    """The resources of one of `workers`: a GPU if the cluster has or may get any, otherwise a share of the cores."""
+def worker_resources(workers: int, gpu: float = 1) -> dict[str, float]:
+    """The resources of one of `workers`: a `gpu` or a part of one if the cluster has or may get any, otherwise some cores."""
     # An autoscaled cluster has no GPU until one is requested.
     if max(sum(_on_each_node("GPU")), _after_autoscaling("GPU")) >= 1:
-        return {"GPU": 1, "CPU": 1}
+        return {"GPU": gpu, "CPU": 1}
     return {"CPU": share_of_cores(_on_each_node("CPU"), workers)}
 
 
@@ -150,11 +150,12 @@ def share_of_cores(nodes: Sequence[float], workers: int) -> int:
     return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
 
 
-def room_for(workers: int) -> int:
-    """The number of runs of `workers` each that fit on the cluster, at its autoscaled maximum: by GPUs if any, or by cores."""
-    # A worker's GPU and core are whole, and on one node.
+def room_for(workers: int, gpu: float = 1) -> int:
+    """The number of runs of `workers` each that fit on the cluster, autoscaled if it can be; `gpu` as in `worker_resources`."""
+    # A worker's core is whole and its part of a GPU is of one GPU, both on one node.
     gpus, cores = (max(sum(map(int, _on_each_node(kind))), int(_after_autoscaling(kind))) for kind in ("GPU", "CPU"))
-    return max(1, (gpus or cores) // workers)
+    slots = min(gpus * int(1 / gpu), cores) if gpus else cores
+    return max(1, slots // workers)
 
 
 def _on_each_node(kind: str) -> list[float]:

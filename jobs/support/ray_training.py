@@ -40,7 +40,7 @@ def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool
     callbacks = [TuneReportCallback()] if trial else []  # Tune may end a trial at any report
     workers = (experiment.min_workers, experiment.workers) if experiment.min_workers else experiment.workers
     config = {"experiment": to_json(experiment), "run": run.path, "cores": resources["CPU"], "profile": profile}
-    config["is_trial"] = bool(trial)
+    config |= {"is_trial": bool(trial), "gpu": resources.get("GPU", 0)}
     folder, result = filesystem.join(run.path, "ray"), None
     while result is None:
         epochs = len(run_directory.read_record(run.path))
@@ -94,6 +94,8 @@ def worker(config: dict) -> dict:
     logging.getLogger(ray_runtime.ray_private(ray_runtime.REPORT_LOGGER)).setLevel(logging.WARNING)
     torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
     experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())
+    if 0 < config["gpu"] < 1:  # its memory too is shared with other trials
+        torch.cuda.set_per_process_memory_fraction(config["gpu"], ranks.device)
     try:
         run = open_on_every_rank(config["run"], experiment.data, ranks)
         # The engine chooses device and memory layout; Ray adds the gradient averaging.

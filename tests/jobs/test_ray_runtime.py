@@ -40,6 +40,10 @@ def test_workers_ask_for_the_gpus_that_there_are_or_may_be_and_otherwise_for_cor
     assert ray_runtime.worker_resources(2) == {"CPU": 2} and ray_runtime.room_for(2) == 2
     planned |= {"GPU": 4}
     assert ray_runtime.worker_resources(2) == {"GPU": 1, "CPU": 1} and ray_runtime.room_for(1) == 4
+    now["CPU"] = [8.0, 8.0]
+    assert ray_runtime.worker_resources(8, 0.25) == {"GPU": 0.25, "CPU": 1} and ray_runtime.room_for(2) == 2
+    # Three trials of .3 fit on a GPU, and sixteen of .25 on four; but each also needs a core.
+    assert ray_runtime.room_for(1, 0.3) == 12 and ray_runtime.room_for(1, 0.25) == 16 and ray_runtime.room_for(1, 0.1) == 16
 
 
 def died(*ranks: int, **others: Exception) -> WorkerGroupError:

@@ -88,6 +88,14 @@ def test_a_trial_that_makes_no_experiment_is_refused_before_anything_starts(plan
     assert not list(tmp_path.iterdir())
 
 
+def test_a_part_of_a_gpu_is_for_trials_of_one_worker(shards, tmp_path):
+    experiment, options = tiny_experiment(data=shards, runs=str(tmp_path)), tune.Options(gpus_per_trial=0.25)
+    with pytest.raises(UserError, match="--gpus-per-trial 0.25 needs --workers 1"):
+        tune.run(replace(experiment, workers=2), options)
+    with pytest.raises(UserError, match="at most 1, not 2"):
+        tune.Options(gpus_per_trial=2)
+
+
 def test_an_ablation_has_as_many_trials_as_changes_and_its_table_and_page_name_them(held, shards, tmp_path):
     changes = ("optim.lr=0.01", "train.seed=1")
     options = tune.Options(plan=SweepPlan(SearchSpace(changes=changes), search="changes"))
