@@ -38,8 +38,9 @@ LABEL org.opencontainers.image.title="heartseg" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11-slim"
 # The head of a `ray up` cluster reaches its workers by ssh and rsync, from inside this container. `ray up` runs its commands
 # in a login shell, which resets PATH: the file in /etc/profile.d keeps the environment's programs on it.
+# gcc is for Triton, which compiles its launcher for `--train.compile`.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends openssh-client rsync \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev openssh-client rsync \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 --user-group --shell /bin/bash heartseg \
     && mkdir -m 700 /home/heartseg/.ray \

@@ -43,9 +43,9 @@ def prepared(path: str) -> dict:
     return config
 
 
-def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -> dict[str, int]:
+def launched(cluster: dict, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -> dict[str, int]:
     """The nodes that Ray's autoscaler starts for a training of so many workers, beside the head."""
-    config = AutoscalingConfig(yaml.safe_load((ROOT / path).read_text()), skip_content_hash=True)
+    config = AutoscalingConfig(cluster, skip_content_hash=True)
     workers = [ResourceRequestUtil.make({"GPU": 1, "CPU": 1}) for _ in range(gpu_workers)]
     request = SchedulingRequest(
         disable_launch_config_check=True,
@@ -63,7 +63,16 @@ def launched(path: str, gpu_workers: int, failed_lately: tuple[str, ...] = ()) -
     [(0, (), {}), (50, (), {"gpu_spot": 4}), (2, ("gpu_spot",), {"gpu_on_demand": 2})],
 )
 def test_a_job_starts_spot_nodes_up_to_the_limit_or_on_demand_ones_in_their_place(path, gpu_workers, failed_lately, nodes):
-    assert launched(path, gpu_workers, failed_lately) == nodes
+    assert launched(yaml.safe_load((ROOT / path).read_text()), gpu_workers, failed_lately) == nodes
+
+
+def test_eight_workers_start_one_machine_of_eight_gpus_where_only_such_machines_are_allowed():
+    cluster = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    types = cluster["available_node_types"]
+    for name, most in (("gpu_spot", 0), ("gpu_on_demand", 0), ("gpu_machine_of_8", 1)):
+        types[name]["max_workers"] = most
+    assert launched(cluster, 8) == {"gpu_machine_of_8": 1}
+    assert types["gpu_machine_of_8"]["node_config"]["IamInstanceProfile"] == {"Name": "heartseg-worker"}
 
 
 @pytest.mark.parametrize("path", CLOUDS.values())

@@ -48,7 +48,7 @@ def render(folder: Path) -> list[dict]:
     return resources
 
 
-RENDERED = {name: render(FOLDER / name) for name in ("base", "overlays/local", "overlays/gpu")}
+RENDERED = {name: render(FOLDER / name) for name in ("base", "overlays/local", "overlays/gpu", "overlays/gpu8")}
 
 
 @pytest.fixture(params=RENDERED)
@@ -140,9 +140,11 @@ def test_every_cluster_requires_the_token_only_its_own_pods_reach_it_and_its_hea
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-@pytest.mark.parametrize(("name", "gpus", "data"), [("gpu", "1", "s3://your-bucket/"), ("local", None, "/data/shards")])
-def test_the_gpu_overlay_requests_gpus_and_an_object_store_and_the_local_one_neither(name, gpus, data):
+@pytest.mark.parametrize(
+    ("name", "gpus", "data"), [("gpu", "1", "s3://bucket/"), ("gpu8", "8", "s3://bucket/"), ("local", None, "/data/shards")]
+)
+def test_the_gpu_overlays_request_gpus_and_an_object_store_and_the_local_one_neither(name, gpus, data):
     _, workers = node_templates(RENDERED[f"overlays/{name}"])
     assert workers["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") == gpus
     (settings,) = of_kind(RENDERED[f"overlays/{name}"], "ConfigMap")
-    assert settings["data"]["HEARTSEG_DATA"].startswith(data)
+    assert settings["data"]["HEARTSEG_DATA"].replace("your-", "").startswith(data)
