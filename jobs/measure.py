@@ -4,7 +4,6 @@ The masks may be heartseg's, hand-corrected, nnU-Net's or experts'; the tables a
 """
 
 import contextlib
-import functools
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -67,17 +66,11 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """One reader's masks of some studies: results by (patient, clip), and what could not be read."""
+    """One reader's studies, the masks to compare by (patient, clip), and what could not be read."""
 
-    results: dict[tuple[str, str], ClipResult]
+    studies: study_output.Studies
     masks: dict[tuple[str, str], np.ndarray]
     damaged: list[dict]
-
-    @functools.cached_property
-    def rows(self) -> dict[str, dict]:
-        """A row of indices for each patient."""
-        grouped = study_results.by_patient(self.results.values())
-        return {patient: study_results.study_row(patient, found) for patient, found in grouped.items()}
 
 
 def parse_labels(text: str) -> dict[int, int]:
@@ -125,7 +118,7 @@ def draw(out: str, image: str, masks: np.ndarray, result: ClipResult) -> None:
 
 def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], title: str, out: str, keep: bool) -> Reading:
     """Read and measure all clips; draws overlays into `out` unless it is empty, and keeps the masks to compare if `keep`."""
-    reading = Reading({}, {}, [])
+    reading = Reading(study_output.Studies(out, bool(out)), {}, [])
 
     def measure(clip: Clip) -> tuple[Clip, np.ndarray | None, ClipResult | DamagedRecording]:
         image = images.get((clip.patient, clip.stem))
@@ -143,10 +136,11 @@ def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], titl
             if isinstance(result, DamagedRecording):
                 reading.damaged.append({"input": clip.shown, "reason": result.reason})
                 continue
-            reading.results[clip.patient, clip.stem] = result
+            reading.studies.add(result)
             if masks is not None:
                 reading.masks[clip.patient, clip.stem] = masks
-    if not reading.results:
+    reading.studies.close()
+    if not reading.studies.done:
         first = reading.damaged[0]
         problem = f"No mask of --{title} could be read ({counted(len(clips), 'file')})"
         raise UserError(f"{problem}; first: {first['input']} {first['reason']}.")
@@ -173,7 +167,7 @@ def compare(out: str, first: Reading, second: Reading) -> str:
         found = image_scores(confusion(torch.from_numpy(one), torch.from_numpy(other)))
         dice = [float(found[f"dice_{name}"].mean()) for name in STRUCTURES]
         scores.setdefault(key[0], []).append([*dice, np.count_nonzero(one != other)])
-    rows = [first.rows, second.rows]
+    rows = [{row["patient"]: row for row in reading.studies.rows} for reading in (first, second)]
     table = []
     for patient, found in scores.items():
         both = {f"{name}_{side}": row[patient][name] for name in COMPARED for side, row in zip(SIDES, rows, strict=True)}
@@ -225,14 +219,14 @@ def run(options: Options) -> str:
             read_all(found, find_images(found, images), labels, title, drawn, keep=bool(options.compare))
             for found, title, drawn in zip(clips, SIDES, (out if options.page == "on" else "", ""), strict=False)
         ]
-        first, rows = readings[0], readings[0].rows
+        first, studies = readings[0], readings[0].studies
         places = {clip.stem: clip.path for clip in clips[0]}
-        records = [study_results.clip_record(found) | {"mask": places[found.clip.stem]} for found in first.results.values()]
+        records = [study_results.clip_record(found) | {"mask": places[found.clip.stem]} for found in studies.done]
         record = {"made_with": {"heartseg": __version__, "masks": source}, "clips": records, "damaged": first.damaged}
-        study_results.write_tables(out, [*rows.values()], record)
+        study_results.write_tables(out, studies.rows, record)
         if options.page == "on":
-            studies_page.write_page(out, [*rows.values()], study_results.by_patient(first.results.values()))
-        study_output.print_results([*rows.values()], [*first.results.values()], first.damaged)
+            studies_page.write_page(out, studies.described)
+        study_output.print_results(studies.rows, studies.done, first.damaged)
         if unused:
             print(listed(f"{counted(len(unused), 'image')} without a mask", map(filesystem.last_part, unused)))
         if options.compare:

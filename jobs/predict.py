@@ -118,7 +118,8 @@ def outline_all(
     options: Options, segmenter: Segmenter | Ensemble, clips: list[study_files.Clip], out: str, calibrations: dict[str, dict]
 ) -> None:
     """Write each clip's masks and pictures, then the tables of all clips."""
-    done, damaged, without_picture, without_overlay = [], [], [], []
+    studies = study_output.Studies(out, options.page == "on", calibrations)
+    damaged, without_picture, without_overlay = [], [], []
     if others := study_files.clear(out, clips):
         print(f"Removed earlier results of {counted(others, 'file')} that are not in --input (under the same name).")
 
@@ -136,29 +137,29 @@ def outline_all(
     results = outline(segmenter, clips, read, finish, options.batch_size, options.post)
     for clip, result in tqdm(results, total=len(clips), desc="outline", unit=" files", disable=None):
         if not isinstance(result, DamagedRecording):
-            done.append(result)
+            studies.add(result)
             if options.overlays != "off" and result.frames > 1 and len(result.phases) == 2:
                 write_curve(out, result)
         elif result.reason.endswith(readers.NO_PICTURE):
             without_picture.append(clip.shown)
         else:
             damaged.append({"input": clip.shown, "reason": result.reason})
+    studies.close()
     if options.key:
         names, text = [(clip.stem, filesystem.printable(clip.path)) for clip in clips], io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("name", "path"), *names])
         filesystem.publish(command_line.absolute(options.key, "key"), text.getvalue().encode())
-    if not done:
+    if not studies.done:
         first = f"{damaged[0]['input']} {damaged[0]['reason']}" if damaged else readers.NO_PICTURE
         raise UserError(f"No file could be read ({counted(len(clips), 'file')}); first: {first}.")
-    rows = [study_results.study_row(*found, calibrations) for found in study_results.by_patient(done).items()]
     weights = [{name: one.card[name] for name in ("epoch", "weights_sha256")} for one in segmenter.members]
     made_with = {"heartseg": __version__, "checkpoints": weights, **to_json(options.post)}
-    record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in done]}
-    study_results.write_tables(out, rows, record | {"damaged": damaged, "without_picture": without_picture})
+    record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in studies.done]}
+    study_results.write_tables(out, studies.rows, record | {"damaged": damaged, "without_picture": without_picture})
     study_results.write_label_names(out)
     if options.page == "on":
-        studies_page.write_page(out, rows, study_results.by_patient(done))
-    study_output.print_results(rows, done, damaged)
+        studies_page.write_page(out, studies.described)
+    study_output.print_results(studies.rows, studies.done, damaged)
     if without_overlay:
         print(f"No overlay for {counted(len(without_overlay), 'DICOM file')} that may show a name: --overlays on draws it.")
     if without_picture:

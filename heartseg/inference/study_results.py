@@ -5,8 +5,8 @@ import io
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,14 +37,15 @@ MOST_APART = 20.0  # points of EF between two views of one heart
 class ClipResult:
     """A clip's results after its files are written; `doubts` and `confidence` (the lowest) refer to the measured masks.
 
-    `phases` maps ED and ES, if known, to (frame from 0, mask uint8 [H,W]). A sequence has curves [T]: `volumes_ml`
-    (single-plane) and `areas_cm2` of the cavity, without units if `spacing_mm` is None; with a beat, `strain` in percent.
+    `phases` maps ED and ES, if known, to (frame from 0, mask uint8 [H,W], None once dropped). A sequence has curves [T]:
+    `volumes_ml` (single-plane) and `areas_cm2` of the cavity, without units if `spacing_mm` is None; with a beat, `strain` in
+    percent.
     """
 
     clip: Clip
     frames: int
     spacing_mm: tuple[float, float] | None
-    phases: dict[Phase, tuple[int, np.ndarray]]
+    phases: dict[Phase, tuple[int, np.ndarray | None]]
     volumes_ml: np.ndarray | None
     notes: tuple[str, ...]
     doubts: tuple[str, ...]
@@ -52,6 +53,10 @@ class ClipResult:
     areas_cm2: np.ndarray | None = None
     strain: np.ndarray | None = None
     frame_ms: float | None = None
+
+    def without_masks(self) -> "ClipResult":
+        """The same result without its masks, for which thousands of clips would have no memory."""
+        return replace(self, phases={phase: (at, None) for phase, (at, _) in self.phases.items()})
 
     @property
     def marked(self) -> dict[int, str]:
@@ -93,7 +98,8 @@ def measure_clip(
         measures = np.array([frame_measures(mask, known_mm or (1.0, 1.0)) for mask in masks])
         volumes_ml, areas_cm2, lengths_mm = measures.T
         found = ed_es_detection.find_ed_es(volumes_ml) or ()
-        phases = {phase: (at, masks[at]) for phase, at in zip((Phase.ED, Phase.ES), found, strict=False)}
+        # Copies: a part of the clip's masks would keep all of them in memory.
+        phases = {phase: (at, masks[at].copy()) for phase, at in zip((Phase.ED, Phase.ES), found, strict=False)}
         strain = ed_es_detection.strain_curve(lengths_mm, volumes_ml, found[0]) if found else None
     elif clip.phase:
         phases = {clip.phase: (0, masks[0])}
@@ -216,14 +222,6 @@ def write_tables(out: str, rows: list[dict], everything: dict) -> None:
     patients = [{name: none_if_nan(value) for name, value in row.items()} for row in rows]
     whole = {"intended_use": INTENDED_USE, "patients": patients} | everything
     filesystem.publish_json(filesystem.join(out, "studies.json"), whole)
-
-
-def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
-    """ClipResults by patient, in their given order."""
-    found = defaultdict(list)
-    for result in results:
-        found[result.clip.patient].append(result)
-    return dict(found)
 
 
 def headline(row: dict) -> str:

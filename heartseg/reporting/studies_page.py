@@ -48,13 +48,13 @@ MEASURES = (
 IN_TABLE = (0, 1, 2, 6, 8)
 
 
-def write_page(out: str, rows: Sequence[Mapping], results: Mapping[str, Sequence[ClipResult]]) -> str:
-    """Write the page of studies, from `study_results.study_row`'s rows and the results by patient; returns its path."""
-    studies = [describe_study(out, f"study{number}", row, results[row["patient"]]) for number, row in enumerate(rows, 1)]
+def write_page(out: str, studies: Sequence[dict]) -> str:
+    """Write the page of studies from `describe_study`'s descriptions, which get an id and their pictures; returns its path."""
     used = [found["path"] for study in studies for found in (*study["figures"], *study["films"])]
     sizes = {path: filesystem.size_or_none(filesystem.join(out, path)) or 0 for path in dict.fromkeys(used)}
     inline = sum(sizes.values()) <= MOST_INLINE_BYTES
-    for study in studies:
+    for number, study in enumerate(studies, 1):
+        study["id"] = f"study{number}"
         for found in (*study["figures"], *study["films"]):
             found["source"] = data_uri(out, found["path"]) if inline else found["path"]
     headings = [(f"{title}{', ' * bool(unit)}{unit}", at) for at, (title, unit, *_) in enumerate(MEASURES) if at in IN_TABLE]
@@ -67,8 +67,8 @@ def write_page(out: str, rows: Sequence[Mapping], results: Mapping[str, Sequence
     )  # fmt: skip
 
 
-def describe_study(out: str, name: str, row: Mapping, results: Sequence[ClipResult]) -> dict:
-    """A study for the template: its measures as text, its doubts in words, its figures and films."""
+def describe_study(out: str, row: Mapping, results: Sequence[ClipResult]) -> dict:
+    """A study for the page, from its `study_results.study_row` and results: measures as text, doubts, figures and films."""
     measures = []
     for title, unit, digits, columns, normal in MEASURES:
         known = next((column for column in columns if math.isfinite(row[column])), columns[0])
@@ -79,7 +79,7 @@ def describe_study(out: str, name: str, row: Mapping, results: Sequence[ClipResu
     figures = [found for result in results for found in describe_figures(out, result)]
     order = [f"{view} {phase}" for view in reversed(VIEWS) for phase in PHASES]
     return {
-        "id": name, "patient": row["patient"], "measures": measures, "method": method,
+        "patient": row["patient"], "measures": measures, "method": method,
         "doubts": [text for text in str(row["doubts"]).split("; ") if text],
         "reasons": [text for text in str(row["reason"]).split("; ") if text],
         "notes": [f"{result.clip.stem}: {note}" for result in results for note in result.notes],

@@ -1,10 +1,13 @@
 """Studies on disk and their results, with the truth in place of a model's masks."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from heartseg.datasets import nifti, readers
 from heartseg.inference import study_results
 from heartseg.inference.study_files import Clip, find_clips
+from heartseg.inference.study_results import ClipResult
 from heartseg.storage import filesystem
 
 IMAGE = np.arange(40 * 30, dtype=np.uint8).reshape(40, 30)
@@ -20,9 +23,17 @@ def truth_of(clip: Clip) -> np.ndarray:
     return readers.decode(filesystem.read_bytes(path), "nifti").pixels
 
 
-def finished(hearts: str, out: str, keep=lambda clip: True) -> dict[str, list[study_results.ClipResult]]:
+def by_patient(results: Iterable[ClipResult]) -> dict[str, list[ClipResult]]:
+    """Results by patient, in their order."""
+    found = {}
+    for result in results:
+        found.setdefault(result.clip.patient, []).append(result)
+    return found
+
+
+def finished(hearts: str, out: str, keep=lambda clip: True) -> dict[str, list[ClipResult]]:
     """Results by patient with the truth in place of a model's masks."""
     clips = [clip for clip in find_clips(hearts) if keep(clip)]
-    return study_results.by_patient(
+    return by_patient(
         study_results.finish(out, clip, readers.read(clip.path, "nifti"), truth_of(clip), [1.0] * 99) for clip in clips
     )

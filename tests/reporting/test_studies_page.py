@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,8 @@ from heartseg.datasets import phantom, readers
 from heartseg.inference import study_files, study_results
 from heartseg.reporting import studies_page
 from heartseg.reporting.overlays import film_frames, write_overlays
-from helpers.studies import truth_of
+from helpers.studies import by_patient, truth_of
+from jobs.support import study_output
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,14 @@ def studies(tmp_path_factory):
         result = study_results.finish(out, clip, frames, masks, [1.0] * len(masks))
         write_overlays(out, clip, frames, masks, result.marked)
         results.append(result)
-    return out, study_results.by_patient(results)
+    return out, by_patient(results)
 
 
-def write(studies, **changes) -> tuple[str, list[dict]]:
+def write(studies, calibrations: dict | None = None) -> tuple[str, list[dict]]:
     out, results = studies
-    rows = [study_results.study_row(patient, found) | changes for patient, found in results.items()]
-    with open(studies_page.write_page(out, rows, results)) as page:
+    rows = [study_results.study_row(patient, found, calibrations) for patient, found in results.items()]
+    described = [studies_page.describe_study(out, row, results[row["patient"]]) for row in rows]
+    with open(studies_page.write_page(out, described)) as page:
         return page.read(), rows
 
 
@@ -49,11 +52,7 @@ def test_every_study_is_in_the_table_and_below_with_its_ef_its_four_stills_and_t
 
 
 def test_an_interval_of_ef_is_in_the_table_in_the_study_and_in_the_line_of_the_terminal(studies):
-    out, results = studies
-    calibration = {"base": 4.0, "slope": 0.0, "factor": 1.5}
-    rows = [study_results.study_row(patient, found, {"ef_ase": calibration}) for patient, found in results.items()]
-    with open(studies_page.write_page(out, rows, results)) as page:
-        text = page.read()
+    text, rows = write(studies, {"ef_ase": {"base": 4.0, "slope": 0.0, "factor": 1.5}})
     for row in rows:
         interval = f"{row['ef_ase'] - 6:.0f} to {row['ef_ase'] + 6:.0f}"
         assert text.count(f"({interval})") == 2 and f"EF {row['ef_ase']:.0f} %, {interval} (biplane, ase)" in text
@@ -107,8 +106,25 @@ def test_text_from_files_is_escaped_and_a_study_without_pictures_or_ef_says_why(
     (first, *_), *_ = results.values()
     clip = replace(first.clip, patient="<b>x</b>", stem="bare")
     bare = replace(first, clip=clip, phases={}, notes=("<script>alert(1)</script>",))
-    rows = [study_results.study_row("<b>x</b>", [bare])]
-    with open(studies_page.write_page(str(tmp_path), rows, {"<b>x</b>": [bare]})) as stream:
-        page = stream.read()
+    page, _ = write((str(tmp_path), {"<b>x</b>": [bare]}))
     assert "<b>x</b>" not in page and "<script>alert" not in page and "no EF" in page and "no 2CH ED mask" in page
     assert "<img" not in page
+
+
+def test_only_the_masks_of_one_patient_are_in_memory_however_many_studies_there_are(studies, tmp_path):
+    _, results = studies
+    collected, alive = study_output.Studies(str(tmp_path), True), []
+    for number in range(5):
+        for result in (one for found in results.values() for one in found):
+            masks = {phase: (at, mask.copy()) for phase, (at, mask) in result.phases.items()}
+            alive += [(number, weakref.ref(mask)) for _, mask in masks.values()]
+            clip = replace(result.clip, patient=f"{number} {result.clip.patient}")
+            collected.add(replace(result, clip=clip, phases=masks))
+        assert {of for of, mask in alive if mask() is not None} == {number}
+    del masks
+    collected.close()
+    assert len(collected.rows) == len(collected.described) == 5 * len(results) and not any(mask() for _, mask in alive)
+    sequences = [one for found in results.values() for one in found if one.frames > 1]
+    assert all(
+        mask.base is None for one in sequences for _, mask in one.phases.values()
+    )  # of its own, not a part of the clip's
