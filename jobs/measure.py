@@ -6,7 +6,8 @@ The masks may be heartseg's, hand-corrected, nnU-Net's or experts'; the tables a
 import contextlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,7 +133,8 @@ def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], titl
         return clip, masks if keep else None, result
 
     with ThreadPoolExecutor(READERS) as pool:
-        for clip, masks, result in tqdm(pool.map(measure, clips), total=len(clips), desc=title, unit=" files", disable=None):
+        measured = bounded_map(pool, measure, clips)
+        for clip, masks, result in tqdm(measured, total=len(clips), desc=title, unit=" files", disable=None):
             if isinstance(result, DamagedRecording):
                 reading.damaged.append({"input": clip.shown, "reason": result.reason})
                 continue
@@ -145,6 +147,16 @@ def read_all(clips: Sequence[Clip], images: Images, labels: dict[int, int], titl
         problem = f"No mask of --{title} could be read ({counted(len(clips), 'file')})"
         raise UserError(f"{problem}; first: {first['input']} {first['reason']}.")
     return reading
+
+
+def bounded_map(pool: ThreadPoolExecutor, action: Callable, items: Iterable) -> Iterator:
+    """The results of `pool.map`, in order, but only a few are ahead of the one that is needed: their masks take memory."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(action, item))
+        if len(waiting) > 2 * READERS:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
 
 
 def find_images(clips: Sequence[Clip], folder: str) -> Images:

@@ -60,7 +60,7 @@ class Options:
         for flag, value in limits.items():
             require(value >= 0, f"{flag} must be at least 0, not {value:g}.")
         share = self.gpus_per_trial
-        require(0 < share <= 1, f"--gpus-per-trial must be above 0 and at most 1, not {share:g}; --workers sets how many.")
+        require(0 < share <= 1, f"--gpus-per-trial must be above 0 and at most 1, not {share:g}.")
 
     @property
     def unused(self) -> dict[str, str]:
@@ -84,7 +84,7 @@ def run(experiment: Experiment, options: Options) -> Sweep:
     command_line.required_path(experiment.data, "data", "a folder of shards, or set HEARTSEG_DATA")
     command_line.required_path(experiment.runs, "runs", "a folder or URI that every node can reach, or set HEARTSEG_RUNS")
     fits_nccl = options.gpus_per_trial == 1 or experiment.workers == 1
-    require(fits_nccl, f"--gpus-per-trial {options.gpus_per_trial:g} needs --workers 1: NCCL takes one worker per GPU.")
+    require(fits_nccl, f"--gpus-per-trial {options.gpus_per_trial:g} needs --workers 1: NCCL allows only one worker per GPU.")
     holdout = experiment.train.holdout or HOLDOUT
     experiment = replace(experiment, train=replace(experiment.train, holdout=holdout))
     check_installation()
@@ -126,6 +126,7 @@ def search(sweep: Sweep, shards: Shards, options: Options) -> None:
 
     workers, share = sweep.base.workers, options.gpus_per_trial
     ray_runtime.start_ray(workers)
+    ray_runtime.check_own_gpus(workers)
     # More trials than fit would wait, time out and count as failed.
     concurrent = min(options.max_concurrent or options.num_trials, ray_runtime.room_for(workers, share))
     trials, each = command_line.counted(options.num_trials, "trial"), command_line.counted(workers, "worker")

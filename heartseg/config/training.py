@@ -131,7 +131,7 @@ class TrainConfig:
     accumulate: int = 1
     """Gradient accumulation: number of micro-batches that a worker splits its images of a batch into, to save memory."""
     eval_batch_size: int = 4
-    """Images in an evaluation batch; scores do not depend on it."""
+    """Images in an evaluation batch, on a GPU at least 32; scores do not depend on it."""
     intensity: Literal["unit", "standard"] = "unit"
     """`unit`: pixels / 255. `standard`: also standardised by the training group's mean and standard deviation."""
     holdout: float = 0.0

@@ -223,9 +223,9 @@ def batches(clips: Iterable[ClipInFlight | None], size: int) -> Iterator[list[tu
 
 
 def _fill(masks: np.ndarray, confidences: np.ndarray, scores: torch.Tensor, options: PredictConfig) -> None:
-    """Write the labels of class scores [b,4,h,w] into `masks` uint8 [b,H,W] and the confidence in them, parts of a clip's.
+    """Fill parts of a clip's masks uint8 [b,H,W] and confidences [b] from class scores [b,4,h,w].
 
-    Scores on a GPU stay there until they are labels: it works ahead meanwhile, and its host fetches one byte a pixel.
+    On a GPU, scores are resampled there: only labels, one byte per pixel, are copied to the host.
     """
     confidences[:] = confidence(scores)
     for mask, each in zip(masks, scores, strict=True):

@@ -49,7 +49,7 @@ def _count_by_cell(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 def _overlap(counts: torch.Tensor, labels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """For the union of some labels, the pixels in both maps, and the two maps' pixels added up; float64 [B]."""
-    # Not indexed by a list, which a GPU would have to wait for.
+    # Indexing with a list would make the host wait for the GPU.
     in_truth, in_prediction = (sum(pixels.select(1, label) for label in labels) for pixels in (counts.sum(2), counts.sum(1)))
     both = sum(counts[:, row, column] for row in labels for column in labels)
     return both.double(), (in_truth + in_prediction).double()

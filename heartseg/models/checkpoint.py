@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def snapshot(value: object) -> object:
-    """A copy of nested states on the CPU, which later training does not change; a GPU is waited for once."""
+    """A copy of nested states on the CPU, which later training does not change; synchronises with a GPU once."""
     copies = iter(_copies([*_tensors(value)]))
 
     def rebuilt(inner: object) -> object:
@@ -79,17 +79,31 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies on the CPU, in one transfer for each device and dtype instead of one for each of thousands of tensors."""
-    copies, alike = {}, defaultdict(list)
+    """Copies on the CPU with the same strides, which a resumed optimizer needs; those of a GPU in one transfer per dtype."""
+    copies, on_gpu = {}, defaultdict(list)
     for number, tensor in enumerate(tensors):
-        alike[tensor.device, tensor.dtype].append(number)
-    for numbers in alike.values():
-        joined = torch.cat([tensors[number].detach().flatten() for number in numbers]).to("cpu", non_blocking=True)
-        parts = joined.split([tensors[number].numel() for number in numbers])
-        copies |= {number: part.view(tensors[number].shape) for number, part in zip(numbers, parts, strict=True)}
-    if torch.cuda.is_available():
+        if tensor.is_cuda:
+            on_gpu[tensor.device, tensor.dtype].append(number)
+        else:
+            copies[number] = tensor.detach().clone()
+    for numbers in on_gpu.values():
+        copies |= zip(numbers, _joined_copies([tensors[number].detach() for number in numbers]), strict=True)
+    if on_gpu:
         torch.cuda.synchronize()
     return [copies[number] for number in range(len(tensors))]
+
+
+def _joined_copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of tensors of one device and dtype, parts of one tensor on the CPU; on a GPU, call `synchronize` before use."""
+    dense = [tensor if _is_dense(tensor) else tensor.contiguous() for tensor in tensors]
+    # Joined in the order of their memory, not of their indices, so that channels_last weights need no further copy.
+    joined = torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in dense]).to("cpu", non_blocking=True)
+    parts = joined.split([tensor.numel() for tensor in dense])
+    return [part.as_strided(tensor.shape, tensor.stride()) for part, tensor in zip(parts, dense, strict=True)]
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def save(run: str, weights: dict[str, torch.Tensor], training_state: dict, card: dict) -> Checkpoint:

@@ -59,7 +59,8 @@ def _is_dilated_depthwise(convolution: nn.Conv2d) -> bool:
     """True for a square, dilated one whose output has its input's size."""
     size, rate = convolution.kernel_size[0], convolution.dilation[0]
     padding = rate * (size // 2)
-    return _is_depthwise(convolution) and rate > 1 and size % 2 == 1 and convolution.padding_mode == "zeros" and (
+    is_plain = _is_depthwise(convolution) and convolution.out_channels == convolution.in_channels
+    return is_plain and rate > 1 and size % 2 == 1 and convolution.padding_mode == "zeros" and (
         (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation)
         == ((size, size), (1, 1), (padding, padding), (rate, rate))
     )  # fmt: skip

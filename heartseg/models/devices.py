@@ -13,13 +13,15 @@ GPU_FILES = "/dev/nvidia[0-9]*"  # as NVIDIA's driver names its GPUs; a containe
 def choose_device(number: int = 0) -> torch.device:
     """This machine's GPU `number`, or the CPU if there is none or CUDA_VISIBLE_DEVICES hides all.
 
-    Raises UserError if there are fewer GPUs, or if there is one that PyTorch cannot use: a CPU would take days.
+    `number` counts from 0. Raises UserError if there are fewer GPUs, or if PyTorch cannot use the one there is: training on the
+    CPU instead would take days.
     """
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        require(number < count, f"This machine has {count} GPUs, too few for process {number}: start one process per GPU.")
+        fix = f"start at most one process per GPU (torchrun --nproc-per-node {count})"
+        require(number < count, f"Process {number + 1} has no GPU, since this machine shows only {count}: {fix}.")
         return torch.device("cuda", number)
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
     if glob.glob(GPU_FILES) and not is_hidden:
         try:
             torch.cuda.init()

@@ -36,7 +36,7 @@ def current(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else Ranks(0, 1, device)
 
 
-TIMEOUT_S = 600  # for a rank that no longer takes part; Ray Train's default is half an hour
+TIMEOUT_S = 600  # until a collective operation gives up on a rank; Ray Train's default is half an hour
 
 
 @contextlib.contextmanager

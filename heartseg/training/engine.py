@@ -25,7 +25,7 @@ from heartseg.training.optimizers import AveragedWeights, build_optimizer
 
 OnStep = Callable[[int, int, int], None]
 STEPS_PER_CHECK = 20  # each check waits for the device
-GPU_EVAL_BATCH = 32  # on a GPU at least: starting its kernels takes longer than their work on a few images
+GPU_EVAL_BATCH = 32  # the minimum on a GPU: for a few images, launching kernels takes longer than running them
 # Up to this step, running batch statistics lag so far behind the weights that whole scores are zero; later, on CAMUS, they
 # are better than an estimate from so few images. Small training groups give an eighth (at least 8), which costs 1 %.
 YOUNG_STEPS, STATISTICS_IMAGES = 200, 64

@@ -16,9 +16,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from heartseg.errors import UserError, require
+from heartseg.models.devices import choose_device
 from heartseg.storage import filesystem
 from heartseg.training.distributed import TIMEOUT_S
-from jobs.support.command_line import JOB_CONFIG, ROOT, first_line, log
+from jobs.support.command_line import JOB_CONFIG, ROOT, counted, first_line, log
 
 # Times that Ray restarts a worker group that cannot start or that dies.
 MAX_TRIES = 3
@@ -82,7 +83,6 @@ def start_ray(workers: int) -> None:
     resources = ray.cluster_resources()
     slots = int(resources.get("GPU", 0) or resources.get("CPU", 0))
     if workers > slots:
-        require(address != "local", f"This machine has only {slots} GPUs for {workers} workers: use --workers {slots}.")
         log.info("The cluster has room for %d of %d workers: waiting for nodes.", slots, workers)
 
 
@@ -150,12 +150,26 @@ def share_of_cores(nodes: Sequence[float], workers: int) -> int:
     return next((each for each in range(even, 1, -1) if sum(int(cores // each) for cores in nodes) >= workers), 1)
 
 
+def check_own_gpus(workers: int) -> None:
+    """Raise UserError if this process's own Ray has GPUs, but fewer than `workers`, or ones that PyTorch cannot use."""
+    gpus = int(sum(_on_each_node("GPU")))
+    if gpus and cluster_address() == "local":
+        choose_device()
+        fix = f"use --workers {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        require(workers <= gpus, f"This machine has {counted(gpus, 'GPU')} for {workers} workers: {fix}.")
+
+
 def room_for(workers: int, gpu: float = 1) -> int:
     """The number of runs of `workers` each that fit on the cluster, autoscaled if it can be; `gpu` as in `worker_resources`."""
-    # A worker's core is whole and its part of a GPU is of one GPU, both on one node.
-    gpus, cores = (max(sum(map(int, _on_each_node(kind))), int(_after_autoscaling(kind))) for kind in ("GPU", "CPU"))
-    slots = min(gpus * int(1 / gpu), cores) if gpus else cores
-    return max(1, slots // workers)
+    gpus, cores = ([*map(int, _on_each_node(kind))] for kind in ("GPU", "CPU"))
+    most_gpus, most_cores = (int(_after_autoscaling(kind)) for kind in ("GPU", "CPU"))
+    if not (sum(gpus) or most_gpus):
+        return max(1, max(sum(cores), most_cores) // workers)
+    # Each worker needs a whole core and its share of a single GPU, on the same node.
+    each = int(1 / gpu)
+    slots = sum(min(on_node * each, beside) for on_node, beside in zip(gpus, cores, strict=False))
+    elsewhere = sum(beside for on_node, beside in zip(gpus, cores, strict=False) if not on_node)
+    return max(1, max(slots, min(most_gpus * each, most_cores - elsewhere)) // workers)
 
 
 def _on_each_node(kind: str) -> list[float]:

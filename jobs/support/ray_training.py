@@ -34,6 +34,8 @@ class WorkersDied(UserError):
 def train_with_ray(experiment: Experiment, run: run_directory.Run, profile: bool = False, trial: dict | None = None) -> None:
     """Train with `experiment.workers` workers in a Ray Train run; `trial` holds the resources per worker of a sweep's trial."""
     ray_runtime.start_ray(experiment.workers)
+    if not trial:
+        ray_runtime.check_own_gpus(experiment.min_workers or experiment.workers)
     resources = trial or ray_runtime.worker_resources(experiment.workers)
     if trial:
         from ray.tune.integration.ray_train import TuneReportCallback
@@ -94,8 +96,8 @@ def worker(config: dict) -> dict:
     logging.getLogger(ray_runtime.ray_private(ray_runtime.REPORT_LOGGER)).setLevel(logging.WARNING)
     torch.set_num_threads(int(config["cores"]))  # Ray sets one thread for a worker
     experiment, ranks = from_json(config["experiment"]), distributed.current(get_device())
-    if 0 < config["gpu"] < 1:  # its memory too is shared with other trials
-        torch.cuda.set_per_process_memory_fraction(config["gpu"], ranks.device)
+    if 0 < config["gpu"] < 1:  # other trials share its memory, a tenth of which is left for what CUDA itself needs
+        torch.cuda.set_per_process_memory_fraction(0.9 * config["gpu"], ranks.device)
     try:
         run = open_on_every_rank(config["run"], experiment.data, ranks)
         # The engine chooses device and memory layout; Ray adds the gradient averaging.

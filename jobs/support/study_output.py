@@ -28,7 +28,7 @@ class Studies:
     open: list[ClipResult] = field(default_factory=list)
 
     def add(self, result: ClipResult) -> None:
-        """Add a clip; the clips of a patient follow one another."""
+        """Add a clip; a patient's clips must be added one after another."""
         if self.open and self.open[0].clip.patient != result.clip.patient:
             self.close()
         self.open.append(result)

@@ -38,12 +38,37 @@ def test_workers_ask_for_the_gpus_that_there_are_or_may_be_and_otherwise_for_cor
     monkeypatch.setattr(ray_runtime, "_on_each_node", lambda kind: now.get(kind, [0.0]))
     monkeypatch.setattr(ray_runtime, "_after_autoscaling", lambda kind: planned.get(kind, 0))
     assert ray_runtime.worker_resources(2) == {"CPU": 2} and ray_runtime.room_for(2) == 2
-    planned |= {"GPU": 4}
+    planned |= {"GPU": 4, "CPU": 20}
     assert ray_runtime.worker_resources(2) == {"GPU": 1, "CPU": 1} and ray_runtime.room_for(1) == 4
-    now["CPU"] = [8.0, 8.0]
-    assert ray_runtime.worker_resources(8, 0.25) == {"GPU": 0.25, "CPU": 1} and ray_runtime.room_for(2) == 2
-    # Three trials of .3 fit on a GPU, and sixteen of .25 on four; but each also needs a core.
-    assert ray_runtime.room_for(1, 0.3) == 12 and ray_runtime.room_for(1, 0.25) == 16 and ray_runtime.room_for(1, 0.1) == 16
+    assert ray_runtime.worker_resources(8, 0.25) == {"GPU": 0.25, "CPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "planned", "workers", "gpu", "room"),
+    [
+        ([4], [8], {}, 1, 1, 4), ([4], [8], {}, 3, 1, 1), ([0, 1, 1], [64, 4, 4], {}, 1, 0.25, 8),
+        ([0, 1, 1], [64, 4, 4], {}, 1, 0.1, 8), ([1], [64], {}, 1, 0.3, 3), ([0], [8], {}, 2, 0.25, 4),
+        # The head of a cluster that may start four machines of one GPU and four cores.
+        ([0], [2], {"GPU": 4, "CPU": 18}, 1, 0.2, 16), ([0], [2], {"GPU": 4, "CPU": 18}, 1, 1, 4),
+    ],
+)  # fmt: skip
+def test_trials_that_share_gpus_each_have_a_core_on_the_same_node(gpus, cores, planned, workers, gpu, room, monkeypatch):
+    monkeypatch.setattr(ray_runtime, "_on_each_node", lambda kind: {"GPU": gpus, "CPU": cores}[kind])
+    monkeypatch.setattr(ray_runtime, "_after_autoscaling", lambda kind: planned.get(kind, 0))
+    assert ray_runtime.room_for(workers, gpu) == room
+
+
+def test_more_workers_than_this_machines_gpus_are_refused_but_not_on_a_cluster_that_may_grow(monkeypatch):
+    monkeypatch.setattr(ray_runtime, "_on_each_node", lambda kind: [1.0])
+    monkeypatch.setattr(ray_runtime, "choose_device", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray_runtime.check_own_gpus(1)
+    with pytest.raises(
+        UserError, match=r"^This machine has 1 GPU for 2 workers: use --workers 1, or set CUDA_VISIBLE_DEVICES="
+    ):
+        ray_runtime.check_own_gpus(2)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    ray_runtime.check_own_gpus(2)
 
 
 def died(*ranks: int, **others: Exception) -> WorkerGroupError:

@@ -55,7 +55,18 @@ def test_a_snapshot_holds_every_tensor_as_it_was_whatever_training_does_next():
     expected, found = copy.deepcopy(state), checkpoint.snapshot(state)
     for tensor in (wide, *state["steps"], state["half"][0]):
         tensor.zero_()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, check_stride=True)  # a fused optimizer requires equal strides
+
+
+def test_tensors_that_leave_a_gpu_together_keep_their_numbers_and_strides():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2, 4, 4), (5, 1, 3, 3), (7, 3, 1, 1), (6,), ()]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors += [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors if tensor.ndim == 4]
+    torch.testing.assert_close(checkpoint._joined_copies(tensors), tensors, rtol=0, atol=0, check_stride=True)
+    wide = torch.randn(4, 6, generator=generator)
+    (found,) = checkpoint._joined_copies([wide[:, ::2]])
+    torch.testing.assert_close(found, wide[:, ::2], rtol=0, atol=0)
 
 
 def test_a_folder_without_its_card_is_ignored_and_saving_an_epoch_again_replaces_it(run):
