@@ -120,7 +120,7 @@ def test_a_damaged_sequence_goes_to_quarantine_whole(change, reason, copied, tmp
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="1 of 8 recordings cannot be used"):
         preprocess.run(tiny_experiment(source=copied, out=out), SEQUENCE)
-    preprocess.run(tiny_experiment(source=copied, out=out), replace(SEQUENCE, max_quarantined=0.2))
+    preprocess.run(tiny_experiment(source=copied, out=out), replace(SEQUENCE, max_quarantined=0.125))
     opened = open_shards(out)
     (entry,) = opened.manifest["quarantined"]
     assert (entry["patient"], entry["view"], entry["phase"]) == (FORWARDS, "4CH", None) and entry["file"] in path

@@ -160,7 +160,7 @@ def test_reasons_are_sentences_that_name_the_structure_and_a_wrong_spacing_is_re
     assert all(beside in implausibilities(turned, spacing_mm[::-1]) for turned in (mask.T, np.rot90(mask), np.rot90(mask, 3)))
     small = [mm / 10 for mm in spacing_mm]
     assert any(reason.startswith("the area of the cavity is 0.") for reason in implausibilities(mask, small))
-    for wrong_mm in ((0, 1), (1, -1), (float("nan"), 1)):
+    for wrong_mm in ((0, 1), (1, -1), (1, float("inf")), (float("nan"), 1)):
         with pytest.raises(UserError, match="spacing"):
             implausibilities(mask, wrong_mm)
 
@@ -210,7 +210,9 @@ def test_what_is_not_a_hole_or_too_large_for_one_stays():
     at_edge = np.zeros((30, 30), np.uint8)
     at_edge[:, 10:20] = ENDO
     at_edge[0, 14] = BACKGROUND
-    assert np.array_equal(fill_holes(at_edge), at_edge)
+    for turns in range(4):
+        turned = np.rot90(at_edge, turns)
+        assert np.array_equal(fill_holes(turned), turned)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.9))

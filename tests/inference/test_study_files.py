@@ -409,3 +409,10 @@ def test_both_label_files_name_every_label_with_its_colour(tmp_path):
     assert [int(row[0]) for row in snap] == [int(row[0]) for row in slicer] == [0, 1, 2, 3]
     assert all(one[1:4] == other[2:5] for one, other in zip(snap, slicer, strict=True))
     assert snap[1] == ["1", "86", "180", "233", "1", "1", "1", '"Left-ventricular cavity"']
+
+
+def test_smoothing_is_the_mean_of_three_frames_and_a_frame_a_quarter_off_the_median_of_five_is_the_last_plausible_one():
+    found = ed_es_detection.smooth(np.array([10.0, 20, 60, np.nan, 30]))
+    np.testing.assert_allclose(found, [15, 30, 40, np.nan, 30])
+    for volumes, failed in (([100, 100, 125, 100, 100], []), ([100, 100, 125.5, 100, 100], [2]), ([100] * 3 + [50] * 3, [])):
+        assert np.flatnonzero(np.isnan(ed_es_detection.plausible(np.array(volumes, float)))).tolist() == failed

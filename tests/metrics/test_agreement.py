@@ -106,3 +106,9 @@ def test_a_paired_test_sees_a_small_steady_difference_and_none_by_chance_in_equa
     assert equal["p"] == 1 and equal["difference"] == equal["low"] == equal["high"] == 0
     few = paired_test([0.9, 0.8, NAN, 0.6], [0.8, 0.7, 0.9, 0.6], ["a", "a", "c", "b"])
     assert few == {"n": 3, "patients": 2, "difference": None, "low": None, "high": None, "p": None}
+
+
+def test_a_paired_tests_p_is_of_patients_means_however_many_images_each_has():
+    found = paired_test([1, 0, 0, 0, 3, 4], [0, 2, 2, 2, 0, 0], list("abbbcd"))
+    # Means 1, -2, 3, 4: of the 16 signs of the ranks 1 to 4, 3 have a negative sum of at most 2.
+    assert found["p"] == pytest.approx(2 * 3 / 16) and found["difference"] == pytest.approx(2 / 6)

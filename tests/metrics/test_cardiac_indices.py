@@ -258,7 +258,10 @@ ELLIPSOID = ellipsoid_mask()
         (np.full((64, 64), LA, np.uint8), (0.3, 0.3), "no left ventricle in 4CH ES"),
         (np.zeros((4, 64, 64), np.uint8), (0.3, 0.3), "4CH ES mask is not two-dimensional"),
         (None, (0.3, 0.3), "no 4CH ES mask"),
-        *((ELLIPSOID, spacing_mm, "no pixel spacing in 4CH ES") for spacing_mm in ((0, 0.3), (0.3, math.nan), (-1, 1), None)),
+        *(
+            (ELLIPSOID, spacing_mm, "no pixel spacing in 4CH ES")
+            for spacing_mm in ((0, 0.3), (0.3, math.nan), (0.3, math.inf), (-1, 1), None)
+        ),
     ],
 )
 def test_a_mask_that_cannot_be_measured_has_a_reason(heart, mask, spacing_mm, reason):
@@ -282,3 +285,27 @@ def test_blobs_of_noise_have_a_row_with_every_column_a_value_or_a_reason_and_an_
     assert (np.isnan(values) | (values >= 0) | may_fall).all() and not np.isinf(values).any()
     assert row["reason"] or not np.isnan(values).any()
     assert all(not row[name] > 100 for name in INDICES if name.startswith("ef"))
+
+
+@pytest.mark.parametrize(
+    ("wall", "atrium", "cavity", "hinges"),
+    [
+        ((8, 92, 28, 92), (51, 69), (20, 80, 40, 80), [[79.5, 51], [79.5, 68]]),
+        ((8, 92, 28, 92), (54, 66), (20, 80, 40, 80), [[79.5, 39.5], [79.5, 79.5]]),  # too narrow for a mitral plane
+        ((0, 0, 0, 0), (0, 0), (20, 60, 8, 52), [[59.5, 7.5], [59.5, 51.5]]),  # bare, and wider than long
+    ],
+)
+def test_the_hinges_are_the_ends_of_a_wide_enough_base_and_otherwise_of_the_lowest_part(wall, atrium, cavity, hinges):
+    mask = np.zeros((120, 120), np.uint8)
+    mask[wall[0] : wall[1], wall[2] : wall[3]] = MYO
+    mask[80:104, atrium[0] : atrium[1]] = LA
+    mask[cavity[0] : cavity[1], cavity[2] : cavity[3]] = ENDO
+    found = simpson.measure(mask, (1.0, 1.0)).ventricle.hinges_mm
+    assert np.array(sorted(found.tolist(), key=lambda point: point[1])) == pytest.approx(np.array(hinges), abs=1e-6)
+
+
+@pytest.mark.parametrize("tilt_deg", [-15, 12])
+def test_the_mitral_plane_of_a_bare_tilted_cavity_is_at_right_angles_to_its_axis(tilt_deg):
+    mask = ellipsoid_mask(tilt_deg=tilt_deg, cut=0.6)
+    one, other = simpson.measure(np.where(mask == ENDO, ENDO, 0).astype(np.uint8), SPACING_MM).ventricle.hinges_mm
+    assert abs((other - one) @ (np.cos(np.radians(tilt_deg)), np.sin(np.radians(tilt_deg)))) < 4

@@ -50,3 +50,14 @@ def test_too_few_patients_calibrate_nothing_and_without_ef_or_calibration_there_
     assert all(math.isnan(value) for each in unknown for value in each.values())
     wide = intervals(row(4, 60), found)
     assert wide["ef_ase_low"] == 0 and wide["ef_ase_high"] < 100 and math.isnan(wide["ef_camus_low"])
+    assert intervals(row(96, 60), found)["ef_ase_high"] == 100
+
+
+@pytest.mark.parametrize(
+    ("error", "slope", "base"),
+    [(lambda apart: 2 + 0.5 * apart, 0.5, 2), (lambda apart: 0.5 * apart, 0.5, 5.25 / 4), (lambda apart: 30 - apart, 0, 19.5)],
+)
+def test_the_expected_error_is_the_line_through_the_errors_never_falling_and_never_near_nothing(error, slope, base):
+    apart, truth = np.arange(1.0, 21), np.full(20, 50.0)
+    found = calibrate(truth + error(apart), truth, apart)
+    assert (found["slope"], found["base"]) == (pytest.approx(slope), pytest.approx(base))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.special import ellipeinc
 
 from heartseg.datasets import phantom
-from heartseg.labels import MYO, VIEWS, Phase
+from heartseg.labels import ENDO, LA, MYO, VIEWS, Phase
 from heartseg.metrics.cardiac_indices import STILLS, patient_indices
 from heartseg.metrics.myocardium import Grid, contour, length, measure_myocardium
 from heartseg.metrics.simpson import measure
@@ -98,3 +98,22 @@ def test_the_epicardium_begins_at_the_cavitys_own_mitral_plane():
     found = measure_myocardium(mask, spacing_mm, ventricle)
     assert found.epicardium.hinges_mm == pytest.approx(ventricle.hinges_mm)
     assert found.epicardium.length_mm > ventricle.length_mm and found.epicardium.area_mm2 > ventricle.area_mm2
+
+
+def test_a_bare_cavity_that_bulges_into_its_atrium_is_measured_from_hinge_to_hinge_by_way_of_its_apex():
+    row, column = np.indices((280, 200))
+    depth, lateral = (row + 0.5) * 0.5 - 62, (column + 0.5) * 0.5 - 50
+    atrium = (np.hypot(lateral, depth - 40) < 30) & (depth > 27)
+    mask = np.where(np.hypot(lateral / 24, depth / 45) < 1, ENDO, np.where(atrium, LA, 0)).astype(np.uint8)
+    found = measure_myocardium(mask, (0.5, 0.5), measure(mask, (0.5, 0.5)).ventricle)
+    assert found.endo_length_mm == pytest.approx(arc_mm(24, 45, 27 / 45), rel=0.02)
+
+
+def test_a_speck_of_wall_on_the_mitral_plane_does_not_shut_it():
+    mask, spacing_mm = phantom_masks(4)[STILLS[0]]
+    middle = measure(mask, spacing_mm).ventricle.hinges_mm.mean(axis=0)
+    offset = np.indices(mask.shape) * np.reshape(spacing_mm, (2, 1, 1)) - np.reshape(middle, (2, 1, 1))
+    spotted = np.where((np.hypot(*offset) < 2) & (mask == LA), MYO, mask).astype(np.uint8)
+    assert (spotted != mask).any()
+    before, after = (measure_myocardium(m, spacing_mm, measure(m, spacing_mm).ventricle) for m in (mask, spotted))
+    assert after.endo_length_mm == pytest.approx(before.endo_length_mm, rel=0.01)

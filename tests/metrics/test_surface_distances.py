@@ -59,6 +59,6 @@ def test_maps_of_other_shapes_and_impossible_spacings_are_refused():
     for one, other in (((4, 4), (4, 5)), ((2, 4, 4), (2, 4, 4))):
         with pytest.raises(ValueError, match="shapes"):
             surface_distances(np.ones(one, np.uint8), np.ones(other, np.uint8), (1, 1))
-    for spacing_mm in ((1, 0), (math.nan, 1)):
+    for spacing_mm in ((1, 0), (1, math.inf), (math.nan, 1)):
         with pytest.raises(ValueError, match="not positive"):
             surface_distances(np.ones((4, 4), np.uint8), np.ones((4, 4), np.uint8), spacing_mm)

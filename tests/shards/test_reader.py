@@ -97,6 +97,8 @@ def test_resized_masks_hold_only_labels_at_pixel_centres_and_equal_size_changes_
 def test_a_resized_image_is_antialiased():
     stripes = np.tile(np.array([0, 200, 200, 0], np.uint8), (64, 16))  # every fourth point alone would see 200 only
     np.testing.assert_allclose(writer.resize_image(stripes, 16, 16)[:, 2:-2], 100, atol=1)
+    np.testing.assert_allclose(writer.resize_image(stripes[:16], 32, 16)[:, 2:-2], 100, atol=1)  # one side grows
+    np.testing.assert_allclose(writer.resize_image(stripes[:16].T.copy(), 16, 32)[2:-2], 100, atol=1)
     np.testing.assert_array_equal(writer.resize_image(stripes, 64, 64), stripes)
 
 
@@ -235,7 +237,9 @@ def test_one_part_is_in_memory_at_a_time(written, monkeypatch):
     assert len(most) == 3 and max(most) <= 2 and len(kept) == 24  # the last part goes when the next one has come
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"{}", b'{"format": 3}', b'{"groups": {"train": 3}}'])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b"{}", b'{"format": 3}', b'{"groups": {"train": 3}}', b'{"groups": {"test": []}}']
+)
 @pytest.mark.parametrize("file", [writer.MANIFEST, writer.SPLITS])
 def test_a_manifest_or_split_that_is_not_json_of_ours_is_named(file, text, copied):
     filesystem.publish(os.path.join(copied, file), text)
@@ -275,6 +279,7 @@ def with_column(table: pa.Table, name: str, change) -> pa.Table:
 
 ROW_DAMAGE = {
     "label 7": (lambda t: with_column(t, "mask", lambda raw: b"\7" + raw[1:]), "row 1 has labels above 3"),
+    "label 4": (lambda t: with_column(t, "mask", lambda raw: b"\4" + raw[1:]), "row 1 has labels above 3"),
     "native mask cut off": (lambda t: with_column(t, "native_mask", lambda raw: raw[:9]), "rows that the manifest describes"),
     "native shape": (lambda t: with_column(t, "native_shape", lambda _: [3, 3]), "rows that the manifest describes"),
     "spacing": (lambda t: with_column(t, "spacing_mm", lambda _: [0.0, 1.0]), "row 1 has a spacing"),

@@ -1,6 +1,7 @@
 """Savings of memory and time change no result, ruined weights are never kept, and ranks evaluate one model."""
 
 import os
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from heartseg.config.experiment import ModelConfig
-from heartseg.config.training import AugmentConfig
+from heartseg.config.training import AugmentConfig, ScheduleConfig
 from heartseg.errors import UserError
 from heartseg.metrics import segmentation
 from heartseg.models import checkpoint
@@ -293,3 +294,22 @@ def test_the_largest_seed_draws():
     assert len(fit(noisy)) == 1
     assert sorted(stream_order([9, 9], 6, 2**63 - 1, 0).flatten().tolist()) == list(range(18))
     assert epoch_order(5, 2**40, 1).tolist() != epoch_order(5, 2**40, 2).tolist()
+
+
+def test_the_rate_falls_evenly_over_all_steps_of_all_epochs_and_the_speed_is_images_by_seconds():
+    began = time.perf_counter()
+    found = fit(tiny_experiment(schedule=ScheduleConfig("polynomial", power=1.0)), groups=("train",))
+    assert 0 < sum(metrics["seconds"] for metrics in found) <= time.perf_counter() - began
+    # Of eight steps, the last ones of the two epochs are the fourth and the eighth.
+    assert [metrics["lr"] for metrics in found] == pytest.approx([0.02 * 5 / 8, 0.02 * 1 / 8])
+    assert [metrics["images_per_s"] * metrics["seconds"] for metrics in found] == pytest.approx([28, 28])
+
+
+def test_compressed_gradients_change_nothing_in_a_single_process():
+    plain, asked = (train(with_train(batch_size=4, compress_gradients=on))[0].model.state_dict() for on in (False, True))
+    torch.testing.assert_close(asked, plain, rtol=0, atol=1e-6)
+
+
+def test_batch_statistics_are_estimated_up_to_and_with_the_last_young_step(monkeypatch):
+    monkeypatch.setattr(engine, "YOUNG_STEPS", 4)  # an epoch has four
+    assert fit(with_average(0), keep=lambda state: state.evaluated[1].num_batches_tracked.item()) == [1, 5]

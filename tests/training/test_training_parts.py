@@ -185,3 +185,8 @@ def test_pretrained_weights_that_cannot_be_downloaded_are_a_users_error_with_the
     monkeypatch.setattr(urllib.request, "_opener", None)  # urllib remembers the proxies of its first call
     with pytest.raises(UserError, match=rf"put mobilenet_v3_large-.*\.pth into {tmp_path}"):
         build_model(ModelConfig(**SMALL, pretrained=True))
+
+
+def test_each_step_of_each_epoch_of_each_seed_draws_from_a_seed_of_its_own():
+    places = [(seed, epoch, 100, step) for seed in (0, 1) for epoch in range(3) for step in range(100)]
+    assert len({loader.epoch_seed(*place) for place in places}) == len(places)
