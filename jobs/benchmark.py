@@ -16,7 +16,7 @@ TABLES = {
     "predict": "speed of prediction from files to masks, compared with the forward passes alone",
     "scores": "speed of surface distances, compared with MONAI's, and of volumes",
     "postprocess": "effect of test-time augmentation, postprocessing and ensembles on the scores",
-    "train": "speed of training: steps against the baseline, Ray against no Ray, convolutions, share of the machine's peak",
+    "train": "speed of training: steps against the baseline, convolutions, several GPUs, Ray, share of the machine's peak",
 }
 
 

@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset
@@ -41,7 +42,7 @@ from heartseg.shards.loader import Batch, Loader, epoch_order
 from heartseg.shards.reader import FrameRows, load_groups
 from heartseg.storage import filesystem
 from heartseg.training import engine
-from heartseg.training.distributed import Ranks
+from heartseg.training.distributed import Ranks, barrier, wrap_model
 from jobs.benchmarks.two_sides import Cost, Row, Table, cost_of, in_turn
 
 Backbone = Literal["resnet101", "resnet50", "mobilenet_v3_large"]
@@ -56,7 +57,7 @@ SEED_EPOCHS, SEED_TRAINING, SEED_TEST = 170, 1600, 400
 @dataclass(frozen=True)
 class Options:
     sections: str = "all"
-    """Sections to measure, separated by commas: plain, convolutions, metrics, peak, ray."""
+    """Sections to measure, separated by commas: plain, convolutions, metrics, peak, gpus, ray."""
     source: str = ""
     """Folder of the CAMUS release; synthetic patients if not given."""
     backbone: Backbone = "resnet101"
@@ -101,10 +102,13 @@ class Bench:
         images = torch.rand(size, 1, *grid, device=self.device)
         return images, torch.randint(4, (size, *grid), device=self.device, dtype=torch.uint8)
 
-    def our_steps(self, experiment: Experiment, batches: Iterable[Batch], own_convolutions: bool = True) -> Losses:
+    def our_steps(
+        self, experiment: Experiment, batches: Iterable[Batch], own_convolutions: bool = True, ranks: Ranks | None = None
+    ) -> Losses:
         """Take one training step per iteration, with scores; yields its loss, on the device."""
-        model, ranks, sums = self.model(experiment, own_convolutions), Ranks(0, 1, self.device), ScoreSums(self.device)
-        state = engine.start(experiment, model, ranks, lambda model: model)
+        model, sums = self.model(experiment, own_convolutions), ScoreSums(self.device)
+        ranks = ranks or Ranks(0, 1, self.device)
+        state = engine.start(experiment, model, ranks, partial(wrap_model, ranks=ranks, train=experiment.train))
         state.wrapped.train()
         for images, masks in batches:
             loss, prediction = engine.train_step(experiment, state, images, masks, ranks)
@@ -236,21 +240,68 @@ def measure_peak(bench: Bench) -> Table:
     rows = [Row(f"matrix product, {name}", rate / 1e9, "GFLOP/s") for name, rate in peaks.items()]
     rows.append(Row("one image, forward and backward", flop / 1e9, "GFLOP", note="counted by PyTorch"))
     for batch in GPU_BATCHES if on_gpu else (bench.options.batch,):
-        side = bench.our_steps(bench.experiment(batch_size=batch), repeat(bench.random_batch(experiment, batch)))
-        warm_up = cost_of(lambda side=side: [next(side) for _ in range(2)], bench.device)
-        # All steps are timed together: a GPU stays busy only if nothing waits for it between steps.
-        cost = cost_of(lambda side=side: [next(side) for _ in range(steps)], bench.device)
-        rates[batch], memory = steps * batch / cost.wall_s, f"{max(warm_up.peak_gb, cost.peak_gb):.1f} GB at the peak"
-        rows.append(Row(f"training, batch {batch}", rates[batch], "images/s", max(peaks.values()) / flop, memory))
+        try:
+            rates[batch], peak_gb = training_rate(bench, batch, steps)
+        except torch.OutOfMemoryError:
+            rows.append(Row(f"training, batch {batch}", float("nan"), "images/s", note="out of memory"))
+            torch.cuda.empty_cache()
+            continue
+        print(f"batch {batch}: {rates[batch]:.1f} images/s", flush=True)  # the table comes only when all is measured
+        row = (rates[batch], "images/s", max(peaks.values()) / flop, f"{peak_gb:.1f} GB at the peak")
+        rows.append(Row(f"training, batch {batch}", *row))
     for batch in (4, 32):
         forward, _ = forward_pass(bench, bench.experiment(batch_size=batch))
         (cost,) = in_turn({"forward": forward}, steps, bench.device)
-        hours = SEED_EPOCHS * (SEED_TRAINING / next(iter(rates.values())) + SEED_TEST * cost.wall_s / batch) / 3600
+        slowest = next(iter(rates.values()), float("nan"))
+        hours = SEED_EPOCHS * (SEED_TRAINING / slowest + SEED_TEST * cost.wall_s / batch) / 3600
         rows.append(Row(f"evaluation, batch {batch}", batch / cost.wall_s, "images/s"))
         name, note = f"170 epochs of the seed, evaluated in batches of {batch}", "estimated from these rates, not run"
         rows.append(Row(name, hours, "h", note=note))
     title = f"peak: {experiment.model.backbone}, {experiment.image.height} px"
     return Table(title, ("matrix product", "ours"), rows)
+
+
+def training_rate(bench: Bench, batch: int, steps: int, ranks: Ranks | None = None) -> tuple[float, float]:
+    """Images per second of training steps with `batch` images on each rank, over all ranks, and the peak memory in GB."""
+    world_size = ranks.world_size if ranks else 1
+    experiment = bench.experiment(batch_size=batch * world_size)
+    side = bench.our_steps(experiment, repeat(bench.random_batch(experiment, batch)), ranks=ranks)
+    warm_up = cost_of(lambda: [next(side) for _ in range(2)], bench.device)
+    if ranks:
+        barrier(ranks)
+    # All steps are timed together: a GPU stays busy only if nothing waits for it between steps.
+    cost = cost_of(lambda: [next(side) for _ in range(steps)], bench.device)
+    return steps * batch * world_size / cost.wall_s, max(warm_up.peak_gb, cost.peak_gb)
+
+
+def measure_gpus(bench: Bench) -> Table:
+    """Training on all GPUs of this machine, with as many images on each, against one of them; on CPUs two processes."""
+    on_gpu, rows = bench.device.type == "cuda", []
+    count, kind = (torch.cuda.device_count(), "GPUs") if on_gpu else (2, "processes")
+    for batch in (12, 64) if on_gpu else (bench.options.batch,):
+        rates = []
+        for world_size in (1, count):
+            file = os.path.join(bench.folder, f"{world_size}-ranks-of-{batch}")
+            torch.multiprocessing.spawn(time_rank, (world_size, batch, bench.options, file), world_size)
+            rates.append(float(Path(f"{file}.rate").read_text()))
+        share = f"{rates[1] / rates[0] / count:.0%} of {count} times one's"
+        rows.append(Row(f"{count} {kind}, {batch} images each", rates[1], "images/s", rates[0], share))
+    return Table(f"gpus: {bench.options.backbone}, {bench.options.size} px", ("one", "all"), rows)
+
+
+def time_rank(rank: int, world_size: int, batch: int, options: Options, file: str) -> None:
+    """Train for some steps as one of `world_size` ranks, which meet at `file`; the first writes their rate to `file`.rate."""
+    device = choose_device(rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=world_size)
+    steps = 20 if device.type == "cuda" else options.steps
+    rate, _ = training_rate(Bench(options, "", device), batch, steps, Ranks(rank, world_size, device))
+    if rank == 0:
+        Path(f"{file}.rate").write_text(str(rate))
+    dist.destroy_process_group()
 
 
 def matrix_rates(bench: Bench) -> dict[str, float]:
@@ -353,5 +404,5 @@ def dice_in_python(logits: torch.Tensor, masks: torch.Tensor) -> float:
     return float(np.mean(found))
 
 
-MEASURES = (measure_plain, measure_convolutions, measure_metrics, measure_peak, measure_ray)
+MEASURES = (measure_plain, measure_convolutions, measure_metrics, measure_peak, measure_gpus, measure_ray)
 SECTIONS: dict[str, Callable[[Bench], Table]] = {measure.__name__.removeprefix("measure_"): measure for measure in MEASURES}

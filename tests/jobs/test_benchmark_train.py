@@ -43,7 +43,7 @@ def test_both_sides_train_on_the_same_images_from_the_same_weights(bench):
         assert step.value == pytest.approx(step.baseline, rel=0.03)
 
 
-@pytest.mark.parametrize("sections", ["peak,ray", pytest.param("convolutions,metrics,ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sections", ["peak,ray", pytest.param("convolutions,metrics,gpus,ray", marks=pytest.mark.slow)])
 def test_sections_are_printed_and_those_that_lack_a_package_are_left_out(sections, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(train, "MATRIX_SIZES", (64, 128))
