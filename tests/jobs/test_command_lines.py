@@ -47,7 +47,7 @@ def test_a_mistake_is_a_one_line_message_with_exit_code_2_and_starts_no_cluster(
 @pytest.mark.parametrize(
     ("job", "arguments", "said"),
     [
-        (train.job, ["bogus"], "'bogus' is not a recipe: use one of seed, camus, quick"),
+        (train.job, ["bogus"], "'bogus' is not a recipe: use one of seed, camus, compact, quick"),
         (train.job, ["quick", "--bogus", "3"], "--bogus is not a flag of this command; --help lists all flags."),
         (train.job, ["quick", "--optm.lr", "3"], "--optm.lr is not a flag of this command: did you mean --optim.lr?"),
         (train.job, ["quick", "--run", "x"], "--run is not a flag of this command: did you mean --runs or --run-name?"),
