@@ -41,8 +41,8 @@ Every flag of every command, with its default. `make reference` generates it fro
 - A flag listed as "on or off" takes no value: `--fresh`, and `--no-fresh` for the opposite. A flag that lists `on` and `off`
   among its values takes one: `--page off`.
 - `preprocess`, `train`, `tune` and `pipeline` also accept the settings of [the experiment](#the-experiment) and, anywhere on
-  the command line, a recipe: `seed` (the default), `camus`, `compact` or `quick`. `--config FILE`, a complete experiment as JSON,
-  replaces the recipe.
+  the command line, a recipe: `seed` (the default), `camus`, `compact` or `quick`. `--config FILE`, a complete experiment as
+  JSON, replaces the recipe.
 - A command rejects a flag that would have no effect in it, and gives the reason.
 """
 
