@@ -240,11 +240,12 @@ def measure_peak(bench: Bench) -> Table:
     rows = [Row(f"matrix product, {name}", rate / 1e9, "GFLOP/s") for name, rate in peaks.items()]
     rows.append(Row("one image, forward and backward", flop / 1e9, "GFLOP", note="counted by PyTorch"))
     for batch in GPU_BATCHES if on_gpu else (bench.options.batch,):
+        if on_gpu:
+            torch.cuda.empty_cache()  # of a batch that did not fit
         try:
             rates[batch], peak_gb = training_rate(bench, batch, steps)
         except torch.OutOfMemoryError:
             rows.append(Row(f"training, batch {batch}", float("nan"), "images/s", note="out of memory"))
-            torch.cuda.empty_cache()
             continue
         print(f"batch {batch}: {rates[batch]:.1f} images/s", flush=True)  # the table comes only when all is measured
         row = (rates[batch], "images/s", max(peaks.values()) / flop, f"{peak_gb:.1f} GB at the peak")
@@ -278,14 +279,23 @@ def measure_gpus(bench: Bench) -> Table:
     """Training on all GPUs of this machine, with as many images on each, against one of them; on CPUs two processes."""
     on_gpu, rows = bench.device.type == "cuda", []
     count, kind = (torch.cuda.device_count(), "GPUs") if on_gpu else (2, "processes")
+    if count < 2:
+        return Table("gpus: this machine has one GPU only", ("one", "all"), rows)
+    if on_gpu:
+        torch.cuda.empty_cache()  # of earlier sections: the ranks are other processes
     for batch in (12, 64) if on_gpu else (bench.options.batch,):
-        rates = []
-        for world_size in (1, count):
-            file = os.path.join(bench.folder, f"{world_size}-ranks-of-{batch}")
-            torch.multiprocessing.spawn(time_rank, (world_size, batch, bench.options, file), world_size)
-            rates.append(float(Path(f"{file}.rate").read_text()))
-        share = f"{rates[1] / rates[0] / count:.0%} of {count} times one's"
-        rows.append(Row(f"{count} {kind}, {batch} images each", rates[1], "images/s", rates[0], share))
+        name, rates = f"{count} {kind}, {batch} images each", []
+        try:
+            for world_size in (1, count):
+                file = os.path.join(bench.folder, f"{world_size}-ranks-of-{batch}")
+                torch.multiprocessing.spawn(time_rank, (world_size, batch, bench.options, file), world_size)
+                rates.append(float(Path(f"{file}.rate").read_text()))
+        except torch.multiprocessing.ProcessRaisedException as error:
+            if "OutOfMemoryError" not in str(error):
+                raise
+            rows.append(Row(name, float("nan"), "images/s", note="out of memory"))
+        else:
+            rows.append(Row(name, rates[1], "images/s", rates[0], f"{rates[1] / rates[0] / count:.0%} of {count} times one's"))
     return Table(f"gpus: {bench.options.backbone}, {bench.options.size} px", ("one", "all"), rows)
 
 

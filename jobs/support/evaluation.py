@@ -276,6 +276,8 @@ def score_on_ray(plan: EvaluationPlan, tasks: list[list[str]], workers: int) -> 
 
     ray_runtime.start_ray(workers)
     share = ray_runtime.worker_resources(workers)
+    if "GPU" in share:
+        workers = min(workers, ray_runtime.room_for(1))  # results come in order: an actor without a GPU would hold them up
     # Without GPUs, the actors' threads use every core: they reserve half of each, to leave room for scoring.
     resources = {"num_gpus": 1, "num_cpus": 1} if "GPU" in share else {"num_cpus": share["CPU"] / 2}
     tries = {"max_restarts": ray_runtime.MAX_TRIES, "max_task_retries": ray_runtime.MAX_TRIES}

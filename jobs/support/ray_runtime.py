@@ -88,6 +88,8 @@ def start_ray(workers: int) -> None:
 
 def _start_own_ray(tries: int = 2) -> None:
     asked, port = os.environ.pop("RAY_API_SERVER_ADDRESS", None), free_port()
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":  # hides every GPU from CUDA, but Ray counts it as one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Its processes would otherwise contact this machine's last cluster, whose address a killed one leaves in a file.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     logging.getLogger(AUTH_LOGGER).setLevel(logging.ERROR)  # it announces a token that only this process needs
