@@ -22,7 +22,8 @@ def faster(plain: nn.Conv2d) -> nn.Conv2d:
 
 
 def pair(rate: int, bias: bool = False, depthwise: bool = False) -> tuple[nn.Conv2d, nn.Conv2d]:
-    plain = nn.Conv2d(6, 6, 3, padding=rate, dilation=rate, groups=6 if depthwise else 1, bias=bias)
+    outputs, groups = (6, 6) if depthwise else (5, 1)
+    plain = nn.Conv2d(6, outputs, 3, padding=rate, dilation=rate, groups=groups, bias=bias)
     return plain, faster(plain)
 
 
