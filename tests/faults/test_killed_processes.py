@@ -1,12 +1,8 @@
 """Faults, injected for real: killed processes, a disk that fills, memory that runs out."""
 
 import os
-import signal
 import subprocess
-import threading
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,29 +10,8 @@ import pytest
 from heartseg.models import checkpoint
 from heartseg.training import run_directory
 from helpers.experiments import tiny_experiment
-from helpers.job_process import MARK, Job, changed_train, epochs_of, marked_pids, train_arguments, trained_again, wait_for
+from helpers.job_process import Job, changed_train, epochs_of, train_arguments, trained_again
 from jobs import train
-from jobs.support import ray_runtime
-
-
-def kill_worker(folder: Path) -> None:
-    """Kill a training worker of this process's Ray once an epoch of the run below a folder is recorded."""
-    wait_for(lambda: any(epochs_of(str(run)) for run in folder.glob("tiny-*")))
-    os.kill(min(marked_pids("RayTrainWorker", os.environ[MARK])), signal.SIGKILL)
-
-
-def test_a_run_that_advances_restarts_its_killed_workers_more_often_than_ray_would(
-    shards, tmp_path, ray_session, monkeypatch, caplog
-):
-    monkeypatch.setattr(ray_runtime, "build_trainer", partial(ray_runtime.build_trainer, tries=0))
-    base = tiny_experiment(data=shards, runs=str(tmp_path))
-    killer = threading.Thread(target=kill_worker, args=(tmp_path,), daemon=True)
-    killer.start()
-    with caplog.at_level("INFO", logger="heartseg"):
-        run = train.run(replace(base, train=replace(base.train, epochs=8)), train.Options())
-    killer.join(timeout=1)
-    assert not killer.is_alive() and "made progress in between" in caplog.text
-    assert epochs_of(run) == list(range(1, 9))
 
 
 def terminate_after(job: Job, epoch: int) -> str:
@@ -90,6 +65,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_out_is_completed(shards, tmp
     assert (run / "MODEL_CARD.md").exists() and (run / "samples" / "last.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_one_line_error_and_complete_checkpoints_stay(shards, tmp_path):
     # A small file system in its own mount namespace; after the second epoch, another process fills it.
     disk = tmp_path / "disk"

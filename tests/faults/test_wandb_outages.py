@@ -49,6 +49,7 @@ def parents_service():
     wandb.teardown()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("parents_service")
 def test_a_training_outlives_a_server_that_never_answers_without_a_lost_row_even_if_its_parent_uses_wandb(shards, tmp_path):
     assert wandb_logger.SETTINGS["init_timeout"] == 10  # here 2

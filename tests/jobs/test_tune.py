@@ -22,6 +22,8 @@ from helpers.tracked_runs import kept_records
 from jobs import preprocess, tune
 from jobs.support import ray_trials
 
+pytestmark = pytest.mark.slow
+
 
 def tracked(folder: str) -> tuple[dict, list[dict]]:
     """The run record (group, job type, tags, configuration) and the rows that a run or a sweep has kept for wandb."""
@@ -64,7 +66,6 @@ def test_in_the_dashboard_each_trial_is_a_run_of_the_sweeps_group_and_the_sweeps
     assert list(Path(small_sweep.path).glob("wandb/offline-run-*/files/media/html/*.html"))
 
 
-@pytest.mark.slow
 def test_a_trial_that_meets_an_outage_twice_is_not_a_failure_and_the_same_command_resumes_it(small_sweep, monkeypatch):
     trial, folder = sweeps.read_trials(small_sweep)[0].run.path, small_sweep.path.rpartition("/")[0]
     os.remove(f"{trial}/{sweeps.OUTCOME}")  # as a kill before the trial's end would leave it
@@ -122,7 +123,6 @@ def more_shards(tmp_path_factory) -> str:
     return str(folder / "shards")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_sweep_killed_half_way_resumes_with_each_epoch_once_and_trials_that_fall_behind_are_stopped(more_shards, tmp_path):
     first = SweepJob(more_shards, tmp_path)
