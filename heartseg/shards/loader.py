@@ -171,7 +171,7 @@ def read_ahead(pieces: Iterable[Piece], read: Callable[[Piece], Batch], name_of:
         while not concurrent.futures.wait([future], SAY_AFTER_S).done:
             waited_s += SAY_AFTER_S
             log.warning("%s has not arrived after %d s: waiting for its disk or network.", name, waited_s)
-            if waited_s > GIVE_UP_AFTER_S - SAY_AFTER_S / 2:
+            if waited_s >= GIVE_UP_AFTER_S:
                 fix = "check its disk or network, then rerun the same command to resume"
                 raise StorageError(f"The shard {name} did not arrive within {GIVE_UP_AFTER_S} s: {fix}.")
         yield future.result()

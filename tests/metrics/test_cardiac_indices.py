@@ -205,6 +205,13 @@ def test_disks_use_the_longer_of_two_lengths_and_area_length_the_shorter():
         assert found[name] == pytest.approx(row[name] * factor, rel=1e-3), name
 
 
+def test_a_chamber_of_twice_the_size_is_twice_as_long_and_has_four_times_the_area(heart):
+    chamber = simpson.measure(*heart["4CH", "ED"]).ventricle
+    large = chamber.scaled(2.0)
+    assert large.area_mm2 == pytest.approx(4 * chamber.area_mm2) and large.length_mm == pytest.approx(2 * chamber.length_mm)
+    np.testing.assert_allclose(large.widths_mm, 2 * chamber.widths_mm)
+
+
 def test_without_pixel_spacing_there_is_ef_and_nothing_with_a_unit(heart):
     known = patient_indices(heart)
     relative, factors = {}, dict(zip(VIEWS, (3, 1), strict=True))  # the views' scales are unknown, and not the same

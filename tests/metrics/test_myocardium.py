@@ -9,7 +9,7 @@ from scipy.special import ellipeinc
 from heartseg.datasets import phantom
 from heartseg.labels import ENDO, LA, MYO, VIEWS, Phase
 from heartseg.metrics.cardiac_indices import STILLS, patient_indices
-from heartseg.metrics.myocardium import Grid, contour, length, measure_myocardium
+from heartseg.metrics.myocardium import Grid, contour, length, measure_myocardium, without_mitral_plane
 from heartseg.metrics.simpson import measure
 from helpers.hearts import phantom_masks
 
@@ -107,6 +107,18 @@ def test_a_bare_cavity_that_bulges_into_its_atrium_is_measured_from_hinge_to_hin
     mask = np.where(np.hypot(lateral / 24, depth / 45) < 1, ENDO, np.where(atrium, LA, 0)).astype(np.uint8)
     found = measure_myocardium(mask, (0.5, 0.5), measure(mask, (0.5, 0.5)).ventricle)
     assert found.endo_length_mm == pytest.approx(arc_mm(24, 45, 27 / 45), rel=0.02)
+
+
+@pytest.mark.parametrize("begin", [0, 3, 12, 25])
+@pytest.mark.parametrize("has_wall", [True, False])
+def test_what_runs_along_the_wall_is_every_point_from_hinge_to_hinge_wherever_the_contour_begins(begin, has_wall):
+    angles = np.deg2rad(np.arange(0, 360, 10))
+    ring = np.roll(np.stack([-np.cos(angles), np.sin(angles)], axis=1), -begin, axis=0)  # the apex has a depth of -1
+    at_wall, hinges = (ring[:, 0] < 0.6) & has_wall, np.array([[0.5, -(0.75**0.5)], [0.5, 0.75**0.5]])
+    closed = [np.concatenate([values, values[:1]]) for values in (ring, at_wall)]
+    found = without_mitral_plane(*closed, hinges)
+    wanted = ring[ring[:, 0] < 0.51]  # at a hinge, depth is 0.5
+    assert len(found) == len(wanted) == 25 and {*map(tuple, found)} == {*map(tuple, wanted)}
 
 
 def test_a_speck_of_wall_on_the_mitral_plane_does_not_shut_it():

@@ -157,7 +157,7 @@ def _one_of_two(rank: int, store: str, folder: str, shards: str) -> None:
     state = started(in_parts, ranks, network())
     state.wrapped.register_comm_hook(None, count)
     engine.train_step(in_parts, state, *batch(6), ranks)
-    kept["evaluated"] = evaluated_models(ranks)
+    kept["evaluated"], kept["heard"] = evaluated_models(ranks), distributed.from_main(f"of rank {rank}", ranks)
     try:
         fit(tiny_experiment(), ranks, groups=("train",), ruin=lambda state: rank and RUINS["a running statistic"](state))
     except engine.NonFiniteLoss as error:
@@ -197,7 +197,7 @@ def test_two_ranks_follow_one_and_gradients_travel_once_an_update_rounded_if_ask
 
 
 def test_ranks_evaluate_the_model_of_one_process_stop_together_and_all_report_storage_that_one_cannot_see(two_ranks):
-    assert [rank["stopped"] for rank in two_ranks] == [1, 1]
+    assert [rank["stopped"] for rank in two_ranks] == [1, 1] and {rank["heard"] for rank in two_ranks} == {"of rank 0"}
     (message,) = {rank["unseen"] for rank in two_ranks}
     assert message.startswith("Worker 1 on ") and message.endswith("Every node must see --runs and --data.")
     one, other, alone = *(rank["evaluated"] for rank in two_ranks), evaluated_models(ALONE)
