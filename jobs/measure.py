@@ -236,13 +236,13 @@ def run(options: Options) -> str:
         records = [study_results.clip_record(found) | {"mask": places[found.clip.stem]} for found in studies.done]
         record = {"made_with": {"heartseg": __version__, "masks": source}, "clips": records, "damaged": first.damaged}
         study_results.write_tables(out, studies.rows, record)
-        if options.page == "on":
-            studies_page.write_page(out, studies.described)
         study_output.print_results(studies.rows, studies.done, first.damaged)
         if unused:
             print(listed(f"{counted(len(unused), 'image')} without a mask", map(filesystem.last_part, unused)))
         if options.compare:
             print(compare(out, *readings))
+        if options.page == "on":
+            print(f"For a browser: {studies_page.write_page(out, studies.described)}")
     return out
 
 

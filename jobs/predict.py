@@ -157,13 +157,13 @@ def outline_all(
     record = {"made_with": made_with, "clips": [study_results.clip_record(found) for found in studies.done]}
     study_results.write_tables(out, studies.rows, record | {"damaged": damaged, "without_picture": without_picture})
     study_results.write_label_names(out)
-    if options.page == "on":
-        studies_page.write_page(out, studies.described)
     study_output.print_results(studies.rows, studies.done, damaged)
     if without_overlay:
         print(f"No overlay for {counted(len(without_overlay), 'DICOM file')} that may show a name: --overlays on draws it.")
     if without_picture:
         print(f"{counted(len(without_picture), 'DICOM file')} without a picture (reports, measurements): see studies.json.")
+    if options.page == "on":
+        print(f"For a browser: {studies_page.write_page(out, studies.described)}")
 
 
 def write_curve(out: str, found: study_results.ClipResult) -> None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heartseg.config.experiment import ModelConfig
 from heartseg.config.training import AugmentConfig, ScheduleConfig
@@ -194,6 +196,46 @@ def test_two_ranks_follow_one_and_gradients_travel_once_an_update_rounded_if_ask
             assert torch.equal(first[setting][name], second[setting][name])
     assert [rank["travelled"] for rank in two_ranks] == [1, 1]
     assert not torch.equal(first["bf16"]["0.weight"], first["plain"]["0.weight"])
+
+
+class Collectives(TorchDispatchMode):
+    """The names of the collective operations that are called from Python or a module's forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace == "c10d":
+            self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("world_size", [8, 1024])
+def test_an_update_exchanges_each_gradient_once_and_a_forward_pass_nothing_over_any_number_of_ranks(world_size):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)  # its collectives return at once
+    try:
+        ranks, sizes = Ranks(0, world_size, torch.device("cpu")), []
+        experiment = with_train(batch_size=2 * world_size)
+        state = started(experiment, ranks, network(nn.BatchNorm2d))
+
+        def count(_, bucket):
+            sizes.append(bucket.buffer().numel())
+            (future := torch.futures.Future()).set_result(bucket.buffer())
+            return future
+
+        state.wrapped.register_comm_hook(None, count)
+        state.wrapped.train()
+        engine.train_step(experiment, state, *batch(2), ranks)
+        assert sum(sizes) == sum(parameter.numel() for parameter in state.model.parameters())
+        with Collectives() as forward:
+            state.wrapped(batch(2)[0])
+        with Collectives() as evaluation:
+            distributed.share_buffers(state.evaluated, ranks)
+            engine.evaluate(experiment, state.evaluated, loader(0, world_size), Intensity(), ranks)
+        assert (forward.names, evaluation.names) == ([], ["c10d::broadcast_", "c10d::allreduce_"])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_ranks_evaluate_the_model_of_one_process_stop_together_and_all_report_storage_that_one_cannot_see(two_ranks):
