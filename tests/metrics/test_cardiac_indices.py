@@ -212,6 +212,13 @@ def test_a_chamber_of_twice_the_size_is_twice_as_long_and_has_four_times_the_are
     np.testing.assert_allclose(large.widths_mm, 2 * chamber.widths_mm)
 
 
+def test_a_chamber_of_30_pixels_is_measured_and_one_of_29_is_not():
+    mask = np.pad(np.full((5, 6), ENDO, np.uint8), 3)
+    assert simpson.measure(mask, (1.0, 1.0)).ventricle.area_mm2 == 30
+    mask[3, 3] = 0
+    assert simpson.measure(mask, (1.0, 1.0)).ventricle == "a left ventricle of only 29 px"
+
+
 def test_without_pixel_spacing_there_is_ef_and_nothing_with_a_unit(heart):
     known = patient_indices(heart)
     relative, factors = {}, dict(zip(VIEWS, (3, 1), strict=True))  # the views' scales are unknown, and not the same
