@@ -47,7 +47,8 @@ class Options:
     """The masks to measure, and the folder of the results."""
 
     masks: str = ""
-    """NIfTI masks: a file, a folder or a tree. Uses the files named _gt or _pred if there are any, otherwise all files."""
+    """NIfTI masks: a file, a folder or a tree. Uses the files named _gt or _pred if there are any, otherwise all files. Save a
+    corrected mask under the name of the one it replaces, in a copy of the folder."""
     out: str = ""
     """Folder for ef.csv, studies.json, studies.html and, with --compare, comparison.csv."""
     labels: str = ""
@@ -174,18 +175,21 @@ def compare(out: str, first: Reading, second: Reading) -> str:
     fix = "give two readings of the same images"
     require(bool(shared), f"--masks and --compare have no masks with the same name and size: {fix}.")
     scores: dict[str, list[list[float]]] = {}
+    changed: dict[str, list[str]] = {}
     for key in shared:
         one, other = first.masks[key], second.masks[key]
         found = image_scores(confusion(torch.from_numpy(one), torch.from_numpy(other)))
         dice = [float(found[f"dice_{name}"].mean()) for name in STRUCTURES]
-        scores.setdefault(key[0], []).append([*dice, np.count_nonzero(one != other)])
+        pixels = np.count_nonzero(one != other)
+        scores.setdefault(key[0], []).append([*dice, pixels])
+        changed.setdefault(key[0], []).extend([key[1]] if pixels else [])
     rows = [{row["patient"]: row for row in reading.studies.rows} for reading in (first, second)]
     table = []
     for patient, found in scores.items():
         both = {f"{name}_{side}": row[patient][name] for name in COMPARED for side, row in zip(SIDES, rows, strict=True)}
         dice = dict(zip((f"dice_{name}" for name in STRUCTURES), np.nanmean(found, axis=0), strict=False))
-        changed = int(sum(pixels for *_, pixels in found))
-        table.append({"patient": patient, "clips": len(found)} | dice | {"pixels_changed": changed} | both)
+        changes = {"pixels_changed": int(sum(pixels for *_, pixels in found)), "masks_changed": " ".join(changed[patient])}
+        table.append({"patient": patient, "clips": len(found)} | dice | changes | both)
     frame = pandas.DataFrame(table)
     filesystem.publish(filesystem.join(out, COMPARISON), frame.to_csv(index=False, float_format="%.4f").encode())
     means = np.nanmean(np.concatenate([*scores.values()]), axis=0)
@@ -200,7 +204,11 @@ def compare(out: str, first: Reading, second: Reading) -> str:
     differs = frame["pixels_changed"] > 0
     for one, other in ((frame[f"{name}_{side}"] for side in SIDES) for name in COMPARED):
         differs |= (one != other) & ~(one.isna() & other.isna())
-    lines.append(listed(counted(int(differs.sum()), "patient") + " changed", frame.loc[differs, "patient"]))
+    about = []
+    for one in frame[differs].itertuples():
+        names = one.masks_changed or "a mask is missing"
+        about.append(f"{one.patient} ({names}: EF {one.ef_ase_masks:.0f} %, --compare {one.ef_ase_compare:.0f} %)")
+    lines.append(listed(counted(int(differs.sum()), "patient") + " changed", about))
     for title, masks, others in (("--masks", first.masks, second.masks), ("--compare", second.masks, first.masks)):
         if alone := [stem for patient, stem in masks if (patient, stem) not in others]:
             lines.append(listed(f"{counted(len(alone), 'mask')} only in {title}, not compared", alone))
@@ -238,11 +246,12 @@ def run(options: Options) -> str:
         study_results.write_tables(out, studies.rows, record)
         study_output.print_results(studies.rows, studies.done, first.damaged)
         if unused:
-            print(listed(f"{counted(len(unused), 'image')} without a mask", map(filesystem.last_part, unused)))
+            title = f"{counted(len(unused), 'file')} without a mask (images, or masks not named _gt or _pred)"
+            print(listed(title, map(filesystem.last_part, unused)))
         if options.compare:
             print(compare(out, *readings))
         if options.page == "on":
-            print(f"For a browser: {studies_page.write_page(out, studies.described)}")
+            print(f"For a browser: {filesystem.printable(studies_page.write_page(out, studies.described))}")
     return out
 
 

@@ -163,7 +163,7 @@ def outline_all(
     if without_picture:
         print(f"{counted(len(without_picture), 'DICOM file')} without a picture (reports, measurements): see studies.json.")
     if options.page == "on":
-        print(f"For a browser: {studies_page.write_page(out, studies.described)}")
+        print(f"For a browser: {filesystem.printable(studies_page.write_page(out, studies.described))}")
 
 
 def write_curve(out: str, found: study_results.ClipResult) -> None:

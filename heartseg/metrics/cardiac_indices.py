@@ -27,6 +27,7 @@ STILLS = tuple(product(VIEWS, PHASES))
 # The numeric columns of a row of `patient_indices`.
 INDICES = (
     *(f"{name}_{method}" for method in METHODS for name in (*VOLUMES.values(), "ef")),
+    *(f"lv_length_mm_{view}_{phase}" for view, phase in STILLS),
     *(f"wall_area_cm2_{view}_{phase}" for view, phase in STILLS),
     *(f"la_area_cm2_{view}_{phase}" for view, phase in STILLS),
     *(f"la_volume_ml_{phase}" for phase in PHASES),
@@ -192,13 +193,14 @@ def _function(frames: dict[Still, Frame], walls: dict[Still, Myocardium]) -> dic
 
 
 def _wall_and_shape(ventricles: dict[Still, Chamber], walls: dict[Still, Myocardium], volumes: dict) -> dict[str, float]:
-    """Wall thickness in mm, mass in g at ED, and sphericity of both phases; `volumes` has the `ase` volumes by column.
+    """Long axes and wall thickness in mm, mass in g at ED, and sphericity; `volumes` has the `ase` volumes by column.
 
     Mass is the volume between epicardium and endocardium times 1.05 g/ml, as in Lang et al. 2015 for volumes; their
     area-length formula needs a short-axis view. Sphericity is the cavity's volume divided by that of a sphere as wide as the
     cavity is long (Mannaerts et al. 2004, Eur Heart J 25:680-687).
     """
-    row = {f"wall_thickness_mm_{view}_{phase}": wall.thickness_mm for (view, phase), wall in walls.items()}
+    row = {f"lv_length_mm_{view}_{phase}": chamber.length_mm for (view, phase), chamber in ventricles.items()}
+    row |= {f"wall_thickness_mm_{view}_{phase}": wall.thickness_mm for (view, phase), wall in walls.items()}
     for phase in PHASES:
         found = [ventricles[view, phase] for view in VIEWS if (view, phase) in walls]
         if len(found) < len(VIEWS):

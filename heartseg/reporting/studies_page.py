@@ -27,25 +27,27 @@ MEASURES = (
     ("Ejection fraction", "%", 0, ("ef_ase", "ef_4ch_ase", "ef_2ch_ase"), f"men 52–72, women 54–74 ({LANG})"),
     ("EDV", "ml", 0, ("edv_ml_ase", "edv_ml_4ch_ase", "edv_ml_2ch_ase"), f"men 62–150, women 46–106 ({LANG})"),
     ("ESV", "ml", 0, ("esv_ml_ase", "esv_ml_4ch_ase", "esv_ml_2ch_ase"), f"men 21–61, women 14–42 ({LANG})"),
-    ("EF, camus convention", "%", 0, ("ef_camus",), "no normal range: only for comparison with CAMUS"),
     ("EF, 4-chamber view alone", "%", 0, ("ef_4ch_ase",), ""),
     ("EF, 2-chamber view alone", "%", 0, ("ef_2ch_ase",), ""),
-    ("Left-atrial volume at ES", "ml", 0, ("la_volume_ml_ES",), f"up to 34 per m² of body surface ({LANG})"),
+    ("Left-atrial volume at ES", "ml", 0, ("la_volume_ml_ES",), f"up to 34 ml/m², so divide by the body surface ({LANG})"),
     ("Left-atrial emptying fraction", "%", 0, ("la_emptying_fraction",), "above 48.7 (Sugimoto et al. 2018)"),
     ("Endocardial strain, both views", "%", 1, ("endo_strain",), f"about −20 by speckle tracking ({LANG})"),
     ("Endocardial strain, 4CH", "%", 1, ("endo_strain_4CH",), ""),
     ("Endocardial strain, 2CH", "%", 1, ("endo_strain_2CH",), ""),
     ("Mitral annular excursion (MAPSE), 4CH", "mm", 1, ("mapse_mm_4CH",), "12–15 by M-mode (Hu et al. 2013)"),
     ("Mitral annular excursion (MAPSE), 2CH", "mm", 1, ("mapse_mm_2CH",), "12–15 by M-mode (Hu et al. 2013)"),
-    ("Fractional area change, 4CH", "%", 0, ("fac_4CH",), "no accepted range"),
-    ("Fractional area change, 2CH", "%", 0, ("fac_2CH",), "no accepted range"),
+    ("LV area change (fractional), 4CH", "%", 0, ("fac_4CH",), "no accepted range"),
+    ("LV area change (fractional), 2CH", "%", 0, ("fac_2CH",), "no accepted range"),
     ("Wall thickness at ED, 4CH", "mm", 1, ("wall_thickness_mm_4CH_ED",), f"men 6–10, women 6–9, parasternal ({LANG})"),
     ("Wall thickness at ED, 2CH", "mm", 1, ("wall_thickness_mm_2CH_ED",), f"men 6–10, women 6–9, parasternal ({LANG})"),
     ("LV mass", "g", 0, ("lv_mass_g",), f"men 96–200, women 66–150 ({LANG})"),
-    ("Sphericity at ED", "", 2, ("sphericity_ED",), "no accepted range"),
+    ("Sphericity at ED", "", 2, ("sphericity_ED",), "volume over that of a sphere of the same length; no accepted range"),
+    ("EF, CAMUS convention", "%", 0, ("ef_camus",), "some 8 points lower: disks as high at ES as at ED ignore the shortening"),
 )
 # The columns of the table of studies: positions in MEASURES.
-IN_TABLE = (0, 1, 2, 6, 8)
+IN_TABLE = (0, 1, 2, 5, 7)
+OF_ATRIUM = ("la_volume_ml_ES", "la_emptying_fraction")
+METHODS = ("biplane disks, ASE", "disks in 4CH alone, ASE", "disks in 2CH alone, ASE")
 
 
 def write_page(out: str, studies: Sequence[dict]) -> str:
@@ -73,8 +75,11 @@ def describe_study(out: str, row: Mapping, results: Sequence[ClipResult]) -> dic
     for title, unit, digits, columns, normal in MEASURES:
         known = next((column for column in columns if math.isfinite(row[column])), columns[0])
         texts = {"text": pages.show_number(row[known], digits), "interval": study_results.show_interval(row, known)}
+        if known in OF_ATRIUM and row["la_cut_off"] and math.isfinite(row[known]):
+            normal = f"not reliable: the atrium is cut off at the image's edge in {row['la_cut_off']}"
+            texts["text"] = f"≥ {texts['text']}" if known == OF_ATRIUM[0] else f"({texts['text']})"
         measures.append({"title": title, "unit": unit, "value": row[known], "normal": normal} | texts)
-    methods = zip(MEASURES[0][3], ("biplane, ase", "4CH alone, ase", "2CH alone, ase"), strict=True)
+    methods = zip(MEASURES[0][3], METHODS, strict=True)
     method = next((title for column, title in methods if math.isfinite(row[column])), "")
     figures = [found for result in results for found in describe_figures(out, result)]
     order = [f"{view} {phase}" for view in reversed(VIEWS) for phase in PHASES]

@@ -18,7 +18,7 @@ from heartseg.datasets.readers import Frames
 from heartseg.errors import UserError
 from heartseg.inference import segmenter, study_files, study_results
 from heartseg.inference.study_files import Clip, find_clips
-from heartseg.labels import CLASS_COLOURS, PHASES, VIEWS, Phase
+from heartseg.labels import CLASS_COLOURS, LA, PHASES, VIEWS, Phase
 from heartseg.metrics import ed_es_detection
 from heartseg.reporting import contours, overlays
 from helpers.echo_files import LOOP, dicom
@@ -309,6 +309,28 @@ def test_views_that_disagree_are_a_doubt_and_names_without_a_phase_have_advice(s
     assert "the views disagree by" in row["doubts"] and "the views disagree by" in study_results.headline(row)
     unnamed = replace(still, clip=replace(still.clip, phase=None), phases={})
     assert "give --phase" in study_results.study_row("patient0001", [unnamed])["reason"]
+
+
+def test_long_axes_that_differ_are_a_doubt_that_names_the_foreshortened_view(stills):
+    def of_height(share: float) -> list[study_results.ClipResult]:
+        def squeeze(one: study_results.ClipResult) -> study_results.ClipResult:
+            return replace(one, spacing_mm=(one.spacing_mm[0] * share, one.spacing_mm[1]))
+
+        return changed(changed(stills, FOUR, Phase.ED, squeeze), FOUR, Phase.ES, squeeze)
+
+    assert study_results.study_row("p", of_height(0.95))["doubts"] == ""
+    doubts = study_results.study_row("p", of_height(0.75))["doubts"]
+    assert re.search(r"the long axes at ED differ \(\d+ mm in 4CH, \d+ mm in 2CH\): 4CH may be foreshortened", doubts)
+    assert "2CH may be foreshortened" in study_results.study_row("p", of_height(1.4))["doubts"]
+
+
+def test_an_atrium_that_continues_outside_the_picture_is_named_with_its_view_and_phase(stills):
+    def cut(one: study_results.ClipResult) -> study_results.ClipResult:
+        (phase, (at, mask)), *_ = one.phases.items()
+        return replace(one, phases={phase: (at, mask[: int(np.argwhere(mask == LA)[:, 0].mean())])})
+
+    assert study_results.study_row("p", stills)["la_cut_off"] == ""
+    assert study_results.study_row("p", changed(stills, FOUR, Phase.ES, cut))["la_cut_off"] == "4CH ES"
 
 
 def test_two_stills_of_one_view_and_phase_are_both_named_and_neither_is_used(stills):

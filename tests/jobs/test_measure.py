@@ -87,11 +87,14 @@ def test_a_corrected_mask_changes_its_own_study_alone_and_the_comparison_names_i
     before = measured(tmp_path / "before", masks)
     assert rows["patient0003"]["ef_ase"] != before["patient0003"]["ef_ase"]
     assert_equal({n: r for n, r in rows.items() if n != "patient0003"}, {n: r for n, r in before.items() if n != "patient0003"})
-    assert "1 patient changed: patient0003\n" in capsys.readouterr().out
+    now, then = (found["patient0003"]["ef_ase"] for found in (rows, before))
+    change = f"EF {now:.0f} %, --compare {then:.0f} %"
+    assert f"1 patient changed: patient0003 (patient0003_4CH_ES: {change})\n" in capsys.readouterr().out
     with open(tmp_path / "out" / measure.COMPARISON) as stream:
         table = {row["patient"]: row for row in csv.DictReader(stream)}
     changed = table.pop("patient0003")
     assert float(changed["dice_endo"]) < 1 and int(changed["pixels_changed"]) > 0
+    assert changed["masks_changed"] == "patient0003_4CH_ES" and not any(row["masks_changed"] for row in table.values())
     assert float(changed["ef_ase_compare"]) == pytest.approx(before["patient0003"]["ef_ase"], abs=0.005)
     assert all(float(row["dice_endo"]) == 1 and row["ef_ase_masks"] == row["ef_ase_compare"] for row in table.values())
 
@@ -138,4 +141,4 @@ def test_a_mask_of_another_size_than_its_image_and_an_image_without_a_mask_are_n
     measured(tmp_path / "out", tree)
     shown = capsys.readouterr().out
     assert re.search(r"left out: .*the mask is \d+ x \d+, but its image is \d+ x \d+", shown)
-    assert f"1 image without a mask: {other.name.replace('_gt', '')}" in shown
+    assert f"1 file without a mask (images, or masks not named _gt or _pred): {other.name.replace('_gt', '')}" in shown

@@ -247,7 +247,7 @@ def test_what_is_missing_has_a_reason_and_the_rest_is_there(heart):
         *("esv_ml_ase", "ef_ase", "esv_ml_area_length", "ef_area_length", "esv_ml_2ch_ase", "ef_2ch_ase"),
         *("edv_ml_camus", "esv_ml_camus", "ef_camus", "wall_area_cm2_2CH_ES", "la_area_cm2_2CH_ES", "la_volume_ml_ES"),
         *("la_emptying_fraction", "fac_2CH", "endo_strain_2CH", "endo_strain", "mapse_mm_2CH", "sphericity_ES"),
-        "wall_thickness_mm_2CH_ES",
+        *("wall_thickness_mm_2CH_ES", "lv_length_mm_2CH_ES"),
     }
     assert all(found[name] == row[name] for name in INDICES if name not in unknown)
     alone = {still: pair for still, pair in heart.items() if still[0] == View.FOUR_CHAMBER}

@@ -44,7 +44,7 @@ def test_every_study_is_in_the_table_and_below_with_its_ef_its_four_stills_and_t
     page, rows = write(studies)
     for number, row in enumerate(rows, 1):
         assert f'<a href="#study{number}">{row["patient"]}</a>' in page and f'id="study{number}"' in page
-        assert f"EF {row['ef_ase']:.0f} % (biplane, ase)" in page
+        assert f"EF {row['ef_ase']:.0f} % (biplane disks, ASE)" in page
         assert f'data-value="{row["endo_strain"]}"' in page
     disks = re.findall(r'class="disks" d="([^"]+)"', page)
     assert len(disks) >= 8 and all(path.count("M") == 22 for path in disks)  # 20 disks, the long axis, the mitral plane
@@ -55,9 +55,23 @@ def test_an_interval_of_ef_is_in_the_table_in_the_study_and_in_the_line_of_the_t
     text, rows = write(studies, {"ef_ase": {"base": 4.0, "slope": 0.0, "factor": 1.5}})
     for row in rows:
         interval = f"{row['ef_ase'] - 6:.0f} to {row['ef_ase'] + 6:.0f}"
-        assert text.count(f"({interval})") == 2 and f"EF {row['ef_ase']:.0f} %, {interval} (biplane, ase)" in text
+        assert (
+            text.count(f"({interval})") == 2
+            and f"EF {row['ef_ase']:.0f} %, 80 % interval {interval} (biplane disks, ASE)" in text
+        )
         assert f"EF {row['ef_ase']:.0f} % (80 % interval {interval}; biplane, ase)" in study_results.headline(row)
     assert "In brackets: the interval" in text and "In brackets" not in write(studies)[0]
+
+
+def test_the_volume_of_an_atrium_that_is_cut_off_is_a_lower_limit_without_a_normal_range(studies):
+    out, results = studies
+    patient, found = next(iter(results.items()))
+    row = study_results.study_row(patient, found)
+    volume = f"{row['la_volume_ml_ES']:.0f}"
+    whole, cut = (studies_page.describe_study(out, row | {"la_cut_off": where}, found)["measures"] for where in ("", "4CH ES"))
+    (before,), (after,) = ([one for one in measures if one["title"].startswith("Left-atrial vol")] for measures in (whole, cut))
+    assert before["text"] == volume and "34 ml/m²" in before["normal"]
+    assert after["text"] == f"≥ {volume}" and after["normal"].endswith("the atrium is cut off at the image's edge in 4CH ES")
 
 
 def test_the_disks_lie_on_the_cavity(studies):
