@@ -26,6 +26,7 @@ def terminate_after(job: Job, epoch: int) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_sigterm_ends_cleanly_and_the_same_command_resumes(shards, tmp_path):
     job = Job(shards, tmp_path, "plain")
     output = terminate_after(job, 2)
@@ -86,6 +87,7 @@ def test_a_full_disk_is_a_one_line_error_and_complete_checkpoints_stay(shards, t
     assert epochs_of(run) == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_one_line_error_with_the_batch_and_image_size(shards, tmp_path):
     # The address space has room for the network and its average, and not for gradients and activations.
     limit = "import resource; pages = int(open('/proc/self/statm').read().split()[0]); "

@@ -87,7 +87,8 @@ def test_a_tracker_that_wandb_refuses_at_the_start_is_kept_offline_with_all_rows
     assert caplog.text.count("logged offline") == 1 and "not tracked" not in caplog.text
 
 
-@pytest.mark.parametrize("failure", ["silent", pytest.param("error", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["silent", "error"])
 def test_a_server_that_fails_in_mid_run_slows_nothing_and_gets_the_rest_later(shards, tmp_path, failure, caplog):
     with serving(fail_after_rows=1, fail_with=failure) as server:
         run = tracked_run(shards, tmp_path)

@@ -20,7 +20,7 @@ from helpers.experiments import ROOT, tiny_experiment
 from helpers.job_process import wait_for
 from helpers.wandb_server import KEY, Server
 
-EPOCHS = 10
+EPOCHS = 8
 WANDB = str(Path(sys.executable).with_name("wandb"))
 # What tests cannot wait for: wandb sends every 15 s, and tries again after 2 s. It takes whole seconds.
 FAST = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_X_FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "1"}

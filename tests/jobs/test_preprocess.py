@@ -91,13 +91,11 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("launcher", "moments"),
-    [("plain", ["in a part"]), *(pytest.param(launcher, [*MOMENTS], marks=pytest.mark.slow) for launcher in ("plain", "ray"))],
-)
-def test_killed_repeatedly_it_ends_with_the_bytes_of_an_undisturbed_one(launcher, moments, many, undisturbed, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["plain", "ray"])
+def test_killed_repeatedly_it_ends_with_the_bytes_of_an_undisturbed_one(launcher, many, undisturbed, tmp_path):
     out = str(tmp_path / "out")
-    for when in moments:
+    for when in MOMENTS:
         # The manifest is there for a moment only before the job is done: then there was nothing left to kill.
         assert kill_when(start(many, out, launcher), out, MOMENTS[when]) or when == "after the manifest"
     done = start(many, out, launcher)

@@ -23,7 +23,7 @@ from jobs.support import ray_preprocessing, ray_runtime
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 LOSSES = ("train/loss", "test/loss")
-EPOCHS, KILLED_AFTER = 6, 2
+EPOCHS, KILLED_AFTER = 5, 2
 
 
 def losses(path: str) -> list[float]:

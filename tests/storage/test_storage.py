@@ -390,7 +390,7 @@ def test_keys_and_an_address_with_a_trailing_newline_open_the_store(s3):
         assert filesystem.exists("s3://bucket")
 
 
-@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("silent", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_store_that_refuses_connections_or_never_answers_is_given_up(silent, s3, monkeypatch):
     assert filesystem.REQUEST_S * filesystem.TRIES <= 60
     monkeypatch.setattr(filesystem, "REQUEST_S", 1)

@@ -45,6 +45,13 @@ def scores(run) -> list[dict]:
     return [{k: v for k, v in epoch.items() if k not in ("seconds", "images_per_s")} for epoch in record]
 
 
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    base = tiny_experiment(data=shards, runs=str(tmp_path_factory.mktemp("trained")))
+    experiment = replace(base, train=replace(base.train, epochs=4))
+    return train(experiment), experiment
+
+
 def test_a_run_computes_in_the_faster_precision_of_the_machine_that_it_starts_on_and_keeps_it(shards, tmp_path, monkeypatch):
     experiment = tiny_experiment(data=shards, runs=str(tmp_path))
     experiment = replace(experiment, train=replace(experiment.train, precision="auto"))
@@ -98,21 +105,20 @@ def test_short_epochs_share_a_checkpoint_and_the_best_of_them_is_kept(shards, tm
     assert checkpoint.best(run.path).epoch == best and checkpoint.last(run.path).epoch == 8
 
 
-def test_a_run_that_an_error_ends_leaves_its_last_whole_epoch_and_one_that_is_killed_its_last_checkpoint(shards, tmp_path):
-    experiment = tiny_experiment(data=shards, checkpoint_seconds=600)
-    experiment = replace(experiment, train=replace(experiment.train, epochs=4))
+def test_a_run_that_an_error_ends_leaves_its_last_whole_epoch_and_one_that_is_killed_its_last_checkpoint(trained, tmp_path):
+    undisturbed, experiment = trained
+    experiment = replace(experiment, checkpoint_seconds=600)
 
     def stop_after_3(metrics):
         if metrics["epoch"] == 3:
             shutil.copytree(tmp_path / "b", tmp_path / "c", ignore=shutil.ignore_patterns(".*.part"))  # as after a kill
             stop(metrics)
 
-    undisturbed = train(replace(experiment, runs=str(tmp_path / "a")))
     with pytest.raises(InterruptedError):
         train(replace(experiment, runs=str(tmp_path / "b")), stop_after_3)
     for folder, last, recorded in (("b", 3, {3}), ("c", 1, {2, 3})):
         again = replace(experiment, runs=str(tmp_path / folder))
-        left = run_directory.open_run(again, reader.open_shards(shards))
+        left = run_directory.open_run(again, reader.open_shards(experiment.data))
         assert checkpoint.last(left.path).epoch == last and len(run_directory.read_record(left.path)) in recorded
         assert scores(train(again)) == scores(undisturbed)
 
@@ -128,13 +134,6 @@ def test_the_demo_scores_its_first_epoch_as_it_trained_it(tmp_path):
         train(replace(recipe, data=data, runs=str(tmp_path / "runs"), train=twenty, tracking=off), stop)
     (metrics,) = stopped.value.args
     assert metrics["val/dice"] > 0.3 and metrics["test/dice"] > 0.3, metrics
-
-
-@pytest.fixture(scope="module")
-def trained(shards, tmp_path_factory):
-    base = tiny_experiment(data=shards, runs=str(tmp_path_factory.mktemp("trained")))
-    experiment = replace(base, train=replace(base.train, epochs=4))
-    return train(experiment), experiment
 
 
 def test_training_learns_every_reported_key_is_there_and_a_finished_run_is_not_trained_again(trained):
